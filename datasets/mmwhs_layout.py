@@ -1,0 +1,134 @@
+"""The raw file layout of MM-WHS 2017, shared by every dataset that is stored in it.
+
+`<root>/<domain>_train/<domain>_train_<id>_image.nii.gz` with `..._label.nii.gz` beside it, domains
+ct and mr, ids 1001 to 1020 (Zhuang & Shen, Medical Image Analysis 2016; Zhuang et al., Medical
+Image Analysis 2019). The CT and the MR subjects are different people.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from glua_bench.errors import DataError
+from glua_bench.task import SPLITS, Case, Dataset, Grid, Reading, Structure
+
+# Raw label values of the release.
+LV_BLOOD, RV_BLOOD, LA_BLOOD, RA_BLOOD = 500, 600, 420, 550
+LV_MYOCARDIUM, ASCENDING_AORTA, PULMONARY_ARTERY = 205, 820, 850
+
+ALL_IDS = tuple(range(1001, 1021))
+
+
+class MMWHSLayout(Dataset):
+    """A dataset in the raw layout and label values of MM-WHS 2017.
+
+    Subclasses give the name, where the files come from, and `prepare`.
+
+    Args:
+        root: the directory that holds `ct_train` and `mr_train`; None uses `default_root()`.
+    """
+
+    # Okabe & Ito's palette, which stays distinct for colour-blind readers.
+    structures: ClassVar[tuple[Structure, ...]] = (
+        Structure("MYO", "left ventricular myocardium", (LV_MYOCARDIUM,), "#e69f00"),
+        Structure("LAC", "left atrial cavity", (LA_BLOOD,), "#56b4e9"),
+        Structure("LVC", "left ventricular cavity", (LV_BLOOD,), "#009e73"),
+        Structure("AA", "ascending aorta", (ASCENDING_AORTA,), "#cc79a7"),
+    )
+    directions: ClassVar[tuple[str, ...]] = ("mr-ct", "ct-mr")
+    # Coronal slices, as in the literature on this task. In RAS+ axis 0 grows towards the patient's
+    # right and axis 2 upwards, so both are reversed: right at the image's left, head at the top.
+    reading: ClassVar[Reading] = Reading(
+        orientation="canonical",
+        slice_axis=1,
+        row_axis=2,
+        flip=(0, 2),
+        ignored_values=(RV_BLOOD, RA_BLOOD, PULMONARY_ARTERY),
+    )
+    # The test ids of the literature (SIFA, AAAI 2019, and those after it); the validation ids are
+    # ours, because the literature's are not the same from paper to paper.
+    test_ids: ClassVar[Mapping[str, tuple[int, ...]]] = {
+        "ct": (1003, 1008, 1014, 1019),
+        "mr": (1007, 1009, 1018, 1019),
+    }
+    val_ids: ClassVar[Mapping[str, tuple[int, ...]]] = {
+        "ct": (1004, 1011),
+        "mr": (1003, 1012),
+    }
+    grids: ClassVar[Mapping[str, Grid]] = {
+        "quick": Grid(64, 3.5, 4.0),
+        "standard": Grid(128, 1.75, 3.0),
+        "paper": Grid(256, 0.9, 2.0),
+    }
+
+    @abstractmethod
+    def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
+        """Make sure that the files are there."""
+
+    def ids(self, domain: str) -> tuple[int, ...]:
+        """The ids that the root must hold, sorted; subclasses may hold fewer."""
+        return ALL_IDS
+
+    @staticmethod
+    def image_path(root: Path, domain: str, number: int) -> Path:
+        """File of one subject's image volume."""
+        return root / f"{domain}_train" / f"{domain}_train_{number}_image.nii.gz"
+
+    @staticmethod
+    def label_path(root: Path, domain: str, number: int) -> Path:
+        """File of one subject's label volume."""
+        return root / f"{domain}_train" / f"{domain}_train_{number}_label.nii.gz"
+
+    def split_of(self, domain: str, number: int) -> str:
+        """ "train", "val" or "test" of one id."""
+        if number in self.test_ids[domain]:
+            return "test"
+        return "val" if number in self.val_ids[domain] else "train"
+
+    def cases(self, domain: str) -> tuple[Case, ...]:
+        """All cases of a domain, sorted by id.
+
+        Args:
+            domain: "ct" or "mr".
+
+        Raises:
+            DataError: the domain is unknown, or its directory or one of its files is missing.
+        """
+        if domain not in self.test_ids:
+            raise DataError(
+                f"Dataset '{self.name}' has no domain '{domain}'; "
+                f"choose one of {', '.join(self.test_ids)}."
+            )
+        directory = self.root / f"{domain}_train"
+        numbers = self.ids(domain)
+        if not directory.is_dir():
+            raise DataError(
+                f"{directory} does not exist: give the directory that holds ct_train and "
+                f"mr_train with --data-root."
+            )
+        made = []
+        missing = []
+        for number in sorted(numbers):
+            image = self.image_path(self.root, domain, number)
+            label = self.label_path(self.root, domain, number)
+            missing += [path for path in (image, label) if not path.is_file()]
+            made.append(
+                Case(
+                    id=f"{domain}_{number}",
+                    domain=domain,
+                    image=image,
+                    label=label,
+                    split=self.split_of(domain, number),
+                    subject=f"{self.name}_{domain}_{number}",
+                )
+            )
+        if missing:
+            raise DataError(
+                f"{directory} lacks {len(missing)} of {2 * len(numbers)} files, first "
+                f"{missing[0].name}: put the unpacked files there under their original names."
+            )
+        assert all(case.split in SPLITS for case in made)
+        return tuple(made)

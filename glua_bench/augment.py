@@ -1,0 +1,76 @@
+"""One augmentation policy, the same for every method of a comparison.
+
+`none` leaves batches as they are; `geometric` moves source images with their labels, and
+target images, by random affine maps; `photometric` also passes the source images through
+random non-linear tone curves. Everything runs on the device where the images are; the random
+numbers are drawn on the CPU, so that devices agree.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROTATION = math.radians(15)
+SCALE = 0.15
+SHIFT = 0.10  # of the side
+KNOTS = 6
+CURVE_SHARE = 0.8  # of images; the others stay as they are
+NOISE = 0.05
+
+
+def random_affine(count: int) -> Tensor:
+    """Maps from output to input coordinates, (N, 2, 3), in units of half the side."""
+    angle = (torch.rand(count) * 2 - 1) * ROTATION
+    scale = 1 + (torch.rand(count) * 2 - 1) * SCALE
+    shift = (torch.rand(count, 2) * 2 - 1) * SHIFT * 2
+    cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
+    return torch.stack(
+        [torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1
+    )
+
+
+def geometric(images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Rotate (±15°), scale (±15 %) and shift (±10 %) each image, its label alike.
+
+    Args:
+        images: (N, 1, H, W) in [-1, 1]; what moves in from outside is -1 (background).
+        labels: (N, H, W), class indices, moved by nearest neighbour; or None.
+    """
+    theta = random_affine(len(images)).to(images)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    # grid_sample pads with zero, so the images are lifted to have background there.
+    moved = F.grid_sample(images + 1, grid, padding_mode="zeros", align_corners=False) - 1
+    if labels is None:
+        return moved, None
+    moved_labels = F.grid_sample(
+        labels[:, None].to(images), grid, mode="nearest", align_corners=False
+    )
+    return moved, moved_labels[:, 0].round().to(labels.dtype)
+
+
+def tone_curves(images: Tensor) -> Tensor:
+    """Pass each image through its own random piecewise-linear curve, with a little noise.
+
+    The knots' heights are independent and uniform, so a curve need not rise: contrast may
+    invert, as it does from one modality to the other.
+
+    Args:
+        images: (N, 1, H, W) in [-1, 1].
+    """
+    count = len(images)
+    heights = torch.rand(count, KNOTS) * 2 - 1
+    identity = torch.linspace(-1, 1, KNOTS).expand(count, KNOTS)
+    curved = torch.rand(count, 1) < CURVE_SHARE
+    heights = torch.where(curved, heights, identity).to(images)
+    position = (images.clamp(-1, 1) + 1) * ((KNOTS - 1) / 2)
+    left = position.floor().clamp(max=KNOTS - 2)
+    share = position - left
+    index = left.long().flatten(1)
+    low = heights.gather(1, index).view_as(images)
+    high = heights.gather(1, index + 1).view_as(images)
+    noise = torch.randn(images.shape).to(images) * NOISE
+    return (low + share * (high - low) + noise).clamp(-1, 1)

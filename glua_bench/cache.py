@@ -1,0 +1,453 @@
+"""Preprocessed slices on disk: content-addressed, memory-mapped, shared among processes.
+
+An entry's name is the hash of everything that its content depends on, so it is never stale and
+never changes once it is there. Entries appear atomically: each of the two files of an entry is
+written under another name and moved into place, the description last. Two processes that build the
+same entry write the same bytes, so it does not matter who comes first.
+
+Images and labels live in different directories under unrelated names. Nothing of an image entry,
+nor of the objects that serve it, leads to a label.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+
+from glua_bench.errors import DataError, RunFailure
+from glua_bench.task import Case, Grid, Reading, Structure, UnlabelledCase
+from glua_bench.volumes import Placement, load_image, load_label
+
+# Raise it whenever volumes.py gives other voxels for the same input.
+CACHE_VERSION = 1
+# Half precision: its error of at most 2.4e-4 in [-1, 1] is under half a unit of a 12-bit image,
+# and it halves the disk and the page cache that volumes occupy.
+IMAGE_TYPE = np.dtype(np.float16)
+LABEL_TYPE = np.dtype(np.uint8)
+# Stores up to this size are held in memory as one array.
+IN_MEMORY = 256 * 2**20
+# More maps than this are never open at once, so that memory does not grow with the data set.
+OPEN_MAPS = 16
+# A file changed this recently may change again without a new time stamp.
+_SETTLED_NS = 2_000_000_000
+_ABANDONED_S = 86_400
+
+
+@dataclass(frozen=True)
+class CachedImage:
+    """A preprocessed image volume on disk.
+
+    Args:
+        path: the .npy file.
+        placement: the way back to the original file's voxels.
+        shape: (Z, H, W).
+    """
+
+    path: Path
+    placement: Placement
+    shape: tuple[int, int, int]
+
+    def open(self) -> np.memmap:
+        """Read-only float16 (Z, H, W) in [-1, 1]."""
+        return _map_file(self.path, self.shape, IMAGE_TYPE)
+
+
+@dataclass(frozen=True)
+class CachedLabel:
+    """A preprocessed label volume on disk, on the grid of its image.
+
+    Args:
+        path: the .npy file.
+        shape: (Z, H, W).
+    """
+
+    path: Path
+    shape: tuple[int, int, int]
+
+    def open(self) -> np.memmap:
+        """Read-only uint8 (Z, H, W), class indices."""
+        return _map_file(self.path, self.shape, LABEL_TYPE)
+
+
+class SliceCache:
+    """Preprocessed volumes, built on first use and shared by every process with the same root.
+
+    Args:
+        root: directory of the entries; None takes `slices` under `cache_root()`.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root if root is not None else cache_root() / "slices"
+
+    def image(self, case: UnlabelledCase, reading: Reading, grid: Grid) -> CachedImage:
+        """The image of a case on the working grid.
+
+        Raises:
+            DataError: the image cannot be used, or the cache directory cannot be written.
+            RunFailure: the disk is full.
+        """
+        key = _key("image", file_digest(case.image), asdict(reading), asdict(grid))
+        path = self._path("images", key)
+        found = _read_entry(path, IMAGE_TYPE)
+        if found is None:
+            loaded = load_image(case.image, reading, grid)
+            description = {"placement": json.loads(loaded.placement.to_json())}
+            found = self._write(path, loaded.voxels.astype(IMAGE_TYPE), description)
+        placement = Placement.from_json(json.dumps(found["placement"]))
+        return CachedImage(path, placement, placement.shape)
+
+    def label(
+        self, case: Case, reading: Reading, grid: Grid, structures: Sequence[Structure]
+    ) -> CachedLabel:
+        """The label of a case on the working grid of its image.
+
+        Raises:
+            DataError: image or label cannot be used, or the cache directory cannot be written.
+            RunFailure: the disk is full.
+        """
+        # The crop is found in the image, so the image's content is part of the label's key.
+        key = _key(
+            "label",
+            file_digest(case.label),
+            file_digest(case.image),
+            asdict(reading),
+            asdict(grid),
+            [structure.values for structure in structures],
+        )
+        path = self._path("labels", key)
+        found = _read_entry(path, LABEL_TYPE)
+        if found is None:
+            placement = self.image(case.unlabelled(), reading, grid).placement
+            labels = load_label(case.label, case.image, reading, placement, structures)
+            found = self._write(path, labels, {})
+        depth, height, width = found["shape"]
+        return CachedLabel(path, (depth, height, width))
+
+    def _path(self, kind: str, key: str) -> Path:
+        return self.root / kind / key[:2] / f"{key}.npy"
+
+    def _write(self, path: Path, voxels: np.ndarray, description: dict) -> dict:
+        """Put an entry in place, array first and description last."""
+        with _writing(self.root):
+            scratch = self.root / "unfinished"
+            scratch.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(scratch)
+            array_file = scratch / f"{os.getpid()}-{uuid.uuid4().hex}.npy"
+            text_file = array_file.with_suffix(".json")
+            try:
+                with array_file.open("wb") as stream:
+                    np.save(stream, voxels)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                description = {
+                    **description,
+                    "shape": list(voxels.shape),
+                    "bytes": array_file.stat().st_size,
+                }
+                text_file.write_text(json.dumps(description, sort_keys=True))
+                winner = _read_entry(path, voxels.dtype)
+                if winner is not None:
+                    return winner
+                os.replace(array_file, path)
+                os.replace(text_file, path.with_suffix(".json"))
+            finally:
+                with suppress(OSError):
+                    array_file.unlink(missing_ok=True)
+                    text_file.unlink(missing_ok=True)
+        return description
+
+
+class ImageStore:
+    """The slices of many cached images, numbered from 0 through all of them.
+
+    It knows images and nothing else: target-side training sees an `ImageStore`.
+
+    Args:
+        images: volumes whose slices have one size.
+        in_memory: hold everything as one array; None decides by size (256 MiB).
+
+    Raises:
+        ValueError: no volumes, or slices of different size.
+
+    Example:
+        >>> store = ImageStore([cache.image(case, reading, grid) for case in cases])
+        ... # doctest: +SKIP
+        >>> store.images(np.array([4, 0])).shape  # doctest: +SKIP
+        (2, 1, 256, 256)
+    """
+
+    def __init__(self, images: Sequence[CachedImage], in_memory: bool | None = None) -> None:
+        self._images = _Slices(images, IMAGE_TYPE, in_memory)
+        # Both as the caller needs them to go from a slice back to its case.
+        self.volumes: np.ndarray = self._images.volumes  # int64 (len,), index of the volume
+        self.positions: np.ndarray = self._images.positions  # int64 (len,), z in the volume
+
+    def __len__(self) -> int:
+        """Number of slices."""
+        return len(self.volumes)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of every slice."""
+        return self._images.size
+
+    def images(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Slices by number.
+
+        Args:
+            indices: N numbers from 0 to len - 1, in any order, repeats allowed.
+
+        Returns:
+            float32 (N, 1, H, W) in [-1, 1], in the order of `indices`.
+
+        Raises:
+            IndexError: a number is out of range.
+        """
+        return self._images.take(indices, np.dtype(np.float32))[:, None]
+
+
+class LabelledStore(ImageStore):
+    """Slices with their labels.
+
+    Args:
+        images: volumes whose slices have one size.
+        labels: the label of each volume, in the same order.
+        in_memory: hold everything in memory; None decides by size (256 MiB).
+
+    Raises:
+        ValueError: numbers or shapes of images and labels differ.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[CachedImage],
+        labels: Sequence[CachedLabel],
+        in_memory: bool | None = None,
+    ) -> None:
+        if [image.shape for image in images] != [label.shape for label in labels]:
+            raise ValueError("Images and labels of a store have different numbers or shapes.")
+        super().__init__(images, in_memory)
+        self._labels = _Slices(labels, LABEL_TYPE, in_memory)
+
+    def labels(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Labels of slices by number.
+
+        Returns:
+            int64 (N, H, W), class indices, in the order of `indices`.
+
+        Raises:
+            IndexError: a number is out of range.
+        """
+        return self._labels.take(indices, np.dtype(np.int64))
+
+
+class _Slices:
+    """The slices of many memory-mapped volumes under one numbering."""
+
+    def __init__(
+        self,
+        entries: Sequence[CachedImage | CachedLabel],
+        dtype: np.dtype,
+        in_memory: bool | None,
+    ) -> None:
+        if not entries:
+            raise ValueError("A store needs at least one volume.")
+        sizes = {entry.shape[1:] for entry in entries}
+        if len(sizes) > 1:
+            raise ValueError(f"Slices of one store differ in size: {sorted(sizes)}.")
+        self.size = sizes.pop()
+        depths = [entry.shape[0] for entry in entries]
+        self.volumes = np.repeat(np.arange(len(depths)), depths)
+        self.positions = np.concatenate([np.arange(depth) for depth in depths])
+        self._entries = tuple(entries)
+        self._dtype = dtype
+        self._all: np.ndarray | None = None
+        self._open: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._lock = Lock()  # batches are read ahead in a thread
+        total = len(self.volumes) * self.size[0] * self.size[1] * dtype.itemsize
+        if in_memory if in_memory is not None else total < IN_MEMORY:
+            self._all = np.concatenate([np.asarray(entry.open()) for entry in entries])
+
+    def take(self, indices: Sequence[int] | np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """(N, H, W) of the wanted type."""
+        wanted = np.asarray(indices, np.int64).reshape(-1)
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self.volumes)):
+            raise IndexError(f"Slice numbers lie between 0 and {len(self.volumes) - 1}.")
+        if self._all is not None:
+            return self._all[wanted].astype(dtype)
+        out = np.empty((len(wanted), *self.size), dtype)
+        # Sorted, each volume is opened once for a batch and read front to back.
+        with self._lock:
+            for place in np.argsort(wanted, kind="stable"):
+                number = wanted[place]
+                out[place] = self._volume(int(self.volumes[number]))[self.positions[number]]
+        return out
+
+    def _volume(self, index: int) -> np.ndarray:
+        """An open volume; the one unused for longest is closed."""
+        if index in self._open:
+            self._open.move_to_end(index)
+            return self._open[index]
+        while len(self._open) >= OPEN_MAPS:
+            self._open.popitem(last=False)
+        self._open[index] = self._entries[index].open()
+        return self._open[index]
+
+    def __getstate__(self) -> dict:
+        """A store goes to another process without its maps, which open there again."""
+        state = {**self.__dict__, "_open": OrderedDict()}
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _lock=Lock())
+
+
+def cache_root() -> Path:
+    """`$GLUA_BENCH_CACHE`, or `~/.cache/glua-bench`."""
+    return Path(os.environ.get("GLUA_BENCH_CACHE") or "~/.cache/glua-bench").expanduser()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, as hex.
+
+    Digests are remembered in the cache by path, size, times and inode, one small file each, so
+    that a run over gigabytes does not read them again. A file that changed within the last two
+    seconds is not remembered: it could change again under the same time stamp.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    path = Path(path).resolve()
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}): check the data directory (--data-root)."
+        ) from error
+    identity = (str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    memory = cache_root() / "digests" / _key(*identity)
+    with suppress(OSError, UnicodeDecodeError):
+        remembered = memory.read_text()
+        if len(remembered) == 64:
+            return remembered
+    settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED_NS
+    try:
+        digest = _hash_file(path)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}): check the file and its permissions."
+        ) from error
+    if settled:
+        with suppress(OSError):  # forgetting costs time only
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = memory.with_name(f"{memory.name}-{uuid.uuid4().hex}")
+            unfinished.write_text(digest)
+            os.replace(unfinished, memory)
+    return digest
+
+
+def fingerprint(cases: Iterable[Case | UnlabelledCase]) -> str:
+    """What a set of cases consists of: ids and file contents, in any order.
+
+    A `Case` counts with image and label, an `UnlabelledCase` with its image alone.
+
+    Returns:
+        SHA-256 as hex.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    lines = []
+    for case in cases:
+        digests = [file_digest(case.image)]
+        if isinstance(case, Case):
+            digests.append(file_digest(case.label))
+        lines.append([case.id, *digests])
+    return _key(*sorted(lines))
+
+
+# -- entries --------------------------------------------------------------------------------------
+
+
+def _key(*parts: object) -> str:
+    """SHA-256 of a few JSON-able values and the cache's version."""
+    text = json.dumps([CACHE_VERSION, *parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _read_entry(path: Path, dtype: np.dtype) -> dict | None:
+    """The description of an entry; None where it is absent, unfinished or damaged."""
+    try:
+        description = json.loads(path.with_suffix(".json").read_text())
+        shape = tuple(description["shape"])
+        if path.stat().st_size != description["bytes"]:
+            return None
+        _map_file(path, shape, dtype)
+    except (OSError, ValueError, KeyError, TypeError, DataError):
+        return None
+    return description
+
+
+def _map_file(path: Path, shape: Sequence[int], dtype: np.dtype) -> np.memmap:
+    """A read-only map of an array of known shape and type.
+
+    Raises:
+        DataError: the file is gone or is not that array.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"{path} of the cache is missing or damaged: run the command again to rebuild it."
+        ) from error
+    if not isinstance(array, np.memmap) or array.shape != tuple(shape) or array.dtype != dtype:
+        raise DataError(f"{path} of the cache is damaged: delete it and run the command again.")
+    return array
+
+
+@contextmanager
+def _writing(root: Path) -> Iterator[None]:
+    """Turn the errors of a full or read-only disk into sentences."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            raise RunFailure(
+                f"The disk of the cache {root} is full: free some space, or set GLUA_BENCH_CACHE "
+                "to another disk."
+            ) from error
+        raise DataError(
+            f"The cache {root} cannot be written ({error.strerror or error}): set "
+            "GLUA_BENCH_CACHE to a directory that can."
+        ) from error
+
+
+def _sweep(scratch: Path, now: Callable[[], float] = time.time) -> None:
+    """Remove what killed processes left behind a day ago or earlier."""
+    for leftover in scratch.iterdir():
+        with suppress(OSError):
+            if now() - leftover.stat().st_mtime > _ABANDONED_S:
+                leftover.unlink()

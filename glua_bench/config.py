@@ -1,0 +1,289 @@
+"""Everything that defines one run, and the identity that follows from it.
+
+`RunConfig` is complete: two runs with the same configuration, data and code are the same
+run. Settings are frozen dataclasses whose field metadata carry the allowed range, so that
+the command line, the checks and a sweep read one description.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import yaml
+
+from glua_bench.errors import ConfigError
+from glua_bench.task import Grid
+
+AUGMENTATIONS = ("none", "geometric", "photometric")
+SCENARIOS = ("uda", "supervised")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[Any, ...] | None = None,
+    log: bool = False,
+) -> Any:
+    """A dataclass field with its meaning and its allowed values.
+
+    Args:
+        default: the value when nothing is said.
+        help: what it does, in a phrase, with its unit.
+        low: smallest allowed value.
+        high: largest allowed value.
+        choices: the allowed values, where they can be listed.
+        log: a sweep should search on a logarithmic scale.
+    """
+    return field(
+        default=default,
+        metadata={"help": help, "low": low, "high": high, "choices": choices, "log": log},
+    )
+
+
+@dataclass(frozen=True)
+class SegmenterSpec:
+    """The segmentation network, the same for every method of a comparison."""
+
+    name: str = setting(
+        "unet", "'unet', or 'timm:<encoder>' for a timm encoder with a U-Net decoder"
+    )
+    width: int = setting(32, "channels at full resolution (doubled at each level)", low=4, high=256)
+    depth: int = setting(5, "number of resolutions of the U-Net", low=3, high=7)
+    pretrained: bool = setting(False, "load timm's weights for the encoder (needs a network)")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run of one method on one direction of one dataset with one seed."""
+
+    method: str
+    dataset: str
+    direction: str
+    grid: Grid
+    method_config: Mapping[str, Any] = field(default_factory=dict)
+    segmenter: SegmenterSpec = field(default_factory=SegmenterSpec)
+    scenario: str = setting(
+        "uda",
+        "'uda', or 'supervised': labelled target-train cases serve as source (privileged)",
+        choices=SCENARIOS,
+    )
+    preset: str = "quick"
+    seed: int = setting(0, "seed of everything random", low=0, high=2**31 - 1)
+    steps: int = setting(600, "updates of the segmenter", low=1, high=10_000_000)
+    batch_size: int = setting(8, "images per domain and step", low=1, high=4096)
+    augmentation: str = setting("geometric", "policy for all methods", choices=AUGMENTATIONS)
+    precision: str = setting("32-true", "arithmetic of the forward pass", choices=PRECISIONS)
+    candidates: int = setting(5, "checkpoints offered to the selectors", low=1, high=1000)
+    selectors: tuple[str, ...] = ("last", "source_val")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def source(self) -> str:
+        """Name of the source domain."""
+        return self.direction.split("-")[0]
+
+    @property
+    def target(self) -> str:
+        """Name of the target domain."""
+        return self.direction.split("-")[1]
+
+    @property
+    def privileged(self) -> bool:
+        """Whether training reads labels of the target domain."""
+        return self.scenario == "supervised"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, for YAML and JSON."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: an unknown key or a value out of range.
+        """
+        values = dict(values)
+        known = {f.name for f in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ConfigError(_unknown("configuration key", key, known))
+        try:
+            values["grid"] = Grid(**values["grid"])
+            values["segmenter"] = build_settings(SegmenterSpec, values["segmenter"], "segmenter")
+            values["selectors"] = tuple(values["selectors"])
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"The configuration is incomplete ({error}).") from error
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML text."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> RunConfig:
+        """Read `to_yaml`'s text back."""
+        return cls.from_dict(yaml.safe_load(text))
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {
+        "steps": 500,
+        "batch_size": 8,
+        "segmenter": {"name": "unet", "width": 12, "depth": 4},
+    },
+    "standard": {
+        "steps": 4000,
+        "batch_size": 8,
+        "segmenter": {"name": "unet", "width": 24, "depth": 5},
+    },
+    "paper": {
+        "steps": 20_000,
+        "batch_size": 8,
+        "segmenter": {"name": "unet", "width": 32, "depth": 5},
+    },
+}
+
+
+def check(settings: Any, prefix: str = "") -> None:
+    """Check every field of a settings dataclass against its metadata.
+
+    Raises:
+        ConfigError: a value is out of range or not among the choices.
+    """
+    for spec in fields(settings):
+        value, meta = getattr(settings, spec.name), spec.metadata
+        name = f"{prefix}{spec.name}"
+        if meta.get("choices") is not None and value not in meta["choices"]:
+            raise ConfigError(
+                f"{name} = {value!r} is not possible; choose one of "
+                f"{', '.join(map(str, meta['choices']))}."
+            )
+        low, high = meta.get("low"), meta.get("high")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            # NaN fails every comparison, so the test is written for it to be caught.
+            inside = (low is None or value >= low) and (high is None or value <= high)
+            if not inside or value != value:
+                raise ConfigError(
+                    f"{name} = {value} is out of range; give a value from "
+                    f"{'-inf' if low is None else low} to {'inf' if high is None else high}."
+                )
+
+
+def build_settings(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    """A settings dataclass from a mapping of names to values or texts.
+
+    Args:
+        cls: frozen dataclass.
+        values: field name to value; texts are converted to the field's type.
+        prefix: what to call the group in errors, e.g. "method".
+
+    Raises:
+        ConfigError: unknown name (the nearest is named), wrong type, or out of range.
+    """
+    known = {f.name: f for f in fields(cls)}
+    hints = typing.get_type_hints(cls)
+    converted = {}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(_unknown(f"option '{prefix}.'", name, set(known)))
+        converted[name] = _convert(value, hints[name], f"{prefix}.{name}")
+    built = cls(**converted)
+    check(built, f"{prefix}.")
+    return built
+
+
+def parse_overrides(assignments: list[str]) -> dict[str, dict[str, Any]]:
+    """Sort `--set` texts by the group they address.
+
+    Args:
+        assignments: e.g. ["method.mask_ratio=0.3", "steps=100", "segmenter.width=8"].
+
+    Returns:
+        {"run": {...}, "method": {...}, "segmenter": {...}, "grid": {...}}.
+
+    Raises:
+        ConfigError: a text without "=", or an unknown group.
+    """
+    groups: dict[str, dict[str, Any]] = {"run": {}, "method": {}, "segmenter": {}, "grid": {}}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {text} is not of the form name=value.")
+        group, dot, name = key.strip().partition(".")
+        if not dot:
+            group, name = "run", group
+        if group not in groups or (group == "run" and dot):
+            raise ConfigError(
+                f"--set {text}: there is no group '{group}'; write method.NAME, segmenter.NAME, "
+                "grid.NAME or a run option such as steps."
+            )
+        try:
+            groups[group][name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {text}: the value cannot be read; quote it.") from error
+    return groups
+
+
+def digest(value: Any, length: int = 12) -> str:
+    """A short hash of a JSON-serialisable value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def identity(config: RunConfig, data_fingerprint: str, code_version: str) -> str:
+    """The run's id: a hash of everything that could change its result.
+
+    The selectors and the preset's name are left out: the first are evaluated side by side on
+    one training, and the second only names values that are in the configuration.
+    """
+    values = config.to_dict()
+    del values["preset"], values["selectors"]
+    return digest({"config": values, "data": data_fingerprint, "code": code_version})
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (
+        typing.Union, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    kind = next(o for o in options if o is not type(None))
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind is float:
+        # YAML reads "1e-4" as text, so numbers written that way are accepted here.
+        try:
+            if not isinstance(value, bool):
+                return float(value)
+        except (TypeError, ValueError):
+            pass
+    if kind is str and isinstance(value, str):
+        return value
+    if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+        return tuple(value)
+    raise ConfigError(
+        f"{name} = {value!r} has the wrong type; give a value of type "
+        f"{getattr(kind, '__name__', kind)}."
+    )
+
+
+def _unknown(what: str, name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"Unknown {what} '{name}'{hint} Known: {', '.join(sorted(known))}."

@@ -1,0 +1,78 @@
+"""Segmentation and adversarial losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def dice_loss(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -> Tensor:
+    r"""Soft Dice loss, mean over the foreground classes that the batch shows.
+
+    1 - 2 Σ p r / (Σ p + Σ r), sums over the batch (Milletari et al., 3DV 2016, with
+    plain sums in the denominator). Pooling the batch keeps slices without a structure from
+    deciding its loss; a class that no label of the batch shows is left to cross-entropy.
+
+    Args:
+        logits: (N, K, H, W).
+        labels: (N, H, W), class indices.
+        smooth: added to numerator and denominator.
+
+    Returns:
+        A scalar in [0, 1].
+    """
+    probabilities = logits.float().softmax(1)[:, 1:]
+    reference = F.one_hot(labels, logits.shape[1]).permute(0, 3, 1, 2)[:, 1:].to(probabilities)
+    overlap = (probabilities * reference).sum((0, 2, 3))
+    size = probabilities.sum((0, 2, 3)) + reference.sum((0, 2, 3))
+    present = (reference.sum((0, 2, 3)) > 0).float()
+    loss = 1 - (2 * overlap + smooth) / (size + smooth)
+    return (loss * present).sum() / present.sum().clamp(min=1)
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Dice + cross-entropy, equally weighted.
+
+    Args:
+        logits: (N, K, H, W).
+        labels: (N, H, W), class indices.
+    """
+    return dice_loss(logits, labels) + F.cross_entropy(logits.float(), labels)
+
+
+def lsgan_loss(scores: Tensor | Sequence[Tensor], target: float, mask: Tensor | None = None) -> Tensor:
+    """Least-squares adversarial loss (Mao et al., ICCV 2017): mean (score - target)².
+
+    Args:
+        scores: a map of any shape, or one map a scale (their losses are averaged).
+        target: 1 for "real" or "source", 0 for the other.
+        mask: weights of the map's locations; the mean counts them only.
+    """
+    if not isinstance(scores, Tensor):
+        return torch.stack([lsgan_loss(score, target) for score in scores]).mean()
+    squares = (scores.float() - target).square()
+    if mask is None:
+        return squares.mean()
+    mask = mask.to(squares).expand_as(squares)
+    return (squares * mask).sum() / mask.sum().clamp(min=1)
+
+
+def real_fake_loss(
+    discriminator: Callable[[Tensor], Tensor | list[Tensor]], real: Tensor, fake: Tensor
+) -> Tensor:
+    """A discriminator's least-squares loss, real towards 1 and fake towards 0, in one pass.
+
+    Only for discriminators that keep the images of a batch apart (instance norm or none).
+
+    Args:
+        discriminator: maps (N, ...) to scores, or to a list of scores.
+        real: (N, ...).
+        fake: (M, ...), detached from what made it.
+    """
+    scores = discriminator(torch.cat([real, fake]))
+    maps = [scores] if isinstance(scores, Tensor) else scores
+    count = len(real)
+    return lsgan_loss([m[:count] for m in maps], 1) + lsgan_loss([m[count:] for m in maps], 0)

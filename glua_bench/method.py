@@ -1,0 +1,211 @@
+"""The plugin contract of a method: `Method`, its `Stage`s, and the `Batch` and `Context` of a step.
+
+The harness owns the loop, the step budget, devices and precision, checkpoints, selection,
+evaluation and logging. A method owns its networks, its losses and the order of its updates.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from glua_bench.config import SegmenterSpec
+from glua_bench.task import Structure
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What a method may know about the task.
+
+    Args:
+        dataset: name of the dataset.
+        structures: the classes, without background; class index = position + 1.
+        size: side of the square slices in pixels.
+        segmenter: the network that all methods of a comparison share.
+        batch_size: images per domain and step.
+    """
+
+    dataset: str
+    structures: tuple[Structure, ...]
+    size: int
+    segmenter: SegmenterSpec
+    batch_size: int
+
+    @property
+    def classes(self) -> int:
+        """Number of classes K, background included."""
+        return len(self.structures) + 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's images. There is no field for target labels.
+
+    Args:
+        source_images: (N, 1, H, W) in [-1, 1].
+        source_labels: (N, H, W), class indices.
+        target_images: (N, 1, H, W) in [-1, 1]; None where the method declares no need.
+    """
+
+    source_images: Tensor
+    source_labels: Tensor
+    target_images: Tensor | None
+
+    @property
+    def target(self) -> Tensor:
+        """The target images of a method that declared `uses_target = True`."""
+        if self.target_images is None:
+            raise TypeError("this method reads target images: set `uses_target = True` on it")
+        return self.target_images
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One phase of a method's training.
+
+    Args:
+        name: e.g. "style" or "train".
+        share: updates of this stage as a multiple of the run's step budget. The stage that
+            trains the segmenter has 1.0 in every method, so all segmenters see the same
+            number of updates; further stages are extra cost, which reports show.
+        depends_on: names of the config fields that the stage's result depends on. Given (even
+            empty), the finished stage is cached and shared by every run with equal values;
+            None keeps the stage within its run.
+        modules: attributes of the method that the stage trains; what the cache keeps.
+        translate: called without gradients on the source images after the geometric and
+            before the photometric augmentation, e.g. to restyle them.
+        photometric: whether the photometric part of the policy applies in this stage. A stage
+            that learns the domains' appearance must see it unchanged.
+        decay: power of the polynomial decay of all learning rates; 0 keeps them constant.
+        finish: called once after the last step, e.g. to compute a style bank.
+    """
+
+    name: str = "train"
+    share: float = 1.0
+    depends_on: tuple[str, ...] | None = None
+    modules: tuple[str, ...] = ()
+    translate: Callable[[Tensor], Tensor] | None = None
+    photometric: bool = True
+    decay: float = 0.0
+    finish: Callable[[Context], None] | None = None
+
+    def steps(self, budget: int) -> int:
+        """Updates of this stage under a budget (at least one)."""
+        return max(1, round(self.share * budget))
+
+
+@dataclass
+class Context:
+    """What the harness lends to a step.
+
+    Args:
+        stage: the running stage.
+        step: updates done in this stage.
+        steps: updates that the stage has in all.
+        optimizers: by the names that `Method.optimizers` gave.
+        target_slices: iterates over all target training images in order, (N, 1, H, W).
+    """
+
+    stage: Stage
+    step: int
+    steps: int
+    optimizers: Mapping[str, Optimizer]
+    target_slices: Callable[[], Iterator[Tensor]]
+    _backward: Callable[[Tensor], None] = field(default=lambda loss: loss.backward(), repr=False)
+    _average: Callable[[Optimizer], None] = field(default=lambda optimizer: None, repr=False)
+
+    @property
+    def progress(self) -> float:
+        """Share of the stage that is done, in [0, 1)."""
+        return self.step / self.steps
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of a loss (scaled under mixed precision)."""
+        self._backward(loss)
+
+    def apply(self, name: str) -> None:
+        """Step one optimizer on the accumulated gradients, averaged over processes."""
+        optimizer = self.optimizers[name]
+        self._average(optimizer)
+        optimizer.step()
+
+    def update(self, name: str, loss: Tensor) -> None:
+        """Clear an optimizer's gradients, backpropagate a loss, and step."""
+        self.optimizers[name].zero_grad(set_to_none=True)
+        self.backward(loss)
+        self.apply(name)
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Let gradients pass through modules without computing those of their weights."""
+    parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class NoConfig:
+    """The configuration of a method that has nothing to set."""
+
+
+class Method(nn.Module, ABC):
+    """One way to adapt. Reads top to bottom like the paper's algorithm box.
+
+    The class docstring is the method's card: its first line is the one-line description in
+    `glua-bench list`, the rest gives source, equations, and what is reconstruction.
+
+    Args:
+        task: what is to be segmented, and with which segmenter.
+        config: an instance of `Config`.
+    """
+
+    name: ClassVar[str]
+    reference: ClassVar[str]  # the paper, for `list` and tables
+    needs: ClassVar[str]  # in words, for `list`
+    uses_target: ClassVar[bool] = True
+    Config: ClassVar[type] = NoConfig
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # preset -> config changes
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__()
+        self.task = task
+        self.config = config
+
+    @classmethod
+    def variants(cls) -> Mapping[str, Mapping[str, Any]]:
+        """The ablation's rows: name → config changes."""
+        return {}
+
+    def stages(self) -> Sequence[Stage]:
+        """The phases of training, in order."""
+        return (Stage(),)
+
+    @abstractmethod
+    def optimizers(self, stage: Stage) -> dict[str, Optimizer]:
+        """The optimizers of a stage, by name."""
+
+    @abstractmethod
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        """One update; returns the scalars to log. Non-finite values stop the run."""
+
+    @abstractmethod
+    def predict(self, images: Tensor) -> Tensor:
+        """Segment images, (N, 1, H, W) → logits (N, K, H, W)."""
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """Further images to look at, name → (N, 1, H, W), e.g. restyled images or a gap map."""
+        return {}

@@ -1,0 +1,261 @@
+"""Names to classes, through entry points and `--plugin FILE`; lists without importing.
+
+Built-in methods, datasets and selectors register through the same entry-point groups as
+anybody's package, so nothing here knows one by name. What `glua-bench list` shows is read
+from the source text with `ast`: a plugin's imports (torch, timm) are not run, and a plugin
+that cannot be parsed or imported is reported with its error and harms no other.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from glua_bench.errors import PluginError
+
+GROUPS = {
+    "method": "glua_bench.methods",
+    "dataset": "glua_bench.datasets",
+    "selector": "glua_bench.selectors",
+}
+_BASES = {"method": "Method", "dataset": "Dataset", "selector": "Selector"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered plugin, described without importing it.
+
+    Args:
+        kind: "method", "dataset" or "selector".
+        name: what the user types.
+        origin: the distribution or file that it comes from.
+        target: "module:Class" for entry points, the class name for files.
+        summary: first line of the class docstring.
+        attributes: literal class attributes found in the source (`reference`, `needs`).
+        error: why the plugin is broken; empty when it is not.
+    """
+
+    kind: str
+    name: str
+    origin: str
+    target: str
+    summary: str = ""
+    attributes: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+    file: Path | None = None
+
+
+class Registry:
+    """The plugins of one kind.
+
+    Args:
+        kind: "method", "dataset" or "selector".
+        plugin_files: single-file plugins given with `--plugin`.
+
+    Raises:
+        PluginError: two plugins share a name, or a plugin file does not exist.
+    """
+
+    def __init__(self, kind: str, plugin_files: Iterable[Path] = ()) -> None:
+        self.kind = kind
+        self._entries: dict[str, Entry] = {}
+        for point in entry_points(group=GROUPS[kind]):
+            self._add(_describe_entry_point(kind, point))
+        for path in plugin_files:
+            for entry in _describe_file(kind, Path(path)):
+                self._add(entry)
+
+    def _add(self, entry: Entry) -> None:
+        known = self._entries.get(entry.name)
+        if known is not None and (known.origin, known.target) != (entry.origin, entry.target):
+            raise PluginError(
+                f"Two {self.kind}s are called '{entry.name}' ({known.origin} and {entry.origin}); "
+                "rename one of them or uninstall one."
+            )
+        self._entries[entry.name] = entry
+
+    def entries(self) -> list[Entry]:
+        """All plugins, sorted by name, broken ones included with their error."""
+        return sorted(self._entries.values(), key=lambda entry: entry.name)
+
+    def entry(self, name: str) -> Entry:
+        """The description of one plugin.
+
+        Raises:
+            PluginError: no plugin has the name; the message names the nearest match.
+        """
+        if name in self._entries:
+            return self._entries[name]
+        near = difflib.get_close_matches(name, self._entries, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        known = ", ".join(sorted(self._entries)) or "none"
+        raise PluginError(
+            f"No {self.kind} is called '{name}'; {hint}Known {self.kind}s: {known} "
+            "(see `glua-bench list`, or add one with --plugin FILE)."
+        )
+
+    def load(self, name: str) -> type:
+        """Import the plugin and return its class.
+
+        Raises:
+            PluginError: unknown name, failing import, missing class, or a class that is not
+                of this kind.
+        """
+        entry = self.entry(name)
+        try:
+            if entry.file is not None:
+                loaded = getattr(_import_file(entry.file), entry.target)
+            else:
+                module_name, _, attribute = entry.target.partition(":")
+                loaded = getattr(importlib.import_module(module_name), attribute)
+        except PluginError:
+            raise
+        except Exception as error:  # a plugin may raise anything on import
+            raise PluginError(
+                f"The {self.kind} '{name}' from {entry.origin} cannot be imported "
+                f"({type(error).__name__}: {_one_line(error)}); repair or remove it."
+            ) from error
+        base = _base_class(self.kind)
+        if not (isinstance(loaded, type) and issubclass(loaded, base)):
+            raise PluginError(
+                f"The {self.kind} '{name}' from {entry.origin} is not a subclass of "
+                f"{base.__module__}.{base.__qualname__}; make it one."
+            )
+        if getattr(loaded, "name", None) != name:
+            raise PluginError(
+                f"The {self.kind} '{name}' from {entry.origin} calls itself "
+                f"'{getattr(loaded, 'name', None)}'; give the class attribute `name` and the "
+                "registered name the same value."
+            )
+        return loaded
+
+
+def _base_class(kind: str) -> type:
+    # Imported late: `list` must not pull in torch.
+    if kind == "method":
+        from glua_bench.method import Method
+
+        return Method
+    if kind == "dataset":
+        from glua_bench.task import Dataset
+
+        return Dataset
+    from glua_bench.selection import Selector
+
+    return Selector
+
+
+def _describe_entry_point(kind: str, point: EntryPoint) -> Entry:
+    origin = point.dist.name if point.dist is not None else "an entry point"
+    module_name, _, class_name = point.value.partition(":")
+    try:
+        path = _locate(module_name)
+        node = _class_nodes(path).get(class_name)
+        if node is None:
+            raise PluginError(f"{path.name} defines no class {class_name}")
+    except Exception as error:  # listing survives whatever a plugin's package does
+        text = f"{type(error).__name__}: {_one_line(error)}"
+        return Entry(kind, point.name, origin, point.value, error=text)
+    summary, attributes = _describe_class(node)
+    return Entry(kind, point.name, origin, point.value, summary, attributes)
+
+
+def _describe_file(kind: str, path: Path) -> list[Entry]:
+    if not path.is_file():
+        raise PluginError(f"The plugin file {path} does not exist; check --plugin.")
+    try:
+        nodes = _class_nodes(path)
+    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        raise PluginError(
+            f"The plugin file {path} cannot be read as Python ({_one_line(error)}); repair it."
+        ) from error
+    found = []
+    for class_name, node in nodes.items():
+        bases = {base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "")
+                 for base in node.bases}
+        summary, attributes = _describe_class(node)
+        if _BASES[kind] in bases and isinstance(attributes.get("name"), str):
+            found.append(
+                Entry(kind, attributes["name"], str(path), class_name, summary, attributes,
+                      file=path.resolve())
+            )
+    return found
+
+
+def _locate(module_name: str) -> Path:
+    """The source file of a module, found without importing any package on the way."""
+    top, *rest = module_name.split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None:
+        raise ModuleNotFoundError(f"No module named '{top}'")
+    # Sub-packages may be mapped elsewhere (as ours are), so each level asks the finders.
+    for part in rest:
+        if spec.submodule_search_locations is None:
+            raise ModuleNotFoundError(f"'{spec.name}' is not a package")
+        name = f"{spec.name}.{part}"
+        found = None
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            found = find(name, spec.submodule_search_locations) if find else None
+            if found is not None:
+                break
+        if found is None:
+            raise ModuleNotFoundError(f"No module named '{name}'")
+        spec = found
+    if spec.origin is None:
+        raise ModuleNotFoundError(f"'{module_name}' has no source file")
+    return Path(spec.origin)
+
+
+def _class_nodes(path: Path) -> dict[str, ast.ClassDef]:
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _describe_class(node: ast.ClassDef) -> tuple[str, dict[str, Any]]:
+    docstring = ast.get_docstring(node) or ""
+    attributes: dict[str, Any] = {}
+    for statement in node.body:
+        if isinstance(statement, ast.Assign):
+            targets, value = statement.targets, statement.value
+        elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
+            targets, value = [statement.target], statement.value
+        else:
+            continue
+        try:
+            literal = ast.literal_eval(value)
+        except ValueError:
+            continue
+        attributes.update({t.id: literal for t in targets if isinstance(t, ast.Name)})
+    return docstring.split("\n", 1)[0].strip(), attributes
+
+
+def _import_file(path: Path) -> Any:
+    name = f"glua_bench_plugin_{path.stem}"
+    loaded = sys.modules.get(name)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
+        return loaded
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise PluginError(f"The plugin file {path} is not a Python file; give a .py file.")
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses and pickling look the module up by name while it is being executed.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or "no message"

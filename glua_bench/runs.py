@@ -1,0 +1,635 @@
+"""From a request to a finished run: resolve it, train, select, evaluate, record, mirror."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pandas as pd
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+import glua_bench
+from glua_bench import config as configuration
+from glua_bench import tracking
+from glua_bench.batches import Batches
+from glua_bench.cache import ImageStore, LabelledStore, SliceCache, cache_root, fingerprint
+from glua_bench.config import RunConfig, SegmenterSpec, build_settings, digest, identity
+from glua_bench.console import Progress
+from glua_bench.errors import ConfigError, RunFailure, UserError
+from glua_bench.evaluation import evaluate, summarise
+from glua_bench.method import Batch, Method, Stage, TaskInfo
+from glua_bench.registry import Registry
+from glua_bench.selection import Candidate, Selector, choose
+from glua_bench.task import Case, Dataset, Grid, UnlabelledCase, parse_direction
+from glua_bench.trainer import Artefact, Trainer, stage_order
+
+# Files whose text can change the weights of a trained stage, and those that can change a score.
+TRAINING_CODE = (
+    "augment", "batches", "cache", "config", "losses", "method", "networks", "trainer", "volumes",
+)
+SCORING_CODE = ("evaluation", "metrics", "selection")
+
+
+@dataclass
+class RunRequest:
+    """What a user asks for; `plan` turns it into a complete configuration."""
+
+    method: str
+    dataset: str
+    direction: str | None = None
+    scenario: str = "uda"
+    preset: str | None = None
+    seed: int = 0
+    augmentation: str | None = None
+    steps: int | None = None
+    assignments: list[str] = field(default_factory=list)
+    plugins: list[Path] = field(default_factory=list)
+    data_root: Path | None = None
+    runs_root: Path = Path("runs")
+    device: str = "auto"
+    devices: int = 1
+    precision: str | None = None
+    mlflow: bool = True
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """Digests of the files that play each role."""
+
+    train: str  # labelled source images, and target images without labels
+    test: str  # everything that is scored or selected on
+
+    @property
+    def whole(self) -> str:
+        """One digest for all roles."""
+        return digest([self.train, self.test], 16)
+
+
+@dataclass
+class PlannedRun:
+    """A run that is ready to be executed."""
+
+    config: RunConfig
+    id: str
+    directory: tracking.RunDirectory
+    dataset: Dataset
+    method_class: type[Method]
+    stages: list[tuple[str, int]]
+    fingerprints: Fingerprints
+    code: str
+    request: RunRequest
+
+
+@dataclass
+class Summary:
+    """What `execute` reports."""
+
+    already_done: bool
+    seconds: float
+    table: pd.DataFrame
+    warnings: list[str]
+
+
+# -- resolving ---------------------------------------------------------------------------------
+
+
+def default_preset() -> str:
+    """"standard" where there is a CUDA device, else "quick"."""
+    return "standard" if torch.cuda.is_available() else "quick"
+
+
+def resolve(request: RunRequest, dataset: Dataset, method_class: type[Method]) -> RunConfig:
+    """The complete configuration: preset, then options, then `--set`.
+
+    Raises:
+        ConfigError: an unknown or impossible option.
+    """
+    preset = request.preset or default_preset()
+    if preset not in configuration.PRESETS:
+        raise ConfigError(
+            f"There is no preset '{preset}'; use --preset with one of "
+            f"{', '.join(configuration.PRESETS)}."
+        )
+    values = dict(configuration.PRESETS[preset])
+    groups = configuration.parse_overrides(request.assignments)
+    direction = "-".join(parse_direction(dataset, request.direction))
+    segmenter = {**values.pop("segmenter"), **groups["segmenter"]}
+    method_values = {**method_class.presets.get(preset, {}), **groups["method"]}
+    method_config = build_settings(method_class.Config, method_values, "method")
+    options = {
+        "steps": request.steps,
+        "augmentation": request.augmentation,
+        "precision": request.precision,
+    }
+    values.update({name: value for name, value in options.items() if value is not None})
+    settable = {"steps", "batch_size", "augmentation", "candidates", "precision"}
+    for name, value in groups["run"].items():
+        if name not in settable:
+            raise ConfigError(
+                f"--set {name} is not a run option; settable are {', '.join(sorted(settable))}, "
+                "and method.NAME, segmenter.NAME, grid.NAME."
+            )
+        values[name] = value
+    grid = build_settings(Grid, {**asdict(dataset.grid(preset)), **groups["grid"]}, "grid")
+    try:
+        return RunConfig(
+            method=method_class.name,
+            dataset=dataset.name,
+            direction=direction,
+            grid=grid,
+            method_config=asdict(method_config),
+            segmenter=build_settings(SegmenterSpec, segmenter, "segmenter"),
+            scenario=request.scenario,
+            preset=preset,
+            seed=request.seed,
+            **values,
+        )
+    except TypeError as error:
+        raise ConfigError(f"An option has the wrong type ({error}); check --set.") from error
+
+
+def check_request(config: RunConfig, method_class: type[Method]) -> None:
+    """Refuse what the method cannot serve, before anything is trained.
+
+    Raises:
+        ConfigError: the scenario or the grid does not fit.
+    """
+    if config.privileged and method_class.uses_target:
+        raise ConfigError(
+            f"--scenario supervised serves target labels as source, so it needs a method without "
+            f"adaptation; '{config.method}' adapts: use --method source_only."
+        )
+    if config.segmenter.name == "unet":
+        factor = 2 ** (config.segmenter.depth - 1)
+        if config.grid.size % factor:
+            raise ConfigError(
+                f"grid.size = {config.grid.size} is not divisible by {factor}, which a U-Net of "
+                f"depth {config.segmenter.depth} needs; change grid.size or segmenter.depth."
+            )
+    if config.grid.size % 4 or config.grid.size < 32:
+        raise ConfigError(
+            f"grid.size = {config.grid.size} must be at least 32 and divisible by 4."
+        )
+
+
+def task_info(config: RunConfig, dataset: Dataset) -> TaskInfo:
+    """What a method may know about the task."""
+    return TaskInfo(
+        dataset.name, dataset.structures, config.grid.size, config.segmenter, config.batch_size
+    )
+
+
+def build_method(config: RunConfig, dataset: Dataset, method_class: type[Method]) -> Method:
+    """The method with weights initialised from the run's seed."""
+    torch.manual_seed(config.seed)
+    settings = build_settings(method_class.Config, config.method_config, "method")
+    method = method_class(task_info(config, dataset), settings)
+    stage_order(tuple(method.stages()))
+    return method
+
+
+def roles(config: RunConfig, dataset: Dataset) -> dict[str, Sequence[Case | UnlabelledCase]]:
+    """Which cases play which role.
+
+    Target cases are handed to training as `UnlabelledCase`s. Under the supervised scenario
+    the labelled target-train cases play the source, and nothing else of the target is trained
+    on.
+
+    Raises:
+        ConfigError: a split has no cases.
+    """
+    labelled = config.target if config.privileged else config.source
+    chosen: dict[str, Sequence[Case | UnlabelledCase]] = {
+        "source_train": dataset.split(labelled, "train"),
+        "source_val": dataset.split(labelled, "val"),
+        "target_train": [c.unlabelled() for c in dataset.split(config.target, "train")],
+        "test": dataset.split(config.target, "test"),
+    }
+    for role in ("source_train", "target_train", "test"):
+        if not chosen[role]:
+            raise ConfigError(
+                f"Dataset '{dataset.name}' has no cases for the role {role} in direction "
+                f"{config.direction}; check its files with `glua-bench data check {dataset.name}`."
+            )
+    trained = {c.subject for c in [*chosen["source_train"], *chosen["source_val"]]
+               if isinstance(c, Case)}
+    tested = {c.subject for c in chosen["test"] if isinstance(c, Case)}
+    if trained & tested:
+        raise ConfigError(
+            f"Subject {sorted(trained & tested)[0]} of dataset '{dataset.name}' is in training "
+            "and in test; give every subject to one split only."
+        )
+    return chosen
+
+
+def code_version(method_class: type[Method], modules: Sequence[str] = TRAINING_CODE) -> str:
+    """The package's version and a hash of the source that can change a result.
+
+    It covers the harness modules named, and the method's file with all modules of its own
+    package that it uses.
+    """
+    package = Path(glua_bench.__file__).parent
+    files = {package / f"{name}.py" for name in modules} | _module_files(method_class)
+    text = hashlib.sha256()
+    for path in sorted(files, key=lambda path: path.name):
+        text.update(path.name.encode() + path.read_bytes())
+    return f"{glua_bench.__version__}+{text.hexdigest()[:10]}"
+
+
+def _module_files(method_class: type[Method]) -> set[Path]:
+    package = method_class.__module__.rpartition(".")[0]
+    files: set[Path] = set()
+    waiting = {method_class.__module__}
+    seen: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        module = sys.modules.get(name)
+        if not isinstance(module, ModuleType) or not getattr(module, "__file__", None):
+            continue
+        files.add(Path(str(module.__file__)))
+        used = {getattr(value, "__module__", None) for value in vars(module).values()}
+        used |= {value.__name__ for value in vars(module).values() if inspect.ismodule(value)}
+        waiting |= {
+            other for other in used - seen
+            if isinstance(other, str) and package and other.startswith(f"{package}.")
+        }
+    return files
+
+
+def load_dataset(name: str, data_root: Path | None, plugins: Sequence[Path]) -> Dataset:
+    """The dataset by name, on its directory."""
+    loaded: Dataset = Registry("dataset", plugins).load(name)(data_root)
+    return loaded
+
+
+def plan(
+    request: RunRequest, report: Callable[[str], None] = lambda line: None
+) -> PlannedRun:
+    """Resolve a request, make the data ready, and compute the run's identity.
+
+    Args:
+        request: what the user asks for.
+        report: receives lines about the data's preparation.
+
+    Raises:
+        UserError: anything in the request cannot be used.
+    """
+    method_class: type[Method] = Registry("method", request.plugins).load(request.method)
+    dataset = load_dataset(request.dataset, request.data_root, request.plugins)
+    config = resolve(request, dataset, method_class)
+    check_request(config, method_class)
+    method = build_method(config, dataset, method_class)
+    dataset.prepare(report)
+    chosen = roles(config, dataset)
+    prints = Fingerprints(
+        train=digest(
+            [fingerprint(chosen["source_train"]), fingerprint(chosen["target_train"]),
+             asdict(dataset.reading), [asdict(s) for s in dataset.structures]], 16,
+        ),
+        test=digest([fingerprint(chosen["source_val"]), fingerprint(chosen["test"])], 16),
+    )
+    code = code_version(method_class, TRAINING_CODE + SCORING_CODE)
+    run_id = identity(config, prints.whole, code)
+    return PlannedRun(
+        config, run_id, tracking.RunDirectory(request.runs_root, config, run_id), dataset,
+        method_class, [(s.name, s.steps(config.steps)) for s in method.stages()], prints, code,
+        request,
+    )
+
+
+# -- executing ---------------------------------------------------------------------------------
+
+
+def make_fabric(request: RunRequest, config: RunConfig) -> Fabric:
+    """Devices and precision.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    accelerator = request.device
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {accelerator} is unknown; use auto, cpu or cuda.")
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: there is no CUDA device; use --device cpu.")
+    if accelerator == "cuda" and request.devices > torch.cuda.device_count():
+        raise ConfigError(
+            f"--devices {request.devices}: this machine has {torch.cuda.device_count()}; ask for "
+            "fewer."
+        )
+    if config.precision == "16-mixed" and accelerator == "cpu":
+        raise ConfigError("--precision 16-mixed needs a GPU; use bf16-mixed or 32-true.")
+    if config.batch_size % request.devices:
+        raise ConfigError(
+            f"batch_size = {config.batch_size} is not divisible by --devices {request.devices}."
+        )
+    torch.backends.cudnn.deterministic = True  # same seed, same weights; costs little here
+    return Fabric(
+        accelerator=accelerator,
+        devices=request.devices,
+        strategy="ddp" if request.devices > 1 else "auto",
+        precision=config.precision,  # type: ignore[arg-type]
+    )
+
+
+def artefacts(planned: PlannedRun, method: Method) -> Callable[[Stage], Artefact | None]:
+    """Stage → where its result is shared: a file named by all that the result depends on."""
+    config = planned.config
+    training_code = code_version(planned.method_class)
+
+    def locate(stage: Stage) -> Artefact | None:
+        if stage.depends_on is None:
+            return None
+        key = digest(
+            {
+                "stage": stage.name,
+                "settings": {n: config.method_config[n] for n in sorted(stage.depends_on)},
+                "modules": stage.modules,
+                "steps": stage.steps(config.steps),
+                "augmented": config.augmentation != "none",
+                "photometric": stage.photometric and config.augmentation == "photometric",
+                "grid": asdict(config.grid),
+                "batch_size": config.batch_size,
+                "precision": config.precision,
+                "devices": planned.request.devices,
+                "seed": config.seed,
+                "data": planned.fingerprints.train,
+                "code": stage_code(planned.method_class, method, stage, training_code),
+            },
+            20,
+        )
+        return Artefact(cache_root() / "stages" / f"{stage.name}-{key}.pt")
+
+    return locate
+
+
+def stage_code(method_class: type[Method], method: Method, stage: Stage, fallback: str) -> str:
+    """Version of the code behind a shared stage: the harness and the modules that it trains.
+
+    Methods that share a component (as `glua` and `global_only` share the style transfer) share
+    the stage's result although their own files differ.
+    """
+    components = [type(method.get_submodule(name)) for name in stage.modules]
+    if not components:
+        return fallback
+    return digest([code_version(component) for component in components])  # type: ignore[arg-type]
+
+
+def stores(
+    planned: PlannedRun, cache: SliceCache, progress: Progress
+) -> tuple[LabelledStore, LabelledStore | None, ImageStore | None]:
+    """Source training, source validation and target training slices.
+
+    The target's store is made of `UnlabelledCase`s, so no label file of the target is opened.
+    """
+    config, dataset = planned.config, planned.dataset
+    chosen = roles(config, dataset)
+    total = sum(len(chosen[role]) for role in ("source_train", "source_val", "target_train"))
+    progress.stage("read data", total)
+    done = 0
+
+    def labelled(cases: Sequence[Case | UnlabelledCase]) -> LabelledStore:
+        nonlocal done
+        images, labels = [], []
+        for case in cases:
+            assert isinstance(case, Case)
+            images.append(cache.image(case.unlabelled(), dataset.reading, config.grid))
+            labels.append(cache.label(case, dataset.reading, config.grid, dataset.structures))
+            done += 1
+            progress.update(done)
+        return LabelledStore(images, labels)
+
+    train = labelled(chosen["source_train"])
+    val = labelled(chosen["source_val"]) if chosen["source_val"] else None
+    target = None
+    if planned.method_class.uses_target:
+        images = []
+        for case in chosen["target_train"]:
+            assert isinstance(case, UnlabelledCase)
+            images.append(cache.image(case, dataset.reading, config.grid))
+            done += 1
+            progress.update(done)
+        target = ImageStore(images)
+    return train, val, target
+
+
+Draw = Callable[
+    [tracking.RunDirectory, Dataset, pd.DataFrame, Batch, dict[str, Tensor]], None
+]
+
+
+def execute(planned: PlannedRun, progress: Progress, draw: Draw | None = None) -> Summary:
+    """Train or resume, select, evaluate, record and mirror one run.
+
+    Args:
+        planned: from `plan`.
+        progress: what the user sees.
+        draw: makes the run's figures of its directory, dataset, rows of the primary selector,
+            a batch of images, and the method's own pictures; None draws nothing.
+
+    Raises:
+        UserError: something given cannot be used.
+        RunFailure: training stopped; the run is marked as failed.
+    """
+    directory = planned.directory
+    if directory.done:
+        return Summary(True, 0.0, summarise(directory.read_cases()), [])
+    fabric = make_fabric(planned.request, planned.config)
+    fabric.launch()
+    if not fabric.is_global_zero:
+        _train(planned, fabric, Progress(enabled=False))
+        return Summary(False, 0.0, pd.DataFrame(), [])
+    began = time.perf_counter()
+    with directory.lock():
+        if directory.done:  # another process finished it while this one waited
+            return Summary(True, 0.0, summarise(directory.read_cases()), [])
+        directory.start(
+            {
+                **tracking.environment(),
+                "run": planned.id,
+                "code": planned.code,
+                "data": asdict(planned.fingerprints),
+                "privileged": planned.config.privileged,
+                "distances": planned.dataset.distance_note,
+                "device": str(fabric.device),
+            }
+        )
+        try:
+            cases = _train_and_score(planned, fabric, progress, began, draw)
+        except (UserError, RunFailure) as error:
+            directory.fail(str(error))
+            raise
+        except (OSError, RuntimeError, ValueError, TypeError) as error:
+            directory.fail(f"{type(error).__name__}: {error}")
+            raise
+    warnings = []
+    if planned.request.mlflow and not tracking.MLflowMirror(planned.request.runs_root).mirror(
+        directory
+    ):
+        warnings.append("the MLflow mirror is behind; `glua-bench sync` replays it")
+    return Summary(False, time.perf_counter() - began, summarise(cases), warnings)
+
+
+@dataclass
+class _Trained:
+    trainer: Trainer
+    method: Method
+    train: LabelledStore
+    val: LabelledStore | None
+    target: ImageStore | None
+    batches: Batches
+
+
+def _train(planned: PlannedRun, fabric: Fabric, progress: Progress) -> _Trained:
+    config, cache = planned.config, SliceCache()
+    train, val, target = stores(planned, cache, progress)
+    method = build_method(config, planned.dataset, planned.method_class)
+    batches = Batches(
+        train, target, config.batch_size, config.seed, fabric.device, fabric.global_rank,
+        fabric.world_size,
+    )
+    trainer = Trainer(
+        method, config, batches, fabric, planned.directory.checkpoints, planned.directory,
+        progress, artefacts(planned, method),
+    )
+    try:
+        trainer.fit()
+    finally:
+        batches.close()
+    return _Trained(trainer, method, train, val, target, batches)
+
+
+def _train_and_score(
+    planned: PlannedRun, fabric: Fabric, progress: Progress, began: float, draw: Draw | None
+) -> pd.DataFrame:
+    config, dataset, directory = planned.config, planned.dataset, planned.directory
+    trained = _train(planned, fabric, progress)
+    trainer, method = trained.trainer, trained.method
+
+    @torch.no_grad()
+    def predict(images: Tensor) -> Tensor:
+        with fabric.autocast():
+            return method.predict(images.to(memory_format=torch.channels_last))
+
+    scores = _selector_scores(planned, trained, predict)
+    chosen = {name: choose(by_step) for name, by_step in scores.items()}
+    test = [case for case in dataset.split(config.target, "test")]
+    frames: dict[int, pd.DataFrame] = {}
+    primary = config.selectors[0]
+    for name, step in chosen.items():
+        if step not in frames:
+            _load_candidate(trained, step, fabric.device)
+            frames[step] = evaluate(
+                predict, dataset, test, config.grid, SliceCache(), fabric.device, progress,
+                directory.predictions if name == primary else None, f"evaluate {name}",
+            )
+    rows = pd.concat(
+        [frames[step].assign(selector=name, step=step) for name, step in chosen.items()],
+        ignore_index=True,
+    )
+    rows.insert(0, "run", planned.id)
+    for column, value in {
+        "method": config.method, "dataset": config.dataset, "direction": config.direction,
+        "scenario": config.scenario, "seed": config.seed, "augmentation": config.augmentation,
+    }.items():
+        rows[column] = value
+    directory.write_cases(rows)
+    if draw is not None:
+        _load_candidate(trained, chosen[primary], fabric.device)
+        batch, pictures = _pictures(planned, trained, fabric)
+        draw(directory, dataset, rows[rows["selector"] == primary], batch, pictures)
+    keep = set(chosen.values())
+    for step in trainer.candidate_steps():
+        if step not in keep:
+            trainer.candidate_path(step).unlink(missing_ok=True)
+    mean = summarise(rows)
+    directory.finish(
+        {
+            "run": planned.id,
+            "seconds": time.perf_counter() - began,
+            "stage_seconds": trainer.seconds,
+            "reused_stages": sorted(trainer.reused),
+            "steps": dict(planned.stages),
+            "peak_memory_mib": _peak_memory(fabric),
+            "selector_scores": {n: {str(s): v for s, v in b.items()} for n, b in scores.items()},
+            "chosen_steps": chosen,
+            "privileged": config.privileged,
+            "scores": mean.to_dict("records"),
+        }
+    )
+    return rows
+
+
+def _selector_scores(
+    planned: PlannedRun, trained: _Trained, predict: Callable[[Tensor], Tensor]
+) -> dict[str, dict[int, float]]:
+    """Selector → candidate step → score."""
+    registry = Registry("selector", planned.request.plugins)
+    selectors: dict[str, Selector] = {
+        name: registry.load(name)() for name in planned.config.selectors
+    }
+    trainer, method = trained.trainer, trained.method
+    device = trainer.fabric.device
+    last = trainer.stages[-1]
+
+    @torch.no_grad()
+    def translate(images: Tensor) -> Tensor:
+        return images if last.translate is None else last.translate(images)
+
+    scores: dict[str, dict[int, float]] = {name: {} for name in selectors}
+    for step in trainer.candidate_steps():
+        _load_candidate(trained, step, device)
+        for name, selector in selectors.items():
+            torch.manual_seed(planned.config.seed)  # styles drawn alike for every candidate
+            scores[name][step] = selector.score(
+                Candidate(
+                    step, predict, method.task.classes, trained.val, translate, trained.target,
+                    device,
+                )
+            )
+    return scores
+
+
+def _load_candidate(trained: _Trained, step: int, device: torch.device) -> None:
+    path = trained.trainer.candidate_path(step)
+    trained.method.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+    trained.method.eval()
+
+
+def _peak_memory(fabric: Fabric) -> float:
+    if fabric.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(fabric.device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _pictures(
+    planned: PlannedRun, trained: _Trained, fabric: Fabric, count: int = 6
+) -> tuple[Batch, dict[str, Tensor]]:
+    """A batch of images spread over the training slices, and what the method shows of it."""
+
+    def spread(store: ImageStore) -> np.ndarray:
+        # The outermost slices of a volume show little, so the middle of each share is taken.
+        return ((np.arange(count) + 0.5) * len(store) / count).astype(np.int64)
+
+    device, target = fabric.device, trained.target
+    source = spread(trained.train)
+    batch = Batch(
+        torch.from_numpy(trained.train.images(source)).to(device),
+        torch.from_numpy(trained.train.labels(source)).to(device),
+        None if target is None else torch.from_numpy(target.images(spread(target))).to(device),
+    )
+    torch.manual_seed(planned.config.seed)
+    pictures = trained.method.pictures(batch)
+    return batch, {name: picture.detach().float().cpu() for name, picture in pictures.items()}

@@ -1,0 +1,208 @@
+"""What a dataset hands to the harness: structures, domains, cases, splits and grids.
+
+A `Dataset` names files and facts; it reads no voxels itself. Reading, resampling and
+caching are the harness's work (`volumes.py`, `cache.py`), so every dataset goes through
+the same code. A case of the target domain reaches training as an `UnlabelledCase`, a type
+that has no field for a label.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from glua_bench.errors import ConfigError, DataError
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One class of the segmentation task.
+
+    Args:
+        name: the field's short name, e.g. "MYO".
+        title: the name in words, e.g. "left ventricular myocardium".
+        values: the raw label values that mean this structure in the dataset's files.
+        color: "#rrggbb" for contours, the same in every figure.
+    """
+
+    name: str
+    title: str
+    values: tuple[int, ...]
+    color: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the files of a dataset become arrays.
+
+    Args:
+        orientation: "canonical" reorients to RAS+ by the header; "stored" keeps the array as
+            it lies in the file (for files whose header is wrong and whose arrays agree).
+        slice_axis: axis of the (oriented) array along which slices are cut.
+        row_axis: axis of the (oriented) array that runs down a displayed slice.
+        flip: axes to reverse after orientation, so that displayed slices stand upright.
+        stated_spacing: in mm per axis of the (oriented) array, where the header's spacing is
+            known to be wrong; None trusts the header.
+        percentiles: the intensities that map to -1 and 1, over the foreground.
+        ignored_values: raw label values that are known and count as background.
+    """
+
+    orientation: str = "canonical"
+    slice_axis: int = 2
+    row_axis: int = 1
+    flip: tuple[int, ...] = ()
+    stated_spacing: tuple[float, float, float] | None = None
+    percentiles: tuple[float, float] = (0.5, 99.5)
+    ignored_values: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The working grid on which networks see slices.
+
+    Args:
+        size: side of the square slice in pixels.
+        spacing: pixel side in mm.
+        slice_spacing: distance of slices in mm; None keeps the file's own slices.
+    """
+
+    size: int
+    spacing: float
+    slice_spacing: float | None = None
+
+
+@dataclass(frozen=True)
+class UnlabelledCase:
+    """An image volume; all that target-side training ever sees of a case."""
+
+    id: str
+    domain: str
+    image: Path
+
+
+@dataclass(frozen=True)
+class Case:
+    """One subject's image and label volume in one domain.
+
+    Args:
+        id: unique within the dataset, e.g. "ct_1003".
+        domain: the domain's name, e.g. "ct".
+        image: file of the image volume.
+        label: file of the label volume.
+        split: "train", "val" or "test".
+        subject: who was imaged; two cases of one person share it.
+    """
+
+    id: str
+    domain: str
+    image: Path
+    label: Path
+    split: str
+    subject: str
+
+    def unlabelled(self) -> UnlabelledCase:
+        """The case without any way to its label."""
+        return UnlabelledCase(self.id, self.domain, self.image)
+
+
+class Dataset(ABC):
+    """A cross-modality segmentation task on files.
+
+    The class docstring's first line is the one-line description in `glua-bench list`.
+
+    Args:
+        root: the directory of the data; None uses `default_root()`.
+
+    Raises:
+        DataError: from `prepare` or `cases`, naming the directory or file and the fix.
+    """
+
+    name: ClassVar[str]
+    reference: ClassVar[str]  # where the data come from, for `list` and cards
+    needs: ClassVar[str]  # what a user must have, for `list`
+    structures: ClassVar[tuple[Structure, ...]]
+    directions: ClassVar[tuple[str, ...]]  # "source-target"; the first is the default
+    reading: ClassVar[Reading]
+    grids: ClassVar[Mapping[str, Grid]]  # preset -> grid
+    distance_note: ClassVar[str] = "mm by the files' headers"
+    publishable: ClassVar[bool] = False  # may pictures of it leave the machine?
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = (root or self.default_root()).expanduser()
+
+    @classmethod
+    def default_root(cls) -> Path:
+        """`$GLUA_BENCH_DATA/<name>`, where owners' files are expected.
+
+        Raises:
+            DataError: the variable is not set.
+        """
+        base = os.environ.get("GLUA_BENCH_DATA")
+        if not base:
+            raise DataError(
+                f"Dataset '{cls.name}' needs its files: give their directory with --data-root, "
+                f"or set GLUA_BENCH_DATA to the directory that holds '{cls.name}'."
+            )
+        return Path(base) / cls.name
+
+    @abstractmethod
+    def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
+        """Make sure that the files are there; generate them where that is possible.
+
+        Args:
+            report: receives one line at a time about progress.
+
+        Raises:
+            DataError: files are missing and cannot be made.
+        """
+
+    @abstractmethod
+    def cases(self, domain: str) -> tuple[Case, ...]:
+        """All cases of a domain, sorted by id, each in exactly one split."""
+
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains, in order of their first appearance in `directions`."""
+        return tuple(dict.fromkeys(name for d in self.directions for name in d.split("-")))
+
+    def split(self, domain: str, split: str) -> tuple[Case, ...]:
+        """The cases of one split ("train", "val" or "test") of a domain."""
+        return tuple(case for case in self.cases(domain) if case.split == split)
+
+    def grid(self, preset: str) -> Grid:
+        """The working grid of a preset.
+
+        Raises:
+            ConfigError: the dataset defines no grid for the preset.
+        """
+        if preset not in self.grids:
+            raise ConfigError(
+                f"Dataset '{self.name}' has no grid for preset '{preset}'; "
+                f"choose one of {', '.join(self.grids)}."
+            )
+        return self.grids[preset]
+
+
+def parse_direction(dataset: type[Dataset] | Dataset, direction: str | None) -> tuple[str, str]:
+    """Split "source-target" into its two domain names.
+
+    Args:
+        dataset: the dataset, or its class.
+        direction: e.g. "mr-ct"; None takes the dataset's default.
+
+    Raises:
+        ConfigError: the dataset does not know the direction.
+    """
+    chosen = direction or dataset.directions[0]
+    if chosen not in dataset.directions:
+        raise ConfigError(
+            f"Dataset '{dataset.name}' has no direction '{chosen}'; "
+            f"use --direction with one of {', '.join(dataset.directions)}."
+        )
+    source, target = chosen.split("-")
+    return source, target

@@ -1,0 +1,944 @@
+"""The run directory is the truth; MLflow mirrors it.
+
+Everything that a run leaves behind lies in one directory, written so that a killed process
+leaves either the old file or the new one. `MLflowMirror` copies finished directories to a
+tracker as often as one likes, without doubles, and never harms a run when the tracker is
+down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from glua_bench.config import RunConfig
+from glua_bench.errors import RunFailure, UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from mlflow import MlflowClient
+
+FLUSH_SECONDS = 2.0
+SCORES = ("dice", "assd", "hd95", "misses")
+_LIBRARIES = (
+    "torch", "lightning-fabric", "timm", "numpy", "scipy", "nibabel", "medpy", "pandas",
+    "pyarrow", "matplotlib", "mlflow", "optuna",
+)
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def storage_error(error: OSError, path: Path) -> RunFailure:
+    """What an operating-system error on writing means to the user, in one sentence."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunFailure(
+            f"The disk that holds {path} is full; free some space and give the same command "
+            "again, it resumes."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return RunFailure(
+            f"{path} cannot be written ({error.strerror}); choose another directory with --runs."
+        )
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return RunFailure(
+            f"{path} cannot be made because a file lies where a directory must be; move it, or "
+            "choose another directory with --runs."
+        )
+    return RunFailure(
+        f"{path} cannot be written ({error.strerror or error}); check the disk, then give the "
+        "same command again."
+    )
+
+
+@contextlib.contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file that becomes `path` when the block ends without an error.
+
+    A reader, or a run resumed after a kill, sees the old content or the new, never a part.
+
+    Raises:
+        RunFailure: the disk is full or the directory cannot be written.
+    """
+    with _storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Keeping the suffix, since some writers choose the format by it.
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            os.chmod(temporary, 0o666 & ~_umask())
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    # The umask can only be read by setting it.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically.
+
+    Raises:
+        RunFailure: the disk is full or the directory cannot be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _lock(path: Path, wait: bool) -> contextlib.AbstractContextManager[bool]:
+    """An advisory lock that dies with its holder; yields whether it was obtained."""
+
+    @contextlib.contextmanager
+    def held() -> Iterator[bool]:
+        try:
+            import fcntl
+        except ImportError:  # not a POSIX system: runs there are not protected from each other
+            yield True
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                    raise
+                # A network disk without locks is no reason not to work.
+            yield True
+
+    return held()
+
+
+# --- the run directory -----------------------------------------------------------------------
+
+
+class RunDirectory:
+    """One run's files: `runs/<dataset>/<method>/<id>/`.
+
+    Args:
+        runs_root: the directory of all runs.
+        config: what defines the run.
+        run_id: its identity.
+    """
+
+    def __init__(self, runs_root: Path, config: RunConfig, run_id: str) -> None:
+        self.config, self.id = config, run_id
+        self.runs_root = Path(runs_root)
+        self.path = self.runs_root / config.dataset / config.method / run_id
+        self._offsets: dict[str, int] = {}
+        self._total = 0
+        self._buffer: list[str] = []
+        self._log: TextIO | None = None
+        self._flushed = time.monotonic()
+
+    # Where things lie.
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def predictions(self) -> Path:
+        """Directory of the predicted label volumes."""
+        return self.path / "predictions"
+
+    @property
+    def figures(self) -> Path:
+        """Directory of the figures."""
+        return self.path / "figures"
+
+    @property
+    def done(self) -> bool:
+        """Whether the run is complete: `done` exists and fits the summary beside it."""
+        try:
+            mark = json.loads((self.path / "done").read_text(encoding="utf-8"))
+            return bool(mark["summary"] == _file_digest(self.path / "summary.json"))
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    @property
+    def failed(self) -> str | None:
+        """Why the last attempt failed; None where it did not."""
+        try:
+            return (self.path / "failed").read_text(encoding="utf-8").strip() or "unknown reason"
+        except OSError:
+            return None
+
+    # Writing.
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from this run; the lock ends with the process, even killed.
+
+        Raises:
+            RunFailure: another process holds it, or the directory cannot be written.
+        """
+        with contextlib.ExitStack() as stack:
+            with _storing(self.path):
+                mine = stack.enter_context(_lock(self.path / ".lock", wait=False))
+            if not mine:
+                raise RunFailure(
+                    f"The run {self.path} is being run by another process; wait for it, or stop "
+                    "it and give the same command again."
+                )
+            yield
+
+    def start(
+        self, environment: Mapping[str, Any], stages: Sequence[tuple[str, int]] = ()
+    ) -> None:
+        """Write what the run is and where it runs; forget an earlier failure.
+
+        Args:
+            environment: as `environment()` gives it.
+            stages: name and number of steps of each stage, in order; counts `total_step`.
+
+        Raises:
+            RunFailure: the disk is full or the directory cannot be written.
+        """
+        self._offsets, before = {}, 0
+        for name, steps in stages:
+            self._offsets[name] = before
+            before += steps
+        with _storing(self.path):
+            for directory in (self.checkpoints, self.predictions, self.figures):
+                directory.mkdir(parents=True, exist_ok=True)
+            for leftover in self.path.rglob(".writing-*"):
+                leftover.unlink(missing_ok=True)
+            (self.path / "failed").unlink(missing_ok=True)
+        write_text(self.path / "config.yaml", self.config.to_yaml())
+        write_text(self.path / "environment.json", _json(environment))
+
+    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Add the numbers of one step to `log.jsonl`.
+
+        Lines are gathered and written every few seconds, and by `flush`.
+
+        Args:
+            stage: name of the stage.
+            step: updates done in the stage.
+            values: name to number.
+
+        Raises:
+            RunFailure: the disk is full or the directory cannot be written.
+        """
+        if stage not in self._offsets:
+            self._offsets[stage] = self._total
+        self._total = self._offsets[stage] + step
+        row = {
+            "stage": stage,
+            "step": step,
+            "total_step": self._total,
+            "time": round(time.time(), 3),
+            "values": {name: float(value) for name, value in values.items()},
+        }
+        self._buffer.append(json.dumps(row) + "\n")
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the gathered log lines.
+
+        Raises:
+            RunFailure: the disk is full or the directory cannot be written.
+        """
+        self._flushed = time.monotonic()
+        if not self._buffer:
+            return
+        with _storing(self.path / "log.jsonl"):
+            if self._log is None:
+                self._drop_torn_line()
+                self._log = (self.path / "log.jsonl").open("a", encoding="utf-8")
+            self._log.write("".join(self._buffer))
+            self._log.flush()
+        self._buffer.clear()
+
+    def close(self) -> None:
+        """Write what is gathered and close the log."""
+        try:
+            self.flush()
+        finally:
+            if self._log is not None:
+                self._log.close()
+                self._log = None
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Drop the log lines after a checkpoint, so that a resumed run logs no step twice.
+
+        A last line that a kill tore is dropped too. `rewind(first_stage, 0)` empties the log.
+
+        Args:
+            stage: the stage that the checkpoint was written in.
+            step: updates that had been done in it.
+
+        Raises:
+            RunFailure: the disk is full or the directory cannot be written.
+        """
+        self._buffer.clear()
+        self.close()
+        kept, self._total = [], 0
+        for row in self._rows():
+            self._offsets.setdefault(row["stage"], row["total_step"] - row["step"])
+        limit = self._offsets.get(stage)
+        for row in self._rows():
+            own = row["stage"] == stage and row["step"] <= step
+            earlier = row["stage"] != stage and (limit is None or row["total_step"] <= limit)
+            if own or earlier:
+                kept.append(json.dumps(row) + "\n")
+                self._total = row["total_step"]
+        if kept or (self.path / "log.jsonl").exists():
+            write_text(self.path / "log.jsonl", "".join(kept))
+
+    def write_cases(self, frame: pd.DataFrame) -> None:
+        """Write the table of results per case, structure and selector.
+
+        Raises:
+            RunFailure: the disk is full or the directory cannot be written.
+        """
+        with replacing(self.path / "cases.parquet") as temporary:
+            frame.to_parquet(temporary, index=False)
+
+    def read_cases(self) -> pd.DataFrame:
+        """The table of results per case, structure and selector.
+
+        Raises:
+            UserError: the run has none, or it cannot be read.
+        """
+        return self._read_table("cases.parquet")
+
+    def read_metrics(self) -> pd.DataFrame:
+        """The numbers of training: stage, step, total_step, name, value.
+
+        Raises:
+            UserError: the run has none, or they cannot be read.
+        """
+        return self._read_table("metrics.parquet")
+
+    def read_summary(self) -> dict[str, Any]:
+        """What `finish` was given.
+
+        Raises:
+            UserError: the run has none, or it cannot be read.
+        """
+        return self._read_json("summary.json")
+
+    def read_environment(self) -> dict[str, Any]:
+        """What `start` was given.
+
+        Raises:
+            UserError: the run has none, or it cannot be read.
+        """
+        return self._read_json("environment.json")
+
+    def fail(self, message: str) -> None:
+        """Mark the attempt as failed. Never raises: the reason of the failure matters more."""
+        with contextlib.suppress(OSError, RunFailure):
+            self.close()
+        with contextlib.suppress(OSError, RunFailure):
+            (self.path / "done").unlink(missing_ok=True)
+            write_text(self.path / "failed", " ".join(message.split()) + "\n")
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the training metrics and the summary, then, last, `done`.
+
+        Raises:
+            RunFailure: the disk is full or the directory cannot be written.
+        """
+        import pandas as pd
+
+        self.close()
+        rows = [
+            (row["stage"], row["step"], row["total_step"], name, value)
+            for row in self._rows()
+            for name, value in row["values"].items()
+        ]
+        metrics = pd.DataFrame(rows, columns=["stage", "step", "total_step", "name", "value"])
+        metrics = metrics.astype({"step": "int64", "total_step": "int64", "value": "float64"})
+        with replacing(self.path / "metrics.parquet") as temporary:
+            metrics.to_parquet(temporary, index=False)
+        write_text(self.path / "summary.json", _json(summary))
+        with _storing(self.path):
+            (self.path / "failed").unlink(missing_ok=True)
+        mark = {
+            "id": self.id,
+            "time": _now(),
+            "summary": _file_digest(self.path / "summary.json"),
+        }
+        write_text(self.path / "done", _json(mark))
+
+    # Reading.
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """The run that lies in a directory.
+
+        Raises:
+            UserError: there is none, or its configuration cannot be read.
+        """
+        path = Path(path)
+        try:
+            config = RunConfig.from_yaml((path / "config.yaml").read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(
+                f"{path} is not a run's directory (no readable config.yaml); give one that lies "
+                "at runs/<dataset>/<method>/<id>."
+            ) from error
+        except UserError as error:
+            raise UserError(
+                f"{path / 'config.yaml'} is not a configuration of this version; remove the run "
+                f"or use the version that wrote it ({error})"
+            ) from error
+        except Exception as error:  # YAML of any shape may lie there
+            raise UserError(
+                f"{path / 'config.yaml'} cannot be read ({type(error).__name__}); remove the run."
+            ) from error
+        run = cls(path.parent.parent.parent, config, path.name)
+        run.path = path
+        return run
+
+    @classmethod
+    def find(cls, runs_root: Path, id_prefix: str) -> RunDirectory:
+        """The run whose id begins with a text.
+
+        Raises:
+            UserError: no run or several runs fit.
+        """
+        fitting = [p for p in _run_paths(runs_root) if p.name.startswith(id_prefix)]
+        if len(fitting) == 1:
+            return cls.open(fitting[0])
+        if not fitting:
+            raise UserError(
+                f"No run in {runs_root} has an id that begins with '{id_prefix}'; check --runs."
+            )
+        raise UserError(
+            f"{len(fitting)} runs in {runs_root} have an id that begins with '{id_prefix}' "
+            f"({', '.join(p.name for p in fitting[:4])}); give more of the id."
+        )
+
+    def _rows(self) -> list[dict[str, Any]]:
+        try:
+            lines = (self.path / "log.jsonl").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return []
+        rows = []
+        for line in lines.split("\n"):
+            try:
+                row = json.loads(line)
+                rows.append({key: row[key] for key in
+                             ("stage", "step", "total_step", "time", "values")})
+            except (ValueError, KeyError, TypeError):
+                continue  # torn by a kill
+        return rows
+
+    def _drop_torn_line(self) -> None:
+        path = self.path / "log.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            return
+        with path.open("rb+") as handle:
+            content = handle.read()
+            if content and not content.endswith(b"\n"):
+                handle.truncate(content.rfind(b"\n") + 1)
+
+    def _read_table(self, name: str) -> pd.DataFrame:
+        import pandas as pd
+
+        try:
+            return pd.read_parquet(self.path / name)
+        except (OSError, ValueError) as error:  # pyarrow's errors are children of these
+            raise UserError(
+                f"The run {self.path} has no readable {name}; give its command again."
+            ) from error
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.path / name).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"The run {self.path} has no readable {name}; give its command again."
+            ) from error
+
+
+def list_runs(runs_root: Path) -> list[RunDirectory]:
+    """All runs below a directory, sorted by path; unreadable ones are named in a warning."""
+    runs = []
+    for path in _run_paths(runs_root):
+        try:
+            runs.append(RunDirectory.open(path))
+        except UserError as error:
+            _warn(str(error))
+    return runs
+
+
+def _run_paths(runs_root: Path) -> list[Path]:
+    return sorted(p.parent for p in Path(runs_root).glob("*/*/*/config.yaml"))
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2, default=_plain) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    # numpy's and torch's numbers know how to become Python's; everything else becomes text.
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+# --- the environment -------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the libraries that a result may depend on, without imports."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def git_state(directory: Path) -> dict[str, Any] | None:
+    """Commit and cleanness of the git checkout that holds a directory; None where none does."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(directory), *arguments],
+            capture_output=True, text=True, timeout=10, check=True,
+        ).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def environment(**facts: Any) -> dict[str, Any]:
+    """Where and with what a run is made. Holds no user's or machine's name.
+
+    Args:
+        facts: further entries, e.g. the data fingerprint and the device in use.
+    """
+    import glua_bench
+
+    found: dict[str, Any] = {
+        "glua_bench": glua_bench.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": _processor(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "libraries": versions(),
+        "git": git_state(Path.cwd()),
+        "source": git_state(Path(glua_bench.__file__).resolve().parent),
+        "command": [_without_home(argument) for argument in sys.argv],
+        "time": _now(),
+    }
+    # Only where torch is in use anyway: asking must not cost an import.
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        found["threads"] = torch.get_num_threads()
+        found["gpus"] = [
+            torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+        ] if torch.cuda.is_available() else []
+        found["cuda"] = torch.version.cuda
+    return {**found, **facts}
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        return re.search(r"model name\s*:\s*(.+)", text)[1]  # type: ignore[index]
+    except (OSError, TypeError):
+        return platform.processor() or "unknown"
+
+
+def _without_home(text: str) -> str:
+    home = str(Path.home())
+    return text.replace(home, "~") if len(home) > 1 else text
+
+
+# --- the mirror ------------------------------------------------------------------------------
+
+
+@dataclass
+class SyncCounts:
+    """What `MLflowMirror.sync` did.
+
+    Args:
+        uploaded: runs that the tracker did not have complete.
+        present: runs that it had.
+        unfinished: runs that are neither done nor failed, which are not mirrored.
+        missed: runs that could not be uploaded.
+    """
+
+    uploaded: int = 0
+    present: int = 0
+    unfinished: int = 0
+    missed: int = 0
+
+
+def tracking_uri(runs_root: Path) -> str:
+    """`$MLFLOW_TRACKING_URI`, else a SQLite file among the runs."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or (
+        f"sqlite:///{(Path(runs_root).resolve() / 'mlflow.db').as_posix()}"
+    )
+
+
+def check_tracker(uri: str, timeout: float = 3.0) -> None:
+    """Find out quickly whether anybody answers at a tracker's address.
+
+    mlflow's client retries for minutes; a closed port or an unknown host shows at once.
+
+    Raises:
+        OSError: nobody answers.
+    """
+    parts = urllib.parse.urlsplit(uri)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return
+    if parts.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(
+        parts.hostname
+    ):
+        return  # the proxy is the one who connects
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    socket.create_connection((parts.hostname, port), timeout=timeout).close()
+
+
+def mlflow_client(uri: str) -> MlflowClient:
+    """A quiet client that gives up within seconds on a dead tracker.
+
+    Raises:
+        OSError: nobody answers at the address.
+    """
+    check_tracker(uri)
+    for name, value in {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        # What is trained here, and on whose data, is nobody else's business.
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri)
+
+
+class MLflowMirror:
+    """Copies run directories to an MLflow tracker, without doubles.
+
+    Each run is one MLflow run, found again by its tag `glua_bench.id`. A copy that was
+    interrupted, or that shows an earlier failure of a run that has succeeded since, is
+    replaced.
+
+    Args:
+        runs_root: the directory of all runs; holds the default store.
+        warn: receives the one sentence when the tracker is down.
+    """
+
+    def __init__(self, runs_root: Path, warn: Callable[[str], None] = _warn) -> None:
+        self.runs_root = Path(runs_root)
+        self.uri = tracking_uri(self.runs_root)
+        self._warn = warn
+        self._client: MlflowClient | None = None
+        self._experiments: dict[str, str] = {}
+
+    @property
+    def place(self) -> str:
+        """The tracker's address without a password, for messages."""
+        return re.sub(r"//[^/@]*@", "//", self.uri)
+
+    def mirror(self, run: RunDirectory, parent: str | None = None) -> bool:
+        """Upload one finished or failed run, unless the tracker has it.
+
+        Args:
+            run: its directory.
+            parent: MLflow id of a run to show it under.
+
+        Returns:
+            Whether the tracker now has it; where not, one warning was given.
+        """
+        return self._mirror(run, parent) is not None
+
+    def sync(self, runs_root: Path | None = None) -> SyncCounts:
+        """Upload every finished or failed run that the tracker does not have.
+
+        Args:
+            runs_root: another directory of runs than the mirror's own.
+        """
+        counts = SyncCounts()
+        for run in list_runs(runs_root or self.runs_root):
+            if not run.done and run.failed is None:
+                counts.unfinished += 1
+            elif counts.missed:
+                counts.missed += 1  # the tracker is down: one warning is enough
+            else:
+                new = self._mirror(run, None)
+                if new is None:
+                    counts.missed += 1
+                elif new:
+                    counts.uploaded += 1
+                else:
+                    counts.present += 1
+        return counts
+
+    def _mirror(self, run: RunDirectory, parent: str | None) -> bool | None:
+        """True: uploaded; False: the tracker had it; None: it could not be uploaded."""
+        try:
+            # Two processes must not find at the same time that the run is missing.
+            with _lock(self.runs_root / ".mlflow.lock", wait=True):
+                return self._upload(run, parent)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit too: a tracker never ends a run
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            self._warn(
+                f"MLflow at {self.place} did not take run {run.id} ({reason}); the run's "
+                f"directory is complete, mirror it later with `glua-bench sync --runs "
+                f"{self.runs_root}`."
+            )
+            return None
+
+    def _upload(self, run: RunDirectory, parent: str | None) -> bool:
+        state = self._state(run)
+        if self._client is None:
+            self._client = mlflow_client(self.uri)
+        client = self._client
+        experiment = self._experiment(run.config.dataset)
+        complete = None
+        for found in client.search_runs(
+            [experiment], filter_string=f"tags.`glua_bench.id` = '{run.id}'"
+        ):
+            if complete is None and found.data.tags.get("glua_bench.mirrored") == state:
+                complete = found.info.run_id
+            else:
+                client.delete_run(found.info.run_id)
+        if complete is None:
+            uploaded = _Upload(client, experiment, run, state, parent).send()
+        else:
+            uploaded = complete
+        with contextlib.suppress(RunFailure):
+            mark = {"tracking_uri": self.place, "run_id": uploaded, "mirrored": state}
+            write_text(run.path / "mlflow.json", _json(mark))
+        return complete is None
+
+    def _state(self, run: RunDirectory) -> str:
+        """What a complete copy of the directory would be tagged with."""
+        if run.done:
+            return f"done {_file_digest(run.path / 'done')}"
+        if run.failed is not None:
+            return f"failed {_file_digest(run.path / 'failed')}"
+        raise RunFailure("it is neither done nor failed")
+
+    def _experiment(self, dataset: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        assert self._client is not None
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or f"glua-bench/{dataset}"
+        if name not in self._experiments:
+            found = self._client.get_experiment_by_name(name)
+            if found is None:
+                # A server knows where its artifacts go; without one they lie by the runs.
+                remote = self.uri.startswith(("http:", "https:", "databricks"))
+                place = None if remote else (self.runs_root.resolve() / "mlartifacts").as_uri()
+                try:
+                    self._experiments[name] = self._client.create_experiment(name, place)
+                    return self._experiments[name]
+                except MlflowException:
+                    # Somebody else may have made it since.
+                    found = self._client.get_experiment_by_name(name)
+                    if found is None:
+                        raise
+            if found.lifecycle_stage == "deleted":
+                self._client.restore_experiment(found.experiment_id)
+            self._experiments[name] = found.experiment_id
+        return self._experiments[name]
+
+
+@dataclass
+class _Upload:
+    """The copying of one run directory to one new MLflow run."""
+
+    client: MlflowClient
+    experiment: str
+    run: RunDirectory
+    state: str
+    parent: str | None
+    id: str = field(default="", init=False)
+
+    def send(self) -> str:
+        run, config = self.run, self.run.config
+        rows = run._rows()
+        began = int(rows[0]["time"] * 1000) if rows else int(time.time() * 1000)
+        ended = int(rows[-1]["time"] * 1000) if rows else began
+        privileged = "  privileged" if config.privileged else ""
+        created = self.client.create_run(
+            self.experiment,
+            start_time=began,
+            run_name=f"{config.method} {config.direction} seed {config.seed}{privileged} "
+            f"{run.id[:6]}",
+            tags=self._tags(),
+        )
+        self.id = created.info.run_id
+        self._params()
+        self._metrics(rows, ended)
+        self._artifacts()
+        self.client.set_terminated(self.id, "FINISHED" if run.done else "FAILED", ended)
+        # Set last: a copy without it is incomplete and will be replaced.
+        self.client.set_tag(self.id, "glua_bench.mirrored", self.state)
+        return self.id
+
+    def _tags(self) -> dict[str, str]:
+        run, config = self.run, self.run.config
+        tags = {
+            "glua_bench.id": run.id,
+            "glua_bench.method": config.method,
+            "glua_bench.dataset": config.dataset,
+            "glua_bench.direction": config.direction,
+            "glua_bench.scenario": config.scenario,
+            "glua_bench.seed": str(config.seed),
+            "glua_bench.privileged": str(config.privileged).lower(),
+        }
+        if self.parent:
+            tags["mlflow.parentRunId"] = self.parent
+        failed = run.failed
+        if failed and not run.done:
+            tags["glua_bench.error"] = failed[:4000]
+        with contextlib.suppress(UserError):
+            environment = run.read_environment()
+            for name in ("data", "code"):
+                if name in environment:
+                    tags[f"glua_bench.{name}"] = _one_text(environment[name])
+            state = environment.get("source") or environment.get("git")
+            if state:
+                tags["mlflow.source.git.commit"] = str(state["commit"])
+                tags["glua_bench.git_dirty"] = str(state["dirty"]).lower()
+        return tags
+
+    def _params(self) -> None:
+        from mlflow.entities import Param
+
+        values = _flat(self.run.config.to_dict())
+        params = [Param(_key(name), str(value)[:6000]) for name, value in values.items()]
+        for start in range(0, len(params), 100):  # the tracker's limit of one request
+            self.client.log_batch(self.id, params=params[start : start + 100])
+
+    def _metrics(self, rows: list[dict[str, Any]], ended: int) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(_key(f"{row['stage']}/{name}"), value, int(row["time"] * 1000), row["step"])
+            for row in rows
+            for name, value in row["values"].items()
+        ]
+        if self.run.done:
+            for name, value in final_metrics(self.run.read_summary()).items():
+                metrics.append(Metric(_key(name), value, ended, 0))
+        for start in range(0, len(metrics), 1000):  # the tracker's limit of one request
+            self.client.log_batch(self.id, metrics=metrics[start : start + 1000])
+
+    def _artifacts(self) -> None:
+        path = self.run.path
+        for name in ("config.yaml", "environment.json", "summary.json", "cases.parquet", "failed"):
+            if (path / name).is_file():
+                self.client.log_artifact(self.id, str(path / name))
+        if (path / "cases.parquet").is_file():
+            with tempfile.TemporaryDirectory() as directory:
+                table = Path(directory) / "cases.csv"
+                self.run.read_cases().to_csv(table, index=False, float_format="%.4f")
+                self.client.log_artifact(self.id, str(table))
+        for figure in sorted(self.run.figures.glob("*.png")):
+            self.client.log_artifact(self.id, str(figure), "figures")
+
+
+def final_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The results of a run as the tracker's metrics.
+
+    Args:
+        summary: as `RunDirectory.finish` was given it; `scores` holds one record per selector
+            and structure (and one for their "mean").
+
+    Returns:
+        e.g. {"final/last/mean/dice": 0.8, "final/last/MYO/dice": 0.7, "final/last/MYO/misses": 2}.
+    """
+    return {
+        f"final/{record['selector']}/{record['structure']}/{score}": float(record[score])
+        for record in summary.get("scores", ())
+        for score in SCORES
+        if record.get(score) is not None
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            group = "method" if prefix == "" and name == "method_config" else name
+            flat.update(_flat(value, f"{prefix}{group}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _one_text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{name}={entry}" for name, entry in value.items())
+    return str(value)
+
+
+def _key(name: str) -> str:
+    """A name with only the characters that a tracker accepts."""
+    return re.sub(r"[^\w\-. /]", "_", name)[:250]

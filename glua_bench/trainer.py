@@ -1,0 +1,366 @@
+"""The loop: stages, step budget, checkpoints, resume, devices and precision.
+
+What a step does depends on (seed, stage, step) and the weights alone: slices and random
+numbers are derived from them anew in every step. So a checkpoint holds weights, optimizer
+states and a position, and a resumed run ends in the same weights, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import math
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+from torch.optim import Optimizer
+
+from glua_bench import augment
+from glua_bench.batches import Batches
+from glua_bench.config import RunConfig
+from glua_bench.console import Progress
+from glua_bench.errors import ConfigError, RunFailure
+from glua_bench.method import Batch, Context, Method, Stage
+
+LOG_EVERY = 10  # steps between reading the losses back from the device
+CHECKPOINT_SECONDS = 30.0
+
+
+class Log(Protocol):
+    """Where the trainer reports, e.g. `tracking.RunDirectory`."""
+
+    def log(self, stage: str, step: int, values: dict[str, float]) -> None:
+        """Record the scalars of one step."""
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget what was recorded behind a position."""
+
+
+def save_atomically(value: Any, path: Path) -> None:
+    """`torch.save` that leaves the old file or the whole new one, whatever happens.
+
+    Raises:
+        RunFailure: the disk is full or the directory cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise RunFailure(
+            f"{path} could not be written ({error}); free space on that disk or choose another "
+            "directory, and run the same command again to resume."
+        ) from error
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock file; the kernel releases it when the process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def step_seed(seed: int, stage: str, step: int, rank: int = 0) -> int:
+    """The seed of one step's random numbers."""
+    return zlib.crc32(f"{seed}/{stage}/{step}/{rank}".encode()) + (seed << 32)
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """Where a finished stage is kept for other runs.
+
+    Args:
+        path: the file.
+        lock: held while one process trains the stage.
+    """
+
+    path: Path
+
+    @property
+    def lock(self) -> Path:
+        """The lock file beside it."""
+        return self.path.with_suffix(".lock")
+
+
+class Trainer:
+    """Trains one method under a run's budget.
+
+    Args:
+        method: the method, freshly initialised from the seed.
+        config: the run.
+        batches: the data; see `Batches`.
+        fabric: devices and precision.
+        checkpoints: directory of `last.pt` and the candidates.
+        log: where losses are recorded.
+        progress: what the user sees.
+        artefact: stage → where its result is shared, or None.
+        checkpoint_seconds: pause between checkpoints; 0 writes one after every step.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        config: RunConfig,
+        batches: Batches,
+        fabric: Fabric,
+        checkpoints: Path,
+        log: Log,
+        progress: Progress,
+        artefact: Callable[[Stage], Artefact | None] = lambda stage: None,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    ) -> None:
+        self.config, self.batches, self.fabric = config, batches, fabric
+        self.log, self.progress, self.artefact = log, progress, artefact
+        self.checkpoints, self.checkpoint_seconds = checkpoints, checkpoint_seconds
+        self.method = method.to(fabric.device, memory_format=torch.channels_last)
+        for tensor in itertools.chain(method.parameters(), method.buffers()):
+            tensor.data = fabric.broadcast(tensor.data) if fabric.world_size > 1 else tensor.data
+        self.stages = tuple(method.stages())
+        self.seconds: dict[str, float] = {}  # stage → seconds of its steps in this process
+        self.reused: set[str] = set()  # stages taken from the cache
+        self._pending: list[tuple[int, dict[str, Tensor]]] = []
+        self._saved_at = time.monotonic()
+
+    # -- the plan ---------------------------------------------------------------------------
+
+    def candidate_steps(self) -> list[int]:
+        """Steps of the last stage after which a checkpoint is offered to the selectors."""
+        total = self.stages[-1].steps(self.config.steps)
+        count = min(self.config.candidates, total)
+        return [round(total * (i + 1) / count) for i in range(count)]
+
+    def candidate_path(self, step: int) -> Path:
+        """The file of a candidate."""
+        return self.checkpoints / f"candidate_{step:07d}.pt"
+
+    # -- the loop ---------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train all stages, from the last checkpoint where there is one.
+
+        Raises:
+            RunFailure: a loss is not finite, or a checkpoint cannot be written.
+        """
+        position = self._load()
+        for index, stage in enumerate(self.stages):
+            if index < position["stage"]:
+                continue
+            start = position["step"] if index == position["stage"] else 0
+            states = position["optimizers"] if index == position["stage"] else {}
+            artefact = self.artefact(stage)
+            if artefact is None:
+                self._train(index, stage, start, states)
+            else:
+                self._train_shared(index, stage, start, states, artefact)
+        self.method.eval()
+
+    def _train_shared(
+        self, index: int, stage: Stage, start: int, states: Mapping[str, Any], artefact: Artefact
+    ) -> None:
+        """Train a stage whose result other runs share, or take theirs."""
+        if self.fabric.world_size > 1:  # one process a machine may hold the lock, so none does
+            self._take(stage, artefact) or self._train(index, stage, start, states)
+            if self.fabric.is_global_zero and stage.name not in self.reused:
+                self._share(stage, artefact)
+            self.fabric.barrier()
+            return
+        with exclusive(artefact.lock):
+            if not self._take(stage, artefact):
+                self._train(index, stage, start, states)
+                self._share(stage, artefact)
+
+    def _take(self, stage: Stage, artefact: Artefact) -> bool:
+        if not artefact.path.is_file():
+            return False
+        saved = torch.load(artefact.path, map_location=self.fabric.device, weights_only=True)
+        for name in stage.modules:
+            self.method.get_submodule(name).load_state_dict(saved[name])
+        self.reused.add(stage.name)
+        self.progress.line(f"Stage '{stage.name}': finished before with these settings, reused.")
+        return True
+
+    def _share(self, stage: Stage, artefact: Artefact) -> None:
+        modules = {name: self.method.get_submodule(name).state_dict() for name in stage.modules}
+        save_atomically(modules, artefact.path)
+
+    def _train(self, index: int, stage: Stage, start: int, states: Mapping[str, Any]) -> None:
+        method, config, fabric = self.method, self.config, self.fabric
+        total = stage.steps(config.steps)
+        optimizers = self._optimizers(stage, states)
+        candidates = set(self.candidate_steps()) if index == len(self.stages) - 1 else set()
+        context = Context(
+            stage, start, total, optimizers, self.batches.target_slices,
+            fabric.backward, self._average if fabric.world_size > 1 else lambda optimizer: None,
+        )
+        key = zlib.crc32(stage.name.encode())
+        method.train()
+        self.progress.stage(stage.name, total, start)
+        began = time.perf_counter()
+        for step in range(start, total):
+            context.step = step
+            torch.manual_seed(step_seed(config.seed, stage.name, step, fabric.global_rank))
+            for optimizer in optimizers.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * (1 - context.progress) ** stage.decay
+            with fabric.autocast():
+                batch = self._augmented(Batch(*self.batches.load(key, step)), stage)
+                values = method.step(batch, context)
+            values = {name: value.detach() for name, value in values.items()}
+            self._pending.append((step + 1, values))
+            self.progress.update(step + 1, values)
+            if len(self._pending) >= LOG_EVERY:
+                self._flush(stage)
+            last = step + 1 == total
+            if step + 1 in candidates:
+                self._flush(stage)
+                if fabric.is_global_zero:
+                    save_atomically(method.state_dict(), self.candidate_path(step + 1))
+            if not last and time.monotonic() - self._saved_at >= self.checkpoint_seconds:
+                self._save(index, stage, step + 1, optimizers)
+        self._flush(stage)
+        if stage.finish is not None:
+            torch.manual_seed(step_seed(config.seed, stage.name, total))
+            method.eval()
+            stage.finish(context)
+        self.seconds[stage.name] = time.perf_counter() - began
+        self._save(index + 1, stage, 0, {})
+
+    def _augmented(self, batch: Batch, stage: Stage) -> Batch:
+        """Geometric, then the stage's translation, then photometric; alike for every method."""
+        policy = self.config.augmentation
+        images, labels, target = batch.source_images, batch.source_labels, batch.target_images
+        if policy != "none":
+            images, moved = augment.geometric(images, labels)
+            labels = labels if moved is None else moved
+            if target is not None:
+                target, _ = augment.geometric(target)
+        if stage.translate is not None:
+            with torch.no_grad():
+                images = stage.translate(images)
+        if policy == "photometric" and stage.photometric:
+            images = augment.tone_curves(images)
+        return replace(batch, source_images=images, source_labels=labels, target_images=target)
+
+    def _optimizers(self, stage: Stage, states: Mapping[str, Any]) -> dict[str, Optimizer]:
+        optimizers = self.method.optimizers(stage)
+        for name, optimizer in optimizers.items():
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
+            if name in states:
+                optimizer.load_state_dict(states[name])
+        if isinstance(self.fabric.strategy.precision.precision, str) and (
+            self.config.precision == "16-mixed"
+        ):
+            # The gradient scaler lives in Fabric's wrapper; other precisions need none.
+            return {name: self.fabric.setup_optimizers(o) for name, o in optimizers.items()}  # type: ignore[misc]
+        return optimizers
+
+    def _average(self, optimizer: Optimizer) -> None:
+        """Mean of the gradients over processes."""
+        gradients = [
+            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        flat = torch.cat([g.flatten() for g in gradients])
+        mean = self.fabric.all_reduce(flat, reduce_op="mean")
+        assert isinstance(mean, Tensor)
+        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    # -- records ----------------------------------------------------------------------------
+
+    def _flush(self, stage: Stage) -> None:
+        """Read the pending losses back, record them, and stop where one is not finite."""
+        if not self._pending:
+            return
+        names = list(self._pending[0][1])
+        table = torch.stack([torch.stack([v[n].float() for n in names]) for _, v in self._pending])
+        for (step, _), row in zip(self._pending, table.cpu().tolist(), strict=True):
+            values = dict(zip(names, row, strict=True))
+            bad = [name for name, value in values.items() if not math.isfinite(value)]
+            if bad:
+                self._pending.clear()
+                raise RunFailure(
+                    f"The loss '{bad[0]}' is {values[bad[0]]} at step {step} of stage "
+                    f"'{stage.name}', so the run was stopped and its last good checkpoint kept in "
+                    f"{self.checkpoints}; lower the learning rates with --set method.NAME=VALUE "
+                    "(glua-bench run --help)."
+                )
+            if self.fabric.is_global_zero:
+                self.log.log(stage.name, step, values)
+        self._pending.clear()
+
+    def _save(
+        self, index: int, stage: Stage, step: int, optimizers: Mapping[str, Optimizer]
+    ) -> None:
+        """Write `last.pt` for a position whose losses and weights are finite."""
+        self._flush(stage)
+        parameters = [p for p in self.method.parameters() if p.is_floating_point()]
+        if not all(bool(torch.isfinite(p).all()) for p in parameters):
+            raise RunFailure(
+                f"Weights are not finite after step {step} of stage '{stage.name}', so the run was "
+                f"stopped and its last good checkpoint kept in {self.checkpoints}; lower the "
+                "learning rates with --set method.NAME=VALUE."
+            )
+        if self.fabric.is_global_zero:
+            state = {
+                "stage": index,
+                "step": step,
+                "after": stage.name,
+                "method": self.method.state_dict(),
+                "optimizers": {name: o.state_dict() for name, o in optimizers.items()},
+            }
+            save_atomically(state, self.checkpoints / "last.pt")
+        self._saved_at = time.monotonic()
+
+    def _load(self) -> dict[str, Any]:
+        """The position to start from; loads weights where there is a checkpoint."""
+        path = self.checkpoints / "last.pt"
+        if not path.is_file():
+            if self.fabric.is_global_zero:
+                self.log.rewind(self.stages[0].name, 0)
+            return {"stage": 0, "step": 0, "optimizers": {}}
+        try:
+            state: dict[str, Any] = torch.load(
+                path, map_location=self.fabric.device, weights_only=True
+            )
+            self.method.load_state_dict(state["method"])
+        except Exception as error:  # torch raises many types for damaged files
+            raise ConfigError(
+                f"The checkpoint {path} cannot be read ({type(error).__name__}); delete it to "
+                "train this run from its start."
+            ) from error
+        if state["stage"] < len(self.stages):
+            stage = self.stages[state["stage"]]
+            if self.fabric.is_global_zero:
+                self.log.rewind(stage.name, state["step"])
+            if state["stage"] or state["step"]:
+                self.progress.line(f"Resuming stage '{stage.name}' at step {state['step']}.")
+        return state
+
+
+def stage_order(stages: tuple[Stage, ...]) -> dict[str, int]:
+    """Stage names → position.
+
+    Raises:
+        ConfigError: two stages share a name.
+    """
+    order = {stage.name: index for index, stage in enumerate(stages)}
+    if len(order) < len(stages):
+        raise ConfigError("A method's stages must have different names.")
+    return order

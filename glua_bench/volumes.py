@@ -1,0 +1,704 @@
+"""NIfTI in and out: orientation, resampling, cropping, intensity, and the way back.
+
+Three frames appear here, and a `Placement` ties them together:
+
+- the *file* frame, the array axes as they are stored, in which results are saved and scored;
+- the *oriented* frame, after the dataset's `Reading`, cut as (Z, Y, X);
+- the *working* frame, the (Z, H, W) grid on which networks see slices.
+
+File and oriented frames differ by a permutation and reversals of axes, which invert exactly.
+Oriented and working frames differ by an offset and a scale per axis, so resampling in either
+direction is one small sparse matrix an axis. Nothing here is computed from a label: the crop and
+the intensity range come from the image alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from scipy import ndimage, sparse
+
+from glua_bench.errors import DataError, RunFailure
+from glua_bench.task import Grid, Reading, Structure
+
+# A working pixel within 0.1 % of the file's pixel is taken as equal: over 256 pixels the drift
+# stays below a quarter of a pixel, and the image is not blurred by an interpolation.
+_SAME_SPACING = 1e-3
+# Percentiles and thresholds come from a regular subsample of at most this many voxels.
+_SAMPLE = 2_000_000
+_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the working grid lies in a file's own voxel grid.
+
+    Working axis i (0 = Z, 1 = H, 2 = W) runs along file axis `axes[i]`, reversed where
+    `flips[i]`. Along it, working voxel j has its centre at oriented voxel index
+    `offset[i] + step[i] * j`.
+
+    Args:
+        file_shape: voxels per axis of the stored array.
+        affine: voxel-to-world matrix of the file, 4 rows of 4.
+        codes: qform and sform code of the header.
+        spacing: mm per axis of the *file's stored array*, for metrics on the original grid; a
+            spacing that the dataset states has replaced the header's.
+        axes: file axis of each working axis.
+        flips: whether each working axis runs against its file axis.
+        offset: oriented index of the first working voxel, per working axis.
+        step: oriented voxels per working voxel, per working axis.
+        shape: (Z, H, W) of the working grid.
+    """
+
+    file_shape: tuple[int, int, int]
+    affine: tuple[tuple[float, float, float, float], ...]
+    codes: tuple[int, int]
+    spacing: tuple[float, float, float]
+    axes: tuple[int, int, int]
+    flips: tuple[bool, bool, bool]
+    offset: tuple[float, float, float]
+    step: tuple[float, float, float]
+    shape: tuple[int, int, int]
+
+    @property
+    def oriented_shape(self) -> tuple[int, int, int]:
+        """(Z, Y, X) of the whole file after orientation."""
+        a, b, c = (self.file_shape[axis] for axis in self.axes)
+        return a, b, c
+
+    @property
+    def grid_spacing(self) -> tuple[float, float, float]:
+        """mm per working voxel along (Z, H, W)."""
+        a, b, c = (
+            self.spacing[axis] * step for axis, step in zip(self.axes, self.step, strict=True)
+        )
+        return a, b, c
+
+    def to_json(self) -> str:
+        """The placement as JSON text; `from_json` gives back an equal object."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Placement:
+        """The placement that `to_json` wrote.
+
+        Raises:
+            ValueError: the text is not a placement.
+        """
+        try:
+            fields = json.loads(text)
+            return cls(**{name: _tuples(value) for name, value in fields.items()})
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"Not a placement: {error}.") from error
+
+
+@dataclass(frozen=True)
+class GridImage:
+    """An image volume on the working grid.
+
+    Args:
+        voxels: float32 (Z, H, W) in [-1, 1]; -1 also where the grid reaches beyond the volume.
+        placement: the way back to the file's voxels.
+    """
+
+    voxels: np.ndarray
+    placement: Placement
+
+
+def load_image(path: Path, reading: Reading, grid: Grid) -> GridImage:
+    """Read an image volume onto the working grid, in [-1, 1].
+
+    Every slice of the volume is kept. In the plane, the window of `grid.size` pixels is centred on
+    the volume where it covers the whole of it; otherwise on the bounding box of the foreground,
+    moved so that it does not leave the volume. The foreground is the largest component of what
+    exceeds half of Otsu's threshold on a coarse, smoothed copy: a body without the air around it
+    or the couch below it. Intensities are clipped at the reading's
+    percentiles, taken inside that bounding box over the voxels above the volume's minimum (scanners
+    pad with a constant), before anything is interpolated.
+
+    Args:
+        path: a NIfTI file, 3-D (or with further axes of length 1).
+        reading: how the dataset's arrays lie.
+        grid: the working grid.
+
+    Raises:
+        DataError: the file is missing, damaged, not NIfTI, not 3-D, constant or not finite.
+
+    Example:
+        >>> image = load_image(path, Reading(), Grid(256, 1.0))  # doctest: +SKIP
+        >>> image.voxels.shape  # doctest: +SKIP
+        (177, 256, 256)
+    """
+    image = _open(path)
+    data = _voxels(image, path, np.float32)
+    bad = data.size - int(np.count_nonzero(np.isfinite(data)))
+    if bad:
+        raise DataError(
+            f"{path} has {bad} voxels that are NaN or infinite: replace them in the file."
+        )
+    affine, spacing, axes, flips = _frame(image, path, data.shape, reading)
+    volume = _orient(data, axes, flips)
+    box = _foreground(volume)
+    low, high = _intensity_range(volume, box, reading.percentiles, path)
+
+    offset: list[float] = []
+    step: list[float] = []
+    shape: list[int] = []
+    for axis, (length, bounds) in enumerate(zip(volume.shape, box, strict=True)):
+        first, scale, count = _window(length, spacing[axes[axis]], bounds, axis, grid)
+        offset.append(first)
+        step.append(scale)
+        shape.append(count)
+    placement = Placement(
+        file_shape=_triple(data.shape, int),
+        affine=tuple(_quadruple(row) for row in affine),
+        codes=(int(image.header["qform_code"]), int(image.header["sform_code"])),
+        spacing=spacing,
+        axes=axes,
+        flips=flips,
+        offset=_triple(offset, float),
+        step=_triple(step, float),
+        shape=_triple(shape, int),
+    )
+
+    maps = _maps_to_grid(placement)
+    voxels = np.full(placement.shape, -1.0, np.float32)
+    inside = np.ix_(maps[1].inside, maps[2].inside)
+    for z in range(placement.shape[0]):
+        plane = np.clip(_plane(volume, maps[0], z), low, high)
+        resampled = _apply(maps[1], maps[2], plane[None])[0]
+        voxels[z][inside] = ((resampled - low) * (2 / (high - low)) - 1)[inside]
+    np.clip(voxels, -1.0, 1.0, out=voxels)
+    return GridImage(voxels, placement)
+
+
+def load_label(
+    path: Path,
+    image_path: Path,
+    reading: Reading,
+    placement: Placement,
+    structures: Sequence[Structure],
+) -> np.ndarray:
+    """Read a label volume onto the working grid of its image.
+
+    Each class is resampled like an image and the largest share wins (the lower index in a tie).
+    Nearest neighbour would pick one of several voxels under a coarser grid and fray thin walls;
+    this way a label volume and `restore` use the same interpolation in both directions.
+
+    Args:
+        path: the label file.
+        image_path: the image that it belongs to, for messages.
+        reading: as for the image; `ignored_values` count as background.
+        placement: what `load_image` gave for the image.
+        structures: class i + 1 is `structures[i]`.
+
+    Returns:
+        uint8 (Z, H, W), class indices, 0 where the grid reaches beyond the volume.
+
+    Raises:
+        DataError: as for `read_label_volume`.
+    """
+    classes = _read_classes(
+        path, image_path, placement.file_shape, np.array(placement.affine), structures, reading
+    )
+    volume = _orient(classes, placement.axes, placement.flips)
+    maps = _maps_to_grid(placement)
+    labels = np.zeros(placement.shape, np.uint8)
+    inside = np.ix_(maps[1].inside, maps[2].inside)
+    indices = np.arange(len(structures) + 1)[:, None, None]
+    for z in range(placement.shape[0]):
+        taps, weights = maps[0].row(z)
+        shares = np.zeros((len(indices), *volume.shape[1:]), np.float32)
+        for tap, weight in zip(taps, weights, strict=True):
+            shares += weight * (volume[tap][None] == indices)
+        labels[z][inside] = _apply(maps[1], maps[2], shares).argmax(0)[inside]
+    return labels
+
+
+def read_label_volume(
+    path: Path, image_path: Path, structures: Sequence[Structure], reading: Reading
+) -> np.ndarray:
+    """Read a label volume on the file's own grid, as evaluation needs it.
+
+    Args:
+        path: the label file.
+        image_path: the image that it belongs to; only its header is read.
+        structures: class i + 1 is `structures[i]`.
+        reading: `ignored_values` count as background; its orientation decides whether the headers
+            of the two files have to agree.
+
+    Returns:
+        uint8, class indices in the file's stored axes and shape.
+
+    Raises:
+        DataError: a file is missing, damaged, not NIfTI or not 3-D; shapes or orientations of
+            image and label differ; a value is no integer or not in the dataset's table.
+    """
+    image = _open(image_path)
+    return _read_classes(
+        path, image_path, _shape(image, image_path), image.affine, structures, reading
+    )
+
+
+def restore(probabilities: np.ndarray, placement: Placement) -> np.ndarray:
+    """Bring class probabilities from the working grid back to the file's voxels.
+
+    Probabilities are interpolated linearly and the most probable class wins (the lower index in a
+    tie). Every slice of the file receives a prediction; voxels outside the working grid's window
+    are background.
+
+    Args:
+        probabilities: float (K, Z, H, W); logits or a one-hot volume serve as well.
+        placement: what `load_image` gave for the image.
+
+    Returns:
+        uint8, class indices in the file's stored axes and shape.
+
+    Raises:
+        ValueError: the last three axes are not the placement's shape.
+    """
+    if probabilities.ndim != 4 or probabilities.shape[1:] != placement.shape:
+        raise ValueError(
+            f"Probabilities of shape {probabilities.shape} do not lie on the working grid "
+            f"(K, {', '.join(map(str, placement.shape))})."
+        )
+    maps = _maps_to_file(placement)
+    assert maps[0].inside.all(), "every slice is predicted"
+    labels = np.zeros(placement.file_shape, np.uint8)
+    volume = _orient(labels, placement.axes, placement.flips)  # a view: writes reach `labels`
+    inside = np.ix_(maps[1].inside, maps[2].inside)
+    for z in range(volume.shape[0]):
+        taps, weights = maps[0].row(z)
+        mixed = np.zeros((probabilities.shape[0], *placement.shape[1:]), np.float32)
+        for tap, weight in zip(taps, weights, strict=True):
+            mixed += weight * probabilities[:, tap]
+        volume[z][inside] = _apply(maps[1], maps[2], mixed).argmax(0)[inside]
+    return labels
+
+
+def save_labels(
+    path: Path, labels: np.ndarray, placement: Placement, values: Sequence[int]
+) -> None:
+    """Write class indices as a NIfTI label file that overlays the original image.
+
+    The file carries the dataset's own label values and the image's affine and header codes. It
+    appears complete or not at all.
+
+    Args:
+        path: ends in .nii.gz (or .nii).
+        labels: integer class indices in the file's stored axes and shape, from `restore`.
+        placement: what `load_image` gave for the image.
+        values: raw value of each structure: class i + 1 becomes `values[i]`, class 0 stays 0.
+
+    Raises:
+        ValueError: the shape is not the file's, or a class index has no value.
+        RunFailure: the disk is full or the directory cannot be written.
+    """
+    if labels.shape != placement.file_shape:
+        raise ValueError(f"Labels of shape {labels.shape} do not fit {placement.file_shape}.")
+    table = np.array([0, *values], np.int64)
+    if labels.size and int(labels.max()) >= len(table):
+        raise ValueError(f"Class {int(labels.max())} has no raw value among {list(values)}.")
+    kind = np.result_type(*(np.min_scalar_type(int(value)) for value in table))
+    image = nib.Nifti1Image(table.astype(kind)[labels], np.array(placement.affine))
+    image.header.set_xyzt_units("mm")
+    image.set_qform(image.affine, placement.codes[0])
+    image.set_sform(image.affine, placement.codes[1])
+    path = Path(path)
+    suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
+    temporary = path.parent / f".{path.name}-{uuid.uuid4().hex}{suffix}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(image, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise RunFailure(f"Cannot write {path}: {error.strerror or error}.") from error
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def _open(path: Path) -> Any:
+    """The header of a NIfTI file; voxels are read later."""
+    try:
+        image = nib.load(path)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} does not exist: check the data directory (--data-root)."
+        ) from error
+    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read as NIfTI ({_brief(error)}): replace it by an intact "
+            ".nii or .nii.gz file."
+        ) from error
+    if not isinstance(image, nib.nifti1.Nifti1Pair):
+        raise DataError(f"{path} is not a NIfTI file: convert it to .nii.gz.")
+    return image
+
+
+def _shape(image: Any, path: Path) -> tuple[int, int, int]:
+    """The three spatial lengths; further axes may only have length 1."""
+    shape = image.shape
+    if len(shape) < 3 or any(length != 1 for length in shape[3:]) or 0 in shape:
+        raise DataError(
+            f"{path} has shape {tuple(shape)}: give a 3-D volume (one file per time point)."
+        )
+    return _triple(shape[:3], int)
+
+
+def _voxels(image: Any, path: Path, kind: type | None) -> np.ndarray:
+    """The stored array as 3-D, with the header's scaling applied."""
+    shape = _shape(image, path)
+    try:
+        if image.get_data_dtype().kind not in "iufb":
+            raise DataError(
+                f"{path} stores {image.get_data_dtype()} voxels: give one real number a voxel."
+            )
+        if kind is None:
+            return np.asanyarray(image.dataobj).reshape(shape)
+        return np.asarray(image.get_fdata(dtype=kind, caching="unchanged")).reshape(shape)
+    except (OSError, EOFError, zlib.error, ValueError, ImageFileError) as error:
+        raise DataError(
+            f"{path} is damaged or truncated ({_brief(error)}): fetch or convert it again."
+        ) from error
+
+
+def _read_classes(
+    path: Path,
+    image_path: Path,
+    shape: tuple[int, int, int],
+    affine: np.ndarray,
+    structures: Sequence[Structure],
+    reading: Reading,
+) -> np.ndarray:
+    """Class indices in stored axes, after every check on the values."""
+    image = _open(path)
+    found = _shape(image, path)
+    if found != shape:
+        raise DataError(
+            f"{path} has shape {found} but its image {image_path} has {shape}: "
+            "resample the label onto the image."
+        )
+    if reading.orientation == "canonical":
+        codes = nib.aff2axcodes(image.affine), nib.aff2axcodes(affine)
+        if codes[0] != codes[1]:
+            raise DataError(
+                f"{path} lies as {''.join(map(str, codes[0]))} but its image {image_path} as "
+                f"{''.join(map(str, codes[1]))}: resample the label onto the image."
+            )
+    data = _voxels(image, path, None)
+    values = _distinct(data)
+    if values.dtype.kind == "f":
+        whole = np.rint(values)
+        if not np.isfinite(values).all() or np.abs(values - whole).max() > 1e-3:
+            raise DataError(
+                f"{path} has label values that are no integers: "
+                "save it without interpolation or scaling."
+            )
+        data = np.rint(data).astype(np.int64)
+        values = np.unique(whole).astype(np.int64)
+    known = {0: 0}
+    known.update(dict.fromkeys(reading.ignored_values, 0))
+    for index, structure in enumerate(structures, start=1):
+        known.update(dict.fromkeys(structure.values, index))
+    strays = [int(value) for value in values if int(value) not in known]
+    if strays:
+        shown = ", ".join(map(str, strays[:5])) + (", …" if len(strays) > 5 else "")
+        raise DataError(
+            f"{path} has label value(s) {shown} that the dataset does not know: relabel the file, "
+            "or list them in the dataset's structures or ignored_values."
+        )
+    classes = np.zeros(shape, np.uint8)
+    for value in values:
+        if known[int(value)]:
+            classes[data == value] = known[int(value)]
+    return classes
+
+
+def _distinct(data: np.ndarray) -> np.ndarray:
+    """Sorted distinct values; small integers are counted, because sorting a volume is slow."""
+    if data.dtype.kind in "iu" and data.size:
+        low, high = int(data.min()), int(data.max())
+        if high - low < 65536:
+            return np.flatnonzero(np.bincount((data.ravel(order="K") - low).astype(np.int64))) + low
+    return np.unique(data)
+
+
+def _brief(error: BaseException) -> str:
+    """The first line of an error, short enough for one sentence."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__).rstrip(".")[:120]
+
+
+# -- frames ---------------------------------------------------------------------------------------
+
+
+def _frame(
+    image: Any, path: Path, shape: Sequence[int], reading: Reading
+) -> tuple[np.ndarray, tuple[float, float, float], tuple[int, int, int], tuple[bool, bool, bool]]:
+    """Affine, spacing per file axis, and the file axis and direction of each working axis."""
+    if reading.orientation not in ("canonical", "stored"):
+        raise ValueError(f"Unknown orientation '{reading.orientation}' in a dataset's Reading.")
+    if {reading.slice_axis, reading.row_axis} not in ({0, 1}, {0, 2}, {1, 2}):
+        raise ValueError("slice_axis and row_axis of a dataset's Reading are two of 0, 1, 2.")
+    affine = np.asarray(image.affine, float)
+    file_axes, reverse = [0, 1, 2], [False, False, False]
+    if reading.orientation == "canonical":
+        # io_orientation says for each file axis which canonical axis it feeds, and which way.
+        usable = np.isfinite(affine).all()
+        orientation = nib.io_orientation(affine) if usable else np.full((3, 2), np.nan)
+        if not np.isfinite(orientation).all():
+            raise DataError(
+                f"{path} has an affine without an orientation: repair the header's sform or qform."
+            )
+        for file_axis, (canonical, direction) in enumerate(orientation):
+            file_axes[int(canonical)] = file_axis
+            reverse[int(canonical)] = direction < 0
+    header = (
+        nib.affines.voxel_sizes(affine)
+        if reading.orientation == "canonical"
+        else np.asarray(image.header.get_zooms()[:3], float)
+    )
+    spacing = [float(length) for length in header]
+    if reading.stated_spacing is not None:
+        for oriented, stated in enumerate(reading.stated_spacing):
+            if stated > 0:  # 0 leaves this axis to the header
+                spacing[file_axes[oriented]] = float(stated)
+    if not all(np.isfinite(length) and length > 0 for length in spacing):
+        raise DataError(f"{path} has voxel size {tuple(spacing)} mm: repair the header's pixdim.")
+    for axis in reading.flip:
+        reverse[axis] = not reverse[axis]
+    column_axis = 3 - reading.slice_axis - reading.row_axis
+    cut = (reading.slice_axis, reading.row_axis, column_axis)
+    return (
+        affine,
+        _triple(spacing, float),
+        _triple([file_axes[axis] for axis in cut], int),
+        _triple([reverse[axis] for axis in cut], bool),
+    )
+
+
+def _orient(
+    data: np.ndarray, axes: tuple[int, int, int], flips: tuple[bool, bool, bool]
+) -> np.ndarray:
+    """A (Z, Y, X) view of the stored array."""
+    return data.transpose(axes)[tuple(slice(None, None, -1 if flip else 1) for flip in flips)]
+
+
+def _window(
+    length: int, spacing: float, bounds: tuple[float, float], axis: int, grid: Grid
+) -> tuple[float, float, int]:
+    """Offset, step and count of working voxels along one oriented axis."""
+    wanted = grid.slice_spacing if axis == 0 else grid.spacing
+    step = 1.0 if wanted is None else wanted / spacing
+    if abs(step - 1) < _SAME_SPACING:
+        step = 1.0
+    middle = (length - 1) / 2
+    if axis == 0:
+        count = max(1, round(length / step))
+        return middle - step * (count - 1) / 2, step, count
+    reach = step * grid.size  # of the window, in voxels
+    centre = middle
+    if reach < length:
+        centre = min(max(sum(bounds) / 2, (reach - 1) / 2), length - 1 - (reach - 1) / 2)
+    first = centre - step * (grid.size - 1) / 2
+    # Whole voxels are taken over as they are instead of being blended by half a voxel.
+    return (float(np.floor(first + 0.5)) if step == 1.0 else first), step, grid.size
+
+
+def _foreground(volume: np.ndarray) -> list[tuple[float, float]]:
+    """Bounding box of the body in an oriented volume: first and last index per axis."""
+    strides = [max(1, length // 64) for length in volume.shape]
+    coarse = np.asarray(volume[tuple(slice(None, None, s) for s in strides)], np.float32)
+    whole = [(0.0, length - 1.0) for length in volume.shape]
+    scene = coarse[coarse > coarse.min()]
+    if not scene.size:
+        return whole
+    low, high = np.percentile(scene, (0.5, 99.5))
+    if not high > low:
+        return whole
+    smooth = ndimage.gaussian_filter(np.clip(coarse, low, high), 1.0, mode="nearest")
+    # Half the threshold keeps the darker half of a body in MR, and skin and muscle in CT.
+    mask = smooth > low + (_otsu(smooth) - low) / 2
+    # A slice-wise opening cuts off a couch that touches the back; slices may be few, so never
+    # along them.
+    cross = ndimage.generate_binary_structure(2, 1)[None]
+    core = ndimage.binary_erosion(mask, cross, border_value=1)
+    mask = ndimage.binary_dilation(core, cross, mask=mask)
+    components, count = ndimage.label(mask)
+    if not count:
+        return whole
+    sizes = np.bincount(components.ravel())[1:]
+    kept = components == 1 + int(sizes.argmax())
+    box = []
+    for axis, (stride, length) in enumerate(zip(strides, volume.shape, strict=True)):
+        hit = np.flatnonzero(kept.any(axis=tuple(other for other in range(3) if other != axis)))
+        last = length - 1 if hit[-1] == kept.shape[axis] - 1 else hit[-1] * stride
+        box.append((float(hit[0] * stride), float(last)))
+    return box
+
+
+def _otsu(values: np.ndarray) -> float:
+    """The threshold that best separates two groups of intensities."""
+    counts, edges = np.histogram(values, 256)
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)
+    above = below[-1] - below
+    total = np.cumsum(counts * centres)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gap = total / below - (total[-1] - total) / above
+        between = np.nan_to_num(below * above * gap**2, nan=-1.0, posinf=-1.0)
+    return float(edges[int(between.argmax()) + 1])
+
+
+def _intensity_range(
+    volume: np.ndarray,
+    box: list[tuple[float, float]],
+    percentiles: tuple[float, float],
+    path: Path,
+) -> tuple[float, float]:
+    """The intensities that become -1 and 1."""
+    minimum, maximum = float(volume.min()), float(volume.max())
+    if minimum == maximum:
+        raise DataError(f"{path} has the same value everywhere: give the file with the image.")
+    body = volume[tuple(slice(int(first), int(last) + 1) for first, last in box)]
+    stride = max(1, int(np.ceil((body.size / _SAMPLE) ** (1 / 3))))
+    sample = body[::stride, ::stride, ::stride]
+    sample = sample[sample > minimum]
+    low, high = np.percentile(sample, percentiles) if sample.size else (minimum, maximum)
+    if not high > low:  # almost everything has one value, as in a drawn test image
+        low, high = minimum, maximum
+    return float(low), float(high)
+
+
+# -- resampling -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Map:
+    """Linear interpolation along one axis.
+
+    Args:
+        matrix: (out, in) weights; each row sums to 1.
+        inside: which outputs have their centre within the input's voxels; the others are clamped.
+        same: the matrix is the identity.
+    """
+
+    matrix: sparse.csr_array
+    inside: np.ndarray
+    same: bool
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and weights of one output."""
+        start, stop = self.matrix.indptr[index : index + 2]
+        return self.matrix.indices[start:stop], self.matrix.data[start:stop]
+
+
+def _map(count: int, positions: np.ndarray, scale: float) -> _Map:
+    """Weights that read `count` samples at `positions`, which lie `scale` samples apart.
+
+    The triangle widens with the scale, so that a coarser grid averages what it covers instead of
+    skipping it.
+    """
+    inside = (positions >= -0.5 - _EPSILON) & (positions <= count - 0.5 + _EPSILON)
+    clamped = np.clip(positions, 0, count - 1)
+    # Positions a rounding error away from a sample take that sample alone.
+    whole = np.rint(clamped)
+    clamped = np.where(np.abs(clamped - whole) < _EPSILON, whole, clamped)
+    width = max(1.0, scale)
+    taps = np.floor(clamped - width)[:, None] + np.arange(int(2 * width) + 3)[None]
+    weights = np.maximum(0.0, 1 - np.abs(clamped[:, None] - taps) / width)
+    weights[(taps < 0) | (taps >= count)] = 0
+    weights /= weights.sum(1, keepdims=True)
+    rows, columns = np.nonzero(weights)
+    matrix = sparse.csr_array(
+        (
+            weights[rows, columns].astype(np.float32),
+            (rows, taps[rows, columns].astype(np.int64)),
+        ),
+        shape=(len(positions), count),
+    )
+    same = len(positions) == count and scale == 1 and bool((clamped == np.arange(count)).all())
+    return _Map(matrix, inside, same)
+
+
+def _maps_to_grid(placement: Placement) -> list[_Map]:
+    """Oriented file voxels → working voxels, per axis."""
+    maps = []
+    for axis in range(3):
+        step = placement.step[axis]
+        positions = placement.offset[axis] + step * np.arange(placement.shape[axis])
+        maps.append(_map(placement.oriented_shape[axis], positions, step))
+    return maps
+
+
+def _maps_to_file(placement: Placement) -> list[_Map]:
+    """Working voxels → oriented file voxels, per axis."""
+    maps = []
+    for axis in range(3):
+        step = placement.step[axis]
+        indices = np.arange(placement.oriented_shape[axis])
+        positions = (indices - placement.offset[axis]) / step
+        made = _map(placement.shape[axis], positions, 1 / step)
+        if axis == 0:
+            # A coarser stack of slices ends up to half a step early; its last slice stands for
+            # the rest, so that no slice of the file stays without a prediction.
+            made = _Map(made.matrix, np.ones_like(made.inside), made.same)
+        maps.append(made)
+    return maps
+
+
+def _plane(volume: np.ndarray, along: _Map, z: int) -> np.ndarray:
+    """One working slice of an oriented volume, still with the file's pixels."""
+    taps, weights = along.row(z)
+    plane = np.zeros(volume.shape[1:], np.float32)
+    for tap, weight in zip(taps, weights, strict=True):
+        plane += weight * volume[tap]
+    return plane
+
+
+def _apply(rows: _Map, columns: _Map, planes: np.ndarray) -> np.ndarray:
+    """Resample (C, H, W) planes in both directions of the plane."""
+    if rows.same and columns.same:
+        return planes
+    channels, height, width = planes.shape
+    # One product an axis: the axis to resample first, everything else flattened behind it.
+    flat = np.ascontiguousarray(planes.transpose(1, 0, 2)).reshape(height, channels * width)
+    flat = (rows.matrix @ flat).reshape(-1, channels, width)
+    flat = np.ascontiguousarray(flat.transpose(2, 1, 0)).reshape(width, -1)
+    flat = (columns.matrix @ flat).reshape(-1, channels, rows.matrix.shape[0])
+    return flat.transpose(1, 2, 0)
+
+
+# -- small things ---------------------------------------------------------------------------------
+
+
+def _tuples(value: Any) -> Any:
+    """JSON lists as tuples, all the way down."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _triple(values: Sequence[Any], kind: type) -> Any:
+    """Three values of one type."""
+    first, second, third = values
+    return kind(first), kind(second), kind(third)
+
+
+def _quadruple(values: Sequence[float]) -> tuple[float, float, float, float]:
+    """A row of an affine."""
+    a, b, c, d = (float(value) for value in values)
+    return a, b, c, d

@@ -1,0 +1,1 @@
+"""One adaptation method a file; each registers through an entry point."""

@@ -1,0 +1,1 @@
+"""Search over configurations: definitions and workers (see the open issue on sweeps)."""

@@ -1,0 +1,194 @@
+"""metrics.py: medpy's values, and a rule for every mask that is not there."""
+
+import doctest
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from glua_bench import metrics
+from glua_bench.metrics import (
+    assd,
+    case_metrics,
+    dice_score,
+    distance_penalty,
+    hd95,
+    reference_metrics,
+    surface_distances,
+)
+from glua_bench.task import Structure
+
+A, B, C = (Structure(name, name, (value,), "#000000") for value, name in enumerate("ABC", 1))
+SPACINGS = st.floats(0.1, 12.0)
+
+
+@st.composite
+def masks(draw) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
+    """Two masks that are not empty, from specks to full arrays, in 2-D or 3-D."""
+    shape = draw(hnp.array_shapes(min_dims=2, max_dims=3, min_side=1, max_side=9))
+    pair = []
+    for _ in range(2):
+        rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+        mask = rng.random(shape) < draw(st.sampled_from([0.02, 0.3, 0.7, 1.0]))
+        mask[tuple(rng.integers(0, length) for length in shape)] = True
+        pair.append(mask)
+    return pair[0], pair[1], tuple(draw(SPACINGS) for _ in shape)
+
+
+@settings(max_examples=150, deadline=None)
+@given(masks())
+def test_values_are_medpys(example):
+    prediction, reference, spacing = example
+    found = (
+        dice_score(prediction, reference),
+        assd(prediction, reference, spacing),
+        hd95(prediction, reference, spacing),
+    )
+    expected = reference_metrics(prediction, reference, spacing)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    hnp.arrays(np.uint8, (5, 7, 6), elements=st.integers(0, 3)),
+    hnp.arrays(np.uint8, (5, 7, 6), elements=st.integers(0, 3)),
+    st.tuples(SPACINGS, SPACINGS, SPACINGS),
+)
+def test_a_case_is_its_structures_one_by_one(prediction, reference, spacing):
+    """Shared boxes and surfaces give what each pair of masks gives alone."""
+    rows = case_metrics(prediction, reference, (A, B, C), spacing)
+    assert [row["structure"] for row in rows] == ["A", "B", "C"]
+    for label, row in enumerate(rows, start=1):
+        p, r = prediction == label, reference == label
+        expected = dice_score(p, r), assd(p, r, spacing), hd95(p, r, spacing)
+        np.testing.assert_allclose((row["dice"], row["assd"], row["hd95"]), expected, atol=1e-9)
+        assert row["missed"] == (r.any() and not p.any())
+        assert row["false_alarm"] == (p.any() and not r.any())
+        ml = np.prod(spacing) / 1000
+        assert row["reference_ml"] == pytest.approx(r.sum() * ml)
+        assert row["prediction_ml"] == pytest.approx(p.sum() * ml)
+
+
+def ball(shape, centre, radii) -> np.ndarray:
+    grid = np.indices(shape)
+    return (
+        sum(((x - c) / r) ** 2 for x, c, r in zip(grid, centre, radii, strict=True)) <= 1
+    )  # fmt: skip
+
+
+def test_organ_like_structures_are_medpys_too():
+    """A shell around a cavity and a blob, with anisotropic voxels and a shifted prediction."""
+    spacing = (5.0, 0.74, 0.74)
+    labels = []
+    for shift in (0, 2):
+        volume = np.zeros((14, 70, 70), np.uint8)
+        volume[ball(volume.shape, (6, 30 + shift, 34), (5, 20, 18))] = 1
+        volume[ball(volume.shape, (6, 30 + shift, 34 - shift), (4, 13, 12))] = 2
+        volume[ball(volume.shape, (7, 40, 62 - 2 * shift), (5, 15, 7))] = 3
+        labels.append(volume)
+    for label, row in enumerate(case_metrics(*labels, (A, B, C), spacing), start=1):
+        expected = reference_metrics(labels[0] == label, labels[1] == label, spacing)
+        found = row["dice"], row["assd"], row["hd95"]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
+        assert 0.5 < row["dice"] < 1 and row["assd"] > 0.1
+
+
+def test_known_distances():
+    """Two plates 3 voxels of 2 mm apart, and a millimetre the other way."""
+    one, other = np.zeros((6, 4), bool), np.zeros((6, 4), bool)
+    one[0], other[3] = True, True
+    assert surface_distances(one, other, (2.0, 1.0)).tolist() == [6.0] * 8
+    assert assd(one, other, (2.0, 1.0)) == hd95(one, other, (2.0, 1.0)) == 6.0
+    assert dice_score(one, other) == 0.0
+
+
+def test_surface_is_the_mask_without_its_inside():
+    """The centre of a cube has no say; pooled distances show the number of surface voxels."""
+    cube = np.ones((5, 5, 5), bool)
+    assert len(surface_distances(cube, cube, (1, 1, 1))) == 2 * (125 - 27)
+
+
+def test_nothing_to_find_is_undefined():
+    empty = np.zeros((3, 4, 5), np.uint8)
+    row = case_metrics(empty, empty, (A,), (1, 1, 1))[0]
+    assert all(math.isnan(row[name]) for name in ("dice", "assd", "hd95"))
+    assert not row["missed"] and not row["false_alarm"]
+    assert math.isnan(dice_score(empty, empty))
+    assert math.isnan(assd(empty, empty, (1, 1, 1))) and math.isnan(hd95(empty, empty, (1, 1, 1)))
+
+
+@pytest.mark.parametrize("missed", [True, False])
+def test_miss_and_false_alarm_cost_the_diagonal(missed):
+    empty, full = np.zeros((3, 4, 5), np.uint8), np.zeros((3, 4, 5), np.uint8)
+    full[1, 1, 1] = 1
+    spacing = (2.0, 3.0, 1.0)
+    pair = (empty, full) if missed else (full, empty)
+    row = case_metrics(*pair, (A,), spacing)[0]
+    diagonal = math.sqrt(4**2 + 9**2 + 4**2)
+    assert row["dice"] == dice_score(*pair) == 0.0
+    assert row["assd"] == row["hd95"] == assd(*pair, spacing) == hd95(*pair, spacing)
+    assert row["assd"] == distance_penalty((3, 4, 5), spacing) == pytest.approx(diagonal)
+    assert (row["missed"], row["false_alarm"]) == (missed, not missed)
+    assert (row["reference_ml"] > 0, row["prediction_ml"] > 0) == (missed, not missed)
+
+
+@settings(max_examples=50, deadline=None)
+@given(masks())
+def test_no_distance_exceeds_the_penalty(example):
+    """Leaving a structure out never pays."""
+    prediction, reference, spacing = example
+    limit = distance_penalty(prediction.shape, spacing) + 1e-9
+    assert surface_distances(prediction, reference, spacing).max() <= limit
+
+
+@settings(max_examples=50, deadline=None)
+@given(masks())
+def test_order_of_the_masks_does_not_matter(example):
+    prediction, reference, spacing = example
+    assert assd(prediction, reference, spacing) == pytest.approx(
+        assd(reference, prediction, spacing)
+    )
+    assert hd95(prediction, reference, spacing) == pytest.approx(
+        hd95(reference, prediction, spacing)
+    )
+    assert dice_score(prediction, reference) == dice_score(reference, prediction)
+
+
+def test_unfit_arguments_are_refused():
+    small, large = np.zeros((2, 2), np.uint8), np.zeros((2, 3), np.uint8)
+    with pytest.raises(ValueError, match="differ in shape"):
+        dice_score(small, large)
+    with pytest.raises(ValueError, match="differ in shape"):
+        case_metrics(small, large, (A,), (1, 1))
+    with pytest.raises(ValueError, match="Spacing"):
+        case_metrics(small, small, (A,), (1, 1, 1))
+    with pytest.raises(ValueError, match="Spacing"):
+        assd(small + 1, small + 1, (1, 0))
+    with pytest.raises(ValueError, match="not empty"):
+        surface_distances(small, small + 1, (1, 1))
+    for wrong in (small + 2, small.astype(np.int8) - 1, small.astype(float)):
+        with pytest.raises(ValueError, match="class indices"):
+            case_metrics(wrong, small, (A,), (1, 1))
+
+
+def test_medpy_is_not_needed_to_score():
+    """medpy is GPL-3: scoring must not import it."""
+    script = (
+        "import sys, numpy as np\n"
+        "from glua_bench.metrics import case_metrics\n"
+        "from glua_bench.task import Structure\n"
+        "a = np.ones((2, 2, 2), int)\n"
+        "case_metrics(a, a, [Structure('A', 'A', (1,), '')], (1, 1, 1))\n"
+        "assert not any(name.split('.')[0] == 'medpy' for name in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_docstring_examples_run():
+    outcome = doctest.testmod(metrics)
+    assert outcome.attempted >= 10 and outcome.failed == 0

@@ -1,0 +1,484 @@
+"""volumes.py: voxels keep their place and meaning on the way in and on the way back."""
+
+import errno
+import gzip
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from nibabel.orientations import (
+    apply_orientation,
+    axcodes2ornt,
+    inv_ornt_aff,
+    ornt_transform,
+)
+from scipy import ndimage
+
+from glua_bench.errors import DataError, RunFailure, UserError
+from glua_bench.task import Grid, Reading, Structure
+from glua_bench.volumes import (
+    Placement,
+    load_image,
+    load_label,
+    read_label_volume,
+    restore,
+    save_labels,
+)
+
+STRUCTURES = (
+    Structure("A", "shell", (205,), "#000000"),
+    Structure("B", "core", (500, 501), "#000000"),
+)
+PROPERTY = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+CODES = [
+    a + b + c
+    for x, y, z in ("LAS", "RAS", "LPI", "RPS")
+    for a, b, c in ((x, y, z), (x, z, y), (y, x, z), (y, z, x), (z, x, y), (z, y, x))
+]
+
+
+def write(path: Path, data: np.ndarray, spacing=(1.0, 1.0, 1.0), affine=None) -> Path:
+    """A NIfTI file, RAS with the given spacing unless an affine is given."""
+    nib.save(nib.Nifti1Image(data, np.diag([*spacing, 1.0]) if affine is None else affine), path)
+    return path
+
+
+def reoriented(path: Path, codes: str, target: Path) -> Path:
+    """The same volume in world space with other axes in the file."""
+    image = nib.load(path)
+    change = ornt_transform(nib.io_orientation(image.affine), axcodes2ornt(codes))
+    data = apply_orientation(np.asarray(image.dataobj), change)
+    affine = image.affine @ inv_ornt_aff(change, image.shape)
+    nib.save(nib.Nifti1Image(np.ascontiguousarray(data), affine), target)
+    return target
+
+
+def heart(shape=(30, 28, 20), spacing=(1.0, 1.0, 1.0)) -> tuple[np.ndarray, np.ndarray]:
+    """An image without symmetry and its raw labels: a core inside a shell."""
+    axes = np.meshgrid(
+        *(np.arange(n) * s for n, s in zip(shape, spacing, strict=True)), indexing="ij"
+    )
+    extent = np.array(shape) * spacing
+    centre = extent * (0.45, 0.55, 0.5)
+    r = np.sqrt(
+        sum(((x - c) / (0.36 * e)) ** 2 for x, c, e in zip(axes, centre, extent, strict=True))
+    )
+    raw = np.zeros(shape, np.int16)
+    raw[r < 1] = 205
+    raw[r < 0.62] = 500
+    image = 100 + axes[0] + 2 * axes[1] - axes[2] + 300 * (raw == 500) + 150 * (raw == 205)
+    return image.astype(np.float32), raw
+
+
+def onehot(labels: np.ndarray, count: int = 3) -> np.ndarray:
+    return np.moveaxis(np.eye(count, dtype=np.float32)[labels], -1, 0)
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return 2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b))
+
+
+@PROPERTY
+@given(
+    codes=st.sampled_from(CODES),
+    canonical=st.booleans(),
+    axes=st.permutations([0, 1, 2]),
+    flip=st.sets(st.integers(0, 2)),
+    spacing=st.tuples(*[st.floats(0.6, 2.5)] * 3),
+    coarser=st.sampled_from([0.5, 0.8, 1.0, 1.25]),
+)
+def test_labels_return_to_the_files_own_voxels(
+    tmp_path, codes, canonical, axes, flip, spacing, coarser
+):
+    """Grid and back: unchanged at the file's own pixels, nearly so at others, wherever it lies."""
+    image, raw = heart((24, 30, 26), spacing)
+    files = []
+    for name, data in (("image", image), ("label", raw)):
+        straight = write(tmp_path / f"{name}_ras.nii", data, spacing)
+        files.append(reoriented(straight, codes, tmp_path / f"{name}.nii"))
+    reading = Reading(
+        "canonical" if canonical else "stored", axes[0], axes[1], tuple(sorted(flip)), None
+    )
+    pixel = coarser * min(spacing)
+    grid = Grid(int(np.ceil(32 * max(spacing) / pixel)), pixel)
+
+    placement = load_image(files[0], reading, grid).placement
+    labels = load_label(files[1], files[0], reading, placement, STRUCTURES)
+    original = read_label_volume(files[1], files[0], STRUCTURES, reading)
+    restored = restore(onehot(labels), placement)
+
+    stored = np.asarray(nib.load(files[1]).dataobj)
+    assert np.array_equal(original, np.select([stored == 205, stored == 500], [1, 2], 0))
+    assert restored.shape == original.shape
+    in_plane = [placement.step[axis] for axis in (1, 2)]
+    if in_plane == [1.0, 1.0]:
+        assert np.array_equal(restored, original)
+    for label in (1, 2):
+        assert dice(restored == label, original == label) > 0.9
+    np.testing.assert_allclose(placement.spacing, nib.load(files[0]).header.get_zooms(), rtol=1e-5)
+
+
+@PROPERTY
+@given(codes=st.sampled_from(CODES), flip=st.sets(st.integers(0, 2)), slices=st.booleans())
+def test_canonical_reading_does_not_see_the_axes_of_the_file(tmp_path, codes, flip, slices):
+    image, raw = heart(spacing=(1.1, 0.9, 1.6))
+    reading = Reading("canonical", 2, 1, tuple(sorted(flip)))
+    grid = Grid(26, 1.3, 2.0 if slices else None)
+    views = []
+    for name in ("straight", codes):
+        files = []
+        for kind, data in (("image", image), ("label", raw)):
+            straight = write(tmp_path / f"{kind}_ras.nii", data, (1.1, 0.9, 1.6))
+            files.append(
+                reoriented(
+                    straight, "RAS" if name == "straight" else name, tmp_path / f"{kind}_{name}.nii"
+                )
+            )
+        loaded = load_image(files[0], reading, grid)
+        labels = load_label(files[1], files[0], reading, loaded.placement, STRUCTURES)
+        views.append((loaded.voxels, labels))
+    np.testing.assert_allclose(views[0][0], views[1][0], atol=1e-4)
+    assert np.mean(views[0][1] != views[1][1]) < 1e-3  # ties may break differently
+
+
+@pytest.mark.parametrize("pixel", [0.5, 1.0, 1.6, 3.1])
+def test_working_voxels_lie_where_their_millimetres_say(tmp_path, pixel):
+    """A round spot at a known place is found there at every pixel size."""
+    spacing, shape, spot = (0.7, 1.1, 3.0), (60, 50, 9), (23.4, 31.7)
+    x, y, _ = np.indices(shape) * np.reshape(spacing, (3, 1, 1, 1))
+    data = np.exp(-((x - spot[0]) ** 2 + (y - spot[1]) ** 2) / 18) * 100
+    file = write(tmp_path / "a.nii", data.astype(np.float32), spacing)
+    reading = Reading(flip=(0,), percentiles=(0, 100))
+    loaded = load_image(file, reading, Grid(round(56 / pixel), pixel))
+    weights = loaded.voxels[4] + 1.0
+    for axis, index, expected in ((1, 1, spot[1]), (2, 0, 59 * 0.7 - spot[0])):
+        place = loaded.placement
+        at = (place.offset[axis] + place.step[axis] * np.arange(place.shape[axis])) * spacing[index]
+        np.testing.assert_allclose(np.diff(at), pixel, rtol=1e-6)
+        found = (weights.sum(2 - axis) * at).sum() / weights.sum()
+        assert abs(found - expected) < 0.05
+
+
+def test_equal_spacing_copies_voxels(tmp_path):
+    """At the file's own pixels, a slice is clipped and scaled, nothing else."""
+    rng = np.random.default_rng(0)
+    data = rng.normal(100, 20, (33, 32, 5)).astype(np.float32)
+    reading = Reading("stored", 2, 1, (), (0.74, 0.74, 5.0), percentiles=(0, 100))
+    loaded = load_image(write(tmp_path / "a.nii", data, (1.2, 1.2, 9)), reading, Grid(32, 0.7403))
+    body = np.sort(data.ravel())
+    low, high = body[1], body[-1]
+    expected = np.clip((data - low) / (high - low) * 2 - 1, -1, 1).transpose(2, 1, 0)
+    start = int(loaded.placement.offset[2])
+    assert start in (0, 1)
+    np.testing.assert_allclose(loaded.voxels, expected[:, :, start : start + 32], atol=1e-5)
+    assert loaded.placement.spacing == (0.74, 0.74, 5.0)
+
+
+def test_coarser_pixels_average_what_they_cover(tmp_path):
+    """A pattern finer than the grid becomes grey, not a false pattern."""
+    data = np.indices((64, 64, 3)).sum(0) % 2 * 100.0
+    data[0, 0, 0] = -5
+    loaded = load_image(
+        write(tmp_path / "a.nii", data.astype(np.float32)), Reading(), Grid(16, 4.0)
+    )
+    assert np.abs(loaded.voxels[:, 2:-2, 2:-2]).max() < 0.05
+
+
+def ct(shape=(150, 120, 12), centre=(45, 70)) -> np.ndarray:
+    """A body off the centre, a couch below it, air around, padding outside the scanner's circle."""
+    rng = np.random.default_rng(1)
+    x, y, _ = np.indices(shape)
+    data = np.full(shape, -1000.0)
+    body = ((x - centre[0]) / 32) ** 2 + ((y - centre[1]) / 24) ** 2 < 1
+    lung = ((x - centre[0] + 12) / 9) ** 2 + ((y - centre[1]) / 12) ** 2 < 1
+    data[body], data[lung] = 40, -850
+    data[10:140, 12:14] = -200
+    data += rng.normal(0, 15, shape)
+    data[(x - 75) ** 2 + (y - 60) ** 2 > 90**2] = -3024
+    return data.astype(np.float32)
+
+
+def test_window_is_centred_on_the_body(tmp_path):
+    loaded = load_image(write(tmp_path / "ct.nii", ct()), Reading(), Grid(64, 1.0))
+    _, y, x = (
+        offset + step * (n - 1) / 2
+        for offset, step, n in zip(
+            loaded.placement.offset, loaded.placement.step, loaded.placement.shape, strict=True
+        )
+    )
+    assert abs(x - 45) < 5 and abs(y - 70) < 5
+    assert x - 31.5 >= 0  # moved so far only that no pixel lies beyond the volume
+
+
+def test_window_that_covers_the_volume_stays_on_its_centre(tmp_path):
+    """An already tight volume is not shifted, and what lies beyond it is -1 and background."""
+    image, raw = heart()
+    file = write(tmp_path / "a.nii", image)
+    loaded = load_image(file, Reading(), Grid(40, 1.0))
+    assert loaded.placement.offset[1:] == (-6.0, -5.0)
+    outside = np.ones((40, 40), bool)
+    outside[6:34, 5:35] = False
+    assert (loaded.voxels[:, outside] == -1).all()
+    labels = load_label(
+        write(tmp_path / "l.nii", np.full_like(raw, 205)),
+        file,
+        Reading(),
+        loaded.placement,
+        STRUCTURES,
+    )
+    assert not labels[:, outside].any() and labels[:, ~outside].all()
+
+
+def test_padding_and_outliers_do_not_set_the_contrast(tmp_path):
+    data = ct()
+    data[40, 70, 6] = 30_000
+    loaded = load_image(write(tmp_path / "ct.nii", data), Reading(), Grid(64, 1.0))
+    tissue = loaded.voxels[6][np.abs(loaded.voxels[6]) < 0.999]
+    assert loaded.voxels.min() == -1 and loaded.voxels.max() == pytest.approx(1)
+    # Air and tissue lie 1,000 units apart and fill most of the range.
+    assert np.percentile(tissue, 90) - np.percentile(tissue, 2) > 1.2
+
+
+@pytest.mark.parametrize("slice_spacing", [None, 1.0, 2.5, 7.0, 100.0])
+def test_every_slice_is_predicted(tmp_path, slice_spacing):
+    """Whatever the slice distance, no slice of the file is left without a prediction."""
+    image, _ = heart((20, 20, 11), (1, 1, 3))
+    placement = load_image(
+        write(tmp_path / "a.nii", image, (1, 1, 3)), Reading(), Grid(20, 1.0, slice_spacing)
+    ).placement
+    everything = onehot(np.ones(placement.shape, int))
+    assert (restore(everything, placement) == 1).all()
+
+
+def test_outside_the_window_is_background(tmp_path):
+    placement = load_image(
+        write(tmp_path / "a.nii", heart((30, 30, 4))[0]), Reading(), Grid(10, 1.5)
+    ).placement
+    restored = restore(onehot(np.ones(placement.shape, int)), placement)
+    assert 14 * 14 <= restored.any(2).sum() <= 16 * 16  # 15 mm a side
+    assert restored[:5].sum() + restored[25:].sum() == 0
+
+
+def test_restore_refuses_another_grid(tmp_path):
+    placement = load_image(
+        write(tmp_path / "a.nii", heart()[0]), Reading(), Grid(10, 1.5)
+    ).placement
+    with pytest.raises(ValueError, match="working grid"):
+        restore(np.zeros((3, 20, 10, 11), np.float32), placement)
+
+
+def test_placement_round_trips_as_json(tmp_path):
+    affine = nib.affines.from_matvec(
+        np.array([[0.1, -0.9, 0.2], [1.3, 0.1, 0.1], [0.0, 0.2, 2.0]]), (3.3, -7.1, 0.123456789)
+    )
+    placement = load_image(
+        write(tmp_path / "a.nii", heart()[0], affine=affine), Reading(), Grid(21, 1.37, 3.1)
+    ).placement
+    assert Placement.from_json(placement.to_json()) == placement
+    assert hash(placement) == hash(Placement.from_json(placement.to_json()))
+    with pytest.raises(ValueError, match="placement"):
+        Placement.from_json('{"shape": [1, 2, 3]}')
+
+
+@pytest.mark.parametrize("codes", [(0, 0), (1, 0), (0, 1), (2, 1), (1, 4)])
+def test_saved_labels_overlay_the_original(tmp_path, codes):
+    """Affine, header codes, axes and raw values are those of the dataset's own files."""
+    image, raw = heart(spacing=(1.5, 0.8, 2.2))
+    angle = 0.3
+    turn = np.array(
+        [[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, -1]]
+    )
+    original = nib.Nifti1Image(image, None)
+    original.header.set_zooms((1.5, 0.8, 2.2))
+    affine = nib.affines.from_matvec(turn @ np.diag((1.5, 0.8, 2.2)), (10, -20, 30))
+    original.set_qform(affine if codes[0] else None, codes[0])
+    original.set_sform(affine if codes[1] else None, codes[1])
+    nib.save(original, tmp_path / "a.nii.gz")
+    loaded = load_image(tmp_path / "a.nii.gz", Reading(), Grid(48, 0.8))
+    classes = np.select([raw == 205, raw == 500], [1, 2], 0).astype(np.uint8)
+
+    out = tmp_path / "new" / "out.nii.gz"
+    save_labels(out, classes, loaded.placement, [205, 500])
+
+    source, saved = nib.load(tmp_path / "a.nii.gz"), nib.load(out)
+    np.testing.assert_allclose(saved.affine, source.affine, atol=1e-4)
+    np.testing.assert_allclose(saved.header.get_zooms(), source.header.get_zooms(), rtol=1e-5)
+    assert (int(saved.header["qform_code"]), int(saved.header["sform_code"])) == codes
+    assert np.array_equal(np.asarray(saved.dataobj), raw)
+    assert [file.name for file in out.parent.iterdir()] == ["out.nii.gz"]
+
+
+def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
+    image, raw = heart()
+    placement = load_image(write(tmp_path / "a.nii", image), Reading(), Grid(32, 1)).placement
+    out = tmp_path / "out.nii.gz"
+    save_labels(out, np.zeros(raw.shape, np.uint8), placement, [205, 500])
+    before = out.read_bytes()
+
+    def full_disk(image, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(nib, "save", full_disk)
+    with pytest.raises(RunFailure, match="No space left"):
+        save_labels(out, np.ones(raw.shape, np.uint8), placement, [205, 500])
+    assert out.read_bytes() == before
+    assert {file.name for file in tmp_path.iterdir()} == {"a.nii", "out.nii.gz"}
+
+
+def test_save_refuses_labels_without_a_value(tmp_path):
+    image, raw = heart()
+    placement = load_image(write(tmp_path / "a.nii", image), Reading(), Grid(32, 1)).placement
+    with pytest.raises(ValueError, match="Class 2"):
+        save_labels(tmp_path / "o.nii", np.full(raw.shape, 2, np.uint8), placement, [205])
+    with pytest.raises(ValueError, match="do not fit"):
+        save_labels(tmp_path / "o.nii", np.zeros((2, 2, 2), np.uint8), placement, [205])
+
+
+def test_stated_spacing_replaces_the_header_axis_by_axis(tmp_path):
+    file = write(tmp_path / "a.nii", heart()[0], (1.25, 1.2, 8.0))
+    reading = Reading("stored", 2, 1, (), (0.74, 0.0, 0.0))
+    placement = load_image(file, reading, Grid(16, 1.0)).placement
+    np.testing.assert_allclose(placement.spacing, (0.74, 1.2, 8.0), rtol=1e-6)
+    np.testing.assert_allclose(placement.grid_spacing, (8.0, 1.0, 1.0), rtol=1e-6)
+
+
+def test_label_values_merge_and_ignored_ones_vanish(tmp_path):
+    image, raw = heart()
+    file = write(tmp_path / "a.nii", image)
+    raw[0, 0, 0], raw[1, 0, 0] = 501, 421
+    label = write(tmp_path / "l.nii", raw)
+    with pytest.raises(DataError, match="421"):
+        read_label_volume(label, file, STRUCTURES, Reading())
+    classes = read_label_volume(label, file, STRUCTURES, Reading(ignored_values=(421,)))
+    assert classes[0, 0, 0] == 2 and classes[1, 0, 0] == 0
+    assert np.array_equal(classes == 1, raw == 205)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
+def test_labels_of_any_number_type(tmp_path, kind):
+    image, raw = heart()
+    values = {205: 1, 500: 2} if kind is np.uint8 else {205: 205, 500: 500}
+    data = np.zeros(raw.shape, kind)
+    for old, new in values.items():
+        data[raw == old] = new
+    structures = [Structure("A", "A", (values[205],), ""), Structure("B", "B", (values[500],), "")]
+    classes = read_label_volume(
+        write(tmp_path / "l.nii", data), write(tmp_path / "a.nii", image), structures, Reading()
+    )
+    assert np.array_equal(classes, np.select([raw == 205, raw == 500], [1, 2], 0))
+
+
+def test_singleton_fourth_axis_is_accepted(tmp_path):
+    image, raw = heart()
+    flat = load_image(write(tmp_path / "a.nii", image), Reading(), Grid(32, 1))
+    four = load_image(write(tmp_path / "b.nii", image[..., None]), Reading(), Grid(32, 1))
+    assert np.array_equal(flat.voxels, four.voxels)
+    classes = read_label_volume(
+        write(tmp_path / "l.nii", raw[..., None]), tmp_path / "b.nii", STRUCTURES, Reading()
+    )
+    assert classes.shape == raw.shape
+
+
+def _broken_image(kind: str, folder: Path) -> Path:
+    image, _ = heart()
+    path = folder / f"{kind}.nii.gz"
+    if kind == "text":
+        path.write_text("this is no image")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "truncated":
+        write(path, image)
+        path.write_bytes(path.read_bytes()[:2000])
+    elif kind == "short":
+        raw = write(folder / "full.nii", image).read_bytes()
+        path.write_bytes(gzip.compress(raw[:5000]))
+    elif kind == "nan":
+        image[3, 4, 5] = np.nan
+        write(path, image)
+    elif kind == "infinite":
+        write(path, np.full_like(image, np.inf))
+    elif kind == "constant":
+        write(path, np.full_like(image, 7))
+    elif kind == "flat":
+        write(path, image[:, :, 0])
+    elif kind == "series":
+        write(path, np.stack([image, image], -1))
+    elif kind == "complex":
+        write(path, image.astype(np.complex64))
+    elif kind == "affine":
+        raw = bytearray(gzip.decompress(write(path, image).read_bytes()))
+        raw[252:256] = (0).to_bytes(2, "little") + (1).to_bytes(2, "little")  # q and sform code
+        raw[296:312] = bytes(16)  # srow_y
+        path.write_bytes(gzip.compress(bytes(raw)))
+    elif kind == "mgz":
+        path = folder / "other.mgz"
+        nib.save(nib.MGHImage(image, np.eye(4)), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["missing", "text", "empty", "truncated", "short", "nan", "infinite", "constant", "flat",
+     "series", "complex", "affine", "mgz"],
+)  # fmt: skip
+def test_unusable_image_is_one_sentence(tmp_path, kind):
+    path = _broken_image(kind, tmp_path)
+    with pytest.raises(DataError) as caught:
+        load_image(path, Reading(), Grid(16, 1.0))
+    _one_sentence(caught.value, path)
+
+
+@pytest.mark.parametrize("kind", ["missing", "text", "truncated", "shape", "turned", "halves",
+                                  "stray", "negative", "nan"])  # fmt: skip
+def test_unusable_label_is_one_sentence(tmp_path, kind):
+    image, raw = heart()
+    file = write(tmp_path / "image.nii.gz", image)
+    placement = load_image(file, Reading(), Grid(16, 1.0)).placement
+    label = tmp_path / f"{kind}.nii.gz"
+    if kind in ("text", "truncated"):
+        _broken_image(kind, tmp_path)
+    elif kind == "shape":
+        write(label, raw[:-1])
+    elif kind == "turned":
+        write(label, raw, affine=np.diag([-1.0, 1.0, 1.0, 1.0]))
+    elif kind == "halves":
+        write(label, raw + np.float32(0.5))
+    elif kind == "stray":
+        write(label, np.where(raw == 205, 206, raw).astype(np.int16))
+    elif kind == "negative":
+        write(label, np.where(raw == 205, -1, raw).astype(np.int16))
+    elif kind == "nan":
+        write(label, np.where(raw == 205, np.nan, raw).astype(np.float32))
+    with pytest.raises(DataError) as caught:
+        read_label_volume(label, file, STRUCTURES, Reading())
+    _one_sentence(caught.value, label)
+    with pytest.raises(DataError):
+        load_label(label, file, Reading(), placement, STRUCTURES)
+
+
+def _one_sentence(error: UserError, path: Path) -> None:
+    text = str(error)
+    assert str(path) in text
+    assert text.endswith(".") and "\n" not in text and ":" in text
+    assert ". " not in text.replace(str(path), "")
+
+
+def test_thin_walls_survive_a_coarser_grid(tmp_path):
+    """A shell of two voxels keeps its volume at half the resolution."""
+    x, y, _ = np.indices((64, 64, 3))
+    r = np.hypot(x - 31.3, y - 32.1)
+    raw = np.where((r > 18) & (r < 20.5), 205, 0).astype(np.int16)
+    image = ndimage.gaussian_filter(raw.astype(np.float32), 1) + x
+    file = write(tmp_path / "a.nii", image)
+    loaded = load_image(file, Reading(), Grid(32, 2.0))
+    labels = load_label(
+        write(tmp_path / "l.nii", raw), file, Reading(), loaded.placement, STRUCTURES
+    )
+    share = np.count_nonzero(labels == 1) * 4 / np.count_nonzero(raw)
+    assert 0.8 < share < 1.2
