@@ -1,3 +1,3 @@
-"""glua-bench: unsupervised domain adaptation for segmentation, measured so that it can be trusted."""
+"""Unsupervised domain adaptation for segmentation, measured so that it can be trusted."""
 
 __version__ = "0.1.0"

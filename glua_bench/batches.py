@@ -19,7 +19,9 @@ from glua_bench.cache import ImageStore, LabelledStore
 _STREAMS = {"source": 1, "target": 2}
 
 
-def epoch_indices(seed: int, stream: str, stage: int, step: int, size: int, length: int) -> np.ndarray:
+def epoch_indices(
+    seed: int, stream: str, stage: int, step: int, size: int, length: int
+) -> np.ndarray:
     """Slice indices of one batch: each epoch visits every slice once, in its own order.
 
     Args:
@@ -72,7 +74,9 @@ class Batches:
         self.batch_size, self.seed, self.device = batch_size, seed, device
         self.rank, self.world = rank, world
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._ahead: tuple[tuple[int, int], Future[tuple[Tensor, Tensor, Tensor | None]]] | None = None
+        self._ahead: tuple[tuple[int, int], Future[tuple[Tensor, Tensor, Tensor | None]]] | None = (
+            None
+        )
 
     def load(self, stage: int, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Source images, source labels and target images of a step, on the device."""
@@ -99,12 +103,16 @@ class Batches:
 
     def _read(self, stage: int, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
         share = slice(self.rank, None, self.world)
-        chosen = epoch_indices(self.seed, "source", stage, step, self.batch_size, len(self.source))[share]
+        chosen = epoch_indices(self.seed, "source", stage, step, self.batch_size, len(self.source))[
+            share
+        ]
         images = torch.from_numpy(self.source.images(chosen))
         labels = torch.from_numpy(self.source.labels(chosen))
         target = None
         if self.target is not None:
-            chosen = epoch_indices(self.seed, "target", stage, step, self.batch_size, len(self.target))[share]
+            chosen = epoch_indices(
+                self.seed, "target", stage, step, self.batch_size, len(self.target)
+            )[share]
             target = torch.from_numpy(self.target.images(chosen))
         if self.device.type == "cuda":
             images, labels = images.pin_memory(), labels.pin_memory()

@@ -279,7 +279,11 @@ class _Slices:
         self._lock = Lock()  # batches are read ahead in a thread
         total = len(self.volumes) * self.size[0] * self.size[1] * dtype.itemsize
         if in_memory if in_memory is not None else total < IN_MEMORY:
-            self._all = np.concatenate([np.asarray(entry.open()) for entry in entries])
+            self._all = np.empty((len(self.volumes), *self.size), dtype)
+            start = 0
+            for entry in entries:  # one map at a time, so that memory holds each volume once
+                self._all[start : start + entry.shape[0]] = entry.open()
+                start += entry.shape[0]
 
     def take(self, indices: Sequence[int] | np.ndarray, dtype: np.dtype) -> np.ndarray:
         """(N, H, W) of the wanted type."""

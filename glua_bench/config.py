@@ -257,8 +257,11 @@ def identity(config: RunConfig, data_fingerprint: str, code_version: str) -> str
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    options = typing.get_args(hint) if typing.get_origin(hint) in (
-        typing.Union, types.UnionType) else (hint,)
+    options = (
+        typing.get_args(hint)
+        if typing.get_origin(hint) in (typing.Union, types.UnionType)
+        else (hint,)
+    )
     if value is None and type(None) in options:
         return None
     kind = next(o for o in options if o is not type(None))

@@ -103,8 +103,9 @@ class Progress:
             return
         if self._bar is not None:
             self._due = self._began
-            self._task = self._bar.add_task(name, total=total, completed=start, remaining="",
-                                            values="")
+            self._task = self._bar.add_task(
+                name, total=total, completed=start, remaining="", values=""
+            )
             self._bar.refresh()
         else:
             self._due = self._began + PLAIN_SECONDS

@@ -43,7 +43,9 @@ def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return dice_loss(logits, labels) + F.cross_entropy(logits.float(), labels)
 
 
-def lsgan_loss(scores: Tensor | Sequence[Tensor], target: float, mask: Tensor | None = None) -> Tensor:
+def lsgan_loss(
+    scores: Tensor | Sequence[Tensor], target: float, mask: Tensor | None = None
+) -> Tensor:
     """Least-squares adversarial loss (Mao et al., ICCV 2017): mean (score - target)².
 
     Args:

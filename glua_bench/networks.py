@@ -7,7 +7,7 @@ statistics, so training, evaluation and any number of devices agree.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,7 @@ class Decoder(nn.Module):
             self.blocks.append(conv_block(below, max(8, below // 2)))
             below = max(8, below // 2)
         self.head = nn.Conv2d(below, classes, 1)
-        self.channels = [channels[-1]] + [block[0].out_channels for block in self.blocks]  # type: ignore[index, union-attr]
+        self.channels = [channels[-1]] + [block[0].out_channels for block in self.blocks]  # type: ignore[index]
 
     def forward(self, maps: list[Tensor]) -> Segmented:
         """Decode the encoder's maps (fine to coarse)."""
@@ -139,7 +139,8 @@ class TimmSegmenter(nn.Module):
                 f"({type(error).__name__}: {error}); choose an encoder with feature maps"
                 f"{' or set segmenter.pretrained=false' if pretrained else ''}."
             ) from error
-        reductions = list(self.encoder.feature_info.reduction())
+        info: Any = self.encoder.feature_info  # timm's FeatureInfo
+        reductions = list(info.reduction())
         steps = [b // a for a, b in zip(reductions, reductions[1:], strict=False)]
         first = reductions[0].bit_length() - 1
         if any(step != 2 for step in steps) or 2**first != reductions[0]:
@@ -147,7 +148,7 @@ class TimmSegmenter(nn.Module):
                 f"segmenter.name = 'timm:{encoder}' has feature maps at strides {reductions}; "
                 "choose an encoder whose strides double from map to map."
             )
-        self.decoder = Decoder(list(self.encoder.feature_info.channels()), classes, stem=first)
+        self.decoder = Decoder(list(info.channels()), classes, stem=first)
         self.feature_channels = self.decoder.channels
 
     def forward(self, images: Tensor) -> Segmented:
@@ -179,8 +180,13 @@ def conv_in(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Seque
     """Convolution with reflection padding, instance norm and LeakyReLU."""
     return nn.Sequential(
         nn.Conv2d(
-            inputs, outputs, kernel, stride, padding=(kernel - 1) // 2,
-            padding_mode="reflect", bias=False,
+            inputs,
+            outputs,
+            kernel,
+            stride,
+            padding=(kernel - 1) // 2,
+            padding_mode="reflect",
+            bias=False,
         ),
         nn.InstanceNorm2d(outputs),
         nn.LeakyReLU(SLOPE, inplace=True),
@@ -236,7 +242,9 @@ class StyleEncoder(nn.Module):
                 nn.Conv2d(inputs, outputs, 4, 2, padding=1),
                 nn.LeakyReLU(SLOPE, inplace=True),
             ]
-        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels[-1], style, 1))
+        self.body = nn.Sequential(
+            *layers, nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels[-1], style, 1)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """The style vector of images."""
@@ -252,6 +260,8 @@ class UpsampleConv5(nn.Module):
     edge pixel (replicate padding).
     """
 
+    fold: Tensor
+
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, 5, 5))
@@ -265,7 +275,7 @@ class UpsampleConv5(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C', 2H, 2W)."""
-        fold = self.fold.to(self.weight.dtype)  # type: ignore[union-attr, operator]
+        fold = self.fold.to(self.weight.dtype)
         kernels = torch.einsum("oiab,pya,qxb->opqiyx", self.weight, fold, fold)
         outputs = self.weight.shape[0]
         kernels = kernels.reshape(outputs * 4, self.weight.shape[1], 3, 3)
@@ -300,8 +310,10 @@ class StyleDecoder(nn.Module):
         self.adain = AdaIN()
         hidden = 8 * width
         self.mlp = nn.Sequential(
-            nn.Linear(style, hidden), nn.LeakyReLU(SLOPE),
-            nn.Linear(hidden, hidden), nn.LeakyReLU(SLOPE),
+            nn.Linear(style, hidden),
+            nn.LeakyReLU(SLOPE),
+            nn.Linear(hidden, hidden),
+            nn.LeakyReLU(SLOPE),
             nn.Linear(hidden, 2 * blocks * 2 * channels),
         )
         self.up1 = UpsampleConv5(channels, 2 * width)

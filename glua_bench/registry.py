@@ -179,13 +179,22 @@ def _describe_file(kind: str, path: Path) -> list[Entry]:
         ) from error
     found = []
     for class_name, node in nodes.items():
-        bases = {base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "")
-                 for base in node.bases}
+        bases = {
+            base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "")
+            for base in node.bases
+        }
         summary, attributes = _describe_class(node)
         if _BASES[kind] in bases and isinstance(attributes.get("name"), str):
             found.append(
-                Entry(kind, attributes["name"], str(path), class_name, summary, attributes,
-                      file=path.resolve())
+                Entry(
+                    kind,
+                    attributes["name"],
+                    str(path),
+                    class_name,
+                    summary,
+                    attributes,
+                    file=path.resolve(),
+                )
             )
     return found
 

@@ -35,7 +35,15 @@ from glua_bench.trainer import Artefact, Trainer, stage_order
 
 # Files whose text can change the weights of a trained stage, and those that can change a score.
 TRAINING_CODE = (
-    "augment", "batches", "cache", "config", "losses", "method", "networks", "trainer", "volumes",
+    "augment",
+    "batches",
+    "cache",
+    "config",
+    "losses",
+    "method",
+    "networks",
+    "trainer",
+    "volumes",
 )
 SCORING_CODE = ("evaluation", "metrics", "selection")
 
@@ -104,7 +112,7 @@ class Summary:
 
 
 def default_preset() -> str:
-    """"standard" where there is a CUDA device, else "quick"."""
+    """ "standard" where there is a CUDA device, else "quick"."""
     return "standard" if torch.cuda.is_available() else "quick"
 
 
@@ -177,9 +185,7 @@ def check_request(config: RunConfig, method_class: type[Method]) -> None:
                 f"depth {config.segmenter.depth} needs; change grid.size or segmenter.depth."
             )
     if config.grid.size % 4 or config.grid.size < 32:
-        raise ConfigError(
-            f"grid.size = {config.grid.size} must be at least 32 and divisible by 4."
-        )
+        raise ConfigError(f"grid.size = {config.grid.size} must be at least 32 and divisible by 4.")
 
 
 def task_info(config: RunConfig, dataset: Dataset) -> TaskInfo:
@@ -221,8 +227,9 @@ def roles(config: RunConfig, dataset: Dataset) -> dict[str, Sequence[Case | Unla
                 f"Dataset '{dataset.name}' has no cases for the role {role} in direction "
                 f"{config.direction}; check its files with `glua-bench data check {dataset.name}`."
             )
-    trained = {c.subject for c in [*chosen["source_train"], *chosen["source_val"]]
-               if isinstance(c, Case)}
+    trained = {
+        c.subject for c in [*chosen["source_train"], *chosen["source_val"]] if isinstance(c, Case)
+    }
     tested = {c.subject for c in chosen["test"] if isinstance(c, Case)}
     if trained & tested:
         raise ConfigError(
@@ -261,7 +268,8 @@ def _module_files(method_class: type[Method]) -> set[Path]:
         used = {getattr(value, "__module__", None) for value in vars(module).values()}
         used |= {value.__name__ for value in vars(module).values() if inspect.ismodule(value)}
         waiting |= {
-            other for other in used - seen
+            other
+            for other in used - seen
             if isinstance(other, str) and package and other.startswith(f"{package}.")
         }
     return files
@@ -273,9 +281,7 @@ def load_dataset(name: str, data_root: Path | None, plugins: Sequence[Path]) -> 
     return loaded
 
 
-def plan(
-    request: RunRequest, report: Callable[[str], None] = lambda line: None
-) -> PlannedRun:
+def plan(request: RunRequest, report: Callable[[str], None] = lambda line: None) -> PlannedRun:
     """Resolve a request, make the data ready, and compute the run's identity.
 
     Args:
@@ -294,16 +300,27 @@ def plan(
     chosen = roles(config, dataset)
     prints = Fingerprints(
         train=digest(
-            [fingerprint(chosen["source_train"]), fingerprint(chosen["target_train"]),
-             asdict(dataset.reading), [asdict(s) for s in dataset.structures]], 16,
+            [
+                fingerprint(chosen["source_train"]),
+                fingerprint(chosen["target_train"]),
+                asdict(dataset.reading),
+                [asdict(s) for s in dataset.structures],
+            ],
+            16,
         ),
         test=digest([fingerprint(chosen["source_val"]), fingerprint(chosen["test"])], 16),
     )
     code = code_version(method_class, TRAINING_CODE + SCORING_CODE)
     run_id = identity(config, prints.whole, code)
     return PlannedRun(
-        config, run_id, tracking.RunDirectory(request.runs_root, config, run_id), dataset,
-        method_class, [(s.name, s.steps(config.steps)) for s in method.stages()], prints, code,
+        config,
+        run_id,
+        tracking.RunDirectory(request.runs_root, config, run_id),
+        dataset,
+        method_class,
+        [(s.name, s.steps(config.steps)) for s in method.stages()],
+        prints,
+        code,
         request,
     )
 
@@ -425,9 +442,7 @@ def stores(
     return train, val, target
 
 
-Draw = Callable[
-    [tracking.RunDirectory, Dataset, pd.DataFrame, Batch, dict[str, Tensor]], None
-]
+Draw = Callable[[tracking.RunDirectory, Dataset, pd.DataFrame, Batch, dict[str, Tensor]], None]
 
 
 def execute(planned: PlannedRun, progress: Progress, draw: Draw | None = None) -> Summary:
@@ -497,12 +512,23 @@ def _train(planned: PlannedRun, fabric: Fabric, progress: Progress) -> _Trained:
     train, val, target = stores(planned, cache, progress)
     method = build_method(config, planned.dataset, planned.method_class)
     batches = Batches(
-        train, target, config.batch_size, config.seed, fabric.device, fabric.global_rank,
+        train,
+        target,
+        config.batch_size,
+        config.seed,
+        fabric.device,
+        fabric.global_rank,
         fabric.world_size,
     )
     trainer = Trainer(
-        method, config, batches, fabric, planned.directory.checkpoints, planned.directory,
-        progress, artefacts(planned, method),
+        method,
+        config,
+        batches,
+        fabric,
+        planned.directory.checkpoints,
+        planned.directory,
+        progress,
+        artefacts(planned, method),
     )
     try:
         trainer.fit()
@@ -525,26 +551,36 @@ def _train_and_score(
 
     scores = _selector_scores(planned, trained, predict)
     chosen = {name: choose(by_step) for name, by_step in scores.items()}
-    test = [case for case in dataset.split(config.target, "test")]
+    test = list(dataset.split(config.target, "test"))
     frames: dict[int, pd.DataFrame] = {}
     primary = config.selectors[0]
     for name, step in chosen.items():
         if step not in frames:
             _load_candidate(trained, step, fabric.device)
             frames[step] = evaluate(
-                predict, dataset, test, config.grid, SliceCache(), fabric.device, progress,
-                directory.predictions if name == primary else None, f"evaluate {name}",
+                predict,
+                dataset,
+                test,
+                config.grid,
+                SliceCache(),
+                fabric.device,
+                progress,
+                directory.predictions if name == primary else None,
+                f"evaluate {name}",
             )
     rows = pd.concat(
         [frames[step].assign(selector=name, step=step) for name, step in chosen.items()],
         ignore_index=True,
     )
     rows.insert(0, "run", planned.id)
-    for column, value in {
-        "method": config.method, "dataset": config.dataset, "direction": config.direction,
-        "scenario": config.scenario, "seed": config.seed, "augmentation": config.augmentation,
-    }.items():
-        rows[column] = value
+    rows = rows.assign(
+        method=config.method,
+        dataset=config.dataset,
+        direction=config.direction,
+        scenario=config.scenario,
+        seed=config.seed,
+        augmentation=config.augmentation,
+    )
     directory.write_cases(rows)
     if draw is not None:
         _load_candidate(trained, chosen[primary], fabric.device)
@@ -595,7 +631,12 @@ def _selector_scores(
             torch.manual_seed(planned.config.seed)  # styles drawn alike for every candidate
             scores[name][step] = selector.score(
                 Candidate(
-                    step, predict, method.task.classes, trained.val, translate, trained.target,
+                    step,
+                    predict,
+                    method.task.classes,
+                    trained.val,
+                    translate,
+                    trained.target,
                     device,
                 )
             )

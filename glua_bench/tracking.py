@@ -38,8 +38,18 @@ if TYPE_CHECKING:
 FLUSH_SECONDS = 2.0
 SCORES = ("dice", "assd", "hd95", "misses")
 _LIBRARIES = (
-    "torch", "lightning-fabric", "timm", "numpy", "scipy", "nibabel", "medpy", "pandas",
-    "pyarrow", "matplotlib", "mlflow", "optuna",
+    "torch",
+    "lightning-fabric",
+    "timm",
+    "numpy",
+    "scipy",
+    "nibabel",
+    "medpy",
+    "pandas",
+    "pyarrow",
+    "matplotlib",
+    "mlflow",
+    "optuna",
 )
 
 
@@ -219,9 +229,7 @@ class RunDirectory:
                 )
             yield
 
-    def start(
-        self, environment: Mapping[str, Any], stages: Sequence[tuple[str, int]] = ()
-    ) -> None:
+    def start(self, environment: Mapping[str, Any], stages: Sequence[tuple[str, int]] = ()) -> None:
         """Write what the run is and where it runs; forget an earlier failure.
 
         Args:
@@ -459,8 +467,9 @@ class RunDirectory:
         for line in lines.split("\n"):
             try:
                 row = json.loads(line)
-                rows.append({key: row[key] for key in
-                             ("stage", "step", "total_step", "time", "values")})
+                rows.append(
+                    {key: row[key] for key in ("stage", "step", "total_step", "time", "values")}
+                )
             except (ValueError, KeyError, TypeError):
                 continue  # torn by a kill
         return rows
@@ -552,7 +561,10 @@ def git_state(directory: Path) -> dict[str, Any] | None:
     def git(*arguments: str) -> str:
         return subprocess.run(
             ["git", "-C", str(directory), *arguments],
-            capture_output=True, text=True, timeout=10, check=True,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         ).stdout.strip()
 
     try:
@@ -575,7 +587,8 @@ def environment(**facts: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+        "cpus": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
         "libraries": versions(),
         "git": git_state(Path.cwd()),
@@ -587,9 +600,11 @@ def environment(**facts: Any) -> dict[str, Any]:
     torch = sys.modules.get("torch")
     if torch is not None:
         found["threads"] = torch.get_num_threads()
-        found["gpus"] = [
-            torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
-        ] if torch.cuda.is_available() else []
+        found["gpus"] = (
+            [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+            if torch.cuda.is_available()
+            else []
+        )
         found["cuda"] = torch.version.cuda
     return {**found, **facts}
 

@@ -128,7 +128,8 @@ class Trainer:
         self.config, self.batches, self.fabric = config, batches, fabric
         self.log, self.progress, self.artefact = log, progress, artefact
         self.checkpoints, self.checkpoint_seconds = checkpoints, checkpoint_seconds
-        self.method = method.to(fabric.device, memory_format=torch.channels_last)
+        self.method = method.to(fabric.device)
+        self.method.to(memory_format=torch.channels_last)
         for tensor in itertools.chain(method.parameters(), method.buffers()):
             tensor.data = fabric.broadcast(tensor.data) if fabric.world_size > 1 else tensor.data
         self.stages = tuple(method.stages())
@@ -175,25 +176,28 @@ class Trainer:
     ) -> None:
         """Train a stage whose result other runs share, or take theirs."""
         if self.fabric.world_size > 1:  # one process a machine may hold the lock, so none does
-            self._take(stage, artefact) or self._train(index, stage, start, states)
-            if self.fabric.is_global_zero and stage.name not in self.reused:
+            # One process decides for all, or they would wait for each other's gradients forever.
+            if self.fabric.broadcast(artefact.path.is_file()):
+                self._take(stage, artefact)
+                return
+            self._train(index, stage, start, states)
+            if self.fabric.is_global_zero:
                 self._share(stage, artefact)
             self.fabric.barrier()
             return
         with exclusive(artefact.lock):
-            if not self._take(stage, artefact):
+            if artefact.path.is_file():
+                self._take(stage, artefact)
+            else:
                 self._train(index, stage, start, states)
                 self._share(stage, artefact)
 
-    def _take(self, stage: Stage, artefact: Artefact) -> bool:
-        if not artefact.path.is_file():
-            return False
+    def _take(self, stage: Stage, artefact: Artefact) -> None:
         saved = torch.load(artefact.path, map_location=self.fabric.device, weights_only=True)
         for name in stage.modules:
             self.method.get_submodule(name).load_state_dict(saved[name])
         self.reused.add(stage.name)
         self.progress.line(f"Stage '{stage.name}': finished before with these settings, reused.")
-        return True
 
     def _share(self, stage: Stage, artefact: Artefact) -> None:
         modules = {name: self.method.get_submodule(name).state_dict() for name in stage.modules}
@@ -205,8 +209,13 @@ class Trainer:
         optimizers = self._optimizers(stage, states)
         candidates = set(self.candidate_steps()) if index == len(self.stages) - 1 else set()
         context = Context(
-            stage, start, total, optimizers, self.batches.target_slices,
-            fabric.backward, self._average if fabric.world_size > 1 else lambda optimizer: None,
+            stage,
+            start,
+            total,
+            optimizers,
+            self.batches.target_slices,
+            fabric.backward,
+            self._average if fabric.world_size > 1 else lambda optimizer: None,
         )
         key = zlib.crc32(stage.name.encode())
         method.train()
@@ -274,12 +283,17 @@ class Trainer:
     def _average(self, optimizer: Optimizer) -> None:
         """Mean of the gradients over processes."""
         gradients = [
-            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+            p.grad
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
         ]
         flat = torch.cat([g.flatten() for g in gradients])
         mean = self.fabric.all_reduce(flat, reduce_op="mean")
         assert isinstance(mean, Tensor)
-        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+        for gradient, part in zip(
+            gradients, mean.split([g.numel() for g in gradients]), strict=True
+        ):
             gradient.copy_(part.view_as(gradient))
 
     # -- records ----------------------------------------------------------------------------

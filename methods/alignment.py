@@ -32,17 +32,17 @@ class AlignmentConfig:
     """Settings of the alignment."""
 
     mask: str = setting(
-        "topk", "locations that the local loss counts: largest gap, all weighted by gap, "
-        "random ones (control), or all", choices=MASKS,
+        "topk",
+        "locations that the local loss counts: largest gap, all weighted by gap, "
+        "random ones (control), or all",
+        choices=MASKS,
     )
     mask_ratio: float = setting(0.3, "share of locations that a mask keeps", low=0.01, high=1.0)
     lambda_global: float = setting(
         0.01, "weight of the unmasked alignment", low=0, high=10, log=True
     )
     lambda_local: float = setting(0.01, "weight of the masked alignment", low=0, high=10, log=True)
-    align_level: int = setting(
-        2, "which decoder map is aligned, 0 = coarsest", low=0, high=8
-    )
+    align_level: int = setting(2, "which decoder map is aligned, 0 = coarsest", low=0, high=8)
     align_lr: float = setting(
         2e-4, "learning rate of the feature discriminator", low=1e-6, high=1e-1, log=True
     )
@@ -102,9 +102,7 @@ class LocalAlignment(nn.Module):
 
     def optimizer(self) -> Optimizer:
         """Adam with betas (0.5, 0.99)."""
-        return Adam(
-            self.discriminator.parameters(), self.config.align_lr, (0.5, 0.99), fused=True
-        )
+        return Adam(self.discriminator.parameters(), self.config.align_lr, (0.5, 0.99), fused=True)
 
     def loss(self, target: Segmented) -> tuple[Tensor, dict[str, Tensor]]:
         """What the segmenter minimises on target images, and what to log of it."""
@@ -118,13 +116,12 @@ class LocalAlignment(nn.Module):
             masked = lsgan_loss(self.discriminator(features * mask), 1, counted)
         loss = self.config.lambda_global * unmasked + self.config.lambda_local * masked
         return loss, {
-            "align": unmasked, "align_masked": masked,
+            "align": unmasked,
+            "align_masked": masked,
             "gap": gap_map(scores.detach()).mean(),
         }
 
-    def update(
-        self, source: Segmented, target: Segmented, context: Context
-    ) -> dict[str, Tensor]:
+    def update(self, source: Segmented, target: Segmented, context: Context) -> dict[str, Tensor]:
         """One update of D: source → 1, target → 0, on whole and on masked features alike.
 
         Returns:

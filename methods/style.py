@@ -42,7 +42,9 @@ class StyleConfig:
     style_share: float = setting(
         2.0, "updates of the style stage, as a multiple of the run's steps", low=0.001, high=100
     )
-    style_width: int = setting(32, "channels of the style networks at full resolution", low=4, high=128)
+    style_width: int = setting(
+        32, "channels of the style networks at full resolution", low=4, high=128
+    )
     style_blocks: int = setting(4, "residual blocks of encoder and decoder", low=1, high=9)
     style_scales: int = setting(3, "scales of the image discriminators", low=1, high=4)
     style_batch: int = setting(4, "images per domain in a style step, at most", low=1, high=64)
@@ -107,8 +109,12 @@ class StyleTransfer(nn.Module):
         """The stage, cached: runs with equal style settings share one training."""
         names = tuple(StyleConfig.__dataclass_fields__)
         return Stage(
-            "style", self.config.style_share, depends_on=names, modules=("style",),
-            photometric=False, finish=self.fill_bank,
+            "style",
+            self.config.style_share,
+            depends_on=names,
+            modules=("style",),
+            photometric=False,
+            finish=self.fill_bank,
         )
 
     def optimizers(self) -> dict[str, Optimizer]:
@@ -116,9 +122,7 @@ class StyleTransfer(nn.Module):
         discriminators = nn.ModuleList([self.d_source, self.d_target, self.d_content])
         betas = (0.5, 0.9)
         return {
-            "generator": Adam(
-                self.generator.parameters(), self.config.style_lr, betas, fused=True
-            ),
+            "generator": Adam(self.generator.parameters(), self.config.style_lr, betas, fused=True),
             "discriminators": Adam(
                 discriminators.parameters(), self.config.style_lr_d, betas, fused=True
             ),
@@ -151,8 +155,11 @@ class StyleTransfer(nn.Module):
             style_again, torch.cat([style_a, style_b]).detach()
         )
         loss = (
-            cfg.style_rec * reconstruction + cfg.style_cycle * cycled + consistency
-            + cfg.style_gan * gan + cfg.style_content_gan * content_gan
+            cfg.style_rec * reconstruction
+            + cfg.style_cycle * cycled
+            + consistency
+            + cfg.style_gan * gan
+            + cfg.style_content_gan * content_gan
         )
         context.update("generator", loss)
         self.update_average()
@@ -165,8 +172,12 @@ class StyleTransfer(nn.Module):
         )
         context.update("discriminators", d_loss)
         return {
-            "reconstruction": reconstruction, "cycle": cycled, "consistency": consistency,
-            "gan": gan, "content_gan": content_gan, "discriminators": d_loss,
+            "reconstruction": reconstruction,
+            "cycle": cycled,
+            "consistency": consistency,
+            "gan": gan,
+            "content_gan": content_gan,
+            "discriminators": d_loss,
         }
 
     @torch.no_grad()

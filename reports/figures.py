@@ -88,8 +88,10 @@ def overlay_montage(
         _contours(axes[2, column], panel.prediction, structures)
         heading = f"{panel.note}: {panel.case}" if panel.note else panel.case
         axes[0, column].set_title(f"{heading}\nmean Dice {panel.dice:.2f}", fontsize=9, color=INK)
-    keys = [*_keys(structures), Line2D([], [], color=FAINT, lw=0.9, ls="--",
-                                       label="reference (in the last row)")]
+    keys = [
+        *_keys(structures),
+        Line2D([], [], color=FAINT, lw=0.9, ls="--", label="reference (in the last row)"),
+    ]
     return _save(figure, path, title, keys, publishable)
 
 
@@ -196,8 +198,9 @@ def gap_map(
         drawn = _map(axes[1, column], gaps[column], image.shape, alpha=0.6)
         outline = np.kron(
             masks[column] > 0.5,
-            np.ones((image.shape[0] // masks[column].shape[0],
-                     image.shape[1] // masks[column].shape[1])),
+            np.ones(
+                (image.shape[0] // masks[column].shape[0], image.shape[1] // masks[column].shape[1])
+            ),
         )
         if outline.any() and not outline.all():
             axes[2, column].contour(outline, [0.5], colors="white", linewidths=2.0)
@@ -256,8 +259,11 @@ def domain_montage(
             chart.plot((edges[1:] + edges[:-1]) / 2, density, color="#0072b2", lw=0.8, alpha=0.5)
     chart.set_xlim(-1, 1)
     chart.set_ylim(bottom=0)
-    chart.set_xlabel("intensity after normalisation (without pixels at the lower limit), one line per slice",
-                     fontsize=8, color=INK)
+    chart.set_xlabel(
+        "intensity after normalisation (without the lower limit), one line per slice",
+        fontsize=8,
+        color=INK,
+    )
     chart.set_ylabel("density", fontsize=8, color=INK)
     chart.tick_params(labelsize=7, colors=FAINT)
     for side in ("top", "right"):
@@ -282,11 +288,16 @@ def _save(
         figure.suptitle(title, fontsize=11, color=INK)
     if keys:
         longest = max(len(str(key.get_label())) for key in keys)
-        fitting = int(figure.get_figwidth() / (0.075 * longest + 0.55))
+        fitting = int(figure.get_figwidth() / (0.066 * longest + 0.5))
         legend = figure.legend(
-            handles=list(keys), loc="outside lower center", fontsize=8, frameon=False,
-            ncols=max(1, min(len(keys), fitting)), labelcolor=INK,
-            title=None if publishable else FOOTER, title_fontsize=7,
+            handles=list(keys),
+            loc="outside lower center",
+            fontsize=8,
+            frameon=False,
+            ncols=max(1, min(len(keys), fitting)),
+            labelcolor=INK,
+            title=None if publishable else FOOTER,
+            title_fontsize=7,
         )
         legend.get_title().set_color(WARNING)
     elif not publishable:
@@ -306,7 +317,12 @@ def _map(
 ) -> Any:
     height, width = shape or values.shape
     drawn = axes.imshow(
-        values, cmap=SEQUENTIAL, vmin=0, vmax=1, alpha=alpha, interpolation="nearest",
+        values,
+        cmap=SEQUENTIAL,
+        vmin=0,
+        vmax=1,
+        alpha=alpha,
+        interpolation="nearest",
         extent=(-0.5, width - 0.5, height - 0.5, -0.5),
     )
     _bare(axes)
@@ -355,6 +371,4 @@ def _contours(
 
 
 def _keys(structures: Sequence[Structure]) -> list[Line2D]:
-    return [
-        Line2D([], [], color=s.color, lw=2.0, label=f"{s.name}  {s.title}") for s in structures
-    ]
+    return [Line2D([], [], color=s.color, lw=2.0, label=f"{s.name}  {s.title}") for s in structures]

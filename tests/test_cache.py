@@ -117,6 +117,15 @@ def test_changed_label_changes_no_image_entry(tmp_path, case):
     assert after.path != before.path and (after.open()[:, 4:20, 4:20] == 2).all()
 
 
+def test_changed_image_changes_its_labels_entry(case):
+    """The crop comes from the image, so a label on another image's grid is another entry."""
+    cache = SliceCache()
+    before = cache.label(case, READING, GRID, STRUCTURES)
+    image = np.random.default_rng(9).normal(0, 1, (20, 22, 4)).astype(np.float32)
+    nib.save(nib.Nifti1Image(image, np.eye(4)), case.image)
+    assert cache.label(case, READING, GRID, STRUCTURES).path != before.path
+
+
 def test_no_way_leads_from_images_to_labels(tmp_path, case):
     """Neither the image entry nor the store names the label's file, directory or key."""
     cache = SliceCache()
@@ -207,7 +216,9 @@ def test_leftovers_are_swept_after_a_day(case):
     assert {path.name for path in scratch.iterdir()} == {"new.npy"}
 
 
-@pytest.mark.parametrize("damage", ["truncate", "header", "type", "no array", "no text", "text"])
+@pytest.mark.parametrize(
+    "damage", ["truncate", "longer", "header", "type", "no array", "no text", "text"]
+)
 def test_damaged_entry_is_rebuilt(case, damage):
     cache = SliceCache()
     entry = cache.image(case.unlabelled(), READING, GRID)
@@ -215,6 +226,8 @@ def test_damaged_entry_is_rebuilt(case, damage):
     text = description.read_text()
     if damage == "truncate":
         entry.path.write_bytes(good[:-100])
+    elif damage == "longer":
+        entry.path.write_bytes(good + b"x")
     elif damage == "header":
         entry.path.write_bytes(b"\0" * 64 + good[64:])
     elif damage == "type":

@@ -215,6 +215,15 @@ def test_window_is_centred_on_the_body(tmp_path):
     assert x - 31.5 >= 0  # moved so far only that no pixel lies beyond the volume
 
 
+@pytest.mark.parametrize("pixel", [0.9, 1.3, 2.0])
+def test_window_lies_evenly_about_its_centre(tmp_path, pixel):
+    """As much of the window on one side of a small volume as on the other, to the last digit."""
+    loaded = load_image(write(tmp_path / "a.nii", heart()[0]), Reading(), Grid(40, pixel))
+    for axis, length in ((1, 28), (2, 30)):
+        middle = loaded.placement.offset[axis] + loaded.placement.step[axis] * 39 / 2
+        assert middle == pytest.approx((length - 1) / 2)
+
+
 def test_window_that_covers_the_volume_stays_on_its_centre(tmp_path):
     """An already tight volume is not shifted, and what lies beyond it is -1 and background."""
     image, raw = heart()
@@ -244,7 +253,16 @@ def test_padding_and_outliers_do_not_set_the_contrast(tmp_path):
     assert np.percentile(tissue, 90) - np.percentile(tissue, 2) > 1.2
 
 
-@pytest.mark.parametrize("slice_spacing", [None, 1.0, 2.5, 7.0, 100.0])
+def test_an_outlier_does_not_spread_on_a_coarser_grid(tmp_path):
+    """It counts as the brightest tissue, not as a thousand times that, in its neighbours too."""
+    data = ct()
+    clean = load_image(write(tmp_path / "ct.nii", data), Reading(), Grid(32, 4.0))
+    data[40, 70, 6] = 1e6
+    spoilt = load_image(write(tmp_path / "hot.nii", data), Reading(), Grid(32, 4.0))
+    assert np.abs(clean.voxels - spoilt.voxels).max() < 0.1
+
+
+@pytest.mark.parametrize("slice_spacing", [None, 1.0, 2.5, 7.0, 23.0, 100.0])
 def test_every_slice_is_predicted(tmp_path, slice_spacing):
     """Whatever the slice distance, no slice of the file is left without a prediction."""
     image, _ = heart((20, 20, 11), (1, 1, 3))
