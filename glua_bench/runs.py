@@ -6,9 +6,10 @@ import hashlib
 import inspect
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -479,7 +480,8 @@ def execute(planned: PlannedRun, progress: Progress, draw: Draw | None = None) -
                 "privileged": planned.config.privileged,
                 "distances": planned.dataset.distance_note,
                 "device": str(fabric.device),
-            }
+            },
+            planned.stages,
         )
         try:
             cases = _train_and_score(planned, fabric, progress, began, draw)
@@ -495,6 +497,50 @@ def execute(planned: PlannedRun, progress: Progress, draw: Draw | None = None) -
     ):
         warnings.append("the MLflow mirror is behind; `glua-bench sync` replays it")
     return Summary(False, time.perf_counter() - began, summarise(cases), warnings)
+
+
+class _NoLog:
+    """Forgets what it is told."""
+
+    def log(self, stage: str, step: int, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Nothing."""
+
+
+def estimate(planned: PlannedRun, probe: int = 6) -> float:
+    """Seconds that training would take, from a few steps of every stage on the real data.
+
+    Args:
+        planned: from `plan`.
+        probe: step budget of the trial.
+    """
+    config = planned.config
+    fabric = make_fabric(planned.request, config)
+    method = build_method(config, planned.dataset, planned.method_class)
+    known = artefacts(planned, method)
+    reusable = {
+        stage.name
+        for stage in method.stages()
+        if (artefact := known(stage)) is not None and artefact.path.is_file()
+    }
+    quiet = Progress(enabled=False)
+    train, _, target = stores(planned, SliceCache(), quiet)
+    batches = Batches(train, target, config.batch_size, config.seed, fabric.device)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            method, replace(config, steps=probe), batches, fabric, Path(scratch), _NoLog(), quiet
+        )
+        try:
+            trainer.fit()
+        finally:
+            batches.close()
+    return sum(
+        trainer.seconds[stage.name] / stage.steps(probe) * stage.steps(config.steps)
+        for stage in trainer.stages
+        if stage.name not in reusable
+    )
 
 
 @dataclass

@@ -1,0 +1,496 @@
+"""The commands, thin: read options, call the harness, say where the results lie.
+
+torch, mlflow and the content packages are imported inside a command, so that `--help` and
+`list` answer at once. This is also the one place that wires the harness to `reports`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from glua_bench import __version__
+from glua_bench.errors import ConfigError, DataError, RunFailure, UserError
+from glua_bench.registry import Registry
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from glua_bench.runs import PlannedRun, RunRequest
+    from glua_bench.task import Dataset
+
+app = typer.Typer(
+    name="glua-bench",
+    help="Unsupervised domain adaptation for medical image segmentation, measured so that the "
+    "number can be trusted.",
+    epilog="Begin with: glua-bench run --method source_only --dataset phantom",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(
+    help="Prepare, check or look at a dataset.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(data_app, name="data")
+
+Plugins = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", help="A Python file with further methods, datasets or selectors."),
+]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-root",
+        help="The dataset's directory; default is $GLUA_BENCH_DATA/DATASET (generated data: "
+        "the cache).",
+    ),
+]
+RunsRoot = Annotated[Path, typer.Option("--runs", help="The directory of all runs.")]
+DatasetName = Annotated[str, typer.Argument(metavar="DATASET", help="See `glua-bench list`.")]
+PresetName = Annotated[
+    str, typer.Option("--preset", help="Whose working grid: quick, standard or paper.")
+]
+
+
+class Kind(str, Enum):
+    """What `list` can list."""
+
+    methods = "methods"
+    datasets = "datasets"
+    selectors = "selectors"
+
+
+def say(text: str = "") -> None:
+    """Print a line, on the first process of a run only."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning to stderr."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+# -- run ---------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    method: Annotated[str, typer.Option(help="Which method; see `glua-bench list methods`.")],
+    dataset: Annotated[str, typer.Option(help="Which dataset; see `glua-bench list datasets`.")],
+    direction: Annotated[
+        str | None, typer.Option(help="source-target, e.g. mr-ct; default is the dataset's first.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="quick, standard or paper; default is quick, with a GPU standard."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Change a setting, e.g. method.mask_ratio=0.3, segmenter.name=timm:resnet18, "
+            "grid.size=96, batch_size=4. Repeatable; `list methods -v` names them.",
+        ),
+    ] = None,
+    scenario: Annotated[
+        str,
+        typer.Option(
+            help="uda, or supervised: source_only on labelled target-train cases, the upper "
+            "bound (privileged)."
+        ),
+    ] = "uda",
+    augmentation: Annotated[
+        str | None, typer.Option(help="none, geometric (default) or photometric.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Updates of the segmenter.")] = None,
+    data_root: DataRoot = None,
+    runs_root: RunsRoot = Path("runs"),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    devices: Annotated[int, typer.Option(help="Processes, one a GPU (or CPU).", min=1)] = 1,
+    precision: Annotated[
+        str | None, typer.Option(help="32-true (default), bf16-mixed or 16-mixed.")
+    ] = None,
+    plugin: Plugins = None,
+    mlflow: Annotated[bool, typer.Option(help="Mirror the run to MLflow.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would run, and how long; train nothing.")
+    ] = False,
+) -> None:
+    """Train one method on one dataset, evaluate it, and record everything.
+
+    The same command again resumes an interrupted run, and does nothing for a finished one.
+    """
+    # A wrong name is found before the seconds that importing torch takes.
+    Registry("method", plugin or []).entry(method)
+    Registry("dataset", plugin or []).entry(dataset)
+    from glua_bench import runs
+    from glua_bench.console import Progress
+
+    request = runs.RunRequest(
+        method=method,
+        dataset=dataset,
+        direction=direction,
+        scenario=scenario,
+        preset=preset,
+        seed=seed,
+        augmentation=augmentation,
+        steps=steps,
+        assignments=set_ or [],
+        plugins=plugin or [],
+        data_root=data_root,
+        runs_root=runs_root,
+        device=device,
+        devices=devices,
+        precision=precision,
+        mlflow=mlflow,
+    )
+    planned = runs.plan(request, say)
+    config = planned.config
+    say(
+        f"{config.method} on {config.dataset} {config.direction}, seed {config.seed}, preset "
+        f"{config.preset}, augmentation {config.augmentation}"
+        + (", PRIVILEGED (trains on target labels)" if config.privileged else "")
+    )
+    if dry_run:
+        _show_plan(planned)
+        return
+    from glua_bench.reports.run_figures import draw_run
+
+    with Progress(enabled=os.environ.get("LOCAL_RANK", "0") == "0") as progress:
+        summary = runs.execute(planned, progress, draw_run)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    for text in summary.warnings:
+        warn(text)
+    _show_result(planned, summary.table, summary.already_done, summary.seconds, request)
+
+
+def _show_plan(planned: PlannedRun) -> None:
+    from glua_bench import runs
+    from glua_bench.console import duration
+
+    for name, steps in planned.stages:
+        say(f"  stage {name}: {steps} steps")
+    if planned.directory.done:
+        say(f"Already done: {planned.directory.path}. The command would only show the result.")
+        return
+    seconds = runs.estimate(planned)
+    say(f"Would write {planned.directory.path}, in about {duration(seconds)} of training.")
+    say("Next: the same command without --dry-run.")
+
+
+def _show_result(
+    planned: PlannedRun, table: pd.DataFrame, done: bool, seconds: float, request: RunRequest
+) -> None:
+    from glua_bench.console import duration
+    from glua_bench.tracking import tracking_uri
+
+    path = planned.directory.path
+    if done:
+        say(f"This run is already done (same settings, data and code): {path}")
+    else:
+        say(f"Finished in {duration(seconds)}.")
+    say()
+    primary = planned.config.selectors[0]
+    say(_score_table(table[table["selector"] == primary]))
+    others = table[(table["selector"] != primary) & (table["structure"] == "mean")]
+    for row in others.itertuples():
+        say(f"Mean Dice of the checkpoint chosen by {row.selector}: {row.dice:.3f}")
+    say(f"Checkpoint: {primary}. Distances in {planned.dataset.distance_note}.")
+    if planned.config.privileged:
+        say("PRIVILEGED: trained on target labels; an upper bound, not an adaptation result.")
+    say()
+    say(f"Results: {path} (cases.parquet, predictions/, figures/)")
+    uri = tracking_uri(request.runs_root)
+    if request.mlflow and uri.startswith("sqlite"):
+        say(f"Browse:  mlflow ui --backend-store-uri {uri}")
+    say(f"Next:    {_next_run(planned, request)}")
+
+
+def _score_table(table: pd.DataFrame) -> str:
+    lines = [f"{'structure':<11}{'Dice':>7}{'ASSD mm':>10}{'HD95 mm':>10}{'missed':>9}"]
+    for row in table.itertuples():
+        missed = f"{row.misses}/{row.cases}" if row.structure != "mean" else str(row.misses)
+        lines.append(
+            f"{row.structure:<11}{row.dice:>7.3f}{row.assd:>10.2f}{row.hd95:>10.2f}{missed:>9}"
+        )
+    return "\n".join(lines)
+
+
+def _next_run(planned: PlannedRun, request: RunRequest) -> str:
+    """The command that makes the result comparable: bounds first, then another seed."""
+    config = planned.config
+    common = [
+        "glua-bench run",
+        f"--dataset {config.dataset}",
+        f"--direction {config.direction}",
+    ]
+    if request.data_root is not None:
+        common.append(f"--data-root {request.data_root}")
+    if request.runs_root != Path("runs"):
+        common.append(f"--runs {request.runs_root}")
+    if request.preset is not None:
+        common.append(f"--preset {request.preset}")
+    if config.method != "source_only":
+        return " ".join([*common, "--method source_only"]) + "   (the lower bound)"
+    if not config.privileged:
+        return (
+            " ".join([*common, "--method source_only --scenario supervised"])
+            + "   (the upper bound)"
+        )
+    return " ".join([*common, "--method glua"])
+
+
+# -- list --------------------------------------------------------------------------------------
+
+
+@app.command(name="list")
+def list_(
+    kind: Annotated[Kind | None, typer.Argument(help="Only these.")] = None,
+    plugin: Plugins = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Settings too (imports the methods).")
+    ] = False,
+) -> None:
+    """List methods, datasets and selectors: what each does, its paper, what it needs."""
+    import textwrap
+
+    broken = 0
+    for chosen in [kind] if kind is not None else list(Kind):
+        singular = chosen.value[:-1]
+        entries = Registry(singular, plugin or []).entries()
+        say(chosen.value.capitalize())
+        for entry in entries:
+            if entry.error:
+                broken += 1
+                say(f"  {entry.name:<14}BROKEN ({entry.origin}): {entry.error}")
+                continue
+            say(f"  {entry.name:<14}{entry.summary}")
+            for label, key in (("paper", "reference"), ("needs", "needs")):
+                text = entry.attributes.get(key)
+                if text:
+                    say(
+                        textwrap.fill(
+                            f"{label}: {text}",
+                            96,
+                            initial_indent=" " * 16,
+                            subsequent_indent=" " * 23,
+                        )
+                    )
+            if verbose and singular == "method":
+                _list_settings(Registry(singular, plugin or []).load(entry.name))
+        say()
+    if broken:
+        say(f"{broken} plugin(s) cannot be used; repair or uninstall them.")
+    say("Next: glua-bench run --method NAME --dataset NAME, or glua-bench run --help")
+
+
+def _list_settings(method: Any) -> None:
+    from dataclasses import fields
+
+    for spec in fields(method.Config):
+        meta = spec.metadata
+        allowed = ""
+        if meta.get("choices"):
+            allowed = f" [{', '.join(map(str, meta['choices']))}]"
+        elif meta.get("low") is not None:
+            allowed = f" [{meta['low']:g} to {meta['high']:g}]"
+        say(f"{'':16}method.{spec.name} = {spec.default}{allowed}  {meta.get('help', '')}")
+
+
+# -- data --------------------------------------------------------------------------------------
+
+
+def _dataset(name: str, root: Path | None, plugins: list[Path] | None) -> Dataset:
+    loaded: Dataset = Registry("dataset", plugins or []).load(name)(root)
+    loaded.prepare(say)
+    return loaded
+
+
+@data_app.command()
+def prepare(
+    dataset: DatasetName,
+    data_root: DataRoot = None,
+    preset: PresetName = "quick",
+    plugin: Plugins = None,
+) -> None:
+    """Generate or find a dataset's files, and preprocess them into the cache."""
+    from glua_bench.cache import SliceCache, cache_root
+    from glua_bench.console import Progress
+
+    data = _dataset(dataset, data_root, plugin)
+    grid = data.grid(preset)
+    cases = [case for domain in data.domains() for case in data.cases(domain)]
+    cache = SliceCache()
+    with Progress() as progress:
+        progress.stage("preprocess", len(cases))
+        for done, case in enumerate(cases, start=1):
+            cache.image(case.unlabelled(), data.reading, grid)
+            cache.label(case, data.reading, grid, data.structures)
+            progress.update(done)
+    for domain in data.domains():
+        counts = ", ".join(f"{len(data.split(domain, s))} {s}" for s in ("train", "val", "test"))
+        say(f"{domain}: {counts}")
+    say(f"Files: {data.root}   cache: {cache_root()}")
+    say(f"Next: glua-bench data show {dataset}{_root_option(data_root)}")
+
+
+@data_app.command()
+def check(
+    dataset: DatasetName,
+    data_root: DataRoot = None,
+    preset: PresetName = "quick",
+    plugin: Plugins = None,
+) -> None:
+    """Read every file of a dataset and report what cannot be used."""
+    from glua_bench.console import Progress
+    from glua_bench.integrity import check_dataset
+
+    data = _dataset(dataset, data_root, plugin)
+    grid = data.grid(preset)
+    with Progress() as progress:
+        reports = check_dataset(data, grid, progress)
+    names = [structure.name for structure in data.structures]
+    say(
+        f"{'case':<14}{'split':<7}{'voxels':<16}{'mm':<20}"
+        + "".join(f"{n + ' ml':>10}" for n in names)
+    )
+    for report in reports:
+        case = report.case
+        if report.problem:
+            say(f"{case.id:<14}{case.split:<7}PROBLEM: {report.problem}")
+            continue
+        shape = "×".join(map(str, report.shape))
+        spacing = "×".join(f"{value:.2f}" for value in report.spacing)
+        volumes = "".join(f"{value:>10.1f}" for value in report.volumes)
+        say(f"{case.id:<14}{case.split:<7}{shape:<16}{spacing:<20}{volumes}")
+    bad = [report for report in reports if report.problem]
+    if bad:
+        raise DataError(
+            f"{len(bad)} of {len(reports)} cases of '{dataset}' in {data.root} cannot be used; "
+            "repair or replace the files named above."
+        )
+    say(f"All {len(reports)} cases in {data.root} can be used.")
+    say(f"Next: glua-bench run --method source_only --dataset {dataset}{_root_option(data_root)}")
+
+
+@data_app.command()
+def show(
+    dataset: DatasetName,
+    data_root: DataRoot = None,
+    preset: PresetName = "standard",
+    out: Annotated[Path, typer.Option(help="Directory of the pictures.")] = Path("figures"),
+    plugin: Plugins = None,
+) -> None:
+    """Draw each domain: slices with label contours, and how intensities are distributed."""
+    data = _dataset(dataset, data_root, plugin)
+    from glua_bench.reports.run_figures import draw_dataset
+
+    for file in draw_dataset(data, data.grid(preset), out):
+        say(f"Wrote {file}")
+    if not data.publishable:
+        say("These pictures show the data's owner's images: look at them, do not pass them on.")
+    say(f"Next: glua-bench run --method source_only --dataset {dataset}{_root_option(data_root)}")
+
+
+def _root_option(root: Path | None) -> str:
+    return "" if root is None else f" --data-root {root}"
+
+
+# -- sync and doctor ---------------------------------------------------------------------------
+
+
+@app.command()
+def sync(runs_root: RunsRoot = Path("runs")) -> None:
+    """Send to MLflow what it has missed; runs that it has are left alone."""
+    if not runs_root.is_dir():
+        raise ConfigError(
+            f"There is no directory {runs_root}; name the one of your runs by --runs."
+        )
+    from glua_bench.tracking import MLflowMirror
+
+    mirror = MLflowMirror(runs_root)
+    counts = mirror.sync()
+    say(
+        f"{mirror.place}: {counts.uploaded} runs sent, {counts.present} there before, "
+        f"{counts.unfinished} unfinished and left out, {counts.missed} not taken."
+    )
+    if counts.missed:
+        raise RunFailure(
+            f"The tracker at {mirror.place} did not take {counts.missed} runs; check "
+            "MLFLOW_TRACKING_URI and give the command again, nothing is lost."
+        )
+    say(f"Next: mlflow ui --backend-store-uri {mirror.place}")
+
+
+@app.command()
+def doctor(runs_root: RunsRoot = Path("runs"), plugin: Plugins = None) -> None:
+    """Versions, devices, data, tracker, plugins: what works here and what to do next."""
+    from glua_bench.doctor import examine
+
+    findings, todo = examine(runs_root, plugin or [])
+    width = max(len(name) for name, _ in findings)
+    for name, text in findings:
+        say(f"{name:<{width}}  {text}")
+    say()
+    for line in todo:
+        say(f"Next: {line}")
+
+
+# -- entry -------------------------------------------------------------------------------------
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"glua-bench {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+def main() -> None:
+    """The console script: errors are one sentence, without a traceback."""
+    try:
+        app()
+    except (UserError, RunFailure) as error:
+        _end(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _end("interrupted; the same command resumes.", 130)
+    except BrokenPipeError:
+        # The reader of a pipe (e.g. head) has gone; Python must not complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get("GLUA_BENCH_DEBUG"):
+            raise
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        text = " ".join(str(error).split())[:300]
+        _end(
+            f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno} ({text}); this "
+            "is a defect of glua-bench or of a plugin: set GLUA_BENCH_DEBUG=1 to see where, and "
+            "report it.",
+            1,
+        )
+
+
+def _end(message: str, code: int) -> None:
+    sys.stdout.flush()
+    print(f"glua-bench: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)

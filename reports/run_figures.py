@@ -1,0 +1,166 @@
+"""The figures of one run, and of a dataset's domains: which pictures, from which files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from glua_bench.cache import SliceCache
+from glua_bench.reports.figures import (
+    Panel,
+    domain_montage,
+    gap_map,
+    overlay_montage,
+    picture_grid,
+    restyle_grid,
+)
+from glua_bench.task import Dataset, Grid
+from glua_bench.tracking import RunDirectory
+from glua_bench.volumes import load_label
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from glua_bench.method import Batch
+
+
+def draw_run(
+    run: RunDirectory,
+    dataset: Dataset,
+    rows: pd.DataFrame,
+    batch: Batch,
+    pictures: Mapping[str, Tensor],
+) -> None:
+    """Write a run's figures: best, median and worst case, and what its method shows.
+
+    Args:
+        run: its directory; holds the predictions.
+        dataset: gives images, labels and colours.
+        rows: results per case and structure of the primary selector.
+        batch: source and target images.
+        pictures: the method's own, name → (N, 1, H, W). `restyled` is shown between source and
+            target, `gap` and `mask` over the target images, everything else in a grid.
+    """
+    _draw_cases(run, dataset, rows)
+    plain = {name: values[:, 0].numpy() for name, values in pictures.items()}
+    source = batch.source_images[:, 0].cpu().numpy()
+    target = None if batch.target_images is None else batch.target_images[:, 0].cpu().numpy()
+    if target is None:
+        return
+    if "restyled" in plain:
+        restyle_grid(
+            run.figures / "restyled.png",
+            source,
+            plain.pop("restyled"),
+            target,
+            publishable=dataset.publishable,
+        )
+    if "gap" in plain and "mask" in plain:
+        gap_map(
+            run.figures / "gap.png",
+            target,
+            plain.pop("gap"),
+            plain.pop("mask"),
+            publishable=dataset.publishable,
+        )
+    if plain:
+        rows_of_pictures = {"source": source, "target": target, **plain}
+        picture_grid(
+            run.figures / "pictures.png", rows_of_pictures, publishable=dataset.publishable
+        )
+
+
+def _draw_cases(run: RunDirectory, dataset: Dataset, rows: pd.DataFrame) -> None:
+    config = run.config
+    dice = rows.groupby("case")["dice"].mean().sort_values(ascending=False)
+    chosen = {"best": 0, "median": len(dice) // 2, "worst": len(dice) - 1}
+    test = {case.id: case for case in dataset.split(config.target, "test")}
+    cache, panels = SliceCache(), []
+    for note, position in chosen.items():
+        case = test[str(dice.index[position])]
+        image = cache.image(case.unlabelled(), dataset.reading, config.grid)
+        reference = cache.label(case, dataset.reading, config.grid, dataset.structures).open()
+        # The prediction as it was saved, brought to the same grid by the same code.
+        predicted = load_label(
+            run.predictions / f"{case.id}.nii.gz",
+            case.image,
+            dataset.reading,
+            image.placement,
+            dataset.structures,
+        )
+        z = telling_slice(np.asarray(reference))
+        panels.append(
+            Panel(
+                np.asarray(image.open()[z], dtype=np.float32),
+                np.asarray(reference[z]),
+                predicted[z],
+                case.id,
+                float(dice.iloc[position]),
+                note,
+            )
+        )
+    privileged = ", privileged" if config.privileged else ""
+    overlay_montage(
+        run.figures / "cases.png",
+        panels,
+        dataset.structures,
+        f"{config.method} on {config.dataset} {config.direction}, seed {config.seed}{privileged}",
+        dataset.publishable,
+    )
+
+
+def telling_slice(labels: np.ndarray) -> int:
+    """The slice with the most structures, among those the one with the largest area.
+
+    Args:
+        labels: (Z, H, W), class indices.
+    """
+    structures = [len(np.unique(plane[plane > 0])) for plane in labels]
+    areas = (labels > 0).sum((1, 2))
+    return max(range(len(labels)), key=lambda z: (structures[z], areas[z]))
+
+
+def draw_dataset(dataset: Dataset, grid: Grid, out: Path, columns: int = 6) -> list[Path]:
+    """One montage a domain: slices of all splits with label contours, and intensities.
+
+    Args:
+        dataset: what to show.
+        grid: the working grid to show it on.
+        out: directory of the PNGs.
+        columns: slices in a row; two rows are drawn.
+
+    Returns:
+        The files.
+    """
+    cache, files = SliceCache(), []
+    for domain in dataset.domains():
+        cases = dataset.cases(domain)
+        count = min(len(cases), 2 * columns)
+        slices = []
+        for case in (cases[i * len(cases) // count] for i in range(count)):
+            image = cache.image(case.unlabelled(), dataset.reading, grid).open()
+            label = cache.label(case, dataset.reading, grid, dataset.structures).open()
+            z = telling_slice(np.asarray(label))
+            slices.append(
+                (
+                    np.asarray(image[z], dtype=np.float32),
+                    np.asarray(label[z]),
+                    f"{case.id} ({case.split}), slice {z + 1}/{len(label)}",
+                )
+            )
+        files.append(
+            domain_montage(
+                out / f"{dataset.name}_{domain}.png",
+                f"{dataset.name}, domain {domain}: {grid.size}×{grid.size} pixels of "
+                f"{grid.spacing:g} mm",
+                slices,
+                dataset.structures,
+                dataset.publishable,
+                columns,
+            )
+        )
+    return files
