@@ -62,7 +62,7 @@ class MSCMR(Dataset):
         stated_spacing=(0.74, 0.74, 0.0),
     )
     grids = {
-        "quick": Grid(96, 1.48),
+        "quick": Grid(72, 1.98),
         "standard": Grid(192, 0.74),
         "paper": Grid(192, 0.74),
     }

@@ -144,7 +144,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "steps": 500,
         "batch_size": 8,
-        "segmenter": {"name": "unet", "width": 12, "depth": 4},
+        "segmenter": {"name": "unet", "width": 8, "depth": 4},
     },
     "standard": {
         "steps": 4000,

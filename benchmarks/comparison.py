@@ -1,0 +1,141 @@
+"""The main job's table: each method's Dice, the share of the gap that it recovers, and its cost.
+
+    python benchmarks/comparison.py --seeds 3 --workers 2 [--rows results/phantom_quick.parquet]
+
+Runs `glua-bench run` for every entry, one thread a process, skips what is done, and prints the
+table from the runs' rows. `--table-only` prints what is there. The gap recovered is
+(method - source_only) / (supervised - source_only), from the means of the same seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+
+from glua_bench.tracking import list_runs
+
+# Name in the table → options of `glua-bench run`. `global_only` stands before `glua`, so that
+# the style stage is trained once and not waited for.
+ENTRIES = {
+    "source_only": ["--method", "source_only"],
+    "supervised": ["--method", "source_only", "--scenario", "supervised"],
+    "source_only + photometric": ["--method", "source_only", "--augmentation", "photometric"],
+    "global_only": ["--method", "global_only"],
+    "local_only": ["--method", "local_only"],
+    "glua": ["--method", "glua"],
+    "glua + photometric": ["--method", "glua", "--augmentation", "photometric"],
+}
+TASKS = {
+    "phantom mr-ct": ["--dataset", "phantom", "--direction", "mr-ct"],
+    "phantom ct-mr": ["--dataset", "phantom", "--direction", "ct-mr"],
+    "mscmr bssfp-lge": ["--dataset", "mscmr", "--direction", "bssfp-lge"],
+}
+
+
+def execute(commands: list[list[str]], workers: int) -> int:
+    """Run commands, `workers` at a time; the number that failed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def one(command: list[str]) -> int:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        state = "done" if done.returncode == 0 else f"FAILED: {done.stderr.strip()[-300:]}"
+        print(" ".join(command[3:]), state, flush=True)
+        return done.returncode
+
+    with ThreadPoolExecutor(workers) as pool:
+        return sum(code != 0 for code in pool.map(one, commands))
+
+
+def entry_of(row: pd.Series) -> str:
+    """A row's name in the table."""
+    if row["scenario"] == "supervised":
+        return "supervised"
+    suffix = " + photometric" if row["augmentation"] == "photometric" else ""
+    return f"{row['method']}{suffix}"
+
+
+def collect(runs_root: Path) -> pd.DataFrame:
+    """Rows per case, structure and selector of all finished runs, with the run's cost."""
+    frames = []
+    for run in list_runs(runs_root):
+        if run.done:
+            summary = run.read_summary()
+            frames.append(
+                run.read_cases().assign(
+                    seconds=sum(summary["stage_seconds"].values()),
+                    peak_memory_mib=summary["peak_memory_mib"],
+                )
+            )
+    rows = pd.concat(frames, ignore_index=True)
+    rows["entry"] = rows.apply(entry_of, axis=1)
+    rows["task"] = rows["dataset"] + " " + rows["direction"]
+    return rows
+
+
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line per task and entry: means and standard deviations over seeds."""
+    rows = rows[rows["selector"] == "last"]
+    keys = ["task", "entry", "seed"]
+    per_case = rows.groupby([*keys, "case"])[["dice", "assd"]].mean()
+    per_seed = per_case.groupby(keys).mean()
+    per_seed["missed"] = rows.groupby(keys)["missed"].sum()
+    per_seed["seconds"] = rows.groupby(keys)["seconds"].first()
+    dice = per_seed["dice"].unstack("entry")
+    span = dice["supervised"] - dice["source_only"]
+    gap = dice.sub(dice["source_only"], axis=0).div(span, axis=0).stack()
+    per_seed["gap"] = gap.reorder_levels(["task", "seed", "entry"]).swaplevel(1, 2)
+    by_entry = per_seed.groupby(["task", "entry"])
+    return pd.DataFrame(
+        {
+            "seeds": by_entry.size(),
+            "Dice": by_entry["dice"].mean(),
+            "sd": by_entry["dice"].std(),
+            "ASSD mm": by_entry["assd"].mean(),
+            "gap recovered": by_entry["gap"].mean(),
+            "gap min": by_entry["gap"].min(),
+            "gap max": by_entry["gap"].max(),
+            "missed": by_entry["missed"].sum(),
+            "training s": by_entry["seconds"].mean(),
+        }
+    ).sort_values(["task", "Dice"])
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--tasks", nargs="*", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--entries", nargs="*", choices=list(ENTRIES), default=list(ENTRIES))
+    parser.add_argument("--rows", type=Path, help="write the publishable rows to this file")
+    parser.add_argument("--table-only", action="store_true")
+    options = parser.parse_args()
+    failed = 0
+    if not options.table_only:
+        start = [sys.executable, "-m", "glua_bench", "run", "--runs", str(options.runs)]
+        commands = [
+            [*start, *ENTRIES[entry], *TASKS[task], "--seed", str(seed)]
+            for seed, entry, task in itertools.product(
+                range(options.seeds), options.entries, options.tasks
+            )
+        ]
+        failed = execute(commands, options.workers)
+    rows = collect(options.runs)
+    if options.rows is not None:
+        # Rows of real patients stay where they are.
+        rows[rows["dataset"] == "phantom"].to_parquet(options.rows, index=False)
+    with pd.option_context("display.width", 200, "display.max_columns", 20):
+        print(table(rows).round(3).to_string())
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

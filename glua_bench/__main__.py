@@ -1,0 +1,5 @@
+"""`python -m glua_bench` is the same as `glua-bench`."""
+
+from glua_bench.cli import main
+
+main()
