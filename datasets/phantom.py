@@ -92,7 +92,7 @@ class Phantom(MMWHSLayout):
         if known is None:
             raise DataError(
                 f"{self.root} holds no finished phantom: run "
-                f"`glua-bench data prepare --dataset {self.name}` first."
+                f"`glua-bench data prepare {self.name}` first."
             )
         return tuple(sorted(known["ids"].get(domain, ())))
 

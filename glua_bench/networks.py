@@ -161,7 +161,7 @@ class TimmSegmenter(nn.Module):
         return self.decoder(self.encoder(images))
 
 
-def build_segmenter(spec: SegmenterSpec, classes: int) -> nn.Module:
+def build_segmenter(spec: SegmenterSpec, classes: int) -> UNet | TimmSegmenter:
     """The segmenter that a configuration names; `forward` returns `Segmented`.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -29,7 +30,7 @@ class GlobalOnly(SourceOnly):
     reference = "Su et al., arXiv 2205.11888 (global part; reconstruction)"
     needs = "source images and labels, target images"
     uses_target = True
-    Config = GlobalConfig
+    Config: ClassVar[type] = GlobalConfig
     presets = {"quick": QUICK_STYLE}
 
     def __init__(self, task: TaskInfo, config: GlobalConfig) -> None:

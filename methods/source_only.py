@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
@@ -33,7 +34,7 @@ class SourceOnly(Method):
     reference = "baseline"
     needs = "source images and labels"
     uses_target = False
-    Config = SegmentConfig
+    Config: ClassVar[type] = SegmentConfig
 
     def __init__(self, task: TaskInfo, config: SegmentConfig) -> None:
         super().__init__(task, config)

@@ -1,0 +1,163 @@
+"""The guides: their code runs as it stands, and the cards name what exists."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from glua_bench import conformance
+from glua_bench.registry import Registry
+from glua_bench.selection import Selector
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+OURS = [e.name for e in Registry("method").entries() if e.origin == "glua-bench"]
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def plugin(tmp_path):
+    """Writes the plugin that a page shows to a file of its own."""
+
+    def extract(name: str) -> Path:
+        shown = re.findall(r"<!-- plugin: (\S+) -->\n```python\n(.*?)```", page(name), re.DOTALL)
+        assert len(shown) == 1, f"{name} must show one plugin"
+        file = tmp_path / shown[0][0]
+        file.write_text(shown[0][1])
+        return file
+
+    return extract
+
+
+# -- adding-a-method.md ---------------------------------------------------------------------------
+
+
+def test_the_method_of_the_guide_is_sound(plugin):
+    file = plugin("adding-a-method.md")
+    assert len(file.read_text().splitlines()) <= 60
+    entry = Registry("method", [file]).entry(file.stem)
+    assert entry.summary.endswith(".") and entry.attributes["needs"]
+    results = conformance.run_checks(file.stem, plugins=[file])
+    assert len(results) == len(conformance.METHOD_CHECKS)
+    assert not [f"{r.check}: {r.message}" for r in results if not r.passed]
+
+
+def test_the_guide_s_commands_fit_its_plugin(plugin):
+    file = plugin("adding-a-method.md")
+    method = Registry("method", [file]).load(file.stem)
+    commands = re.findall(r"^glua-bench .*$", page("adding-a-method.md"), re.MULTILINE)
+    assert commands and all(f"--plugin {file.name}" in command for command in commands)
+    known = {spec.name for spec in fields(method.Config)}
+    assert set(re.findall(r"--set method\.(\w+)=", "\n".join(commands))) <= known
+
+
+# -- adding-data.md -------------------------------------------------------------------------------
+
+
+def write_livers(root: Path) -> None:
+    """Files as the guide describes them: a brighter or darker ball in a body."""
+    for domain in ("ct", "mr"):
+        (root / domain).mkdir(parents=True)
+        for number in range(1, 6):
+            rng = np.random.default_rng([number, domain == "mr"])
+            x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in (40, 44, 5)), indexing="ij")
+            ball = (x - rng.uniform(-0.2, 0.2)) ** 2 + y**2 + z**2 / 4 < 0.2
+            body = x**2 + y**2 < 0.9
+            image = np.where(ball, 0.9 if domain == "ct" else 0.3, np.where(body, 0.6, 0.0))
+            image = (image + rng.normal(0, 0.02, x.shape)).astype(np.float32)
+            affine = np.diag([4.0, 4.0, 6.0, 1.0])
+            name = root / domain / f"{number:03d}"
+            nib.save(nib.Nifti1Image(image, affine), f"{name}_image.nii.gz")
+            labels = ball.astype(np.int16)
+            labels[0, 0, 0] = 9  # a value that the guide's dataset ignores
+            nib.save(nib.Nifti1Image(labels, affine), f"{name}_label.nii.gz")
+
+
+def test_the_dataset_of_the_guide_is_sound(plugin, tmp_path, monkeypatch):
+    file = plugin("adding-data.md")
+    write_livers(tmp_path / "data" / file.stem)
+    monkeypatch.setenv("GLUA_BENCH_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "cache"))
+    results = conformance.run_dataset_checks(file.stem, plugins=[file])
+    assert len(results) == len(conformance.DATASET_CHECKS)
+    assert not [f"{r.check}: {r.message}" for r in results if not r.passed]
+
+
+def test_the_dataset_of_the_guide_says_what_is_missing(plugin, tmp_path):
+    from glua_bench.errors import DataError
+
+    dataset = Registry("dataset", [plugin("adding-data.md")]).load("liver")(tmp_path / "nothing")
+    with pytest.raises(DataError, match="--data-root"):
+        dataset.prepare()
+
+
+# -- methods.md, protocol.md ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_method_has_a_card(name):
+    cards = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page("methods.md"), re.M | re.S))
+    assert set(cards) == set(OURS)
+    method = Registry("method").load(name)
+    # A card may refer to that of another method for settings that they share.
+    referred, waiting = "", [name]
+    while waiting:
+        card = cards[waiting.pop()]
+        referred += card
+        settings = re.search(r"^Settings of (.*)$", card, re.MULTILINE)
+        if settings is not None:
+            waiting += [n for n in re.findall(r"`(\w+)`", settings[1]) if n in cards]
+    for spec in fields(method.Config):
+        assert f"`{spec.name}`" in referred, f"the card of {name} lacks {spec.name}"
+    for variant in method.variants():
+        assert f"| {variant} |" in cards[name]
+    assert "reconstruction" not in method.reference or "Reconstruction" in cards[name]
+
+
+def test_no_card_names_a_setting_that_does_not_exist():
+    known = {s.name for name in OURS for s in fields(Registry("method").load(name).Config)}
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", page("methods.md"), re.MULTILINE)
+    masks = {"topk", "soft", "random", "none"}
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named - masks == known
+
+
+def test_protocol_names_every_selector_and_split():
+    text = page("protocol.md")
+    for entry in Registry("selector").entries():
+        if entry.origin == "glua-bench":
+            assert f"| `{entry.name}`" in text
+            assert issubclass(Registry("selector").load(entry.name), Selector)
+    for name in ("phantom", "mscmr"):
+        dataset = Registry("dataset").load(name)
+        for domain in (d for direction in dataset.directions for d in direction.split("-")):
+            assert f"| {domain} |" in text
+
+
+def test_protocol_states_the_splits_of_the_code():
+    from glua_bench.datasets.mmwhs_layout import MMWHSLayout
+
+    text = page("protocol.md")
+    for domain in ("ct", "mr"):
+        (row,) = re.findall(rf"^\|[^|]*\| {domain} \|(.*)\|$", text, re.MULTILINE)
+        _, val, test = (cell.strip() for cell in row.split("|"))
+        assert val == ", ".join(map(str, MMWHSLayout.val_ids[domain]))
+        assert test == ", ".join(map(str, MMWHSLayout.test_ids[domain]))
+
+
+def test_every_test_ids_paragraph_of_mscmr_is_the_code_s():
+    from glua_bench.datasets import mscmr
+
+    text = page("protocol.md")
+    for domain, splits in mscmr._SPLITS.items():
+        (row,) = re.findall(rf"^\|[^|]*\| {domain} \|(.*)\|$", text, re.MULTILINE)
+        for cell, split in zip(row.split("|"), ("train", "val", "test"), strict=True):
+            ends = [int(number) for number in re.findall(r"\d+", cell)]
+            assert (ends[0], ends[-1]) == (splits[split][0], splits[split][-1])

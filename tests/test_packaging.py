@@ -1,0 +1,325 @@
+"""The package as it is installed: versions, contents, the arrows between its parts, promises."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import hashlib
+import importlib
+import importlib.resources
+import inspect
+import os
+import pkgutil
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import distribution, entry_points
+from pathlib import Path
+
+import pytest
+import yaml
+
+import glua_bench
+from glua_bench.registry import GROUPS, Registry
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it along
+
+ROOT = Path(__file__).resolve().parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
+CONTENT = ("methods", "datasets", "sweeps", "reports")
+NOT_PACKAGED = ("tests", "benchmarks", "docs")  # folders with Python files that no user installs
+
+RUN = (
+    "python3 -m venv .venv && . .venv/bin/activate && pip install . "
+    "&& glua-bench run --method glua --dataset phantom"
+)
+TEST = "python3 -m venv .venv && . .venv/bin/activate && pip install tox && tox"
+
+
+def text(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def files() -> Iterator[Path]:
+    """Every file of the repository that is not ignored by git, also where there is no git."""
+    passed_over = re.compile(r"\.(?!ci$|gitignore$)|build$|dist$|runs$|__pycache__$|.*\.egg-info$")
+    waiting = [ROOT]
+    while waiting:
+        for path in sorted(waiting.pop().iterdir()):
+            if passed_over.match(path.name):
+                continue
+            if path.is_dir():
+                waiting.append(path)
+            else:
+                yield path
+
+
+def modules(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).glob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, at any place, "from a import b" as "a" and "a.b"."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path.name} imports relatively: write the whole name"
+            found |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+            if called in ("import_module", "__import__") and isinstance(node.args[0], ast.Constant):
+                found.add(str(node.args[0].value))
+    return found
+
+
+def content_of(path: Path) -> set[str]:
+    """Which of the content packages a file imports."""
+    return {
+        name
+        for name in CONTENT
+        if any(f"{module}.".startswith(f"glua_bench.{name}.") for module in imports(path))
+    }
+
+
+# -- what is installed ----------------------------------------------------------------------------
+
+
+def test_one_version():
+    newest = re.search(r"^## \[(\d+\.\d+\.\d+)\]", text("CHANGELOG.md"), re.MULTILINE)
+    assert newest is not None
+    assert {
+        PYPROJECT["project"]["version"],
+        glua_bench.__version__,
+        distribution("glua-bench").version,
+        str(yaml.safe_load(text("CITATION.cff"))["version"]),
+        newest[1],
+    } == {glua_bench.__version__}
+
+
+def test_every_folder_of_code_is_packaged():
+    folders = {path.parent.relative_to(ROOT) for path in files() if path.suffix == ".py"}
+    folders = {folder for folder in folders if folder.parts[0] not in NOT_PACKAGED}
+    assert {str(folder) for folder in folders} == {"glua_bench", *CONTENT}
+    mapped = SETUPTOOLS["package-dir"]
+    assert mapped == {"glua_bench": "glua_bench"} | {f"glua_bench.{n}": n for n in CONTENT}
+    assert set(SETUPTOOLS["packages"]) == set(mapped)
+    assert all((ROOT / folder / "__init__.py").is_file() for folder in folders)
+
+
+def test_every_module_is_found_in_the_package():
+    expected = {
+        f"glua_bench.{'' if folder == 'glua_bench' else folder + '.'}{path.stem}"
+        for folder in ("glua_bench", *CONTENT)
+        for path in modules(folder)
+        if path.stem != "__init__"
+    } | {f"glua_bench.{name}" for name in CONTENT}
+
+    def fail(name: str) -> None:
+        raise ImportError(name)
+
+    found = pkgutil.walk_packages(glua_bench.__path__, "glua_bench.", onerror=fail)
+    names = {module.name for module in found}
+    # An editable installation maps the sub-packages in a finder that pkgutil cannot walk.
+    names |= {f"glua_bench.{name}" for name in CONTENT}
+    for name in CONTENT:
+        package = importlib.import_module(f"glua_bench.{name}")
+        found = pkgutil.iter_modules(package.__path__, f"glua_bench.{name}.")
+        names |= {module.name for module in found}
+    assert names == expected
+
+
+@pytest.mark.skipif("TOX_ENV_NAME" not in os.environ, reason="the checkout may be tested directly")
+def test_tox_tests_the_installed_package():
+    for package in ("glua_bench", *(f"glua_bench.{name}" for name in CONTENT)):
+        file = importlib.import_module(package).__file__
+        assert file is not None and Path(file).is_relative_to(sys.prefix), file
+
+
+def test_package_is_typed():
+    assert importlib.resources.files("glua_bench").joinpath("py.typed").is_file()
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_every_entry_point_loads(kind):
+    declared = PYPROJECT["project"]["entry-points"][GROUPS[kind]]
+    points = entry_points(group=GROUPS[kind])
+    ours = {p.name: p.value for p in points if p.dist is not None and p.dist.name == "glua-bench"}
+    assert ours == declared, "install the package again: its entry points have changed"
+    for name in declared:
+        assert Registry(kind).load(name).__module__.startswith("glua_bench.")
+
+
+def test_every_method_and_dataset_has_an_entry_point():
+    """A file that defines a plugin but is not registered would be dead code."""
+    for kind in ("method", "dataset"):
+        declared = {
+            value.split(":")[0].rpartition(".")[2] + ":" + value.split(":")[1]
+            for value in PYPROJECT["project"]["entry-points"][GROUPS[kind]].values()
+        }
+        for path in modules(f"{kind}s"):
+            module = importlib.import_module(f"glua_bench.{kind}s.{path.stem}")
+            for name, value in vars(module).items():
+                if inspect.isclass(value) and value.__module__ == module.__name__:
+                    plugin = isinstance(vars(value).get("name"), str) and hasattr(value, "needs")
+                    assert plugin == (f"{path.stem}:{name}" in declared), f"{path.name}: {name}"
+
+
+def test_console_script():
+    (script,) = entry_points(group="console_scripts", name="glua-bench")
+    assert callable(script.load())
+
+
+def test_every_library_is_declared():
+    project = PYPROJECT["project"]
+    declared = {
+        re.split(r"[<>=!~\[; ]", requirement)[0].lower().replace("-", "_")
+        for requirement in [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    }
+    packages = {"yaml": "pyyaml"}  # import name → package name, where they differ
+    for folder in ("glua_bench", *CONTENT):
+        for path in modules(folder):
+            used = {name.split(".")[0] for name in imports(path)}
+            used -= {*sys.stdlib_module_names, "glua_bench"}
+            missing = {packages.get(name, name).lower() for name in used} - declared
+            assert not missing, f"{folder}/{path.name} imports {missing}: add it to pyproject.toml"
+
+
+# -- the arrows -----------------------------------------------------------------------------------
+
+
+def test_the_harness_reaches_content_only_through_the_registry():
+    reached = {path.name: content_of(path) for path in modules("glua_bench")}
+    # The command line wires things together: it hands the figures to the run. Nothing else may.
+    allowed = {"cli.py": {"reports"}}
+    assert {name: found for name, found in reached.items() if found} == allowed
+
+
+@pytest.mark.parametrize("folder", CONTENT)
+def test_content_packages_do_not_know_each_other(folder):
+    for path in modules(folder):
+        assert content_of(path) <= {folder}, f"{folder}/{path.name}"
+
+
+def test_one_function_knows_medpy():
+    users = [
+        path.name
+        for folder in ("glua_bench", *CONTENT)
+        for path in modules(folder)
+        if any(name.split(".")[0] == "medpy" for name in imports(path))
+    ]
+    assert users == ["metrics.py"]
+
+
+@pytest.mark.parametrize("arguments", [None, ["list"], ["--help"], ["run", "--help"]])
+def test_answers_without_the_heavy_libraries(arguments, tmp_path):
+    heavy = {"torch", "mlflow", "optuna", "matplotlib", "timm", "lightning_fabric", "pandas"}
+    code = (
+        "import sys, glua_bench.cli as cli\n"
+        f"arguments = {arguments!r}\n"
+        "if arguments is not None:\n"
+        "    cli.app(arguments, standalone_mode=False)\n"
+        f"loaded = {heavy!r} & set(sys.modules)\n"
+        "sys.exit(f'imported: {sorted(loaded)}' if loaded else 0)\n"
+    )
+    # Not in the checkout, where the folder glua_bench/ would be taken for the package.
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["glua_bench", *(f"glua_bench.{n}" for n in CONTENT)])
+def test_packages_say_what_they_hold(name):
+    docstring = importlib.import_module(name).__doc__
+    assert docstring and docstring.strip().split("\n")[0].endswith(".")
+
+
+# -- what is promised -----------------------------------------------------------------------------
+
+
+def test_licence_is_the_standard_text():
+    assert (
+        hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest()
+        == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
+    )
+    assert PYPROJECT["project"]["license"] == yaml.safe_load(text("CITATION.cff"))["license"]
+    notice = text("NOTICE")
+    assert "medpy" in notice and "GNU General Public License" in notice
+
+
+def test_readme_opens_with_the_two_commands():
+    blocks = re.findall(r"^```sh\n(.*?)^```", text("README.md"), re.MULTILINE | re.DOTALL)
+    assert [block.strip() for block in blocks[:2]] == [RUN, TEST]
+    before = text("README.md").split("## ")[0]
+    assert RUN in before and TEST in before
+
+
+def test_readmes_test_command_is_what_ci_runs():
+    assert [line for line in text("README.md").splitlines() if line.endswith("&& tox")] == [TEST]
+    assert "grep -m 1 '&& tox$' README.md" in text(".ci/run")
+    tox = configparser.ConfigParser(interpolation=None)
+    tox.read(ROOT / "tox.ini")
+    assert tox["tox"]["env_list"].replace(" ", "").split(",") == ["lint", "py"]
+    assert tox["testenv:lint"]["commands"].split("\n")[1:] == ["ruff check", "ruff format --check"]
+    assert "{[testenv:types]commands}" in tox["testenv:py"]["commands"]
+    assert "mypy" in tox["testenv:types"]["commands"]
+    assert "pytest" in tox["testenv:py"]["commands"]
+
+
+def test_readmes_run_command_names_what_exists():
+    words = shlex.split(RUN.rpartition("&&")[2])
+    assert words[:2] == ["glua-bench", "run"]
+    options = dict(zip(words[2::2], words[3::2], strict=True))
+    assert set(options) == {"--method", "--dataset"}
+    assert Registry("method").entry(options["--method"]).error == ""
+    assert Registry("dataset").entry(options["--dataset"]).error == ""
+
+
+def test_ci_can_be_run():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    bash = shutil.which("bash")
+    assert bash is not None
+    subprocess.run([bash, "-n", str(script)], check=True)
+
+
+def slug(heading: str) -> str:
+    """The anchor that a heading has on the usual hosts."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", [str(p.relative_to(ROOT)) for p in files() if p.suffix == ".md"])
+def test_links_resolve(page):
+    content = re.sub(r"^```.*?^```", "", text(page), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", content):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), f"{page} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {slug(heading) for heading in headings}, f"{page} links to {target}"
+
+
+def test_nothing_names_a_machine_or_a_package_index():
+    # In two halves, so that this file passes its own test.
+    names = ["/ro" + "ot/", "/wo" + "rk/", "/ho" + "me/", "/Us" + "ers/"]
+    hosts = ["pypi" + ".org", "python" + "hosted", "index" + "-url", "download.py" + "torch"]
+    pattern = re.compile("|".join([rf"(?<![\w.]){n}" for n in names] + hosts))
+    for path in files():
+        try:
+            content = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        for number, line in enumerate(content.splitlines(), start=1):
+            assert not pattern.search(line), f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
