@@ -121,7 +121,7 @@ class RunConfig:
         known = {f.name for f in fields(cls)}
         for key in values:
             if key not in known:
-                raise ConfigError(_unknown("configuration key", key, known))
+                raise ConfigError(_unknown("configuration key", "", key, known))
         try:
             values["grid"] = Grid(**values["grid"])
             values["segmenter"] = build_settings(SegmenterSpec, values["segmenter"], "segmenter")
@@ -200,7 +200,7 @@ def build_settings(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     converted = {}
     for name, value in values.items():
         if name not in known:
-            raise ConfigError(_unknown(f"option '{prefix}.'", name, set(known)))
+            raise ConfigError(_unknown("option", f"{prefix}.", name, set(known)))
         converted[name] = _convert(value, hints[name], f"{prefix}.{name}")
     built = cls(**converted)
     check(built, f"{prefix}.")
@@ -286,7 +286,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     )
 
 
-def _unknown(what: str, name: str, known: set[str]) -> str:
+def _unknown(what: str, prefix: str, name: str, known: set[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
-    return f"Unknown {what} '{name}'{hint} Known: {', '.join(sorted(known))}."
+    hint = f"did you mean '{prefix}{near[0]}'? " if near else ""
+    return f"Unknown {what} '{prefix}{name}': {hint}Known: {', '.join(sorted(known))}."

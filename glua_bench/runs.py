@@ -379,6 +379,9 @@ def artefacts(planned: PlannedRun, method: Method) -> Callable[[Stage], Artefact
                 "augmented": config.augmentation != "none",
                 "photometric": stage.photometric and config.augmentation == "photometric",
                 "grid": asdict(config.grid),
+                # First weights are drawn one network after the other, so those of the stage
+                # follow from the size of the segmenter before it.
+                "segmenter": asdict(config.segmenter),
                 "batch_size": config.batch_size,
                 "precision": config.precision,
                 "devices": planned.request.devices,
@@ -506,6 +509,9 @@ class _NoLog:
         """Nothing."""
 
     def rewind(self, stage: str, step: int) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
         """Nothing."""
 
 

@@ -14,8 +14,9 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +45,9 @@ class Log(Protocol):
     def rewind(self, stage: str, step: int) -> None:
         """Forget what was recorded behind a position."""
 
+    def flush(self) -> None:
+        """Make sure that what was recorded outlives the process."""
+
 
 def save_atomically(value: Any, path: Path) -> None:
     """`torch.save` that leaves the old file or the whole new one, whatever happens.
@@ -54,13 +58,17 @@ def save_atomically(value: Any, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Only one process at a time writes a path, so others' halves are those of killed ones.
+        for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+            leftover.unlink(missing_ok=True)
         with open(temporary, "wb") as file:
             torch.save(value, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise RunFailure(
             f"{path} could not be written ({error}); free space on that disk or choose another "
             "directory, and run the same command again to resume."
@@ -69,9 +77,20 @@ def save_atomically(value: Any, path: Path) -> None:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock file; the kernel releases it when the process ends, however it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    """Hold a lock file; the kernel releases it when the process ends, however it ends.
+
+    Raises:
+        RunFailure: the directory cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")  # noqa: SIM115 (closed below; only opening it may fail)
+    except OSError as error:
+        raise RunFailure(
+            f"{path} could not be written ({error}); make that directory writable, or set "
+            "GLUA_BENCH_CACHE to another one."
+        ) from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -193,9 +212,15 @@ class Trainer:
                 self._share(stage, artefact)
 
     def _take(self, stage: Stage, artefact: Artefact) -> None:
-        saved = torch.load(artefact.path, map_location=self.fabric.device, weights_only=True)
-        for name in stage.modules:
-            self.method.get_submodule(name).load_state_dict(saved[name])
+        try:
+            saved = torch.load(artefact.path, map_location=self.fabric.device, weights_only=True)
+            for name in stage.modules:
+                self.method.get_submodule(name).load_state_dict(saved[name])
+        except Exception as error:  # torch raises many types for damaged files
+            raise ConfigError(
+                f"The finished stage {artefact.path} cannot be read ({type(error).__name__}); "
+                "delete it to train the stage again."
+            ) from error
         self.reused.add(stage.name)
         self.progress.line(f"Stage '{stage.name}': finished before with these settings, reused.")
 
@@ -215,7 +240,8 @@ class Trainer:
             optimizers,
             self.batches.target_slices,
             fabric.backward,
-            self._average if fabric.world_size > 1 else lambda optimizer: None,
+            # Not a method of the trainer: through that, a step could reach the dataset.
+            partial(average_gradients, fabric) if fabric.world_size > 1 else lambda optimizer: None,
         )
         key = zlib.crc32(stage.name.encode())
         method.train()
@@ -280,22 +306,6 @@ class Trainer:
             return {name: self.fabric.setup_optimizers(o) for name, o in optimizers.items()}  # type: ignore[misc]
         return optimizers
 
-    def _average(self, optimizer: Optimizer) -> None:
-        """Mean of the gradients over processes."""
-        gradients = [
-            p.grad
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
-        flat = torch.cat([g.flatten() for g in gradients])
-        mean = self.fabric.all_reduce(flat, reduce_op="mean")
-        assert isinstance(mean, Tensor)
-        for gradient, part in zip(
-            gradients, mean.split([g.numel() for g in gradients]), strict=True
-        ):
-            gradient.copy_(part.view_as(gradient))
-
     # -- records ----------------------------------------------------------------------------
 
     def _flush(self, stage: Stage) -> None:
@@ -332,6 +342,8 @@ class Trainer:
                 "learning rates with --set method.NAME=VALUE."
             )
         if self.fabric.is_global_zero:
+            # Steps before the checkpoint are not repeated, so their losses must be on disk first.
+            self.log.flush()
             state = {
                 "stage": index,
                 "step": step,
@@ -366,6 +378,18 @@ class Trainer:
             if state["stage"] or state["step"]:
                 self.progress.line(f"Resuming stage '{stage.name}' at step {state['step']}.")
         return state
+
+
+def average_gradients(fabric: Fabric, optimizer: Optimizer) -> None:
+    """Replace an optimizer's gradients by their means over processes."""
+    gradients = [
+        p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+    ]
+    flat = torch.cat([g.flatten() for g in gradients])
+    mean = fabric.all_reduce(flat, reduce_op="mean")
+    assert isinstance(mean, Tensor)
+    for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def stage_order(stages: tuple[Stage, ...]) -> dict[str, int]:

@@ -1,0 +1,1596 @@
+"""The checks that every plugin must pass: many small named ones, for methods and for datasets.
+
+A method is trained on a task of a few small volumes, through the same code as in a real run
+(`runs.py`, `Trainer`, `Batches`, the slice cache), and one rule of the contract is checked at a
+time. In a test of a plugin:
+
+    from glua_bench import conformance
+
+    @conformance.parametrize(MyMethod)
+    def test_conformance(check):
+        check()
+
+and without pytest: `run_checks(MyMethod)`. docs/conformance.md lists the rules.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import textwrap
+import time
+import types
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import nibabel as nib
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+from torch.optim import Optimizer
+
+from glua_bench import runs
+from glua_bench.batches import Batches
+from glua_bench.cache import SliceCache, fingerprint
+from glua_bench.config import (
+    PRESETS,
+    RunConfig,
+    SegmenterSpec,
+    build_settings,
+    digest,
+    identity,
+)
+from glua_bench.console import Progress
+from glua_bench.errors import ConfigError, DataError, PluginError
+from glua_bench.method import Batch, Context, Method, Stage
+from glua_bench.registry import Registry
+from glua_bench.task import SPLITS, Case, Dataset, Grid, Reading, Structure
+from glua_bench.tracking import RunDirectory
+from glua_bench.trainer import Trainer, stage_order
+from glua_bench.volumes import read_label_volume
+
+STEPS = 3  # the budget of a training: a first step, one in between, and a last one
+BATCH = 2
+SIZE = 32  # the smallest slices that the harness accepts
+SEGMENTER = SegmenterSpec("unet", width=4, depth=3)
+SMALL = 2  # what whole numbers of a method's settings shrink to, where their range allows it
+
+
+# -- results --------------------------------------------------------------------------------------
+
+
+class CheckFailure(AssertionError):
+    """A plugin breaks the rule of a check; the message says how."""
+
+
+class Undecided(Exception):
+    """A check needs another one to pass first, and it did not."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What one check found.
+
+    Args:
+        subject: name of the method or dataset.
+        check: name of the check.
+        status: "passed", "failed", or "undecided" where a check that it needs failed.
+        message: why it failed or is undecided; for a passed one, what did not apply.
+        seconds: how long it took.
+        error: the exception behind a failure.
+    """
+
+    subject: str
+    check: str
+    status: str
+    message: str = ""
+    seconds: float = 0.0
+    error: BaseException | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the rule was checked and holds."""
+        return self.status == "passed"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One rule.
+
+    Args:
+        name: what results and test ids call it.
+        rule: the rule in a sentence.
+        needs: checks that must pass before this one can be decided.
+        run: raises where the rule is broken; may return a remark.
+    """
+
+    name: str
+    rule: str
+    needs: tuple[str, ...]
+    run: Callable[[Any], str | None]
+
+
+METHOD_CHECKS: dict[str, Check] = {}
+DATASET_CHECKS: dict[str, Check] = {}
+
+
+def _register(
+    table: dict[str, Check], *needs: str
+) -> Callable[[Callable[[Any], str | None]], Callable[[Any], str | None]]:
+    def add(run: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+        name = run.__name__.removeprefix("_dataset_").removeprefix("_")
+        table[name] = Check(name, " ".join((run.__doc__ or "").split()), needs, run)
+        return run
+
+    return add
+
+
+def _demand(condition: bool, message: str) -> None:
+    if not condition:
+        raise CheckFailure(message)
+
+
+# -- the entry points -----------------------------------------------------------------------------
+
+
+def run_checks(
+    method: type[Method] | str,
+    plugins: Sequence[Path] = (),
+    config: Mapping[str, Any] | None = None,
+    only: Iterable[str] | None = None,
+    report: Callable[[CheckResult], None] = lambda result: None,
+) -> list[CheckResult]:
+    """Run all checks of a method.
+
+    Args:
+        method: the class, or a registered name.
+        plugins: plugin files in which a name may be found.
+        config: settings that make the method small; what is not given comes from the preset
+            "quick", with whole numbers shrunk towards the low end of their range.
+        only: names of checks; None runs all of them.
+        report: receives each result as soon as it is there.
+
+    Returns:
+        One result a check, in the order of `METHOD_CHECKS`.
+
+    Raises:
+        PluginError: no method has the name, or no check has one of the names.
+    """
+    results = []
+    with closing(Bench(_method_class(method, plugins), config)) as bench:
+        for name in _chosen(METHOD_CHECKS, only):
+            results.append(bench.outcome(name))
+            report(results[-1])
+    return results
+
+
+def run_dataset_checks(
+    dataset: Dataset | str,
+    plugins: Sequence[Path] = (),
+    data_root: Path | None = None,
+    only: Iterable[str] | None = None,
+    report: Callable[[CheckResult], None] = lambda result: None,
+) -> list[CheckResult]:
+    """Run all checks of a dataset; its files must be there, or `prepare` makes them.
+
+    Args:
+        dataset: the dataset, or a registered name.
+        plugins: plugin files in which a name may be found.
+        data_root: where the files of a dataset given by name lie; None is its default.
+        only: names of checks; None runs all of them.
+        report: receives each result as soon as it is there.
+
+    Raises:
+        PluginError: no dataset has the name, or no check has one of the names.
+    """
+    found = runs.load_dataset(dataset, data_root, plugins) if isinstance(dataset, str) else dataset
+    outcomes: dict[str, CheckResult] = {}
+    results = []
+    for name in _chosen(DATASET_CHECKS, only):
+        results.append(_outcome(DATASET_CHECKS, name, found.name, found, outcomes))
+        report(results[-1])
+    return results
+
+
+def parametrize(
+    *methods: type[Method] | str,
+    config: Mapping[str, Any] | Callable[[type[Method]], Mapping[str, Any]] | None = None,
+    plugins: Sequence[Path] = (),
+    only: Iterable[str] | None = None,
+) -> Any:
+    """A pytest decorator: one test for each method and check, given as the argument `check`.
+
+    Args:
+        methods: classes or registered names.
+        config: as in `run_checks`, for all the methods; or a function that gives it for one.
+        plugins: as in `run_checks`.
+        only: names of checks; None takes all of them.
+
+    Raises:
+        PluginError: no check has one of the names.
+    """
+    import pytest  # the kit works without it
+
+    names = _chosen(METHOD_CHECKS, only)
+    cases = []
+    for method in methods:
+        label = method if isinstance(method, str) else getattr(method, "name", method.__name__)
+        for name in names:
+            run = functools.partial(_run_in_pytest, method, config, tuple(plugins), name)
+            cases.append(pytest.param(run, id=f"{label}-{name}"))
+    return pytest.mark.parametrize("check", cases)
+
+
+def parametrize_dataset(only: Iterable[str] | None = None) -> Any:
+    """A pytest decorator: one test for each check of a dataset, called as `check(dataset)`.
+
+    Args:
+        only: names of checks; None takes all of them.
+
+    Raises:
+        PluginError: no check has one of the names.
+    """
+    import pytest  # the kit works without it
+
+    def run(name: str, dataset: Dataset) -> None:
+        _raise(_outcome(DATASET_CHECKS, name, dataset.name, dataset, {}))
+
+    names = _chosen(DATASET_CHECKS, only)
+    cases = [pytest.param(functools.partial(run, name), id=name) for name in names]
+    return pytest.mark.parametrize("check", cases)
+
+
+@functools.cache
+def _shared_bench(method: type[Method], config: str) -> Bench:
+    """The checks of one method share its trainings, also when each is a test of its own."""
+    return Bench(method, json.loads(config))
+
+
+def _run_in_pytest(
+    method: type[Method] | str,
+    config: Mapping[str, Any] | Callable[[type[Method]], Mapping[str, Any]] | None,
+    plugins: tuple[Path, ...],
+    name: str,
+) -> None:
+    found = _method_class(method, plugins)
+    given = config(found) if callable(config) else config or {}
+    _raise(_shared_bench(found, json.dumps(dict(given), sort_keys=True)).outcome(name))
+
+
+def _raise(result: CheckResult) -> None:
+    """Turn a result into what pytest understands."""
+    if result.status == "undecided":
+        import pytest
+
+        pytest.skip(result.message)
+    if result.status == "failed":
+        raise CheckFailure(result.message) from result.error
+
+
+def _method_class(method: type[Method] | str, plugins: Sequence[Path]) -> type[Method]:
+    return Registry("method", plugins).load(method) if isinstance(method, str) else method
+
+
+def _chosen(table: Mapping[str, Check], only: Iterable[str] | None) -> list[str]:
+    if only is None:
+        return list(table)
+    wanted = list(only)
+    for name in wanted:
+        if name not in table:
+            raise PluginError(f"There is no check '{name}'; known: {', '.join(table)}.")
+    return wanted
+
+
+def _outcome(
+    table: Mapping[str, Check],
+    name: str,
+    subject: str,
+    material: Any,
+    outcomes: dict[str, CheckResult],
+) -> CheckResult:
+    """Run a check, and first what it needs; each runs once."""
+    if name in outcomes:
+        return outcomes[name]
+    began = time.perf_counter()
+    status, message, error = "passed", "", None
+    try:
+        for need in table[name].needs:
+            before = _outcome(table, need, subject, material, outcomes)
+            if not before.passed:
+                raise Undecided(f"{subject}: '{name}' cannot be decided, as '{need}' did not pass")
+        message = table[name].run(material) or ""
+    except Undecided as reason:
+        status, message = "undecided", str(reason)
+    except CheckFailure as failure:
+        status, message, error = "failed", str(failure), failure
+    except Exception as failure:  # a plugin may raise anything
+        status, error = "failed", failure  # type: ignore[assignment]
+        message = f"{type(failure).__name__}: {failure}"
+    seconds = time.perf_counter() - began
+    outcomes[name] = CheckResult(subject, name, status, message, seconds, error)
+    return outcomes[name]
+
+
+# -- the tiny task --------------------------------------------------------------------------------
+
+
+class TinyDataset(Dataset):
+    """A disc in a ring in a body, in a plain and in an inverted contrast; four volumes of each.
+
+    Subjects differ in place, size and noise. One further blob has a value that counts as
+    background, and the ring has two values, so that a class table is needed to read the labels.
+    """
+
+    name: ClassVar[str] = "conformance"
+    reference: ClassVar[str] = "generated by glua_bench.conformance"
+    needs: ClassVar[str] = "nothing"
+    structures: ClassVar[tuple[Structure, ...]] = (
+        Structure("DISC", "disc", (10,), "#e69f00"),
+        Structure("RING", "ring", (20, 21), "#56b4e9"),
+    )
+    directions: ClassVar[tuple[str, ...]] = ("plain-inverted", "inverted-plain")
+    reading: ClassVar[Reading] = Reading(ignored_values=(30,))
+    grids: ClassVar[Mapping[str, Grid]] = {preset: Grid(SIZE, 1.0) for preset in PRESETS}
+    publishable: ClassVar[bool] = True
+
+    @classmethod
+    def default_root(cls) -> Path:
+        """None: a directory is always given.
+
+        Raises:
+            DataError: always.
+        """
+        raise DataError("The conformance kit's dataset needs a directory: TinyDataset(root).")
+
+    def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
+        """Write the volumes that are missing."""
+        for number, case in enumerate(c for d in self.domains() for c in self.cases(d)):
+            if case.image.is_file() and case.label.is_file():
+                continue
+            image, label = _tiny_volume(np.random.default_rng(number), case.domain == "inverted")
+            for path, voxels in ((case.label, label), (case.image, image)):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
+            report(f"wrote {case.id}")
+
+    def cases(self, domain: str) -> tuple[Case, ...]:
+        """Two training, one validation and one test case."""
+        return tuple(
+            Case(
+                f"{domain}_{number}",
+                domain,
+                self.root / "images" / f"{domain}_{number}.nii.gz",
+                self.root / "truth" / f"truth_of_{domain}_{number}.nii.gz",
+                split,
+                f"{domain} subject {number}",
+            )
+            for number, split in enumerate(("train", "train", "val", "test"))
+        )
+
+
+def _tiny_volume(rng: np.random.Generator, inverted: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Image (float32) and raw labels (int16), (X, Y, Z)."""
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in (34, 36, 4)), indexing="ij")
+    left, front = rng.uniform(-0.2, 0.2, 2)
+    radius = rng.uniform(0.35, 0.45) * (1 - 0.2 * z**2)
+    distance = np.hypot(x - left, y - front)
+    labels = np.zeros(x.shape, np.int16)
+    labels[np.hypot(x - left - 0.5, y - front) < 0.2] = 30
+    labels[distance < radius] = np.where(y > front, 20, 21)[distance < radius]
+    labels[distance < 0.6 * radius] = 10
+    body = x**2 + y**2 < 0.9
+    image = np.where(body, 0.4, 0.0)
+    for values, brightness in (((10,), 0.9), ((20, 21), 0.65), ((30,), 0.8)):
+        image[np.isin(labels, values)] = brightness
+    if inverted:
+        image = np.where(body, 1.1 - image, 0.0)
+    return (image + rng.normal(0, 0.03, x.shape)).astype(np.float32), labels
+
+
+def poison_labels(dataset: Dataset, cases: Iterable[Case], seed: int = 0) -> None:
+    """Overwrite label files with random values of the dataset's table.
+
+    Args:
+        dataset: gives the table.
+        cases: whose label files; only ever those of a copy.
+        seed: of the random values.
+    """
+    rng = np.random.default_rng(seed)
+    values = [0, *dataset.reading.ignored_values]
+    values += [value for structure in dataset.structures for value in structure.values]
+    for case in cases:
+        image: Any = nib.load(case.label)
+        noise = rng.choice(np.array(values, np.int16), image.shape)
+        nib.save(nib.Nifti1Image(noise, image.affine), case.label)
+
+
+# -- the bench ------------------------------------------------------------------------------------
+
+
+class _Interrupted(BaseException):
+    """Ends a training as a killed process would: nobody may catch it on the way."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Where to end a training early.
+
+    Args:
+        stage: name of the stage.
+        step: the step within it.
+        after: end after the method's update of that step, not before it.
+    """
+
+    stage: str
+    step: int
+    after: bool = False
+
+
+@dataclass
+class Training:
+    """What a training leaves behind.
+
+    Args:
+        weights: the method's final `state_dict`.
+        method: the trained method, in eval mode.
+        calls: (stage, step) of every call of `step`, in order.
+        problems: what the values returned by `step` did wrong.
+        updates: parameter name → number of optimizer updates.
+        served: whether target images were served, at every step.
+        reused: stages taken from the cache.
+        cache: the cache directory of the training.
+        initial: the `state_dict` before training.
+    """
+
+    weights: dict[str, Tensor]
+    method: Method
+    calls: list[tuple[str, int]]
+    problems: list[str]
+    updates: Counter[str]
+    served: list[bool]
+    reused: set[str]
+    cache: Path
+    initial: dict[str, Tensor]
+
+
+class Bench:
+    """One method on the tiny task, with the trainings that its checks share.
+
+    Args:
+        method: the class.
+        config: settings that make it small, over what `small_settings` chooses.
+    """
+
+    def __init__(self, method: type[Method], config: Mapping[str, Any] | None = None) -> None:
+        self.method = method
+        self.given = dict(config or {})
+        self._folder = tempfile.TemporaryDirectory(prefix="glua-bench-conformance-")
+        self._made = 0
+        self.dataset = TinyDataset(Path(self._folder.name) / "data")
+        self.dataset.prepare()
+        self._outcomes: dict[str, CheckResult] = {}
+
+    @property
+    def subject(self) -> str:
+        """The method's name, for results."""
+        return str(getattr(self.method, "name", self.method.__name__))
+
+    def outcome(self, name: str) -> CheckResult:
+        """The result of a check, run once."""
+        return _outcome(METHOD_CHECKS, name, self.subject, self, self._outcomes)
+
+    def close(self) -> None:
+        """Remove the files; they go at the end of the process otherwise."""
+        self._folder.cleanup()
+
+    @property
+    def target(self) -> str:
+        """Name of the target domain of all trainings."""
+        return self.dataset.directions[0].split("-")[1]
+
+    def fresh(self, name: str) -> Path:
+        """A directory that nobody used before."""
+        self._made += 1
+        path = Path(self._folder.name) / f"{self._made}-{name}"
+        path.mkdir()
+        return path
+
+    def copy_of_data(self) -> TinyDataset:
+        """The dataset on files of its own, to be spoiled."""
+        root = self.fresh("data")
+        shutil.copytree(self.dataset.root, root, dirs_exist_ok=True)
+        return TinyDataset(root)
+
+    def cache(self) -> Path:
+        """A cache directory that holds the slices of the bench's data, and no stage."""
+        path = self.fresh("cache")
+        shutil.copytree(self._slices, path / "slices", copy_function=os.link)
+        return path
+
+    @functools.cached_property
+    def _slices(self) -> Path:
+        """The slices of the bench's data, read once."""
+        path = self.fresh("cache")
+        with quiet_machine(path):
+            runs.stores(self.plan(self.dataset), SliceCache(), Progress(enabled=False))
+        return path / "slices"
+
+    @functools.cached_property
+    def fabric(self) -> Fabric:
+        """One CPU."""
+        return runs.make_fabric(self.request(0, STEPS), self.config())
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """The settings that all trainings start from."""
+        return small_settings(self.method, self.given)
+
+    @functools.cached_property
+    def baseline(self) -> Training:
+        """The training with which others are compared."""
+        return self.train()
+
+    def config(
+        self, settings: Mapping[str, Any] | None = None, seed: int = 0, steps: int = STEPS
+    ) -> RunConfig:
+        """A run on the tiny task, resolved as the command line resolves one."""
+        request = self.request(seed, steps)
+        config = runs.resolve(request, self.dataset, self.method)
+        chosen = build_settings(self.method.Config, {**self.settings, **(settings or {})}, "method")
+        return replace(
+            config,
+            method_config=asdict(chosen),
+            segmenter=SEGMENTER,
+            batch_size=BATCH,
+            candidates=2,
+        )
+
+    def request(self, seed: int, steps: int) -> runs.RunRequest:
+        """What a user would ask for."""
+        return runs.RunRequest(
+            self.method.name,
+            self.dataset.name,
+            preset="quick",
+            seed=seed,
+            steps=steps,
+            augmentation="photometric",
+            runs_root=Path(self._folder.name) / "runs",
+            device="cpu",
+            mlflow=False,
+        )
+
+    def plan(
+        self,
+        dataset: Dataset,
+        settings: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        steps: int = STEPS,
+        scored: bool = False,
+    ) -> runs.PlannedRun:
+        """A run that is ready to be executed; reads label files of tests only if `scored`."""
+        config = self.config(settings, seed, steps)
+        runs.check_request(config, self.method)
+        chosen = runs.roles(config, dataset)
+        train = [fingerprint(chosen["source_train"]), fingerprint(chosen["target_train"])]
+        test = [fingerprint(chosen["source_val"]), fingerprint(chosen["test"])] if scored else []
+        prints = runs.Fingerprints(digest(train, 16), digest(test, 16))
+        code = runs.code_version(self.method)
+        run_id = identity(config, prints.whole, code)
+        request = self.request(seed, steps)
+        return runs.PlannedRun(
+            config,
+            run_id,
+            RunDirectory(self.fresh("runs"), config, run_id),
+            dataset,
+            self.method,
+            [(s.name, s.steps(steps)) for s in self.build(config).stages()],
+            prints,
+            code,
+            request,
+        )
+
+    def build(self, config: RunConfig | None = None) -> Method:
+        """A method with the weights of the run's seed."""
+        with quiet_machine():
+            return runs.build_method(config or self.config(), self.dataset, self.method)
+
+    def images(self, count: int, seed: int = 0) -> Tensor:
+        """Random images, (N, 1, H, W) in [-1, 1]."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(count, 1, SIZE, SIZE, generator=generator) * 2 - 1
+
+    def batch(self) -> Batch:
+        """A batch as a step would see it."""
+        labels = torch.zeros(BATCH, SIZE, SIZE, dtype=torch.long)
+        labels[:, 8:16, 8:16] = 1
+        target = self.images(BATCH, 1) if self.method.uses_target else None
+        return Batch(self.images(BATCH), labels, target)
+
+    def train(
+        self,
+        settings: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        steps: int = STEPS,
+        dataset: Dataset | None = None,
+        cache: Path | None = None,
+        checkpoints: Path | None = None,
+        stop: Stop | None = None,
+        inspect_step: Callable[[Batch, Context], None] | None = None,
+    ) -> Training:
+        """Train the method as `runs.execute` does, and watch every step.
+
+        Args:
+            settings: changes of the method's settings.
+            seed: the run's seed.
+            steps: the run's budget.
+            dataset: another than the bench's own, e.g. a spoiled copy.
+            cache: the cache directory; None takes one without stages.
+            checkpoints: where checkpoints lie and are resumed from; None takes an empty one.
+            stop: where to end early; a checkpoint is then written after every step.
+            inspect_step: called with the batch and the context of every step.
+
+        Raises:
+            _Interrupted: the training reached `stop`.
+        """
+        if cache is None:
+            cache = self.cache() if dataset is None else self.fresh("cache")
+        dataset = self.dataset if dataset is None else dataset
+        checkpoints = self.fresh("checkpoints") if checkpoints is None else checkpoints
+        with quiet_machine(cache):
+            planned = self.plan(dataset, settings, seed, steps)
+            progress = Progress(enabled=False)
+            train, _, target = runs.stores(planned, SliceCache(), progress)
+            method = runs.build_method(planned.config, dataset, self.method)
+            initial = _copy(method.state_dict())
+            watch = _Watch(method, stop, inspect_step)
+            batches = Batches(train, target, BATCH, seed, self.fabric.device)
+            trainer = Trainer(
+                method,
+                planned.config,
+                batches,
+                self.fabric,
+                checkpoints,
+                _NoLog(),
+                progress,
+                runs.artefacts(planned, method),
+                checkpoint_seconds=math.inf if stop is None else 0.0,
+            )
+            try:
+                trainer.fit()
+            finally:
+                batches.close()
+                watch.detach()
+        return Training(
+            _copy(method.state_dict()),
+            method,
+            watch.calls,
+            watch.problems,
+            watch.updates,
+            watch.served,
+            trainer.reused,
+            cache,
+            initial,
+        )
+
+
+class _NoLog:
+    """A log that keeps nothing."""
+
+    def log(self, stage: str, step: int, values: dict[str, float]) -> None:
+        """Nothing."""
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+
+class _Watch:
+    """Stands between the trainer and a method, and notes what passes."""
+
+    def __init__(
+        self,
+        method: Method,
+        stop: Stop | None,
+        inspect_step: Callable[[Batch, Context], None] | None,
+    ) -> None:
+        self.calls: list[tuple[str, int]] = []
+        self.problems: list[str] = []
+        self.updates: Counter[str] = Counter()
+        self.served: list[bool] = []
+        self._method, self._step, self._optimizers = method, method.step, method.optimizers
+        self._stop, self._inspect = stop, inspect_step
+        self._names: dict[str, list[str]] = {}
+        method.step = self._watched_step  # type: ignore[method-assign]
+        method.optimizers = self._watched_optimizers  # type: ignore[method-assign]
+
+    def detach(self) -> None:
+        """Give the method its own functions back."""
+        del self._method.step, self._method.optimizers
+
+    def _watched_step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        here = (context.stage.name, context.step)
+        stop = self._stop
+        if stop is not None and here == (stop.stage, stop.step) and not stop.after:
+            raise _Interrupted
+        if self._inspect is not None:
+            self._inspect(batch, context)
+        self.calls.append(here)
+        self.served.append(batch.target_images is not None)
+        values = self._sound(self._step(batch, context), context.stage.name)
+        if stop is not None and here == (stop.stage, stop.step):
+            raise _Interrupted
+        return values
+
+    def _sound(self, values: Any, stage: str) -> dict[str, Tensor]:
+        """What the trainer can read of the values; the rest becomes a problem of its own."""
+        if not isinstance(values, Mapping):
+            self.problems.append(f"step returned a {type(values).__name__}, not a dictionary")
+            return {}
+        names = self._names.setdefault(stage, list(values))
+        if sorted(names, key=str) != sorted(values, key=str):
+            self.problems.append(
+                f"step of stage '{stage}' returned {sorted(values, key=str)} after "
+                f"{sorted(names, key=str)}; a stage must log the same names at every step"
+            )
+        sound = {}
+        for name in names:
+            value = values.get(name)
+            if isinstance(value, Tensor) and value.ndim == 0:
+                sound[name] = value
+                continue
+            if name in values:
+                kind = (
+                    f"a tensor of shape {tuple(value.shape)}"
+                    if isinstance(value, Tensor)
+                    else f"a {type(value).__name__}"
+                )
+                self.problems.append(f"step logs '{name}' as {kind}, not as a scalar tensor")
+            sound[name] = torch.zeros(())
+        return sound
+
+    def _watched_optimizers(self, stage: Stage) -> dict[str, Optimizer]:
+        optimizers = self._optimizers(stage)
+        names = {id(p): name for name, p in self._method.named_parameters()}
+
+        def count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            for group in optimizer.param_groups:
+                self.updates.update(
+                    names[id(p)] for p in group["params"] if p.grad is not None and id(p) in names
+                )
+
+        for optimizer in optimizers.values():
+            optimizer.register_step_post_hook(count)
+        return optimizers
+
+
+@contextmanager
+def quiet_machine(cache: Path | None = None) -> Iterator[None]:
+    """One thread, the caller's random state kept, and the cache elsewhere.
+
+    Args:
+        cache: what GLUA_BENCH_CACHE names meanwhile; None leaves it.
+    """
+    before, threads = os.environ.get("GLUA_BENCH_CACHE"), torch.get_num_threads()
+    if cache is not None:
+        os.environ["GLUA_BENCH_CACHE"] = str(cache)
+    torch.set_num_threads(1)  # tiny networks are faster so
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        if cache is not None:
+            os.environ.pop("GLUA_BENCH_CACHE")
+            if before is not None:
+                os.environ["GLUA_BENCH_CACHE"] = before
+
+
+def small_settings(method: type[Method], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with which a method trains in no time.
+
+    The preset "quick", with every whole number brought down to `SMALL` or the low end of its
+    declared range, and then what is given. Real numbers stay: what they mean is unknown.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+    """
+    built = build_settings(method.Config, dict(method.presets.get("quick", {})), "method")
+    values = asdict(built)
+    for spec in fields(built):
+        value, low = values[spec.name], spec.metadata.get("low")
+        countable = isinstance(value, int) and not isinstance(value, bool)
+        if countable and low is not None and spec.metadata.get("choices") is None:
+            values[spec.name] = min(value, max(SMALL, math.ceil(low)))
+    return asdict(build_settings(method.Config, {**values, **given}, "method"))
+
+
+# -- comparing ------------------------------------------------------------------------------------
+
+
+def first_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> str | None:
+    """The first name under which two sets of weights differ in any bit; None where none does."""
+    for name in [*a, *(name for name in b if name not in a)]:
+        if name not in a or name not in b or not torch.equal(a[name], b[name]):
+            return name
+    return None
+
+
+def _copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in weights.items()}
+
+
+def _demand_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor], what: str) -> None:
+    name = first_difference(a, b)
+    _demand(name is None, f"{what}: the weights differ, first in '{name}'")
+
+
+@torch.no_grad()
+def _predict(method: Method, images: Tensor) -> Tensor:
+    with quiet_machine():
+        return method.eval().predict(images)
+
+
+# -- checks of a method ---------------------------------------------------------------------------
+
+_SOURCE = re.compile(
+    r"arxiv|doi|https?://|et al|\b(19|20)\d\d\b|baseline|reconstruction|original|lower bound", re.I
+)
+
+
+@_register(METHOD_CHECKS)
+def _card(bench: Bench) -> None:
+    """Name, reference, needs and a docstring with its source, readable without an import."""
+    return _check_card(bench.method, Method)
+
+
+def _check_card(plugin: type, base: type) -> None:
+    literals = _literals(plugin)
+    for name in ("name", "reference", "needs"):
+        value = getattr(plugin, name, None)
+        _demand(
+            isinstance(value, str) and bool(value.strip()) and "\n" not in value,
+            f"the class attribute `{name}` is {value!r}; give it one line of text",
+        )
+        _demand(
+            literals is None or name in literals,
+            f"`{name}` must stand as a plain text in the class itself, because "
+            "`glua-bench list` reads it without importing the plugin",
+        )
+    _demand(
+        re.fullmatch(r"[a-z][a-z0-9_]*", plugin.name) is not None,  # type: ignore[attr-defined]
+        f"the name {plugin.name!r} must be lower-case letters, digits and _",  # type: ignore[attr-defined]
+    )
+    text = plugin.__doc__ or ""
+    _demand(
+        bool(text.strip()) and text != base.__doc__, "the class has no docstring: it is the card"
+    )
+    lines = inspect.cleandoc(text).splitlines()
+    _demand(
+        lines[0].endswith(".") and len(lines[0]) <= 100 and (len(lines) == 1 or not lines[1]),
+        "the docstring must begin with one line of at most 100 characters that ends in a period, "
+        "and then an empty line",
+    )
+    if base is Method:
+        _demand(
+            _SOURCE.search(text + plugin.reference) is not None,  # type: ignore[attr-defined]
+            "neither the docstring nor `reference` says where the method comes from; cite a paper "
+            "(authors and year, arXiv or doi), or say baseline, reconstruction or original",
+        )
+
+
+def _literals(plugin: type) -> set[str] | None:
+    """Names of the plain class attributes in the source; None where there is no source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(plugin)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    names = set()
+    for statement in tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else ():
+        targets: Sequence[ast.expr] = ()
+        if isinstance(statement, ast.Assign):
+            targets = statement.targets
+        elif isinstance(statement, ast.AnnAssign):
+            targets = [statement.target]
+        value = getattr(statement, "value", None)
+        # Two texts in brackets are one constant after parsing, so only constants count.
+        if isinstance(value, ast.Constant):
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+@_register(METHOD_CHECKS)
+def _settings(bench: Bench) -> None:
+    """Every setting has a meaning, a range or choices, and a default inside them."""
+    cls = bench.method.Config
+    _demand(
+        is_dataclass(cls) and cls.__dataclass_params__.frozen,  # type: ignore[attr-defined]
+        "`Config` must be a frozen dataclass",
+    )
+    for spec in fields(cls):
+        default, meta = spec.default, spec.metadata
+        _demand(default is not MISSING, f"the setting '{spec.name}' has no default")
+        _demand(
+            bool(meta.get("help")),
+            f"the setting '{spec.name}' has no help; declare it with glua_bench.config.setting",
+        )
+        low, high, choices = meta.get("low"), meta.get("high"), meta.get("choices")
+        if isinstance(default, (bool, tuple)) or choices is not None:
+            continue
+        if isinstance(default, (int, float)):
+            _demand(
+                low is not None and high is not None and low < high,
+                f"the setting '{spec.name}' needs both ends of its range (low < high)",
+            )
+            for end in (low, high):
+                build_settings(cls, {spec.name: end}, "method")
+        elif isinstance(default, str):
+            raise CheckFailure(f"the setting '{spec.name}' is a text and needs `choices`")
+    build_settings(cls, {}, "method")
+
+
+@_register(METHOD_CHECKS, "settings")
+def _round_trip(bench: Bench) -> None:
+    """The settings and the run's configuration survive a dictionary, JSON and YAML."""
+    cls = bench.method.Config
+    for values in ({}, bench.method.presets.get("quick", {}), bench.settings):
+        built = build_settings(cls, dict(values), "method")
+        again = build_settings(cls, json.loads(json.dumps(asdict(built))), "method")
+        _demand(again == built, f"settings change on their way through JSON: {built} → {again}")
+    config = bench.config()
+    for again in (RunConfig.from_dict(config.to_dict()), RunConfig.from_yaml(config.to_yaml())):
+        _demand(again.to_dict() == config.to_dict(), "the run's configuration changes in YAML")
+        _demand(identity(again, "", "") == identity(config, "", ""), "the run's identity changes")
+
+
+@_register(METHOD_CHECKS, "settings")
+def _presets(bench: Bench) -> None:
+    """Every preset and, under each of them, every variant gives valid settings."""
+    for preset in bench.method.presets:
+        _demand(preset in PRESETS, f"there is no preset '{preset}'; known: {', '.join(PRESETS)}")
+    for preset in PRESETS:
+        base = dict(bench.method.presets.get(preset, {}))
+        for name, changes in {"": {}, **bench.method.variants()}.items():
+            try:
+                build_settings(bench.method.Config, {**base, **changes}, "method")
+            except ConfigError as error:
+                where = f"variant '{name}' under preset '{preset}'" if name else f"'{preset}'"
+                raise CheckFailure(f"{where}: {error}") from error
+
+
+@_register(METHOD_CHECKS, "settings")
+def _stages(bench: Bench) -> None:
+    """Stages have different names, and depend on settings and modules that exist."""
+    method = bench.build()
+    stages = tuple(method.stages())
+    _demand(bool(stages), "stages() is empty")
+    stage_order(stages)
+    known = {spec.name for spec in fields(bench.method.Config)}
+    for stage in stages:
+        unknown = set(stage.depends_on or ()) - known
+        _demand(
+            not unknown,
+            f"stage '{stage.name}' depends on {sorted(unknown)}, which Config does not have",
+        )
+        for name in stage.modules:
+            try:
+                method.get_submodule(name)
+            except AttributeError as error:
+                raise CheckFailure(
+                    f"stage '{stage.name}' keeps the module '{name}', which the method lacks"
+                ) from error
+        _demand(
+            stage.depends_on is None or bool(stage.modules),
+            f"stage '{stage.name}' is shared (depends_on) but names no modules to keep",
+        )
+        _demand(stage.share > 0, f"stage '{stage.name}' has the share {stage.share}")
+        optimizers = method.optimizers(stage)
+        _demand(
+            isinstance(optimizers, dict)
+            and bool(optimizers)
+            and all(isinstance(o, Optimizer) for o in optimizers.values()),
+            f"optimizers() of stage '{stage.name}' must be a dictionary of optimizers",
+        )
+
+
+@_register(METHOD_CHECKS, "settings", "stages")
+def _trains(bench: Bench) -> None:
+    """Training goes through all stages with finite losses and finite weights."""
+    for name, value in bench.baseline.weights.items():
+        _demand(bool(torch.isfinite(value).all()), f"'{name}' is not finite after training")
+    changed = first_difference(bench.baseline.initial, bench.baseline.weights)
+    _demand(changed is not None, "training changes no weight")
+
+
+@_register(METHOD_CHECKS, "trains")
+def _logs(bench: Bench) -> None:
+    """A step returns scalar tensors, under the same names at every step of a stage."""
+    problems = bench.baseline.problems
+    _demand(not problems, "; ".join(dict.fromkeys(problems)))
+
+
+@_register(METHOD_CHECKS, "trains")
+def _budget(bench: Bench) -> None:
+    """Each stage gets its steps, the last one the budget, and the segmenter no more than that."""
+    stages = tuple(bench.build().stages())
+    _demand(
+        stages[-1].share == 1.0,
+        f"the last stage has the share {stages[-1].share}, not 1.0: all segmenters of a "
+        "comparison get the same number of updates",
+    )
+    found = Counter(stage for stage, _ in bench.baseline.calls)
+    for stage in stages:
+        _demand(
+            found[stage.name] == stage.steps(STEPS),
+            f"stage '{stage.name}' made {found[stage.name]} steps, not {stage.steps(STEPS)}",
+        )
+    for name in _behind_predictions(bench.baseline.method, bench.images(1)):
+        count = bench.baseline.updates[name]
+        _demand(
+            count <= STEPS,
+            f"'{name}', which predictions depend on, was updated {count} times under a budget "
+            f"of {STEPS}",
+        )
+
+
+def _behind_predictions(method: Method, images: Tensor) -> list[str]:
+    """Names of the trained parameters that predictions depend on."""
+    named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
+    with torch.enable_grad(), quiet_machine():
+        logits = method.eval().predict(images)
+        if not named or not logits.requires_grad:
+            return []
+        gradients = torch.autograd.grad(
+            logits.float().square().sum(), [p for _, p in named], allow_unused=True
+        )
+    return [name for (name, _), g in zip(named, gradients, strict=True) if g is not None]
+
+
+@_register(METHOD_CHECKS, "trains")
+def _logits(bench: Bench) -> None:
+    """predict gives finite float logits (N, K, H, W), for one image as for many."""
+    classes = len(bench.dataset.structures) + 1
+    for count in (BATCH, 1, 5):
+        logits = _predict(bench.baseline.method, bench.images(count))
+        wanted = (count, classes, SIZE, SIZE)
+        _demand(isinstance(logits, Tensor), f"predict returned a {type(logits).__name__}")
+        _demand(
+            tuple(logits.shape) == wanted,
+            f"predict of {count} images gives the shape {tuple(logits.shape)}, not {wanted}",
+        )
+        _demand(logits.is_floating_point(), f"predict gives {logits.dtype}, not a float type")
+        _demand(bool(torch.isfinite(logits).all()), "predict gives values that are not finite")
+
+
+@_register(METHOD_CHECKS, "trains")
+def _predict_is_pure(bench: Bench) -> None:
+    """In eval mode predict draws no random numbers and changes no weight."""
+    method, images = bench.baseline.method, bench.images(3)
+    before = _copy(method.state_dict())
+    with quiet_machine():
+        torch.manual_seed(1)
+        first = _predict(method, images)
+        torch.manual_seed(2)
+        second = _predict(method, images)
+    _demand(torch.equal(first, second), "predict gives two answers for the same images")
+    _demand_same(before, method.state_dict(), "after predict")
+
+
+@_register(METHOD_CHECKS, "trains")
+def _pictures(bench: Bench) -> str | None:
+    """pictures gives finite images (N, 1, H, W)."""
+    with quiet_machine():
+        pictures = bench.baseline.method.eval().pictures(bench.batch())
+    for name, picture in pictures.items():
+        shape = tuple(picture.shape)
+        _demand(
+            len(shape) == 4 and shape[0] > 0 and shape[1:] == (1, SIZE, SIZE),
+            f"the picture '{name}' has the shape {shape}, not (N, 1, {SIZE}, {SIZE})",
+        )
+        _demand(bool(torch.isfinite(picture).all()), f"the picture '{name}' is not finite")
+    return None if pictures else "the method shows no pictures"
+
+
+@_register(METHOD_CHECKS, "trains", "presets")
+def _variants_train(bench: Bench) -> str | None:
+    """Every declared variant trains a step."""
+    variants = bench.method.variants()
+    cache = bench.cache()  # one for all, so that a stage they share trains once
+    for name, changes in variants.items():
+        try:
+            bench.train(changes, steps=1, cache=cache)
+        except Exception as error:  # a plugin may raise anything
+            raise CheckFailure(
+                f"variant '{name}' does not train: {type(error).__name__}: {error}"
+            ) from error
+    return None if variants else "the method declares no variants"
+
+
+@_register(METHOD_CHECKS, "trains")
+def _checkpoint(bench: Bench) -> None:
+    """A method built anew that loads saved weights predicts the same, bit for bit."""
+    trained, images = bench.baseline.method, bench.images(3)
+    file = io.BytesIO()
+    torch.save(trained.state_dict(), file)
+    file.seek(0)
+    other = bench.build(bench.config(seed=1))
+    other.load_state_dict(torch.load(file, weights_only=True))
+    other.to(memory_format=torch.channels_last)  # as the trainer does; rounding follows from it
+    _demand(
+        torch.equal(_predict(trained, images), _predict(other, images)),
+        "predictions change when the weights are saved and loaded: what they depend on must be "
+        "parameters or buffers",
+    )
+
+
+@_register(METHOD_CHECKS, "trains")
+def _same_seed(bench: Bench) -> None:
+    """The same seed gives the same weights, bit for bit."""
+    _demand_same(
+        bench.baseline.weights,
+        bench.train().weights,
+        "two trainings with one seed (draw random numbers from torch only, which the harness "
+        "seeds at every step)",
+    )
+
+
+@_register(METHOD_CHECKS, "same_seed")
+def _other_seed(bench: Bench) -> None:
+    """Another seed gives other weights, before training and after it."""
+    other = bench.train(seed=1)
+    trainable = {name for name, _ in bench.baseline.method.named_parameters()}
+    for what, a, b in (
+        ("before", bench.baseline.initial, other.initial),
+        ("after", bench.baseline.weights, other.weights),
+    ):
+        difference = first_difference(
+            {name: a[name] for name in trainable}, {name: b[name] for name in trainable}
+        )
+        _demand(difference is not None, f"two seeds give the same weights {what} training")
+
+
+@_register(METHOD_CHECKS, "same_seed")
+def _resume(bench: Bench) -> None:
+    """A training that is interrupted again and again ends in the weights of one that is not."""
+    stages = tuple(bench.build().stages())
+    stops = []
+    for index, stage in enumerate(stages):
+        total = stage.steps(STEPS)
+        # Step 0 of a later stage is the boundary. "After the last step" dies between a stage's
+        # last update and its end, so that this update is done anew.
+        steps = sorted({0 if index else 1, total // 2, total - 1})
+        stops += [Stop(stage.name, step) for step in steps if step < total]
+        stops.append(Stop(stage.name, total - 1, after=True))
+    cache, checkpoints = bench.cache(), bench.fresh("checkpoints")
+    for stop in stops:
+        try:
+            bench.train(cache=cache, checkpoints=checkpoints, stop=stop)
+        except _Interrupted:
+            continue
+        raise CheckFailure(f"step {stop.step} of stage '{stop.stage}' was never reached")
+    resumed = bench.train(cache=cache, checkpoints=checkpoints)
+    where = ", ".join(f"{stop.stage} {stop.step}" for stop in stops)
+    _demand_same(
+        bench.baseline.weights,
+        resumed.weights,
+        f"after interruptions at {where} (what a step depends on must be weights, buffers or "
+        "optimizer states, or follow from context.step)",
+    )
+
+
+@_register(METHOD_CHECKS, "same_seed")
+def _shared_stages(bench: Bench) -> str | None:
+    """A run that takes a finished stage from the cache ends as the run that trained it."""
+    shared = _shared(bench)
+    if not shared:
+        return "no stage is shared"
+    again = bench.train(cache=bench.baseline.cache)
+    _demand(
+        again.reused == set(shared),
+        f"a second run reused the stages {sorted(again.reused)}, not {sorted(shared)}",
+    )
+    _demand_same(
+        bench.baseline.weights,
+        again.weights,
+        f"a run that reuses {', '.join(shared)} (`modules` must name all that a stage trains)",
+    )
+    return None
+
+
+@_register(METHOD_CHECKS, "shared_stages")
+def _stage_dependencies(bench: Bench) -> str | None:
+    """The result of a shared stage depends on no setting but those that it names."""
+    shared = _shared(bench)
+    if not shared:
+        return "no stage is shared"
+    named = {name for stage in shared.values() for name in stage.depends_on or ()}
+    changes = {
+        spec.name: _another(bench.settings[spec.name], spec.metadata)
+        for spec in fields(bench.method.Config)
+        if spec.name not in named and spec.name not in bench.given
+    }
+    stages = [stage.name for stage in bench.build().stages()]
+    after = max(map(stages.index, shared)) + 1
+    stop = Stop(stages[after], 0) if after < len(stages) else None
+    cache = bench.cache()
+    with suppress(_Interrupted):
+        bench.train(changes, cache=cache, stop=stop)
+    for path in sorted((bench.baseline.cache / "stages").glob("*.pt")):
+        other = cache / "stages" / path.name
+        _demand(other.is_file(), f"{path.name} was not found again under other settings")
+        a, b = (torch.load(file, weights_only=True) for file in (path, other))
+        for module in a:
+            _demand_same(
+                a[module],
+                b[module],
+                f"'{module}' of the stage {path.stem.rsplit('-', 1)[0]} changes with one of the "
+                f"settings {', '.join(changes)}, which `depends_on` does not name",
+            )
+    return None
+
+
+def _shared(bench: Bench) -> dict[str, Stage]:
+    return {s.name: s for s in bench.build().stages() if s.depends_on is not None}
+
+
+def _another(value: Any, meta: Mapping[str, Any]) -> Any:
+    """Another allowed value, near the given one."""
+    if isinstance(value, bool):
+        return not value
+    if meta.get("choices") is not None:
+        return next((choice for choice in meta["choices"] if choice != value), value)
+    low, high = meta.get("low"), meta.get("high")
+    if isinstance(value, int):
+        return value + 1 if high is None or value + 1 <= high else max(low or 0, value - 1)
+    if isinstance(value, float):
+        more = value * 1.25 if value else 0.01
+        return more if high is None or more <= high else value * 0.8
+    return value
+
+
+@_register(METHOD_CHECKS, "same_seed")
+def _label_poison(bench: Bench) -> None:
+    """Random values in every target label file, and the weights are the same, bit for bit."""
+    data = bench.copy_of_data()
+    poison_labels(data, data.cases(bench.target))
+    _demand_same(
+        bench.baseline.weights,
+        bench.train(dataset=data).weights,
+        "with random target labels (the method reads target labels)",
+    )
+
+
+@_register(METHOD_CHECKS, "same_seed")
+def _labels_absent(bench: Bench) -> None:
+    """Training works, and ends the same, where the target has no label files."""
+    data = bench.copy_of_data()
+    for case in data.cases(bench.target):
+        case.label.unlink()
+    try:
+        weights = bench.train(dataset=data).weights
+    except Exception as error:  # a plugin may raise anything
+        raise CheckFailure(
+            f"without target label files training stops: {type(error).__name__}: {error}"
+        ) from error
+    _demand_same(bench.baseline.weights, weights, "without target label files")
+
+
+@_register(METHOD_CHECKS, "trains")
+def _no_way_to_labels(bench: Bench) -> None:
+    """Nothing that a step is given leads to a target label or to the name of its file."""
+    cases = bench.dataset.cases(bench.target)
+    names = {case.label.name for case in cases}
+    cache = bench.fresh("cache")
+    slices = set()
+    with quiet_machine(cache):
+        for case in cases:
+            grid = bench.dataset.grid("quick")
+            entry = SliceCache().label(case, bench.dataset.reading, grid, bench.dataset.structures)
+            names.add(entry.path.stem)
+            slices |= {_plane_digest(plane) for plane in entry.open() if plane.any()}
+    found: list[str] = []
+
+    def look(batch: Batch, context: Context) -> None:
+        if context.step == 0:
+            found.extend(_ways({"batch": batch, "context": context}, names, slices))
+
+    bench.train(steps=1, inspect_step=look)
+    _demand(not found, f"a target label can be reached: {'; '.join(found[:3])}")
+
+
+def _plane_digest(plane: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(plane, np.uint8).tobytes()).hexdigest()
+
+
+def _ways(roots: Mapping[str, Any], names: set[str], slices: set[str]) -> Iterator[str]:
+    """Ways from objects to label files' names, or to the labels themselves."""
+    for way, value in _reachable(roots):
+        if isinstance(value, Dataset):
+            yield f"{way} is the dataset"
+        if isinstance(value, bytes):
+            value = value.decode(errors="replace")
+        if isinstance(value, (str, os.PathLike)):
+            text = str(value)
+            if any(name in text for name in names):
+                yield f"{way} = {text}"
+            continue
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().numpy() if value.dtype != torch.bfloat16 else None
+        if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.ndim > 1:
+            planes = value.reshape(-1, *value.shape[-2:])
+            if any(_plane_digest(plane) in slices for plane in planes):
+                yield f"{way} holds a target label"
+
+
+def _reachable(roots: Mapping[str, Any], limit: int = 50_000) -> Iterator[tuple[str, Any]]:
+    """Everything that attributes, items, bound methods and closures lead to, near things first.
+
+    Modules, classes and a function's globals are left out: through them everything can be
+    reached from everywhere.
+    """
+    waiting = deque(roots.items())
+    seen: dict[int, Any] = {}  # keeps the objects alive, so that no id is given out twice
+    while waiting and len(seen) < limit:
+        way, value = waiting.popleft()
+        if id(value) in seen or isinstance(value, (type, types.ModuleType, type(None))):
+            continue
+        # The kit itself stands between trainer and method, and knows the labels.
+        if isinstance(value, (_Watch, Bench)) or (
+            isinstance(value, types.FunctionType) and value.__module__ == __name__
+        ):
+            continue
+        seen[id(value)] = value
+        yield way, value
+        if isinstance(value, (str, bytes, int, float, complex, np.ndarray, Tensor)):
+            continue
+        waiting.extend((f"{way}{step}", child) for step, child in _children(value))
+
+
+def _children(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in list(value.items()):
+            yield f"[{key!r}]", item
+            yield ".key", key
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        for index, item in enumerate(list(value)):
+            yield f"[{index}]", item
+    if isinstance(value, functools.partial):
+        yield from ((".func", value.func), (".args", value.args), (".keywords", value.keywords))
+    if isinstance(value, types.MethodType):
+        yield from ((".__self__", value.__self__), (".__func__", value.__func__))
+    if isinstance(value, types.FunctionType):
+        yield from ((".defaults", value.__defaults__), (".defaults", value.__kwdefaults__))
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            try:
+                yield f".<{name}>", cell.cell_contents
+            except ValueError:  # a variable that has no value yet
+                continue
+    for name, item in list(getattr(value, "__dict__", {}).items()):
+        yield f".{name}", item
+    for cls in type(value).__mro__:
+        slots = vars(cls).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if hasattr(value, name):
+                yield f".{name}", getattr(value, name)
+
+
+@_register(METHOD_CHECKS, "trains")
+def _target_served(bench: Bench) -> None:
+    """Target images are served exactly where `uses_target` asks for them."""
+    wanted = bench.method.uses_target
+    _demand(
+        all(served == wanted for served in bench.baseline.served),
+        f"uses_target is {wanted}, but target images were {'not ' if wanted else ''}served",
+    )
+
+
+@_register(METHOD_CHECKS, "same_seed")
+def _target_matters(bench: Bench) -> str | None:
+    """A method that declares `uses_target` ends elsewhere with other target images."""
+    if not bench.method.uses_target:
+        return "the method does not use the target"
+    data = bench.copy_of_data()
+    for case in data.split(bench.target, "train"):
+        image: Any = nib.load(case.image)
+        voxels = np.asarray(image.dataobj, np.float32)
+        nib.save(nib.Nifti1Image(voxels[::-1].copy(), image.affine), case.image)
+    other = bench.train(dataset=data)
+    _demand(
+        first_difference(bench.baseline.weights, other.weights) is not None,
+        "mirrored target images change no weight: set `uses_target = False`, or use them",
+    )
+    return None
+
+
+@_register(METHOD_CHECKS, "same_seed")
+def _source_labels_matter(bench: Bench) -> None:
+    """Random source labels change the weights; otherwise the label checks would prove nothing."""
+    data = bench.copy_of_data()
+    source = bench.config().source
+    poison_labels(data, data.cases(source))
+    other = bench.train(dataset=data)
+    _demand(
+        first_difference(bench.baseline.weights, other.weights) is not None,
+        "random source labels change no weight",
+    )
+
+
+@_register(METHOD_CHECKS, "trains", "logs", "logits")
+def _whole_run(bench: Bench) -> None:
+    """A run trains, selects, evaluates and is done; the same run again does nothing."""
+    with quiet_machine(bench.fresh("cache")):
+        planned = bench.plan(bench.dataset, scored=True)
+        runs.execute(planned, Progress(enabled=False))
+        rows = planned.directory.read_cases()
+        again = runs.execute(planned, Progress(enabled=False))
+    tests = bench.dataset.split(planned.config.target, "test")
+    wanted = len(tests) * len(bench.dataset.structures) * len(planned.config.selectors)
+    _demand(len(rows) == wanted, f"the run has {len(rows)} rows of scores, not {wanted}")
+    _demand(again.already_done, "the same run was executed twice")
+
+
+# -- checks of a dataset --------------------------------------------------------------------------
+
+
+@_register(DATASET_CHECKS)
+def _dataset_card(dataset: Dataset) -> None:
+    """Name, reference, needs and a docstring, readable without an import."""
+    _check_card(type(dataset), Dataset)
+
+
+@_register(DATASET_CHECKS)
+def _dataset_structures(dataset: Dataset) -> None:
+    """Structures have names, values and colours of their own."""
+    structures = dataset.structures
+    _demand(bool(structures), "the dataset has no structures")
+    _demand(
+        all(re.fullmatch(r"#[0-9a-fA-F]{6}", s.color) for s in structures),
+        "a colour is not of the form #rrggbb",
+    )
+    _demand(all(s.values for s in structures), "a structure has no values")
+    for what, values in (
+        ("name", [s.name for s in structures]),
+        ("title", [s.title for s in structures]),
+        ("colour", [s.color.lower() for s in structures]),
+        (
+            "label value (ignored ones and 0 for background included)",
+            [v for s in structures for v in s.values] + [*dataset.reading.ignored_values, 0],
+        ),
+    ):
+        twice = [value for value, count in Counter(values).items() if count > 1]
+        _demand(not twice, f"the {what} {twice[:1]} occurs twice")
+
+
+@_register(DATASET_CHECKS)
+def _dataset_grids(dataset: Dataset) -> None:
+    """Every preset has a grid that its segmenter can work on."""
+    for preset, values in PRESETS.items():
+        grid = dataset.grid(preset)
+        factor = 2 ** (values["segmenter"]["depth"] - 1)
+        _demand(
+            grid.size >= 32 and grid.size % factor == 0,
+            f"the grid of '{preset}' has the size {grid.size}; give at least 32, and a multiple "
+            f"of {factor}",
+        )
+        _demand(
+            grid.spacing > 0 and (grid.slice_spacing is None or grid.slice_spacing > 0),
+            f"the grid of '{preset}' has no positive spacing",
+        )
+
+
+@_register(DATASET_CHECKS)
+def _dataset_prepare(dataset: Dataset) -> None:
+    """prepare makes the files ready; done again it changes none of them."""
+    dataset.prepare()
+    before = _snapshot(dataset.root)
+    dataset.prepare()
+    changed = {path for path, _ in before ^ _snapshot(dataset.root)}
+    _demand(not changed, f"a second prepare changed {sorted(changed)[:1]}")
+
+
+def _snapshot(root: Path) -> set[tuple[str, tuple[int, int]]]:
+    files = (path for path in root.rglob("*") if path.is_file())
+    return {(str(path), (path.stat().st_size, path.stat().st_mtime_ns)) for path in files}
+
+
+@_register(DATASET_CHECKS, "prepare")
+def _dataset_splits(dataset: Dataset) -> None:
+    """Both domains of a direction have cases, each once and in one split, sorted by id."""
+    _demand(bool(dataset.directions), "the dataset has no direction")
+    for direction in dataset.directions:
+        parts = direction.split("-")
+        _demand(
+            len(parts) == 2 and parts[0] != parts[1],
+            f"the direction '{direction}' is not of the form source-target",
+        )
+        runs_needs = ((parts[0], "train"), (parts[1], "train"), (parts[1], "test"))
+        for domain, split in runs_needs:
+            _demand(bool(dataset.split(domain, split)), f"'{domain}' has no case in '{split}'")
+    ids: list[str] = []
+    files: list[Path] = []
+    for domain in dataset.domains():
+        cases = dataset.cases(domain)
+        own = [case.id for case in cases]
+        _demand(own == sorted(own), f"the cases of '{domain}' are not sorted by id")
+        for case in cases:
+            _demand(case.domain == domain, f"case {case.id} of '{domain}' says '{case.domain}'")
+            _demand(case.split in SPLITS, f"case {case.id} has the split '{case.split}'")
+        ids += own
+        files += [file for case in cases for file in (case.image, case.label)]
+    _demand(len(set(ids)) == len(ids), "two cases have the same id")
+    _demand(len(set(files)) == len(files), "two cases share a file")
+
+
+@_register(DATASET_CHECKS, "splits")
+def _dataset_subjects(dataset: Dataset) -> None:
+    """No subject is in two splits, nor on both sides of a direction."""
+    for domain in dataset.domains():
+        splits: dict[str, str] = {}
+        for case in dataset.cases(domain):
+            other = splits.setdefault(case.subject, case.split)
+            _demand(
+                other == case.split,
+                f"subject {case.subject} of '{domain}' is in '{other}' and in '{case.split}'",
+            )
+    for direction in dataset.directions:
+        source, target = (
+            {case.subject for split in splits for case in dataset.split(domain, split)}
+            for domain, splits in zip(
+                direction.split("-"), (("train", "val"), ("train", "test")), strict=True
+            )
+        )
+        both = sorted(source & target)
+        _demand(not both, f"subject {both[:1]} is on both sides of {direction}")
+
+
+@_register(DATASET_CHECKS, "splits")
+def _dataset_files(dataset: Dataset) -> None:
+    """Image and label of every case have one shape, and only values of the table."""
+    for case in (case for domain in dataset.domains() for case in dataset.cases(domain)):
+        image: Any = nib.load(case.image)
+        label: Any = nib.load(case.label)
+        _demand(
+            image.shape == label.shape,
+            f"image and label of {case.id} have the shapes {image.shape} and {label.shape}",
+        )
+        try:
+            read_label_volume(case.label, case.image, dataset.structures, dataset.reading)
+        except DataError as error:
+            raise CheckFailure(f"the label of {case.id} cannot be used: {error}") from error
+
+
+@_register(DATASET_CHECKS, "structures", "files")
+def _dataset_slices(dataset: Dataset) -> None:
+    """On the working grid images are finite in [-1, 1], and every structure shows."""
+    grid = dataset.grid("quick")
+    with tempfile.TemporaryDirectory(prefix="glua-bench-conformance-") as folder:
+        cache = SliceCache(Path(folder))
+        for domain in dataset.domains():
+            shown: set[int] = set()
+            for case in dataset.split(domain, "train"):
+                image = cache.image(case.unlabelled(), dataset.reading, grid)
+                voxels = image.open()
+                _demand(
+                    bool(np.isfinite(voxels).all()) and float(np.abs(voxels).max()) <= 1,
+                    f"the image of {case.id} leaves [-1, 1]",
+                )
+                _demand(float(np.ptp(voxels)) > 0, f"the image of {case.id} is empty")
+                labels = cache.label(case, dataset.reading, grid, dataset.structures)
+                shown |= set(np.unique(labels.open()).tolist())
+            missing = [s.name for i, s in enumerate(dataset.structures, 1) if i not in shown]
+            _demand(not missing, f"no training case of '{domain}' shows {', '.join(missing)}")
