@@ -115,15 +115,17 @@ class RunConfig:
         """The inverse of `to_dict`.
 
         Raises:
-            ConfigError: an unknown key or a value out of range.
+            ConfigError: an unknown key, or a value of the wrong type or out of range.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigError("The configuration is not a table of names and values.")
         values = dict(values)
         known = {f.name for f in fields(cls)}
         for key in values:
             if key not in known:
                 raise ConfigError(_unknown("configuration key", "", key, known))
         try:
-            values["grid"] = Grid(**values["grid"])
+            values["grid"] = build_settings(Grid, values["grid"], "grid")
             values["segmenter"] = build_settings(SegmenterSpec, values["segmenter"], "segmenter")
             values["selectors"] = tuple(values["selectors"])
             return cls(**values)
@@ -160,14 +162,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def check(settings: Any, prefix: str = "") -> None:
-    """Check every field of a settings dataclass against its metadata.
+    """Check every field of a settings dataclass against its type and its metadata.
 
     Raises:
-        ConfigError: a value is out of range or not among the choices.
+        ConfigError: a value has the wrong type, is out of range or not among the choices.
     """
+    hints = typing.get_type_hints(type(settings))
     for spec in fields(settings):
         value, meta = getattr(settings, spec.name), spec.metadata
         name = f"{prefix}{spec.name}"
+        kind, optional = _kind(hints[spec.name])
+        if kind in _PLAIN and not (_is(value, kind) or (value is None and optional)):
+            raise _wrong_type(name, value, kind)
         if meta.get("choices") is not None and value not in meta["choices"]:
             raise ConfigError(
                 f"{name} = {value!r} is not possible; choose one of "
@@ -256,31 +262,43 @@ def identity(config: RunConfig, data_fingerprint: str, code_version: str) -> str
     return digest({"config": values, "data": data_fingerprint, "code": code_version})
 
 
+_PLAIN = (bool, int, float, str)
+
+
+def _kind(hint: Any) -> tuple[Any, bool]:
+    """A type without its None, and whether None was among its options."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint, False
+    options = typing.get_args(hint)
+    return next(o for o in options if o is not type(None)), type(None) in options
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value is of a plain type; to Python, but not to a user, True is a number."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    options = (
-        typing.get_args(hint)
-        if typing.get_origin(hint) in (typing.Union, types.UnionType)
-        else (hint,)
-    )
-    if value is None and type(None) in options:
+    kind, optional = _kind(hint)
+    if value is None and optional:
         return None
-    kind = next(o for o in options if o is not type(None))
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if kind is float:
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         # YAML reads "1e-4" as text, so numbers written that way are accepted here.
         try:
-            if not isinstance(value, bool):
-                return float(value)
-        except (TypeError, ValueError):
-            pass
-    if kind is str and isinstance(value, str):
+            return float(value)
+        except (ValueError, OverflowError):
+            raise _wrong_type(name, value, kind) from None
+    if kind in _PLAIN and _is(value, kind):
         return value
     if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
         return tuple(value)
-    raise ConfigError(
+    raise _wrong_type(name, value, kind)
+
+
+def _wrong_type(name: str, value: Any, kind: Any) -> ConfigError:
+    return ConfigError(
         f"{name} = {value!r} has the wrong type; give a value of type "
         f"{getattr(kind, '__name__', kind)}."
     )

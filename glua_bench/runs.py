@@ -491,7 +491,7 @@ def execute(planned: PlannedRun, progress: Progress, draw: Draw | None = None) -
         except (UserError, RunFailure) as error:
             directory.fail(str(error))
             raise
-        except (OSError, RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:  # a plugin may raise anything
             directory.fail(f"{type(error).__name__}: {error}")
             raise
     warnings = []

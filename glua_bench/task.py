@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -72,9 +72,10 @@ class Grid:
         slice_spacing: distance of slices in mm; None keeps the file's own slices.
     """
 
-    size: int
-    spacing: float
-    slice_spacing: float | None = None
+    # What a user may set; `config.build_settings` checks it.
+    size: int = field(metadata={"low": 32, "high": 4096})
+    spacing: float = field(metadata={"low": 0.01, "high": 100})
+    slice_spacing: float | None = field(default=None, metadata={"low": 0.01, "high": 100})
 
 
 @dataclass(frozen=True)

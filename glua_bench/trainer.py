@@ -76,8 +76,12 @@ def save_atomically(value: Any, path: Path) -> None:
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
+def exclusive(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold a lock file; the kernel releases it when the process ends, however it ends.
+
+    Args:
+        path: the file.
+        waiting: called where another process holds it, before waiting for that one.
 
     Raises:
         RunFailure: the directory cannot be written.
@@ -91,7 +95,11 @@ def exclusive(path: Path) -> Iterator[None]:
             "GLUA_BENCH_CACHE to another one."
         ) from error
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -204,7 +212,13 @@ class Trainer:
                 self._share(stage, artefact)
             self.fabric.barrier()
             return
-        with exclusive(artefact.lock):
+
+        def waiting() -> None:
+            self.progress.line(
+                f"Stage '{stage.name}': another run is training the same; waiting for its result."
+            )
+
+        with exclusive(artefact.lock, waiting):
             if artefact.path.is_file():
                 self._take(stage, artefact)
             else:
