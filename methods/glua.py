@@ -28,11 +28,11 @@ class GLUA(GlobalOnly):
     Stage 1 (global) is the style transfer of `style.py`. Stage 2 (union) trains on restyled
     source images x̂ with source labels y and on target images:
 
-        L = L_seg(S(x̂), y) + λ_global · L_adv(f_t) + λ_local · L_adv(f_t ⊙ M),
+        L = L_seg(S(x̂), y) + λ_global · L_adv(f_t) + λ_local · L_adv(f_t; M),
 
-    with D, the gap map and the mask M of `alignment.py`. From the paper: the two levels, and
-    a local feature mask that prioritises features with the larger gap. Ours: the form of
-    everything else.
+    with D, the gap map and the mask M, where the last loss counts, of `alignment.py`. From the
+    paper: the two levels, and a local feature mask that prioritises features with the larger
+    gap. Ours: the form of everything else.
     """
 
     name = "glua"
@@ -40,7 +40,7 @@ class GLUA(GlobalOnly):
     needs = "source images and labels, target images"
     uses_target = True
     Config = GLUAConfig
-    presets = {"quick": {**QUICK_STYLE, **QUICK_ALIGNMENT}}
+    presets = {"quick": {**QUICK_STYLE, **QUICK_ALIGNMENT, "lambda_global": 0.003}}
 
     def __init__(self, task: TaskInfo, config: GLUAConfig) -> None:
         super().__init__(task, config)

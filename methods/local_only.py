@@ -28,7 +28,7 @@ class LocalConfig(SegmentConfig, AlignmentConfig):
 class LocalOnly(SourceOnly):
     """Align the local features with the largest domain gap, without restyling.
 
-    L = L_seg(source) + λ_global · L_adv(f_t) + λ_local · L_adv(f_t ⊙ M) (`alignment.py`).
+    L = L_seg(source) + λ_global · L_adv(f_t) + λ_local · L_adv(f_t; M) (`alignment.py`).
     The local half of GLUA's ablation: λ_global is 0 here, so only masked locations count.
     A reconstruction.
     """

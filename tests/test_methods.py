@@ -166,23 +166,18 @@ def alignment(**config: Any) -> tuple[LocalAlignment, Segmented]:
 
 
 @pytest.mark.parametrize("form", ["topk", "random"])
-def test_the_local_loss_moves_features_inside_the_mask_alone(form: str) -> None:
+def test_the_local_loss_counts_masked_places_alone(form: str) -> None:
     made, target = alignment(mask=form, lambda_global=0.0, lambda_local=2.0)
-    features = target.features[1]
-    scores = made.discriminator(features).detach()
+    scores = made.discriminator(target.features[1]).detach()
     torch.manual_seed(3)
     mask = local_mask(scores, form, 0.25)
     torch.manual_seed(3)
     loss, logs = made.loss(target)
-    loss.backward()
-    moved = features.grad.abs().sum(1, keepdim=True)  # type: ignore[union-attr]
-    assert (moved[mask == 0] == 0).all()
-    assert (moved[mask == 1] > 0).float().mean() > 0.9
-    # The mean counts the places of M, and no other.
-    squares = (made.discriminator(features * mask) - 1).square()
-    torch.testing.assert_close(logs["align_masked"], squares[mask == 1].mean())
+    torch.testing.assert_close(logs["align_masked"], (scores[mask == 1] - 1).square().mean())
     torch.testing.assert_close(loss, 2 * logs["align_masked"])
     torch.testing.assert_close(logs["gap"], gap_map(scores).mean())
+    if form == "topk":
+        assert logs["align_masked"] > logs["align"]  # the places with the larger gap
 
 
 @pytest.mark.parametrize("form", MASKS)
@@ -196,14 +191,17 @@ def test_the_global_loss_moves_every_place(form: str) -> None:
     torch.testing.assert_close(loss, 0.5 * logs["align"])
 
 
-def test_the_soft_form_weighs_features_and_counts_everywhere() -> None:
+def test_the_soft_form_counts_every_place_by_its_gap() -> None:
     made, target = alignment(mask="soft", lambda_global=0.0, lambda_local=1.0)
     loss, _ = made.loss(target)
     loss.backward()
     features = target.features[1]
     assert (features.grad.abs().sum(1) > 0).all()  # type: ignore[union-attr]
-    weights = 1 + gap_map(made.discriminator(features).detach())
-    torch.testing.assert_close(loss, (made.discriminator(features * weights) - 1).square().mean())
+    scores = made.discriminator(features).detach()
+    weights = 1 + gap_map(scores)
+    torch.testing.assert_close(
+        loss.detach(), ((scores - 1).square() * weights / weights.sum()).sum()
+    )
 
 
 def test_without_a_mask_both_losses_are_one() -> None:
