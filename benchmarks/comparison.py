@@ -120,7 +120,15 @@ def main() -> None:
     options = parser.parse_args()
     failed = 0
     if not options.table_only:
-        start = [sys.executable, "-m", "glua_bench", "run", "--runs", str(options.runs)]
+        start = [
+            sys.executable,
+            "-m",
+            "glua_bench",
+            "run",
+            "--no-mlflow",
+            "--runs",
+            str(options.runs),
+        ]
         commands = [
             [*start, *ENTRIES[entry], *TASKS[task], "--seed", str(seed)]
             for seed, entry, task in itertools.product(
