@@ -1,0 +1,304 @@
+"""The commands as a user gives them: what they print, how they exit, what they leave behind."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from glua_bench import cli
+
+Result = tuple[int, str, str]
+Call = Callable[..., Result]
+SMALL = [
+    "--preset=quick",
+    "--steps=2",
+    "--set=segmenter.width=4",
+    "--set=segmenter.depth=3",
+    "--set=grid.size=32",
+    "--set=grid.spacing=7",
+    "--set=batch_size=2",
+    "--device=cpu",
+]
+
+
+@pytest.fixture
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Call:
+    """Gives a command in an empty directory: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GLUA_BENCH_DATA", raising=False)
+
+    def run(*arguments: str | Path) -> Result:
+        monkeypatch.setattr(sys, "argv", ["glua-bench", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def refused(result: Result, *words: str, code: int = 2) -> None:
+    """One sentence on stderr that holds the words, the right exit code, and no traceback."""
+    found, _, err = result
+    assert found == code, err
+    lines = [line for line in err.splitlines() if line.startswith("glua-bench: error:")]
+    assert len(lines) == 1 and "Traceback" not in err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+# -- what works ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], ["run"], ["list"], ["data"], ["sync"], ["doctor"]])
+def test_help_is_there_for_every_command(call: Call, arguments: list[str]) -> None:
+    code, out, _ = call(*arguments, "--help")
+    assert code == 0 and "Usage" in out
+
+
+def test_help_and_list_import_nothing_heavy() -> None:
+    program = (
+        "import sys; from glua_bench import cli\n"
+        "for sys.argv in (['glua-bench', '--help'], ['glua-bench', 'list']):\n"
+        "    try: cli.main()\n"
+        "    except SystemExit as exit_: assert not exit_.code\n"
+        "heavy = {'torch', 'mlflow', 'optuna', 'matplotlib', 'pandas'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "source_only" in done.stdout and "phantom" in done.stdout
+
+
+def test_list_says_what_each_is_and_needs(call: Call) -> None:
+    code, out, _ = call("list")
+    assert code == 0
+    for name in ("glua", "global_only", "local_only", "source_only", "phantom", "mscmr", "last"):
+        assert f"\n  {name} " in out
+    assert "arXiv 2205.11888" in out and "needs:" in out
+    only = call("list", "datasets")[1]
+    assert "phantom" in only and "source_only" not in only.split("Next:")[0]
+
+
+def test_list_names_the_settings(call: Call) -> None:
+    _, out, _ = call("list", "methods", "-v")
+    assert "method.mask_ratio = " in out and "[0.01 to 1]" in out
+
+
+@pytest.mark.slow
+def test_run_then_again_then_sync(call: Call, phantom_root: Path) -> None:
+    command = ["run", "--method=local_only", "--dataset=phantom", "--data-root", phantom_root]
+    code, out, err = call(*command, *SMALL, "--no-mlflow")
+    assert code == 0, err
+    for text in ("Dice", "ASSD mm", "missed", "mean", "Results: runs/phantom/local_only/", "Next:"):
+        assert text in out
+    (done,) = Path("runs").glob("phantom/local_only/*/done")
+    assert {p.name for p in (done.parent / "figures").iterdir()} == {"cases.png", "gap.png"}
+    before = {p: p.stat().st_mtime_ns for p in done.parent.rglob("*")}
+    code, again, _ = call(*command, *SMALL, "--no-mlflow")
+    assert code == 0 and "already done" in again
+    assert {p: p.stat().st_mtime_ns for p in done.parent.rglob("*")} == before
+    code, plan, _ = call(*command, *SMALL, "--dry-run")
+    assert code == 0 and "Already done" in plan
+    assert "1 runs sent, 0 there before" in call("sync")[1]
+    assert "0 runs sent, 1 there before" in call("sync")[1]
+    code, health, _ = call("doctor")
+    assert code == 0 and "1 finished, 0 unfinished" in health and "Next:" in health
+
+
+@pytest.mark.slow
+def test_dry_run_says_how_long_and_writes_no_run(call: Call, phantom_root: Path) -> None:
+    code, out, _ = call(
+        "run",
+        "--method=source_only",
+        "--dataset=phantom",
+        "--data-root",
+        phantom_root,
+        *SMALL,
+        "--dry-run",
+    )
+    assert code == 0 and "stage segment: 2 steps" in out and "of training" in out
+    assert not Path("runs").exists()
+
+
+@pytest.mark.slow
+def test_the_upper_bound_is_stamped(call: Call, phantom_root: Path) -> None:
+    _, out, _ = call(
+        "run",
+        "--method=source_only",
+        "--dataset=phantom",
+        "--data-root",
+        phantom_root,
+        *SMALL,
+        "--scenario=supervised",
+        "--no-mlflow",
+    )
+    assert out.count("PRIVILEGED") == 2
+
+
+def test_data_prepare_check_and_show(call: Call, phantom_root: Path) -> None:
+    where = ["phantom", "--data-root", phantom_root]
+    code, out, _ = call("data", "prepare", *where)
+    assert code == 0 and "ct: 1 train, 1 val, 1 test" in out and "Next:" in out
+    code, out, _ = call("data", "check", *where)
+    assert code == 0 and "All 6 cases" in out and "LVC ml" in out
+    code, out, _ = call("data", "show", *where, "--preset=quick", "--out", "pictures")
+    assert code == 0 and "Next:" in out
+    assert {p.name for p in Path("pictures").iterdir()} == {"phantom_ct.png", "phantom_mr.png"}
+
+
+def test_a_file_is_enough_for_a_method(call: Call, tmp_path: Path) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        "from glua_bench.methods.source_only import SourceOnly\n"
+        "from glua_bench.method import Method\n"
+        "class Mine(SourceOnly, Method):\n"
+        "    '''My own method.'''\n"
+        "    name = 'mine'\n"
+    )
+    assert "My own method." in call("list", "methods", "--plugin", plugin)[1]
+
+
+# -- what a user may get wrong -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method=glau", "--dataset=phantom"], ["glau", "did you mean 'glua'"]),
+        (["--method=glua", "--dataset=fantom"], ["fantom", "phantom"]),
+        (["--method=glua", "--dataset=phantom", "--direction=ct-ct"], ["ct-ct", "--direction"]),
+        (["--method=glua", "--dataset=phantom", "--preset=fast"], ["fast", "--preset"]),
+        (["--method=glua", "--dataset=phantom", "--set=method.mask=x"], ["method.mask", "topk"]),
+        (
+            ["--method=glua", "--dataset=phantom", "--set=method.mask_ratio=1.5"],
+            ["method.mask_ratio", "out of range"],
+        ),
+        (["--method=glua", "--dataset=phantom", "--set=method.ratio=1"], ["method.ratio"]),
+        (["--method=glua", "--dataset=phantom", "--set=steps"], ["--set steps"]),
+        (["--method=glua", "--dataset=phantom", "--scenario=supervised"], ["source_only"]),
+        (["--method=glua", "--dataset=mscmr"], ["GLUA_BENCH_DATA", "--data-root"]),
+        (["--method=glua", "--dataset=mscmr", "--data-root=none"], ["none"]),
+        (["--method=glua", "--dataset=phantom", "--plugin=no.py"], ["no.py", "--plugin"]),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(
+    call: Call, arguments: list[str], words: list[str], phantom_root: Path
+) -> None:
+    if not any(a.startswith("--data-root") for a in arguments) and "phantom" in arguments[1]:
+        arguments = [*arguments, "--data-root", str(phantom_root)]
+    refused(call("run", *arguments), *words)
+    assert not Path("runs").exists()
+
+
+def test_an_unknown_option_is_refused(call: Call) -> None:
+    code, _, err = call("run", "--method=glua", "--dataset=phantom", "--seeed=1")
+    assert code == 2 and "--seeed" in err and "Traceback" not in err
+
+
+def damaged(root: Path, tmp_path: Path, damage: str) -> Path:
+    """A copy of the phantom with one file spoilt."""
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy)
+    image = sorted(copy.rglob("mr_train_1001_image.nii.gz"))[0]
+    label = Path(str(image).replace("_image", "_label"))
+    loaded = nib.load(image)
+    data = np.asarray(loaded.dataobj).astype(np.float32)
+    if damage == "truncated":
+        image.write_bytes(image.read_bytes()[:1000])
+    elif damage == "no NIfTI":
+        image.write_text("not an image")
+    elif damage == "NaN":
+        data[3, 3, 3] = np.nan
+        nib.save(nib.Nifti1Image(data, loaded.affine), image)
+    elif damage == "shape":
+        nib.save(nib.Nifti1Image(data[:, :-2], loaded.affine), image)
+    elif damage == "value":
+        values = np.asarray(nib.load(label).dataobj).astype(np.int16)
+        values[3, 3, 3] = 77
+        nib.save(nib.Nifti1Image(values, loaded.affine), label)
+    return copy
+
+
+def test_a_lost_file_of_the_phantom_is_made_again(
+    call: Call, phantom_root: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(phantom_root, copy)
+    lost = next(copy.rglob("mr_train_1001_image.nii.gz"))
+    lost.unlink()
+    code, out, _ = call("data", "prepare", "phantom", "--data-root", copy)
+    assert code == 0 and "generating 1 volumes" in out and lost.is_file()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no NIfTI", "NaN", "shape", "value"])
+def test_a_spoilt_file_is_named_and_no_result_counts(
+    call: Call, phantom_root: Path, tmp_path: Path, damage: str
+) -> None:
+    root = damaged(phantom_root, tmp_path, damage)
+    result = call("run", "--method=source_only", "--dataset=phantom", "--data-root", root, *SMALL)
+    refused(result, "mr_train_1001_")
+    assert not list(Path("runs").rglob("done"))
+    code, out, err = call("data", "check", "phantom", "--data-root", root, "--preset=quick")
+    assert code == 2 and "mr_train_1001_" in out + err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("raise RuntimeError('no licence')\n", "no licence"),
+        ("import not_installed_anywhere\n", "not_installed_anywhere"),
+        ("def broken(:\n", "cannot be read as Python"),
+    ],
+)
+def test_a_plugin_that_fails_is_reported_and_harms_nothing(
+    call: Call, tmp_path: Path, text: str, word: str
+) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        text + "from glua_bench.method import Method\nclass Mine(Method):\n    name = 'mine'\n"
+    )
+    refused(call("run", "--method=mine", "--dataset=phantom", "--plugin", plugin), "mine.py", word)
+    code, out, _ = call("list", "methods")
+    assert code == 0 and "glua" in out
+
+
+def test_an_unwritable_run_directory_is_one_sentence(call: Call, phantom_root: Path) -> None:
+    Path("occupied").write_text("a file where a directory must be")
+    result = call(
+        "run",
+        "--method=source_only",
+        "--dataset=phantom",
+        "--data-root",
+        phantom_root,
+        *SMALL,
+        "--runs=occupied",
+    )
+    refused(result, "occupied", "--runs", code=1)
+
+
+def test_sync_without_runs_names_the_option(call: Call) -> None:
+    refused(call("sync"), "runs", "--runs")
+
+
+def test_a_defect_is_reported_as_one(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("glua_bench.doctor.examine", fail)
+    refused(call("doctor"), "ZeroDivisionError", "GLUA_BENCH_DEBUG", code=1)
+    monkeypatch.setenv("GLUA_BENCH_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        call("doctor")
