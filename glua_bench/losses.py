@@ -51,9 +51,11 @@ def lsgan_loss(
     Args:
         scores: a map of any shape, or one map a scale (their losses are averaged).
         target: 1 for "real" or "source", 0 for the other.
-        mask: weights of the map's locations; the mean counts them only.
+        mask: weights of the map's locations, for a single map; the mean counts them only.
     """
     if not isinstance(scores, Tensor):
+        if mask is not None:
+            raise TypeError("a mask fits one map of scores, not several")
         return torch.stack([lsgan_loss(score, target) for score in scores]).mean()
     squares = (scores.float() - target).square()
     if mask is None:

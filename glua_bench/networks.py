@@ -139,9 +139,10 @@ class TimmSegmenter(nn.Module):
                 encoder, features_only=True, in_chans=1, pretrained=pretrained
             )
         except Exception as error:  # timm raises many types, from network errors to asserts
+            reason = " ".join(str(error).split())[:300]
             raise ConfigError(
                 f"segmenter.name = 'timm:{encoder}' cannot serve as a segmenter "
-                f"({type(error).__name__}: {error}); choose an encoder with feature maps"
+                f"({type(error).__name__}: {reason}); choose an encoder with feature maps"
                 f"{' or set segmenter.pretrained=false' if pretrained else ''}."
             ) from error
         info: Any = self.encoder.feature_info  # timm's FeatureInfo

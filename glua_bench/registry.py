@@ -13,6 +13,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -118,7 +119,7 @@ class Registry:
                 loaded = getattr(importlib.import_module(module_name), attribute)
         except PluginError:
             raise
-        except Exception as error:  # a plugin may raise anything on import
+        except (Exception, SystemExit) as error:  # a plugin may raise anything on import
             raise PluginError(
                 f"The {self.kind} '{name}' from {entry.origin} cannot be imported "
                 f"({type(error).__name__}: {_one_line(error)}); repair or remove it."
@@ -173,7 +174,7 @@ def _describe_file(kind: str, path: Path) -> list[Entry]:
         raise PluginError(f"The plugin file {path} does not exist; check --plugin.")
     try:
         nodes = _class_nodes(path)
-    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise PluginError(
             f"The plugin file {path} cannot be read as Python ({_one_line(error)}); repair it."
         ) from error
@@ -241,17 +242,17 @@ def _describe_class(node: ast.ClassDef) -> tuple[str, dict[str, Any]]:
             continue
         try:
             literal = ast.literal_eval(value)
-        except ValueError:
-            continue
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            continue  # what Python's documentation lists for values that are no literals
         attributes.update({t.id: literal for t in targets if isinstance(t, ast.Name)})
     return docstring.split("\n", 1)[0].strip(), attributes
 
 
 def _import_file(path: Path) -> Any:
-    name = f"glua_bench_plugin_{path.stem}"
-    loaded = sys.modules.get(name)
-    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
-        return loaded
+    # Two files may have one name in different folders.
+    name = f"glua_bench_plugin_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise PluginError(f"The plugin file {path} is not a Python file; give a .py file.")

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 FLUSH_SECONDS = 2.0
+ARTIFACTS = "mlartifacts"  # directory of the default tracker's files, among the runs
 SCORES = ("dice", "assd", "hd95", "misses")
 _LIBRARIES = (
     "torch",
@@ -515,7 +516,9 @@ def list_runs(runs_root: Path) -> list[RunDirectory]:
 
 
 def _run_paths(runs_root: Path) -> list[Path]:
-    return sorted(p.parent for p in Path(runs_root).glob("*/*/*/config.yaml"))
+    # The default tracker's copies lie among the runs, as deep as they, and are none.
+    found = (p.parent for p in Path(runs_root).glob("*/*/*/config.yaml"))
+    return sorted(p for p in found if p.parent.parent.name != ARTIFACTS)
 
 
 def _json(values: Mapping[str, Any]) -> str:
@@ -808,7 +811,7 @@ class MLflowMirror:
             if found is None:
                 # A server knows where its artifacts go; without one they lie by the runs.
                 remote = self.uri.startswith(("http:", "https:", "databricks"))
-                place = None if remote else (self.runs_root.resolve() / "mlartifacts").as_uri()
+                place = None if remote else (self.runs_root.resolve() / ARTIFACTS).as_uri()
                 try:
                     self._experiments[name] = self._client.create_experiment(name, place)
                     return self._experiments[name]

@@ -1,0 +1,320 @@
+"""config.py: what a user may set, what is refused, and what makes a run another run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glua_bench.config import (
+    AUGMENTATIONS,
+    PRECISIONS,
+    PRESETS,
+    SCENARIOS,
+    RunConfig,
+    SegmenterSpec,
+    build_settings,
+    digest,
+    identity,
+    parse_overrides,
+    setting,
+)
+from glua_bench.errors import ConfigError
+from glua_bench.task import Grid
+
+CONFIG = RunConfig("m", "d", "a-b", Grid(64, 2.0), {"rate": 0.1}, steps=5)
+
+
+def one_sentence(error: pytest.ExceptionInfo[ConfigError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text and text.endswith(".")
+    return text
+
+
+# -- the whole configuration, written and read ----------------------------------------------------
+
+words = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1)
+values = st.none() | st.booleans() | st.integers(-(2**40), 2**40) | words
+values |= st.floats(allow_nan=False, allow_infinity=False)
+configs = st.builds(
+    RunConfig,
+    method=words,
+    dataset=words,
+    direction=st.just("a-b"),
+    grid=st.builds(
+        Grid,
+        st.integers(32, 512),
+        st.floats(0.1, 10),
+        st.none() | st.floats(0.1, 10),
+    ),
+    method_config=st.dictionaries(words, values, max_size=4),
+    segmenter=st.builds(
+        SegmenterSpec, words, st.integers(4, 256), st.integers(3, 7), st.booleans()
+    ),
+    scenario=st.sampled_from(SCENARIOS),
+    preset=words,
+    seed=st.integers(0, 2**31 - 1),
+    steps=st.integers(1, 10**7),
+    batch_size=st.integers(1, 4096),
+    augmentation=st.sampled_from(AUGMENTATIONS),
+    precision=st.sampled_from(PRECISIONS),
+    candidates=st.integers(1, 1000),
+    selectors=st.lists(words, max_size=3).map(tuple),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(configs)
+def test_what_is_written_is_read_back(config: RunConfig) -> None:
+    assert RunConfig.from_dict(config.to_dict()) == config
+    assert RunConfig.from_yaml(config.to_yaml()) == config
+    assert identity(RunConfig.from_yaml(config.to_yaml()), "x", "y") == identity(config, "x", "y")
+
+
+@pytest.mark.parametrize("text", ["", "just text", "- 1\n- 2", "3"])
+def test_a_file_that_holds_no_table_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        RunConfig.from_yaml(text)
+    one_sentence(error)
+
+
+@pytest.mark.parametrize("missing", ["method", "grid", "segmenter", "selectors"])
+def test_a_table_that_lacks_something_is_refused(missing: str) -> None:
+    kept = {name: value for name, value in CONFIG.to_dict().items() if name != missing}
+    with pytest.raises(ConfigError, match=missing) as error:
+        RunConfig.from_dict(kept)
+    one_sentence(error)
+
+
+def test_an_unknown_key_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="'stepps'.*did you mean 'steps'"):
+        RunConfig.from_dict({**CONFIG.to_dict(), "stepps": 3})
+    with pytest.raises(ConfigError, match=r"'grid\.sise'.*did you mean 'grid\.size'"):
+        RunConfig.from_dict({**CONFIG.to_dict(), "grid": {"sise": 64, "spacing": 1.0}})
+
+
+def test_domains_and_privilege_follow_from_direction_and_scenario() -> None:
+    assert (CONFIG.source, CONFIG.target, CONFIG.privileged) == ("a", "b", False)
+    assert replace(CONFIG, scenario="supervised").privileged
+
+
+BAD: dict[str, tuple[Any, ...]] = {
+    "method": (None, 3),
+    "seed": (-1, 2**31, 1.0, "1", True, None),
+    "steps": (0, -3, 10**8, 1.5, "10", True, None, math.nan),
+    "batch_size": (0, 5000, 2.0, False),
+    "candidates": (0, 1001, "5"),
+    "scenario": ("oracle", None, 1, ["uda"]),
+    "augmentation": ("", "Geometric", {}, True),
+    "precision": ("32", 32, None),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, bad in BAD.items() for v in bad])
+def test_every_bad_value_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        replace(CONFIG, **{name: value})
+    assert one_sentence(error).startswith(f"{name} = ")
+    with pytest.raises(ConfigError):
+        RunConfig.from_dict({**CONFIG.to_dict(), name: value})
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"size": 31, "spacing": 1.0},
+        {"size": 64.0, "spacing": 1.0},
+        {"size": 64, "spacing": 0},
+        {"size": 64, "spacing": -1.0},
+        {"size": 64, "spacing": "wide"},
+        {"size": 64, "spacing": ".nan"},
+        {"size": 64, "spacing": 1.0, "slice_spacing": 0.0},
+    ],
+)
+def test_impossible_grids_are_refused(grid: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^grid\.") as error:
+        build_settings(Grid, grid, "grid")
+    one_sentence(error)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_possible(preset: str) -> None:
+    given = dict(PRESETS[preset])
+    segmenter = build_settings(SegmenterSpec, given.pop("segmenter"), "segmenter")
+    assert replace(CONFIG, preset=preset, segmenter=segmenter, **given).steps > 0
+
+
+# -- settings of a plugin -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One of each type."""
+
+    rate: float = setting(0.5, "a rate", low=1e-6, high=1.0, log=True)
+    count: int = setting(3, "a number", low=1, high=9)
+    form: str = setting("topk", "a choice", choices=("topk", "soft"))
+    ratios: tuple[float, ...] = setting((0.1, 0.2), "several")
+    flag: bool = setting(False, "a switch")
+    limit: float | None = setting(None, "a bound or none", low=0.0)
+    free: float = setting(0.0, "any number")
+
+
+def test_values_arrive_with_their_types() -> None:
+    built = build_settings(
+        Settings,
+        {"rate": 1, "count": 4, "form": "soft", "ratios": [0.3], "flag": True, "limit": 2},
+        "method",
+    )
+    assert built == Settings(1.0, 4, "soft", (0.3,), True, 2.0)
+    assert type(built.rate) is float and type(built.limit) is float
+    assert build_settings(Settings, {}, "method") == Settings()
+    assert build_settings(Settings, {"limit": None}, "method").limit is None
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", ".0001", "1.0e-4", "+1e-4"])
+def test_scientific_notation_is_a_number(text: str) -> None:
+    """YAML takes "1e-4" for text; a user does not."""
+    given = parse_overrides([f"method.rate={text}"])["method"]
+    assert build_settings(Settings, given, "method").rate == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rate", 0),
+        ("rate", 1.1),
+        ("rate", math.nan),
+        ("rate", "nan"),
+        ("rate", math.inf),
+        ("rate", True),
+        ("rate", None),
+        ("rate", "fast"),
+        ("rate", [0.1]),
+        ("rate", 10**400),
+        ("count", 0),
+        ("count", 10),
+        ("count", 2.0),
+        ("count", "2"),
+        ("count", True),
+        ("form", "hard"),
+        ("form", 1),
+        ("form", None),
+        ("flag", 1),
+        ("flag", "true"),
+        ("flag", None),
+        ("ratios", 0.1),
+        ("ratios", "0.1"),
+        ("limit", -0.1),
+        ("limit", math.nan),
+        ("free", math.nan),
+        ("limit", "none"),
+    ],
+)
+def test_a_bad_value_of_a_plugin_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_settings(Settings, {name: value}, "method")
+    assert one_sentence(error).startswith(f"method.{name} = ")
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest_and_all() -> None:
+    with pytest.raises(ConfigError) as error:
+        build_settings(Settings, {"cuont": 3}, "method")
+    text = one_sentence(error)
+    assert "'method.cuont'" in text and "did you mean 'method.count'" in text
+    assert all(spec.name in text for spec in fields(Settings))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(1e-6, 1.0), st.integers(1, 9), st.booleans())
+def test_settings_survive_a_round_trip(rate: float, count: int, flag: bool) -> None:
+    built = Settings(rate, count, flag=flag)
+    text = yaml.safe_dump(asdict(replace(built, ratios=[0.25])))
+    again = build_settings(Settings, yaml.safe_load(text), "method")
+    assert again == replace(built, ratios=(0.25,))
+
+
+# -- --set ----------------------------------------------------------------------------------------
+
+
+def test_assignments_go_to_their_groups() -> None:
+    found = parse_overrides(
+        [
+            "steps=100",
+            "method.ratio=0.3",
+            "method.form=soft",
+            "segmenter.name=timm:resnet18",
+            "segmenter.pretrained=true",
+            "grid.slice_spacing=null",
+            "method.path=a=b",
+            "method.ratio=0.4",
+        ]
+    )
+    assert found == {
+        "run": {"steps": 100},
+        "method": {"ratio": 0.4, "form": "soft", "path": "a=b"},
+        "segmenter": {"name": "timm:resnet18", "pretrained": True},
+        "grid": {"slice_spacing": None},
+    }
+    assert parse_overrides([]) == {"run": {}, "method": {}, "segmenter": {}, "grid": {}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "steps", "=3", "method.ratio", "net.width=3", "run.steps=3", "method.x=[1", "steps={"],
+)
+def test_an_assignment_that_cannot_be_read_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_overrides([text])
+    assert f"--set {text}" in one_sentence(error)
+
+
+# -- the identity ---------------------------------------------------------------------------------
+
+OTHER: Mapping[str, Any] = {
+    "method": "other",
+    "dataset": "other",
+    "direction": "b-a",
+    "grid": Grid(64, 2.0, 3.0),
+    "method_config": {"rate": 0.2},
+    "segmenter": SegmenterSpec("timm:other"),
+    "scenario": "supervised",
+    "seed": 1,
+    "steps": 6,
+    "batch_size": 7,
+    "augmentation": "photometric",
+    "precision": "bf16-mixed",
+    "candidates": 3,
+}
+NO_PART = {"preset": "other", "selectors": ("other",)}
+
+
+def test_the_identity_follows_everything_that_could_change_a_result() -> None:
+    names = {spec.name for spec in fields(RunConfig)}
+    assert {*OTHER, *NO_PART} == names, "decide whether the new field is part of the identity"
+    found = {identity(CONFIG, "data", "code")}
+    found |= {identity(replace(CONFIG, **{n: v}), "data", "code") for n, v in OTHER.items()}
+    found |= {identity(CONFIG, "other", "code"), identity(CONFIG, "data", "other")}
+    assert len(found) == len(OTHER) + 3
+
+
+def test_the_identity_ignores_names_that_change_nothing() -> None:
+    before = identity(CONFIG, "data", "code")
+    assert {identity(replace(CONFIG, **{n: v}), "data", "code") for n, v in NO_PART.items()} == {
+        before
+    }
+    shuffled = replace(CONFIG, method_config={"b": 1, "a": 2})
+    assert identity(shuffled, "", "") == identity(
+        replace(CONFIG, method_config={"a": 2, "b": 1}), "", ""
+    )
+
+
+def test_an_identity_is_a_directory_name() -> None:
+    assert identity(CONFIG, "data", "code").isalnum()
+    assert digest({"a": 1}, 20)[:12] == digest({"a": 1}, 12) != digest({"a": 2}, 12)

@@ -1,0 +1,165 @@
+"""console.py: plain lines for files, a bar for terminals, and durations as people write them."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+
+import pytest
+import torch
+
+from glua_bench import console
+from glua_bench.console import Progress, duration, is_terminal
+
+
+class Clock:
+    """Time that passes when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(console, "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-3, "0 s"),
+        (0, "0 s"),
+        (8.4, "8 s"),
+        (59.4, "59 s"),
+        (59.6, "1:00"),
+        (125, "2:05"),
+        (3599.7, "1:00:00"),
+        (3723, "1:02:03"),
+        (360000, "100:00:00"),
+        (math.inf, "?"),
+        (math.nan, "?"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_terminal_is_one_that_can_redraw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    assert is_terminal(Terminal()) and not is_terminal(io.StringIO())
+    monkeypatch.setenv("TERM", "dumb")
+    assert not is_terminal(Terminal())
+
+
+# -- plain lines ----------------------------------------------------------------------------------
+
+
+def test_a_file_gets_few_plain_lines(clock: Clock) -> None:
+    stream = io.StringIO()
+    with Progress(stream=stream) as progress:
+        progress.stage("train", 1000)
+        for step in range(1, 1001):
+            clock.now += 0.5
+            progress.update(step, {"loss": torch.tensor(1 / step)})
+        progress.line("Done.")
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "train: 1000 steps" and lines[-1] == "Done."
+    assert 5 <= len(lines) <= 20
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", stream.getvalue())  # no control characters
+    assert lines[1] == "train 100/1000  7:30 left  loss 0.01"
+    assert lines[-2] == "train 1000/1000  in 8:20  loss 0.001"
+
+
+def test_short_work_is_two_lines(clock: Clock) -> None:
+    stream = io.StringIO()
+    with Progress(stream=stream) as progress:
+        progress.stage("read data", 3)
+        for step in range(1, 4):
+            progress.update(step)
+        progress.update(3)
+    assert stream.getvalue().splitlines() == ["read data: 3 steps", "read data 3/3  in 0 s"]
+
+
+def test_a_resumed_stage_says_so_and_estimates_from_its_own_steps(clock: Clock) -> None:
+    stream = io.StringIO()
+    with Progress(stream=stream) as progress:
+        progress.stage("train", 100, start=50)
+        clock.now += 20
+        progress.update(60)
+    assert stream.getvalue().splitlines() == [
+        "train: 100 steps, resuming after 50",
+        "train 60/100  1:20 left",
+    ]
+
+
+def test_values_are_read_only_when_they_are_shown(clock: Clock) -> None:
+    """Reading a loss waits for a GPU, so it must not happen at every step."""
+
+    class Watched:
+        reads = 0
+
+        def __float__(self) -> float:
+            Watched.reads += 1
+            return 0.5
+
+    with Progress(stream=io.StringIO()) as progress:
+        progress.stage("train", 1000)
+        for step in range(1, 1000):
+            clock.now += 0.1
+            progress.update(step, {"loss": Watched()})
+    assert 0 < Watched.reads < 12
+
+
+def test_a_disabled_progress_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    for stream in (None, Terminal()):
+        with Progress(enabled=False, stream=stream) as progress:
+            progress.stage("train", 3)
+            progress.update(3, {"loss": 1.0})
+            progress.line("text")
+        assert stream is None or stream.getvalue() == ""
+    assert capsys.readouterr().out == ""
+
+
+# -- the bar --------------------------------------------------------------------------------------
+
+
+def test_a_terminal_gets_a_bar_with_losses_and_the_time_left(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    stream = Terminal()
+    with Progress(stream=stream) as progress:
+        progress.stage("train", 100)
+        clock.now += 10
+        progress.update(20, {"loss": 0.25})
+        progress.line("[a line] above")
+        clock.now += 40
+        progress.update(100, {"loss": 0.125})
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    assert "20/100" in shown and "40 s left" in shown and "loss 0.25" in shown
+    assert "[a line] above" in shown
+    assert "100/100" in shown and "in 50 s" in shown and "loss 0.125" in shown
+
+
+def test_a_bar_gives_the_terminal_back_after_an_error(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    with pytest.raises(ZeroDivisionError), Progress(stream=stream) as progress:
+        progress.stage("train", 100)
+        raise ZeroDivisionError
+    # The cursor was hidden while the bar was shown.
+    assert stream.getvalue().rfind("\x1b[?25h") > stream.getvalue().rfind("\x1b[?25l") >= 0

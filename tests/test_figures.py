@@ -1,0 +1,178 @@
+"""reports/figures.py: what is drawn is there, in its colour, and stamped where it must be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.colors
+import matplotlib.image
+import numpy as np
+import pytest
+
+from glua_bench.reports import figures
+from glua_bench.reports.figures import (
+    Panel,
+    domain_montage,
+    gap_map,
+    overlay_montage,
+    picture_grid,
+    restyle_grid,
+)
+from glua_bench.task import Structure
+
+# Far from gray, from each other and from the stamp's red.
+STRUCTURES = (
+    Structure("MYO", "myocardium", (1,), "#00b000"),
+    Structure("LVC", "left ventricular cavity", (2,), "#0060ff"),
+)
+GREEN, BLUE, RED = "#00b000", "#0060ff", figures.WARNING
+
+
+def drawn(path: Path) -> np.ndarray:
+    """(H, W, 3) in [0, 1]."""
+    assert path.read_bytes().startswith(b"\x89PNG")
+    return np.asarray(matplotlib.image.imread(path))[:, :, :3]
+
+
+def pixels(path: Path, color: str, tolerance: float = 0.12) -> int:
+    """How many pixels have about a colour."""
+    wanted = np.array(matplotlib.colors.to_rgb(color))
+    return int((np.abs(drawn(path) - wanted).max(-1) < tolerance).sum())
+
+
+def discs(shift: int = 0, size: int = 48) -> np.ndarray:
+    y, x = np.indices((size, size))
+    distance = np.hypot(y - size / 2, x - size / 2 - shift)
+    return (distance < 16).astype(np.uint8) + (distance < 8).astype(np.uint8)
+
+
+def image(size: int = 48) -> np.ndarray:
+    return np.linspace(-1, 1, size * size, dtype=np.float32).reshape(size, size)
+
+
+def panel(prediction: np.ndarray, reference: np.ndarray | None = None) -> Panel:
+    return Panel(image(), discs() if reference is None else reference, prediction, "ct_1", 0.5)
+
+
+def montage(path: Path, **named: Any) -> Path:
+    slices = [(image(), discs(), f"case {i}") for i in range(3)]
+    return domain_montage(path, "a domain", slices, STRUCTURES, **named)
+
+
+def stack(count: int = 3, size: int = 48) -> np.ndarray:
+    return np.stack([image(size)] * count)
+
+
+DRAWINGS: dict[str, Callable[..., Path]] = {
+    "cases": lambda path, **named: overlay_montage(
+        path, [panel(discs(3)), panel(discs())], STRUCTURES, "title", **named
+    ),
+    "pictures": lambda path, **named: picture_grid(
+        path, {"source": stack(), "gap": np.full((3, 12, 12), 0.5)}, **named
+    ),
+    "restyled": lambda path, **named: restyle_grid(path, stack(), -stack(), stack(), **named),
+    "gap": lambda path, **named: gap_map(
+        path, stack(), np.full((3, 12, 12), 0.5), np.eye(12)[None].repeat(3, 0), **named
+    ),
+    "domain": montage,
+}
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_a_figure_is_a_png_of_readable_size(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "figure.png"
+    assert DRAWINGS[name](path) == path
+    height, width, _ = drawn(path).shape
+    assert 300 <= height <= 3000 and 300 <= width <= 3000
+    assert drawn(path).std() > 0.05  # not an empty page
+    assert [p.name for p in path.parent.iterdir()] == ["figure.png"]
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_patients_images_are_stamped_and_others_not(name: str, tmp_path: Path) -> None:
+    free = DRAWINGS[name](tmp_path / "free.png", publishable=True)
+    kept = DRAWINGS[name](tmp_path / "kept.png", publishable=False)
+    assert pixels(kept, RED, 0.25) >= pixels(free, RED, 0.25) + 30
+
+
+def test_contours_have_the_structures_colours(tmp_path: Path) -> None:
+    both = overlay_montage(tmp_path / "a.png", [panel(discs())], STRUCTURES)
+    assert pixels(both, GREEN) > 200 and pixels(both, BLUE) > 100
+    missed = np.where(discs() == 2, 0, discs())
+    without = overlay_montage(tmp_path / "b.png", [panel(missed)], STRUCTURES)
+    assert pixels(without, BLUE) < pixels(both, BLUE) - 50
+    empty = np.zeros_like(discs())
+    nothing = overlay_montage(tmp_path / "c.png", [panel(empty, empty)], STRUCTURES)
+    # Only the legend's line is left.
+    assert 0 < pixels(nothing, GREEN) < pixels(without, GREEN) / 2
+
+
+def test_a_deviation_from_the_reference_shows(tmp_path: Path) -> None:
+    same = drawn(overlay_montage(tmp_path / "a.png", [panel(discs())], STRUCTURES))
+    moved = drawn(overlay_montage(tmp_path / "b.png", [panel(discs(8))], STRUCTURES))
+    assert same.shape == moved.shape
+    changed = np.abs(same - moved).max(-1) > 0.2
+    # Image and reference are the same; the prediction's row is the last.
+    assert not changed[: len(changed) // 2].any() and changed.sum() > 100
+
+
+def test_a_structure_at_the_border_has_a_whole_outline(tmp_path: Path) -> None:
+    full = np.ones((48, 48), np.uint8)
+    path = overlay_montage(tmp_path / "a.png", [panel(full, full)], STRUCTURES)
+    none = overlay_montage(tmp_path / "b.png", [panel(full * 0, full * 0)], STRUCTURES)
+    assert pixels(path, GREEN) > pixels(none, GREEN) + 300
+
+
+def test_pixels_that_are_not_square_are_drawn_so(tmp_path: Path) -> None:
+    wide = Panel(image(), discs(), discs(), "mr_1", 0.5, aspect=0.5)
+    area = pixels(overlay_montage(tmp_path / "a.png", [panel(discs())], STRUCTURES), GREEN)
+    flat = pixels(overlay_montage(tmp_path / "b.png", [wide], STRUCTURES), GREEN)
+    assert flat < area  # the outline of an ellipse half as high is shorter
+
+
+def test_a_missing_picture_leaves_its_place_empty(tmp_path: Path) -> None:
+    rows = {"source": stack(4), "restyled": stack(2)}
+    assert picture_grid(tmp_path / "a.png", rows).is_file()
+
+
+@pytest.mark.parametrize("rows", [{}, {"source": np.zeros((3, 3))}])
+def test_rows_that_are_no_pictures_are_refused(rows: dict[str, np.ndarray], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rows"):
+        picture_grid(tmp_path / "a.png", rows)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_maps_are_in_colour_and_images_are_not(tmp_path: Path) -> None:
+    def colourful(path: Path) -> int:
+        found = drawn(path)
+        return int((found.max(-1) - found.min(-1) > 0.2).sum())
+
+    gray = picture_grid(tmp_path / "a.png", {"source": stack(), "fake": (stack() + 1) / 2})
+    color = picture_grid(tmp_path / "b.png", {"source": stack(), "gap": (stack() + 1) / 2})
+    assert colourful(gray) == 0 and colourful(color) > 5000
+
+
+def test_the_mask_is_outlined_where_it_is(tmp_path: Path) -> None:
+    masks = np.zeros((1, 12, 12))
+    gaps = np.full((1, 12, 12), 0.5)
+    none = gap_map(tmp_path / "a.png", stack(1), gaps, masks)
+    masks[0, 3:9, 3:9] = 1
+    some = gap_map(tmp_path / "b.png", stack(1), gaps, masks)
+    assert pixels(some, "#d55e00") > pixels(none, "#d55e00") + 100
+
+
+def test_a_figure_that_cannot_be_drawn_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = montage(tmp_path / "a.png")
+    before = path.read_bytes()
+
+    def broken(*arguments: Any, **named: Any) -> None:
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr(figures.Figure, "savefig", broken)
+    with pytest.raises(RuntimeError):
+        montage(path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.png"]

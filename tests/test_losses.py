@@ -1,0 +1,159 @@
+"""losses.py: values and gradients are those of the formulas on the card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from glua_bench.losses import dice_loss, lsgan_loss, real_fake_loss, segmentation_loss
+
+CLASSES = 4
+
+
+def example(seed: int = 0, count: int = 2, size: int = 5) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(count, CLASSES, size, size, generator=generator) * 3
+    return logits, torch.randint(CLASSES, (count, size, size), generator=generator)
+
+
+def dice_by_hand(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -> Tensor:
+    """One minus 2 Σ p r / (Σ p + Σ r) over the batch, mean of the classes that it shows."""
+    probabilities = torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True)
+    terms = []
+    for index in range(1, logits.shape[1]):
+        p, r = probabilities[:, index], (labels == index).to(logits)
+        if r.any():
+            terms.append(1 - (2 * (p * r).sum() + smooth) / (p.sum() + r.sum() + smooth))
+    return torch.stack(terms).mean() if terms else logits.sum() * 0
+
+
+def cross_entropy_by_hand(logits: Tensor, labels: Tensor) -> Tensor:
+    likelihood = logits.gather(1, labels[:, None])[:, 0] - torch.logsumexp(logits, 1)
+    return -likelihood.mean()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 3), st.lists(st.integers(0, 3), max_size=3))
+def test_dice_is_the_formula_in_value_and_gradient(seed: int, count: int, gone: list[int]) -> None:
+    logits, labels = example(seed, count)
+    for index in gone:
+        labels[labels == index] = 0
+    exact = logits.double().requires_grad_()
+    logits.requires_grad_()
+    found, expected = dice_loss(logits, labels), dice_by_hand(exact, labels)
+    found.backward()
+    expected.backward()
+    assert 0 <= found.item() <= 1
+    assert found.item() == pytest.approx(expected.item(), abs=1e-5)
+    torch.testing.assert_close(logits.grad.double(), exact.grad, atol=1e-5, rtol=1e-3)  # type: ignore[union-attr]
+
+
+def test_dice_of_right_and_wrong_answers() -> None:
+    _, labels = example()
+    right = 30.0 * torch.nn.functional.one_hot(labels, CLASSES).permute(0, 3, 1, 2).float()
+    assert dice_loss(right, labels).item() == pytest.approx(0, abs=1e-5)
+    assert dice_loss(right.roll(1, dims=1), labels).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_class_that_no_label_shows_is_left_to_cross_entropy() -> None:
+    """Predicting an absent structure costs no Dice, and an empty batch no loss at all."""
+    logits, labels = example()
+    labels[labels == 3] = 0
+    more = logits.clone()
+    more[:, 3] = -30.0  # nowhere predicted
+    kept = dice_by_hand(more, labels)
+    assert dice_loss(more, labels).item() == pytest.approx(kept.item(), abs=1e-5)
+    empty = torch.zeros_like(labels)
+    logits.requires_grad_()
+    loss = dice_loss(logits, empty)
+    loss.backward()
+    assert loss.item() == 0 and torch.isfinite(logits.grad).all()  # type: ignore[arg-type]
+
+
+def test_dice_pools_the_batch() -> None:
+    """A slice without a structure does not decide its loss."""
+    logits, labels = example(count=2)
+    labels[1] = 0
+    apart = torch.stack([dice_loss(logits[i : i + 1], labels[i : i + 1]) for i in range(2)]).mean()
+    assert dice_loss(logits, labels).item() == pytest.approx(
+        dice_by_hand(logits.double(), labels).item(), abs=1e-5
+    )
+    assert abs(dice_loss(logits, labels).item() - apart.item()) > 1e-3
+
+
+def test_segmentation_is_dice_and_cross_entropy() -> None:
+    logits, labels = example()
+    exact = logits.double()
+    expected = dice_by_hand(exact, labels) + cross_entropy_by_hand(exact, labels)
+    assert segmentation_loss(logits, labels).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_give_a_full_precision_loss(kind: torch.dtype) -> None:
+    logits, labels = example()
+    found = segmentation_loss(logits.to(kind), labels)
+    assert found.dtype == torch.float32
+    expected = segmentation_loss(logits.to(kind).float(), labels)
+    assert found.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+# -- adversarial ----------------------------------------------------------------------------------
+
+
+def test_least_squares_is_the_mean_square() -> None:
+    scores = torch.tensor([[0.0, 1.0], [2.0, -1.0]])
+    assert lsgan_loss(scores, 1).item() == pytest.approx((1 + 0 + 1 + 4) / 4)
+    assert lsgan_loss(scores, 0).item() == pytest.approx((0 + 1 + 4 + 1) / 4)
+    maps = [scores, torch.full((1, 3), 3.0)]
+    assert lsgan_loss(maps, 1).item() == pytest.approx((1.5 + 4.0) / 2)
+
+
+def test_a_mask_decides_which_places_count() -> None:
+    scores = torch.tensor([[[[0.0, 1.0], [2.0, 5.0]]]])
+    mask = torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])
+    assert lsgan_loss(scores, 1, mask).item() == pytest.approx((1 + 1) / 2)
+    assert lsgan_loss(scores, 1, mask.bool()).item() == pytest.approx(1)
+    weights = torch.tensor([[[[0.5, 1.0], [0.5, 0.0]]]])
+    assert lsgan_loss(scores, 1, weights).item() == pytest.approx((0.5 + 0 + 0.5) / 2)
+    both = scores.expand(2, 3, 2, 2)
+    assert lsgan_loss(both, 1, mask).item() == pytest.approx(1)
+    everything = torch.ones_like(scores)
+    assert lsgan_loss(scores, 0, everything).item() == pytest.approx(lsgan_loss(scores, 0).item())
+
+
+def test_masked_places_pull_no_gradient_and_an_empty_mask_none_at_all() -> None:
+    scores = torch.randn(2, 1, 3, 3, requires_grad=True)
+    mask = (torch.arange(18).view(2, 1, 3, 3) % 2 == 0).float()
+    lsgan_loss(scores, 1, mask).backward()
+    assert ((scores.grad != 0) == (mask == 1)).all()
+    scores.grad = None
+    loss = lsgan_loss(scores, 1, torch.zeros_like(mask))
+    loss.backward()
+    assert loss.item() == 0 and not scores.grad.any()  # type: ignore[union-attr]
+
+
+def test_a_mask_for_several_maps_is_refused() -> None:
+    """It would fit one of them at most, and was silently left out otherwise."""
+    with pytest.raises(TypeError, match="mask"):
+        lsgan_loss([torch.zeros(2, 2), torch.zeros(1, 1)], 1, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_one_pass_for_real_and_fake_is_two_losses(several: bool) -> None:
+    def single(x: Tensor) -> Tensor:
+        return x.mean((1, 2, 3)) ** 2
+
+    def maps(x: Tensor) -> list[Tensor]:
+        return [x * 2, x[..., ::2] - 1]
+
+    score: Callable[[Tensor], Tensor | list[Tensor]] = maps if several else single
+    real, fake = torch.randn(3, 1, 4, 4), torch.randn(2, 1, 4, 4)
+    found = real_fake_loss(score, real, fake)
+    expected = lsgan_loss(score(real), 1) + lsgan_loss(score(fake), 0)
+    assert math.isclose(found.item(), expected.item(), rel_tol=1e-5)

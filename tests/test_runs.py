@@ -1,0 +1,590 @@
+"""runs.py: what is refused, what an id depends on, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+import glua_bench
+from glua_bench import config as configuration
+from glua_bench import runs
+from glua_bench.console import Progress
+from glua_bench.datasets.phantom import Phantom
+from glua_bench.errors import ConfigError, PluginError, RunFailure
+from glua_bench.evaluation import summarise
+from glua_bench.method import Method
+from glua_bench.methods.local_only import LocalOnly
+from glua_bench.methods.source_only import SourceOnly
+from glua_bench.reports.run_figures import draw_run
+from glua_bench.runs import RunRequest, execute, plan, resolve, roles
+from glua_bench.task import Case, UnlabelledCase
+from glua_bench.tracking import RunDirectory, list_runs
+
+SMALL = (
+    "segmenter.name=unet",
+    "segmenter.width=4",
+    "segmenter.depth=3",
+    "grid.size=32",
+    "grid.spacing=7",
+    "grid.slice_spacing=8",
+    "batch_size=2",
+    "candidates=2",
+)
+QUIET = Progress(enabled=False)
+
+
+def ask(phantom_root: Path, runs_root: Path = Path("runs"), *sets: str, **changes: Any) -> Any:
+    """A run that takes a second: three steps of a small network."""
+    asked = RunRequest(
+        "source_only",
+        "phantom",
+        direction="mr-ct",
+        preset="quick",
+        steps=3,
+        augmentation="geometric",
+        assignments=[*SMALL, *sets],
+        data_root=phantom_root,
+        runs_root=runs_root,
+        device="cpu",
+        mlflow=False,
+    )
+    return replace(asked, **changes)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def one_sentence(error: pytest.ExceptionInfo[Exception]) -> str:
+    text = str(error.value)
+    assert "\n" not in text and text.endswith(".") and text[:-1].count(". ") == 0
+    return text
+
+
+PLUGIN = '''
+from glua_bench.methods.source_only import SourceOnly
+from glua_bench.method import Method
+
+class Plugged(SourceOnly, Method):
+    """Source only, with a twist."""
+
+    name = "plugged"
+    reference = "none"
+    needs = "nothing"
+'''
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Path:
+    path = tmp_path / "plugged.py"
+    path.write_text(PLUGIN)
+    return path
+
+
+# -- resolving ------------------------------------------------------------------------------------
+
+
+class Tuned(SourceOnly):
+    """Has opinions about one preset."""
+
+    presets = {"quick": {"lr": 0.25, "weight_decay": 0.5}}
+
+
+def test_options_win_over_presets_and_set_wins_over_options(
+    phantom_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = Phantom(phantom_root)
+    preset = {"steps": 11, "batch_size": 3, "segmenter": {"name": "unet", "width": 5, "depth": 4}}
+    monkeypatch.setitem(configuration.PRESETS, "quick", preset)
+    asked = RunRequest("source_only", "phantom", preset="quick")
+
+    plain = resolve(asked, dataset, Tuned)
+    assert (plain.steps, plain.batch_size, plain.segmenter.width) == (11, 3, 5)
+    assert plain.method_config == {"lr": 0.25, "weight_decay": 0.5}
+    assert plain.grid == dataset.grid("quick") and plain.direction == dataset.directions[0]
+
+    asked = replace(asked, steps=12, augmentation="none", precision="bf16-mixed")
+    said = resolve(asked, dataset, Tuned)
+    assert (said.steps, said.augmentation, said.precision) == (12, "none", "bf16-mixed")
+
+    sets = ["steps=13", "augmentation=photometric", "segmenter.width=6", "method.lr=1e-3"]
+    asked = replace(asked, assignments=[*sets, "grid.size=48"])
+    last = resolve(asked, dataset, Tuned)
+    assert (last.steps, last.augmentation, last.precision) == (13, "photometric", "bf16-mixed")
+    assert (last.segmenter.width, last.segmenter.depth) == (6, 4)
+    assert last.method_config == {"lr": 0.001, "weight_decay": 0.5}
+    assert last.grid == replace(dataset.grid("quick"), size=48)
+    assert preset["segmenter"]["width"] == 5  # type: ignore[index]
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "preset": ({"preset": "fast"}, "preset 'fast'"),
+    "direction": ({"direction": "ct-ct"}, "direction 'ct-ct'"),
+    "scenario": ({"scenario": "oracle"}, "scenario = 'oracle'"),
+    "augmentation": ({"augmentation": "mixup"}, "augmentation = 'mixup'"),
+    "precision": ({"precision": "8"}, "precision = '8'"),
+    "no steps": ({"steps": 0}, "steps = 0"),
+    "negative seed": ({"seed": -1}, "seed = -1"),
+    "adapting method": (
+        {"scenario": "supervised", "method": "local_only"},
+        "--scenario supervised",
+    ),
+    "steps are text": (["steps=many"], "steps = 'many'"),
+    "steps are half": (["steps=1.5"], "steps = 1.5"),
+    "steps are a truth value": (["steps=true"], "steps = True"),
+    "steps are missing": (["steps="], "steps = None"),
+    "batch size": (["batch_size=0"], "batch_size = 0"),
+    "candidates": (["candidates=-1"], "candidates = -1"),
+    "run option": (["stepps=3"], "--set stepps"),
+    "seed by set": (["seed=3"], "--set seed"),
+    "group": (["net.width=3"], "no group 'net'"),
+    "form": (["steps"], "--set steps is not of the form"),
+    "method option": (["method.lrr=3"], "'method.lrr'"),
+    "method range": (["method.lr=-1"], "method.lr = -1"),
+    "method not a number": (["method.lr=.nan"], "method.lr = nan"),
+    "method type": (["method.lr=[1]"], "method.lr = [1]"),
+    "segmenter option": (["segmenter.with=3"], "'segmenter.with'"),
+    "segmenter name": (["segmenter.name=vnet"], "segmenter.name = 'vnet'"),
+    "segmenter number": (["segmenter.name=3"], "segmenter.name = 3"),
+    "segmenter width": (["segmenter.width=1"], "segmenter.width = 1"),
+    "grid too small": (["grid.size=16"], "grid.size = 16"),
+    "grid does not halve": (["grid.size=36", "segmenter.depth=4"], "grid.size = 36"),
+    "grid spacing": (["grid.spacing=0"], "grid.spacing = 0"),
+    "grid slices": (["grid.slice_spacing=-1"], "grid.slice_spacing = -1"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_request_that_cannot_be_served_is_one_sentence(
+    name: str, phantom_root: Path, tmp_path: Path
+) -> None:
+    changes, said = REFUSED[name]
+    sets = changes if isinstance(changes, list) else []
+    others = changes if isinstance(changes, dict) else {}
+    with pytest.raises(ConfigError) as error:
+        plan(ask(phantom_root, tmp_path / "runs", *sets, **others))
+    assert said in one_sentence(error)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"device": "tpu"}, "--device tpu"),
+        ({"device": "cuda"}, "--device cuda"),
+        ({"precision": "16-mixed"}, "16-mixed"),
+        ({"devices": 3}, "batch_size = 2"),
+    ],
+)
+def test_a_machine_that_cannot_serve_is_one_sentence_before_anything_is_written(
+    changes: dict[str, Any],
+    said: str,
+    phantom_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    planned = plan(ask(phantom_root, tmp_path / "runs", **changes))
+    with pytest.raises(ConfigError) as error:
+        execute(planned, QUIET)
+    assert said in one_sentence(error)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unknown_names_are_refused_with_the_nearest(phantom_root: Path) -> None:
+    with pytest.raises(PluginError, match="'source_only'"):
+        plan(ask(phantom_root, method="source_onyl"))
+    with pytest.raises(PluginError, match="'phantom'"):
+        plan(ask(phantom_root, dataset="fantom"))
+
+
+# -- who plays which role -------------------------------------------------------------------------
+
+
+def planned_config(dataset: Phantom, method: type[Method], **changes: Any) -> Any:
+    return resolve(ask(dataset.root, **changes), dataset, method)
+
+
+@pytest.mark.parametrize("direction", ["mr-ct", "ct-mr"])
+def test_adaptation_trains_on_source_labels_and_target_images(
+    direction: str, phantom_root: Path
+) -> None:
+    dataset = Phantom(phantom_root)
+    source, target = direction.split("-")
+    chosen = roles(planned_config(dataset, LocalOnly, direction=direction), dataset)
+    assert chosen["source_train"] == dataset.split(source, "train")
+    assert chosen["source_val"] == dataset.split(source, "val")
+    assert chosen["test"] == dataset.split(target, "test")
+    assert [case.id for case in chosen["target_train"]] == [
+        case.id for case in dataset.split(target, "train")
+    ]
+    assert all(type(case) is UnlabelledCase for case in chosen["target_train"])
+
+
+def test_the_supervised_scenario_never_trains_on_a_test_case(phantom_root: Path) -> None:
+    dataset = Phantom(phantom_root)
+    config = planned_config(dataset, SourceOnly, scenario="supervised")
+    chosen = roles(config, dataset)
+    assert config.privileged
+    assert chosen["source_train"] == dataset.split("ct", "train")
+    assert chosen["source_val"] == dataset.split("ct", "val")
+    assert chosen["test"] == dataset.split("ct", "test")
+    tested = {case.id for case in chosen["test"]}
+    for role in ("source_train", "source_val", "target_train"):
+        assert not tested & {case.id for case in chosen[role]}
+
+
+class Shared(Phantom):
+    """One person was scanned twice, once for training and once for the test."""
+
+    def cases(self, domain: str) -> tuple[Case, ...]:
+        return tuple(
+            replace(case, subject="twin") if case.split == split else case
+            for case in super().cases(domain)
+            for split in ("test" if domain == "ct" else "train",)
+        )
+
+
+class Untested(Phantom):
+    """The target has no test cases."""
+
+    def cases(self, domain: str) -> tuple[Case, ...]:
+        return tuple(case for case in super().cases(domain) if case.split != "test")
+
+
+@pytest.mark.parametrize(("kind", "said"), [(Shared, "Subject twin"), (Untested, "role test")])
+def test_splits_that_give_no_honest_result_are_refused(
+    kind: type[Phantom], said: str, phantom_root: Path
+) -> None:
+    dataset = kind(phantom_root)
+    with pytest.raises(ConfigError) as error:
+        roles(planned_config(dataset, SourceOnly), dataset)
+    assert said in one_sentence(error)
+
+
+# -- the id ---------------------------------------------------------------------------------------
+
+
+def test_the_same_request_has_the_same_id_wherever_it_runs(
+    phantom_root: Path, tmp_path: Path
+) -> None:
+    first = plan(ask(phantom_root, tmp_path / "a"))
+    copied = shutil.copytree(phantom_root, tmp_path / "elsewhere" / "data")
+    second = plan(ask(copied, tmp_path / "b", mlflow=True))
+    assert first.id == second.id
+    assert second.directory.path == tmp_path / "b" / "phantom" / "source_only" / first.id
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_id_follows_the_configuration(phantom_root: Path) -> None:
+    requests = [
+        ask(phantom_root),
+        ask(phantom_root, steps=4),
+        ask(phantom_root, seed=1),
+        ask(phantom_root, direction="ct-mr"),
+        ask(phantom_root, scenario="supervised"),
+        ask(phantom_root, augmentation="none"),
+        ask(phantom_root, Path("runs"), "method.lr=0.0123"),
+        ask(phantom_root, Path("runs"), "grid.spacing=7.5"),
+        ask(phantom_root, Path("runs"), "segmenter.width=5"),
+    ]
+    assert len({plan(request).id for request in requests}) == len(requests)
+
+
+@pytest.mark.parametrize("what", ["source label", "target image", "test label", "validation image"])
+def test_the_id_follows_every_file_that_is_used(
+    what: str, phantom_root: Path, tmp_path: Path
+) -> None:
+    root = shutil.copytree(phantom_root, tmp_path / "data")
+    dataset = Phantom(root)
+    before = plan(ask(root)).id
+    path = {
+        "source label": dataset.split("mr", "train")[0].label,
+        "target image": dataset.split("ct", "train")[0].image,
+        "test label": dataset.split("ct", "test")[0].label,
+        "validation image": dataset.split("mr", "val")[0].image,
+    }[what]
+    image = nib.load(path)
+    voxels = np.asarray(image.dataobj).copy()
+    voxels.flat[0] = voxels.flat[1] = voxels.max()
+    nib.save(nib.Nifti1Image(voxels, image.affine, image.header), path)
+    assert plan(ask(root)).id != before
+
+
+def test_the_id_ignores_the_targets_training_labels(phantom_root: Path, tmp_path: Path) -> None:
+    """Nothing of an adaptation run may depend on them, not even its name."""
+    root = shutil.copytree(phantom_root, tmp_path / "data")
+    before = plan(ask(root)).id
+    path = Phantom(root).split("ct", "train")[0].label
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj) * 0, image.affine, image.header), path)
+    assert plan(ask(root)).id == before
+    assert plan(ask(root, scenario="supervised")).id != before
+
+
+def test_the_id_follows_the_code(
+    phantom_root: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = ask(phantom_root, method="plugged", plugins=[plugin])
+    built_in = ask(phantom_root)
+    ids = {plan(request).id, plan(built_in).id}
+    plugin.write_text(PLUGIN.replace("a twist", "two twists"))
+    ids.add(plan(request).id)
+    monkeypatch.setattr(glua_bench, "__version__", "0.0.0")
+    ids.add(plan(built_in).id)
+    assert len(ids) == 4
+
+
+# -- executing ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(
+    phantom_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[runs.PlannedRun, runs.Summary]:
+    """One run from end to end, with its figures."""
+    planned = plan(ask(phantom_root, tmp_path_factory.mktemp("runs"), method="local_only"))
+    return planned, execute(planned, QUIET, draw_run)
+
+
+def test_a_run_leaves_all_its_files(finished: tuple[runs.PlannedRun, runs.Summary]) -> None:
+    planned, summary = finished
+    path = planned.directory.path
+    assert not summary.already_done and summary.warnings == [] and summary.seconds > 0
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "log.jsonl",
+        "metrics.parquet",
+        "cases.parquet",
+        "summary.json",
+        "done",
+        "figures/cases.png",
+        "figures/gap.png",  # the method's own pictures
+    ):
+        assert (path / name).stat().st_size > 0, name
+    assert not list(path.rglob(".writing-*")) and not list(path.rglob("*.tmp"))
+    assert not (path / "failed").exists()
+    assert planned.directory.done
+
+    again = configuration.RunConfig.from_dict(yaml.safe_load((path / "config.yaml").read_text()))
+    assert again == planned.config
+    environment = planned.directory.read_environment()
+    assert environment["run"] == planned.id and environment["code"] == planned.code
+    assert environment["data"]["train"] == planned.fingerprints.train
+    assert environment["privileged"] is False
+
+
+def test_its_log_has_every_step_once(finished: tuple[runs.PlannedRun, runs.Summary]) -> None:
+    planned, _ = finished
+    log = (planned.directory.path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["total_step"] for line in log] == [1, 2, 3]
+    metrics = planned.directory.read_metrics()
+    assert set(metrics["name"]) == set(json.loads(log[0])["values"])
+    assert (metrics.groupby("name")["step"].apply(list).map(tuple) == (1, 2, 3)).all()
+
+
+def test_its_table_has_a_row_for_every_case_structure_and_selector(
+    finished: tuple[runs.PlannedRun, runs.Summary],
+) -> None:
+    planned, summary = finished
+    rows = planned.directory.read_cases()
+    test = planned.dataset.split("ct", "test")
+    names = [structure.name for structure in planned.dataset.structures]
+    expected = {
+        (case.id, name, selector)
+        for case in test
+        for name in names
+        for selector in planned.config.selectors
+    }
+    assert set(zip(rows["case"], rows["structure"], rows["selector"], strict=True)) == expected
+    assert len(rows) == len(expected)
+    assert (rows["run"] == planned.id).all() and (rows["method"] == "local_only").all()
+    assert (rows["direction"] == "mr-ct").all() and (rows["seed"] == 0).all()
+    last = rows[rows["selector"] == "last"]
+    assert (last["step"] == 3).all()
+    pd.testing.assert_frame_equal(summary.table, summarise(rows))
+
+
+def test_its_predictions_lie_on_the_images(
+    finished: tuple[runs.PlannedRun, runs.Summary],
+) -> None:
+    planned, _ = finished
+    test = planned.dataset.split("ct", "test")
+    files = sorted(path.name for path in planned.directory.predictions.iterdir())
+    assert files == [f"{case.id}.nii.gz" for case in test]
+    for case in test:
+        saved, image = nib.load(planned.directory.predictions / files[0]), nib.load(case.image)
+        assert saved.shape == image.shape
+        np.testing.assert_array_equal(saved.affine, image.affine)
+
+
+def test_it_keeps_the_checkpoints_that_a_selector_chose(
+    finished: tuple[runs.PlannedRun, runs.Summary],
+) -> None:
+    planned, _ = finished
+    chosen = planned.directory.read_summary()["chosen_steps"]
+    assert set(chosen) == set(planned.config.selectors) and chosen["last"] == 3
+    kept = {path.stem for path in planned.directory.checkpoints.glob("candidate_*.pt")}
+    assert kept == {f"candidate_{step:07d}" for step in chosen.values()}
+
+
+def test_the_same_command_again_does_nothing(
+    finished: tuple[runs.PlannedRun, runs.Summary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, first = finished
+    before = snapshot(planned.directory.path)
+
+    def unexpected(*arguments: Any, **named: Any) -> None:
+        raise AssertionError("something was trained")
+
+    monkeypatch.setattr(runs, "Trainer", unexpected)
+    again = execute(plan(planned.request), QUIET, draw_run)
+    assert again.already_done
+    pd.testing.assert_frame_equal(again.table, first.table)
+    assert snapshot(planned.directory.path) == before
+
+
+def test_two_runs_of_one_id_give_the_same_numbers(phantom_root: Path, tmp_path: Path) -> None:
+    tables = []
+    for name in ("a", "b"):
+        planned = plan(ask(phantom_root, tmp_path / name))
+        execute(planned, QUIET)
+        tables.append(planned.directory.read_cases())
+    pd.testing.assert_frame_equal(*tables)
+
+
+def test_a_supervised_run_is_stamped_privileged(phantom_root: Path, tmp_path: Path) -> None:
+    planned = plan(ask(phantom_root, tmp_path, scenario="supervised"))
+    execute(planned, QUIET)
+    assert planned.directory.read_environment()["privileged"] is True
+    assert planned.directory.read_summary()["privileged"] is True
+    assert (planned.directory.read_cases()["scenario"] == "supervised").all()
+
+
+# -- failing --------------------------------------------------------------------------------------
+
+FAILING = (
+    PLUGIN
+    + """
+    def step(self, batch, context):
+        logs = super().step(batch, context)
+        if context.step == 1:
+            {what}
+        return logs
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "said"),
+    [
+        ('return {"segmentation": logs["segmentation"] * float("nan")}', RunFailure, "nan"),
+        ('raise RuntimeError("out of memory")', RuntimeError, "out of memory"),
+        ('raise KeyError("no such thing")', KeyError, "no such thing"),
+    ],
+)
+def test_a_failed_run_is_marked_and_never_done(
+    what: str,
+    error: type[Exception],
+    said: str,
+    plugin: Path,
+    phantom_root: Path,
+    tmp_path: Path,
+) -> None:
+    plugin.write_text(FAILING.replace("{what}", what))
+    planned = plan(ask(phantom_root, tmp_path / "runs", method="plugged", plugins=[plugin]))
+    with pytest.raises(error):
+        execute(planned, QUIET)
+    directory = planned.directory
+    assert not directory.done and not (directory.path / "done").exists()
+    assert directory.failed is not None and said in directory.failed
+    assert not (directory.path / "cases.parquet").exists()
+
+
+def test_a_run_that_failed_to_score_goes_on_where_it_was(
+    phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan(ask(phantom_root, tmp_path))
+    with monkeypatch.context() as patch:
+
+        def full(*arguments: Any, **named: Any) -> None:
+            raise OSError("no space left")
+
+        patch.setattr(runs, "evaluate", full)
+        with pytest.raises(OSError, match="no space"):
+            execute(planned, QUIET)
+    assert "no space left" in str(planned.directory.failed) and not planned.directory.done
+
+    def retrained(*arguments: Any) -> None:
+        raise AssertionError("a step was trained again")
+
+    monkeypatch.setattr(SourceOnly, "step", retrained)
+    summary = execute(plan(planned.request), QUIET)
+    assert not summary.already_done
+    assert planned.directory.done and planned.directory.failed is None
+
+
+def test_an_interrupted_run_is_neither_done_nor_failed(
+    phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SourceOnly, "step", interrupted)
+    planned = plan(ask(phantom_root, tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        execute(planned, QUIET)
+    assert not planned.directory.done and planned.directory.failed is None
+    monkeypatch.undo()
+    assert not execute(plan(planned.request), QUIET).already_done
+    assert planned.directory.done
+
+
+def test_a_tracker_that_is_down_costs_a_warning(
+    phantom_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    planned = plan(ask(phantom_root, tmp_path, mlflow=True))
+    summary = execute(planned, QUIET)
+    assert planned.directory.done
+    assert len(summary.warnings) == 1 and "glua-bench sync" in summary.warnings[0]
+    assert "127.0.0.1" in capsys.readouterr().err
+
+
+# -- estimating -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "cache"))
+    yield tmp_path / "cache"
+
+
+def test_an_estimate_trains_nothing_that_stays(
+    phantom_root: Path, tmp_path: Path, own_cache: Path
+) -> None:
+    planned = plan(ask(phantom_root, tmp_path / "runs", steps=1000))
+    few = runs.estimate(planned, probe=2)
+    assert few > 0
+    assert list_runs(tmp_path / "runs") == [] and not (own_cache / "stages").exists()
+
+
+def test_open_finds_the_run_again(finished: tuple[runs.PlannedRun, runs.Summary]) -> None:
+    planned, _ = finished
+    found = RunDirectory.open(planned.directory.path)
+    assert found.config == planned.config and found.id == planned.id and found.done

@@ -1,0 +1,674 @@
+"""tracking.py: a kill leaves the old file or the new one, and the mirror never a double."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glua_bench import tracking
+from glua_bench.config import RunConfig
+from glua_bench.errors import RunFailure, UserError
+from glua_bench.task import Grid
+from glua_bench.tracking import (
+    MLflowMirror,
+    RunDirectory,
+    environment,
+    final_metrics,
+    git_state,
+    list_runs,
+    replacing,
+    tracking_uri,
+    write_text,
+)
+
+CONFIG = RunConfig(
+    "source_only",
+    "phantom",
+    "mr-ct",
+    Grid(32, 7.0),
+    {"lr": 0.001, "form": "plain"},
+    steps=4,
+    seed=7,
+)
+SUMMARY = {
+    "scores": [
+        {
+            "selector": "last",
+            "structure": "MYO",
+            "dice": 0.5,
+            "assd": float("nan"),
+            "hd95": 9.0,
+            "misses": 2,
+        },
+        {
+            "selector": "last",
+            "structure": "mean",
+            "dice": 0.5,
+            "assd": 4.0,
+            "hd95": 9.0,
+            "misses": 2,
+        },
+    ]
+}
+CASES = pd.DataFrame(
+    {"case": ["ct_1", "ct_2"], "structure": ["MYO", "MYO"], "dice": [0.25, 0.75], "missed": 0}
+)
+
+
+def one_sentence(error: pytest.ExceptionInfo[Exception]) -> str:
+    text = str(error.value)
+    assert "\n" not in text and text.endswith((".", ")"))
+    return text
+
+
+def started(root: Path, run_id: str = "abc123") -> RunDirectory:
+    """A run that logged four steps."""
+    run = RunDirectory(root, CONFIG, run_id)
+    run.start({"data": {"train": "d1", "test": "d2"}, "code": "c1"}, [("train", 4)])
+    for step in range(1, 5):
+        run.log("train", step, {"loss": 1.0 / step, "dice": 0.1 * step})
+    run.flush()
+    return run
+
+
+def complete(run: RunDirectory) -> RunDirectory:
+    run.write_cases(CASES)
+    (run.figures / "cases.png").write_bytes(b"a picture")
+    run.finish(SUMMARY)
+    return run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return started(tmp_path / "runs")
+
+
+def steps(run: RunDirectory) -> list[tuple[str, int, int]]:
+    lines = (run.path / "log.jsonl").read_text().splitlines()
+    return [(r["stage"], r["step"], r["total_step"]) for r in map(json.loads, lines)]
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.txt"
+    write_text(path, "old")
+    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    with replacing(path) as temporary:
+        assert temporary.suffix == ".txt"
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_others_may_read_what_the_user_lets_them(tmp_path: Path) -> None:
+    """Temporary files are private, results are not."""
+    before = os.umask(0o022)
+    try:
+        write_text(tmp_path / "file", "text")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from glua_bench.tracking import replacing
+with replacing(Path(sys.argv[1])) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_writer_leaves_the_old_file(run: RunDirectory) -> None:
+    path = run.path / "config.yaml"
+    before = path.read_text()
+    died = subprocess.run([sys.executable, "-c", KILLED, str(path)])
+    assert died.returncode == -signal.SIGKILL
+    assert path.read_text() == before
+    assert len(list(run.path.glob(".writing-*"))) == 1
+    run.start({})
+    assert not list(run.path.glob(".writing-*"))
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "full"),
+        (errno.EROFS, "--runs"),
+        (errno.EACCES, "--runs"),
+        (errno.EIO, "check the disk"),
+    ],
+)
+def test_a_disk_that_takes_nothing_is_one_sentence(
+    number: int, said: str, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(RunFailure, match=said) as error:
+        run.finish(SUMMARY)
+    assert str(run.path) in one_sentence(error)
+    monkeypatch.undo()
+    assert not run.done and not list(run.path.rglob(".writing-*"))
+
+
+def test_a_file_in_the_way_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(RunFailure, match="a file lies where a directory must be") as error:
+        started(tmp_path / "runs")
+    one_sentence(error)
+
+
+# -- done and failed ------------------------------------------------------------------------------
+
+
+def test_a_run_is_done_when_it_was_finished(run: RunDirectory) -> None:
+    assert not run.done
+    complete(run)
+    assert run.done and run.failed is None
+    again = RunDirectory.open(run.path)
+    assert again.done and again.id == run.id and again.config == CONFIG
+    assert again.read_summary()["scores"][1] == SUMMARY["scores"][1]
+    assert again.read_environment()["code"] == "c1"
+    pd.testing.assert_frame_equal(again.read_cases(), CASES)
+
+
+@pytest.mark.parametrize("damage", ["torn mark", "empty mark", "other summary", "no summary"])
+def test_half_a_result_is_not_done(damage: str, run: RunDirectory) -> None:
+    complete(run)
+    mark, summary = run.path / "done", run.path / "summary.json"
+    if damage == "torn mark":
+        mark.write_text(mark.read_text()[:-20])
+    elif damage == "empty mark":
+        mark.write_text("")
+    elif damage == "other summary":
+        summary.write_text(summary.read_text().replace("0.5", "0.9"))
+    else:
+        summary.unlink()
+    assert not run.done
+
+
+def test_done_is_written_last(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the last phase stops, the run is not done."""
+    replace, order = os.replace, []
+
+    def watched(source: Any, target: Any) -> None:
+        assert not run.done
+        order.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    run.finish(SUMMARY)
+    assert order[-1] == "done" and set(order) == {"metrics.parquet", "summary.json", "done"}
+
+
+def test_a_failure_takes_the_mark_away_and_a_new_attempt_forgets_it(run: RunDirectory) -> None:
+    complete(run)
+    run.fail("It\nbroke.")
+    assert not run.done and run.failed == "It broke."
+    run.start({})
+    assert run.failed is None and not run.done
+    run.fail("")
+    assert run.failed == "unknown reason"
+    complete(run)
+    assert run.done and run.failed is None
+
+
+def test_a_failure_on_a_broken_disk_hides_no_reason(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.log("train", 5, {"loss": 1.0})
+
+    def refuse(*arguments: Any, **named: Any) -> Any:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(tracking.tempfile, "mkstemp", refuse)
+    run.fail("the reason")  # must not raise
+    assert not run.done
+
+
+# -- the log --------------------------------------------------------------------------------------
+
+
+def test_metrics_are_what_was_logged(run: RunDirectory) -> None:
+    run.log("more", 1, {"loss": float("nan")})
+    complete(run)
+    table = run.read_metrics()
+    assert len(table) == 9
+    loss = table[(table["name"] == "loss") & (table["stage"] == "train")]
+    assert loss["step"].tolist() == [1, 2, 3, 4]
+    assert loss["value"].tolist() == [1.0, 1 / 2, 1 / 3, 1 / 4]
+    (last,) = table[table["stage"] == "more"].to_dict("records")
+    assert (last["step"], last["total_step"]) == (1, 5) and np.isnan(last["value"])
+
+
+def test_lines_reach_the_disk_when_asked(run: RunDirectory) -> None:
+    run.log("train", 5, {"loss": 1.0})
+    run.flush()
+    assert steps(run)[-1] == ("train", 5, 5)
+
+
+def test_a_torn_line_is_dropped_before_the_next_one(run: RunDirectory) -> None:
+    run.close()
+    with (run.path / "log.jsonl").open("a") as log:
+        log.write('{"stage": "train", "st')
+    again = RunDirectory.open(run.path)
+    again.log("train", 5, {"loss": 1.0})
+    again.flush()
+    assert [step for _, step, _ in steps(again)] == [1, 2, 3, 4, 5]
+
+
+def test_rewinding_to_the_start_empties_the_log(run: RunDirectory) -> None:
+    run.rewind("train", 0)
+    assert steps(run) == []
+    RunDirectory(run.runs_root, CONFIG, "never started").rewind("train", 0)  # nothing to forget
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    stopped=st.integers(0, 15),
+    back=st.integers(0, 15),
+    torn=st.booleans(),
+    announced=st.booleans(),
+)
+def test_a_resumed_run_logs_every_step_once(
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[int],
+    stopped: int,
+    back: int,
+    torn: bool,
+    announced: bool,
+) -> None:
+    """Stopped anywhere, with a checkpoint anywhere before: the log is that of one attempt."""
+    plan = [(f"stage{i}", step + 1) for i, n in enumerate(lengths) for step in range(n)]
+    wanted = [(stage, step, i + 1) for i, (stage, step) in enumerate(plan)]
+    stopped = min(stopped, len(plan))
+    back = min(back, stopped)
+    stages = [(f"stage{i}", n) for i, n in enumerate(lengths)] if announced else []
+    root = tmp_path_factory.mktemp("runs")
+
+    first = RunDirectory(root, CONFIG, "id")
+    first.start({}, stages)
+    for stage, step in plan[:stopped]:
+        first.log(stage, step, {"loss": 1.0})
+    first.flush()
+    if torn:
+        with (first.path / "log.jsonl").open("a") as log:
+            log.write('{"stage": "stage0", "step": 99, "tot')
+
+    # A checkpoint says how many steps of which stage were done; 0 of the next after a stage's end.
+    stage, step = plan[back] if back < len(plan) else (plan[-1][0], plan[-1][1] + 1)
+    second = RunDirectory(root, CONFIG, "id")
+    second.start({}, stages)
+    second.rewind(stage, step - 1)
+    assert steps(second) == wanted[:back] if stopped or torn else True
+    for stage, step in plan[back:]:
+        second.log(stage, step, {"loss": 1.0})
+    second.flush()
+    assert steps(second) == wanted
+
+
+# -- several processes ----------------------------------------------------------------------------
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from glua_bench.tracking import RunDirectory
+with RunDirectory.open(Path(sys.argv[1])).lock():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_run_has_one_process_and_a_killed_one_lets_go(run: RunDirectory) -> None:
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(run.path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(RunFailure, match="another process") as error, run.lock():
+            pass
+        assert str(run.path) in one_sentence(error)
+    finally:
+        other.kill()
+        other.wait()
+    with run.lock(), pytest.raises(RunFailure), RunDirectory.open(run.path).lock():
+        pass
+    with run.lock():  # it is free again
+        pass
+
+
+def test_an_error_inside_the_lock_comes_out_as_it_is(run: RunDirectory) -> None:
+    with pytest.raises(OSError, match="mine"), run.lock():
+        raise OSError("mine")
+
+
+# -- finding runs ---------------------------------------------------------------------------------
+
+
+def test_unreadable_runs_are_named_and_harm_no_other(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in {
+        "broken": "method: [",
+        "foreign": "surprise: 1",
+        "text": "nothing",
+        "empty": "",
+        "partial": "method: a\ndataset: b\n",
+    }.items():
+        path = run.path.parent / name
+        path.mkdir()
+        (path / "config.yaml").write_text(text)
+        with pytest.raises(UserError, match="config.yaml"):
+            RunDirectory.open(path)
+    assert [found.id for found in list_runs(run.runs_root)] == [run.id]
+    assert capsys.readouterr().err.count("warning: ") == 5
+    assert list_runs(run.runs_root / "nowhere") == []
+    with pytest.raises(UserError, match="not a run's directory"):
+        RunDirectory.open(run.runs_root)
+
+
+def test_missing_tables_are_one_sentence(run: RunDirectory) -> None:
+    (run.path / "summary.json").write_text("{")
+    (run.path / "cases.parquet").write_bytes(b"no table")
+    for read in (run.read_cases, run.read_metrics, run.read_summary):
+        with pytest.raises(UserError, match="give its command again") as error:
+            read()
+        one_sentence(error)
+
+
+# -- the environment ------------------------------------------------------------------------------
+
+
+def test_the_environment_names_versions_but_nobody(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home" / "somebody"))
+    monkeypatch.setattr(sys, "argv", ["glua-bench", str(tmp_path / "home" / "somebody" / "data")])
+    found = environment(device="cpu")
+    text = json.dumps(found)
+    assert found["libraries"]["torch"] and found["libraries"]["medpy"] != "missing"
+    assert found["device"] == "cpu" and found["command"] == ["glua-bench", "~/data"]
+    assert "somebody" not in text
+
+
+def test_git_state_sees_commits_and_changes(tmp_path: Path) -> None:
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    assert git_state(tmp_path) is None
+
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "--quiet")
+    (tmp_path / "file").write_text("one")
+    git("add", "file")
+    git("commit", "--quiet", "-m", "first")
+    assert git_state(tmp_path) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    (tmp_path / "file").write_text("two")
+    assert git_state(tmp_path) == {"commit": git("rev-parse", "HEAD"), "dirty": True}
+
+
+# -- the mirror -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow store without experiments: making one takes seconds, copying it none."""
+    root = tmp_path_factory.mktemp("store")
+    client = tracking.mlflow_client(tracking_uri(root))
+    client.search_experiments()
+    return root / "mlflow.db"
+
+
+@pytest.fixture
+def root(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory of runs with an empty store."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    path = tmp_path / "runs"
+    path.mkdir()
+    shutil.copy(empty_store, path / "mlflow.db")
+    return path
+
+
+def mirrored(root: Path) -> list[Any]:
+    """All runs that the store shows, deleted ones left out."""
+    client = tracking.mlflow_client(tracking_uri(root))
+    ids = [e.experiment_id for e in client.search_experiments()]
+    return client.search_runs(ids)
+
+
+def counts(root: Path, warn: Callable[[str], None] | None = None) -> tuple[int, int, int, int]:
+    mirror = MLflowMirror(root) if warn is None else MLflowMirror(root, warn)
+    found = mirror.sync()
+    return found.uploaded, found.present, found.unfinished, found.missed
+
+
+def test_the_store_lies_among_the_runs_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert tracking_uri(Path("runs")) == f"sqlite:///{(tmp_path / 'runs' / 'mlflow.db').as_posix()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@tracker:5000")
+    assert tracking_uri(Path("runs")) == "http://user:secret@tracker:5000"
+    assert MLflowMirror(Path("runs")).place == "http://tracker:5000"
+
+
+def test_a_mirrored_run_shows_everything(root: Path) -> None:
+    run = complete(started(root))
+    assert MLflowMirror(root).mirror(run)
+    (shown,) = mirrored(root)
+    assert shown.info.status == "FINISHED"
+    assert "source_only" in shown.info.run_name and "privileged" not in shown.info.run_name
+
+    params = shown.data.params
+    assert params["method"] == "source_only" and params["seed"] == "7"
+    assert params["method.lr"] == "0.001" and params["method.form"] == "plain"
+    assert params["grid.spacing"] == "7.0" and params["segmenter.name"] == CONFIG.segmenter.name
+
+    metrics = shown.data.metrics
+    assert metrics["final/last/mean/dice"] == 0.5 and metrics["final/last/MYO/misses"] == 2
+    client = tracking.mlflow_client(tracking_uri(root))
+    history = client.get_metric_history(shown.info.run_id, "train/loss")
+    assert [(m.step, m.value) for m in history] == [(i, 1 / i) for i in range(1, 5)]
+
+    tags = shown.data.tags
+    assert tags["glua_bench.id"] == run.id and tags["glua_bench.code"] == "c1"
+    assert tags["glua_bench.data"] == "train=d1 test=d2"
+    assert tags["glua_bench.privileged"] == "false"
+
+    files = {f.path for f in client.list_artifacts(shown.info.run_id)}
+    assert {"config.yaml", "environment.json", "summary.json", "cases.csv", "figures"} <= files
+    figures = client.list_artifacts(shown.info.run_id, "figures")
+    assert [f.path for f in figures] == ["figures/cases.png"]
+    table = pd.read_csv(client.download_artifacts(shown.info.run_id, "cases.csv"))
+    assert table["dice"].tolist() == [0.25, 0.75]
+
+
+def test_syncing_again_makes_no_doubles(root: Path) -> None:
+    for name in ("one", "two"):
+        complete(started(root, name))
+    started(root, "unfinished")
+    assert counts(root) == (2, 0, 1, 0)
+    before = {r.info.run_id for r in mirrored(root)}
+    assert len(before) == 2
+    assert counts(root) == (0, 2, 1, 0)
+    assert MLflowMirror(root).mirror(RunDirectory.open(root / "phantom" / "source_only" / "one"))
+    assert {r.info.run_id for r in mirrored(root)} == before
+    assert {r.data.tags["glua_bench.id"] for r in mirrored(root)} == {"one", "two"}
+    # The tracker's own copies of their files are no runs.
+    assert {found.id for found in list_runs(root)} == {"one", "two", "unfinished"}
+
+
+def test_long_logs_arrive_whole(root: Path) -> None:
+    """More than the tracker takes in one request."""
+    run = RunDirectory(root, CONFIG, "long")
+    run.start({}, [("train", 1100)])
+    for step in range(1, 1101):
+        run.log("train", step, {"loss": float(step)})
+    complete(run)
+    assert MLflowMirror(root).mirror(run)
+    (shown,) = mirrored(root)
+    client = tracking.mlflow_client(tracking_uri(root))
+    history = client.get_metric_history(shown.info.run_id, "train/loss")
+    assert sorted(m.step for m in history) == list(range(1, 1101))
+
+
+def test_a_failed_run_is_shown_as_failed_and_replaced_when_it_succeeds(root: Path) -> None:
+    run = started(root)
+    run.fail("the loss is nan")
+    assert counts(root) == (1, 0, 0, 0)
+    (shown,) = mirrored(root)
+    assert shown.info.status == "FAILED"
+    assert shown.data.tags["glua_bench.error"] == "the loss is nan"
+    assert not any(name.startswith("final/") for name in shown.data.metrics)
+    assert counts(root) == (0, 1, 0, 0)
+
+    complete(run)
+    assert counts(root) == (1, 0, 0, 0)
+    (shown,) = mirrored(root)
+    assert shown.info.status == "FINISHED" and "glua_bench.error" not in shown.data.tags
+
+
+def test_two_mirrors_at_once_make_no_double(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would find the run missing, were it not for the lock."""
+    from mlflow import MlflowClient
+
+    run, create = complete(started(root)), MlflowClient.create_run
+    both = threading.Barrier(2)
+
+    def slowly(*arguments: Any, **named: Any) -> Any:
+        # Without the lock both arrive here, and both go on.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)
+        return create(*arguments, **named)
+
+    monkeypatch.setattr(MlflowClient, "create_run", slowly)
+    threads = [threading.Thread(target=MLflowMirror(root).mirror, args=(run,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [shown.data.tags["glua_bench.id"] for shown in mirrored(root)] == [run.id]
+
+
+@pytest.mark.parametrize("step", ["log_batch", "log_artifact", "set_terminated"])
+def test_an_interrupted_upload_is_replaced(
+    step: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    run, warnings = complete(started(root)), []
+
+    def broken(*arguments: Any, **named: Any) -> None:
+        raise ConnectionError("the line is cut")
+
+    monkeypatch.setattr(MlflowClient, step, broken)
+    assert MLflowMirror(root, warnings.append).mirror(run) is False
+    (warning,) = warnings
+    assert "the line is cut" in warning and "glua-bench sync" in warning
+    assert run.done
+    monkeypatch.undo()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert len(mirrored(root)) == 1  # the half
+    assert counts(root) == (1, 0, 0, 0)
+    (shown,) = mirrored(root)
+    assert shown.info.status == "FINISHED" and shown.data.metrics["final/last/mean/dice"] == 0.5
+
+
+def test_a_tracker_that_ends_the_process_does_not_end_the_run(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(*arguments: Any) -> None:
+        raise SystemExit(3)
+
+    warnings: list[str] = []
+    monkeypatch.setattr(tracking, "mlflow_client", leave)
+    assert not MLflowMirror(root, warnings.append).mirror(complete(started(root)))
+    assert len(warnings) == 1
+
+
+def test_a_dead_tracker_is_one_warning_and_is_caught_up_later(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Port 9 answers nobody; the client's own retries would take minutes."""
+    runs = [complete(started(root, name)) for name in ("one", "two", "three")]
+    before = {p: p.read_bytes() for p in runs[0].path.rglob("*") if p.is_file()}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
+    warnings: list[str] = []
+    assert MLflowMirror(root, warnings.append).mirror(runs[0]) is False
+    assert counts(root, warnings.append) == (0, 0, 0, 3)
+    assert len(warnings) == 2 and "127.0.0.1:9" in warnings[0]
+    assert "secret" not in "".join(warnings)
+    assert all(run.done for run in runs)
+    assert {p: p.read_bytes() for p in runs[0].path.rglob("*") if p.is_file()} == before
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert counts(root) == (3, 0, 0, 0)
+    assert counts(root) == (0, 3, 0, 0)
+
+
+class _Refuses(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(500)
+
+    do_POST = do_GET
+
+    def log_message(self, *arguments: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def refusing_server() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), _Refuses)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_server_that_answers_with_errors_is_a_warning_too(
+    root: Path, refusing_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", refusing_server)
+    warnings: list[str] = []
+    run = complete(started(root))
+    assert MLflowMirror(root, warnings.append).mirror(run) is False
+    assert len(warnings) == 1 and "\n" not in warnings[0]
+
+
+def test_final_metrics_leave_out_what_is_not_known() -> None:
+    assert final_metrics({}) == {}
+    records = [{"selector": "last", "structure": "AA", "dice": 0.5, "assd": None}]
+    assert final_metrics({"scores": records}) == {"final/last/AA/dice": 0.5}
