@@ -12,7 +12,13 @@ from glua_bench import __version__
 from glua_bench.cache import cache_root
 from glua_bench.errors import UserError
 from glua_bench.registry import GROUPS, Registry
-from glua_bench.tracking import check_tracker, list_runs, tracking_uri, versions
+from glua_bench.tracking import (
+    check_tracker,
+    list_runs,
+    tracking_uri,
+    versions,
+    without_password,
+)
 
 
 def examine(runs_root: Path, plugins: Iterable[Path]) -> tuple[list[tuple[str, str]], list[str]]:
@@ -54,9 +60,9 @@ def examine(runs_root: Path, plugins: Iterable[Path]) -> tuple[list[tuple[str, s
     uri = tracking_uri(runs_root)
     try:
         check_tracker(uri)
-        findings.append(("tracker", uri))
+        findings.append(("tracker", without_password(uri)))
     except OSError as error:
-        findings.append(("tracker", f"{uri} DOES NOT ANSWER ({error})"))
+        findings.append(("tracker", f"{without_password(uri)} DOES NOT ANSWER ({error})"))
         todo.append("check MLFLOW_TRACKING_URI, or unset it to track in a file; runs go on anyway")
     if finished:
         todo.append(f"glua-bench sync --runs {runs_root}")

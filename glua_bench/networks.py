@@ -1,8 +1,9 @@
 """The networks that methods are built of: segmenters, generators, discriminators.
 
 Widths and depths are arguments, so one definition serves the quick preset and the sizes of
-the papers. All of them use instance normalisation unless said otherwise: it needs no running
-statistics, so training, evaluation and any number of devices agree.
+the papers. All of ours use instance normalisation unless said otherwise: it needs no running
+statistics, so training, evaluation and any number of devices agree. timm's encoders keep their
+own, mostly batch normalisation.
 """
 
 from __future__ import annotations

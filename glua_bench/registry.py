@@ -178,6 +178,8 @@ def _describe_file(kind: str, path: Path) -> list[Entry]:
         raise PluginError(
             f"The plugin file {path} cannot be read as Python ({_one_line(error)}); repair it."
         ) from error
+    # A class counts when it extends the contract, a built-in of the kind, or one before it.
+    known = {_BASES[kind], *_imported_from(path, GROUPS[kind])}
     found = []
     for class_name, node in nodes.items():
         bases = {
@@ -185,7 +187,10 @@ def _describe_file(kind: str, path: Path) -> list[Entry]:
             for base in node.bases
         }
         summary, attributes = _describe_class(node)
-        if _BASES[kind] in bases and isinstance(attributes.get("name"), str):
+        if not known & bases:
+            continue
+        known.add(class_name)
+        if isinstance(attributes.get("name"), str):
             found.append(
                 Entry(
                     kind,
@@ -228,6 +233,16 @@ def _locate(module_name: str) -> Path:
 def _class_nodes(path: Path) -> dict[str, ast.ClassDef]:
     tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _imported_from(path: Path, package: str) -> set[str]:
+    """Names that a file takes from modules of a package."""
+    return {
+        alias.asname or alias.name
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}.")
+        for alias in node.names
+    }
 
 
 def _describe_class(node: ast.ClassDef) -> tuple[str, dict[str, Any]]:

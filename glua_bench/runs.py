@@ -43,6 +43,8 @@ TRAINING_CODE = (
     "losses",
     "method",
     "networks",
+    "runs",
+    "task",
     "trainer",
     "volumes",
 )

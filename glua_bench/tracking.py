@@ -440,25 +440,6 @@ class RunDirectory:
         run.path = path
         return run
 
-    @classmethod
-    def find(cls, runs_root: Path, id_prefix: str) -> RunDirectory:
-        """The run whose id begins with a text.
-
-        Raises:
-            UserError: no run or several runs fit.
-        """
-        fitting = [p for p in _run_paths(runs_root) if p.name.startswith(id_prefix)]
-        if len(fitting) == 1:
-            return cls.open(fitting[0])
-        if not fitting:
-            raise UserError(
-                f"No run in {runs_root} has an id that begins with '{id_prefix}'; check --runs."
-            )
-        raise UserError(
-            f"{len(fitting)} runs in {runs_root} have an id that begins with '{id_prefix}' "
-            f"({', '.join(p.name for p in fitting[:4])}); give more of the id."
-        )
-
     def _rows(self) -> list[dict[str, Any]]:
         try:
             lines = (self.path / "log.jsonl").read_text(encoding="utf-8", errors="replace")
@@ -645,6 +626,11 @@ class SyncCounts:
     missed: int = 0
 
 
+def without_password(uri: str) -> str:
+    """A tracker's address as it may be shown."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
 def tracking_uri(runs_root: Path) -> str:
     """`$MLFLOW_TRACKING_URI`, else a SQLite file among the runs."""
     return os.environ.get("MLFLOW_TRACKING_URI") or (
@@ -717,7 +703,7 @@ class MLflowMirror:
     @property
     def place(self) -> str:
         """The tracker's address without a password, for messages."""
-        return re.sub(r"//[^/@]*@", "//", self.uri)
+        return without_password(self.uri)
 
     def mirror(self, run: RunDirectory, parent: str | None = None) -> bool:
         """Upload one finished or failed run, unless the tracker has it.
@@ -731,14 +717,10 @@ class MLflowMirror:
         """
         return self._mirror(run, parent) is not None
 
-    def sync(self, runs_root: Path | None = None) -> SyncCounts:
-        """Upload every finished or failed run that the tracker does not have.
-
-        Args:
-            runs_root: another directory of runs than the mirror's own.
-        """
+    def sync(self) -> SyncCounts:
+        """Upload every finished or failed run that the tracker does not have."""
         counts = SyncCounts()
-        for run in list_runs(runs_root or self.runs_root):
+        for run in list_runs(self.runs_root):
             if not run.done and run.failed is None:
                 counts.unfinished += 1
             elif counts.missed:

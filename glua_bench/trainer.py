@@ -326,10 +326,11 @@ class Trainer:
         """Read the pending losses back, record them, and stop where one is not finite."""
         if not self._pending:
             return
-        names = list(self._pending[0][1])
-        table = torch.stack([torch.stack([v[n].float() for n in names]) for _, v in self._pending])
-        for (step, _), row in zip(self._pending, table.cpu().tolist(), strict=True):
-            values = dict(zip(names, row, strict=True))
+        # One transfer from the device for all steps; a method may log other names at other steps.
+        scalars = [value.float() for _, row in self._pending for value in row.values()]
+        numbers = iter(torch.stack(scalars).cpu().tolist() if scalars else [])
+        for step, row in self._pending:
+            values = {name: next(numbers) for name in row}
             bad = [name for name, value in values.items() if not math.isfinite(value)]
             if bad:
                 self._pending.clear()

@@ -62,7 +62,8 @@ def aligned_step(
 ) -> dict[str, Tensor]:
     """L_seg + L_align for the segmenter, then D's loss on the same features."""
     count = len(batch.source_images)
-    # One pass for both domains: instance norm keeps the images of a batch apart.
+    # One pass for both domains: instance norm keeps the images of a batch apart. (Under the batch
+    # norm of a timm encoder the domains share their statistics.)
     both = segmenter(torch.cat([batch.source_images, batch.target]))
     source = Segmented(both.logits[:count], tuple(f[:count] for f in both.features))
     target = Segmented(both.logits[count:], tuple(f[count:] for f in both.features))

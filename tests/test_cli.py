@@ -163,8 +163,7 @@ def test_a_file_is_enough_for_a_method(call: Call, tmp_path: Path) -> None:
     plugin = tmp_path / "mine.py"
     plugin.write_text(
         "from glua_bench.methods.source_only import SourceOnly\n"
-        "from glua_bench.method import Method\n"
-        "class Mine(SourceOnly, Method):\n"
+        "class Mine(SourceOnly):\n"
         "    '''My own method.'''\n"
         "    name = 'mine'\n"
     )
