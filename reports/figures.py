@@ -171,7 +171,7 @@ def gap_map(
     images: np.ndarray,
     gaps: np.ndarray,
     masks: np.ndarray,
-    title: str = "Where the domains differ, and where features are masked",
+    title: str = "Where the domains differ, and where the local alignment counts",
     publishable: bool = True,
 ) -> Path:
     """Images, their gap map over them, and the outline of the mask that follows from it.
@@ -180,7 +180,7 @@ def gap_map(
         path: the PNG to write.
         images: (N, H, W) in [-1, 1].
         gaps: (N, h, w) in [0, 1], as fine as the images or coarser.
-        masks: (N, h, w), true (or > 0.5) where features are masked.
+        masks: (N, h, w), true (or > 0.5) where the local alignment counts.
         title: of the whole figure.
         publishable: False stamps the figure as not for redistribution.
 
@@ -205,7 +205,7 @@ def gap_map(
         if outline.any() and not outline.all():
             axes[2, column].contour(outline, [0.5], colors="white", linewidths=2.0)
             axes[2, column].contour(outline, [0.5], colors="#d55e00", linewidths=1.0)
-    for row, name in enumerate(("image", "gap", "masked region")):
+    for row, name in enumerate(("image", "gap", "counted region")):
         _row_name(axes[row, 0], name)
     if drawn is not None:
         _bar(figure, drawn, list(axes[1]))
