@@ -62,17 +62,25 @@ def entry_of(row: pd.Series) -> str:
 
 
 def collect(runs_root: Path) -> pd.DataFrame:
-    """Rows per case, structure and selector of all finished runs, with the run's cost."""
+    """Rows per case, structure and selector of all finished runs, with the run's cost.
+
+    A stage that a run took from the cache costs what it cost the run that trained it.
+    """
+    finished = [(run, run.read_summary()) for run in list_runs(runs_root) if run.done]
+    trained = {
+        (run.config.dataset, run.config.direction, run.config.seed, stage): seconds
+        for run, summary in finished
+        for stage, seconds in summary["stage_seconds"].items()
+        if stage not in summary["reused_stages"] and stage != "segment"
+    }
     frames = []
-    for run in list_runs(runs_root):
-        if run.done:
-            summary = run.read_summary()
-            frames.append(
-                run.read_cases().assign(
-                    seconds=sum(summary["stage_seconds"].values()),
-                    peak_memory_mib=summary["peak_memory_mib"],
-                )
-            )
+    for run, summary in finished:
+        config, seconds = run.config, sum(summary["stage_seconds"].values())
+        for stage in summary["reused_stages"]:
+            seconds += trained[config.dataset, config.direction, config.seed, stage]
+        frames.append(
+            run.read_cases().assign(seconds=seconds, peak_memory_mib=summary["peak_memory_mib"])
+        )
     rows = pd.concat(frames, ignore_index=True)
     rows["entry"] = rows.apply(entry_of, axis=1)
     rows["task"] = rows["dataset"] + " " + rows["direction"]
