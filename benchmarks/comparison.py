@@ -1,9 +1,11 @@
 """The main job's table: each method's Dice, the share of the gap that it recovers, and its cost.
 
     python benchmarks/comparison.py --seeds 3 --workers 2 [--rows results/phantom_quick.parquet]
+    python benchmarks/comparison.py --table-of results/phantom_quick.parquet
 
 Runs `glua-bench run` for every entry, one thread a process, skips what is done, and prints the
-table from the runs' rows. `--table-only` prints what is there. The gap recovered is
+table from the runs' rows. `--table-only` prints what is there, `--table-of` what a file of rows
+holds. The gap recovered is
 (method - source_only) / (supervised - source_only), from the means of the same seed.
 """
 
@@ -115,6 +117,12 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     ).sort_values(["task", "Dice"])
 
 
+def show(lines: pd.DataFrame) -> None:
+    """Print a table."""
+    with pd.option_context("display.width", 200, "display.max_columns", 20):
+        print(lines.round(3).to_string())
+
+
 def main() -> None:
     """Run what is missing, then print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -125,7 +133,11 @@ def main() -> None:
     parser.add_argument("--entries", nargs="*", choices=list(ENTRIES), default=list(ENTRIES))
     parser.add_argument("--rows", type=Path, help="write the publishable rows to this file")
     parser.add_argument("--table-only", action="store_true")
+    parser.add_argument("--table-of", type=Path, help="print the table of such a file, and stop")
     options = parser.parse_args()
+    if options.table_of is not None:
+        show(table(pd.read_parquet(options.table_of)))
+        return
     failed = 0
     if not options.table_only:
         start = [
@@ -148,8 +160,7 @@ def main() -> None:
     if options.rows is not None:
         # Rows of real patients stay where they are.
         rows[rows["dataset"] == "phantom"].to_parquet(options.rows, index=False)
-    with pd.option_context("display.width", 200, "display.max_columns", 20):
-        print(table(rows).round(3).to_string())
+    show(table(rows))
     sys.exit(1 if failed else 0)
 
 

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 
 from glua_bench import conformance
 from glua_bench.registry import Registry
 from glua_bench.selection import Selector
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
 OURS = [e.name for e in Registry("method").entries() if e.origin == "glua-bench"]
 
 
@@ -161,3 +163,37 @@ def test_every_test_ids_paragraph_of_mscmr_is_the_code_s():
         for cell, split in zip(row.split("|"), ("train", "val", "test"), strict=True):
             ends = [int(number) for number in re.findall(r"\d+", cell)]
             assert (ends[0], ends[-1]) == (splits[split][0], splits[split][-1])
+
+
+# -- README: results ------------------------------------------------------------------------------
+
+
+def test_the_results_in_the_readme_are_those_of_the_rows():
+    rows = pd.read_parquet(ROOT / "results" / "phantom_quick.parquet")
+    assert set(rows["dataset"]) == {"phantom"}, "rows of real patients may not be published"
+    rows = rows[rows["selector"] == "last"]
+    per_seed = rows.groupby(["direction", "entry", "seed"])[["dice", "assd", "seconds"]].mean()
+    lines = re.findall(
+        r"^\| (`\w+`(?: \+ photometric)?|supervised \(privileged\)) \|(.*)\|$",
+        (ROOT / "README.md").read_text().split("## Results")[1].split("\n## ")[0],
+        re.MULTILINE,
+    )
+    assert {entry.replace("`", "").removesuffix(" (privileged)") for entry, _ in lines} == set(
+        rows["entry"]
+    )
+    for entry, cells in lines:
+        name = entry.replace("`", "").removesuffix(" (privileged)")
+        shown = [cell.strip() for cell in cells.split("|")]
+        expected = []
+        for direction in ("mr-ct", "ct-mr"):
+            dice = per_seed["dice"][direction].unstack("entry")
+            span = dice["supervised"] - dice["source_only"]
+            gap = ((dice[name] - dice["source_only"]) / span).mean()
+            expected += [
+                f"{dice[name].mean():.2f} ± {dice[name].std():.2f}",
+                "" if name in ("source_only", "supervised") else f"{100 * gap:.0f} %",
+                f"{per_seed['assd'][direction, name].mean():.1f}",
+            ]
+        seconds = per_seed["seconds"].unstack("entry")[name].mean()
+        expected.append(f"{seconds:.0f}")
+        assert [cell.replace("-0 %", "0 %") for cell in expected] == shown, entry
