@@ -60,7 +60,7 @@ from glua_bench.method import Batch, Context, Method, Stage
 from glua_bench.registry import Registry
 from glua_bench.task import SPLITS, Case, Dataset, Grid, Reading, Structure
 from glua_bench.tracking import RunDirectory
-from glua_bench.trainer import Trainer, stage_order
+from glua_bench.trainer import Trainer, stage_order, to_channels_last
 from glua_bench.volumes import read_label_volume
 
 STEPS = 3  # the budget of a training: a first step, one in between, and a last one
@@ -1130,7 +1130,7 @@ def _checkpoint(bench: Bench) -> None:
     file.seek(0)
     other = bench.build(bench.config(seed=1))
     other.load_state_dict(torch.load(file, weights_only=True))
-    other.to(memory_format=torch.channels_last)  # as the trainer does; rounding follows from it
+    to_channels_last(other)  # as the trainer does; rounding follows from it
     _demand(
         torch.equal(_predict(trained, images), _predict(other, images)),
         "predictions change when the weights are saved and loaded: what they depend on must be "

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from glua_bench import augment
@@ -166,7 +166,7 @@ class Trainer:
         self.log, self.progress, self.artefact = log, progress, artefact
         self.checkpoints, self.checkpoint_seconds = checkpoints, checkpoint_seconds
         self.method = method.to(fabric.device)
-        self.method.to(memory_format=torch.channels_last)
+        to_channels_last(self.method)
         for tensor in itertools.chain(method.parameters(), method.buffers()):
             tensor.data = fabric.broadcast(tensor.data) if fabric.world_size > 1 else tensor.data
         self.stages = tuple(method.stages())
@@ -403,6 +403,16 @@ class Trainer:
             if state["stage"] or state["step"]:
                 self.progress.line(f"Resuming stage '{stage.name}' at step {state['step']}.")
         return state
+
+
+def to_channels_last(module: nn.Module) -> None:
+    """Lay weights of 2-D convolutions out as the images of a step are.
+
+    `Module.to(memory_format=...)` fails where a module holds a tensor of five dimensions.
+    """
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
 
 def average_gradients(fabric: Fabric, optimizer: Optimizer) -> None:

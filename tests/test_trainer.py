@@ -45,6 +45,7 @@ from glua_bench.trainer import (
     save_atomically,
     stage_order,
     step_seed,
+    to_channels_last,
 )
 
 
@@ -441,6 +442,16 @@ def test_learning_rates_decay_from_their_start_also_when_resumed(tmp_path: Path)
         assert [step for step, _ in found] == list(range(total))
         for step, rate in found:
             assert rate == pytest.approx(start * (1 - step / total) ** power)
+
+
+def test_only_four_dimensions_are_laid_out_as_channels_last() -> None:
+    module = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv3d(2, 4, 3))
+    module.register_buffer("pool", torch.zeros(2, 3, 1, 4, 4))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    to_channels_last(module)
+    assert module[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert module[1].weight.is_contiguous() and module.pool.is_contiguous()
+    assert not first_difference(before, module.state_dict())
 
 
 def test_stages_must_have_different_names() -> None:
