@@ -1,0 +1,306 @@
+"""SIFA: synergistic image and feature alignment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from glua_bench.config import setting
+from glua_bench.errors import ConfigError
+from glua_bench.losses import lsgan_loss
+from glua_bench.method import Batch, Context, Method, Stage, TaskInfo, frozen
+from glua_bench.methods.sifa_networks import (
+    STRIDE,
+    Decoder,
+    Discriminator,
+    Encoder,
+    Generator,
+    Head,
+    ImagePool,
+)
+
+
+@dataclass(frozen=True)
+class SIFAConfig:
+    """Settings of SIFA; the defaults are those of the authors' code."""
+
+    lr: float = setting(2e-4, "learning rate of all networks", low=1e-6, high=1e-1, log=True)
+    width_generator: int = setting(32, "channels of generator and decoder", low=2, high=128)
+    width_encoder: int = setting(16, "channels of the encoder, even", low=2, high=64)
+    width_discriminator: int = setting(64, "channels of the discriminators", low=2, high=256)
+    generator_blocks: int = setting(9, "residual blocks of the generator", low=1, high=18)
+    decoder_dropout: float = setting(
+        0.25, "share of features that the decoder's residual blocks drop", low=0, high=0.9
+    )
+    pool_size: int = setting(50, "batches of earlier fakes kept", low=1, high=1000)
+    lambda_cycle: float = setting(10.0, "weight of both cycles", low=0, high=1000)
+    lambda_image: float = setting(
+        0.1, "weight of the decoder's loss in the encoder's", low=0, high=10
+    )
+    lambda_p: float = setting(0.1, "weight of the alignment of predictions", low=0, high=10)
+    lambda_p_low: float = setting(
+        0.01, "the same of the auxiliary head's predictions", low=0, high=10
+    )
+    lambda_aux: float = setting(
+        0.1, "weight of the second output of D_A (cycle or fake)", low=0, high=10
+    )
+    lambda_low: float = setting(0.1, "weight of the auxiliary segmentation", low=0, high=10)
+    l2: float = setting(1e-4, "weight of ½ the squared weights of encoder and heads", low=0, high=1)
+
+
+class SIFA(Method):
+    """Synergistic image and feature alignment (v2): translate and segment by one encoder.
+
+    Chen, Dou, Chen, Qin, Heng, *Unsupervised Bidirectional Cross-Modality Adaptation via Deeply
+    Synergistic Image and Feature Alignment for Medical Image Segmentation*, IEEE TMI 2020; the
+    authors' TensorFlow code (`cchen-cc/SIFA`) is the reference, and its outputs and losses are
+    reproduced in a test. With G the generator a → b, E the shared encoder, U the decoder,
+    b̂ = G(a), â = U(E(b)), least-squares adversarial losses, and 10 = `lambda_cycle`:
+
+        cycles      C   = 10 |U(E(b̂)) - a| + 10 |G(â) - b|
+        generator   G   : C + adv_B(b̂)
+        decoder     U   : C + adv_A(â)
+        encoder, heads  : CE + Dice + 0.1 (CE + Dice)_low + 10⁻⁴ · ½‖w‖² + 0.1 (C + adv_A(â))
+                          + 0.1 adv_P(S(b)) + 0.01 adv_P,low(S_low(b)) + 0.1 adv_A,aux(â),
+
+    where CE and Dice, SIFA's own, compare the prediction of b̂ with a's labels. D_A and D_B see
+    fakes from pools; D_A's second output tells cycled from fake; D_P and D_P,low read logits.
+
+    The authors update G, D_B, encoder and heads, U, D_A, D_P, D_P,low, each on a new forward pass
+    of everything. Here a pass is repeated only where weights before it have changed. Passes of b
+    through E and U serve the updates of G (where â is detached) and of the encoder; those of b
+    and b̂ through the updated E, detached, serve U and the last three updates; b̂ is detached
+    from G outside G's own update. Losses and gradients are the published ones; the moving
+    averages of the batch norms, which the authors' passes update too, see five passes a step.
+    The decoder's residual blocks drop a quarter of their features, as the authors' graph does: its
+    setting turns dropout off everywhere else, but does not reach these. The segmenter is SIFA's
+    own encoder, not the one that other methods share.
+    """
+
+    name = "sifa"
+    reference = "Chen et al., IEEE TMI 2020"
+    needs = "source images and labels, target images"
+    uses_target = True
+    Config = SIFAConfig
+    presets = {
+        "quick": {
+            "lr": 1e-3,
+            "width_generator": 8,
+            "width_encoder": 4,
+            "width_discriminator": 16,
+            "generator_blocks": 4,
+        }
+    }
+
+    def __init__(self, task: TaskInfo, config: SIFAConfig) -> None:
+        super().__init__(task, config)
+        if task.size % STRIDE:
+            raise ConfigError(
+                f"sifa needs slices whose side is divisible by {STRIDE}, and those of "
+                f"{task.dataset} have {task.size} pixels; choose another preset or dataset."
+            )
+        if config.width_encoder % 2:
+            raise ConfigError(
+                f"method.width_encoder = {config.width_encoder} is odd, and skips are padded "
+                "alike on both sides; give an even value."
+            )
+        self.generator = Generator(config.width_generator, config.generator_blocks)
+        self.encoder = Encoder(config.width_encoder)
+        self.decoder = Decoder(
+            self.encoder.channels, config.width_generator, config.decoder_dropout
+        )
+        self.head = Head(self.encoder.channels, task.classes)
+        self.head_low = Head(self.encoder.channels, task.classes)
+        width = config.width_discriminator
+        self.d_a = Discriminator(1, width, outputs=2)  # real or fake; cycled or fake
+        self.d_b = Discriminator(1, width)
+        self.d_p = Discriminator(task.classes, width)
+        self.d_p_low = Discriminator(task.classes, width)
+        self.pool_a = ImagePool(config.pool_size, task.batch_size, task.size)
+        self.pool_b = ImagePool(config.pool_size, task.batch_size, task.size)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """One stage with constant learning rates."""
+        return (Stage("segment"),)
+
+    def optimizers(self, stage: Stage) -> dict[str, Optimizer]:
+        """Adam; β₁ is 0.5 for what is adversarial, and 0.9 for encoder and heads."""
+        adversarial = {
+            "generator": self.generator,
+            "decoder": self.decoder,
+            "d_a": self.d_a,
+            "d_b": self.d_b,
+            "d_p": self.d_p,
+            "d_p_low": self.d_p_low,
+        }
+        optimizers: dict[str, Optimizer] = {
+            name: Adam(module.parameters(), self.config.lr, (0.5, 0.999), fused=True)
+            for name, module in adversarial.items()
+        }
+        optimizers["segmentation"] = Adam(self.segmentation_weights(), self.config.lr, fused=True)
+        return optimizers
+
+    def segmentation_weights(self) -> list[nn.Parameter]:
+        """Of encoder and heads."""
+        modules = (self.encoder, self.head, self.head_low)
+        return [p for module in modules for p in module.parameters()]
+
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        """Seven updates, in the authors' order."""
+        a, b, labels = batch.source_images, batch.target, batch.source_labels
+
+        with frozen(self.decoder):
+            latent_b, low_b = self.encoder(b)
+            fake_a = self.decoder(latent_b, b)
+        with frozen(self.encoder, self.decoder, self.d_b):
+            fake_b = self.generator(a)
+            cycle_a = self.decoder(self.encoder(fake_b)[0], fake_b)
+            cycle_b = self.generator(fake_a.detach())
+            adv_b = lsgan_loss(self.d_b(fake_b), 1)
+        cycles = self.cycles(a, cycle_a, b, cycle_b)
+        context.update("generator", cycles + adv_b)
+
+        loss_d_b = discriminator_loss(self.d_b, b, self.pool_b(fake_b.detach()))
+        context.update("d_b", loss_d_b)
+
+        with torch.no_grad():
+            fake_b = self.generator(a)
+        with frozen(self.generator, self.decoder, self.d_a, self.d_p, self.d_p_low):
+            latent, low = self.encoder(fake_b)
+            cycle_a, cycle_b = self.decoder(latent, fake_b), self.generator(fake_a)
+            cycles = self.cycles(a, cycle_a, b, cycle_b)
+            adv_a, adv_a_aux = (lsgan_loss(scores, 1) for scores in self.d_a(fake_a).unbind(1))
+            adv_p = lsgan_loss(self.d_p(self.head(latent_b)), 1)
+            adv_p_low = lsgan_loss(self.d_p_low(self.head_low(low_b)), 1)
+        segmentation = sifa_segmentation_loss(self.head(latent), labels)
+        segmentation_low = sifa_segmentation_loss(self.head_low(low), labels)
+        loss = self.loss_segmentation(
+            segmentation, segmentation_low, cycles + adv_a, adv_p, adv_p_low, adv_a_aux
+        )
+        context.update("segmentation", loss)
+
+        with torch.no_grad():
+            (latent_b, low_b), (latent, low) = self.encoder(b), self.encoder(fake_b)
+        with frozen(self.generator, self.d_a):
+            fake_a = self.decoder(latent_b, b)
+            cycle_a, cycle_b = self.decoder(latent, fake_b), self.generator(fake_a)
+            adv_a = lsgan_loss(self.d_a(fake_a)[:, 0], 1)
+        cycles = self.cycles(a, cycle_a, b, cycle_b)
+        context.update("decoder", cycles + adv_a)
+
+        with torch.no_grad():
+            cycle_a = self.decoder(latent, fake_b)
+        loss_d_a = self.loss_d_a(a, cycle_a, self.pool_a(fake_a.detach()))
+        context.update("d_a", loss_d_a)
+
+        with torch.no_grad():
+            high_masks = self.head(latent), self.head(latent_b)
+            low_masks = self.head_low(low), self.head_low(low_b)
+        loss_d_p = discriminator_loss(self.d_p, *high_masks)
+        context.update("d_p", loss_d_p)
+        loss_d_p_low = discriminator_loss(self.d_p_low, *low_masks)
+        context.update("d_p_low", loss_d_p_low)
+        return {
+            "segmentation": segmentation,
+            "segmentation_low": segmentation_low,
+            "cycles": cycles,
+            "adv_a": adv_a,
+            "adv_a_aux": adv_a_aux,
+            "adv_b": adv_b,
+            "adv_p": adv_p,
+            "adv_p_low": adv_p_low,
+            "d_a": loss_d_a,
+            "d_b": loss_d_b,
+            "d_p": loss_d_p,
+            "d_p_low": loss_d_p_low,
+        }
+
+    def cycles(self, a: Tensor, cycle_a: Tensor, b: Tensor, cycle_b: Tensor) -> Tensor:
+        """Both weighted cycle losses."""
+        return self.config.lambda_cycle * (F.l1_loss(cycle_a, a) + F.l1_loss(cycle_b, b))
+
+    def loss_segmentation(
+        self,
+        segmentation: Tensor,
+        segmentation_low: Tensor,
+        decoder: Tensor,
+        adv_p: Tensor,
+        adv_p_low: Tensor,
+        adv_a_aux: Tensor,
+    ) -> Tensor:
+        """What encoder and heads minimise, of its parts; `decoder` is the decoder's loss."""
+        cfg = self.config
+        return (
+            segmentation
+            + cfg.lambda_low * segmentation_low
+            + cfg.l2 * self.half_square()
+            + cfg.lambda_image * decoder
+            + cfg.lambda_p * adv_p
+            + cfg.lambda_p_low * adv_p_low
+            + cfg.lambda_aux * adv_a_aux
+        )
+
+    def half_square(self) -> Tensor:
+        """½‖w‖² of encoder and heads, norms' scales and shifts included."""
+        return 0.5 * torch.stack([p.square().sum() for p in self.segmentation_weights()]).sum()
+
+    def loss_d_a(self, real: Tensor, cycled: Tensor, fake: Tensor) -> Tensor:
+        """D_A's two losses: real or fake, and cycled or fake, in one pass."""
+        scores = self.d_a(torch.cat([real, cycled, fake])).chunk(3)
+        return half_real_fake(scores[0][:, 0], scores[2][:, 0]) + half_real_fake(
+            scores[1][:, 1], scores[2][:, 1]
+        )
+
+    def predict(self, images: Tensor) -> Tensor:
+        """(N, 1, H, W) → logits (N, K, H, W)."""
+        return self.head(self.encoder(images)[0])
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """Source images as target ones, and target images as source ones."""
+        back = self.decoder(self.encoder(batch.target)[0], batch.target)
+        return {"restyled": self.generator(batch.source_images), "target as source": back}
+
+
+def half_real_fake(real: Tensor, fake: Tensor) -> Tensor:
+    """½ (mean (real - 1)² + mean fake²), of scores."""
+    return 0.5 * (lsgan_loss(real, 1) + lsgan_loss(fake, 0))
+
+
+def discriminator_loss(discriminator: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    """A discriminator's loss in one pass: instance norm keeps the images of a batch apart."""
+    return half_real_fake(*discriminator(torch.cat([real, fake])).chunk(2))
+
+
+def sifa_segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """SIFA's cross-entropy + Dice, both over all classes including the background."""
+    return sifa_cross_entropy(logits, labels) + sifa_dice_loss(logits, labels)
+
+
+def sifa_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean of -(1 - frequency of the class) log p, with p of the label clipped at 0.005.
+
+    Args:
+        logits: (N, K, H, W).
+        labels: (N, H, W), class indices.
+    """
+    frequency = torch.bincount(labels.flatten(), minlength=logits.shape[1]) / labels.numel()
+    own = logits.float().softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
+    return -((1 - frequency)[labels] * own.clamp(0.005, 1).log()).mean()
+
+
+def sifa_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """1 - mean over classes of 2 Σ p r / (Σ p² + Σ r + 1e-7), sums over the batch.
+
+    Args:
+        logits: (N, K, H, W).
+        labels: (N, H, W), class indices.
+    """
+    probabilities = logits.float().softmax(1)
+    reference = F.one_hot(labels, logits.shape[1]).permute(0, 3, 1, 2).to(probabilities)
+    overlap = (probabilities * reference).sum((0, 2, 3))
+    size = probabilities.square().sum((0, 2, 3)) + reference.sum((0, 2, 3))
+    return 1 - (2 * overlap / (size + 1e-7)).mean()

@@ -1,0 +1,291 @@
+"""SIFA's networks: generator, shared encoder, decoder, heads, discriminators, and image pools.
+
+Chen et al., IEEE TMI 2020 (v2). Sizes and numerical conventions are those of the authors'
+TensorFlow 1 graph, whose outputs `tests/test_sifa.py` reproduces: "same" padding puts the
+odd pixel of a stride-2 convolution to the right and bottom, images are enlarged without a
+half-pixel shift, batch norm has ε = 1e-3 and instance norm ε = 1e-6.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STRIDE = 8  # of the encoder
+
+
+def convolution(
+    inputs: int, outputs: int, kernel: int, std: float, bias: bool = False, dilation: int = 1
+) -> nn.Conv2d:
+    """Zero-padded convolution that keeps the size, from a normal distribution cut at 2 σ."""
+    padding = dilation * (kernel - 1) // 2
+    kind = DilatedConv if dilation > 1 else nn.Conv2d
+    layer = kind(inputs, outputs, kernel, padding=padding, bias=bias, dilation=dilation)
+    return initialised(layer, std)
+
+
+def initialised(layer: nn.Conv2d | nn.ConvTranspose2d, std: float) -> nn.Conv2d:
+    """Draw a layer's weights as the authors do; biases are 0."""
+    nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer  # type: ignore[return-value]
+
+
+def instance_norm(channels: int) -> nn.GroupNorm:
+    """Instance norm with scale and shift."""
+    return nn.GroupNorm(channels, channels, eps=1e-6)
+
+
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    """Batch norm; the moving averages keep 0.9 of their value in a step."""
+    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.1)
+
+
+class Down(nn.Module):
+    """3×3 convolution with stride 2, instance norm and ReLU."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = initialised(nn.Conv2d(inputs, outputs, 3, stride=2), 0.02)
+        self.norm = instance_norm(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) with even H, W → (N, C', H/2, W/2)."""
+        return F.relu(self.norm(self.conv(F.pad(x, (0, 1, 0, 1)))))
+
+
+class Up(nn.Module):
+    """3×3 transposed convolution with stride 2, instance norm and ReLU."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = initialised(nn.ConvTranspose2d(inputs, outputs, 3, stride=2), 0.02)
+        self.norm = instance_norm(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C', 2H, 2W)."""
+        return F.relu(self.norm(self.conv(x)[..., :-1, :-1]))
+
+
+class Residual(nn.Module):
+    """ReLU(x + two 3×3 convolutions of x); the skip's missing channels are zeros on both sides.
+
+    Args:
+        inputs: channels of x.
+        outputs: channels of the result; outputs - inputs is even.
+        norm: "instance" or "batch".
+        std: of the initial weights.
+        bias: of the convolutions.
+        dilation: of the convolutions.
+        dropout: share of the convolutions' outputs that training sets to 0.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        norm: str,
+        std: float = 0.01,
+        bias: bool = False,
+        dilation: int = 1,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        make = batch_norm if norm == "batch" else instance_norm
+        self.widen = (outputs - inputs) // 2
+        self.conv1 = convolution(inputs, outputs, 3, std, bias, dilation)
+        self.norm1 = make(outputs)
+        self.conv2 = convolution(outputs, outputs, 3, std, bias, dilation)
+        self.norm2 = make(outputs)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, C', H, W)."""
+        y = F.relu(self.norm1(self.dropout(self.conv1(x))))
+        y = self.norm2(self.dropout(self.conv2(y)))
+        skip = F.pad(x, (0, 0, 0, 0, self.widen, self.widen)) if self.widen else x
+        return F.relu(skip + y)
+
+
+class DilatedConv(nn.Conv2d):
+    """A dilated convolution whose bias is a parameter, but never added, as in the authors' graph.
+
+    It counts in their number of parameters and in their L2 loss, which draws it to 0.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve."""
+        return F.conv2d(input, self.weight, None, 1, self.padding, self.dilation)
+
+
+class Generator(nn.Module):
+    """G_A: source image → target-like image, by 9 residual blocks and tanh(x + ·)."""
+
+    def __init__(self, width: int = 32, blocks: int = 9) -> None:
+        super().__init__()
+        self.enter = nn.Sequential(
+            convolution(1, width, 7, 0.02, bias=True), instance_norm(width), nn.ReLU()
+        )
+        # A bias before an instance norm does nothing, but it counts as a parameter of the authors'.
+        self.body = nn.Sequential(
+            Down(width, 2 * width),
+            Down(2 * width, 4 * width),
+            *(Residual(4 * width, 4 * width, "instance", 0.02, True) for _ in range(blocks)),
+            Up(4 * width, 2 * width),
+            Up(2 * width, width),
+        )
+        self.leave = convolution(width, 1, 7, 0.02, bias=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 1, H, W) → (N, 1, H, W) in [-1, 1]; H and W divisible by 4."""
+        return torch.tanh(images + self.leave(self.body(self.enter(images))))
+
+
+class Encoder(nn.Module):
+    """E: what the segmenter and the decoder share, with stride 8."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        w, pool = width, nn.MaxPool2d(2)
+
+        def residual(inputs: int, outputs: int) -> Residual:
+            return Residual(inputs, outputs, "batch")
+
+        def dilated() -> Residual:
+            return Residual(32 * w, 32 * w, "batch", bias=True, dilation=2)
+
+        def conv(inputs: int, outputs: int, kernel: int) -> list[nn.Module]:
+            return [convolution(inputs, outputs, kernel, 0.01), batch_norm(outputs), nn.ReLU()]
+
+        self.low = nn.Sequential(
+            *conv(1, w, 7),
+            *(residual(w, w), pool),
+            *(residual(w, 2 * w), pool),
+            *(residual(2 * w, 4 * w), residual(4 * w, 4 * w), pool),
+            *(residual(4 * w, 8 * w), residual(8 * w, 8 * w)),
+            *(residual(8 * w, 16 * w), *(residual(16 * w, 16 * w) for _ in range(3))),
+            *(residual(16 * w, 32 * w), residual(32 * w, 32 * w)),
+        )
+        self.high = nn.Sequential(
+            *(dilated(), dilated()), *conv(32 * w, 32 * w, 3), *conv(32 * w, 32 * w, 3)
+        )
+        self.channels = 32 * w
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 1, H, W) → the latent, and the lower level's, both (N, 32w, H/8, W/8)."""
+        low = self.low(images)
+        return self.high(low), low
+
+
+class Decoder(nn.Module):
+    """U: the latent of a target(-like) image → a source-like image, tanh(x + ·)."""
+
+    def __init__(self, inputs: int, width: int = 32, dropout: float = 0.25) -> None:
+        super().__init__()
+
+        def residual() -> Residual:
+            return Residual(4 * width, 4 * width, "instance", dropout=dropout)
+
+        self.body = nn.Sequential(
+            *(convolution(inputs, 4 * width, 3, 0.02), instance_norm(4 * width), nn.ReLU()),
+            *(residual() for _ in range(4)),
+            *(Up(4 * width, 2 * width), Up(2 * width, 2 * width), Up(2 * width, width)),
+            convolution(width, 1, 7, 0.02),
+        )
+
+    def forward(self, latent: Tensor, images: Tensor) -> Tensor:
+        """Latent (N, C, H/8, W/8) and the encoded images (N, 1, H, W) → (N, 1, H, W)."""
+        return torch.tanh(images + self.body(latent))
+
+
+class Head(nn.Module):
+    """1×1 convolution to logits, enlarged to the image."""
+
+    def __init__(self, inputs: int, classes: int) -> None:
+        super().__init__()
+        self.conv = convolution(inputs, classes, 1, 0.01)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """(N, C, h, w) → logits (N, K, 8h, 8w)."""
+        return enlarge(self.conv(latent), STRIDE)
+
+
+def enlarge(maps: Tensor, factor: int) -> Tensor:
+    """TensorFlow 1's bilinear enlargement: pixel i of the result lies at i / factor of the map.
+
+    Args:
+        maps: (N, C, h, w).
+        factor: by which both sides grow.
+    """
+    # With the last row and column repeated, and corners aligned, the positions are just these.
+    height, width = (side * factor for side in maps.shape[-2:])
+    padded = F.pad(maps, (0, 1, 0, 1), mode="replicate")
+    large = F.interpolate(padded, size=(height + 1, width + 1), mode="bilinear", align_corners=True)
+    return large[..., :height, :width]
+
+
+class Discriminator(nn.Module):
+    """PatchGAN: 4×4 convolutions of strides 2, 2, 2, 1, 1 with two pixels of padding.
+
+    Args:
+        inputs: channels of what is judged.
+        width: channels after the first convolution.
+        outputs: 1, or 2 for a second judgement of the same image.
+    """
+
+    def __init__(self, inputs: int, width: int = 64, outputs: int = 1) -> None:
+        super().__init__()
+        channels = [inputs, width, 2 * width, 4 * width, 8 * width]
+        layers: list[nn.Module] = []
+        for index, stride in enumerate((2, 2, 2, 1)):
+            layer = nn.Conv2d(
+                channels[index], channels[index + 1], 4, stride, padding=2, bias=False
+            )
+            layers.append(initialised(layer, 0.02))
+            if index:
+                layers.append(instance_norm(channels[index + 1]))
+            layers.append(nn.LeakyReLU(0.2))
+        last = nn.Conv2d(channels[-1], outputs, 4, padding=2, bias=False)
+        self.body = nn.Sequential(*layers, initialised(last, 0.02))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → scores (N, outputs, h, w)."""
+        return self.body(x)
+
+
+class ImagePool(nn.Module):
+    """Earlier fakes for a discriminator, batch by batch (Shrivastava et al., CVPR 2017).
+
+    While it fills, it returns what it gets. Full, it returns, with even odds, the new batch,
+    or a random old one whose place the new one takes. Its content is part of a checkpoint.
+
+    Args:
+        slots: batches that it holds.
+        batch: images of a batch, at most.
+        size: side of the images.
+    """
+
+    images: Tensor
+    filled: Tensor
+
+    def __init__(self, slots: int, batch: int, size: int) -> None:
+        super().__init__()
+        self.register_buffer("images", torch.zeros(slots, batch, 1, size, size))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def forward(self, fakes: Tensor) -> Tensor:
+        """(N, 1, H, W) → as many, of now or of an earlier call."""
+        filled, count = int(self.filled), len(fakes)
+        if filled < len(self.images):
+            self.images[filled, :count] = fakes
+            self.filled += 1
+            return fakes
+        if torch.rand(()) <= 0.5:
+            return fakes
+        slot = self.images[int(torch.randint(filled, ())), :count]
+        old = slot.to(fakes, copy=True)
+        slot.copy_(fakes)
+        return old
