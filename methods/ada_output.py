@@ -1,0 +1,179 @@
+"""Output-space alignment: AdaptSegNet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
+
+from glua_bench.config import setting
+from glua_bench.errors import ConfigError
+from glua_bench.losses import segmentation_loss
+from glua_bench.method import Batch, Context, Stage, TaskInfo, frozen
+from glua_bench.methods.source_only import SegmentConfig, SourceOnly, segmenter_optimizer
+from glua_bench.networks import SLOPE
+
+SMALLEST = 32  # pixels a side that five halvings need
+SOURCE, TARGET = 0.0, 1.0  # the discriminators' labels
+
+
+@dataclass(frozen=True)
+class AdaOutputConfig(SegmentConfig):
+    """The segmenter's settings and those of the alignment; the defaults are the authors'."""
+
+    levels: int = setting(2, "aligned outputs: 2 with the auxiliary one, 1 without", choices=(1, 2))
+    gan: str = setting("vanilla", "adversarial loss", choices=("vanilla", "least-squares"))
+    lambda_main: float = setting(1e-3, "weight of the main output's alignment", low=0, high=10)
+    lambda_aux: float = setting(2e-4, "weight of the auxiliary output's alignment", low=0, high=10)
+    aux_weight: float = setting(0.1, "weight of the auxiliary segmentation loss", low=0, high=10)
+    aux_depth: int = setting(
+        1, "decoder maps between the auxiliary output and the main one", low=1, high=8
+    )
+    width_discriminator: int = setting(
+        64, "channels after the first convolution of a discriminator", low=4, high=256
+    )
+    lr_d: float = setting(
+        1e-4, "learning rate of the discriminators", low=1e-6, high=1e-1, log=True
+    )
+    optimizer: str = setting(
+        "adamw",
+        "of the segmenter: adamw as in all methods here, or the paper's sgd",
+        choices=("adamw", "sgd"),
+    )
+
+
+class AdaOutput(SourceOnly):
+    """Align the softmax outputs of both domains by discriminators, at one or two levels.
+
+    AdaptSegNet: Tsai et al., *Learning to Adapt Structured Output Space for Semantic
+    Segmentation*, CVPR 2018 (`wasidennis/AdaptSegNet`). With P the softmax output and P' that of
+    an auxiliary head on an earlier decoder map, D and D' their discriminators, source = 0 and
+    target = 1, the segmenter minimises
+
+        L_seg(source) + 0.1 L_seg'(source) + λ_aux L(D'(P'_t), 0) + λ_main L(D(P_t), 0),
+
+    where L is binary cross-entropy of logits, or squared error; each discriminator minimises
+    ½ (L(D(P_s), 0) + L(D(P_t), 1)) on the same outputs, detached. As in its medical re-use, L_seg
+    has a Dice term. The authors' segmenter is a DeepLab with ImageNet weights, trained by SGD;
+    here it is the one that all methods share, whose last decoder maps are the two levels.
+    """
+
+    name = "ada_output"
+    reference = "Tsai et al., CVPR 2018 (AdaptSegNet)"
+    needs = "source images and labels, target images"
+    uses_target = True
+    Config = AdaOutputConfig
+    presets = {
+        "quick": {"width_discriminator": 16, "lr_d": 1e-3},
+        "paper": {"optimizer": "sgd", "lr": 2.5e-4, "weight_decay": 5e-4},
+    }
+
+    def __init__(self, task: TaskInfo, config: AdaOutputConfig) -> None:
+        super().__init__(task, config)
+        if task.size < SMALLEST:
+            raise ConfigError(
+                f"ada_output needs slices of at least {SMALLEST} × {SMALLEST} pixels for its "
+                f"discriminators, and those of {task.dataset} have {task.size}; choose another "
+                "preset or dataset."
+            )
+        outputs = {"main": self.segmenter.feature_channels[-1]}
+        if config.levels == 2:
+            channels = self.segmenter.feature_channels
+            if config.aux_depth >= len(channels):
+                raise ConfigError(
+                    f"method.aux_depth = {config.aux_depth} asks for a decoder map that the "
+                    f"segmenter does not have; give at most {len(channels) - 1}, a deeper "
+                    "segmenter, or method.levels=1."
+                )
+            self.aux_head = nn.Conv2d(channels[-1 - config.aux_depth], task.classes, 1)
+            outputs["aux"] = channels[-1 - config.aux_depth]
+        self.discriminators = nn.ModuleDict(
+            {
+                name: OutputDiscriminator(task.classes, config.width_discriminator)
+                for name in outputs
+            }
+        )
+
+    def optimizers(self, stage: Stage) -> dict[str, Optimizer]:
+        """The segmenter's, and Adam with betas (0.9, 0.99) for each discriminator."""
+        optimizers: dict[str, Optimizer] = {"segmenter": self.segmenter_optimizer()}
+        for name, discriminator in self.discriminators.items():
+            optimizers[f"d_{name}"] = Adam(
+                discriminator.parameters(), self.config.lr_d, (0.9, 0.99), fused=True
+            )
+        return optimizers
+
+    def segmenter_optimizer(self) -> Optimizer:
+        """AdamW, or SGD with ten times the rate for the heads."""
+        cfg = self.config
+        heads = list(self.segmenter.decoder.head.parameters())
+        if cfg.levels == 2:
+            heads += list(self.aux_head.parameters())
+        own = {id(p) for p in heads}
+        body = [p for p in self.segmenter.parameters() if id(p) not in own]
+        if cfg.optimizer == "adamw":
+            return segmenter_optimizer([*body, *heads], cfg)
+        groups = [{"params": body}, {"params": heads, "lr": 10 * cfg.lr}]
+        return SGD(groups, cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay)
+
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        """Logits of each level at full size, name → (N, K, H, W)."""
+        segmented = self.segmenter(images)
+        outputs = {"main": segmented.logits}
+        if self.config.levels == 2:
+            low = self.aux_head(segmented.features[-1 - self.config.aux_depth])
+            outputs["aux"] = F.interpolate(
+                low, size=images.shape[-2:], mode="bilinear", align_corners=True
+            )
+        return outputs
+
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        """One update of the segmenter, then one of each discriminator on the same outputs."""
+        weights = {"main": self.config.lambda_main, "aux": self.config.lambda_aux}
+        source, target = self.outputs(batch.source_images), self.outputs(batch.target)
+        segmentation = {n: segmentation_loss(out, batch.source_labels) for n, out in source.items()}
+        alike = {name: output.float().softmax(1) for name, output in target.items()}
+        with frozen(self.discriminators):
+            align = {
+                n: self.adversarial(self.discriminators[n](p), SOURCE) for n, p in alike.items()
+            }
+        loss = segmentation["main"]
+        if "aux" in segmentation:
+            loss = loss + self.config.aux_weight * segmentation["aux"]
+        for name, value in align.items():
+            loss = loss + weights[name] * value
+        context.update("segmenter", loss)
+
+        logs = {f"segmentation_{name}": value for name, value in segmentation.items()}
+        logs.update({f"align_{name}": value for name, value in align.items()})
+        for name, discriminator in self.discriminators.items():
+            real = discriminator(source[name].detach().float().softmax(1))
+            fake = discriminator(alike[name].detach())
+            loss = 0.5 * (self.adversarial(real, SOURCE) + self.adversarial(fake, TARGET))
+            context.update(f"d_{name}", loss)
+            logs[f"d_{name}"] = loss
+        return logs
+
+    def adversarial(self, scores: Tensor, label: float) -> Tensor:
+        """The loss L of a map of scores against one label, a scalar."""
+        scores, wanted = scores.float(), torch.full_like(scores, label, dtype=torch.float32)
+        if self.config.gan == "vanilla":
+            return F.binary_cross_entropy_with_logits(scores, wanted)
+        return F.mse_loss(scores, wanted)
+
+
+class OutputDiscriminator(nn.Sequential):
+    """Five 4×4 convolutions with stride 2 to width × (1, 2, 4, 8) and 1 channels, no norm.
+
+    (N, K, H, W) probabilities → (N, 1, H/32, W/32) scores.
+    """
+
+    def __init__(self, classes: int, width: int = 64) -> None:
+        channels = [classes, width, 2 * width, 4 * width, 8 * width]
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip(channels, channels[1:], strict=False):
+            layers += [nn.Conv2d(inputs, outputs, 4, 2, padding=1), nn.LeakyReLU(SLOPE)]
+        super().__init__(*layers, nn.Conv2d(channels[-1], 1, 4, 2, padding=1))
