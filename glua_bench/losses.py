@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -41,6 +42,17 @@ def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
         labels: (N, H, W), class indices.
     """
     return dice_loss(logits, labels) + F.cross_entropy(logits.float(), labels)
+
+
+def self_information(logits: Tensor) -> Tensor:
+    """-p log p / log K of each class: (N, K, H, W) → (N, K, H, W), with a sum of at most 1."""
+    logits = logits.float()
+    return -logits.softmax(1) * logits.log_softmax(1) / math.log(logits.shape[1])
+
+
+def normalised_entropy(logits: Tensor) -> Tensor:
+    """Entropy of the softmax divided by log K: (N, K, H, W) → (N, 1, H, W) in [0, 1]."""
+    return self_information(logits).sum(1, keepdim=True)
 
 
 def lsgan_loss(

@@ -130,31 +130,38 @@ class AdaOutput(SourceOnly):
             )
         return outputs
 
+    @staticmethod
+    def aligned(logits: Tensor) -> Tensor:
+        """What the discriminators see of an output, (N, K, H, W)."""
+        return logits.float().softmax(1)
+
+    def segmentation(self, outputs: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """The segmentation losses of all levels, and their weighted sum as "total"."""
+        losses = {name: segmentation_loss(output, labels) for name, output in outputs.items()}
+        weights = {"main": 1.0, "aux": self.config.aux_weight}
+        total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+        return {**losses, "total": total}
+
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
         """One update of the segmenter, then one of each discriminator on the same outputs."""
         weights = {"main": self.config.lambda_main, "aux": self.config.lambda_aux}
         source, target = self.outputs(batch.source_images), self.outputs(batch.target)
-        segmentation = {n: segmentation_loss(out, batch.source_labels) for n, out in source.items()}
-        alike = {name: output.float().softmax(1) for name, output in target.items()}
-        with frozen(self.discriminators):
-            align = {
-                n: self.adversarial(self.discriminators[n](p), SOURCE) for n, p in alike.items()
-            }
-        loss = segmentation["main"]
-        if "aux" in segmentation:
-            loss = loss + self.config.aux_weight * segmentation["aux"]
-        for name, value in align.items():
-            loss = loss + weights[name] * value
-        context.update("segmenter", loss)
-
+        segmentation = self.segmentation(source, batch.source_labels)
+        real = {name: self.aligned(output.detach()) for name, output in source.items()}
+        fake = {name: self.aligned(output) for name, output in target.items()}
+        loss = segmentation.pop("total")
         logs = {f"segmentation_{name}": value for name, value in segmentation.items()}
-        logs.update({f"align_{name}": value for name, value in align.items()})
+        with frozen(self.discriminators):
+            for name, discriminator in self.discriminators.items():
+                logs[f"align_{name}"] = self.adversarial(discriminator(fake[name]), SOURCE)
+                loss = loss + weights[name] * logs[f"align_{name}"]
+        context.update("segmenter", loss)
         for name, discriminator in self.discriminators.items():
-            real = discriminator(source[name].detach().float().softmax(1))
-            fake = discriminator(alike[name].detach())
-            loss = 0.5 * (self.adversarial(real, SOURCE) + self.adversarial(fake, TARGET))
-            context.update(f"d_{name}", loss)
-            logs[f"d_{name}"] = loss
+            logs[f"d_{name}"] = 0.5 * (
+                self.adversarial(discriminator(real[name]), SOURCE)
+                + self.adversarial(discriminator(fake[name].detach()), TARGET)
+            )
+            context.update(f"d_{name}", logs[f"d_{name}"])
         return logs
 
     def adversarial(self, scores: Tensor, label: float) -> Tensor:

@@ -1,0 +1,84 @@
+"""Fourier domain adaptation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glua_bench.config import setting
+from glua_bench.losses import normalised_entropy, segmentation_loss
+from glua_bench.method import Batch, Context
+from glua_bench.methods.source_only import SegmentConfig, SourceOnly
+
+
+@dataclass(frozen=True)
+class FDAConfig(SegmentConfig):
+    """The segmenter's settings and those of the exchange."""
+
+    beta: float = setting(
+        0.05, "half side of the exchanged band, as a share of the image's", low=0, high=0.5
+    )
+    lambda_entropy: float = setting(5e-3, "weight of the target's entropy", low=0, high=10)
+    eta: float = setting(2.0, "exponent of the entropy's penalty", low=0.5, high=8)
+
+
+class FDA(SourceOnly):
+    """Give source images the low-frequency amplitudes of target images, then train on them.
+
+    Fourier domain adaptation: Yang and Soatto, CVPR 2020 (eq. 3-6), single band, without its
+    rounds of self-training. With A and P amplitude and phase of the Fourier transform,
+
+        x̂_s = F⁻¹( A_t inside a centred square of half side ⌊β · side⌋, A_s outside; P_s )
+        L = L_seg(S(x̂_s), y_s) + λ_ent · mean of (h² + 10⁻⁶)^η,
+
+    h the entropy of the softmax on the target, divided by log K. Images are shifted to [0, 2] for
+    the transform, since the amplitude of a mean has no sign. The target slice is one of the batch.
+    """
+
+    name = "fda"
+    reference = "Yang & Soatto, CVPR 2020"
+    needs = "source images and labels, target images"
+    uses_target = True
+    Config = FDAConfig
+
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        """One update on source images with target amplitudes, and on target images."""
+        cfg = self.config
+        exchanged = exchange_amplitudes(batch.source_images, batch.target, cfg.beta)
+        segmentation = segmentation_loss(self.segmenter(exchanged).logits, batch.source_labels)
+        entropy = normalised_entropy(self.segmenter(batch.target).logits)
+        penalty = (entropy.square() + 1e-6).pow(cfg.eta).mean()
+        context.update("segmenter", segmentation + cfg.lambda_entropy * penalty)
+        return {"segmentation": segmentation, "penalty": penalty, "entropy": entropy.mean()}
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """Source images with target amplitudes; the entropy on target images."""
+        return {
+            "restyled": exchange_amplitudes(batch.source_images, batch.target, self.config.beta),
+            "entropy": normalised_entropy(self.segmenter(batch.target).logits),
+        }
+
+
+def exchange_amplitudes(images: Tensor, templates: Tensor, beta: float) -> Tensor:
+    """Images with the templates' amplitudes at low frequencies.
+
+    Args:
+        images: (N, 1, H, W) in [-1, 1].
+        templates: (N, 1, H, W) in [-1, 1].
+        beta: half side of the band as a share of the shorter side; 0 exchanges the mean alone.
+
+    Returns:
+        (N, 1, H, W); values may leave [-1, 1] a little.
+    """
+    own = torch.fft.fft2(images.float() + 1)
+    other = torch.fft.fft2(templates.float() + 1).abs()
+    half = math.floor(beta * min(images.shape[-2:]))
+    # Frequencies from -half to half along both axes, at the corners of an unshifted transform.
+    near = [torch.fft.fftfreq(n, 1 / n, device=images.device).abs() <= half for n in own.shape[-2:]]
+    band = near[0][:, None] & near[1][None, :]
+    amplitude = torch.where(band, other, own.abs())
+    back = torch.fft.ifft2(torch.polar(amplitude, own.angle())).real - 1
+    return back.to(images.dtype)

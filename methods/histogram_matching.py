@@ -1,0 +1,51 @@
+"""Histogram matching: give source slices the intensities of target slices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glua_bench.losses import segmentation_loss
+from glua_bench.method import Batch, Context
+from glua_bench.methods.source_only import SourceOnly
+
+
+class HistogramMatching(SourceOnly):
+    """Give each source slice the histogram of a target slice, then train on it.
+
+    A baseline: histogram specification (Gonzalez and Woods, *Digital Image Processing*, 2018). With
+    F the distribution function of a slice's intensities, a source pixel x becomes F_t⁻¹(F_s(x));
+    the target slice is one of the same batch, which is drawn without regard to content. Only the
+    tone curve changes, and it rises: a contrast inverted between the modalities stays inverted.
+    """
+
+    name = "histogram_matching"
+    reference = "baseline (Gonzalez & Woods, Digital Image Processing, 2018)"
+    needs = "source images and labels, target images"
+    uses_target = True
+
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        """One update on matched source images."""
+        matched = match_histograms(batch.source_images, batch.target)
+        loss = segmentation_loss(self.segmenter(matched).logits, batch.source_labels)
+        context.update("segmenter", loss)
+        return {"segmentation": loss}
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """Source images with target histograms."""
+        return {"restyled": match_histograms(batch.source_images, batch.target)}
+
+
+def match_histograms(images: Tensor, templates: Tensor) -> Tensor:
+    """F_t⁻¹(F_s(x)) of each pixel; equal pixels stay equal.
+
+    Args:
+        images: (N, 1, H, W).
+        templates: (M, 1, H, W) of the same size; image i takes template i mod M.
+    """
+    source = images.flatten(1).float()
+    ordered = source.sort(1).values
+    rank = torch.searchsorted(ordered, source.contiguous(), right=True)  # n · F_s(x), from 1
+    chosen = templates.flatten(1).sort(1).values
+    chosen = chosen[torch.arange(len(source), device=chosen.device) % len(chosen)]
+    return chosen.gather(1, rank - 1).view_as(images).to(images.dtype)
