@@ -32,6 +32,11 @@ ENTRIES = {
     "global_only": ["--method", "global_only"],
     "local_only": ["--method", "local_only"],
     "glua": ["--method", "glua"],
+    "histogram_matching": ["--method", "histogram_matching"],
+    "fda": ["--method", "fda"],
+    "advent": ["--method", "advent"],
+    "ada_output": ["--method", "ada_output"],
+    "sifa": ["--method", "sifa"],
     "glua + photometric": ["--method", "glua", "--augmentation", "photometric"],
 }
 TASKS = {
