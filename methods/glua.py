@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -39,7 +39,7 @@ class GLUA(GlobalOnly):
     reference = "Su et al., arXiv 2205.11888 (reconstruction)"
     needs = "source images and labels, target images"
     uses_target = True
-    Config = GLUAConfig
+    Config: ClassVar[type] = GLUAConfig
     presets = {"quick": {**QUICK_STYLE, **QUICK_ALIGNMENT, "lambda_global": 0.003}}
 
     def __init__(self, task: TaskInfo, config: GLUAConfig) -> None:

@@ -58,9 +58,21 @@ class LocalOnly(SourceOnly):
 
 
 def aligned_step(
-    segmenter: torch.nn.Module, alignment: LocalAlignment, batch: Batch, context: Context
+    segmenter: torch.nn.Module,
+    alignment: LocalAlignment,
+    batch: Batch,
+    context: Context,
+    more: tuple[Tensor, dict[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
-    """L_seg + L_align for the segmenter, then D's loss on the same features."""
+    """L_seg + L_align for the segmenter, then D's loss on the same features.
+
+    Args:
+        segmenter: the segmenter.
+        alignment: the alignment, with D.
+        batch: images of both domains.
+        context: of the step.
+        more: a further loss of the segmenter, and what to log of it.
+    """
     count = len(batch.source_images)
     # One pass for both domains: instance norm keeps the images of a batch apart. (Under the batch
     # norm of a timm encoder the domains share their statistics.)
@@ -69,5 +81,7 @@ def aligned_step(
     target = Segmented(both.logits[count:], tuple(f[count:] for f in both.features))
     segmentation = segmentation_loss(source.logits, batch.source_labels)
     loss, logs = alignment.loss(target)
+    if more is not None:
+        loss, logs = loss + more[0], {**logs, **more[1]}
     context.update("segmenter", segmentation + loss)
     return {"segmentation": segmentation, **logs, **alignment.update(source, target, context)}

@@ -1,0 +1,56 @@
+"""GLUA with self-training: ours, not a paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from glua_bench.method import Batch, Context, TaskInfo
+from glua_bench.methods.glua import GLUA, GLUAConfig
+from glua_bench.methods.local_only import aligned_step
+from glua_bench.methods.teacher import Teacher, TeacherConfig
+
+
+@dataclass(frozen=True)
+class GLUASelfTrainingConfig(GLUAConfig, TeacherConfig):
+    """GLUA's and the self-training's settings."""
+
+
+class GLUASelfTraining(GLUA):
+    """GLUA whose second stage also learns from a mean teacher on target images.
+
+    Original, an entry of this benchmark and of no paper: L of `glua` + λ · L_cons of
+    `teacher.py`, in one stage, so the segmenter gets as many updates as in every other method.
+    The teacher predicts. The stages of GLUA are a reconstruction, as there.
+    """
+
+    name = "glua_self_training"
+    reference = "original; GLUA (reconstruction) with French et al., ICLR 2018"
+    needs = "source images and labels, target images"
+    uses_target = True
+    Config = GLUASelfTrainingConfig
+
+    def __init__(self, task: TaskInfo, config: GLUASelfTrainingConfig) -> None:
+        super().__init__(task, config)
+        self.teacher = Teacher(self.segmenter, config)
+
+    @classmethod
+    def variants(cls) -> Mapping[str, Mapping[str, Any]]:
+        """With and without the self-training."""
+        return {"GLUA, averaged": {"lambda_consistency": 0.0}, "GLUA + self-training": {}}
+
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        """One update of the stage; in the second, also of the teacher."""
+        if context.stage.name == "style":
+            return self.style.step(batch, context)
+        more = self.teacher.loss(self.segmenter, batch.target)
+        logs = aligned_step(self.segmenter, self.alignment, batch, context, more)
+        self.teacher.update(self.segmenter)
+        return logs
+
+    def predict(self, images: Tensor) -> Tensor:
+        """The teacher's logits, (N, 1, H, W) → (N, K, H, W)."""
+        return self.teacher.segmenter(images).logits

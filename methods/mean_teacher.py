@@ -1,0 +1,56 @@
+"""Self-training by a mean teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from glua_bench.losses import segmentation_loss
+from glua_bench.method import Batch, Context, TaskInfo
+from glua_bench.methods.source_only import SegmentConfig, SourceOnly
+from glua_bench.methods.teacher import Teacher, TeacherConfig
+
+
+@dataclass(frozen=True)
+class MeanTeacherConfig(SegmentConfig, TeacherConfig):
+    """The segmenter's and the self-training's settings."""
+
+
+class MeanTeacher(SourceOnly):
+    """Learn on target images from what an averaged copy of the segmenter is sure of.
+
+    Tarvainen and Valpola, *Mean teachers are better role models*, NeurIPS 2017; for domain
+    adaptation and with a confidence threshold, French et al., *Self-ensembling for visual domain
+    adaptation*, ICLR 2018. L = L_seg(source) + λ · L_cons(target) (`teacher.py`). The teacher
+    predicts. Where the papers move or distort the images that the two see, here only the
+    student's are recoloured, by the random tone curves of the photometric augmentation.
+    """
+
+    name = "mean_teacher"
+    reference = "French et al., ICLR 2018"
+    needs = "source images and labels, target images"
+    uses_target = True
+    Config = MeanTeacherConfig
+
+    def __init__(self, task: TaskInfo, config: MeanTeacherConfig) -> None:
+        super().__init__(task, config)
+        self.teacher = Teacher(self.segmenter, config)
+
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        """One update of the student, then one of the teacher."""
+        segmentation = segmentation_loss(
+            self.segmenter(batch.source_images).logits, batch.source_labels
+        )
+        loss, logs = self.teacher.loss(self.segmenter, batch.target)
+        context.update("segmenter", segmentation + loss)
+        self.teacher.update(self.segmenter)
+        return {"segmentation": segmentation, **logs}
+
+    def predict(self, images: Tensor) -> Tensor:
+        """The teacher's logits, (N, 1, H, W) → (N, K, H, W)."""
+        return self.teacher.segmenter(images).logits
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """How sure the teacher is on target images, in [1 / K, 1]."""
+        return {"confidence": self.predict(batch.target).softmax(1).amax(1, keepdim=True)}
