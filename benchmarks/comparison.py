@@ -36,7 +36,11 @@ ENTRIES = {
     "fda": ["--method", "fda"],
     "advent": ["--method", "advent"],
     "ada_output": ["--method", "ada_output"],
+    "slaug": ["--method", "slaug"],
+    "mean_teacher": ["--method", "mean_teacher"],
+    "cycle_translate": ["--method", "cycle_translate"],
     "sifa": ["--method", "sifa"],
+    "glua_self_training": ["--method", "glua_self_training"],
     "glua + photometric": ["--method", "glua", "--augmentation", "photometric"],
 }
 TASKS = {

@@ -13,6 +13,7 @@ from glua_bench.config import setting
 from glua_bench.errors import ConfigError
 from glua_bench.losses import lsgan_loss
 from glua_bench.method import Batch, Context, Method, Stage, TaskInfo, frozen
+from glua_bench.methods.image_pool import ImagePool
 from glua_bench.methods.sifa_networks import (
     STRIDE,
     Decoder,
@@ -20,7 +21,6 @@ from glua_bench.methods.sifa_networks import (
     Encoder,
     Generator,
     Head,
-    ImagePool,
 )
 
 

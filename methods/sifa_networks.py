@@ -1,4 +1,4 @@
-"""SIFA's networks: generator, shared encoder, decoder, heads, discriminators, and image pools.
+"""SIFA's networks: generator, shared encoder, decoder, heads and discriminators.
 
 Chen et al., IEEE TMI 2020 (v2). Sizes and numerical conventions are those of the authors'
 TensorFlow 1 graph, whose outputs `tests/test_sifa.py` reproduces: "same" padding puts the
@@ -253,39 +253,3 @@ class Discriminator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → scores (N, outputs, h, w)."""
         return self.body(x)
-
-
-class ImagePool(nn.Module):
-    """Earlier fakes for a discriminator, batch by batch (Shrivastava et al., CVPR 2017).
-
-    While it fills, it returns what it gets. Full, it returns, with even odds, the new batch,
-    or a random old one whose place the new one takes. Its content is part of a checkpoint.
-
-    Args:
-        slots: batches that it holds.
-        batch: images of a batch, at most.
-        size: side of the images.
-    """
-
-    images: Tensor
-    filled: Tensor
-
-    def __init__(self, slots: int, batch: int, size: int) -> None:
-        super().__init__()
-        self.register_buffer("images", torch.zeros(slots, batch, 1, size, size))
-        self.register_buffer("filled", torch.zeros((), dtype=torch.long))
-
-    @torch.no_grad()
-    def forward(self, fakes: Tensor) -> Tensor:
-        """(N, 1, H, W) → as many, of now or of an earlier call."""
-        filled, count = int(self.filled), len(fakes)
-        if filled < len(self.images):
-            self.images[filled, :count] = fakes
-            self.filled += 1
-            return fakes
-        if torch.rand(()) <= 0.5:
-            return fakes
-        slot = self.images[int(torch.randint(filled, ())), :count]
-        old = slot.to(fakes, copy=True)
-        slot.copy_(fakes)
-        return old

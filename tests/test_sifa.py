@@ -19,6 +19,7 @@ from glua_bench.config import SegmenterSpec
 from glua_bench.errors import ConfigError
 from glua_bench.losses import lsgan_loss
 from glua_bench.method import Batch, Context, TaskInfo
+from glua_bench.methods.image_pool import ImagePool
 from glua_bench.methods.sifa import (
     SIFA,
     SIFAConfig,
@@ -26,7 +27,7 @@ from glua_bench.methods.sifa import (
     sifa_cross_entropy,
     sifa_dice_loss,
 )
-from glua_bench.methods.sifa_networks import Decoder, Encoder, Generator, ImagePool, enlarge
+from glua_bench.methods.sifa_networks import Decoder, Encoder, Generator, enlarge
 from glua_bench.task import Structure
 
 TOLERANCE = 1e-4  # of the largest magnitude of an entry

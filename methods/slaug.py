@@ -1,0 +1,207 @@
+"""Single-source domain generalisation by location-scale augmentation: SLAug."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glua_bench.config import setting
+from glua_bench.losses import segmentation_loss
+from glua_bench.method import Batch, Context
+from glua_bench.methods.source_only import SegmentConfig, SourceOnly
+
+CURVE_POINTS = 256  # at which a Bézier curve is evaluated
+BACKGROUND = 0.01  # images in [0, 1]: what is darker, the local augmentation leaves
+
+
+@dataclass(frozen=True)
+class SLAugConfig(SegmentConfig):
+    """The segmenter's settings and the fusion's; the defaults are the authors'."""
+
+    saliency_grid: int = setting(
+        18, "cells a side to which the saliency is averaged", low=1, high=128
+    )
+
+
+class SLAug(SourceOnly):
+    """Recolour images as a whole and each structure apart, fused by saliency; no target data.
+
+    Su et al., *Rethinking Data Augmentation for Single-Source Domain Generalization in Medical
+    Image Segmentation*, AAAI 2023 (`Kaiseem/SLAug`). A region's intensities pass through a random
+    cubic Bézier curve B between their extremes, then through σ · B(x) + μ, clipped, with σ from
+    N(1, 0.1) in [0.9, 1.1] and μ from N(0, 0.5) within the bounds that the 20th and 80th
+    percentile leave. The global augmentation x_g has one rising curve for the whole image; the
+    local one x_l has one for each class, which falls for the background and, with even odds, for
+    a structure. With s the gradient's magnitude at x_g, averaged to a grid, smoothed by
+    quadratic B-splines and scaled to [0, 1] in each image,
+
+        x_f = s · x_g + (1 - s) · x_l,        L = L_seg(S(x_g), y) + L_seg(S(x_f), y),
+
+    and both gradients make one update. The grid's 18 cells are those of the authors' cardiac
+    configurations. The splines are made by two means over a cell of an odd number of pixels.
+    """
+
+    name = "slaug"
+    reference = "Su et al., AAAI 2023"
+    needs = "source images and labels"
+    uses_target = False
+    Config = SLAugConfig
+
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        """One update by two losses: on global images, and on those fused by their gradient."""
+        images, labels = batch.source_images, batch.source_labels
+        whole = augment_globally(images).requires_grad_()
+        parts = augment_locally(images, labels, self.task.classes)
+
+        context.optimizers["segmenter"].zero_grad(set_to_none=True)
+        loss_global = segmentation_loss(self.segmenter(whole).logits, labels)
+        context.backward(loss_global)
+        assert whole.grad is not None
+        fused = fuse(whole.detach(), parts, saliency_map(whole.grad, self.config.saliency_grid))
+        loss_fused = segmentation_loss(self.segmenter(fused).logits, labels)
+        context.backward(loss_fused)
+        context.apply("segmenter")
+        return {"segmentation": loss_global, "segmentation_fused": loss_fused}
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """Both augmentations, the saliency, and the fused images."""
+        images, labels = batch.source_images, batch.source_labels
+        whole = augment_globally(images).requires_grad_()
+        with torch.enable_grad():
+            loss = segmentation_loss(self.segmenter(whole).logits, labels)
+        (gradient,) = torch.autograd.grad(loss, whole)
+        saliency = saliency_map(gradient, self.config.saliency_grid)
+        parts = augment_locally(images, labels, self.task.classes)
+        return {
+            "global": whole.detach(),
+            "local": parts,
+            "saliency": saliency,
+            "fused": fuse(whole.detach(), parts, saliency),
+        }
+
+
+def augment_globally(images: Tensor) -> Tensor:
+    """Each image through one rising curve, (N, 1, H, W) in [-1, 1]."""
+    whole = torch.ones_like(images, dtype=torch.bool)
+    return 2 * location_scale((images + 1) / 2, whole, torch.zeros(1)) - 1
+
+
+def augment_locally(images: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Each class of each image through its own curve; the dark background stays.
+
+    Args:
+        images: (N, 1, H, W) in [-1, 1].
+        labels: (N, H, W), class indices.
+        classes: K, background included.
+    """
+    unit = (images + 1) / 2
+    regions = F.one_hot(labels, classes).permute(0, 3, 1, 2).bool()
+    falling = torch.tensor([1.0] + [0.5] * (classes - 1))
+    changed = location_scale(unit, regions, falling)
+    return 2 * torch.where(unit <= BACKGROUND, unit, changed) - 1
+
+
+def location_scale(images: Tensor, regions: Tensor, falling: Tensor) -> Tensor:
+    """σ · B(x) + μ, drawn for each region of each image.
+
+    Args:
+        images: (N, 1, H, W) in [0, 1].
+        regions: (N, R, H, W), boolean; each pixel in one region.
+        falling: (R,), probability that a region's curve falls.
+
+    Returns:
+        (N, 1, H, W) in [0, 1].
+    """
+    values, inside = images.flatten(2), regions.flatten(2)  # (N, 1, P), (N, R, P)
+    count, kinds = inside.shape[:2]
+    low = torch.where(inside, values, 1.0).amin(2, keepdim=True)
+    high = torch.where(inside, values, 0.0).amax(2, keepdim=True)
+    high = torch.maximum(high, low)  # a class that the image does not show has no extremes
+    falls = (torch.rand(count, kinds, 1) <= falling[:, None]).to(images.device)
+    x, y = bezier_curves(count, kinds)
+    x, y = (low + (high - low) * curve.to(images) for curve in (x, y))
+    # As in the authors' code, a falling curve is not sorted and may rise in between.
+    y = torch.where(falls, y.flip(2), y.sort(2).values)
+    curved = interpolate(values.expand_as(inside), x, y)
+
+    scale = (1 + 0.1 * torch.randn(count, kinds, 1)).clamp(0.9, 1.1).to(images)
+    shift = (0.5 * torch.randn(count, kinds, 1)).to(images)
+    least, most = -percentile(curved, inside, 0.2), 1 - percentile(curved, inside, 0.8)
+    shift = torch.minimum(torch.maximum(shift, least), most)
+    moved = (scale * curved + shift).clamp(0, 1)
+    return (moved * inside).sum(1, keepdim=True).view_as(images)
+
+
+def bezier_curves(count: int, kinds: int) -> tuple[Tensor, Tensor]:
+    """Curves from (0, 0) to (1, 1), their two inner control points uniform in the square.
+
+    Returns:
+        x and y, (N, R, T) each; x is sorted.
+    """
+    t = torch.linspace(0, 1, CURVE_POINTS)
+    inner = torch.rand(2, 2, count, kinds, 1)  # axis, point
+    first, second = 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t)
+    x, y = (p[0] * first + p[1] * second + t**3 for p in inner)
+    return x.sort(2).values, y
+
+
+def interpolate(values: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The piecewise-linear curve through (x, y) at the values, as `numpy.interp`.
+
+    Args:
+        values: (N, R, P).
+        x: (N, R, T), ascending.
+        y: (N, R, T).
+    """
+    right = torch.searchsorted(x, values.contiguous()).clamp(1, x.shape[2] - 1)
+    x0, x1 = x.gather(2, right - 1), x.gather(2, right)
+    y0, y1 = y.gather(2, right - 1), y.gather(2, right)
+    share = ((values - x0) / (x1 - x0).clamp(min=1e-8)).clamp(0, 1)
+    return y0 + share * (y1 - y0)
+
+
+def percentile(values: Tensor, inside: Tensor, share: float) -> Tensor:
+    """The values' percentile within each region, as `numpy.percentile`; 0 for an empty region.
+
+    Args:
+        values: (N, R, P).
+        inside: (N, R, P), boolean.
+        share: in [0, 1].
+
+    Returns:
+        (N, R, 1).
+    """
+    ordered = values.masked_fill(~inside, float("inf")).sort(2).values
+    last = inside.sum(2, keepdim=True) - 1
+    position = share * last.clamp(min=0)
+    below = position.floor().long()
+    above = torch.minimum(below + 1, last.clamp(min=0))
+    found = torch.lerp(ordered.gather(2, below), ordered.gather(2, above), position - below)
+    return torch.where(last >= 0, found, 0.0)
+
+
+def saliency_map(gradient: Tensor, grid: int) -> Tensor:
+    """The gradient's magnitude, smoothed and scaled to [0, 1] in each image.
+
+    Args:
+        gradient: (N, 1, H, W).
+        grid: cells a side.
+    """
+    size = gradient.shape[-2:]
+    cells = F.adaptive_avg_pool2d(gradient.float().abs(), min(grid, *size))
+    smooth = F.interpolate(cells, size=size)
+    kernel = max(1, size[0] // grid) // 2 * 2 + 1
+    for _ in range(2):  # a box, twice averaged: quadratic B-splines
+        smooth = F.avg_pool2d(smooth, kernel, 1, kernel // 2, count_include_pad=False)
+    least, most = smooth.amin((2, 3), keepdim=True), smooth.amax((2, 3), keepdim=True)
+    # Of a constant map everything is as salient; the smallest normal number decides nothing else.
+    tiny = torch.finfo(smooth.dtype).tiny
+    return ((smooth - least + tiny) / (most - least + tiny)).to(gradient.dtype)
+
+
+def fuse(whole: Tensor, parts: Tensor, saliency: Tensor) -> Tensor:
+    """Global images where the segmenter looks, local ones elsewhere; (N, 1, H, W) each."""
+    return saliency * whole + (1 - saliency) * parts
