@@ -19,7 +19,6 @@ from glua_bench.config import SegmenterSpec
 from glua_bench.errors import ConfigError
 from glua_bench.losses import lsgan_loss
 from glua_bench.method import Batch, Context, TaskInfo
-from glua_bench.methods.image_pool import ImagePool
 from glua_bench.methods.sifa import (
     SIFA,
     SIFAConfig,
@@ -433,37 +432,6 @@ def test_networks_keep_the_size(size: int) -> None:
     latent, low = encoder(images)
     assert latent.shape == low.shape == (1, encoder.channels, size // 8, size // 8)
     assert Decoder(encoder.channels, 4)(latent, images).shape == images.shape
-
-
-def test_a_pool_fills_then_exchanges_half_of_the_time() -> None:
-    torch.manual_seed(0)
-    pool = ImagePool(3, 2, 4)
-    batches = [torch.full((2, 1, 4, 4), float(value)) for value in range(1, 204)]
-    for batch in batches[:3]:
-        assert torch.equal(pool(batch), batch)
-    held, exchanged = {1.0, 2.0, 3.0}, 0
-    for batch in batches[3:]:
-        got, now = float(pool(batch)[0, 0, 0, 0]), float(batch[0, 0, 0, 0])
-        if got != now:
-            assert got in held
-            held = held - {got} | {now}
-            exchanged += 1
-    assert set(pool.images[:, 0, 0, 0, 0].tolist()) == held
-    assert 70 <= exchanged <= 130
-
-
-def test_a_pool_goes_with_the_weights() -> None:
-    torch.manual_seed(0)
-    pool, copy = ImagePool(2, 1, 4), ImagePool(2, 1, 4)
-    for value in range(5):
-        pool(torch.full((1, 1, 4, 4), float(value)))
-    copy.load_state_dict(pool.state_dict())
-    new = torch.full((1, 1, 4, 4), 9.0)
-    for _ in range(8):
-        state = torch.get_rng_state()
-        first = pool(new)
-        torch.set_rng_state(state)
-        assert torch.equal(copy(new), first)
 
 
 def test_slices_that_the_stride_does_not_divide_are_refused() -> None:
