@@ -45,6 +45,19 @@ class TaskInfo:
 
 
 @dataclass(frozen=True)
+class Cases:
+    """How many cases a run trains on.
+
+    Args:
+        source: labelled ones of the source domain.
+        target: unlabelled ones of the target domain.
+    """
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True)
 class Batch:
     """One step's images. There is no field for target labels.
 
@@ -188,6 +201,15 @@ class Method(nn.Module, ABC):
     def variants(cls) -> Mapping[str, Mapping[str, Any]]:
         """The ablation's rows: name → config changes."""
         return {}
+
+    def check(self, cases: Cases) -> None:
+        """Decline data that the method cannot serve, before anything is trained.
+
+        What settings and task alone decide is declined in `__init__`, by the same error.
+
+        Raises:
+            ConfigError: in one sentence, with the setting to change and its value.
+        """
 
     def stages(self) -> Sequence[Stage]:
         """The phases of training, in order."""

@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import glua_bench
 from glua_bench import config as configuration
@@ -28,7 +29,7 @@ from glua_bench.config import RunConfig, SegmenterSpec, build_settings, digest, 
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, RunFailure, UserError
 from glua_bench.evaluation import evaluate, summarise
-from glua_bench.method import Batch, Method, Stage, TaskInfo
+from glua_bench.method import Batch, Cases, Method, Stage, TaskInfo
 from glua_bench.registry import Registry
 from glua_bench.selection import Candidate, Selector, choose
 from glua_bench.task import Case, Dataset, Grid, UnlabelledCase, parse_direction
@@ -207,6 +208,29 @@ def build_method(config: RunConfig, dataset: Dataset, method_class: type[Method]
     return method
 
 
+def check_batch(config: RunConfig, method: Method, devices: int) -> None:
+    """Refuse to normalise over a batch of one image.
+
+    Raises:
+        ConfigError: a process would see one image, and the method has batch normalisation.
+    """
+    if config.batch_size > devices:
+        return
+    for name, module in method.named_modules():
+        if isinstance(module, _BatchNorm):
+            raise ConfigError(
+                f"batch_size = {config.batch_size} with --devices {devices} leaves one image a "
+                f"process, and '{config.method}' has batch normalisation (at {name}), which needs "
+                "several; "
+                f"set batch_size to {2 * devices} or more"
+                + (
+                    ", or segmenter.name=unet."
+                    if config.segmenter.name != "unet" and name.startswith("segmenter.")
+                    else "."
+                )
+            )
+
+
 def roles(config: RunConfig, dataset: Dataset) -> dict[str, Sequence[Case | UnlabelledCase]]:
     """Which cases play which role.
 
@@ -299,8 +323,10 @@ def plan(request: RunRequest, report: Callable[[str], None] = lambda line: None)
     config = resolve(request, dataset, method_class)
     check_request(config, method_class)
     method = build_method(config, dataset, method_class)
+    check_batch(config, method, request.devices)
     dataset.prepare(report)
     chosen = roles(config, dataset)
+    method.check(Cases(len(chosen["source_train"]), len(chosen["target_train"])))
     prints = Fingerprints(
         train=digest(
             [

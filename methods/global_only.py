@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 
-from glua_bench.method import Batch, Context, Stage, TaskInfo
+from glua_bench.method import Batch, Cases, Context, Stage, TaskInfo
 from glua_bench.methods.source_only import SegmentConfig, SourceOnly
 from glua_bench.methods.style import QUICK_STYLE, StyleConfig, StyleTransfer
 
@@ -36,6 +36,10 @@ class GlobalOnly(SourceOnly):
     def __init__(self, task: TaskInfo, config: GlobalConfig) -> None:
         super().__init__(task, config)
         self.style = StyleTransfer(config)
+
+    def check(self, cases: Cases) -> None:
+        """As many target cases as clusters of styles."""
+        self.style.check(cases)
 
     def stages(self) -> tuple[Stage, ...]:
         """Style, then segmentation on restyled images."""

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from glua_bench.config import setting
+from glua_bench.errors import ConfigError
 from glua_bench.losses import lsgan_loss, real_fake_loss
-from glua_bench.method import Batch, Context, Stage, frozen
+from glua_bench.method import Batch, Cases, Context, Stage, frozen
 from glua_bench.networks import (
     ContentEncoder,
     MultiScaleDiscriminator,
@@ -108,6 +109,18 @@ class StyleTransfer(nn.Module):
         self.register_buffer("bank", torch.zeros(config.style_clusters, CODES, 8))
         self.register_buffer("bank_share", torch.ones(config.style_clusters))
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+
+    def check(self, cases: Cases) -> None:
+        """Decline more clusters than target cases: some would hold slices of one case alone.
+
+        Raises:
+            ConfigError: there are fewer target cases than clusters.
+        """
+        if cases.target < self.config.style_clusters:
+            raise ConfigError(
+                f"method.style_clusters = {self.config.style_clusters} is more than training has "
+                f"target cases ({cases.target}); give at most {cases.target}."
+            )
 
     def stage(self) -> Stage:
         """The stage, cached: runs with equal style settings share one training."""

@@ -162,6 +162,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "grid does not halve": (["grid.size=36", "segmenter.depth=4"], "grid.size = 36"),
     "grid spacing": (["grid.spacing=0"], "grid.spacing = 0"),
     "grid slices": (["grid.slice_spacing=-1"], "grid.slice_spacing = -1"),
+    "one image under the segmenter's batch norm": (
+        ["segmenter.name=timm:resnet10t", "batch_size=1"],
+        "set batch_size to 2 or more, or segmenter.name=unet",
+    ),
+    "one image for each process": (
+        {"method": "sifa", "devices": 2},  # a batch of two
+        "(at encoder.low.1), which needs several; set batch_size to 4 or more.",
+    ),
+    "more clusters than target cases": (
+        {"method": "global_only"},
+        "method.style_clusters = 6 is more than training has target cases (1); give at most 1.",
+    ),
 }
 
 
@@ -176,6 +188,21 @@ def test_a_request_that_cannot_be_served_is_one_sentence(
         plan(ask(phantom_root, tmp_path / "runs", *sets, **others))
     assert said in one_sentence(error)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("sets", "changes"),
+    [
+        (["batch_size=1"], {}),
+        (["segmenter.name=timm:resnet10t"], {}),
+        (["method.style_clusters=1"], {"method": "glua"}),
+        (["method.cycle_width=4", "method.cycle_width_d=4"], {"method": "cycle_translate"}),
+    ],
+)
+def test_what_a_method_can_serve_is_not_refused(
+    sets: list[str], changes: dict[str, Any], phantom_root: Path, tmp_path: Path
+) -> None:
+    assert plan(ask(phantom_root, tmp_path / "runs", *sets, **changes)).stages
 
 
 @pytest.mark.parametrize(
