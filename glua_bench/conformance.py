@@ -449,7 +449,9 @@ class Training:
         method: the trained method, in eval mode.
         calls: (stage, step) of every call of `step`, in order.
         problems: what the values returned by `step` did wrong.
-        updates: parameter name → number of optimizer updates.
+        updates: (stage, parameter name) → number of optimizer updates.
+        hidden: stage → after each of its steps, what the method holds elsewhere than in
+            parameters and buffers.
         served: whether target images were served, at every step.
         reused: stages taken from the cache.
         cache: the cache directory of the training.
@@ -460,7 +462,8 @@ class Training:
     method: Method
     calls: list[tuple[str, int]]
     problems: list[str]
-    updates: Counter[str]
+    updates: Counter[tuple[str, str]]
+    hidden: dict[str, list[dict[str, Any]]]
     served: list[bool]
     reused: set[str]
     cache: Path
@@ -680,6 +683,7 @@ class Bench:
             watch.calls,
             watch.problems,
             watch.updates,
+            watch.hidden,
             watch.served,
             trainer.reused,
             cache,
@@ -711,7 +715,8 @@ class _Watch:
     ) -> None:
         self.calls: list[tuple[str, int]] = []
         self.problems: list[str] = []
-        self.updates: Counter[str] = Counter()
+        self.updates: Counter[tuple[str, str]] = Counter()
+        self.hidden: dict[str, list[dict[str, Any]]] = {}
         self.served: list[bool] = []
         self._method, self._step, self._optimizers = method, method.step, method.optimizers
         self._stop, self._inspect = stop, inspect_step
@@ -733,6 +738,7 @@ class _Watch:
         self.calls.append(here)
         self.served.append(batch.target_images is not None)
         values = self._sound(self._step(batch, context), context.stage.name)
+        self.hidden.setdefault(context.stage.name, []).append(_held_elsewhere(self._method))
         if stop is not None and here == (stop.stage, stop.step):
             raise _Interrupted
         return values
@@ -771,7 +777,9 @@ class _Watch:
         def count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             for group in optimizer.param_groups:
                 self.updates.update(
-                    names[id(p)] for p in group["params"] if p.grad is not None and id(p) in names
+                    (stage.name, names[id(p)])
+                    for p in group["params"]
+                    if p.grad is not None and id(p) in names
                 )
 
         for optimizer in optimizers.values():
@@ -1008,6 +1016,37 @@ def _stages(bench: Bench) -> None:
         )
 
 
+@_register(METHOD_CHECKS, "stages")
+def _optimizers(bench: Bench) -> None:
+    """Every trainable weight is in one optimizer of some stage, and nothing else is."""
+    method = bench.build()
+    names = {id(p): name for name, p in method.named_parameters()}
+    trained: set[int] = set()
+    for stage in method.stages():
+        owner: dict[int, str] = {}
+        for key, optimizer in method.optimizers(stage).items():
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                name = names.get(id(parameter))
+                _demand(
+                    name is not None,
+                    f"optimizer '{key}' of stage '{stage.name}' holds a weight that is not the "
+                    "method's, so no checkpoint keeps it: make its network an attribute",
+                )
+                _demand(
+                    id(parameter) not in owner,
+                    f"'{name}' is in the optimizers '{owner.get(id(parameter))}' and '{key}' of "
+                    f"stage '{stage.name}', which would both move it",
+                )
+                owner[id(parameter)] = key
+        trained |= owner.keys()
+    for name, parameter in method.named_parameters():
+        _demand(
+            id(parameter) in trained or not parameter.requires_grad,
+            f"'{name}' is in no optimizer of any stage: give it to one, or say "
+            "requires_grad_(False) where it is an average or fixed",
+        )
+
+
 @_register(METHOD_CHECKS, "settings", "stages")
 def _trains(bench: Bench) -> None:
     """Training goes through all stages with finite losses and finite weights."""
@@ -1039,12 +1078,24 @@ def _budget(bench: Bench) -> None:
             found[stage.name] == stage.steps(STEPS),
             f"stage '{stage.name}' made {found[stage.name]} steps, not {stage.steps(STEPS)}",
         )
-    for name in _behind_predictions(bench.baseline.method, bench.images(1)):
-        count = bench.baseline.updates[name]
+    updates = bench.baseline.updates
+    behind = _behind_predictions(bench.baseline.method, bench.images(1))
+    for name in behind:
+        count = sum(updates[stage.name, name] for stage in stages)
         _demand(
             count <= STEPS,
             f"'{name}', which predictions depend on, was updated {count} times under a budget "
             f"of {STEPS}",
+        )
+    if behind:
+        return
+    # An average of trained weights predicts. Which ones it follows cannot be seen, so none may
+    # have more updates than the budget.
+    for (stage_name, name), count in updates.items():
+        _demand(
+            stage_name != stages[-1].name or count <= STEPS,
+            f"'{name}' was updated {count} times under a budget of {STEPS}, and predictions come "
+            "from weights that no optimizer moves, such as its average",
         )
 
 
@@ -1136,6 +1187,45 @@ def _checkpoint(bench: Bench) -> None:
         "predictions change when the weights are saved and loaded: what they depend on must be "
         "parameters or buffers",
     )
+
+
+# Attributes that torch itself keeps in every module; state in parameters and buffers is saved.
+_MODULE_ATTRIBUTES = {*vars(torch.nn.Module()), "step", "optimizers"}
+
+
+@_register(METHOD_CHECKS, "trains")
+def _hidden_state(bench: Bench) -> None:
+    """What a step leaves for the next one is parameters, buffers and optimizers' state."""
+    for stage, held in bench.baseline.hidden.items():
+        # What the first step makes may be a constant that is made once.
+        for before, after in zip(held, held[1:], strict=False):
+            changed = [n for n in {**before, **after} if before.get(n) != after.get(n)]
+            _demand(
+                not changed,
+                f"'{changed[0] if changed else ''}' changes from step to step of stage '{stage}' "
+                "and is in no checkpoint: keep it as a buffer (pools, counters, averages), or "
+                "derive it from context.step",
+            )
+
+
+def _held_elsewhere(method: Method) -> dict[str, Any]:
+    """What a method holds elsewhere than in parameters and buffers, name → comparable value."""
+    held: dict[str, Any] = {}
+    for module_name, module in method.named_modules():
+        roots = {k: v for k, v in vars(module).items() if k not in _MODULE_ATTRIBUTES}
+        for way, value in _reachable(roots, leave=(torch.nn.Module,)):
+            name = f"{module_name}.{way}".lstrip(".")
+            if isinstance(value, Tensor):
+                held[name] = hashlib.sha256(
+                    value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                    if value.ndim
+                    else str(value.item()).encode()
+                ).hexdigest()
+            elif isinstance(value, np.ndarray):
+                held[name] = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+            elif isinstance(value, (str, bytes, int, float, complex)):
+                held[name] = value
+    return held
 
 
 @_register(METHOD_CHECKS, "trains")
@@ -1337,17 +1427,20 @@ def _ways(roots: Mapping[str, Any], names: set[str], slices: set[str]) -> Iterat
                 yield f"{way} holds a target label"
 
 
-def _reachable(roots: Mapping[str, Any], limit: int = 50_000) -> Iterator[tuple[str, Any]]:
+def _reachable(
+    roots: Mapping[str, Any], limit: int = 50_000, leave: tuple[type, ...] = ()
+) -> Iterator[tuple[str, Any]]:
     """Everything that attributes, items, bound methods and closures lead to, near things first.
 
     Modules, classes and a function's globals are left out: through them everything can be
-    reached from everywhere.
+    reached from everywhere. So is what is of a type to `leave`.
     """
     waiting = deque(roots.items())
     seen: dict[int, Any] = {}  # keeps the objects alive, so that no id is given out twice
     while waiting and len(seen) < limit:
         way, value = waiting.popleft()
-        if id(value) in seen or isinstance(value, (type, types.ModuleType, type(None))):
+        left_out = (type, types.ModuleType, type(None), *leave)
+        if id(value) in seen or isinstance(value, left_out):
             continue
         # The kit itself stands between trainer and method, and knows the labels.
         if isinstance(value, (_Watch, Bench)) or (

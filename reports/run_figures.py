@@ -49,9 +49,7 @@ def draw_run(
     plain = {name: values[:, 0].numpy() for name, values in pictures.items()}
     source = batch.source_images[:, 0].cpu().numpy()
     target = None if batch.target_images is None else batch.target_images[:, 0].cpu().numpy()
-    if target is None:
-        return
-    if "restyled" in plain:
+    if target is not None and "restyled" in plain:
         restyle_grid(
             run.figures / "restyled.png",
             source,
@@ -59,7 +57,7 @@ def draw_run(
             target,
             publishable=dataset.publishable,
         )
-    if "gap" in plain and "mask" in plain:
+    if target is not None and "gap" in plain and "mask" in plain:
         gap_map(
             run.figures / "gap.png",
             target,
@@ -68,9 +66,9 @@ def draw_run(
             publishable=dataset.publishable,
         )
     if plain:
-        rows_of_pictures = {"source": source, "target": target, **plain}
+        own = {"source": source} if target is None else {"source": source, "target": target}
         picture_grid(
-            run.figures / "pictures.png", rows_of_pictures, publishable=dataset.publishable
+            run.figures / "pictures.png", {**own, **plain}, publishable=dataset.publishable
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import re
@@ -209,7 +210,7 @@ class NothingLearnt(Sound):
         return found
 
 
-@caught_by("resume")
+@caught_by("resume", "hidden_state")
 class HiddenState(Sound):
     """Counts its steps in a place that no checkpoint knows."""
 
@@ -238,6 +239,130 @@ class HalfTheShare(Sound):
     def stages(self) -> tuple[Stage, ...]:
         stem, segment = super().stages()
         return stem, replace(segment, share=0.5)
+
+
+@caught_by("hidden_state", "resume")
+class PoolInAList(Sound):
+    """Keeps earlier images as a Python list."""
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(task, config)
+        self.pool: list[Tensor] = []
+
+    def loss(self, batch: Batch) -> Tensor:
+        self.pool.append(batch.target)
+        return super().loss(batch) + 0.1 * self.predict(self.pool[0]).square().mean()
+
+
+@caught_by("hidden_state", "resume", "checkpoint")
+class AverageInADict(Sound):
+    """Predicts with averaged weights that no checkpoint knows."""
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(task, config)
+        self.average = {name: p.detach().clone() for name, p in self.head.named_parameters()}
+
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        values = super().step(batch, context)
+        for name, parameter in self.head.named_parameters():
+            self.average[name].lerp_(parameter.detach(), 0.5)
+        return values
+
+    def loss(self, batch: Batch) -> Tensor:
+        averaged = torch.func.functional_call(self.head, self.average, self.stem(batch.target))
+        return super().loss(batch) + (super().predict(batch.target) - averaged).square().mean()
+
+    def predict(self, images: Tensor) -> Tensor:
+        if self.training:
+            return super().predict(images)
+        return torch.func.functional_call(self.head, self.average, self.stem(images))
+
+
+class Averaged(Sound):
+    """Keeps its average as it should; a network of its own that no optimizer moves."""
+
+    rounds = 1
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(task, config)
+        self.average = copy.deepcopy(self.head).requires_grad_(False)
+        self.average_stem = copy.deepcopy(self.stem).requires_grad_(False)
+
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        for _ in range(self.rounds if context.stage.name == "segment" else 1):
+            values = super().step(batch, context)
+        with torch.no_grad():
+            for own, other in ((self.average, self.head), (self.average_stem, self.stem)):
+                for a, b in zip(own.parameters(), other.parameters(), strict=True):
+                    a.lerp_(b, 0.5)
+        return values
+
+    def predict(self, images: Tensor) -> Tensor:
+        if self.training:
+            return super().predict(images)
+        return self.average(self.average_stem(images))
+
+
+def test_an_average_of_weights_is_sound_where_it_is_a_module() -> None:
+    assert failed(Averaged, {"whole_run", "shared_stages", "stage_dependencies"}) == set()
+
+
+@caught_by("budget")
+class AveragedOverTooManyUpdates(Averaged):
+    """Predictions depend on no trained weight, so the budget must look at what they average."""
+
+    rounds = 3
+
+    def stages(self) -> tuple[Stage, ...]:
+        return tuple(replace(stage, depends_on=None) for stage in super().stages())
+
+
+@caught_by("optimizers")
+class ForgottenNetwork(Sound):
+    """A network that its loss uses and no optimizer moves."""
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(task, config)
+        self.forgotten = nn.Conv2d(1, 1, 1)
+
+    def loss(self, batch: Batch) -> Tensor:
+        return super().loss(batch) + self.forgotten(batch.target).square().mean()
+
+
+@caught_by("optimizers", "budget")
+class MovedTwice(Sound):
+    """One weight in two optimizers."""
+
+    def optimizers(self, stage: Stage) -> dict[str, Optimizer]:
+        found = super().optimizers(stage)
+        if stage.name == "segment":
+            found["again"] = SGD(self.head[0].parameters(), self.config.lr)
+        return found
+
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        values = super().step(batch, context)
+        if context.stage.name == "segment":
+            context.apply("again")
+        return values
+
+
+@caught_by("optimizers", "checkpoint", "resume")
+class StrangersWeights(Sound):
+    """Trains a network that is no module of the method."""
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(task, config)
+        self.strangers = [nn.Conv2d(1, 1, 3, padding=1)]
+
+    def optimizers(self, stage: Stage) -> dict[str, Optimizer]:
+        found = super().optimizers(stage)
+        if stage.name == "segment":
+            weights = [*self.head.parameters(), *self.strangers[0].parameters()]
+            found["head"] = SGD(weights, self.config.lr, momentum=0.9)
+        return found
+
+    def predict(self, images: Tensor) -> Tensor:
+        return super().predict(images + self.strangers[0](images))
 
 
 @caught_by("budget")
