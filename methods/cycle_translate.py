@@ -57,6 +57,7 @@ class CycleTranslate(SourceOnly):
             "cycle_width": 8,
             "cycle_blocks": 4,
             "cycle_width_d": 16,
+            "cycle_batch": 2,
             "cycle_lr": 1e-3,
             "cycle_share": 3.0,
         }
