@@ -1,11 +1,12 @@
 """The main job's table: each method's Dice, the share of the gap that it recovers, and its cost.
 
     python benchmarks/comparison.py --seeds 3 --workers 2 [--rows results/phantom_quick.parquet]
+    python benchmarks/comparison.py --plugin coral.py --entries source_only supervised coral
     python benchmarks/comparison.py --table-of results/phantom_quick.parquet
 
 Runs `glua-bench run` for every entry, one thread a process, skips what is done, and prints the
-table from the runs' rows. `--table-only` prints what is there, `--table-of` what a file of rows
-holds. The gap recovered is
+table from the runs' rows. An entry is one of the list below, or a method of `--plugin`.
+`--table-only` prints what is there, `--table-of` what a file of rows holds. The gap recovered is
 (method - source_only) / (supervised - source_only), from the means of the same seed.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -106,10 +108,15 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     per_seed = per_case.groupby(keys).mean()
     per_seed["missed"] = rows.groupby(keys)["missed"].sum()
     per_seed["seconds"] = rows.groupby(keys)["seconds"].first()
+    per_seed["memory"] = rows.groupby(keys)["peak_memory_mib"].first()
+    per_seed["step"] = rows.groupby(keys)["step"].first()  # the last: the segmenter's budget
     dice = per_seed["dice"].unstack("entry")
-    span = dice["supervised"] - dice["source_only"]
-    gap = dice.sub(dice["source_only"], axis=0).div(span, axis=0).stack()
-    per_seed["gap"] = gap.reorder_levels(["task", "seed", "entry"]).swaplevel(1, 2)
+    if {"source_only", "supervised"} <= set(dice):
+        span = dice["supervised"] - dice["source_only"]
+        gap = dice.sub(dice["source_only"], axis=0).div(span, axis=0).stack()
+        per_seed["gap"] = gap.reorder_levels(["task", "seed", "entry"]).swaplevel(1, 2)
+    else:
+        per_seed["gap"] = float("nan")  # without its ends there is no gap
     by_entry = per_seed.groupby(["task", "entry"])
     return pd.DataFrame(
         {
@@ -122,6 +129,8 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
             "gap max": by_entry["gap"].max(),
             "missed": by_entry["missed"].sum(),
             "training s": by_entry["seconds"].mean(),
+            "s a step": (per_seed["seconds"] / per_seed["step"]).groupby(["task", "entry"]).mean(),
+            "peak MiB": by_entry["memory"].mean(),
         }
     ).sort_values(["task", "Dice"])
 
@@ -139,7 +148,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--tasks", nargs="*", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--entries", nargs="*", choices=list(ENTRIES), default=list(ENTRIES))
+    parser.add_argument("--entries", nargs="*", default=list(ENTRIES), help="; ".join(ENTRIES))
+    parser.add_argument("--plugin", help="a file with a further method, an entry by its name")
+    parser.add_argument("--options", default="", help="further options of each `glua-bench run`")
     parser.add_argument("--rows", type=Path, help="write the publishable rows to this file")
     parser.add_argument("--table-only", action="store_true")
     parser.add_argument("--table-of", type=Path, help="print the table of such a file, and stop")
@@ -158,8 +169,11 @@ def main() -> None:
             "--runs",
             str(options.runs),
         ]
+        start += shlex.split(options.options)
+        if options.plugin is not None:
+            start += ["--plugin", options.plugin]
         commands = [
-            [*start, *ENTRIES[entry], *TASKS[task], "--seed", str(seed)]
+            [*start, *ENTRIES.get(entry, ["--method", entry]), *TASKS[task], "--seed", str(seed)]
             for seed, entry, task in itertools.product(
                 range(options.seeds), options.entries, options.tasks
             )

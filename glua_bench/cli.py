@@ -406,6 +406,47 @@ def _root_option(root: Path | None) -> str:
     return "" if root is None else f" --data-root {root}"
 
 
+# -- plugins ------------------------------------------------------------------------------------
+
+
+Out = Annotated[Path, typer.Option("--out", help="Directory of the new files.")]
+
+
+@app.command()
+def new_method(
+    name: Annotated[str, typer.Argument(help="Of the method, e.g. my_method.")],
+    out: Out = Path("."),
+) -> None:
+    """Write a method that runs, with its settings, its card and its conformance test."""
+    from glua_bench import scaffold
+
+    file, test = scaffold.new_method(name, out)
+    say(f"Wrote {file} and {test}; it runs as it is, and is yours to change.")
+    say(f"Check: pytest {test}")
+    say(f"Next:  glua-bench run --plugin {file} --method {name} --dataset phantom")
+
+
+@app.command()
+def new_dataset(
+    name: Annotated[str, typer.Argument(help="Of the dataset, e.g. my_data.")],
+    out: Out = Path("."),
+    domains: Annotated[str, typer.Option(help="Names of both domains.")] = "ct,mr",
+    structures: Annotated[
+        str, typer.Option(help="Structures and their raw label values, e.g. liver=1,spleen=4.")
+    ] = "organ=1",
+) -> None:
+    """Write a dataset of NIfTI files, with its card and its conformance test."""
+    from glua_bench import scaffold
+
+    pair = tuple(part.strip() for part in domains.split(","))
+    if len(pair) != 2:
+        raise ConfigError(f"--domains {domains} does not name two domains; write e.g. ct,mr.")
+    file, test = scaffold.new_dataset(name, out, pair, scaffold.parse_structures(structures))
+    say(f"Wrote {file} and {test}; set splits, orientation and grids in it.")
+    say(f"Files: DIRECTORY/{{{pair[0]},{pair[1]}}}/PERSON_image.nii.gz and PERSON_label.nii.gz")
+    say(f"Next:  glua-bench data check {name} --plugin {file} --data-root DIRECTORY")
+
+
 # -- sync and doctor ---------------------------------------------------------------------------
 
 

@@ -62,7 +62,10 @@ def refused(result: Result, *words: str, code: int = 2) -> None:
 # -- what works ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [[], ["run"], ["list"], ["data"], ["sync"], ["doctor"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["run"], ["list"], ["data"], ["new-method"], ["new-dataset"], ["sync"], ["doctor"]],
+)
 def test_help_is_there_for_every_command(call: Call, arguments: list[str]) -> None:
     code, out, _ = call(*arguments, "--help")
     assert code == 0 and "Usage" in out
@@ -301,3 +304,31 @@ def test_a_defect_is_reported_as_one(call: Call, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("GLUA_BENCH_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         call("doctor")
+
+
+# -- new-method, new-dataset ----------------------------------------------------------------------
+
+
+def test_new_files_and_the_command_that_uses_them(call, tmp_path):
+    code, out, _ = call("new-method", "my_method", "--out", tmp_path)
+    assert code == 0 and f"--plugin {tmp_path / 'my_method.py'} --method my_method" in out
+    code, out, _ = call("new-dataset", "livers", "--out", tmp_path, "--domains", "pet,ct")
+    assert code == 0 and f"data check livers --plugin {tmp_path / 'livers.py'}" in out
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"my_method.py", "test_my_method.py", "livers.py", "test_livers.py"}
+    code, out, _ = call("list", "--plugin", tmp_path / "my_method.py")
+    assert code == 0 and "my_method" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["new-method", "glua"], "'glua' is there already"),
+        (["new-dataset", "livers", "--domains", "ct"], "--domains ct"),
+        (["new-dataset", "livers", "--structures", "liver"], "--structures: 'liver'"),
+    ],
+)
+def test_new_files_that_cannot_be_are_one_sentence(words, said, call, tmp_path):
+    code, _, err = call(*words, "--out", tmp_path)
+    assert code == 2 and said in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
-import nibabel as nib
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -51,38 +52,47 @@ def test_the_method_of_the_guide_is_sound(plugin):
     assert not [f"{r.check}: {r.message}" for r in results if not r.passed]
 
 
-def test_the_guide_s_commands_fit_its_plugin(plugin):
+def commands_of(name: str) -> list[str]:
+    """The lines of a page's shell blocks, in order."""
+    blocks = re.findall(r"```sh\n(.*?)```", page(name), re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line]
+
+
+def test_the_guide_s_commands_run_in_its_order(plugin, phantom_root, tmp_path):
+    """From an empty directory to a row in a comparison, on small data and in few steps."""
     file = plugin("adding-a-method.md")
-    method = Registry("method", [file]).load(file.stem)
-    commands = re.findall(r"^glua-bench .*$", page("adding-a-method.md"), re.MULTILINE)
-    assert commands and all(f"--plugin {file.name}" in command for command in commands)
-    known = {spec.name for spec in fields(method.Config)}
-    assert set(re.findall(r"--set method\.(\w+)=", "\n".join(commands))) <= known
+    folder = tmp_path / "work"
+    folder.mkdir()
+    small = f"--data-root {phantom_root} --steps 2 --set grid.size=32 --set grid.spacing=7"
+    small += " --set batch_size=2 --preset quick --device cpu"
+    commands = commands_of("adding-a-method.md")
+    assert [c.split()[0] for c in commands].count("pytest") == 1
+    for command in commands:
+        program, *words = shlex.split(command)
+        if program == "glua-bench":
+            run = [sys.executable, "-m", "glua_bench", *words]
+            run += [*shlex.split(small), "--no-mlflow"] if words[0] == "run" else []
+        elif program == "pytest":
+            run = [sys.executable, "-m", "pytest", "-q", *words, "-k", "card or trains or poison"]
+        else:
+            script, *rest = words
+            assert program == "python" and rest[-2:] == ["--seeds", "3"]
+            run = [sys.executable, str(ROOT / script), *rest[:-1], "1", "--options", small]
+        done = subprocess.run(run, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        if words[0] == "new-method":
+            assert (folder / file.name).read_text() != file.read_text()
+        if "--set" not in words and words[0] == "run":
+            # The template was tried; the page's code takes its place.
+            (folder / file.name).write_text(file.read_text())
+    rows = [line for line in done.stdout.splitlines() if line.startswith("phantom mr-ct")]
+    assert len(rows) == 1 and "coral" in done.stdout and "supervised" in done.stdout
 
 
 # -- adding-data.md -------------------------------------------------------------------------------
 
 
-def write_livers(root: Path) -> None:
-    """Files as the guide describes them: a brighter or darker ball in a body."""
-    for domain in ("ct", "mr"):
-        (root / domain).mkdir(parents=True)
-        for number in range(1, 6):
-            rng = np.random.default_rng([number, domain == "mr"])
-            x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in (40, 44, 5)), indexing="ij")
-            ball = (x - rng.uniform(-0.2, 0.2)) ** 2 + y**2 + z**2 / 4 < 0.2
-            body = x**2 + y**2 < 0.9
-            image = np.where(ball, 0.9 if domain == "ct" else 0.3, np.where(body, 0.6, 0.0))
-            image = (image + rng.normal(0, 0.02, x.shape)).astype(np.float32)
-            affine = np.diag([4.0, 4.0, 6.0, 1.0])
-            name = root / domain / f"{number:03d}"
-            nib.save(nib.Nifti1Image(image, affine), f"{name}_image.nii.gz")
-            labels = ball.astype(np.int16)
-            labels[0, 0, 0] = 9  # a value that the guide's dataset ignores
-            nib.save(nib.Nifti1Image(labels, affine), f"{name}_label.nii.gz")
-
-
-def test_the_dataset_of_the_guide_is_sound(plugin, tmp_path, monkeypatch):
+def test_the_dataset_of_the_guide_is_sound(plugin, write_livers, tmp_path, monkeypatch):
     file = plugin("adding-data.md")
     write_livers(tmp_path / "data" / file.stem)
     monkeypatch.setenv("GLUA_BENCH_DATA", str(tmp_path / "data"))

@@ -1,0 +1,1 @@
+"""Plugins for glua-bench in a distribution of their own."""
