@@ -120,6 +120,14 @@ def run(
         str | None, typer.Option(help="32-true (default), bf16-mixed or 16-mixed.")
     ] = None,
     plugin: Plugins = None,
+    oracle: Annotated[
+        bool,
+        typer.Option(
+            "--oracle",
+            help="Also score every checkpoint on the labelled test cases, to see what a selector "
+            "misses; flagged, and never a result.",
+        ),
+    ] = False,
     mlflow: Annotated[bool, typer.Option(help="Mirror the run to MLflow.")] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would run, and how long; train nothing.")
@@ -151,6 +159,7 @@ def run(
         device=device,
         devices=devices,
         precision=precision,
+        oracle=oracle,
         mlflow=mlflow,
     )
     planned = runs.plan(request, say)
@@ -192,6 +201,7 @@ def _show_result(
     planned: PlannedRun, table: pd.DataFrame, done: bool, seconds: float, request: RunRequest
 ) -> None:
     from glua_bench.console import duration
+    from glua_bench.runs import ORACLE
     from glua_bench.tracking import tracking_uri
 
     path = planned.directory.path
@@ -203,8 +213,15 @@ def _show_result(
     primary = planned.config.selectors[0]
     say(_score_table(table[table["selector"] == primary]))
     others = table[(table["selector"] != primary) & (table["structure"] == "mean")]
-    for row in others.itertuples():
-        say(f"Mean Dice of the checkpoint chosen by {row.selector}: {row.dice:.3f}")
+    if len(others):
+        dice = ", ".join(
+            f"{row.selector} {row.dice:.3f}"
+            for row in others.itertuples()
+            if row.selector != ORACLE
+        )
+        say(f"Mean Dice by other selectors of the checkpoint: {dice}")
+    for row in others[others["selector"] == ORACLE].itertuples():
+        say(f"ORACLE (chosen by its score on the labelled test cases, no result): {row.dice:.3f}")
     say(f"Checkpoint: {primary}. Distances in {planned.dataset.distance_note}.")
     if planned.config.privileged:
         say("PRIVILEGED: trained on target labels; an upper bound, not an adaptation result.")

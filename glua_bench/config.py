@@ -86,7 +86,18 @@ class RunConfig:
     augmentation: str = setting("geometric", "policy for all methods", choices=AUGMENTATIONS)
     precision: str = setting("32-true", "arithmetic of the forward pass", choices=PRECISIONS)
     candidates: int = setting(5, "checkpoints offered to the selectors", low=1, high=1000)
-    selectors: tuple[str, ...] = ("last", "source_val")
+    selectors: tuple[str, ...] = (  # the first is the one that results are reported by
+        "last",
+        "source_val",
+        "entropy",
+        "im",
+        "snd",
+        "dev",
+        "bnm",
+        "class_ami",
+        "class_silhouette",
+        "agreement",
+    )
 
     def __post_init__(self) -> None:
         check(self)

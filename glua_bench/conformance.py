@@ -1128,6 +1128,24 @@ def _logits(bench: Bench) -> None:
         _demand(bool(torch.isfinite(logits).all()), "predict gives values that are not finite")
 
 
+@_register(METHOD_CHECKS, "logits")
+def _features(bench: Bench) -> None:
+    """features() gives finite maps, one for each image, that do not depend on the others."""
+    method, images = bench.baseline.method, bench.images(3)
+    with torch.no_grad(), quiet_machine():
+        maps = method.eval().features(images)
+        alone = method.features(images[:1])
+    _demand(
+        isinstance(maps, Tensor) and maps.ndim == 4 and len(maps) == 3,
+        f"features are {tuple(getattr(maps, 'shape', ()))} for three images, not (3, D, h, w)",
+    )
+    _demand(bool(torch.isfinite(maps).all()), "features are not finite")
+    _demand(
+        bool(torch.allclose(maps[:1].float(), alone.float(), rtol=1e-3, atol=1e-4)),
+        "an image's features depend on the images beside it",
+    )
+
+
 @_register(METHOD_CHECKS, "trains")
 def _predict_is_pure(bench: Bench) -> None:
     """In eval mode predict draws no random numbers and changes no weight."""
@@ -1532,8 +1550,11 @@ def _whole_run(bench: Bench) -> None:
         rows = planned.directory.read_cases()
         again = runs.execute(planned, Progress(enabled=False))
     tests = bench.dataset.split(planned.config.target, "test")
-    wanted = len(tests) * len(bench.dataset.structures) * len(planned.config.selectors)
-    _demand(len(rows) == wanted, f"the run has {len(rows)} rows of scores, not {wanted}")
+    # A selector that can judge no checkpoint is left out; the first one always can.
+    wanted = len(tests) * len(bench.dataset.structures)
+    for selector in {planned.config.selectors[0], *rows["selector"]}:
+        found = int((rows["selector"] == selector).sum())
+        _demand(found == wanted, f"the run has {found} rows of '{selector}', not {wanted}")
     _demand(again.already_done, "the same run was executed twice")
 
 

@@ -108,6 +108,11 @@ def evaluate(
     return pd.DataFrame(rows)
 
 
+def mean_dice(cases: pd.DataFrame) -> float:
+    """Dice of one set of predictions: mean over structures within each case, then over cases."""
+    return float(cases.groupby("case", sort=False)["dice"].mean().mean())
+
+
 def summarise(cases: pd.DataFrame) -> pd.DataFrame:
     """Means over cases, one row per selector and structure, and one for their mean.
 

@@ -227,6 +227,13 @@ class Method(nn.Module, ABC):
     def predict(self, images: Tensor) -> Tensor:
         """Segment images, (N, 1, H, W) → logits (N, K, H, W)."""
 
+    def features(self, images: Tensor) -> Tensor:
+        """What predictions are made of, for the selectors: (N, 1, H, W) → (N, D, h, w).
+
+        The map before the last layer, where a method has one; the logits, where it does not say.
+        """
+        return self.predict(images)
+
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Further images to look at, name → (N, 1, H, W), e.g. restyled images or a gap map."""

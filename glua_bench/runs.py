@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import resource
 import sys
 import tempfile
@@ -28,10 +29,10 @@ from glua_bench.cache import ImageStore, LabelledStore, SliceCache, cache_root, 
 from glua_bench.config import RunConfig, SegmenterSpec, build_settings, digest, identity
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, RunFailure, UserError
-from glua_bench.evaluation import evaluate, summarise
+from glua_bench.evaluation import evaluate, mean_dice, summarise
 from glua_bench.method import Batch, Cases, Method, Stage, TaskInfo
 from glua_bench.registry import Registry
-from glua_bench.selection import Candidate, Selector, choose
+from glua_bench.selection import ROLES, Candidate, Samples, Selector, choose, sample_pixels
 from glua_bench.task import Case, Dataset, Grid, UnlabelledCase, parse_direction
 from glua_bench.trainer import Artefact, Trainer, stage_order
 
@@ -49,7 +50,8 @@ TRAINING_CODE = (
     "trainer",
     "volumes",
 )
-SCORING_CODE = ("evaluation", "metrics", "selection")
+SCORING_CODE = ("evaluation", "metrics", "selection", "selectors")
+ORACLE = "oracle"  # the checkpoint with the best test Dice: known with target labels only
 
 
 @dataclass
@@ -71,6 +73,7 @@ class RunRequest:
     device: str = "auto"
     devices: int = 1
     precision: str | None = None
+    oracle: bool = False
     mlflow: bool = True
 
 
@@ -492,7 +495,7 @@ def execute(planned: PlannedRun, progress: Progress, draw: Draw | None = None) -
     """
     directory = planned.directory
     if directory.done:
-        return Summary(True, 0.0, summarise(directory.read_cases()), [])
+        return _done_before(planned)
     fabric = make_fabric(planned.request, planned.config)
     fabric.launch()
     if not fabric.is_global_zero:
@@ -501,7 +504,7 @@ def execute(planned: PlannedRun, progress: Progress, draw: Draw | None = None) -
     began = time.perf_counter()
     with directory.lock():
         if directory.done:  # another process finished it while this one waited
-            return Summary(True, 0.0, summarise(directory.read_cases()), [])
+            return _done_before(planned)
         directory.start(
             {
                 **tracking.environment(),
@@ -528,6 +531,16 @@ def execute(planned: PlannedRun, progress: Progress, draw: Draw | None = None) -
     ):
         warnings.append("the MLflow mirror is behind; `glua-bench sync` replays it")
     return Summary(False, time.perf_counter() - began, summarise(cases), warnings)
+
+
+def _done_before(planned: PlannedRun) -> Summary:
+    cases = planned.directory.read_cases()
+    if planned.request.oracle and ORACLE not in set(cases["selector"]):
+        raise ConfigError(
+            f"{planned.directory.path} was finished without --oracle, and its other checkpoints "
+            "are deleted; give another --runs directory to train it again with --oracle."
+        )
+    return Summary(True, 0.0, summarise(cases), [])
 
 
 class _NoLog:
@@ -631,10 +644,12 @@ def _train_and_score(
 
     scores = _selector_scores(planned, trained, predict)
     chosen = {name: choose(by_step) for name, by_step in scores.items()}
+    primary = config.selectors[0]
     test = list(dataset.split(config.target, "test"))
     frames: dict[int, pd.DataFrame] = {}
-    primary = config.selectors[0]
-    for name, step in chosen.items():
+
+    def evaluated(step: int, name: str) -> pd.DataFrame:
+        """Rows of a candidate; the primary selector's predictions are kept."""
         if step not in frames:
             _load_candidate(trained, step, fabric.device)
             frames[step] = evaluate(
@@ -648,12 +663,22 @@ def _train_and_score(
                 directory.predictions if name == primary else None,
                 f"evaluate {name}",
             )
+        return frames[step]
+
+    for name, step in chosen.items():
+        evaluated(step, name)
+    if planned.request.oracle:
+        scores[ORACLE] = {
+            step: mean_dice(evaluated(step, f"step {step}")) for step in trainer.candidate_steps()
+        }
+        chosen[ORACLE] = choose(scores[ORACLE])
     rows = pd.concat(
         [frames[step].assign(selector=name, step=step) for name, step in chosen.items()],
         ignore_index=True,
     )
     rows.insert(0, "run", planned.id)
     rows = rows.assign(
+        privileged_selection=rows["selector"] == ORACLE,
         method=config.method,
         dataset=config.dataset,
         direction=config.direction,
@@ -700,15 +725,38 @@ def _selector_scores(
     device = trainer.fabric.device
     last = trainer.stages[-1]
 
+    def features(images: Tensor) -> Tensor:
+        with trainer.fabric.autocast():
+            return method.features(images.to(memory_format=torch.channels_last))
+
     @torch.no_grad()
     def translate(images: Tensor) -> Tensor:
         return images if last.translate is None else last.translate(images)
 
+    steps = trainer.candidate_steps()
+    samples: dict[int, dict[str, Samples]] = {step: {} for step in steps}
+    if any(selector.uses_samples for selector in selectors.values()):
+        served = dict(zip(ROLES, (trained.train, trained.val, trained.target), strict=True))
+        for step in steps:
+            _load_candidate(trained, step, device)
+            torch.manual_seed(planned.config.seed)  # styles drawn alike for every candidate
+            samples[step] = {
+                role: sample_pixels(
+                    predict,
+                    features,
+                    store,
+                    translate if role != "target_train" else lambda images: images,
+                    device,
+                )
+                for role, store in served.items()
+                if store is not None
+            }
+    trajectory = {s: own["target_train"] for s, own in samples.items() if "target_train" in own}
     scores: dict[str, dict[int, float]] = {name: {} for name in selectors}
-    for step in trainer.candidate_steps():
+    for step in steps:
         _load_candidate(trained, step, device)
         for name, selector in selectors.items():
-            torch.manual_seed(planned.config.seed)  # styles drawn alike for every candidate
+            torch.manual_seed(planned.config.seed)
             scores[name][step] = selector.score(
                 Candidate(
                     step,
@@ -718,9 +766,16 @@ def _selector_scores(
                     translate,
                     trained.target,
                     device,
+                    samples[step],
+                    trajectory,
                 )
             )
-    return scores
+    # A selector that can judge no candidate (e.g. without target images) selects nothing.
+    return {
+        name: by_step
+        for name, by_step in scores.items()
+        if name == planned.config.selectors[0] or not all(map(math.isnan, by_step.values()))
+    }
 
 
 def _load_candidate(trained: _Trained, step: int, device: torch.device) -> None:

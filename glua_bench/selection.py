@@ -1,15 +1,16 @@
-"""Which checkpoint counts, decided without target labels.
+"""What a selector owes: which checkpoint counts is decided without target labels.
 
 A selector gives every candidate checkpoint a score from what a user of unlabelled target data
-has: the labelled source validation cases and the target's training images. The candidate with
-the highest score is the selector's choice; of equals, the latest.
+has: labelled source cases and the target's training images. The candidate with the highest
+score is the selector's choice; of equals, the latest. The selectors themselves are in
+`selectors.py`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -17,6 +18,31 @@ import torch
 from torch import Tensor
 
 from glua_bench.cache import ImageStore, LabelledStore
+
+# Pixels that scores are computed of: so many slices, spread evenly, so many of each at random
+# places, the same for all candidates of a run and for all methods.
+SLICES, PIXELS = 64, 32
+ROLES = ("source_train", "source_val", "target_train")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pixels of slices, as a candidate answers them; on the CPU, float32.
+
+    Args:
+        logits: (M, K).
+        features: (M, D).
+        labels: (M,), class indices of source pixels; None for the target.
+    """
+
+    logits: Tensor
+    features: Tensor
+    labels: Tensor | None
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Softmax of the logits, (M, K) in double precision."""
+        return self.logits.double().softmax(1)
 
 
 @dataclass(frozen=True)
@@ -32,6 +58,10 @@ class Candidate:
         translate: what the training applied to source images (e.g. restyling).
         target_train: the target's training slices, without labels; None where not served.
         device: where `predict` expects images.
+        samples: role ("source_train", "source_val", "target_train") → pixels of its slices,
+            source slices translated; without the roles that the run has no slices for, and
+            empty where no selector `uses_samples`.
+        trajectory: step → target pixels, the same ones, of all candidates of the run.
     """
 
     step: int
@@ -41,6 +71,8 @@ class Candidate:
     translate: Callable[[Tensor], Tensor]
     target_train: ImageStore | None
     device: torch.device
+    samples: Mapping[str, Samples] = field(default_factory=dict)
+    trajectory: Mapping[int, Samples] = field(default_factory=dict)
 
 
 class Selector(ABC):
@@ -49,53 +81,61 @@ class Selector(ABC):
     name: ClassVar[str]
     reference: ClassVar[str]
     needs: ClassVar[str]
+    uses_samples: ClassVar[bool] = False  # of pixels' logits and features
 
     @abstractmethod
     def score(self, candidate: Candidate) -> float:
-        """How good the candidate is judged to be; higher is better, nan never wins."""
+        """How good the candidate is judged to be; higher is better, nan where it cannot say."""
 
 
-class Last(Selector):
-    """The last checkpoint: nothing is selected."""
+@torch.no_grad()
+def sample_pixels(
+    predict: Callable[[Tensor], Tensor],
+    features: Callable[[Tensor], Tensor],
+    store: ImageStore,
+    translate: Callable[[Tensor], Tensor],
+    device: torch.device,
+    slices: int = SLICES,
+    pixels: int = PIXELS,
+) -> Samples:
+    """Logits, features and, where the store has them, labels at fixed random places.
 
-    name = "last"
-    reference = "baseline"
-    needs = "nothing"
+    Args:
+        predict: (N, 1, H, W) → logits (N, K, H, W).
+        features: (N, 1, H, W) → (N, D, h, w); a pixel has the features of the cell it lies in.
+        store: the slices.
+        translate: applied to images before both.
+        device: where `predict` expects images.
+        slices: of these, at most, spread evenly over the store.
+        pixels: of each slice.
+    """
+    count = min(slices, len(store))
+    chosen = ((np.arange(count) + 0.5) * len(store) / count).astype(np.int64)
+    places = torch.from_numpy(
+        np.random.default_rng(0).integers(0, store.size[0] * store.size[1], (count, pixels))
+    )
+    logits, found = [], []
+    for start in range(0, count, 32):
+        images = torch.from_numpy(store.images(chosen[start : start + 32])).to(device)
+        images = translate(images)
+        for maps, into in ((predict(images), logits), (features(images), found)):
+            at = _cells(places[start : start + 32], store.size, maps.shape[-2:]).to(device)
+            flat = maps.float().flatten(2)
+            picked = flat.gather(2, at[:, None].expand(-1, flat.shape[1], -1))
+            into.append(picked.transpose(1, 2).flatten(0, 1).cpu())
+    labels = None
+    if isinstance(store, LabelledStore):
+        own = torch.from_numpy(store.labels(chosen)).flatten(1)
+        labels = own.gather(1, places).flatten()
+    return Samples(torch.cat(logits), torch.cat(found), labels)
 
-    def score(self, candidate: Candidate) -> float:
-        """The candidate's step."""
-        return float(candidate.step)
 
-
-class SourceVal(Selector):
-    """The checkpoint with the best mean Dice on source validation subjects."""
-
-    name = "source_val"
-    reference = "baseline (Gulrajani & Lopez-Paz, ICLR 2021: training-domain validation)"
-    needs = "labelled source validation cases"
-
-    def score(self, candidate: Candidate) -> float:
-        """Dice pooled over all validation slices, mean over the structures they show.
-
-        Source images are translated as in training, since that is what the segmenter knows.
-        """
-        store = candidate.source_val
-        if store is None:
-            return float("nan")
-        counts = np.zeros((3, candidate.classes))  # overlap, predicted, labelled
-        for start in range(0, len(store), 32):
-            indices = np.arange(start, min(start + 32, len(store)))
-            images = torch.from_numpy(store.images(indices)).to(candidate.device)
-            predicted = candidate.predict(candidate.translate(images)).argmax(1).cpu().numpy()
-            labels = store.labels(indices)
-            for index in range(candidate.classes):
-                p, r = predicted == index, labels == index
-                counts[:, index] += (p & r).sum(), p.sum(), r.sum()
-        overlap, predicted_size, labelled = counts[:, 1:]
-        shown = labelled > 0
-        if not shown.any():
-            return float("nan")
-        return float((2 * overlap / np.maximum(predicted_size + labelled, 1))[shown].mean())
+def _cells(places: Tensor, size: tuple[int, int], cells: torch.Size) -> Tensor:
+    """Flat positions in an image → those of the cells of a map that covers it."""
+    rows = torch.div(places, size[1], rounding_mode="floor") * cells[0]
+    columns = places % size[1] * cells[1]
+    rows = torch.div(rows, size[0], rounding_mode="floor")
+    return rows * cells[1] + torch.div(columns, size[1], rounding_mode="floor")
 
 
 def choose(scores: dict[int, float]) -> int:

@@ -54,3 +54,7 @@ class GLUASelfTraining(GLUA):
     def predict(self, images: Tensor) -> Tensor:
         """The teacher's logits, (N, 1, H, W) → (N, K, H, W)."""
         return self.teacher.segmenter(images).logits
+
+    def features(self, images: Tensor) -> Tensor:
+        """The teacher's last decoder map."""
+        return self.teacher.segmenter(images).features[-1]

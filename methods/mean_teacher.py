@@ -51,6 +51,10 @@ class MeanTeacher(SourceOnly):
         """The teacher's logits, (N, 1, H, W) → (N, K, H, W)."""
         return self.teacher.segmenter(images).logits
 
+    def features(self, images: Tensor) -> Tensor:
+        """The teacher's last decoder map."""
+        return self.teacher.segmenter(images).features[-1]
+
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """How sure the teacher is on target images, in [1 / K, 1]."""
         return {"confidence": self.predict(batch.target).softmax(1).amax(1, keepdim=True)}

@@ -259,6 +259,10 @@ class SIFA(Method):
         """(N, 1, H, W) → logits (N, K, H, W)."""
         return self.head(self.encoder(images)[0])
 
+    def features(self, images: Tensor) -> Tensor:
+        """The latent that the head reads, with stride 8."""
+        return self.encoder(images)[0]
+
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Source images as target ones, and target images as source ones."""
         back = self.decoder(self.encoder(batch.target)[0], batch.target)

@@ -58,6 +58,10 @@ class SourceOnly(Method):
         """(N, 1, H, W) → logits (N, K, H, W)."""
         return self.segmenter(images).logits
 
+    def features(self, images: Tensor) -> Tensor:
+        """The segmenter's last decoder map."""
+        return self.segmenter(images).features[-1]
+
 
 def segmenter_optimizer(parameters, config: SegmentConfig) -> Optimizer:  # type: ignore[no-untyped-def]
     """The optimizer that every method of this package gives to its segmenter."""

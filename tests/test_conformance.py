@@ -389,6 +389,14 @@ class ForgetsItsScale(Sound):
         return super().predict(images) * self.scale
 
 
+@caught_by("features")
+class MixedFeatures(Sound):
+    """Features that are one vector for the whole batch."""
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.predict(images).mean(0, keepdim=True).expand(len(images), -1, -1, -1)
+
+
 @caught_by("predict_is_pure")
 class GuessesAlways(Sound):
     def predict(self, images: Tensor) -> Tensor:

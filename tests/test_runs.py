@@ -433,7 +433,7 @@ def test_its_table_has_a_row_for_every_case_structure_and_selector(
         (case.id, name, selector)
         for case in test
         for name in names
-        for selector in planned.config.selectors
+        for selector in set(rows["selector"])
     }
     assert set(zip(rows["case"], rows["structure"], rows["selector"], strict=True)) == expected
     assert len(rows) == len(expected)
@@ -462,9 +462,47 @@ def test_it_keeps_the_checkpoints_that_a_selector_chose(
 ) -> None:
     planned, _ = finished
     chosen = planned.directory.read_summary()["chosen_steps"]
-    assert set(chosen) == set(planned.config.selectors) and chosen["last"] == 3
+    judged = {name for name in planned.config.selectors if name != "class_silhouette"}
+    assert judged <= set(chosen) and chosen["last"] == 3
+    scores = planned.directory.read_summary()["selector_scores"]
+    assert all(set(by_step) == {"2", "3"} for by_step in scores.values())
     kept = {path.stem for path in planned.directory.checkpoints.glob("candidate_*.pt")}
     assert kept == {f"candidate_{step:07d}" for step in chosen.values()}
+
+
+def test_selectors_that_need_target_images_leave_out_a_method_without(
+    phantom_root: Path, tmp_path: Path
+) -> None:
+    planned = plan(ask(phantom_root, tmp_path))
+    summary = execute(planned, QUIET)
+    assert set(summary.table["selector"]) == {"last", "source_val"}
+
+
+def test_the_oracle_is_asked_for_flagged_and_at_least_as_good(
+    phantom_root: Path, tmp_path: Path, finished: tuple[runs.PlannedRun, runs.Summary]
+) -> None:
+    asked = ask(phantom_root, tmp_path, oracle=True, steps=6)
+    planned = plan(asked)
+    execute(planned, QUIET)
+    rows = planned.directory.read_cases()
+    assert set(rows[rows["privileged_selection"]]["selector"]) == {"oracle"}
+    assert set(rows[~rows["privileged_selection"]]["selector"]) == {"last", "source_val"}
+    summary = planned.directory.read_summary()
+    by_step = summary["selector_scores"]["oracle"]
+    assert set(by_step) == {"3", "6"}
+    best = by_step[str(summary["chosen_steps"]["oracle"])]
+    assert best == max(by_step.values())
+    mean = summarise(rows).query("structure == 'mean'").set_index("selector")["dice"]
+    assert mean["oracle"] == pytest.approx(best) and mean["oracle"] >= mean["last"]
+    assert mean["last"] == pytest.approx(by_step["6"])
+    assert execute(planned, QUIET).already_done
+
+    # Without it there is none, and a finished run cannot be asked afterwards.
+    assert "oracle" not in set(finished[0].directory.read_cases()["selector"])
+    late = replace(finished[0].request, oracle=True)
+    with pytest.raises(ConfigError) as error:
+        execute(plan(late), QUIET)
+    assert "without --oracle" in one_sentence(error)
 
 
 def test_the_same_command_again_does_nothing(

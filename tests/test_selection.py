@@ -1,58 +1,24 @@
-"""selection.py: the choice is made from what a user without target labels has."""
+"""selection.py: what a candidate shows, which pixels are asked, and which candidate wins."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from glua_bench.cache import ImageStore, LabelledStore, SliceCache
 from glua_bench.conformance import TinyDataset
-from glua_bench.selection import Candidate, Last, SourceVal, choose
-
-Predict = Callable[[Tensor], Tensor]
+from glua_bench.selection import Candidate, Samples, choose, sample_pixels
 
 
-@pytest.fixture(scope="module")
-def validation(tmp_path_factory: pytest.TempPathFactory) -> LabelledStore:
-    """Forty labelled slices of two structures: more than one batch of them."""
-    root = tmp_path_factory.mktemp("tiny")
-    dataset = TinyDataset(root / "data")
-    dataset.prepare()
-    cache, grid, reading = SliceCache(root / "slices"), dataset.grid("quick"), dataset.reading
-    cases = dataset.cases("plain") + dataset.cases("inverted")
-    images = [cache.image(c.unlabelled(), reading, grid) for c in cases]
-    labels = [cache.label(c, reading, grid, dataset.structures) for c in cases]
-    return LabelledStore(images + images[:2], labels + labels[:2])
-
-
-def answers(labels: np.ndarray, classes: int = 3) -> Predict:
-    """Gives prepared labels in the order of the slices."""
-    waiting = iter(torch.from_numpy(labels))
-
-    def predict(images: Tensor) -> Tensor:
-        asked = torch.stack([next(waiting) for _ in images])
-        return F.one_hot(asked, classes).permute(0, 3, 1, 2).float()
-
-    return predict
-
-
-def candidate(store: LabelledStore | None, predict: Predict, **changes: object) -> Candidate:
-    made = Candidate(7, predict, 3, store, lambda images: images, None, torch.device("cpu"))
-    return replace(made, **changes)  # type: ignore[arg-type]
-
-
-def test_a_candidate_leads_to_no_target_label(validation: LabelledStore) -> None:
+def test_a_candidate_leads_to_no_target_label() -> None:
     assert {spec.name for spec in fields(Candidate)} == {
         "step",
         "predict",
@@ -61,69 +27,76 @@ def test_a_candidate_leads_to_no_target_label(validation: LabelledStore) -> None
         "translate",
         "target_train",
         "device",
+        "samples",
+        "trajectory",
     }
     assert not hasattr(ImageStore, "labels") and issubclass(LabelledStore, ImageStore)
 
 
-def test_the_last_checkpoint_is_the_last() -> None:
-    assert Last().score(candidate(None, answers(np.zeros((1, 2, 2), int)))) == 7.0
+# -- pixels ---------------------------------------------------------------------------------------
 
 
-def test_right_answers_have_the_score_one(validation: LabelledStore) -> None:
-    assert len(validation) > 32
-    labels = validation.labels(range(len(validation)))
-    assert SourceVal().score(candidate(validation, answers(labels))) == pytest.approx(1.0)
-    nothing = answers(np.zeros_like(labels))
-    assert SourceVal().score(candidate(validation, nothing)) == 0.0
+@pytest.fixture
+def store(tmp_path: Path) -> LabelledStore:
+    dataset = TinyDataset(tmp_path / "data")
+    dataset.prepare()
+    cache, grid, reading = SliceCache(tmp_path / "slices"), dataset.grid("quick"), dataset.reading
+    cases = dataset.cases("plain") + dataset.cases("inverted")
+    return LabelledStore(
+        [cache.image(c.unlabelled(), reading, grid) for c in cases],
+        [cache.label(c, reading, grid, dataset.structures) for c in cases],
+    )
 
 
-def test_the_score_is_dice_pooled_over_slices(validation: LabelledStore) -> None:
-    labels = validation.labels(range(len(validation)))
-    predicted = labels.copy()
-    predicted[::3] = 0  # a third of the slices is missed
-    predicted[:, :4][predicted[:, :4] == 0] = 2  # and much is found where nothing is
-    expected = []
-    for index in (1, 2):
-        p, r = predicted == index, labels == index
-        expected.append(2 * (p & r).sum() / (p.sum() + r.sum()))
-    found = SourceVal().score(candidate(validation, answers(predicted)))
-    assert found == pytest.approx(np.mean(expected)) and 0 < found < 1
+def sample(store: ImageStore, **changes: object) -> Samples:
+    given: dict[str, object] = {
+        "predict": lambda x: torch.cat([x, -x], 1),
+        "features": lambda x: torch.nn.functional.avg_pool2d(x, 8),
+        "translate": lambda x: x,
+        "device": torch.device("cpu"),
+    }
+    return sample_pixels(store=store, **{**given, **changes})  # type: ignore[arg-type]
 
 
-def test_a_structure_that_no_slice_shows_does_not_count(validation: LabelledStore) -> None:
-    labels = validation.labels(range(len(validation)))
-    wrong = np.where(labels == 0, 3, labels)
-    found = SourceVal().score(candidate(validation, answers(wrong, 4), classes=4))
-    assert found == pytest.approx(1.0)
+def test_a_pixel_has_its_own_logits_label_and_the_features_of_its_cell(
+    store: LabelledStore,
+) -> None:
+    found = sample(store, pixels=50)
+    assert found.logits.shape == (32 * 50, 2) and found.features.shape == (32 * 50, 1)
+    rows = np.random.default_rng(0).integers(0, 32 * 32, (32, 50))
+    images, labels = store.images(range(32)), store.labels(range(32))
+    cells = images.reshape(32, 4, 8, 4, 8).mean((2, 4))
+    for n in range(32):
+        for i, place in enumerate(rows[n]):
+            y, x = divmod(int(place), 32)
+            at = n * 50 + i
+            assert found.logits[at].tolist() == [images[n, 0, y, x], -images[n, 0, y, x]]
+            assert float(found.features[at]) == pytest.approx(cells[n, y // 8, x // 8], abs=1e-5)
+            assert found.labels is not None and int(found.labels[at]) == labels[n, y, x]
 
 
-def test_images_are_translated_as_in_training(validation: LabelledStore) -> None:
+def test_slices_are_spread_and_places_the_same_every_time(store: LabelledStore) -> None:
     seen: list[Tensor] = []
 
     def predict(images: Tensor) -> Tensor:
         seen.append(images)
-        return images.repeat(1, 3, 1, 1)
+        return torch.cat([images, -images], 1)
 
-    SourceVal().score(candidate(validation, predict, translate=lambda images: -images))
-    expected = -validation.images(range(len(validation)))
-    assert np.array_equal(torch.cat(seen).numpy(), expected)
-
-
-def test_without_validation_cases_there_is_no_score() -> None:
-    assert math.isnan(SourceVal().score(candidate(None, answers(np.zeros((1, 2, 2), int)))))
+    first = sample(store, predict=predict, slices=4, pixels=7)
+    assert torch.equal(seen[0], torch.from_numpy(store.images([4, 12, 20, 28])))
+    assert torch.equal(first.logits, sample(store, slices=4, pixels=7).logits)
+    moved = sample(store, slices=4, pixels=7, translate=lambda images: -images)
+    assert torch.equal(moved.logits, -first.logits)
 
 
-def test_without_any_structure_there_is_no_score(tmp_path: Path) -> None:
-    dataset = TinyDataset(tmp_path / "data")
-    dataset.prepare()
-    cache, case = SliceCache(tmp_path / "slices"), dataset.split("plain", "val")[0]
-    nib.save(nib.Nifti1Image(np.zeros(nib.load(case.label).shape, np.int16), np.eye(4)), case.label)
-    grid, reading = dataset.grid("quick"), dataset.reading
-    image = cache.image(case.unlabelled(), reading, grid)
-    label = cache.label(case, reading, grid, dataset.structures)
-    store = LabelledStore([image], [label])
-    predict = answers(np.ones((4, 32, 32), int))
-    assert math.isnan(SourceVal().score(candidate(store, predict)))
+def test_a_store_without_labels_gives_none(store: LabelledStore) -> None:
+    class Unlabelled:
+        size, images = store.size, staticmethod(store.images)
+
+        def __len__(self) -> int:
+            return len(store)
+
+    assert sample(Unlabelled()).labels is None  # type: ignore[arg-type]
 
 
 # -- the choice -----------------------------------------------------------------------------------

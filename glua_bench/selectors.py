@@ -1,0 +1,271 @@
+"""The selectors: no selection, source validation, and scores of unlabelled target pixels.
+
+The label-free scores are those of their papers, computed over the pixels of `Samples` where the
+papers have images. Where `pytorch-adapt` (Musgrave et al.) has a validator of the same name, both
+agree on the same logits and features (tested).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glua_bench.selection import Candidate, Samples, Selector
+
+SND_TEMPERATURE = 0.05
+# Inverse strengths of the regularisation that DEV's domain classifier chooses from.
+DEV_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
+
+
+class Last(Selector):
+    """The last checkpoint: nothing is selected."""
+
+    name = "last"
+    reference = "baseline"
+    needs = "nothing"
+
+    def score(self, candidate: Candidate) -> float:
+        """The candidate's step."""
+        return float(candidate.step)
+
+
+class SourceVal(Selector):
+    """The checkpoint with the best mean Dice on source validation subjects."""
+
+    name = "source_val"
+    reference = "baseline (Gulrajani & Lopez-Paz, ICLR 2021: training-domain validation)"
+    needs = "labelled source validation cases"
+
+    def score(self, candidate: Candidate) -> float:
+        """Dice pooled over all validation slices, mean over the structures they show.
+
+        Source images are translated as in training, since that is what the segmenter knows.
+        """
+        store = candidate.source_val
+        if store is None:
+            return float("nan")
+        counts = np.zeros((3, candidate.classes))  # overlap, predicted, labelled
+        for start in range(0, len(store), 32):
+            indices = np.arange(start, min(start + 32, len(store)))
+            images = torch.from_numpy(store.images(indices)).to(candidate.device)
+            predicted = candidate.predict(candidate.translate(images)).argmax(1).cpu().numpy()
+            counts += overlaps(predicted, store.labels(indices), candidate.classes)
+        return pooled_dice(counts)
+
+
+class TargetScore(Selector):
+    """A score of the target's training pixels alone; `of` computes it."""
+
+    uses_samples = True
+
+    def score(self, candidate: Candidate) -> float:
+        """nan where no target images were served."""
+        target = candidate.samples.get("target_train")
+        return float("nan") if target is None else self.of(target)
+
+    def of(self, target: Samples) -> float:
+        """The score of target pixels."""
+        raise NotImplementedError
+
+
+class Entropy(TargetScore):
+    """The checkpoint that is surest on target images."""
+
+    name = "entropy"
+    reference = "baseline (Morerio et al., ICLR 2018: minimal entropy)"
+    needs = "target images"
+
+    def of(self, target: Samples) -> float:
+        """-mean H(p): highest, too, for a segmenter that finds nothing and is sure of it."""
+        return -float(entropies(target.probabilities).mean())
+
+
+class InformationMaximisation(TargetScore):
+    """The checkpoint that is sure of each target pixel and divided over all of them."""
+
+    name = "im"
+    reference = "Musgrave et al., 2022 (information maximisation)"
+    needs = "target images"
+
+    def of(self, target: Samples) -> float:
+        """H(mean p) - mean H(p), the mutual information of pixel and class."""
+        p = target.probabilities
+        return float(entropies(p.mean(0, keepdim=True)).mean() - entropies(p).mean())
+
+
+class SoftNeighbourhoodDensity(TargetScore):
+    """The checkpoint whose target predictions lie in the densest neighbourhoods (SND)."""
+
+    name = "snd"
+    reference = "Saito et al., ICCV 2021"
+    needs = "target images"
+
+    def of(self, target: Samples) -> float:
+        """Mean entropy of softmax(cos(p_i, p_j) / 0.05 over j ≠ i)."""
+        p = F.normalize(target.probabilities, dim=1)
+        similar = (p @ p.T / SND_TEMPERATURE).fill_diagonal_(-math.inf)
+        return float(entropies(similar.softmax(1)).mean())
+
+
+class BatchNuclearNorm(TargetScore):
+    """The checkpoint whose target predictions have the largest nuclear norm (BNM)."""
+
+    name = "bnm"
+    reference = "Cui et al., CVPR 2020"
+    needs = "target images"
+
+    def of(self, target: Samples) -> float:
+        """Sum of the singular values of the (M, K) probabilities, divided by M."""
+        p = target.probabilities
+        return float(torch.linalg.matrix_norm(p, "nuc") / len(p))
+
+
+class ClusterAgreement(TargetScore):
+    """The checkpoint whose target classes agree with clusters of its features (AMI)."""
+
+    name = "class_ami"
+    reference = "Musgrave et al., 2022 (class-cluster AMI)"
+    needs = "target images"
+
+    def of(self, target: Samples) -> float:
+        """Adjusted mutual information of predicted classes and K clusters by k-means."""
+        from sklearn.cluster import KMeans
+        from sklearn.metrics import adjusted_mutual_info_score
+
+        classes = target.logits.argmax(1).numpy()
+        kmeans = KMeans(target.logits.shape[1], n_init=3, random_state=0)
+        return float(adjusted_mutual_info_score(classes, kmeans.fit_predict(target.features)))
+
+
+class ClusterSilhouette(TargetScore):
+    """The checkpoint whose target classes are apart in its features (silhouette)."""
+
+    name = "class_silhouette"
+    reference = "Rousseeuw, 1987; as a validator Musgrave et al., 2022"
+    needs = "target images"
+
+    def of(self, target: Samples) -> float:
+        """Mean silhouette of the features under the predicted classes; nan for one class."""
+        from sklearn.metrics import silhouette_score
+
+        classes = target.logits.argmax(1).numpy()
+        if not 1 < len(np.unique(classes)) < len(classes):
+            return float("nan")
+        return float(silhouette_score(target.features.numpy(), classes))
+
+
+class DeepEmbeddedValidation(Selector):
+    """The checkpoint with the least risk on source pixels that look like target ones (DEV)."""
+
+    name = "dev"
+    reference = "You et al., ICML 2019"
+    needs = "labelled source cases for training and validation, target images"
+    uses_samples = True
+
+    def score(self, candidate: Candidate) -> float:
+        """Minus the risk: cross-entropy on validation pixels, weighted by density ratios."""
+        samples = candidate.samples
+        if not {"source_train", "source_val", "target_train"} <= samples.keys():
+            return float("nan")
+        validation = samples["source_val"]
+        assert validation.labels is not None
+        weights = density_ratios(
+            *(samples[r].features.numpy() for r in ("source_train", "source_val", "target_train"))
+        )
+        errors = F.cross_entropy(validation.logits.double(), validation.labels, reduction="none")
+        return -dev_risk(weights, errors.numpy())
+
+
+class CheckpointAgreement(Selector):
+    """The checkpoint that agrees most with all others on target pixels."""
+
+    name = "agreement"
+    reference = "original (in the manner of agreement among models, Jiang et al., ICLR 2022)"
+    needs = "target images"
+    uses_samples = True
+
+    def score(self, candidate: Candidate) -> float:
+        """Mean pooled Dice of its structures with those of each other candidate."""
+        classes = {s: t.logits.argmax(1).numpy() for s, t in candidate.trajectory.items()}
+        if candidate.step not in classes or len(classes) < 2:
+            return float("nan")
+        own = classes.pop(candidate.step)
+        dice = [pooled_dice(overlaps(own, c, candidate.classes)) for c in classes.values()]
+        # Where the others find nothing, there is nothing to agree with.
+        return float(np.mean([0.0 if math.isnan(d) else d for d in dice]))
+
+
+# -- what they are computed of -------------------------------------------------------------------
+
+
+def entropies(p: Tensor) -> Tensor:
+    """-Σ p log p of each row in nats, with 0 log 0 = 0: (M, K) → (M,)."""
+    return torch.special.entr(p).sum(1)
+
+
+def overlaps(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Overlap, size of the prediction and of the labels, for each class: (3, K)."""
+    counts = np.zeros((3, classes))
+    for index in range(classes):
+        p, r = predicted == index, labels == index
+        counts[:, index] = (p & r).sum(), p.sum(), r.sum()
+    return counts
+
+
+def pooled_dice(counts: np.ndarray) -> float:
+    """Mean Dice over the structures that the labels show; nan where they show none."""
+    overlap, predicted, labelled = counts[:, 1:]
+    shown = labelled > 0
+    if not shown.any():
+        return float("nan")
+    return float((2 * overlap / np.maximum(predicted + labelled, 1))[shown].mean())
+
+
+def density_ratios(train: np.ndarray, validation: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """p_target(f) / p_source(f) at validation features, from a classifier of the domains.
+
+    A logistic regression on standardised features tells source from target; its regularisation
+    is the one that tells best on a fifth of the pixels that was held out.
+
+    Args:
+        train: source features, (N_s, D).
+        validation: (N_v, D).
+        target: (N_t, D).
+
+    Returns:
+        (N_v,).
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import train_test_split
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    features = np.concatenate([train, target])
+    is_target = np.repeat([0, 1], [len(train), len(target)])
+    fit, held, fit_domain, held_domain = train_test_split(
+        features, is_target, train_size=0.8, random_state=0, stratify=is_target
+    )
+    models = [
+        make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=500)).fit(fit, fit_domain)
+        for c in DEV_STRENGTHS
+    ]
+    best = max(models, key=lambda model: model.score(held, held_domain))
+    source_like, target_like = best.predict_proba(validation).T
+    return target_like / np.maximum(source_like, 1e-12) * len(train) / len(target)
+
+
+def dev_risk(weights: np.ndarray, errors: np.ndarray) -> float:
+    """Weighted risk with its control variate: mean(w e) + η mean(w) - η, η = -cov(w e, w) / var w.
+
+    Args:
+        weights: density ratios, (N,).
+        errors: losses of the same pixels, (N,).
+    """
+    weighted = weights * errors
+    variance = np.var(weights, ddof=1)
+    eta = -np.cov(weighted, weights)[0, 1] / variance if variance > 0 else 0.0
+    return float(weighted.mean() + eta * weights.mean() - eta)
