@@ -23,6 +23,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from glua_bench.config import RunConfig
+from glua_bench.reports.comparison import collect, table
 from glua_bench.tracking import list_runs
 
 # Name in the table → options of `glua-bench run`. `global_only` stands before `glua`, so that
@@ -66,73 +68,19 @@ def execute(commands: list[list[str]], workers: int) -> int:
         return sum(code != 0 for code in pool.map(one, commands))
 
 
-def entry_of(row: pd.Series) -> str:
-    """A row's name in the table."""
-    if row["scenario"] == "supervised":
+def entry_of(config: RunConfig) -> str:
+    """A run's name in the table."""
+    if config.scenario == "supervised":
         return "supervised"
-    suffix = " + photometric" if row["augmentation"] == "photometric" else ""
-    return f"{row['method']}{suffix}"
+    return config.method + (" + photometric" if config.augmentation == "photometric" else "")
 
 
-def collect(runs_root: Path) -> pd.DataFrame:
-    """Rows per case, structure and selector of all finished runs, with the run's cost.
-
-    A stage that a run took from the cache costs what it cost the run that trained it.
-    """
-    finished = [(run, run.read_summary()) for run in list_runs(runs_root) if run.done]
-    trained = {
-        (run.config.dataset, run.config.direction, run.config.seed, stage): seconds
-        for run, summary in finished
-        for stage, seconds in summary["stage_seconds"].items()
-        if stage not in summary["reused_stages"] and stage != "segment"
-    }
-    frames = []
-    for run, summary in finished:
-        config, seconds = run.config, sum(summary["stage_seconds"].values())
-        for stage in summary["reused_stages"]:
-            seconds += trained[config.dataset, config.direction, config.seed, stage]
-        frames.append(
-            run.read_cases().assign(seconds=seconds, peak_memory_mib=summary["peak_memory_mib"])
-        )
-    rows = pd.concat(frames, ignore_index=True)
-    rows["entry"] = rows.apply(entry_of, axis=1)
-    rows["task"] = rows["dataset"] + " " + rows["direction"]
-    return rows
-
-
-def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line per task and entry: means and standard deviations over seeds."""
-    rows = rows[rows["selector"] == "last"]
-    keys = ["task", "entry", "seed"]
-    per_case = rows.groupby([*keys, "case"])[["dice", "assd"]].mean()
-    per_seed = per_case.groupby(keys).mean()
-    per_seed["missed"] = rows.groupby(keys)["missed"].sum()
-    per_seed["seconds"] = rows.groupby(keys)["seconds"].first()
-    per_seed["memory"] = rows.groupby(keys)["peak_memory_mib"].first()
-    per_seed["step"] = rows.groupby(keys)["step"].first()  # the last: the segmenter's budget
-    dice = per_seed["dice"].unstack("entry")
-    if {"source_only", "supervised"} <= set(dice):
-        span = dice["supervised"] - dice["source_only"]
-        gap = dice.sub(dice["source_only"], axis=0).div(span, axis=0).stack()
-        per_seed["gap"] = gap.reorder_levels(["task", "seed", "entry"]).swaplevel(1, 2)
-    else:
-        per_seed["gap"] = float("nan")  # without its ends there is no gap
-    by_entry = per_seed.groupby(["task", "entry"])
-    return pd.DataFrame(
-        {
-            "seeds": by_entry.size(),
-            "Dice": by_entry["dice"].mean(),
-            "sd": by_entry["dice"].std(),
-            "ASSD mm": by_entry["assd"].mean(),
-            "gap recovered": by_entry["gap"].mean(),
-            "gap min": by_entry["gap"].min(),
-            "gap max": by_entry["gap"].max(),
-            "missed": by_entry["missed"].sum(),
-            "training s": by_entry["seconds"].mean(),
-            "s a step": (per_seed["seconds"] / per_seed["step"]).groupby(["task", "entry"]).mean(),
-            "peak MiB": by_entry["memory"].mean(),
-        }
-    ).sort_values(["task", "Dice"])
+def found(runs_root: Path) -> pd.DataFrame:
+    """The rows of all finished runs below a directory."""
+    runs = [run for run in list_runs(runs_root) if run.done]
+    return collect(
+        (entry_of(run.config), f"{run.config.dataset} {run.config.direction}", run) for run in runs
+    )
 
 
 def show(lines: pd.DataFrame) -> None:
@@ -179,7 +127,7 @@ def main() -> None:
             )
         ]
         failed = execute(commands, options.workers)
-    rows = collect(options.runs)
+    rows = found(options.runs)
     if options.rows is not None:
         # Rows of real patients stay where they are.
         rows[rows["dataset"] == "phantom"].to_parquet(options.rows, index=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +23,7 @@ from glua_bench.registry import Registry
 if TYPE_CHECKING:
     import pandas as pd
 
+    from glua_bench.matrix import Cell
     from glua_bench.runs import PlannedRun, RunRequest
     from glua_bench.task import Dataset
 
@@ -59,6 +61,61 @@ PresetName = Annotated[
 ]
 
 
+RunPreset = Annotated[
+    str | None,
+    typer.Option("--preset", help="quick, standard or paper; default: quick, with a GPU standard."),
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Change a setting, e.g. method.mask_ratio=0.3, segmenter.name=timm:resnet18, "
+        "grid.size=96, batch_size=4. Repeatable; `list methods -v` names them.",
+    ),
+]
+Augmentation = Annotated[
+    str | None,
+    typer.Option("--augmentation", help="none, geometric (default) or photometric."),
+]
+Steps = Annotated[int | None, typer.Option("--steps", help="Updates of the segmenter.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Precision = Annotated[
+    str | None,
+    typer.Option("--precision", help="32-true (default), bf16-mixed or 16-mixed."),
+]
+Oracle = Annotated[
+    bool,
+    typer.Option(
+        "--oracle",
+        help="Also score every checkpoint on the labelled test cases, to see what a selector "
+        "misses; flagged, and never a result.",
+    ),
+]
+Mirrored = Annotated[bool, typer.Option("--mlflow/--no-mlflow", help="Mirror runs to MLflow.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would run, and how long; train nothing.")
+]
+DatasetNames = Annotated[str, typer.Option("--datasets", "--dataset", help="Names, by commas.")]
+DirectionNames = Annotated[
+    str | None,
+    typer.Option(
+        "--directions",
+        "--direction",
+        help="all, or some by commas, e.g. mr-ct; default is each dataset's first.",
+    ),
+]
+Seeds = Annotated[int, typer.Option("--seeds", help="How many, from 0.")]
+Jobs = Annotated[
+    int,
+    typer.Option(
+        "--jobs", min=1, help="Runs at once: one a GPU, or each with its share of the cores."
+    ),
+]
+RetryFailed = Annotated[
+    bool, typer.Option("--retry-failed", help="Begin again what failed earlier.")
+]
+
+
 class Kind(str, Enum):
     """What `list` can list."""
 
@@ -89,18 +146,8 @@ def run(
         str | None, typer.Option(help="source-target, e.g. mr-ct; default is the dataset's first.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    preset: Annotated[
-        str | None,
-        typer.Option(help="quick, standard or paper; default is quick, with a GPU standard."),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="Change a setting, e.g. method.mask_ratio=0.3, segmenter.name=timm:resnet18, "
-            "grid.size=96, batch_size=4. Repeatable; `list methods -v` names them.",
-        ),
-    ] = None,
+    preset: RunPreset = None,
+    set_: Assignments = None,
     scenario: Annotated[
         str,
         typer.Option(
@@ -108,30 +155,17 @@ def run(
             "bound (privileged)."
         ),
     ] = "uda",
-    augmentation: Annotated[
-        str | None, typer.Option(help="none, geometric (default) or photometric.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Updates of the segmenter.")] = None,
+    augmentation: Augmentation = None,
+    steps: Steps = None,
     data_root: DataRoot = None,
     runs_root: RunsRoot = Path("runs"),
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     devices: Annotated[int, typer.Option(help="Processes, one a GPU (or CPU).", min=1)] = 1,
-    precision: Annotated[
-        str | None, typer.Option(help="32-true (default), bf16-mixed or 16-mixed.")
-    ] = None,
+    precision: Precision = None,
     plugin: Plugins = None,
-    oracle: Annotated[
-        bool,
-        typer.Option(
-            "--oracle",
-            help="Also score every checkpoint on the labelled test cases, to see what a selector "
-            "misses; flagged, and never a result.",
-        ),
-    ] = False,
-    mlflow: Annotated[bool, typer.Option(help="Mirror the run to MLflow.")] = True,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would run, and how long; train nothing.")
-    ] = False,
+    oracle: Oracle = False,
+    mlflow: Mirrored = True,
+    dry_run: DryRun = False,
 ) -> None:
     """Train one method on one dataset, evaluate it, and record everything.
 
@@ -265,6 +299,156 @@ def _next_run(planned: PlannedRun, request: RunRequest) -> str:
             + "   (the upper bound)"
         )
     return " ".join([*common, "--method glua"])
+
+
+# -- compare and ablate ------------------------------------------------------------------------
+
+
+@app.command()
+def compare(
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Names by commas; NAME+photometric asks for that augmentation, supervised is "
+            "the upper bound."
+        ),
+    ],
+    datasets: DatasetNames,
+    directions: DirectionNames = None,
+    seeds: Seeds = 3,
+    bounds: Annotated[
+        bool, typer.Option(help="Add source_only and supervised, between which the gap lies.")
+    ] = True,
+    jobs: Jobs = 1,
+    retry_failed: RetryFailed = False,
+    preset: RunPreset = None,
+    set_: Assignments = None,
+    augmentation: Augmentation = None,
+    steps: Steps = None,
+    data_root: DataRoot = None,
+    runs_root: RunsRoot = Path("runs"),
+    device: Device = "auto",
+    precision: Precision = None,
+    plugin: Plugins = None,
+    oracle: Oracle = False,
+    mlflow: Mirrored = True,
+    dry_run: DryRun = False,
+) -> None:
+    """Run methods side by side under one protocol, and print their table.
+
+    The same command again runs what is missing. Several processes may be given the same command:
+    they share the runs.
+    """
+    from glua_bench import matrix
+
+    base = _shared_request(locals())
+    asked = _names(methods), _names(datasets), _names(directions or "")
+    cells = matrix.comparison(*asked, seeds, base, bounds)
+    _run_matrix(cells, jobs, retry_failed, dry_run)
+
+
+@app.command()
+def ablate(
+    method: Annotated[str, typer.Option(help="A method that declares variants.")],
+    datasets: DatasetNames,
+    directions: DirectionNames = None,
+    seeds: Seeds = 3,
+    combine: Annotated[
+        bool, typer.Option("--combine", help="All combinations of the variants' settings.")
+    ] = False,
+    jobs: Jobs = 1,
+    retry_failed: RetryFailed = False,
+    preset: RunPreset = None,
+    set_: Assignments = None,
+    augmentation: Augmentation = None,
+    steps: Steps = None,
+    data_root: DataRoot = None,
+    runs_root: RunsRoot = Path("runs"),
+    device: Device = "auto",
+    precision: Precision = None,
+    plugin: Plugins = None,
+    oracle: Oracle = False,
+    mlflow: Mirrored = True,
+    dry_run: DryRun = False,
+) -> None:
+    """Run a method's declared variants side by side, and print their table."""
+    from glua_bench import matrix
+
+    base = _shared_request(locals())
+    asked = method, _names(datasets), _names(directions or "")
+    cells = matrix.ablation(*asked, seeds, base, combine)
+    _run_matrix(cells, jobs, retry_failed, dry_run)
+
+
+def _shared_request(options: Mapping[str, Any]) -> RunRequest:
+    """What all runs of a matrix share, from a command's options."""
+    from glua_bench.runs import RunRequest
+
+    same = [
+        "preset",
+        "augmentation",
+        "steps",
+        "data_root",
+        "runs_root",
+        "device",
+        "precision",
+        "oracle",
+        "mlflow",
+    ]
+    return RunRequest(
+        method="",
+        dataset="",
+        assignments=options["set_"] or [],
+        plugins=options["plugin"] or [],
+        **{name: options[name] for name in (*same, "oracle", "mlflow")},
+    )
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _run_matrix(cells: list[Cell], jobs: int, retry_failed: bool, dry_run: bool) -> None:
+    from glua_bench import matrix
+    from glua_bench.console import duration
+    from glua_bench.reports import comparison
+
+    planned = matrix.plan(cells, say)
+    if dry_run:
+        states: dict[tuple[str, str], list[str]] = {}
+        for item in planned:
+            states.setdefault((item.cell.entry, item.cell.task), []).append(item.state)
+        seconds = matrix.estimate(planned, say)
+        total = 0.0
+        for key, found in states.items():
+            left = sum(state != "done" for state in found)
+            counts = ", ".join(f"{found.count(s)} {s}" for s in dict.fromkeys(found))
+            cost = f", {duration(seconds[key])} a run" if left else ""
+            total += left * seconds.get(key, 0.0)
+            say(f"  {key[0]:<24}{key[1]:<22}{counts}{cost}")
+        done = sum(item.state == "done" for item in planned)
+        say(f"{len(planned)} runs, {done} done; about {duration(total / jobs)} with --jobs {jobs}.")
+        say("Next: the same command without --dry-run.")
+        return
+    outcome = matrix.Executor(planned, jobs, retry_failed, say).run()
+    say(
+        f"{len(planned)} runs: {outcome.ran} run now, {outcome.before} done before, "
+        f"{outcome.elsewhere} by another process, {len(outcome.failed)} failed."
+    )
+    finished = [(p.cell.entry, p.cell.task, p.run.directory) for p in planned if p.state == "done"]
+    if finished:
+        say()
+        say(comparison.as_text(comparison.table(comparison.collect(finished))))
+    root = planned[0].run.request.runs_root
+    if outcome.failed:
+        first = next(iter(outcome.failed.values()))
+        raise RunFailure(
+            f"{len(outcome.failed)} of {len(planned)} runs failed, the first because: {first} "
+            "Give the same command with --retry-failed once the reason is removed."
+        )
+    say()
+    say(f"Rows:  {root}/*/*/*/cases.parquet")
+    say(f"Next:  look at figures/ in the runs below {root}")
 
 
 # -- list --------------------------------------------------------------------------------------

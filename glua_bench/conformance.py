@@ -1457,7 +1457,7 @@ def _reachable(
     seen: dict[int, Any] = {}  # keeps the objects alive, so that no id is given out twice
     while waiting and len(seen) < limit:
         way, value = waiting.popleft()
-        left_out = (type, types.ModuleType, type(None), *leave)
+        left_out: tuple[type, ...] = (type, types.ModuleType, type(None), *leave)
         if id(value) in seen or isinstance(value, left_out):
             continue
         # The kit itself stands between trainer and method, and knows the labels.

@@ -114,7 +114,8 @@ def sample_pixels(
     places = torch.from_numpy(
         np.random.default_rng(0).integers(0, store.size[0] * store.size[1], (count, pixels))
     )
-    logits, found = [], []
+    logits: list[Tensor] = []
+    found: list[Tensor] = []
     for start in range(0, count, 32):
         images = torch.from_numpy(store.images(chosen[start : start + 32])).to(device)
         images = translate(images)

@@ -155,6 +155,19 @@ def _lock(path: Path, wait: bool) -> contextlib.AbstractContextManager[bool]:
     return held()
 
 
+@contextlib.contextmanager
+def try_lock(path: Path) -> Iterator[bool]:
+    """Hold a lock file if nobody does; yields whether. It ends with the process, even killed.
+
+    Raises:
+        RunFailure: the directory cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        with _storing(path):
+            mine = stack.enter_context(_lock(path, wait=False))
+        yield mine
+
+
 # --- the run directory -----------------------------------------------------------------------
 
 
@@ -221,9 +234,7 @@ class RunDirectory:
             RunFailure: another process holds it, or the directory cannot be written.
         """
         with contextlib.ExitStack() as stack:
-            with _storing(self.path):
-                mine = stack.enter_context(_lock(self.path / ".lock", wait=False))
-            if not mine:
+            if not stack.enter_context(try_lock(self.path / ".lock")):
                 raise RunFailure(
                     f"The run {self.path} is being run by another process; wait for it, or stop "
                     "it and give the same command again."

@@ -64,7 +64,18 @@ def refused(result: Result, *words: str, code: int = 2) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["run"], ["list"], ["data"], ["new-method"], ["new-dataset"], ["sync"], ["doctor"]],
+    [
+        [],
+        ["run"],
+        ["compare"],
+        ["ablate"],
+        ["list"],
+        ["data"],
+        ["new-method"],
+        ["new-dataset"],
+        ["sync"],
+        ["doctor"],
+    ],
 )
 def test_help_is_there_for_every_command(call: Call, arguments: list[str]) -> None:
     code, out, _ = call(*arguments, "--help")
@@ -331,4 +342,22 @@ def test_new_files_and_the_command_that_uses_them(call, tmp_path):
 def test_new_files_that_cannot_be_are_one_sentence(words, said, call, tmp_path):
     code, _, err = call(*words, "--out", tmp_path)
     assert code == 2 and said in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+# -- compare, ablate ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["compare", "--methods=glau", "--dataset=phantom"], "did you mean 'glua'"),
+        (["compare", "--methods=glua", "--dataset=fantom"], "fantom"),
+        (["compare", "--methods=glua", "--dataset=phantom", "--direction=x-y"], "--directions"),
+        (["compare", "--methods=glua", "--dataset=phantom", "--seeds=0"], "--seeds 0"),
+        (["ablate", "--method=fda", "--dataset=phantom"], "declares no variants"),
+    ],
+)
+def test_a_matrix_that_cannot_be_is_one_sentence(words, said, call, tmp_path):
+    refused(call(*words), said)
     assert not list(tmp_path.iterdir())

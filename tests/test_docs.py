@@ -69,15 +69,15 @@ def test_the_guide_s_commands_run_in_its_order(plugin, phantom_root, tmp_path):
     assert [c.split()[0] for c in commands].count("pytest") == 1
     for command in commands:
         program, *words = shlex.split(command)
-        if program == "glua-bench":
-            run = [sys.executable, "-m", "glua_bench", *words]
-            run += [*shlex.split(small), "--no-mlflow"] if words[0] == "run" else []
-        elif program == "pytest":
+        if program == "pytest":
             run = [sys.executable, "-m", "pytest", "-q", *words, "-k", "card or trains or poison"]
         else:
-            script, *rest = words
-            assert program == "python" and rest[-2:] == ["--seeds", "3"]
-            run = [sys.executable, str(ROOT / script), *rest[:-1], "1", "--options", small]
+            assert program == "glua-bench"
+            run = [sys.executable, "-m", "glua_bench", *words]
+            if words[0] in ("run", "compare"):
+                run += [*shlex.split(small), "--no-mlflow"]
+            if words[0] == "compare":
+                run += ["--seeds", "1"]
         done = subprocess.run(run, cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         if words[0] == "new-method":
@@ -85,8 +85,9 @@ def test_the_guide_s_commands_run_in_its_order(plugin, phantom_root, tmp_path):
         if "--set" not in words and words[0] == "run":
             # The template was tried; the page's code takes its place.
             (folder / file.name).write_text(file.read_text())
-    rows = [line for line in done.stdout.splitlines() if line.startswith("phantom mr-ct")]
-    assert len(rows) == 1 and "coral" in done.stdout and "supervised" in done.stdout
+    assert "3 runs: 3 run now" in done.stdout and "phantom mr-ct" in done.stdout
+    rows = [line.split()[0] for line in done.stdout.splitlines() if "%" in line]
+    assert sorted(rows) == ["coral", "source_only", "supervised"]
 
 
 # -- adding-data.md -------------------------------------------------------------------------------

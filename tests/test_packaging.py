@@ -184,7 +184,10 @@ def test_every_library_is_declared():
         re.split(r"[<>=!~\[; ]", requirement)[0].lower().replace("-", "_")
         for requirement in [*project["dependencies"], *project["optional-dependencies"]["test"]]
     }
-    packages = {"yaml": "pyyaml"}  # import name → package name, where they differ
+    packages = {
+        "yaml": "pyyaml",
+        "sklearn": "scikit_learn",
+    }  # import name → package name, where they differ
     for folder in ("glua_bench", *CONTENT):
         for path in modules(folder):
             used = {name.split(".")[0] for name in imports(path)}

@@ -1,0 +1,457 @@
+"""The run matrix: which runs a comparison or an ablation needs, and their execution.
+
+Enumeration (`comparison`, `ablation`) makes requests and runs nothing. Execution skips what is
+done, and starts each other run as a process of its own, several at once if asked. Two processes
+on the same matrix share it: a run is claimed by a file lock, which the kernel gives back when its
+holder ends, however it ends; whoever claims a run that another left behind resumes it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glua_bench import runs
+from glua_bench.console import duration
+from glua_bench.errors import ConfigError
+from glua_bench.evaluation import mean_dice
+from glua_bench.method import Method
+from glua_bench.registry import Registry
+from glua_bench.runs import PlannedRun, RunRequest
+from glua_bench.task import Dataset
+from glua_bench.tracking import try_lock
+
+POLL_SECONDS = 1.0  # between looks at runs that another process executes
+KILLED_TWICE = 2  # attempts at a run whose process is killed, before it counts as failed
+PHOTOMETRIC = "+photometric"
+SUPERVISED = "supervised"  # the upper bound's name among methods
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a matrix.
+
+    Args:
+        entry: name of its row in tables, e.g. "glua" or "glua +photometric".
+        task: name of its column group, e.g. "phantom mr-ct".
+        request: what to run.
+    """
+
+    entry: str
+    task: str
+    request: RunRequest
+
+
+# -- enumeration ---------------------------------------------------------------------------------
+
+
+def comparison(
+    methods: Sequence[str],
+    datasets: Sequence[str],
+    directions: Sequence[str],
+    seeds: int,
+    base: RunRequest,
+    bounds: bool = True,
+) -> list[Cell]:
+    """Every method on every direction of every dataset with every seed.
+
+    Args:
+        methods: names; `NAME+photometric` asks for that augmentation, `supervised` is the
+            upper bound.
+        datasets: names.
+        directions: "source-target"; () is each dataset's first one, ("all",) all of them.
+        seeds: how many, from 0.
+        base: everything else that the runs share.
+        bounds: begin with `source_only` and `supervised`, between which the gap lies.
+
+    Returns:
+        Seed by seed, so that whole comparisons are complete early.
+
+    Raises:
+        UserError: a name or direction is unknown, or a name is given twice.
+    """
+    names = [*(("source_only", SUPERVISED) if bounds else ()), *methods]
+    entries = {}
+    for name in dict.fromkeys(names):
+        changes: dict[str, Any] = {"method": name.removesuffix(PHOTOMETRIC)}
+        if name.endswith(PHOTOMETRIC):
+            changes["augmentation"] = "photometric"
+        if changes["method"] == SUPERVISED:
+            changes |= {"method": "source_only", "scenario": "supervised"}
+        Registry("method", base.plugins).entry(changes["method"])
+        entries[name.replace(PHOTOMETRIC, " " + PHOTOMETRIC)] = changes
+    return _cells(entries, datasets, directions, seeds, base)
+
+
+def ablation(
+    method: str,
+    datasets: Sequence[str],
+    directions: Sequence[str],
+    seeds: int,
+    base: RunRequest,
+    combine: bool = False,
+) -> list[Cell]:
+    """A method's declared variants, each on every direction with every seed.
+
+    Args:
+        method: its name.
+        datasets: names.
+        directions: as in `comparison`.
+        seeds: how many, from 0.
+        base: everything else that the runs share.
+        combine: all combinations of the values that the variants give to settings, instead of
+            the variants as they are.
+
+    Raises:
+        UserError: the method is unknown or declares no variants.
+    """
+    method_class: type[Method] = Registry("method", base.plugins).load(method)
+    variants: Mapping[str, Mapping[str, Any]] = method_class.variants()
+    if not variants:
+        raise ConfigError(
+            f"Method '{method}' declares no variants; give it `variants()`, or compare settings "
+            "with `glua-bench run --set`."
+        )
+    if combine:
+        variants = combinations(variants)
+    entries = {
+        name: {
+            "method": method,
+            "assignments": [*base.assignments, *(f"method.{k}={v}" for k, v in changes.items())],
+        }
+        for name, changes in variants.items()
+    }
+    return _cells(entries, datasets, directions, seeds, base)
+
+
+def combinations(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """All combinations of the values that variants give to settings, and of leaving them.
+
+    Example:
+        >>> sorted(combinations({"a": {"mask": "none"}, "b": {"weight": 0.0}}))
+        ['default', 'mask=none', 'mask=none, weight=0.0', 'weight=0.0']
+    """
+    values: dict[str, list[Any]] = {}
+    for changes in variants.values():
+        for name, value in changes.items():
+            known = values.setdefault(name, [])
+            if value not in known:
+                known.append(value)
+    options = [[None, *((name, value) for value in found)] for name, found in values.items()]
+    combined = {}
+    for chosen in itertools.product(*options):
+        changes = dict(pair for pair in chosen if pair is not None)
+        combined[", ".join(f"{k}={v}" for k, v in changes.items()) or "default"] = changes
+    return combined
+
+
+def _cells(
+    entries: Mapping[str, Mapping[str, Any]],
+    datasets: Sequence[str],
+    directions: Sequence[str],
+    seeds: int,
+    base: RunRequest,
+) -> list[Cell]:
+    if seeds < 1:
+        raise ConfigError(f"--seeds {seeds} asks for no run; give 1 or more, 3 for intervals.")
+    tasks = []
+    for name in dict.fromkeys(datasets):
+        dataset: type[Dataset] = Registry("dataset", base.plugins).load(name)
+        known = dataset.directions
+        chosen = known if tuple(directions) == ("all",) else directions or known[:1]
+        for direction in dict.fromkeys(chosen):
+            if direction not in known:
+                raise ConfigError(
+                    f"Dataset '{name}' has no direction '{direction}'; use --directions with all, "
+                    f"or some of {', '.join(known)}."
+                )
+            tasks.append((name, direction))
+    return [
+        Cell(
+            entry,
+            f"{dataset} {direction}",
+            replace(base, dataset=dataset, direction=direction, seed=seed, **changes),
+        )
+        for seed, (entry, changes), (dataset, direction) in itertools.product(
+            range(seeds), entries.items(), tasks
+        )
+    ]
+
+
+def command(request: RunRequest) -> list[str]:
+    """The words behind `glua-bench` that run a request.
+
+    Raises:
+        TypeError: a field of the request has no option.
+    """
+    words = ["run"]
+    for spec in fields(request):
+        value = getattr(request, spec.name)
+        option = {
+            "data_root": "--data-root",
+            "runs_root": "--runs",
+            "assignments": "--set",
+            "plugins": "--plugin",
+        }.get(spec.name, f"--{spec.name}")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            if spec.name == "mlflow":
+                words.append("--mlflow" if value else "--no-mlflow")
+            elif value:
+                words.append(option)
+        elif isinstance(value, list):
+            words += itertools.chain.from_iterable((option, str(item)) for item in value)
+        elif isinstance(value, (str, int, Path)):
+            words += [option, str(value)]
+        else:
+            raise TypeError(f"no option says {spec.name} = {value!r}")
+    return words
+
+
+# -- planning ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Planned:
+    """A cell whose run is resolved.
+
+    Args:
+        cell: the cell.
+        run: its run.
+    """
+
+    cell: Cell
+    run: PlannedRun
+
+    @property
+    def state(self) -> str:
+        """ "done", "failed" (and not begun again), or "open"."""
+        if self.run.directory.done:
+            return "done"
+        return "failed" if self.run.directory.failed is not None else "open"
+
+
+def plan(cells: Sequence[Cell], report: Callable[[str], None] = lambda line: None) -> list[Planned]:
+    """Resolve every cell, before any of them is run.
+
+    Cells that come to one run (two variants with equal settings) are an error, since a table
+    would show one training as two.
+
+    Raises:
+        UserError: a cell cannot be served, or two come to the same run.
+    """
+    planned: list[Planned] = []
+    owner: dict[str, Cell] = {}
+    for cell in cells:
+        run = runs.plan(cell.request, report)
+        if run.id in owner:
+            raise ConfigError(
+                f"'{owner[run.id].entry}' and '{cell.entry}' on {cell.task} are the same run; "
+                "leave one of them out."
+            )
+        owner[run.id] = cell
+        planned.append(Planned(cell, run))
+    return planned
+
+
+def seconds_known(planned: Sequence[Planned]) -> dict[tuple[str, str], float]:
+    """(entry, task) → mean seconds of its finished runs."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for item in planned:
+        if item.run.directory.done:
+            key = item.cell.entry, item.cell.task
+            found.setdefault(key, []).append(float(item.run.directory.read_summary()["seconds"]))
+    return {key: sum(values) / len(values) for key, values in found.items()}
+
+
+def estimate(
+    planned: Sequence[Planned], report: Callable[[str], None] = lambda line: None
+) -> dict[tuple[str, str], float]:
+    """(entry, task) → seconds that one open run will take.
+
+    From finished runs of the same entry and task; where there are none, from a few steps on the
+    real data, which are thrown away.
+    """
+    known = seconds_known(planned)
+    for item in planned:
+        key = item.cell.entry, item.cell.task
+        if item.state != "done" and key not in known:
+            report(f"measuring a few steps of {key[0]} on {key[1]}")
+            known[key] = runs.estimate(item.run)
+    return known
+
+
+# -- execution -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """What became of a matrix.
+
+    Args:
+        ran: runs that this process executed.
+        before: runs that were done before.
+        elsewhere: runs that another process finished meanwhile.
+        failed: run → why, also those that failed earlier and were not tried again.
+    """
+
+    ran: int = 0
+    before: int = 0
+    elsewhere: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+class Executor:
+    """Works off a matrix with some processes at once.
+
+    Args:
+        planned: the matrix.
+        jobs: runs at once, each on a GPU of its own where there are some, otherwise with an
+            equal share of the CPU cores.
+        retry_failed: begin again what failed earlier.
+        report: receives a line when a run begins or ends.
+        start: runs the words of `command` with an environment and returns exit code and stderr.
+    """
+
+    def __init__(
+        self,
+        planned: Sequence[Planned],
+        jobs: int = 1,
+        retry_failed: bool = False,
+        report: Callable[[str], None] = lambda line: None,
+        start: Callable[[list[str], Mapping[str, str]], tuple[int, str]] | None = None,
+    ) -> None:
+        self.planned, self.jobs, self.report = list(planned), jobs, report
+        self.start = start or start_process
+        self.outcome = Outcome()
+        self._lock = threading.Lock()
+        self._waiting: list[Planned] = []
+        self._attempts: Counter[str] = Counter()
+        self._began = time.monotonic()
+        for item in self.planned:
+            if item.state == "done":
+                self.outcome.before += 1
+            elif item.state == "failed" and not retry_failed:
+                self.outcome.failed[item.run.id] = str(item.run.directory.failed)
+            else:
+                self._waiting.append(item)
+        self._total = len(self._waiting)
+
+    def run(self) -> Outcome:
+        """Execute what is open; returns when nothing of the matrix is."""
+        workers = [
+            threading.Thread(target=self._work, args=(index,), daemon=True)
+            for index in range(min(self.jobs, max(1, self._total)))
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            while worker.is_alive():  # in short waits, so that Ctrl-C is heard
+                worker.join(0.2)
+        return self.outcome
+
+    def _work(self, index: int) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    return
+                item = self._waiting.pop(0)
+            claim = item.run.request.runs_root / ".claims" / f"{item.run.id}.lock"
+            with try_lock(claim) as mine:
+                if mine and not _running(item):
+                    self._execute(item, index)
+                    continue
+            # Another process has it, or one whose starter was killed: look again when the rest is
+            # done.
+            if item.run.directory.done:
+                self._end(item, "done elsewhere")
+            else:
+                with self._lock:
+                    self._waiting.append(item)
+                time.sleep(POLL_SECONDS)
+
+    def _execute(self, item: Planned, index: int) -> None:
+        if item.run.directory.done:  # finished by another process since the matrix was read
+            self._end(item, "done elsewhere")
+            return
+        name = f"{item.cell.entry}, {item.cell.task}, seed {item.cell.request.seed}"
+        self.report(f"begin  {name}")
+        began = time.monotonic()
+        code, errors = self.start(command(item.run.request), environment(index, self.jobs))
+        if item.run.directory.done:
+            dice = mean_dice(
+                item.run.directory.read_cases().query("selector == @item.run.config.selectors[0]")
+            )
+            self._end(item, "ran", f"{name}: Dice {dice:.3f}, {duration(time.monotonic() - began)}")
+            return
+        if _running(item):  # somebody ran it by hand in the same moment
+            with self._lock:
+                self._waiting.append(item)
+            return
+        self._attempts[item.run.id] += 1
+        if code < 0 and self._attempts[item.run.id] < KILLED_TWICE:
+            self.report(f"killed {name}; it goes on where it was")
+            with self._lock:
+                self._waiting.insert(0, item)
+            return
+        reason = item.run.directory.failed or (errors.strip().splitlines() or ["no reason"])[-1]
+        with self._lock:
+            self.outcome.failed[item.run.id] = reason
+        self.report(f"FAILED {name}: {reason}")
+
+    def _end(self, item: Planned, how: str, text: str = "") -> None:
+        with self._lock:
+            if how == "ran":
+                self.outcome.ran += 1
+            else:
+                self.outcome.elsewhere += 1
+            ended = self.outcome.ran + self.outcome.elsewhere + len(self.outcome.failed)
+            left = len(self._waiting)
+            mean = (time.monotonic() - self._began) / max(1, self.outcome.ran)
+        if text:
+            rest = f", about {duration(mean * left)} left" if left else ""
+            self.report(f"done   {text} ({ended} of {self._total}{rest})")
+
+
+def _running(item: Planned) -> bool:
+    """Whether a process is at the run now."""
+    path = item.run.directory.path
+    if not path.is_dir():
+        return False
+    with try_lock(path / ".lock") as free:
+        return not free
+
+
+def environment(index: int, jobs: int) -> dict[str, str]:
+    """The environment of one of several processes: its GPU, or its share of the cores."""
+    changed = dict(os.environ)
+    gpus = torch.cuda.device_count()
+    if gpus:
+        changed["CUDA_VISIBLE_DEVICES"] = str(index % gpus)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        changed["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    return changed
+
+
+def start_process(words: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
+    """Run `glua-bench` with words; its exit code and what it wrote to stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "glua_bench", *words],
+        env=dict(environment),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return done.returncode, done.stderr

@@ -1,0 +1,340 @@
+"""matrix.py: what a comparison consists of, and that its runs are shared and done once."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from glua_bench import cli, matrix, runs
+from glua_bench.errors import ConfigError, PluginError
+from glua_bench.matrix import Executor, Planned, ablation, combinations, command, comparison, plan
+from glua_bench.reports.comparison import as_text, collect, table
+from glua_bench.runs import RunRequest
+
+SAMPLE = Path(__file__).resolve().parent / "sample_plugin" / "src" / "glua_bench_sample"
+PLUGINS = [SAMPLE / "discs.py", SAMPLE / "random_gamma.py"]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> RunRequest:
+    return RunRequest(
+        method="",
+        dataset="",
+        preset="quick",
+        steps=2,
+        assignments=["segmenter.width=4", "segmenter.depth=3", "batch_size=2", "candidates=2"],
+        plugins=PLUGINS,
+        data_root=tmp_path / "discs",
+        runs_root=tmp_path / "runs",
+        device="cpu",
+        mlflow=False,
+    )
+
+
+# -- enumeration ----------------------------------------------------------------------------------
+
+
+def test_a_comparison_is_every_method_on_every_direction_with_every_seed(base: RunRequest) -> None:
+    names = ["glua", "glua+photometric", "source_only"]
+    cells = comparison(names, ["phantom", "mscmr"], ["all"], 2, base)
+    entries = ["source_only", "supervised", "glua", "glua +photometric"]
+    tasks = ["phantom mr-ct", "phantom ct-mr", "mscmr bssfp-lge"]
+    expected = [(s, e, t) for s in range(2) for e in entries for t in tasks]
+    tasks_of = {c.task for c in cells if c.task.startswith("mscmr")}
+    expected = [x for x in expected if x[2] in tasks[:2] or x[2] in tasks_of]
+    found = [(c.request.seed, c.entry, c.task) for c in cells if c.task in tasks]
+    assert found == expected
+    by_entry = {c.entry: c.request for c in cells}
+    assert by_entry["supervised"].scenario == "supervised"
+    assert by_entry["supervised"].method == "source_only"
+    assert by_entry["glua +photometric"].augmentation == "photometric"
+    assert by_entry["glua"].augmentation is None and by_entry["glua"].scenario == "uda"
+    assert {c.request.runs_root for c in cells} == {base.runs_root}
+
+
+def test_the_default_is_each_datasets_first_direction(base: RunRequest) -> None:
+    cells = comparison(["glua"], ["phantom", "discs"], [], 1, base, bounds=False)
+    assert [c.task for c in cells] == ["phantom mr-ct", "discs bright-dark"]
+
+
+def test_an_ablation_is_what_the_method_declares(base: RunRequest) -> None:
+    cells = ablation("glua", ["phantom"], [], 1, base)
+    assert [c.entry for c in cells][-1] == "union (GLUA)" and len(cells) == 5
+    unmasked = cells[0].request
+    assert unmasked.assignments[-2:] == ["method.mask=none", "method.lambda_local=0.0"]
+    assert unmasked.assignments[:-2] == base.assignments
+
+
+def test_combinations_are_of_values_and_of_leaving_them() -> None:
+    assert doctest.testmod(matrix).failed == 0
+    found = combinations({"a": {"m": 1}, "b": {"m": 2, "w": 0}, "c": {}})
+    assert list(found) == ["default", "w=0", "m=1", "m=1, w=0", "m=2", "m=2, w=0"]
+    assert found["m=2, w=0"] == {"m": 2, "w": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"methods": ["glau"]}, PluginError, "glau"),
+        ({"datasets": ["fantom"]}, PluginError, "fantom"),
+        ({"directions": ["ct-ct"]}, ConfigError, "ct-ct"),
+        ({"seeds": 0}, ConfigError, "--seeds 0"),
+    ],
+)
+def test_what_cannot_be_enumerated_is_refused(
+    change: dict[str, Any], error: type[Exception], said: str, base: RunRequest
+) -> None:
+    asked = {"methods": ["glua"], "datasets": ["phantom"], "directions": [], "seeds": 1, **change}
+    with pytest.raises(error, match=said):
+        comparison(**asked, base=base)
+
+
+def test_a_method_without_variants_cannot_be_ablated(base: RunRequest) -> None:
+    with pytest.raises(ConfigError, match="declares no variants"):
+        ablation("random_gamma", ["discs"], [], 1, base)
+
+
+def test_a_request_survives_the_command_line(
+    base: RunRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that a matrix starts is the run that was planned, whatever was set."""
+    seen: list[RunRequest] = []
+
+    def capture(request: RunRequest, report: Any = None) -> None:
+        seen.append(request)
+        raise ConfigError("enough.")
+
+    monkeypatch.setattr(runs, "plan", capture)
+    changed = replace(
+        base,
+        method="random_gamma",
+        dataset="discs",
+        direction="dark-bright",
+        scenario="supervised",
+        seed=3,
+        augmentation="photometric",
+        precision="bf16-mixed",
+        devices=2,
+        oracle=True,
+    )
+    default = {f.name: f.default for f in fields(RunRequest)}
+    same = {f.name for f in fields(RunRequest) if getattr(changed, f.name) == default[f.name]}
+    assert not same - {"mlflow"}, "this test must change every field"
+    for request in (changed, replace(base, method="random_gamma", dataset="discs", mlflow=True)):
+        monkeypatch.setattr(sys, "argv", ["glua-bench", *command(request)])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert seen.pop() == request
+
+
+# -- execution ------------------------------------------------------------------------------------
+
+
+def cells_of(base: RunRequest, seeds: int = 2) -> list[Planned]:
+    return plan(comparison(["random_gamma"], ["discs"], [], seeds, base, bounds=False))
+
+
+def in_process(words: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
+    """What a started process would do."""
+    seed = int(words[words.index("--seed") + 1])
+    request = in_process.requests[seed]  # type: ignore[attr-defined]
+    runs.execute(runs.plan(request), runs.Progress(enabled=False))
+    return 0, ""
+
+
+def starter(planned: list[Planned]) -> Callable[..., tuple[int, str]]:
+    in_process.requests = {p.cell.request.seed: p.cell.request for p in planned}  # type: ignore[attr-defined]
+    return in_process
+
+
+def test_two_cells_of_one_run_are_refused(base: RunRequest) -> None:
+    cells = comparison(["random_gamma", "source_only"], ["discs"], [], 1, base, bounds=False)
+    twice = [*cells, replace(cells[0], entry="again")]
+    with pytest.raises(ConfigError, match="'random_gamma' and 'again' on discs bright-dark"):
+        plan(twice)
+
+
+def test_runs_are_done_once_and_skipped_afterwards(base: RunRequest) -> None:
+    planned = cells_of(base)
+    said: list[str] = []
+    outcome = Executor(planned, report=said.append, start=starter(planned)).run()
+    assert (outcome.ran, outcome.before, outcome.elsewhere, outcome.failed) == (2, 0, 0, {})
+    assert [line.split()[0] for line in said] == ["begin", "done", "begin", "done"]
+    assert "(2 of 2)" in said[-1]
+    known = matrix.seconds_known(planned)
+    assert set(known) == {("random_gamma", "discs bright-dark")} and min(known.values()) > 0
+
+    def never(*given: Any) -> tuple[int, str]:
+        raise AssertionError("a finished run was started")
+
+    outcome = Executor(cells_of(base), start=never).run()
+    assert (outcome.ran, outcome.before) == (0, 2)
+
+
+def test_a_failure_is_kept_and_tried_again_only_if_asked(base: RunRequest) -> None:
+    planned = cells_of(base)
+
+    def failing(words: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
+        if words[words.index("--seed") + 1] == "0":
+            planned[0].run.directory.fail("the disk is full.")
+            return 1, "glua-bench: error: the disk is full."
+        return starter(planned)(words, environment)
+
+    outcome = Executor(planned, start=failing).run()
+    assert outcome.ran == 1 and list(outcome.failed.values()) == ["the disk is full."]
+    assert [p.state for p in planned] == ["failed", "done"]
+    outcome = Executor(cells_of(base), start=failing).run()
+    assert (outcome.ran, outcome.before, len(outcome.failed)) == (0, 1, 1)
+    outcome = Executor(cells_of(base), retry_failed=True, start=starter(planned)).run()
+    assert (outcome.ran, outcome.before, outcome.failed) == (1, 1, {})
+
+
+def test_a_killed_process_is_started_again_once(base: RunRequest) -> None:
+    planned, started = cells_of(base, 1), []
+
+    def killed(words: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
+        started.append(words)
+        return (-9, "") if len(started) == 1 else starter(planned)(words, environment)
+
+    outcome = Executor(planned, start=killed).run()
+    assert outcome.ran == 1 and len(started) == 2
+
+    planned = cells_of(replace(base, runs_root=base.runs_root / "more"), 1)
+    outcome = Executor(planned, start=lambda *given: (-9, "")).run()
+    assert outcome.ran == 0 and len(outcome.failed) == 1
+
+
+def test_two_executors_share_the_runs(base: RunRequest) -> None:
+    first, second = cells_of(base, 4), cells_of(base, 4)
+    began: list[str] = []
+    guard = threading.Lock()
+
+    def once(words: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
+        with guard:
+            began.append(words[words.index("--seed") + 1])
+        time.sleep(0.2)
+        with guard:
+            return starter(first)(words, environment)
+
+    executors = [Executor(planned, jobs=2, start=once) for planned in (first, second)]
+    threads = [threading.Thread(target=executor.run) for executor in executors]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert sorted(began) == ["0", "1", "2", "3"]
+    outcomes = [executor.outcome for executor in executors]
+    assert sum(outcome.ran for outcome in outcomes) == 4
+    assert all(o.ran + o.before + o.elsewhere == 4 and not o.failed for o in outcomes)
+
+
+def test_a_run_whose_starter_was_killed_is_waited_for_then_taken_over(base: RunRequest) -> None:
+    planned = cells_of(base, 1)
+    item = planned[0]
+    item.run.directory.path.mkdir(parents=True)
+    # A process that holds the run's own lock, but nobody's claim: an orphan.
+    script = (
+        "import fcntl, sys, time\n"
+        f"held = open({str(item.run.directory.path / '.lock')!r}, 'a')\n"
+        "fcntl.flock(held, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    orphan = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    try:
+        assert orphan.stdout is not None and orphan.stdout.readline() == "held\n"
+        executor = Executor(planned, start=starter(planned))
+        thread = threading.Thread(target=executor.run)
+        thread.start()
+        time.sleep(1.5)
+        assert thread.is_alive() and not item.run.directory.done
+    finally:
+        orphan.kill()
+        orphan.wait()
+    thread.join(120)
+    assert item.run.directory.done and executor.outcome.ran == 1
+
+
+def test_jobs_have_a_gpu_or_a_share_of_the_cores_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(matrix.torch.cuda, "device_count", lambda: 0)
+    assert matrix.environment(0, 4)["OMP_NUM_THREADS"] == "3"
+    assert matrix.environment(0, 40)["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setattr(matrix.torch.cuda, "device_count", lambda: 2)
+    assert [matrix.environment(i, 4)["CUDA_VISIBLE_DEVICES"] for i in range(4)] == list("0101")
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")  # what the user says stands
+    monkeypatch.setattr(matrix.torch.cuda, "device_count", lambda: 0)
+    assert matrix.environment(0, 4)["OMP_NUM_THREADS"] == "5"
+
+
+# -- the table ------------------------------------------------------------------------------------
+
+
+def test_the_table_is_of_seeds_and_pairs_the_gap_by_seed() -> None:
+    rows = []
+    for entry, seed, dice in [
+        ("source_only", 0, 0.2),
+        ("source_only", 1, 0.4),
+        ("supervised", 0, 0.8),
+        ("supervised", 1, 0.8),
+        ("mine", 0, 0.5),
+        ("mine", 1, 0.4),
+    ]:
+        for case, shift in (("a", -0.1), ("b", 0.1)):
+            rows.append((entry, "t x-y", seed, case, "s", dice + shift, 3.0, case == "a", 10, 50.0))
+    columns = ["entry", "task", "seed", "case", "structure", "dice", "assd", "missed", "step"]
+    frame = pd.DataFrame(rows, columns=[*columns, "seconds"]).assign(
+        selector="last", peak_memory_mib=7.0
+    )
+    other = frame.assign(selector="source_val", dice=0.0)
+    lines = table(pd.concat([frame, other]))
+    mine = lines.loc["t x-y", "mine"]
+    assert mine["Dice"] == pytest.approx(0.45) and mine["sd"] == pytest.approx(0.0707, abs=1e-3)
+    assert mine["gap recovered"] == pytest.approx(0.25)  # 50 % and 0 %
+    assert (mine["gap min"], mine["gap max"]) == pytest.approx((0, 0.5))
+    assert mine["missed"] == 2 and mine["s a step"] == pytest.approx(5.0)
+    text = as_text(lines)
+    assert "0.450 ± 0.071" in text and "25 % (0 to 50)" in text and "One seed" not in text
+
+    lone = table(frame[(frame["entry"] == "mine") & (frame["seed"] == 0)])
+    assert lone["gap recovered"].isna().all()
+    assert "One seed has no standard deviation" in as_text(lone) and "±  " not in as_text(lone)
+
+
+# -- the commands ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_commands_at_once_make_one_comparison(base: RunRequest, tmp_path: Path) -> None:
+    options = ["--data-root", "discs", "--steps", "2", "--device", "cpu", "--no-mlflow"]
+    options += [f"--plugin={path}" for path in PLUGINS] + ["--preset", "quick", "--seeds", "1"]
+    words = ["compare", "--methods", "random_gamma", "--dataset", "discs", *options]
+    start = [sys.executable, "-m", "glua_bench", *words]
+    dry = subprocess.run([*start, "--dry-run"], cwd=tmp_path, capture_output=True, text=True)
+    assert dry.returncode == 0, dry.stderr
+    assert "3 runs, 0 done" in dry.stdout and not (tmp_path / "runs").exists()
+    both = [
+        subprocess.Popen(start, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    printed = [process.communicate(timeout=400)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    ran = [int(text.split("3 runs: ")[1].split(" run now")[0]) for text in printed]
+    assert sum(ran) == 3
+    for text in printed:
+        assert "discs bright-dark" in text and "supervised" in text and "0 failed" in text
+    done = sorted(path.parent for path in (tmp_path / "runs").glob("*/*/*/done"))
+    assert len(done) == 3
+    found = [("e", "t", runs.tracking.RunDirectory.open(path)) for path in done]
+    assert len(collect(found)["run"].unique()) == 3
