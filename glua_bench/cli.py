@@ -111,6 +111,10 @@ Jobs = Annotated[
         "--jobs", min=1, help="Runs at once: one a GPU, or each with its share of the cores."
     ),
 ]
+Numbers = Annotated[
+    Path | None,
+    typer.Option("--out", help="Also write rows, table, intervals, pairs and ranking as CSV here."),
+]
 RetryFailed = Annotated[
     bool, typer.Option("--retry-failed", help="Begin again what failed earlier.")
 ]
@@ -321,6 +325,7 @@ def compare(
     ] = True,
     jobs: Jobs = 1,
     retry_failed: RetryFailed = False,
+    out: Numbers = None,
     preset: RunPreset = None,
     set_: Assignments = None,
     augmentation: Augmentation = None,
@@ -344,7 +349,7 @@ def compare(
     base = _shared_request(locals())
     asked = _names(methods), _names(datasets), _names(directions or "")
     cells = matrix.comparison(*asked, seeds, base, bounds)
-    _run_matrix(cells, jobs, retry_failed, dry_run)
+    _run_matrix(cells, jobs, retry_failed, dry_run, out)
 
 
 @app.command()
@@ -358,6 +363,7 @@ def ablate(
     ] = False,
     jobs: Jobs = 1,
     retry_failed: RetryFailed = False,
+    out: Numbers = None,
     preset: RunPreset = None,
     set_: Assignments = None,
     augmentation: Augmentation = None,
@@ -377,7 +383,7 @@ def ablate(
     base = _shared_request(locals())
     asked = method, _names(datasets), _names(directions or "")
     cells = matrix.ablation(*asked, seeds, base, combine)
-    _run_matrix(cells, jobs, retry_failed, dry_run)
+    _run_matrix(cells, jobs, retry_failed, dry_run, out)
 
 
 def _shared_request(options: Mapping[str, Any]) -> RunRequest:
@@ -408,7 +414,9 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _run_matrix(cells: list[Cell], jobs: int, retry_failed: bool, dry_run: bool) -> None:
+def _run_matrix(
+    cells: list[Cell], jobs: int, retry_failed: bool, dry_run: bool, out: Path | None
+) -> None:
     from glua_bench import matrix
     from glua_bench.console import duration
     from glua_bench.reports import comparison
@@ -437,8 +445,14 @@ def _run_matrix(cells: list[Cell], jobs: int, retry_failed: bool, dry_run: bool)
     )
     finished = [(p.cell.entry, p.cell.task, p.run.directory) for p in planned if p.state == "done"]
     if finished:
+        rows = comparison.collect(finished)
         say()
-        say(comparison.as_text(comparison.table(comparison.collect(finished))))
+        say(comparison.as_text(comparison.table(rows)))
+        say()
+        for task in rows["task"].unique():
+            say(comparison.verdict(rows, task))
+        if out is not None:
+            say(f"Wrote {', '.join(str(file) for file in comparison.write(rows, out))}")
     root = planned[0].run.request.runs_root
     if outcome.failed:
         first = next(iter(outcome.failed.values()))

@@ -1,12 +1,15 @@
-"""The table of a comparison: Dice, distance, the gap recovered, and what it cost."""
+"""A comparison's answer: its table, a sentence, and files of its numbers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import pandas as pd
 
+from glua_bench.errors import ConfigError
+from glua_bench.reports import statistics
 from glua_bench.tracking import RunDirectory
 
 LOWER, UPPER = "source_only", "supervised"  # the ends of the gap
@@ -94,6 +97,80 @@ def table(rows: pd.DataFrame, selector: str = "last") -> pd.DataFrame:
             "peak MiB": by_entry["memory"].mean(),
         }
     ).sort_values(["task", "Dice"])
+
+
+def verdict(rows: pd.DataFrame, task: str, selector: str = "last") -> str:
+    """A task's answer in plain words: the best entry, how sure, and against the next one.
+
+    The upper bound has seen target labels and does not take part.
+
+    Args:
+        rows: as `collect` gives them.
+        task: e.g. "phantom mr-ct".
+        selector: whose checkpoints count.
+    """
+    scores = statistics.scores(rows[rows["entry"] != UPPER], task, selector=selector)
+    seeds = scores.index.get_level_values("seed").nunique()
+    cases = scores.index.get_level_values("case").nunique()
+    ranked = statistics.ranking(scores)
+    best = str(ranked.index[0])
+    text = f"{task}: {best} has the highest mean Dice, {ranked['mean'].iloc[0]:.3f}"
+    if seeds == 1:
+        return f"{text}, with one seed; intervals need more (--seeds 3)."
+    own = statistics.intervals(scores).loc[best]
+    text += (
+        f" (95 % interval {own['low']:.3f} to {own['high']:.3f} over {cases} cases and "
+        f"{seeds} seeds)"
+    )
+    if len(ranked) == 1:
+        return f"{text}."
+    second = str(ranked.index[1])
+    pair = statistics.pairs(scores[[best, second]]).iloc[0]
+    return (
+        f"{text}; the next, {second}, is {pair['difference']:.3f} lower ({pair['low']:.3f} to "
+        f"{pair['high']:.3f}), and {best} is the better of the two in {100 * pair['better']:.0f} % "
+        "of resamples."
+    )
+
+
+def write(rows: pd.DataFrame, folder: Path, selector: str = "last") -> list[Path]:
+    """Write a comparison's numbers as CSV files.
+
+    Args:
+        rows: as `collect` gives them.
+        folder: where; it is made.
+        selector: whose checkpoints count.
+
+    Returns:
+        `rows.csv` (as given), `table.csv`, and of all tasks `intervals.csv`, `pairs.csv` and
+        `ranking.csv`.
+
+    Raises:
+        ConfigError: the directory cannot be written.
+    """
+    parts: dict[str, list[pd.DataFrame]] = {"intervals": [], "pairs": [], "ranking": []}
+    for task in rows["task"].unique():
+        scores = statistics.scores(rows, task, selector=selector)
+        for name, part in (
+            ("intervals", statistics.intervals(scores).reset_index(names="entry")),
+            ("pairs", statistics.pairs(scores)),
+            ("ranking", statistics.ranking(scores).reset_index(names="entry")),
+        ):
+            part.insert(0, "task", task)
+            parts[name].append(part)
+    frames = {"rows": rows, "table": table(rows, selector).reset_index()}
+    frames.update({name: pd.concat(found, ignore_index=True) for name, found in parts.items()})
+    files = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, frame in frames.items():
+            files.append(folder / f"{name}.csv")
+            frame.to_csv(files[-1], index=False)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written ({error.strerror}); choose another --out directory."
+        ) from error
+    return files
 
 
 def as_text(lines: pd.DataFrame) -> str:

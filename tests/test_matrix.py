@@ -13,13 +13,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 
 from glua_bench import cli, matrix, runs
 from glua_bench.errors import ConfigError, PluginError
 from glua_bench.matrix import Executor, Planned, ablation, combinations, command, comparison, plan
-from glua_bench.reports.comparison import as_text, collect, table
+from glua_bench.reports.comparison import collect
 from glua_bench.runs import RunRequest
 
 SAMPLE = Path(__file__).resolve().parent / "sample_plugin" / "src" / "glua_bench_sample"
@@ -277,40 +276,6 @@ def test_jobs_have_a_gpu_or_a_share_of_the_cores_each(monkeypatch: pytest.Monkey
     monkeypatch.setenv("OMP_NUM_THREADS", "5")  # what the user says stands
     monkeypatch.setattr(matrix.torch.cuda, "device_count", lambda: 0)
     assert matrix.environment(0, 4)["OMP_NUM_THREADS"] == "5"
-
-
-# -- the table ------------------------------------------------------------------------------------
-
-
-def test_the_table_is_of_seeds_and_pairs_the_gap_by_seed() -> None:
-    rows = []
-    for entry, seed, dice in [
-        ("source_only", 0, 0.2),
-        ("source_only", 1, 0.4),
-        ("supervised", 0, 0.8),
-        ("supervised", 1, 0.8),
-        ("mine", 0, 0.5),
-        ("mine", 1, 0.4),
-    ]:
-        for case, shift in (("a", -0.1), ("b", 0.1)):
-            rows.append((entry, "t x-y", seed, case, "s", dice + shift, 3.0, case == "a", 10, 50.0))
-    columns = ["entry", "task", "seed", "case", "structure", "dice", "assd", "missed", "step"]
-    frame = pd.DataFrame(rows, columns=[*columns, "seconds"]).assign(
-        selector="last", peak_memory_mib=7.0
-    )
-    other = frame.assign(selector="source_val", dice=0.0)
-    lines = table(pd.concat([frame, other]))
-    mine = lines.loc["t x-y", "mine"]
-    assert mine["Dice"] == pytest.approx(0.45) and mine["sd"] == pytest.approx(0.0707, abs=1e-3)
-    assert mine["gap recovered"] == pytest.approx(0.25)  # 50 % and 0 %
-    assert (mine["gap min"], mine["gap max"]) == pytest.approx((0, 0.5))
-    assert mine["missed"] == 2 and mine["s a step"] == pytest.approx(5.0)
-    text = as_text(lines)
-    assert "0.450 ± 0.071" in text and "25 % (0 to 50)" in text and "One seed" not in text
-
-    lone = table(frame[(frame["entry"] == "mine") & (frame["seed"] == 0)])
-    assert lone["gap recovered"].isna().all()
-    assert "One seed has no standard deviation" in as_text(lone) and "±  " not in as_text(lone)
 
 
 # -- the commands ---------------------------------------------------------------------------------

@@ -1,0 +1,72 @@
+"""reports/comparison.py: the table, the sentence, and the files, from rows made by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from glua_bench.errors import ConfigError
+from glua_bench.reports.comparison import as_text, table, verdict, write
+
+
+def made() -> pd.DataFrame:
+    """Two seeds, two cases, a lower and an upper bound, and an entry between them."""
+    rows = []
+    for entry, seed, dice in [
+        ("source_only", 0, 0.2),
+        ("source_only", 1, 0.4),
+        ("supervised", 0, 0.8),
+        ("supervised", 1, 0.8),
+        ("mine", 0, 0.5),
+        ("mine", 1, 0.4),
+    ]:
+        for case, shift in (("a", -0.1), ("b", 0.1)):
+            rows.append((entry, "t x-y", seed, case, "s", dice + shift, 3.0, case == "a", 10, 50.0))
+    columns = ["entry", "task", "seed", "case", "structure", "dice", "assd", "missed", "step"]
+    frame = pd.DataFrame(rows, columns=[*columns, "seconds"])
+    return frame.assign(selector="last", peak_memory_mib=7.0)
+
+
+def test_the_table_is_of_seeds_and_pairs_the_gap_by_seed() -> None:
+    frame = made()
+    other = frame.assign(selector="source_val", dice=0.0)
+    lines = table(pd.concat([frame, other]))
+    mine = lines.loc["t x-y", "mine"]
+    assert mine["Dice"] == pytest.approx(0.45) and mine["sd"] == pytest.approx(0.0707, abs=1e-3)
+    assert mine["gap recovered"] == pytest.approx(0.25)  # 50 % and 0 %
+    assert (mine["gap min"], mine["gap max"]) == pytest.approx((0, 0.5))
+    assert mine["missed"] == 2 and mine["s a step"] == pytest.approx(5.0)
+    text = as_text(lines)
+    assert "0.450 ± 0.071" in text and "25 % (0 to 50)" in text and "One seed" not in text
+
+    lone = table(frame[(frame["entry"] == "mine") & (frame["seed"] == 0)])
+    assert lone["gap recovered"].isna().all()
+    assert "One seed has no standard deviation" in as_text(lone) and "±  " not in as_text(lone)
+
+
+def test_the_sentence_names_the_best_that_saw_no_target_label() -> None:
+    said = verdict(made(), "t x-y")
+    assert said.startswith("t x-y: mine has the highest mean Dice, 0.450 (95 % interval ")
+    assert "over 2 cases and 2 seeds" in said and "the next, source_only, is 0.150 lower" in said
+    assert "supervised" not in said
+    one = made().query("seed == 0")
+    assert verdict(one, "t x-y").endswith("with one seed; intervals need more (--seeds 3).")
+    lone = made().query("entry == 'mine'")
+    assert verdict(lone, "t x-y").endswith("2 seeds).")
+
+
+def test_the_files_hold_every_number(tmp_path: Path) -> None:
+    files = write(made(), tmp_path / "out")
+    assert [f.name for f in files] == [
+        f"{name}.csv" for name in ("rows", "table", "intervals", "pairs", "ranking")
+    ]
+    read = {f.stem: pd.read_csv(f) for f in files}
+    assert len(read["rows"]) == 12 and len(read["table"]) == 3 and len(read["pairs"]) == 3
+    mine = read["intervals"].set_index("entry").loc["mine"]
+    assert mine["mean"] == pytest.approx(0.45) and mine["low"] <= 0.45 <= mine["high"]
+    assert list(read["ranking"]["entry"]) == ["supervised", "mine", "source_only"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--out"):
+        write(made(), tmp_path / "file" / "more")
