@@ -465,6 +465,106 @@ def _run_matrix(
     say(f"Next:  look at figures/ in the runs below {root}")
 
 
+# -- predict and export ------------------------------------------------------------------------
+
+
+RunName = Annotated[
+    str | None,
+    typer.Option("--run", help="A finished run: its directory, or its id or the beginning of it."),
+]
+SelectorName = Annotated[str, typer.Option("--selector", help="Whose checkpoint of the run.")]
+
+
+@app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="NIfTI images of either domain.")],
+    run: RunName = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", help="A directory that `export` wrote.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Directory of the results.")] = Path(
+        "predicted"
+    ),
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also write the classes' probabilities.")
+    ] = False,
+    overlay: Annotated[
+        bool, typer.Option("--overlay", help="Also draw slices with contours.")
+    ] = False,
+    selector: SelectorName = "last",
+    runs_root: RunsRoot = Path("runs"),
+    device: Device = "auto",
+    plugin: Plugins = None,
+) -> None:
+    """Segment new volumes with a finished run or an exported model."""
+    from glua_bench import prediction
+    from glua_bench.console import Progress
+
+    if (run is None) == (model is None):
+        raise ConfigError("Give either --run or --model, which say what segments.")
+    missing = [image for image in images if not image.is_file()]
+    if missing:
+        raise DataError(f"The image {missing[0]} does not exist; check the names of the images.")
+    if model is not None:
+        loaded = prediction.from_directory(model, plugin or [], device)
+    else:
+        found = prediction.find_run(str(run), runs_root)
+        loaded = prediction.from_run(found, plugin or [], device, selector)
+    config = loaded.config
+    say(
+        f"{config.method}, trained on {config.dataset} {config.direction}"
+        + (", PRIVILEGED (trained on target labels)" if config.privileged else "")
+    )
+    results = []
+    with Progress() as progress:
+        progress.stage("segment", len(images))
+        for result in prediction.predict(loaded, images, out, probabilities, progress.update):
+            results.append(result)
+            if overlay:
+                from glua_bench.reports.run_figures import draw_prediction
+
+                name = prediction.name_of(result.file)
+                draw_prediction(
+                    out / f"{name}.png",
+                    result.slices,
+                    result.classes,
+                    loaded.structures,
+                    name,
+                    loaded.publishable,
+                )
+    table = prediction.volumes_table(results)
+    table.to_csv(out / "volumes.csv", index=False)
+    say()
+    for result in results:
+        volumes = ", ".join(f"{name} {ml:.1f} ml" for name, ml in result.ml.items())
+        say(f"{result.labels}: {volumes}")
+    say(f"Volumes: {out / 'volumes.csv'}")
+    if overlay and not loaded.publishable:
+        say("The pictures may show the data's owner's images: look at them, do not pass them on.")
+    say("Next:    open an image with its _seg file in a viewer, and look before you count on it.")
+
+
+@app.command()
+def export(
+    run: RunName = None,
+    out: Annotated[Path, typer.Option("--out", help="A new directory.")] = Path("model"),
+    selector: SelectorName = "last",
+    runs_root: RunsRoot = Path("runs"),
+    plugin: Plugins = None,
+) -> None:
+    """Write a finished run's model: weights, configuration, card and licence, without the run."""
+    from glua_bench import prediction
+
+    if run is None:
+        raise ConfigError("--run is missing; give a finished run's directory or id.")
+    found = prediction.find_run(run, runs_root)
+    loaded = prediction.from_run(found, plugin or [], "cpu", selector)
+    folder = prediction.export(loaded, found, out, selector)
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
+    say(f"Wrote {folder} ({size:.1f} MiB): {', '.join(sorted(f.name for f in folder.iterdir()))}")
+    say(f"Next: glua-bench predict --model {folder} IMAGE.nii.gz")
+
+
 # -- list --------------------------------------------------------------------------------------
 
 

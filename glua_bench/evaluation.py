@@ -6,7 +6,7 @@ grid, and the metrics are computed there, in mm, against the label file as it is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,29 +24,59 @@ Predict = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def predict_volume(
-    predict: Predict, image: CachedImage, device: torch.device, batch_size: int = 32
-) -> np.ndarray:
-    """Class probabilities of every slice of a volume.
+def predict_volumes(
+    predict: Predict,
+    volumes: Iterable[np.ndarray],
+    device: torch.device,
+    batch_size: int = 32,
+) -> Iterator[np.ndarray]:
+    """Class probabilities of every slice of volumes, in their order.
+
+    A batch is filled with slices of as many volumes as it takes; a volume is given back once its
+    last slice is predicted.
 
     Args:
         predict: (N, 1, H, W) → logits (N, K, H, W).
-        image: the preprocessed volume.
+        volumes: (Z, H, W) each, in [-1, 1].
         device: where `predict` expects images.
         batch_size: slices in one pass.
 
     Returns:
-        float32 (K, Z, H, W).
+        float32 (K, Z, H, W) of each volume.
     """
-    voxels = image.open()
-    parts = []
-    for start in range(0, len(voxels), batch_size):
-        slices = torch.from_numpy(np.array(voxels[start : start + batch_size], dtype=np.float32))
-        logits = predict(slices[:, None].to(device))
-        parts.append(logits.float().softmax(1).cpu().numpy())
-    probabilities = np.concatenate(parts).transpose(1, 0, 2, 3)
+    waiting: list[np.ndarray] = []  # slices that are not predicted yet
+    done: list[np.ndarray] = []  # predicted slices that are not given back yet
+    depths: list[int] = []
+
+    def pass_on(size: int) -> None:
+        batch = torch.from_numpy(np.stack(waiting[:size]))[:, None].to(device)
+        done.extend(predict(batch).float().softmax(1).cpu().numpy())
+        del waiting[:size]
+
+    def complete() -> Iterator[np.ndarray]:
+        while depths and len(done) >= depths[0]:
+            depth = depths.pop(0)
+            yield np.stack(done[:depth], axis=1)
+            del done[:depth]
+
+    for volume in volumes:
+        depths.append(len(volume))
+        waiting.extend(np.array(plane, dtype=np.float32) for plane in volume)
+        while len(waiting) >= batch_size:
+            pass_on(batch_size)
+        yield from complete()
+    while waiting:
+        pass_on(batch_size)
+    yield from complete()
     # Some published pipelines drop the last incomplete block of slices; here it cannot happen.
-    assert probabilities.shape[1:] == image.shape, "not every slice was predicted"
+    assert not depths and not done, "not every slice was predicted"
+
+
+def predict_volume(
+    predict: Predict, image: CachedImage, device: torch.device, batch_size: int = 32
+) -> np.ndarray:
+    """Class probabilities of every slice of one cached volume, float32 (K, Z, H, W)."""
+    (probabilities,) = predict_volumes(predict, [image.open()], device, batch_size)
     return probabilities
 
 

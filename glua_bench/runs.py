@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -33,7 +34,7 @@ from glua_bench.evaluation import evaluate, mean_dice, summarise
 from glua_bench.method import Batch, Cases, Method, Stage, TaskInfo
 from glua_bench.registry import Registry
 from glua_bench.selection import ROLES, Candidate, Samples, Selector, choose, sample_pixels
-from glua_bench.task import Case, Dataset, Grid, UnlabelledCase, parse_direction
+from glua_bench.task import Case, Dataset, Grid, Structure, UnlabelledCase, parse_direction
 from glua_bench.trainer import Artefact, Trainer, stage_order
 
 # Files whose text can change the weights of a trained stage, and those that can change a score.
@@ -195,14 +196,26 @@ def check_request(config: RunConfig, method_class: type[Method]) -> None:
         raise ConfigError(f"grid.size = {config.grid.size} must be at least 32 and divisible by 4.")
 
 
-def task_info(config: RunConfig, dataset: Dataset) -> TaskInfo:
+class Task(Protocol):
+    """As much of a dataset as a method is built from."""
+
+    @property
+    def name(self) -> str:
+        """The dataset's name."""
+
+    @property
+    def structures(self) -> tuple[Structure, ...]:
+        """The classes."""
+
+
+def task_info(config: RunConfig, dataset: Task) -> TaskInfo:
     """What a method may know about the task."""
     return TaskInfo(
         dataset.name, dataset.structures, config.grid.size, config.segmenter, config.batch_size
     )
 
 
-def build_method(config: RunConfig, dataset: Dataset, method_class: type[Method]) -> Method:
+def build_method(config: RunConfig, dataset: Task, method_class: type[Method]) -> Method:
     """The method with weights initialised from the run's seed."""
     torch.manual_seed(config.seed)
     settings = build_settings(method_class.Config, config.method_config, "method")
@@ -360,19 +373,28 @@ def plan(request: RunRequest, report: Callable[[str], None] = lambda line: None)
 # -- executing ---------------------------------------------------------------------------------
 
 
+def choose_device(name: str) -> str:
+    """ "cuda" or "cpu" for "auto", "cuda" or "cpu".
+
+    Raises:
+        ConfigError: the name is another, or the device is not there.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name} is unknown; use auto, cpu or cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: there is no CUDA device; use --device cpu.")
+    return name
+
+
 def make_fabric(request: RunRequest, config: RunConfig) -> Fabric:
     """Devices and precision.
 
     Raises:
         ConfigError: the device is not there.
     """
-    accelerator = request.device
-    if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    if accelerator not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {accelerator} is unknown; use auto, cpu or cuda.")
-    if accelerator == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: there is no CUDA device; use --device cpu.")
+    accelerator = choose_device(request.device)
     if accelerator == "cuda" and request.devices > torch.cuda.device_count():
         raise ConfigError(
             f"--devices {request.devices}: this machine has {torch.cuda.device_count()}; ask for "

@@ -19,7 +19,7 @@ import json
 import os
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -269,6 +269,41 @@ def restore(probabilities: np.ndarray, placement: Placement) -> np.ndarray:
     Raises:
         ValueError: the last three axes are not the placement's shape.
     """
+    labels = np.zeros(placement.file_shape, np.uint8)
+    volume = _orient(labels, placement.axes, placement.flips)  # a view: writes reach `labels`
+    for z, inside, mixed in _restored(probabilities, placement):
+        volume[z][inside] = mixed.argmax(0)[inside]
+    return labels
+
+
+def restore_probabilities(probabilities: np.ndarray, placement: Placement) -> np.ndarray:
+    """As `restore`, but the interpolated probabilities themselves.
+
+    Args:
+        probabilities: float (K, Z, H, W).
+        placement: what `load_image` gave for the image.
+
+    Returns:
+        float32 (X, Y, Z of the file, K); outside the working grid's window, background has 1.
+
+    Raises:
+        ValueError: as for `restore`.
+    """
+    maps = np.zeros((*placement.file_shape, len(probabilities)), np.float32)
+    maps[..., 0] = 1
+    views = [
+        _orient(maps[..., k], placement.axes, placement.flips) for k in range(len(probabilities))
+    ]
+    for z, inside, mixed in _restored(probabilities, placement):
+        for view, plane in zip(views, mixed, strict=True):
+            view[z][inside] = plane[inside]
+    return maps
+
+
+def _restored(
+    probabilities: np.ndarray, placement: Placement
+) -> Iterator[tuple[int, Any, np.ndarray]]:
+    """Oriented slice, its rows and columns within the window, and probabilities (K, Y, X)."""
     if probabilities.ndim != 4 or probabilities.shape[1:] != placement.shape:
         raise ValueError(
             f"Probabilities of shape {probabilities.shape} do not lie on the working grid "
@@ -276,16 +311,13 @@ def restore(probabilities: np.ndarray, placement: Placement) -> np.ndarray:
         )
     maps = _maps_to_file(placement)
     assert maps[0].inside.all(), "every slice is predicted"
-    labels = np.zeros(placement.file_shape, np.uint8)
-    volume = _orient(labels, placement.axes, placement.flips)  # a view: writes reach `labels`
     inside = np.ix_(maps[1].inside, maps[2].inside)
-    for z in range(volume.shape[0]):
+    for z in range(placement.oriented_shape[0]):
         taps, weights = maps[0].row(z)
         mixed = np.zeros((probabilities.shape[0], *placement.shape[1:]), np.float32)
         for tap, weight in zip(taps, weights, strict=True):
             mixed += weight * probabilities[:, tap]
-        volume[z][inside] = _apply(maps[1], maps[2], mixed).argmax(0)[inside]
-    return labels
+        yield z, inside, _apply(maps[1], maps[2], mixed)
 
 
 def save_labels(
@@ -312,7 +344,28 @@ def save_labels(
     if labels.size and int(labels.max()) >= len(table):
         raise ValueError(f"Class {int(labels.max())} has no raw value among {list(values)}.")
     kind = np.result_type(*(np.min_scalar_type(int(value)) for value in table))
-    image = nib.Nifti1Image(table.astype(kind)[labels], np.array(placement.affine))
+    _save(path, table.astype(kind)[labels], placement)
+
+
+def save_maps(path: Path, maps: np.ndarray, placement: Placement) -> None:
+    """Write class probabilities as a NIfTI file that overlays the original image.
+
+    Args:
+        path: ends in .nii.gz (or .nii).
+        maps: float32 with the file's shape and a last axis for the classes, background first.
+        placement: what `load_image` gave for the image.
+
+    Raises:
+        ValueError: the shape is not the file's.
+        RunFailure: the disk is full or the directory cannot be written.
+    """
+    if maps.shape[:3] != placement.file_shape:
+        raise ValueError(f"Maps of shape {maps.shape} do not fit {placement.file_shape}.")
+    _save(path, maps, placement)
+
+
+def _save(path: Path, voxels: np.ndarray, placement: Placement) -> None:
+    image = nib.Nifti1Image(voxels, np.array(placement.affine))
     image.header.set_xyzt_units("mm")
     image.set_qform(image.affine, placement.codes[0])
     image.set_sform(image.affine, placement.codes[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from glua_bench.reports.figures import (
     picture_grid,
     restyle_grid,
 )
-from glua_bench.task import Dataset, Grid
+from glua_bench.task import Dataset, Grid, Structure
 from glua_bench.tracking import RunDirectory
 from glua_bench.volumes import load_label
 
@@ -120,6 +120,41 @@ def telling_slice(labels: np.ndarray) -> int:
     structures = [len(np.unique(plane[plane > 0])) for plane in labels]
     areas = (labels > 0).sum((1, 2))
     return max(range(len(labels)), key=lambda z: (structures[z], areas[z]))
+
+
+def draw_prediction(
+    path: Path,
+    slices: np.ndarray,
+    classes: np.ndarray,
+    structures: Sequence[Structure],
+    title: str,
+    publishable: bool,
+    columns: int = 6,
+) -> Path:
+    """Slices of one volume with the contours of what was found, spread over where it was.
+
+    Args:
+        path: the PNG to write.
+        slices: (Z, H, W) in [-1, 1].
+        classes: (Z, H, W), class indices.
+        structures: the classes.
+        title: of the figure.
+        publishable: False stamps the figure as not for redistribution.
+        columns: slices in a row; two rows are drawn at most.
+
+    Returns:
+        The path.
+    """
+    shown = np.flatnonzero((classes > 0).any((1, 2)))
+    shown = shown if len(shown) else np.arange(len(classes))  # nothing found is seen, too
+    count = min(2 * columns, len(shown))
+    chosen = shown[((np.arange(count) + 0.5) * len(shown) / count).astype(int)]
+    panels = [
+        (np.asarray(slices[z], np.float32), classes[z], f"slice {z + 1}/{len(classes)}")
+        for z in chosen
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return domain_montage(path, title, panels, structures, publishable, columns)
 
 
 def draw_dataset(dataset: Dataset, grid: Grid, out: Path, columns: int = 6) -> list[Path]:

@@ -1,0 +1,270 @@
+"""prediction.py: new volumes by a run, and by its exported model, which needs no run."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from glua_bench import cli, prediction
+from glua_bench.console import Progress
+from glua_bench.errors import ConfigError, PluginError, UserError
+from glua_bench.evaluation import predict_volumes
+from glua_bench.runs import RunRequest, execute, plan
+from glua_bench.tracking import RunDirectory
+
+SMALL = ("segmenter.width=4", "segmenter.depth=3", "grid.size=32", "grid.spacing=7", "batch_size=2")
+
+
+@dataclass
+class Made:
+    run: RunDirectory
+    images: list[Path]
+    root: Path
+
+
+def make(method: str, phantom_root: Path, root: Path, *sets: str) -> Made:
+    request = RunRequest(
+        method,
+        "phantom",
+        preset="quick",
+        steps=3,
+        assignments=[*SMALL, "candidates=2", *sets],
+        data_root=phantom_root,
+        runs_root=root,
+        device="cpu",
+        mlflow=False,
+    )
+    planned = plan(request)
+    execute(planned, Progress(enabled=False))
+    test = planned.dataset.split("ct", "test") + planned.dataset.split("mr", "test")
+    return Made(planned.directory, [case.image for case in test], root)
+
+
+@pytest.fixture(scope="module")
+def made(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make("mean_teacher", phantom_root, tmp_path_factory.mktemp("runs"))
+
+
+# -- batches across volumes -----------------------------------------------------------------------
+
+
+def test_batches_are_filled_across_volumes_and_every_slice_comes_back() -> None:
+    rng = np.random.default_rng(0)
+    volumes = [rng.uniform(-1, 1, (depth, 4, 4)).astype(np.float32) for depth in (3, 1, 9, 2, 5)]
+    sizes: list[int] = []
+
+    def predict(images: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(images))
+        return torch.cat([images, -images], 1)
+
+    found = list(predict_volumes(predict, iter(volumes), torch.device("cpu"), 8))
+    assert sizes == [8, 8, 4]
+    for volume, probabilities in zip(volumes, found, strict=True):
+        expected = torch.from_numpy(np.stack([volume, -volume])).softmax(0).numpy()
+        assert np.allclose(probabilities, expected, atol=1e-6)
+
+
+def test_a_volume_is_given_back_before_all_others_are_read() -> None:
+    read: list[int] = []
+
+    def volumes():  # type: ignore[no-untyped-def]
+        for index in range(4):
+            read.append(index)
+            yield np.zeros((8, 4, 4), np.float32)
+
+    found = predict_volumes(lambda x: torch.cat([x, x], 1), volumes(), torch.device("cpu"), 8)
+    next(found)
+    assert read == [0]
+
+
+# -- predict --------------------------------------------------------------------------------------
+
+
+def test_a_run_predicts_its_test_cases_as_it_did(made: Made, tmp_path: Path) -> None:
+    model = prediction.from_run(made.run, device="cpu")
+    results = list(prediction.predict(model, made.images, tmp_path, probabilities=True))
+    own = nib.load(made.run.predictions / "ct_1003.nii.gz")
+    for image, result in zip(made.images, results, strict=True):
+        original, saved = nib.load(image), nib.load(result.labels)
+        assert saved.shape == original.shape
+        assert np.array_equal(saved.affine, original.affine)
+        if "ct_" in image.name:
+            assert np.array_equal(np.asarray(saved.dataobj), np.asarray(own.dataobj))
+        maps = nib.load(tmp_path / f"{prediction.name_of(image)}_prob.nii.gz")
+        assert maps.shape == (*original.shape, 5)
+        p = np.asarray(maps.dataobj)
+        assert np.allclose(p.sum(-1), 1, atol=1e-4)
+        values = np.array([0, *(s.values[0] for s in model.structures)])
+        assert np.array_equal(values[p.argmax(-1)], np.asarray(saved.dataobj))
+        voxel = np.prod(np.linalg.norm(original.affine[:3, :3], axis=0)) / 1000
+        for index, structure in enumerate(model.structures, start=1):
+            count = (np.asarray(saved.dataobj) == values[index]).sum()
+            assert result.ml[structure.name] == pytest.approx(count * voxel, rel=1e-5)
+    table = prediction.volumes_table(results)
+    assert list(table.columns) == ["file", "structure", "ml"] and len(table) == 8
+
+
+def test_files_of_one_name_are_refused(made: Made, tmp_path: Path) -> None:
+    model = prediction.from_run(made.run, device="cpu")
+    with pytest.raises(UserError, match="Two of the given files"):
+        list(prediction.predict(model, [made.images[0]] * 2, tmp_path))
+
+
+# -- export ---------------------------------------------------------------------------------------
+
+
+def test_an_exported_model_predicts_alike_without_run_and_data(made: Made, tmp_path: Path) -> None:
+    model = prediction.from_run(made.run, device="cpu")
+    folder = prediction.export(model, made.run, tmp_path / "model")
+    assert {f.name for f in folder.iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "README.md",
+        "LICENSE",
+    }
+    card = (folder / "README.md").read_text()
+    for said in ("mean_teacher, trained on phantom mr-ct", "French et al.", "| mean | ", "`last`"):
+        assert said in card
+    assert "Apache License" in (folder / "LICENSE").read_text()
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(folder, elsewhere)
+    loaded = prediction.from_directory(elsewhere, device="cpu")
+    first = list(prediction.predict(model, made.images, tmp_path / "a"))
+    second = list(prediction.predict(loaded, made.images, tmp_path / "b"))
+    for a, b in zip(first, second, strict=True):
+        assert a.labels.read_bytes() == b.labels.read_bytes() or np.array_equal(
+            nib.load(a.labels).dataobj, nib.load(b.labels).dataobj
+        )
+        assert a.ml == b.ml
+
+
+def test_only_what_predicts_is_exported(phantom_root: Path, tmp_path: Path) -> None:
+    """No discriminators, and above all no pools, which hold images of training."""
+    small = ("generator", "encoder", "discriminator")
+    sets = [f"method.width_{name}=2" for name in small] + ["method.pool_size=2"]
+    made = make("sifa", phantom_root, tmp_path / "runs", *sets)
+    model = prediction.from_run(made.run, device="cpu")
+    assert any(name.startswith("pool_a") for name in model.method.state_dict())
+    weights = prediction.predicting_weights(model)
+    assert {name.split(".")[0] for name in weights} == {"encoder", "head"}
+    assert any("running_mean" in name for name in weights)
+    prediction.export(model, made.run, tmp_path / "model")
+    prediction.from_directory(tmp_path / "model", device="cpu")
+
+
+def test_weights_that_no_module_owns_are_found_out(made: Made) -> None:
+    model = prediction.from_run(made.run, device="cpu")
+
+    class Hidden(type(model.method)):  # type: ignore[misc]
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self.aside = nn.Linear(1, 1)
+
+        def predict(self, images: torch.Tensor) -> torch.Tensor:
+            return super().predict(images) * (1 + self.aside.weight.abs().sum())
+
+    hidden = prediction._built(made.run.config, model.structures, [])
+    hidden.__class__ = Hidden
+    hidden.aside = nn.Linear(1, 1)
+    spoiled = prediction.Model(
+        hidden.eval(),
+        model.config,
+        model.structures,
+        model.reading,
+        True,
+        model.device,
+        model.source,
+    )
+    with pytest.raises(PluginError, match="cannot be exported"):
+        prediction.predicting_weights(spoiled)
+
+
+def test_a_directory_that_is_not_empty_is_left_alone(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    model = prediction.from_run(made.run, device="cpu")
+    with pytest.raises(UserError, match="not an empty directory"):
+        prediction.export(model, made.run, tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("spoil", ["config.json", "model.safetensors", "cut", "another"])
+def test_a_damaged_model_is_one_sentence(spoil: str, made: Made, tmp_path: Path) -> None:
+    model = prediction.from_run(made.run, device="cpu")
+    folder = prediction.export(model, made.run, tmp_path / "model")
+    if spoil == "cut":
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    elif spoil == "another":
+        text = (folder / "config.json").read_text().replace('"width": 4', '"width": 8')
+        (folder / "config.json").write_text(text)
+    else:
+        (folder / spoil).unlink()
+    with pytest.raises((UserError, RuntimeError)) as error:
+        prediction.from_directory(folder, device="cpu")
+    assert isinstance(error.value, UserError), error.value
+
+
+# -- which run ------------------------------------------------------------------------------------
+
+
+def test_a_run_is_found_by_directory_id_and_beginning(made: Made) -> None:
+    for name in (str(made.run.path), made.run.id, made.run.id[:6]):
+        assert prediction.find_run(name, made.root).path == made.run.path
+    with pytest.raises(UserError, match="no run below"):
+        prediction.find_run("zzz", made.root)
+    with pytest.raises(ConfigError, match="--selector oracle has chosen no checkpoint"):
+        prediction.from_run(made.run, selector="oracle")
+
+
+def test_a_run_that_is_not_finished_cannot_predict(made: Made, tmp_path: Path) -> None:
+    copy = tmp_path / "runs" / "phantom" / "mean_teacher" / made.run.id
+    shutil.copytree(made.run.path, copy)
+    (copy / "done").unlink()
+    with pytest.raises(UserError, match="not finished"):
+        prediction.find_run(str(copy), tmp_path)
+
+
+# -- the commands ---------------------------------------------------------------------------------
+
+
+def test_the_commands_write_labels_volumes_and_pictures(
+    made: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["glua-bench", *map(str, words)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        return code, *capsys.readouterr()
+
+    out, model = tmp_path / "out", tmp_path / "model"
+    named = ("--run", made.run.id, "--runs", made.root)
+    code, said, _ = call("export", *named, "--out", model)
+    assert code == 0 and f"predict --model {model}" in said
+    code, said, _ = call("predict", *made.images, "--model", model, "--overlay", "--out", out)
+    assert code == 0 and "MYO" in said and "ml" in said
+    name = prediction.name_of(made.images[0])
+    assert (out / f"{name}_seg.nii.gz").is_file() and (out / f"{name}.png").stat().st_size > 5000
+    assert len(pd.read_csv(out / "volumes.csv")) == 8
+    for words, text in (
+        (["predict", made.images[0]], "either --run or --model"),
+        (["predict", "none.nii.gz", *named], "none.nii.gz does not exist"),
+        (["predict", made.images[0], "--model", tmp_path], "not an exported model"),
+        (["export"], "--run is missing"),
+    ):
+        code, _, err = call(*words)
+        assert code == 2 and text in err and "Traceback" not in err
