@@ -43,7 +43,7 @@ class Cell:
     """One run of a matrix.
 
     Args:
-        entry: name of its row in tables, e.g. "glua" or "glua +photometric".
+        entry: name of its row in tables, e.g. "glua" or "glua + photometric".
         task: name of its column group, e.g. "phantom mr-ct".
         request: what to run.
     """
@@ -90,7 +90,7 @@ def comparison(
         if changes["method"] == SUPERVISED:
             changes |= {"method": "source_only", "scenario": "supervised"}
         Registry("method", base.plugins).entry(changes["method"])
-        entries[name.replace(PHOTOMETRIC, " " + PHOTOMETRIC)] = changes
+        entries[name.replace(PHOTOMETRIC, " + photometric")] = changes
     return _cells(entries, datasets, directions, seeds, base)
 
 

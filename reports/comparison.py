@@ -110,13 +110,14 @@ def verdict(rows: pd.DataFrame, task: str, selector: str = "last") -> str:
         selector: whose checkpoints count.
     """
     scores = statistics.scores(rows[rows["entry"] != UPPER], task, selector=selector)
-    seeds = scores.index.get_level_values("seed").nunique()
-    cases = scores.index.get_level_values("case").nunique()
+    seeds, cases = (scores.index.get_level_values(name).nunique() for name in ("seed", "case"))
     ranked = statistics.ranking(scores)
     best = str(ranked.index[0])
     text = f"{task}: {best} has the highest mean Dice, {ranked['mean'].iloc[0]:.3f}"
     if seeds == 1:
         return f"{text}, with one seed; intervals need more (--seeds 3)."
+    if cases == 1:
+        return f"{text}, on one case; intervals need more."
     own = statistics.intervals(scores).loc[best]
     text += (
         f" (95 % interval {own['low']:.3f} to {own['high']:.3f} over {cases} cases and "
@@ -179,7 +180,10 @@ def as_text(lines: pd.DataFrame) -> str:
     Args:
         lines: as `table` gives them.
     """
-    width = max(len(entry) for _, entry in lines.index)
+    named = {
+        entry: f"{entry} (privileged)" if entry == UPPER else entry for _, entry in lines.index
+    }
+    width = max(map(len, named.values()))
     head = (
         f"{'':<{width}}  {'Dice ± sd':>13}  {'gap recovered':>20}  {'ASSD mm':>7}  {'missed':>6}  "
         f"{'s a step':>8}  {'MiB':>5}  seeds"
@@ -189,7 +193,7 @@ def as_text(lines: pd.DataFrame) -> str:
         text += [str(task), head]
         for (_, entry), row in block.iterrows():
             text.append(
-                f"{entry:<{width}}  {_spread(row['Dice'], row['sd']):>13}  {_gap(row):>20}  "
+                f"{named[entry]:<{width}}  {_spread(row['Dice'], row['sd']):>13}  {_gap(row):>20}  "
                 f"{row['ASSD mm']:>7.1f}  {row['missed']:>6.0f}  {_number(row['s a step'], 2):>8}  "
                 f"{row['peak MiB']:>5.0f}  {row['seeds']:>5.0f}"
             )

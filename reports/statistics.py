@@ -76,13 +76,12 @@ def intervals(table: pd.DataFrame, draws: int = DRAWS) -> pd.DataFrame:
         draws: of the bootstrap.
 
     Returns:
-        Indexed by entry: mean, low, high, seeds, cases. With one seed there is no interval (nan):
-        how much the result depends on the seed is not known.
+        Indexed by entry: mean, low, high, seeds, cases. With one seed or one case there is no
+        interval (nan): how much the result depends on it is not known.
     """
-    seeds = table.index.get_level_values("seed").nunique()
-    cases = table.index.get_level_values("case").nunique()
+    seeds, cases = _counts(table)
     found = pd.DataFrame({"mean": table.mean(), "low": math.nan, "high": math.nan})
-    if seeds > 1:
+    if _crossed(table):
         tail = (1 - LEVEL) / 2
         found["low"], found["high"] = np.quantile(resamples(table, draws), [tail, 1 - tail], axis=0)
     return found.assign(seeds=seeds, cases=cases)
@@ -109,8 +108,9 @@ def pairs(table: pd.DataFrame, draws: int = DRAWS, higher: bool = True) -> pd.Da
     from scipy.stats import rankdata, wilcoxon
     from statsmodels.stats.multitest import multipletests
 
-    seeds = table.index.get_level_values("seed").nunique()
-    drawn = pd.DataFrame(resamples(table, draws), columns=table.columns) if seeds > 1 else None
+    drawn = None
+    if _crossed(table):
+        drawn = pd.DataFrame(resamples(table, draws), columns=table.columns)
     found = []
     for a, b in itertools.combinations(table.columns, 2):
         difference = (table[a] - table[b]).to_numpy()
@@ -149,7 +149,8 @@ def ranking(table: pd.DataFrame, draws: int = DRAWS, higher: bool = True) -> pd.
 
     Returns:
         Indexed by entry, best first: mean, rank (aggregate-then-rank), mean_rank
-        (rank-then-aggregate), stability, rank_low, rank_high; the last three nan for one seed.
+        (rank-then-aggregate), stability, rank_low, rank_high; the last three nan for one seed or
+        one case.
     """
     means = table.mean()
     found = pd.DataFrame(
@@ -162,7 +163,7 @@ def ranking(table: pd.DataFrame, draws: int = DRAWS, higher: bool = True) -> pd.
             "rank_high": math.nan,
         }
     )
-    if table.index.get_level_values("seed").nunique() > 1:
+    if _crossed(table):
         drawn = pd.DataFrame(resamples(table, draws), columns=table.columns)
         ranks = drawn.rank(axis=1, ascending=not higher, method="min")
         found["stability"] = (ranks == found["rank"]).mean()
@@ -195,6 +196,17 @@ def friedman(table: pd.DataFrame) -> tuple[float, pd.DataFrame]:
         raise ValueError("Friedman's test needs three entries and two cases, or more")
     p = float(friedmanchisquare(*(blocks[entry] for entry in blocks)).pvalue)
     return p, scikit_posthocs.posthoc_nemenyi_friedman(blocks)
+
+
+def _counts(table: pd.DataFrame) -> tuple[int, int]:
+    """Numbers of seeds and of cases."""
+    index = table.index
+    return index.get_level_values("seed").nunique(), index.get_level_values("case").nunique()
+
+
+def _crossed(table: pd.DataFrame) -> bool:
+    """Whether there are several seeds and several cases to draw from."""
+    return min(_counts(table)) > 1
 
 
 def _cube(table: pd.DataFrame) -> np.ndarray:

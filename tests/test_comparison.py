@@ -40,6 +40,7 @@ def test_the_table_is_of_seeds_and_pairs_the_gap_by_seed() -> None:
     assert mine["missed"] == 2 and mine["s a step"] == pytest.approx(5.0)
     text = as_text(lines)
     assert "0.450 ± 0.071" in text and "25 % (0 to 50)" in text and "One seed" not in text
+    assert "supervised (privileged)  " in text
 
     lone = table(frame[(frame["entry"] == "mine") & (frame["seed"] == 0)])
     assert lone["gap recovered"].isna().all()
@@ -53,6 +54,9 @@ def test_the_sentence_names_the_best_that_saw_no_target_label() -> None:
     assert "supervised" not in said
     one = made().query("seed == 0")
     assert verdict(one, "t x-y").endswith("with one seed; intervals need more (--seeds 3).")
+    assert verdict(made().query("case == 'a'"), "t x-y").endswith(
+        "on one case; intervals need more."
+    )
     lone = made().query("entry == 'mine'")
     assert verdict(lone, "t x-y").endswith("2 seeds).")
 

@@ -47,7 +47,7 @@ def base(tmp_path: Path) -> RunRequest:
 def test_a_comparison_is_every_method_on_every_direction_with_every_seed(base: RunRequest) -> None:
     names = ["glua", "glua+photometric", "source_only"]
     cells = comparison(names, ["phantom", "mscmr"], ["all"], 2, base)
-    entries = ["source_only", "supervised", "glua", "glua +photometric"]
+    entries = ["source_only", "supervised", "glua", "glua + photometric"]
     tasks = ["phantom mr-ct", "phantom ct-mr", "mscmr bssfp-lge"]
     expected = [(s, e, t) for s in range(2) for e in entries for t in tasks]
     tasks_of = {c.task for c in cells if c.task.startswith("mscmr")}
@@ -57,7 +57,7 @@ def test_a_comparison_is_every_method_on_every_direction_with_every_seed(base: R
     by_entry = {c.entry: c.request for c in cells}
     assert by_entry["supervised"].scenario == "supervised"
     assert by_entry["supervised"].method == "source_only"
-    assert by_entry["glua +photometric"].augmentation == "photometric"
+    assert by_entry["glua + photometric"].augmentation == "photometric"
     assert by_entry["glua"].augmentation is None and by_entry["glua"].scenario == "uda"
     assert {c.request.runs_root for c in cells} == {base.runs_root}
 

@@ -74,8 +74,9 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     # Resampling the 200 scores as if they were independent would cover far less.
 
 
-def test_one_seed_has_no_interval_and_no_stability() -> None:
-    table = made(seeds=1)
+@pytest.mark.parametrize("few", [{"seeds": 1}, {"cases": 1}])
+def test_one_seed_or_one_case_has_no_interval_and_no_stability(few: dict[str, int]) -> None:
+    table = made(**few)
     assert intervals(table)[["low", "high"]].isna().all(axis=None)
     assert intervals(table)["mean"].tolist() == pytest.approx(table.mean().tolist())
     assert pairs(table)[["low", "high", "better"]].isna().all(axis=None)
