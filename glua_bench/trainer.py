@@ -170,7 +170,8 @@ class Trainer:
         for tensor in itertools.chain(method.parameters(), method.buffers()):
             tensor.data = fabric.broadcast(tensor.data) if fabric.world_size > 1 else tensor.data
         self.stages = tuple(method.stages())
-        self.seconds: dict[str, float] = {}  # stage → seconds of its steps in this process
+        # Stage → seconds of its steps, those of processes that were interrupted included.
+        self.seconds: dict[str, float] = {}
         self.reused: set[str] = set()  # stages taken from the cache
         self._pending: list[tuple[int, dict[str, Tensor]]] = []
         self._saved_at = time.monotonic()
@@ -270,7 +271,7 @@ class Trainer:
         key = zlib.crc32(stage.name.encode())
         method.train()
         self.progress.stage(stage.name, total, start)
-        began = time.perf_counter()
+        began = time.perf_counter() - self.seconds.get(stage.name, 0.0)
         for step in range(start, total):
             context.step = step
             seed_all(step_seed(config.seed, stage.name, step, fabric.global_rank), fabric.device)
@@ -291,6 +292,7 @@ class Trainer:
                 if fabric.is_global_zero:
                     save_atomically(method.state_dict(), self.candidate_path(step + 1))
             if not last and time.monotonic() - self._saved_at >= self.checkpoint_seconds:
+                self.seconds[stage.name] = time.perf_counter() - began
                 self._save(index, stage, step + 1, optimizers)
         self._flush(stage)
         if stage.finish is not None:
@@ -375,6 +377,8 @@ class Trainer:
                 "after": stage.name,
                 "method": self.method.state_dict(),
                 "optimizers": {name: o.state_dict() for name, o in optimizers.items()},
+                "seconds": self.seconds,
+                "reused": sorted(self.reused),
             }
             save_atomically(state, self.checkpoints / "last.pt")
         self._saved_at = time.monotonic()
@@ -391,6 +395,7 @@ class Trainer:
                 path, map_location=self.fabric.device, weights_only=True
             )
             self.method.load_state_dict(state["method"])
+            self.seconds, self.reused = dict(state["seconds"]), set(state["reused"])
         except Exception as error:  # torch raises many types for damaged files
             raise ConfigError(
                 f"The checkpoint {path} cannot be read ({type(error).__name__}); delete it to "

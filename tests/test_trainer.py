@@ -444,6 +444,38 @@ def test_learning_rates_decay_from_their_start_also_when_resumed(tmp_path: Path)
             assert rate == pytest.approx(start * (1 - step / total) ** power)
 
 
+def test_the_cost_of_a_resumed_run_is_that_of_all_its_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0  # a clock that every step moves by a second
+
+    class Timed(Toy):
+        stop = 99
+
+        def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+            nonlocal now
+            if context.stage.name == "segment" and context.step == self.stop:
+                raise KeyboardInterrupt
+            now += 1.0
+            return super().step(batch, context)
+
+    class Stopping(Timed):
+        stop = 5
+
+    monkeypatch.setattr("glua_bench.trainer.time.perf_counter", lambda: now)
+    whole = make(tmp_path, Timed, run="whole")
+    finish(whole)
+    assert whole.seconds == {"stem": 6.0, "segment": 12.0} and whole.reused == set()
+
+    # Another run takes its stem from the cache, and is interrupted behind it.
+    with pytest.raises(KeyboardInterrupt):
+        finish(make(tmp_path, Stopping))
+    now += 1000.0  # a night in between costs nothing
+    resumed = make(tmp_path, Timed)
+    finish(resumed)
+    assert resumed.seconds == {"segment": 12.0} and resumed.reused == {"stem"}
+
+
 def test_only_four_dimensions_are_laid_out_as_channels_last() -> None:
     module = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv3d(2, 4, 3))
     module.register_buffer("pool", torch.zeros(2, 3, 1, 4, 4))
