@@ -1128,7 +1128,21 @@ def _logits(bench: Bench) -> None:
         _demand(bool(torch.isfinite(logits).all()), "predict gives values that are not finite")
 
 
-@_register(METHOD_CHECKS, "logits")
+@_register(METHOD_CHECKS, "trains")
+def _predict_is_pure(bench: Bench) -> None:
+    """In eval mode predict draws no random numbers and changes no weight."""
+    method, images = bench.baseline.method, bench.images(3)
+    before = _copy(method.state_dict())
+    with quiet_machine():
+        torch.manual_seed(1)
+        first = _predict(method, images)
+        torch.manual_seed(2)
+        second = _predict(method, images)
+    _demand(torch.equal(first, second), "predict gives two answers for the same images")
+    _demand_same(before, method.state_dict(), "after predict")
+
+
+@_register(METHOD_CHECKS, "logits", "predict_is_pure")
 def _features(bench: Bench) -> None:
     """features() gives finite maps, one for each image, that do not depend on the others."""
     method, images = bench.baseline.method, bench.images(3)
@@ -1144,20 +1158,6 @@ def _features(bench: Bench) -> None:
         bool(torch.allclose(maps[:1].float(), alone.float(), rtol=1e-3, atol=1e-4)),
         "an image's features depend on the images beside it",
     )
-
-
-@_register(METHOD_CHECKS, "trains")
-def _predict_is_pure(bench: Bench) -> None:
-    """In eval mode predict draws no random numbers and changes no weight."""
-    method, images = bench.baseline.method, bench.images(3)
-    before = _copy(method.state_dict())
-    with quiet_machine():
-        torch.manual_seed(1)
-        first = _predict(method, images)
-        torch.manual_seed(2)
-        second = _predict(method, images)
-    _demand(torch.equal(first, second), "predict gives two answers for the same images")
-    _demand_same(before, method.state_dict(), "after predict")
 
 
 @_register(METHOD_CHECKS, "trains")

@@ -14,6 +14,7 @@ import pytest
 
 from glua_bench import conformance
 from glua_bench.registry import Registry
+from glua_bench.reports.comparison import table
 from glua_bench.selection import Selector
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,32 +180,37 @@ def test_every_test_ids_paragraph_of_mscmr_is_the_code_s():
 # -- README: results ------------------------------------------------------------------------------
 
 
-def test_the_results_in_the_readme_are_those_of_the_rows():
-    rows = pd.read_parquet(ROOT / "results" / "phantom_quick.parquet")
+def readme_rows(file: Path) -> list[str]:
+    """The lines of a results table: both directions of each entry, and its cost."""
+    rows = pd.read_parquet(file)
     assert set(rows["dataset"]) == {"phantom"}, "rows of real patients may not be published"
-    rows = rows[rows["selector"] == "last"]
-    per_seed = rows.groupby(["direction", "entry", "seed"])[["dice", "assd", "seconds"]].mean()
-    lines = re.findall(
-        r"^\| (`\w+`(?: \+ photometric)?|supervised \(privileged\)) \|(.*)\|$",
-        (ROOT / "README.md").read_text().split("## Results")[1].split("\n## ")[0],
-        re.MULTILINE,
-    )
-    assert {entry.replace("`", "").removesuffix(" (privileged)") for entry, _ in lines} == set(
-        rows["entry"]
-    )
-    for entry, cells in lines:
-        name = entry.replace("`", "").removesuffix(" (privileged)")
-        shown = [cell.strip() for cell in cells.split("|")]
-        expected = []
-        for direction in ("mr-ct", "ct-mr"):
-            dice = per_seed["dice"][direction].unstack("entry")
-            span = dice["supervised"] - dice["source_only"]
-            gap = ((dice[name] - dice["source_only"]) / span).mean()
-            expected += [
-                f"{dice[name].mean():.2f} ± {dice[name].std():.2f}",
-                "" if name in ("source_only", "supervised") else f"{100 * gap:.0f} %",
-                f"{per_seed['assd'][direction, name].mean():.1f}",
-            ]
-        seconds = per_seed["seconds"].unstack("entry")[name].mean()
-        expected.append(f"{seconds:.0f}")
-        assert [cell.replace("-0 %", "0 %") for cell in expected] == shown, entry
+    lines = table(rows)
+    shown = {}
+    for entry in sorted(
+        set(rows["entry"]), key=lambda e: lines["Dice"].xs(e, level="entry").mean()
+    ):
+        cells = []
+        for task in ("phantom mr-ct", "phantom ct-mr"):
+            row = lines.loc[task, entry]
+            spread = "" if row["seeds"] == 1 else f" ± {row['sd']:.2f}"
+            gap = f"{100 * row['gap recovered']:.0f} %".replace("-0 %", "0 %")
+            bound = entry in ("source_only", "supervised")
+            cells += [f"{row['Dice']:.2f}{spread}", "" if bound else gap, f"{row['ASSD mm']:.1f}"]
+        own = lines.xs(entry, level="entry")
+        step = own["s a step"].mean()
+        cells += ["?" if own["s a step"].isna().any() else f"{step:.2f}"]
+        cells += [f"{own['peak MiB'].mean():.0f}", f"{own['seeds'].min():.0f}"]
+        head, plus, rest = entry.partition(" + ")
+        name = "supervised (privileged)" if entry == "supervised" else f"`{head}`{plus}{rest}"
+        shown[entry] = "| " + " | ".join([name, *cells]).replace("|  |", "| |") + " |"
+    order = ["source_only", *(e for e in shown if e not in ("source_only", "supervised"))]
+    return [shown[entry] for entry in [*order, "supervised"]]
+
+
+@pytest.mark.parametrize("name", ["phantom_quick", "phantom_quick_baselines"])
+def test_the_results_in_the_readme_are_those_of_the_rows(name):
+    """Each table stands before the link to its file."""
+    results = (ROOT / "README.md").read_text().split("## Results")[1].split("\n## ")[0]
+    before = results.split(f"(results/{name}.parquet)")[0]
+    blocks = re.findall(r"^\|---.*\n((?:\|.*\n)+)", before, re.MULTILINE)
+    assert blocks[-1].splitlines() == readme_rows(ROOT / "results" / f"{name}.parquet")
