@@ -282,27 +282,27 @@ def _score_table(table: pd.DataFrame) -> str:
 
 
 def _next_run(planned: PlannedRun, request: RunRequest) -> str:
-    """The command that makes the result comparable: bounds first, then another seed."""
+    """The command that makes the result comparable: both bounds, and three seeds."""
     config = planned.config
-    common = [
-        "glua-bench run",
-        f"--dataset {config.dataset}",
-        f"--direction {config.direction}",
+    words = [
+        f"glua-bench compare --methods {config.method}",
+        f"--dataset {config.dataset} --direction {config.direction}",
     ]
-    if request.data_root is not None:
-        common.append(f"--data-root {request.data_root}")
+    words += [f"--plugin {file}" for file in request.plugins]
+    words += [f"--set {assignment}" for assignment in request.assignments]
+    for option, value in (
+        ("--preset", request.preset),
+        ("--augmentation", request.augmentation),
+        ("--steps", request.steps),
+        ("--data-root", request.data_root),
+    ):
+        if value is not None:
+            words.append(f"{option} {value}")
     if request.runs_root != Path("runs"):
-        common.append(f"--runs {request.runs_root}")
-    if request.preset is not None:
-        common.append(f"--preset {request.preset}")
-    if config.method != "source_only":
-        return " ".join([*common, "--method source_only"]) + "   (the lower bound)"
-    if not config.privileged:
-        return (
-            " ".join([*common, "--method source_only --scenario supervised"])
-            + "   (the upper bound)"
-        )
-    return " ".join([*common, "--method glua"])
+        words.append(f"--runs {request.runs_root}")
+    if any(assignment.startswith("method.") for assignment in request.assignments):
+        return " ".join([*words, "--no-bounds"])  # which do not have these settings
+    return " ".join(words) + "   (both bounds, three seeds)"
 
 
 # -- compare and ablate ------------------------------------------------------------------------

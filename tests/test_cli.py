@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -118,6 +120,11 @@ def test_run_then_again_then_sync(call: Call, phantom_root: Path) -> None:
     assert code == 0, err
     for text in ("Dice", "ASSD mm", "missed", "mean", "Results: runs/phantom/local_only/", "Next:"):
         assert text in out
+    # What is printed can be typed: the finished run is part of the comparison that it names.
+    (following,) = re.findall(r"^Next: +glua-bench (.*?)(?:   .*)?$", out, re.MULTILINE)
+    code, shown, err = call(*shlex.split(following), "--seeds=1", "--dry-run")
+    assert code == 0, err
+    assert re.search(r"^ +local_only +phantom mr-ct +1 done$", shown, re.MULTILINE), shown
     (done,) = Path("runs").glob("phantom/local_only/*/done")
     assert {p.name for p in (done.parent / "figures").iterdir()} == {"cases.png", "gap.png"}
     before = {p: p.stat().st_mtime_ns for p in done.parent.rglob("*")}
