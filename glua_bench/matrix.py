@@ -348,6 +348,7 @@ class Executor:
             else:
                 self._waiting.append(item)
         self._total = len(self._waiting)
+        self._failed_before = len(self.outcome.failed)
 
     def run(self) -> Outcome:
         """Execute what is open; returns when nothing of the matrix is."""
@@ -417,7 +418,8 @@ class Executor:
                 self.outcome.ran += 1
             else:
                 self.outcome.elsewhere += 1
-            ended = self.outcome.ran + self.outcome.elsewhere + len(self.outcome.failed)
+            failed = len(self.outcome.failed) - self._failed_before
+            ended = self.outcome.ran + self.outcome.elsewhere + failed
             left = len(self._waiting)
             mean = (time.monotonic() - self._began) / max(1, self.outcome.ran)
         if text:

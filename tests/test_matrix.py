@@ -193,8 +193,11 @@ def test_a_failure_is_kept_and_tried_again_only_if_asked(base: RunRequest) -> No
     outcome = Executor(planned, start=failing).run()
     assert outcome.ran == 1 and list(outcome.failed.values()) == ["the disk is full."]
     assert [p.state for p in planned] == ["failed", "done"]
-    outcome = Executor(cells_of(base), start=failing).run()
-    assert (outcome.ran, outcome.before, len(outcome.failed)) == (0, 1, 1)
+    said: list[str] = []
+    more = cells_of(base, 3)
+    outcome = Executor(more, report=said.append, start=starter(more)).run()
+    assert (outcome.ran, outcome.before, len(outcome.failed)) == (1, 1, 1)
+    assert "(1 of 1)" in said[-1]  # what failed earlier is not part of this work
     outcome = Executor(cells_of(base), retry_failed=True, start=starter(planned)).run()
     assert (outcome.ran, outcome.before, outcome.failed) == (1, 1, {})
 
