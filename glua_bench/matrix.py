@@ -437,12 +437,12 @@ def _running(item: Planned) -> bool:
 
 
 def environment(index: int, jobs: int) -> dict[str, str]:
-    """The environment of one of several processes: its GPU, or its share of the cores."""
+    """The environment of one of several processes: its share of the cores, and its GPU."""
     changed = dict(os.environ)
     gpus = torch.cuda.device_count()
     if gpus:
         changed["CUDA_VISIBLE_DEVICES"] = str(index % gpus)
-    elif "OMP_NUM_THREADS" not in os.environ:
+    if "OMP_NUM_THREADS" not in os.environ:
         changed["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     return changed
 

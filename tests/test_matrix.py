@@ -276,6 +276,7 @@ def test_jobs_have_a_gpu_or_a_share_of_the_cores_each(monkeypatch: pytest.Monkey
     assert matrix.environment(0, 40)["OMP_NUM_THREADS"] == "1"
     monkeypatch.setattr(matrix.torch.cuda, "device_count", lambda: 2)
     assert [matrix.environment(i, 4)["CUDA_VISIBLE_DEVICES"] for i in range(4)] == list("0101")
+    assert matrix.environment(0, 4)["OMP_NUM_THREADS"] == "3"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")  # what the user says stands
     monkeypatch.setattr(matrix.torch.cuda, "device_count", lambda: 0)
     assert matrix.environment(0, 4)["OMP_NUM_THREADS"] == "5"
