@@ -207,7 +207,7 @@ def readme_rows(file: Path) -> list[str]:
     return [shown[entry] for entry in [*order, "supervised"]]
 
 
-@pytest.mark.parametrize("name", ["phantom_quick", "phantom_quick_baselines"])
+@pytest.mark.parametrize("name", ["phantom_quick", "phantom_quick_baselines", "phantom_quick_h100"])
 def test_the_results_in_the_readme_are_those_of_the_rows(name):
     """Each table stands before the link to its file."""
     results = (ROOT / "README.md").read_text().split("## Results")[1].split("\n## ")[0]
