@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -64,3 +67,107 @@ def write_livers() -> Callable[[Path], None]:
                 nib.save(nib.Nifti1Image(labels, affine), f"{name}_label.nii.gz")
 
     return write
+
+
+# -- pages in a browser ---------------------------------------------------------------------------
+
+
+def absent(what: str) -> None:
+    """Skips a test that needs what is not there, or fails it where GLUA_BENCH_BROWSER=required."""
+    if os.environ.get("GLUA_BENCH_BROWSER") == "required":
+        pytest.fail(f"GLUA_BENCH_BROWSER=required, but {what} is not on the PATH", pytrace=False)
+    pytest.skip(f"needs {what}")
+
+
+class Browser:
+    """A headless Chromium that can reach no network; `driver` is Selenium's.
+
+    Args:
+        driver: of a browser that logs its console and its requests.
+    """
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def open(self, page: Path) -> None:
+        """Open a file as a reader does, and forget what was logged before."""
+        self.driver.get("about:blank")
+        self.errors(), self.requests()
+        self.driver.get(page.resolve().as_uri())
+
+    def wait(self, script: str, value: object, seconds: float = 60) -> None:
+        """Wait until an expression in the page has a value."""
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        waiting = WebDriverWait(self.driver, seconds, poll_frequency=0.05)
+        waiting.until(lambda driver: driver.execute_script(f"return {script}") == value)
+
+    def errors(self) -> list[str]:
+        """What the console has said since the last call, besides debugging and information."""
+        quiet = ("DEBUG", "INFO")
+        log = self.driver.get_log("browser")
+        return [entry["message"] for entry in log if entry["level"] not in quiet]
+
+    def requests(self) -> list[str]:
+        """What pages have asked of anything but files and themselves, since the last call."""
+        found = []
+        for entry in self.driver.get_log("performance"):
+            event = json.loads(entry["message"])["message"]
+            if event["method"] == "Network.requestWillBeSent":
+                found.append(event["params"]["request"]["url"])
+        local = ("file:", "data:", "blob:", "about:", "chrome:")
+        return [url for url in found if not url.startswith(local)]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Chromium from the PATH with a profile of its own; it draws WebGL in software."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    binary = next(filter(None, map(shutil.which, names)), None)
+    driver = shutil.which("chromedriver")
+    if binary is None or driver is None:
+        absent("chromium with chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for option in (
+        "headless=new",
+        "window-size=1000,800",
+        "no-sandbox",  # which root cannot have
+        "disable-dev-shm-usage",  # small in containers
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "host-resolver-rules=MAP * ~NOTFOUND",
+        "use-angle=swiftshader",
+        "enable-unsafe-swiftshader",
+        "ignore-gpu-blocklist",
+        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ):
+        options.add_argument(f"--{option}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    # With both paths given, Selenium does not look for a driver to download.
+    service = webdriver.ChromeService(executable_path=driver)
+    started = webdriver.Chrome(options=options, service=service)
+    try:
+        yield Browser(started)
+    finally:
+        started.quit()
+
+
+@pytest.fixture(scope="session")
+def niivue() -> str:
+    """NiiVue's script, as npm gives it once to the tests' own cache."""
+    from glua_bench.errors import ConfigError
+    from glua_bench.reports.viewer import bundle
+
+    if shutil.which("npm") is None:
+        absent("npm")
+    try:
+        return bundle()
+    except ConfigError as error:  # e.g. npm without a network
+        if os.environ.get("GLUA_BENCH_BROWSER") == "required":
+            raise
+        pytest.skip(str(error))
