@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from glua_bench.matrix import Cell
     from glua_bench.runs import PlannedRun, RunRequest
     from glua_bench.task import Dataset
+    from glua_bench.tracking import Comparison
 
 app = typer.Typer(
     name="glua-bench",
@@ -240,7 +241,6 @@ def _show_result(
 ) -> None:
     from glua_bench.console import duration
     from glua_bench.runs import ORACLE
-    from glua_bench.tracking import tracking_uri
 
     path = planned.directory.path
     if done:
@@ -265,10 +265,16 @@ def _show_result(
         say("PRIVILEGED: trained on target labels; an upper bound, not an adaptation result.")
     say()
     say(f"Results: {path} (cases.parquet, predictions/, figures/)")
+    _say_browse(request)
+    say(f"Next:    {_next_run(planned, request)}")
+
+
+def _say_browse(request: RunRequest) -> None:
+    from glua_bench.tracking import tracking_uri
+
     uri = tracking_uri(request.runs_root)
     if request.mlflow and uri.startswith("sqlite"):
         say(f"Browse:  mlflow ui --backend-store-uri {uri}")
-    say(f"Next:    {_next_run(planned, request)}")
 
 
 def _score_table(table: pd.DataFrame) -> str:
@@ -349,7 +355,7 @@ def compare(
     base = _shared_request(locals())
     asked = _names(methods), _names(datasets), _names(directions or "")
     cells = matrix.comparison(*asked, seeds, base, bounds)
-    _run_matrix(cells, jobs, retry_failed, dry_run, out)
+    _run_matrix(f"compare {', '.join(asked[0])}", cells, jobs, retry_failed, dry_run, out)
 
 
 @app.command()
@@ -383,7 +389,8 @@ def ablate(
     base = _shared_request(locals())
     asked = method, _names(datasets), _names(directions or "")
     cells = matrix.ablation(*asked, seeds, base, combine)
-    _run_matrix(cells, jobs, retry_failed, dry_run, out)
+    title = f"ablate {method}" + (", combinations" if combine else "")
+    _run_matrix(title, cells, jobs, retry_failed, dry_run, out)
 
 
 def _shared_request(options: Mapping[str, Any]) -> RunRequest:
@@ -415,7 +422,7 @@ def _names(text: str) -> list[str]:
 
 
 def _run_matrix(
-    cells: list[Cell], jobs: int, retry_failed: bool, dry_run: bool, out: Path | None
+    title: str, cells: list[Cell], jobs: int, retry_failed: bool, dry_run: bool, out: Path | None
 ) -> None:
     from glua_bench import matrix
     from glua_bench.console import duration
@@ -438,11 +445,13 @@ def _run_matrix(
         say(f"{len(planned)} runs, {done} done; about {duration(total / jobs)} with --jobs {jobs}.")
         say("Next: the same command without --dry-run.")
         return
+    groups = matrix.by_dataset(title, planned)
     outcome = matrix.Executor(planned, jobs, retry_failed, say).run()
     say(
         f"{len(planned)} runs: {outcome.ran} run now, {outcome.before} done before, "
         f"{outcome.elsewhere} by another process, {len(outcome.failed)} failed."
     )
+    request = planned[0].run.request
     finished = [(p.cell.entry, p.cell.task, p.run.directory) for p in planned if p.state == "done"]
     if finished:
         rows = comparison.collect(finished)
@@ -453,7 +462,8 @@ def _run_matrix(
             say(comparison.verdict(rows, task))
         if out is not None:
             say(f"Wrote {', '.join(str(file) for file in comparison.write(rows, out))}")
-    root = planned[0].run.request.runs_root
+        if request.mlflow:
+            _show_in_tracker(groups, rows, request.runs_root)
     if outcome.failed:
         first = next(iter(outcome.failed.values()))
         raise RunFailure(
@@ -461,8 +471,30 @@ def _run_matrix(
             "Give the same command with --retry-failed once the reason is removed."
         )
     say()
-    say(f"Rows:  {root}/*/*/*/cases.parquet")
-    say(f"Next:  look at figures/ in the runs below {root}")
+    say(f"Rows:    {request.runs_root}/*/*/*/cases.parquet")
+    _say_browse(request)
+    say(f"Next:    look at figures/ in the runs below {request.runs_root}")
+
+
+def _show_in_tracker(groups: list[Comparison], rows: pd.DataFrame, runs_root: Path) -> None:
+    """Nest the runs of each dataset under their comparison, with its table."""
+    import tempfile
+
+    from glua_bench.reports import comparison
+    from glua_bench.tracking import MLflowMirror
+
+    mirror = MLflowMirror(runs_root, warn)
+    for group in groups:
+        own = rows[rows["dataset"] == group.dataset]
+        if own.empty:  # all of its runs failed
+            continue
+        lines = comparison.table(own)
+        answers = [comparison.verdict(own, task) for task in own["task"].unique()]
+        note = "\n\n".join([*answers, f"```\n{comparison.as_text(lines)}\n```"])
+        with tempfile.TemporaryDirectory() as folder:
+            files = comparison.write(own, Path(folder))
+            if not mirror.nest(group, comparison.as_metrics(lines), files, note):
+                return  # one warning is enough
 
 
 # -- predict and export ------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from glua_bench.method import Method
 from glua_bench.registry import Registry
 from glua_bench.runs import PlannedRun, RunRequest
 from glua_bench.task import Dataset
-from glua_bench.tracking import try_lock
+from glua_bench.tracking import Comparison, RunDirectory, try_lock
 
 POLL_SECONDS = 1.0  # between looks at runs that another process executes
 KILLED_TWICE = 2  # attempts at a run whose process is killed, before it counts as failed
@@ -264,6 +264,19 @@ def plan(cells: Sequence[Cell], report: Callable[[str], None] = lambda line: Non
         owner[run.id] = cell
         planned.append(Planned(cell, run))
     return planned
+
+
+def by_dataset(title: str, planned: Sequence[Planned]) -> list[Comparison]:
+    """The matrix as the tracker shows it: a group of runs for each dataset.
+
+    Args:
+        title: what was asked for, e.g. "compare glua, sifa".
+        planned: the matrix.
+    """
+    groups: dict[str, list[tuple[str, RunDirectory]]] = {}
+    for item in planned:
+        groups.setdefault(item.run.config.dataset, []).append((item.cell.entry, item.run.directory))
+    return [Comparison(title, members) for members in groups.values()]
 
 
 def seconds_known(planned: Sequence[Planned]) -> dict[tuple[str, str], float]:

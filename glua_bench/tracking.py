@@ -3,19 +3,22 @@
 Everything that a run leaves behind lies in one directory, written so that a killed process
 leaves either the old file or the new one. `MLflowMirror` copies finished directories to a
 tracker as often as one likes, without doubles, and never harms a run when the tracker is
-down.
+down. `fetch_runs` is the way back: the copies become directories again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,20 +27,37 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from glua_bench.config import RunConfig
-from glua_bench.errors import RunFailure, UserError
+from glua_bench.config import PRESETS, RunConfig, SegmenterSpec, digest
+from glua_bench.errors import PluginError, RunFailure, UserError
+from glua_bench.registry import Registry
 
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment, Run
 
 FLUSH_SECONDS = 2.0
+TIME = "%Y-%m-%dT%H:%M:%S%z"  # how a time is written in JSON
 ARTIFACTS = "mlartifacts"  # directory of the default tracker's files, among the runs
 SCORES = ("dice", "assd", "hd95", "misses")
+# What a copy holds of a directory, `cases.csv` and the list of digests besides. Neither the
+# weights nor the predictions: the first are large, the second may be the data owner's.
+COPIED = (
+    "config.yaml",
+    "environment.json",
+    "summary.json",
+    "cases.parquet",
+    "metrics.parquet",
+    "done",
+)
+DIGESTS = "files.json"  # artifact: name of each copied file → its digest
+LAYOUT = 2  # of a copy; raised when copies change, so that `sync` replaces the older ones
+PARENT, ENTRY = "mlflow.parentRunId", "glua_bench.entry"  # a nested run's tags
 _LIBRARIES = (
     "torch",
     "lightning-fabric",
@@ -527,7 +547,7 @@ def _file_digest(path: Path) -> str:
 
 
 def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return time.strftime(TIME)
 
 
 def _warn(text: str) -> None:
@@ -692,12 +712,84 @@ def mlflow_client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Runs that are shown together in the tracker: those of one comparison on one dataset.
+
+    Args:
+        title: what was asked for, e.g. "compare glua, sifa".
+        members: entry and directory of each run, finished or not; at least one, all of one
+            dataset.
+        began: when the command began, in seconds since 1970.
+    """
+
+    title: str
+    members: Sequence[tuple[str, RunDirectory]]
+    began: float = field(default_factory=time.time)
+
+    @property
+    def dataset(self) -> str:
+        """The dataset of all members."""
+        return self.members[0][1].config.dataset
+
+    @property
+    def id(self) -> str:
+        """The identity: what is compared, however the command was worded.
+
+        Runs enter by their ids, so that changed settings, data or code make another comparison,
+        and old rows stay under the old one.
+        """
+        return digest(sorted([entry, run.id] for entry, run in self.members))
+
+    @property
+    def entries(self) -> list[str]:
+        """Names of the rows, in the order of the members."""
+        return list(dict.fromkeys(entry for entry, _ in self.members))
+
+    @property
+    def directions(self) -> list[str]:
+        """Directions, in the order of the members."""
+        return list(dict.fromkeys(run.config.direction for _, run in self.members))
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds, ascending."""
+        return sorted({run.config.seed for _, run in self.members})
+
+    @property
+    def name(self) -> str:
+        """A line for people, e.g. "compare glua, sifa | phantom mr-ct | 3 seeds | quick"."""
+        count = len(self.seeds)
+        changed = [changed_settings(run.config) for _, run in self.members]
+        shared = {n: v for n, v in changed[0].items() if all(c.get(n) == v for c in changed)}
+        preset = self.members[0][1].config.preset
+        return " | ".join(
+            (
+                _shortened(self.title, 100),
+                f"{self.dataset} {', '.join(self.directions)}",
+                f"{count} seed{'s' if count > 1 else ''}",
+                ", ".join(filter(None, (preset, _listed(shared)))),
+            )
+        )
+
+    def shared(self) -> dict[str, Any]:
+        """The settings that all runs share, those left out that are not part of their ids."""
+        settings = [_flat(run.config.to_dict()) for _, run in self.members]
+        return {
+            name: value
+            for name, value in settings[0].items()
+            if name not in ("preset", "selectors")
+            and all(name in other and other[name] == value for other in settings)
+        }
+
+
 class MLflowMirror:
     """Copies run directories to an MLflow tracker, without doubles.
 
     Each run is one MLflow run, found again by its tag `glua_bench.id`. A copy that was
-    interrupted, or that shows an earlier failure of a run that has succeeded since, is
-    replaced.
+    interrupted, that is of an older layout, or that shows an earlier failure of a run that has
+    succeeded since, is replaced. A comparison is one more MLflow run, above those that it
+    compares.
 
     Args:
         runs_root: the directory of all runs; holds the default store.
@@ -708,7 +800,7 @@ class MLflowMirror:
         self.runs_root = Path(runs_root)
         self.uri = tracking_uri(self.runs_root)
         self._warn = warn
-        self._client: MlflowClient | None = None
+        self._opened: MlflowClient | None = None
         self._experiments: dict[str, str] = {}
 
     @property
@@ -716,20 +808,22 @@ class MLflowMirror:
         """The tracker's address without a password, for messages."""
         return without_password(self.uri)
 
-    def mirror(self, run: RunDirectory, parent: str | None = None) -> bool:
+    def mirror(self, run: RunDirectory) -> bool:
         """Upload one finished or failed run, unless the tracker has it.
 
         Args:
             run: its directory.
-            parent: MLflow id of a run to show it under.
 
         Returns:
             Whether the tracker now has it; where not, one warning was given.
         """
-        return self._mirror(run, parent) is not None
+        return self._mirror(run) is not None
 
     def sync(self) -> SyncCounts:
-        """Upload every finished or failed run that the tracker does not have."""
+        """Upload every finished or failed run that the tracker does not have.
+
+        What is nested under a comparison stays there, also where its copy is replaced.
+        """
         counts = SyncCounts()
         for run in list_runs(self.runs_root):
             if not run.done and run.failed is None:
@@ -737,7 +831,7 @@ class MLflowMirror:
             elif counts.missed:
                 counts.missed += 1  # the tracker is down: one warning is enough
             else:
-                new = self._mirror(run, None)
+                new = self._mirror(run)
                 if new is None:
                     counts.missed += 1
                 elif new:
@@ -746,58 +840,166 @@ class MLflowMirror:
                     counts.present += 1
         return counts
 
-    def _mirror(self, run: RunDirectory, parent: str | None) -> bool | None:
+    def nest(
+        self,
+        comparison: Comparison,
+        metrics: Mapping[str, float],
+        files: Sequence[Path] = (),
+        note: str = "",
+    ) -> bool:
+        """Show the runs of a comparison under one MLflow run, which is made or brought up to date.
+
+        Runs that the tracker lacks are uploaded first. A run has one parent in MLflow: of several
+        comparisons that contain it, the latest command wins, and the earlier ones keep their
+        numbers and files.
+
+        Args:
+            comparison: what is compared.
+            metrics: the table's numbers by name; what is not finite is left out.
+            files: further artifacts, e.g. the table as CSV.
+            note: the answer in words, as Markdown; shown as the parent's description.
+
+        Returns:
+            Whether the tracker now shows it; where not, one warning was given.
+        """
+        try:
+            # Two processes must not find at the same time that the parent is missing.
+            with _lock(self.runs_root / ".mlflow.lock", wait=True):
+                self._nest(comparison, metrics, files, note)
+            return True
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit too: a tracker never ends a comparison
+            self._warn(
+                f"MLflow at {self.place} does not show this comparison ({_reason(error)}); its "
+                "runs are complete, give the same command again when the tracker answers."
+            )
+            return False
+
+    def _mirror(self, run: RunDirectory) -> bool | None:
         """True: uploaded; False: the tracker had it; None: it could not be uploaded."""
         try:
             # Two processes must not find at the same time that the run is missing.
             with _lock(self.runs_root / ".mlflow.lock", wait=True):
-                return self._upload(run, parent)
+                return self._upload(run)[1]
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit too: a tracker never ends a run
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
             self._warn(
-                f"MLflow at {self.place} did not take run {run.id} ({reason}); the run's "
+                f"MLflow at {self.place} did not take run {run.id} ({_reason(error)}); the run's "
                 f"directory is complete, mirror it later with `glua-bench sync --runs "
                 f"{self.runs_root}`."
             )
             return None
 
-    def _upload(self, run: RunDirectory, parent: str | None) -> bool:
-        state = self._state(run)
-        if self._client is None:
-            self._client = mlflow_client(self.uri)
-        client = self._client
+    @property
+    def _client(self) -> MlflowClient:
+        if self._opened is None:
+            self._opened = mlflow_client(self.uri)
+        return self._opened
+
+    def _upload(self, run: RunDirectory) -> tuple[str, bool]:
+        """The MLflow id of a run's copy, and whether it was made now."""
+        state, client = self._state(run), self._client
         experiment = self._experiment(run.config.dataset)
-        complete = None
+        complete, nesting = None, {}
         for found in client.search_runs(
             [experiment], filter_string=f"tags.`glua_bench.id` = '{run.id}'"
         ):
-            if complete is None and found.data.tags.get("glua_bench.mirrored") == state:
+            tags = found.data.tags
+            if complete is None and tags.get("glua_bench.mirrored") == state:
                 complete = found.info.run_id
             else:
+                nesting = {name: tags[name] for name in (PARENT, ENTRY) if name in tags}
                 client.delete_run(found.info.run_id)
-        if complete is None:
-            uploaded = _Upload(client, experiment, run, state, parent).send()
-        else:
-            uploaded = complete
+        uploaded = complete or _Upload(client, experiment, run, state, nesting).send()
         with contextlib.suppress(RunFailure):
             mark = {"tracking_uri": self.place, "run_id": uploaded, "mirrored": state}
             write_text(run.path / "mlflow.json", _json(mark))
-        return complete is None
+        return uploaded, complete is None
+
+    def _nest(
+        self, comparison: Comparison, metrics: Mapping[str, float], files: Sequence[Path], note: str
+    ) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        client = self._client
+        parent, members = self._parent(comparison), comparison.members
+        parent_id = parent.info.run_id
+        for entry, run in members:
+            if run.done or run.failed is not None:
+                child, _ = self._upload(run)
+                client.set_tag(child, PARENT, parent_id)
+                client.set_tag(child, ENTRY, entry)
+        done = sum(run.done for _, run in members)
+        tags = {
+            "glua_bench.dataset": comparison.dataset,
+            "glua_bench.direction": ", ".join(comparison.directions),
+            "glua_bench.entries": ", ".join(comparison.entries),
+            "glua_bench.seeds": ", ".join(map(str, comparison.seeds)),
+            "glua_bench.runs": f"{done} of {len(members)} done",
+            "mlflow.source.name": "glua-bench",
+            "mlflow.note.content": note,
+        }
+        params = {
+            "entries": len(comparison.entries),
+            "seeds": len(comparison.seeds),
+            **comparison.shared(),
+        }
+        now = int(time.time() * 1000)
+        values = {_key(name): float(value) for name, value in metrics.items()}
+        client.log_batch(
+            parent_id,
+            # Written where they are new: a parameter cannot be changed, and a number that is
+            # written again would count as a further step.
+            metrics=[
+                Metric(name, value, now, 0)
+                for name, value in values.items()
+                if math.isfinite(value) and parent.data.metrics.get(name) != value
+            ][:1000],  # the tracker's limits of one request
+            params=[
+                Param(_key(name), str(value)[:6000])
+                for name, value in params.items()
+                if _key(name) not in parent.data.params
+            ][:100],
+            tags=[RunTag(name, value[:5000]) for name, value in tags.items()],
+        )
+        for file in files:
+            client.log_artifact(parent_id, str(file))
+        status = "FINISHED" if done == len(members) else "FAILED"
+        if parent.info.status != status:  # so that a repetition does not look like a longer run
+            client.set_terminated(parent_id, status, now)
+
+    def _parent(self, comparison: Comparison) -> Run:
+        """The MLflow run of a comparison: the oldest if machines made several, else a new one."""
+        client, experiment = self._client, self._experiment(comparison.dataset)
+        found = client.search_runs(
+            [experiment],
+            filter_string=f"tags.`glua_bench.comparison` = '{comparison.id}'",
+            order_by=["attributes.start_time ASC"],
+        )
+        for double in found[1:]:
+            client.delete_run(double.info.run_id)
+        if found:
+            return found[0]
+        return client.create_run(
+            experiment,
+            start_time=int(comparison.began * 1000),
+            run_name=comparison.name,
+            tags={"glua_bench.comparison": comparison.id},
+        )
 
     def _state(self, run: RunDirectory) -> str:
         """What a complete copy of the directory would be tagged with."""
         if run.done:
-            return f"done {_file_digest(run.path / 'done')}"
+            return f"done {_file_digest(run.path / 'done')} {LAYOUT}"
         if run.failed is not None:
-            return f"failed {_file_digest(run.path / 'failed')}"
+            return f"failed {_file_digest(run.path / 'failed')} {LAYOUT}"
         raise RunFailure("it is neither done nor failed")
 
     def _experiment(self, dataset: str) -> str:
         from mlflow.exceptions import MlflowException
 
-        assert self._client is not None
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or f"glua-bench/{dataset}"
         if name not in self._experiments:
             found = self._client.get_experiment_by_name(name)
@@ -827,20 +1029,17 @@ class _Upload:
     experiment: str
     run: RunDirectory
     state: str
-    parent: str | None
+    nesting: Mapping[str, str]  # tags of an earlier copy, which stay
     id: str = field(default="", init=False)
 
     def send(self) -> str:
         run, config = self.run, self.run.config
         rows = run._rows()
-        began = int(rows[0]["time"] * 1000) if rows else int(time.time() * 1000)
-        ended = int(rows[-1]["time"] * 1000) if rows else began
-        privileged = "  privileged" if config.privileged else ""
+        began, ended = self._times(rows)
         created = self.client.create_run(
             self.experiment,
             start_time=began,
-            run_name=f"{config.method} {config.direction} seed {config.seed}{privileged} "
-            f"{run.id[:6]}",
+            run_name=f"{run_name(config)} | {run.id[:6]}",
             tags=self._tags(),
         )
         self.id = created.info.run_id
@@ -852,6 +1051,19 @@ class _Upload:
         self.client.set_tag(self.id, "glua_bench.mirrored", self.state)
         return self.id
 
+    def _times(self, rows: list[dict[str, Any]]) -> tuple[int, int]:
+        """When the run began and ended, in milliseconds since 1970.
+
+        The log alone would leave out reading and scoring, which may take longer than training.
+        """
+        times = [row["time"] for row in rows]
+        for name in ("environment.json", "done"):
+            with contextlib.suppress(UserError, KeyError, TypeError, ValueError):
+                written = self.run._read_json(name)["time"]
+                times.append(datetime.strptime(written, TIME).timestamp())
+        times = times or [time.time()]
+        return int(min(times) * 1000), int(max(times) * 1000)
+
     def _tags(self) -> dict[str, str]:
         run, config = self.run, self.run.config
         tags = {
@@ -862,9 +1074,11 @@ class _Upload:
             "glua_bench.scenario": config.scenario,
             "glua_bench.seed": str(config.seed),
             "glua_bench.privileged": str(config.privileged).lower(),
+            "mlflow.source.name": "glua-bench",
+            **self.nesting,
         }
-        if self.parent:
-            tags["mlflow.parentRunId"] = self.parent
+        if changed := changed_settings(config):
+            tags["glua_bench.changed"] = _listed(changed)
         failed = run.failed
         if failed and not run.done:
             tags["glua_bench.error"] = failed[:4000]
@@ -903,15 +1117,22 @@ class _Upload:
 
     def _artifacts(self) -> None:
         path = self.run.path
-        for name in ("config.yaml", "environment.json", "summary.json", "cases.parquet", "failed"):
-            if (path / name).is_file():
-                self.client.log_artifact(self.id, str(path / name))
-        if (path / "cases.parquet").is_file():
-            with tempfile.TemporaryDirectory() as directory:
-                table = Path(directory) / "cases.csv"
-                self.run.read_cases().to_csv(table, index=False, float_format="%.4f")
-                self.client.log_artifact(self.id, str(table))
-        for figure in sorted(self.run.figures.glob("*.png")):
+        files = [path / name for name in (*COPIED, "failed") if (path / name).is_file()]
+        figures = sorted(self.run.figures.glob("*.png"))
+        with tempfile.TemporaryDirectory() as directory:
+            digests = Path(directory) / DIGESTS
+            found = {
+                file.relative_to(path).as_posix(): _file_digest(file) for file in (*files, *figures)
+            }
+            digests.write_text(_json(found), encoding="utf-8")
+            files.append(digests)
+            if (path / "cases.parquet").is_file():
+                # MLflow's page shows a CSV file as a table, and a Parquet file not at all.
+                files.append(Path(directory) / "cases.csv")
+                self.run.read_cases().to_csv(files[-1], index=False, float_format="%.4f")
+            for file in files:
+                self.client.log_artifact(self.id, str(file))
+        for figure in figures:
             self.client.log_artifact(self.id, str(figure), "figures")
 
 
@@ -933,6 +1154,91 @@ def final_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def changed_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that are not what preset and method give, by the names that `--set` takes.
+
+    Those of the method come first. They are left out where the method is not installed here, and
+    the grid's always, because only the dataset's files tell what a preset gives it.
+
+    Example:
+        >>> from glua_bench.task import Grid
+        >>> changed_settings(RunConfig("?", "?", "a-b", Grid(32, 7.0), preset="quick", steps=9))
+        {'segmenter.width': 32, 'segmenter.depth': 5, 'steps': 9}
+    """
+    preset = dict(PRESETS.get(config.preset, {}))
+    defaults = _flat(
+        {
+            "method_config": _method_defaults(config.method, config.preset),
+            "augmentation": RunConfig.augmentation,
+            "precision": RunConfig.precision,
+            "candidates": RunConfig.candidates,
+            **preset,
+            "segmenter": {**asdict(SegmenterSpec()), **preset.get("segmenter", {})},
+        }
+    )
+    own = _flat(config.to_dict())
+    changed = {n: own[n] for n in own if n in defaults and own[n] != defaults[n]}
+    return dict(sorted(changed.items(), key=lambda item: not item[0].startswith("method.")))
+
+
+@functools.lru_cache
+def _method_defaults(name: str, preset: str) -> Mapping[str, Any]:
+    try:
+        method: Any = Registry("method").load(name)
+    except PluginError:
+        # The class of a plugin file is known where its run was made.
+        module = sys.modules.get("glua_bench.method")
+        waiting = [module.Method] if module is not None else []
+        method = None
+        while waiting and method is None:
+            candidate = waiting.pop()
+            waiting += candidate.__subclasses__()
+            method = candidate if vars(candidate).get("name") == name else None
+        if method is None:
+            return {}
+    try:
+        values = {**asdict(method.Config()), **method.presets.get(preset, {})}
+        return dict(json.loads(json.dumps(values)))  # as in a configuration that was read
+    except Exception:  # a plugin may do anything; its name is no reason to lose its copy
+        return {}
+
+
+def run_name(config: RunConfig) -> str:
+    """A run's name for people: what tells it from its neighbours in a table comes first.
+
+    Method with its changed settings, direction, seed, and the changed settings of the run.
+
+    Example:
+        >>> from glua_bench.task import Grid
+        >>> run_name(RunConfig("?", "?", "a-b", Grid(32, 7.0), preset="paper", steps=9))
+        '? | a-b | seed 0 | steps=9'
+    """
+    changed = changed_settings(config)
+    method = config.method
+    if changed.get("augmentation") == "photometric":  # as the entries of a comparison say it
+        del changed["augmentation"]
+        method += " + photometric"
+    if config.privileged:
+        method += f", {config.scenario} (privileged)"
+    own = {name: value for name, value in changed.items() if name.startswith("method.")}
+    others = {name: value for name, value in changed.items() if name not in own}
+    parts = [
+        _shortened(", ".join(filter(None, (method, _listed(own)))), 120),
+        config.direction,
+        f"seed {config.seed}",
+        _shortened(_listed(others), 120),
+    ]
+    return " | ".join(filter(None, parts))
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{n.removeprefix('method.')}={value}" for n, value in settings.items())
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
@@ -944,6 +1250,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def _one_text(value: Any) -> str:
     if isinstance(value, Mapping):
         return " ".join(f"{name}={entry}" for name, entry in value.items())
@@ -953,3 +1263,190 @@ def _one_text(value: Any) -> str:
 def _key(name: str) -> str:
     """A name with only the characters that a tracker accepts."""
     return re.sub(r"[^\w\-. /]", "_", name)[:250]
+
+
+# --- the way back ----------------------------------------------------------------------------
+
+
+def fetch_runs(
+    uri: str,
+    into: Path,
+    experiments: Sequence[str] | None = None,
+    warn: Callable[[str], None] = _warn,
+) -> list[RunDirectory]:
+    """Make directories of the finished runs that a tracker has copies of.
+
+    They are laid out as below a directory of runs, and hold the same bytes as the originals, but
+    neither weights, predictions nor the log. A run that lies there already is not fetched again.
+    Runs and comparisons that were deleted in the tracker are left out.
+
+    Args:
+        uri: the tracker's address, e.g. "http://host:5000" or "sqlite:///runs/mlflow.db".
+        into: where; nothing that lies there is changed.
+        experiments: names of the tracker's experiments; None is all of them.
+        warn: receives a sentence for every run that is left out, because its copy is damaged or
+            another run is in its place.
+
+    Returns:
+        The runs, all `done`, sorted by path.
+
+    Raises:
+        UserError: the tracker does not answer, has none of the experiments, or no whole run.
+        RunFailure: `into` cannot be written.
+    """
+    place = without_password(uri)
+    try:
+        copies = _copies(uri, experiments)
+        client = mlflow_client(uri)
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # mlflow's own, the database's, the network's, SystemExit
+        raise _unreadable(place, error) from error
+    if not copies:
+        among = "" if experiments is None else f" in {', '.join(experiments)}"
+        raise UserError(
+            f"The tracker at {place} has no finished runs{among}; send them there with "
+            "`glua-bench sync`."
+        )
+    runs: dict[str, RunDirectory] = {}
+    for copy in copies:
+        name = copy.data.tags.get("glua_bench.id", copy.info.run_id)
+        if name in runs:  # several runs roots may have sent it
+            continue
+        try:
+            run = _fetch(client, copy, Path(into))
+        except (KeyboardInterrupt, RunFailure):
+            raise
+        except BaseException as error:
+            try:
+                check_tracker(uri)
+            except OSError as gone:  # then every other run would wait in vain, too
+                raise _unreadable(place, gone) from error
+            warn(
+                f"Run {name} ({copy.info.run_name}) at {place} is left out: "
+                f"{_reason(error).rstrip('.')}."
+            )
+        else:
+            runs[name] = run
+    if not runs:
+        raise UserError(
+            f"None of the {len(copies)} runs at {place} could be fetched; delete them there and "
+            "send them again with `glua-bench sync`."
+        )
+    return sorted(runs.values(), key=lambda run: run.path)
+
+
+def _unreadable(place: str, error: BaseException) -> UserError:
+    return UserError(
+        f"The tracker at {place} cannot be read ({_reason(error).rstrip('.')}); check the address "
+        "and that the tracker runs."
+    )
+
+
+def _copies(uri: str, experiments: Sequence[str] | None) -> list[Run]:
+    """Complete copies of finished runs, the newest of each first."""
+    prefix = "sqlite:///"
+    # mlflow would make an empty database of a wrong name.
+    if uri.startswith(prefix) and not Path(uri.removeprefix(prefix).split("?")[0]).is_file():
+        raise FileNotFoundError("there is no such file")
+    client = mlflow_client(uri)
+    shown: list[Experiment] = _all_pages(lambda page: client.search_experiments(page_token=page))
+    if experiments is not None:
+        names = [experiment.name for experiment in shown]
+        for name in experiments:
+            if name not in names:
+                raise UserError(
+                    f"The tracker at {without_password(uri)} has no experiment '{name}'; choose "
+                    f"among {', '.join(sorted(names))}."
+                )
+        shown = [experiment for experiment in shown if experiment.name in experiments]
+    found: list[Run] = []
+    for experiment in shown:
+
+        def search(page: str | None, within: str = experiment.experiment_id) -> Any:
+            wanted = "tags.`glua_bench.mirrored` LIKE 'done%'"
+            return client.search_runs([within], filter_string=wanted, page_token=page)
+
+        found += _all_pages(search)
+    return sorted(found, key=lambda run: run.info.start_time, reverse=True)
+
+
+def _all_pages(search: Callable[[str | None], Any]) -> list[Any]:
+    found, token = [], None
+    while True:
+        page = search(token)
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def _fetch(client: MlflowClient, copy: Run, into: Path) -> RunDirectory:
+    """One copy as a directory.
+
+    Raises:
+        UserError: the copy is not whole, or something else lies in its place.
+        RunFailure: the directory cannot be written.
+        Exception: whatever the tracker's client raises.
+    """
+    tags = copy.data.tags
+    parts = [tags.get(f"glua_bench.{name}", "") for name in ("dataset", "method", "id")]
+    for part in parts:  # they become a path, and a tracker may hold anything
+        if not re.fullmatch(r"\w[\w.+-]*", part):
+            raise UserError(f"'{part}' cannot be a directory's name")
+    path, mark = into.joinpath(*parts), tags["glua_bench.mirrored"].split()[1:2]
+    if not _has_mark(path, mark):
+        with _storing(into):
+            into.mkdir(parents=True, exist_ok=True)
+            scratch = tempfile.TemporaryDirectory(dir=into, prefix=".fetching-")
+        with scratch as name:
+            folder = Path(name) / "run"
+            folder.mkdir()
+            _download(client, copy.info.run_id, folder)
+            fetched = RunDirectory.open(folder)
+            own = [fetched.config.dataset, fetched.config.method]
+            if not fetched.done or not _has_mark(folder, mark) or own != parts[:2]:
+                raise UserError("its files do not fit together")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                folder.rename(path)
+            except OSError as error:
+                if not path.is_dir():
+                    raise storage_error(error, path) from error
+        if not _has_mark(path, mark):
+            raise UserError(f"another state of it lies at {path}; choose another directory")
+    return RunDirectory.open(path)
+
+
+def _has_mark(path: Path, mark: Sequence[str]) -> bool:
+    """Whether a directory has the `done` of a digest."""
+    try:
+        return [_file_digest(path / "done")] == list(mark)
+    except OSError:
+        return False
+
+
+def _download(client: MlflowClient, run_id: str, folder: Path) -> None:
+    """The files of a copy, compared with their digests."""
+    parts = folder.parent / "parts"
+
+    def fetch(name: str, target: Path) -> None:
+        parts.mkdir(exist_ok=True)
+        try:
+            # Whether folders are kept below the given one depends on the store.
+            shutil.copyfile(client.download_artifacts(run_id, name, str(parts)), target)
+        except Exception as error:
+            raise UserError(f"its artifact {name} is missing") from error
+
+    listing = folder.parent / DIGESTS
+    fetch(DIGESTS, listing)
+    try:
+        digests = dict(json.loads(listing.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"its artifact {DIGESTS} is damaged") from error
+    figures = [name for name in digests if re.fullmatch(r"figures/\w[\w.+-]*\.png", name)]
+    (folder / "figures").mkdir()
+    for name in (*COPIED, *figures):
+        fetch(name, folder / name)
+        if _file_digest(folder / name) != digests.get(name):
+            raise UserError(f"its artifact {name} is damaged")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -172,6 +173,35 @@ def write(rows: pd.DataFrame, folder: Path, selector: str = "last") -> list[Path
             f"{folder} cannot be written ({error.strerror}); choose another --out directory."
         ) from error
     return files
+
+
+def as_metrics(lines: pd.DataFrame) -> dict[str, float]:
+    """The table's main numbers by name, for a tracker.
+
+    Args:
+        lines: as `table` gives them.
+
+    Returns:
+        e.g. {"mr-ct/dice/glua": 0.8, "mr-ct/dice_sd/glua": 0.01, "mr-ct/assd_mm/glua": 4.0,
+        "mr-ct/gap_recovered/glua": 0.7}; the share of the gap as a fraction, nan where a number
+        is not defined.
+    """
+    names = {
+        "Dice": "dice",
+        "sd": "dice_sd",
+        "ASSD mm": "assd_mm",
+        "gap recovered": "gap_recovered",
+    }
+    return {
+        f"{str(task).split(' ')[-1]}/{name}/{_plain(str(entry))}": float(row[column])
+        for column, name in names.items()
+        for (task, entry), row in lines.iterrows()
+    }
+
+
+def _plain(entry: str) -> str:
+    """An entry's name of letters, digits and a few signs: "union (GLUA)" → "union GLUA"."""
+    return " ".join(re.sub(r"[^\w.\-]", " ", entry).split())
 
 
 def as_text(lines: pd.DataFrame) -> str:

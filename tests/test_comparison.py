@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from glua_bench.errors import ConfigError
-from glua_bench.reports.comparison import as_text, table, verdict, write
+from glua_bench.reports.comparison import as_metrics, as_text, table, verdict, write
 
 
 def made() -> pd.DataFrame:
@@ -45,6 +45,15 @@ def test_the_table_is_of_seeds_and_pairs_the_gap_by_seed() -> None:
     lone = table(frame[(frame["entry"] == "mine") & (frame["seed"] == 0)])
     assert lone["gap recovered"].isna().all()
     assert "One seed has no standard deviation" in as_text(lone) and "±  " not in as_text(lone)
+
+
+def test_the_numbers_have_names_that_a_tracker_takes() -> None:
+    numbers = as_metrics(table(made().replace("mine", "mine + masked (ours)")))
+    assert len(numbers) == 12
+    assert numbers["x-y/dice/mine masked ours"] == pytest.approx(0.45)
+    assert numbers["x-y/dice_sd/mine masked ours"] == pytest.approx(0.0707, abs=1e-3)
+    assert numbers["x-y/assd_mm/source_only"] == pytest.approx(3.0)
+    assert numbers["x-y/gap_recovered/mine masked ours"] == pytest.approx(0.25)
 
 
 def test_the_sentence_names_the_best_that_saw_no_target_label() -> None:

@@ -17,7 +17,16 @@ import pytest
 
 from glua_bench import cli, matrix, runs
 from glua_bench.errors import ConfigError, PluginError
-from glua_bench.matrix import Executor, Planned, ablation, combinations, command, comparison, plan
+from glua_bench.matrix import (
+    Executor,
+    Planned,
+    ablation,
+    by_dataset,
+    combinations,
+    command,
+    comparison,
+    plan,
+)
 from glua_bench.reports.comparison import collect
 from glua_bench.runs import RunRequest
 
@@ -181,6 +190,20 @@ def test_runs_are_done_once_and_skipped_afterwards(base: RunRequest) -> None:
     assert (outcome.ran, outcome.before) == (0, 2)
 
 
+def test_a_matrix_is_shown_by_dataset(base: RunRequest, phantom_root: Path) -> None:
+    discs = plan(comparison(["random_gamma"], ["discs"], [], 2, base))
+    other = replace(base, data_root=phantom_root)
+    phantom = plan(comparison(["source_only"], ["phantom"], ["all"], 1, other, bounds=False))
+    groups = by_dataset("compare random_gamma", [*discs, *phantom])
+    assert [group.dataset for group in groups] == ["discs", "phantom"]
+    assert groups[0].entries == ["source_only", "supervised", "random_gamma"]
+    assert groups[0].seeds == [0, 1] and len(groups[0].members) == 6
+    assert groups[1].directions == ["mr-ct", "ct-mr"] and groups[1].seeds == [0]
+    assert [run.id for _, run in groups[0].members] == [item.run.id for item in discs]
+    (alone,) = by_dataset("compare random_gamma", discs)
+    assert alone.id == groups[0].id != groups[1].id
+
+
 def test_a_failure_is_kept_and_tried_again_only_if_asked(base: RunRequest) -> None:
     planned = cells_of(base)
 
@@ -307,3 +330,58 @@ def test_two_commands_at_once_make_one_comparison(base: RunRequest, tmp_path: Pa
     assert len(done) == 3
     found = [("e", "t", runs.tracking.RunDirectory.open(path)) for path in done]
     assert len(collect(found)["run"].unique()) == 3
+
+
+@pytest.mark.slow
+def test_a_comparison_is_one_group_of_runs_in_the_tracker(
+    base: RunRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Mirrored runs lie under it; a second command changes nothing, a dead tracker costs a line."""
+    words = ["compare", "--methods=random_gamma", "--dataset=discs", "--no-bounds", "--seeds=2"]
+    words += ["--data-root=discs", "--steps=2", "--device=cpu", "--preset=quick"]
+    words += [f"--plugin={path}" for path in PLUGINS]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["glua-bench", *words])
+
+    def compared() -> tuple[str, str]:
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert not left.value.code
+        said = capsys.readouterr()
+        return said.out, said.err
+
+    out, err = compared()
+    assert "Browse:  mlflow ui" in out and "warning" not in err
+    uri = runs.tracking.tracking_uri(tmp_path / "runs")
+    client = runs.tracking.mlflow_client(uri)
+
+    def shown() -> list[Any]:
+        (experiment,) = (e for e in client.search_experiments() if "discs" in e.name)
+        return client.search_runs([experiment.experiment_id])
+
+    found = shown()
+    (parent,) = (run for run in found if "glua_bench.comparison" in run.data.tags)
+    assert len(found) == 3
+    assert {r.data.tags.get("mlflow.parentRunId") for r in found} == {None, parent.info.run_id}
+    assert parent.info.run_name.startswith(
+        "compare random_gamma | discs bright-dark | 2 seeds | quick"
+    )
+    (directory, _) = runs.tracking.list_runs(tmp_path / "runs")
+    rows = collect([("random_gamma", "discs bright-dark", directory)])
+    dice = parent.data.metrics["bright-dark/dice/random_gamma"]
+    assert 0 <= dice <= 1 and "bright-dark/dice_sd/random_gamma" in parent.data.metrics
+    assert "bright-dark/gap_recovered/random_gamma" not in parent.data.metrics
+    assert f"{dice:.3f}" in parent.data.tags["mlflow.note.content"] and len(rows) > 0
+    files = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert files == {"intervals.csv", "pairs.csv", "ranking.csv", "rows.csv", "table.csv"}
+
+    compared()
+    assert {run.info.run_id for run in shown()} == {run.info.run_id for run in found}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    out, err = compared()
+    assert err.count("warning: ") == 1 and "127.0.0.1:9" in err and "2 done before" in out
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setattr(sys, "argv", ["glua-bench", *words, "--no-mlflow"])
+    monkeypatch.setattr(runs.tracking, "mlflow_client", None)  # whoever asks it fails
+    out, err = compared()
+    assert "warning" not in err and "Browse" not in out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import doctest
 import errno
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,17 @@ from glua_bench.config import RunConfig
 from glua_bench.errors import RunFailure, UserError
 from glua_bench.task import Grid
 from glua_bench.tracking import (
+    Comparison,
     MLflowMirror,
     RunDirectory,
+    changed_settings,
     environment,
+    fetch_runs,
     final_metrics,
     git_state,
     list_runs,
     replacing,
+    run_name,
     tracking_uri,
     write_text,
 )
@@ -78,9 +84,9 @@ def one_sentence(error: pytest.ExceptionInfo[Exception]) -> str:
     return text
 
 
-def started(root: Path, run_id: str = "abc123") -> RunDirectory:
+def started(root: Path, run_id: str = "abc123", config: RunConfig = CONFIG) -> RunDirectory:
     """A run that logged four steps."""
-    run = RunDirectory(root, CONFIG, run_id)
+    run = RunDirectory(root, config, run_id)
     run.start({"data": {"train": "d1", "test": "d2"}, "code": "c1"}, [("train", 4)])
     for step in range(1, 5):
         run.log("train", step, {"loss": 1.0 / step, "dice": 0.1 * step})
@@ -507,11 +513,26 @@ def test_a_mirrored_run_shows_everything(root: Path) -> None:
     assert tags["glua_bench.privileged"] == "false"
 
     files = {f.path for f in client.list_artifacts(shown.info.run_id)}
-    assert {"config.yaml", "environment.json", "summary.json", "cases.csv", "figures"} <= files
+    assert files == {*tracking.COPIED, tracking.DIGESTS, "cases.csv", "figures"}
     figures = client.list_artifacts(shown.info.run_id, "figures")
     assert [f.path for f in figures] == ["figures/cases.png"]
     table = pd.read_csv(client.download_artifacts(shown.info.run_id, "cases.csv"))
     assert table["dice"].tolist() == [0.25, 0.75]
+
+
+def test_a_mirrored_run_takes_from_its_first_file_to_its_last(root: Path) -> None:
+    run = RunDirectory(root, CONFIG, "abc123")
+    run.start({"time": "2020-01-01T00:00:10+0000"})
+    run.log("train", 1, {"loss": 1.0})
+    complete(run)
+    (run.path / "log.jsonl").write_text(
+        (run.path / "log.jsonl").read_text().replace('"time": 1', '"time": 1577836820.0, "was": 1')
+    )
+    mark = json.loads((run.path / "done").read_text())
+    (run.path / "done").write_text(json.dumps({**mark, "time": "2020-01-01T01:00:30+0100"}))
+    assert MLflowMirror(root).mirror(run)
+    (shown,) = mirrored(root)
+    assert (shown.info.start_time, shown.info.end_time) == (1577836810_000, 1577836830_000)
 
 
 def test_syncing_again_makes_no_doubles(root: Path) -> None:
@@ -672,3 +693,365 @@ def test_final_metrics_leave_out_what_is_not_known() -> None:
     assert final_metrics({}) == {}
     records = [{"selector": "last", "structure": "AA", "dice": 0.5, "assd": None}]
     assert final_metrics({"scores": records}) == {"final/last/AA/dice": 0.5}
+
+
+# -- names ----------------------------------------------------------------------------------------
+
+QUICK = replace(
+    CONFIG,
+    method_config={},
+    segmenter=replace(CONFIG.segmenter, width=8, depth=4),
+    preset="quick",
+    steps=500,
+)
+MASKED = {"mask": "none", "mask_ratio": 0.3, "lambda_local": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "source_only | mr-ct | seed 7"),
+        (
+            {"method": "glua", "method_config": MASKED, "augmentation": "photometric"},
+            "glua + photometric, mask=none, lambda_local=0.5 | mr-ct | seed 7",
+        ),
+        (
+            {"scenario": "supervised", "steps": 4, "augmentation": "none"},
+            "source_only, supervised (privileged) | mr-ct | seed 7 | steps=4, augmentation=none",
+        ),
+        (
+            {"preset": "paper"},
+            "source_only | mr-ct | seed 7 | segmenter.width=8, segmenter.depth=4, steps=500",
+        ),
+        ({"method": "unheard_of", "method_config": {"a": 1}}, "unheard_of | mr-ct | seed 7"),
+    ],
+)
+def test_a_name_tells_what_is_not_the_default(changes: dict[str, Any], name: str) -> None:
+    assert run_name(replace(QUICK, **changes)) == name
+
+
+def test_changed_settings_know_presets_and_loaded_plugins() -> None:
+    assert doctest.testmod(tracking).failed == 0
+    from glua_bench.methods.source_only import SourceOnly
+
+    class Mine(SourceOnly):
+        name = "mine_of_a_file"
+        presets = {"quick": {"lr": 0.5}}
+
+    given = {"lr": 0.5, "weight_decay": 0.25}
+    assert changed_settings(replace(QUICK, method="mine_of_a_file", method_config=given)) == {
+        "method.weight_decay": 0.25
+    }
+
+
+# -- comparisons ----------------------------------------------------------------------------------
+
+
+def two_runs(root: Path) -> list[tuple[str, RunDirectory]]:
+    return [
+        ("plain", complete(started(root, "one"))),
+        (
+            "other (ours)",
+            complete(started(root, "two", replace(CONFIG, seed=8, direction="ct-mr"))),
+        ),
+    ]
+
+
+def parents_and_children(root: Path) -> tuple[list[Any], list[Any]]:
+    runs = mirrored(root)
+    return (
+        [run for run in runs if "glua_bench.comparison" in run.data.tags],
+        sorted(
+            (run for run in runs if "glua_bench.id" in run.data.tags),
+            key=lambda run: run.data.tags["glua_bench.id"],
+        ),
+    )
+
+
+def test_a_comparison_is_what_is_compared_and_not_how_it_was_asked_for(tmp_path: Path) -> None:
+    one, two = members = two_runs(tmp_path)
+    known = Comparison("compare a", members)
+    assert known.name == (
+        "compare a | phantom mr-ct, ct-mr | 2 seeds | quick, lr=0.001, "
+        "segmenter.width=32, segmenter.depth=5, steps=4"
+    )
+    assert Comparison("b", [two, one], began=0.0).id == known.id
+    assert Comparison("compare a", [one]).id != known.id
+    assert Comparison("compare a", [one, ("renamed", two[1])]).id != known.id
+    assert Comparison("compare a", [one, (two[0], started(tmp_path, "three"))]).id != known.id
+    shared = known.shared()
+    assert shared["steps"] == 4 and shared["method.lr"] == 0.001
+    assert not {"seed", "direction", "preset", "selectors"} & set(shared)
+    assert Comparison("compare a", [one]).name.split(" | ")[1:3] == ["phantom mr-ct", "1 seed"]
+
+
+def test_runs_are_nested_under_their_comparison(root: Path, tmp_path: Path) -> None:
+    members = two_runs(root)
+    assert MLflowMirror(root).mirror(members[0][1])  # done before, and alone
+    table = tmp_path / "table.csv"
+    table.write_text("entry,Dice\n")
+    numbers = {"mr-ct/dice/plain": 0.5, "mr-ct/dice_sd/plain": float("nan")}
+    comparison = Comparison("compare a", members, began=1000.0)
+    assert MLflowMirror(root).nest(comparison, numbers, [table], "plain is best")
+    (parent,), children = parents_and_children(root)
+    assert [child.data.tags["mlflow.parentRunId"] for child in children] == [
+        parent.info.run_id,
+        parent.info.run_id,
+    ]
+    assert [child.data.tags["glua_bench.entry"] for child in children] == ["plain", "other (ours)"]
+    assert {child.info.experiment_id for child in children} == {parent.info.experiment_id}
+    assert parent.info.run_name == comparison.name and parent.info.start_time == 1_000_000
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics == {"mr-ct/dice/plain": 0.5}
+    assert parent.data.params["entries"] == "2" and parent.data.params["steps"] == "4"
+    tags = parent.data.tags
+    assert tags["mlflow.note.content"] == "plain is best"
+    assert (
+        tags["glua_bench.entries"] == "plain, other (ours)" and tags["glua_bench.seeds"] == "7, 8"
+    )
+    assert tags["glua_bench.runs"] == "2 of 2 done"
+    client = tracking.mlflow_client(tracking_uri(root))
+    assert [f.path for f in client.list_artifacts(parent.info.run_id)] == ["table.csv"]
+
+
+def test_the_same_comparison_again_changes_its_parent_and_makes_none(root: Path) -> None:
+    members = two_runs(root)
+    comparison = Comparison("compare a", members)
+    for dice in (0.5, 0.5, 0.75):
+        assert MLflowMirror(root).nest(comparison, {"dice": dice}, note=f"{dice}")
+    (parent,), children = parents_and_children(root)
+    assert parent.data.metrics == {"dice": 0.75}
+    assert parent.data.tags["mlflow.note.content"] == "0.75"
+    client = tracking.mlflow_client(tracking_uri(root))
+    history = client.get_metric_history(parent.info.run_id, "dice")
+    assert [m.value for m in history] == [0.5, 0.75]
+    # A run has one parent: the latest command wins, and the earlier comparison keeps its numbers.
+    assert MLflowMirror(root).nest(Comparison("ablate a", members[:1]), {})
+    parents, children = parents_and_children(root)
+    (new,) = (p for p in parents if p.info.run_id != parent.info.run_id)
+    assert new.info.run_name.startswith("ablate a | ")
+    assert [child.data.tags["mlflow.parentRunId"] for child in children] == [
+        new.info.run_id,
+        parent.info.run_id,
+    ]
+
+
+def test_syncing_keeps_runs_where_they_are_nested(root: Path, monkeypatch: Any) -> None:
+    """Also those whose copy is replaced, here because they have succeeded since."""
+    members = two_runs(root)
+    members[1][1].fail("no reason")
+    monkeypatch.setattr(tracking, "LAYOUT", 1)
+    assert MLflowMirror(root).nest(Comparison("compare a", members), {})
+    (parent,), (_, child) = parents_and_children(root)
+    assert child.info.status == parent.info.status == "FAILED"
+    assert parent.data.tags["glua_bench.runs"] == "1 of 2 done"
+    complete(members[1][1])
+    monkeypatch.setattr(tracking, "LAYOUT", 2)
+    assert counts(root) == (2, 0, 0, 0)
+    (same,), children = parents_and_children(root)
+    assert same.info.run_id == parent.info.run_id
+    assert [c.data.tags["mlflow.parentRunId"] for c in children] == [same.info.run_id] * 2
+    assert [c.data.tags["glua_bench.entry"] for c in children] == ["plain", "other (ours)"]
+    assert children[1].info.status == "FINISHED" and children[1].info.run_id != child.info.run_id
+    assert MLflowMirror(root).nest(Comparison("compare a", members), {})
+    assert parents_and_children(root)[0][0].info.status == "FINISHED"
+
+
+def test_two_processes_make_one_parent(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would find the parent missing, were it not for the lock."""
+    from mlflow import MlflowClient
+
+    members, create = two_runs(root), MlflowClient.create_run
+    assert counts(root) == (2, 0, 0, 0)
+    both = threading.Barrier(2)
+
+    def slowly(*arguments: Any, **named: Any) -> Any:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)
+        return create(*arguments, **named)
+
+    monkeypatch.setattr(MlflowClient, "create_run", slowly)
+    comparison = Comparison("compare a", members)
+    threads = [
+        threading.Thread(target=MLflowMirror(root).nest, args=(comparison, {})) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    parents, children = parents_and_children(root)
+    assert len(parents) == 1 and len(children) == 2
+
+
+def test_doubles_that_machines_without_a_common_lock_made_become_one(root: Path) -> None:
+    members = two_runs(root)
+    comparison = Comparison("compare a", members, began=2000.0)
+    assert MLflowMirror(root).nest(comparison, {})
+    client = tracking.mlflow_client(tracking_uri(root))
+    ((first,), _) = parents_and_children(root)
+    older = client.create_run(
+        first.info.experiment_id, 1_000_000, {"glua_bench.comparison": comparison.id}
+    )
+    assert MLflowMirror(root).nest(comparison, {})
+    (parent,), children = parents_and_children(root)
+    assert parent.info.run_id == older.info.run_id
+    assert {c.data.tags["mlflow.parentRunId"] for c in children} == {older.info.run_id}
+
+
+def test_a_comparison_that_a_dead_tracker_missed_is_one_warning(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison, warnings = Comparison("compare a", two_runs(root)), []
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
+    assert MLflowMirror(root, warnings.append).nest(comparison, {}) is False
+    (warning,) = warnings
+    assert "127.0.0.1:9" in warning and "secret" not in warning and "same command" in warning
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert MLflowMirror(root, warnings.append).nest(comparison, {}) is True
+    assert len(warnings) == 1 and len(parents_and_children(root)[0]) == 1
+
+
+# -- the way back ---------------------------------------------------------------------------------
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    """Path below a directory → content, of what a copy holds."""
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in sorted((root / "phantom").rglob("*"))
+        if path.name in tracking.COPIED or path.suffix == ".png"
+    }
+
+
+def test_what_was_mirrored_is_fetched_byte_for_byte(root: Path, tmp_path: Path) -> None:
+    members = two_runs(root)
+    started(root, "unfinished")
+    started(root, "failed").fail("no reason")
+    complete(started(root, "removed"))
+    assert MLflowMirror(root).nest(Comparison("compare a", members), {"dice": 0.5})
+    assert counts(root) == (2, 2, 1, 0)
+    client = tracking.mlflow_client(tracking_uri(root))
+    for shown in mirrored(root):
+        if shown.data.tags.get("glua_bench.id") == "removed":
+            client.delete_run(shown.info.run_id)
+            shutil.rmtree(root / "phantom" / "source_only" / "removed")
+
+    into = tmp_path / "new" / "fetched"
+    runs = fetch_runs(tracking_uri(root), into)
+    assert [run.id for run in runs] == ["one", "two"] and all(run.done for run in runs)
+    assert [run.path for run in runs] == [run.path for run in list_runs(into)]
+    shutil.rmtree(root / "phantom" / "source_only" / "failed")
+    shutil.rmtree(root / "phantom" / "source_only" / "unfinished")
+    assert files_of(into) == files_of(root) and len(files_of(into)) == 14
+    assert [p.name for p in into.iterdir()] == ["phantom"]  # no leftovers
+    assert runs[0].config == CONFIG
+    pd.testing.assert_frame_equal(runs[0].read_metrics(), members[0][1].read_metrics())
+
+    before = {path: path.stat().st_mtime_ns for path in into.rglob("*")}
+    again = fetch_runs(tracking_uri(root), into, ["glua-bench/phantom"])
+    assert [run.path for run in again] == [run.path for run in runs]
+    assert {path: path.stat().st_mtime_ns for path in into.rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", [*tracking.COPIED, tracking.DIGESTS, "figures/cases.png"])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_copy_is_left_out_and_named(
+    name: str, damage: str, root: Path, tmp_path: Path
+) -> None:
+    for _, run in two_runs(root):
+        assert MLflowMirror(root).mirror(run)
+    (copy,) = (r for r in mirrored(root) if r.data.tags["glua_bench.id"] == "two")
+    artifact = Path(copy.info.artifact_uri.removeprefix("file://")) / name
+    if damage == "missing":
+        artifact.unlink()
+    else:
+        artifact.write_bytes(artifact.read_bytes()[:-5])
+    warnings: list[str] = []
+    runs = fetch_runs(tracking_uri(root), tmp_path / "fetched", warn=warnings.append)
+    assert [run.id for run in runs] == ["one"]
+    (warning,) = warnings
+    assert warning.startswith("Run two (") and name in warning and warning.endswith(".")
+    assert [run.id for run in list_runs(tmp_path / "fetched")] == ["one"]
+
+
+def test_what_lies_in_the_place_of_a_run_is_not_touched(root: Path, tmp_path: Path) -> None:
+    assert MLflowMirror(root).mirror(complete(started(root)))
+    mine = started(tmp_path / "fetched")
+    warnings: list[str] = []
+    with pytest.raises(UserError, match="None of the 1 runs") as error:
+        fetch_runs(tracking_uri(root), tmp_path / "fetched", warn=warnings.append)
+    one_sentence(error)
+    assert len(warnings) == 1 and str(mine.path) in warnings[0]
+    assert not mine.done and (mine.path / "log.jsonl").is_file()
+
+
+def test_a_tracker_cannot_choose_where_files_go(root: Path, tmp_path: Path) -> None:
+    assert MLflowMirror(root).mirror(complete(started(root)))
+    (copy,) = mirrored(root)
+    client = tracking.mlflow_client(tracking_uri(root))
+    client.set_tag(copy.info.run_id, "glua_bench.id", "../../../../outside")
+    warnings: list[str] = []
+    with pytest.raises(UserError):
+        fetch_runs(tracking_uri(root), tmp_path / "a" / "fetched", warn=warnings.append)
+    assert len(warnings) == 1 and "outside" in warnings[0]
+    assert not list(tmp_path.rglob("outside"))
+
+
+def test_more_copies_than_a_page_are_all_found(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    search = MlflowClient.search_runs
+    for name in ("one", "two", "three"):
+        assert MLflowMirror(root).mirror(complete(started(root, name)))
+    monkeypatch.setattr(
+        MlflowClient, "search_runs", lambda *given, **named: search(*given, **named, max_results=1)
+    )
+    runs = fetch_runs(tracking_uri(root), tmp_path / "fetched")
+    assert [run.id for run in runs] == ["one", "three", "two"]
+
+
+def test_a_tracker_that_serves_no_runs_is_one_sentence(
+    root: Path, refusing_server: str, tmp_path: Path
+) -> None:
+    into = tmp_path / "fetched"
+    with pytest.raises(UserError, match="has no finished runs") as error:
+        fetch_runs(tracking_uri(root), into)
+    assert "glua-bench sync" in one_sentence(error) and tracking_uri(root) in str(error.value)
+    with pytest.raises(UserError, match="no experiment 'other'") as error:
+        fetch_runs(tracking_uri(root), into, ["other"])
+    one_sentence(error)
+    nowhere = f"sqlite:///{tmp_path}/no.db"
+    dead = "http://user:secret@127.0.0.1:9"
+    for uri in (nowhere, dead, refusing_server, "foo://bar"):
+        with pytest.raises(UserError, match="cannot be read") as error:
+            fetch_runs(uri, into)
+        assert uri.split("@")[-1] in one_sentence(error) and "secret" not in str(error.value)
+    assert not (tmp_path / "no.db").exists() and not into.exists()
+
+
+def test_a_tracker_that_dies_meanwhile_is_one_error(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every further run would wait for an answer in vain."""
+    for _, run in two_runs(root):
+        assert MLflowMirror(root).mirror(run)
+
+    def dead(*given: Any) -> None:
+        raise ConnectionRefusedError("nobody answers")
+
+    monkeypatch.setattr(tracking, "_download", dead)
+    monkeypatch.setattr(tracking, "check_tracker", lambda uri: None)
+    warnings: list[str] = []
+    with pytest.raises(UserError, match="None of the 2"):
+        fetch_runs(tracking_uri(root), tmp_path, warn=warnings.append)
+    assert len(warnings) == 2
+    copies = tracking._copies(tracking_uri(root), None)
+    monkeypatch.setattr(tracking, "_copies", lambda *given: copies)
+    client = tracking.mlflow_client(tracking_uri(root))
+    monkeypatch.setattr(tracking, "mlflow_client", lambda uri: client)
+    monkeypatch.setattr(tracking, "check_tracker", dead)
+    with pytest.raises(UserError, match="cannot be read"):
+        fetch_runs(tracking_uri(root), tmp_path, warn=warnings.append)
+    assert len(warnings) == 2
