@@ -26,7 +26,7 @@ import torch
 from glua_bench import runs
 from glua_bench.config import build_settings, digest, parse_overrides
 from glua_bench.console import duration
-from glua_bench.errors import ConfigError
+from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.evaluation import mean_dice
 from glua_bench.method import Method
 from glua_bench.registry import Registry
@@ -35,7 +35,7 @@ from glua_bench.task import Dataset
 from glua_bench.tracking import try_lock
 
 POLL_SECONDS = 1.0  # between looks at runs that another process executes
-KILLED_TWICE = 2  # attempts at a run whose process is killed, before it counts as failed
+ATTEMPTS = 2  # at a run whose process ends without a reason, before it counts as failed
 PHOTOMETRIC = "+photometric"
 SUPERVISED = "supervised"  # the upper bound's name among methods
 
@@ -434,6 +434,10 @@ class Executor:
         for worker in workers:
             while worker.is_alive():  # in short waits, so that Ctrl-C is heard
                 worker.join(0.2)
+        for item in self.planned:  # another process may have done since what failed here
+            if item.run.id in self.outcome.failed and item.run.directory.done:
+                del self.outcome.failed[item.run.id]
+                self.outcome.elsewhere += 1
         return self.outcome
 
     def _work(self, index: int) -> None:
@@ -475,12 +479,15 @@ class Executor:
                 self._waiting.append(item)
             return
         self._attempts[item.run.id] += 1
-        if code < 0 and self._attempts[item.run.id] < KILLED_TWICE:
-            self.report(f"killed {name}; it goes on where it was")
+        recorded = item.run.directory.failed
+        # Killed, or ended because it found the run's lock held by a process that is gone by now.
+        unexplained = code < 0 or (code == RunFailure.exit_code and recorded is None)
+        if unexplained and self._attempts[item.run.id] < ATTEMPTS:
+            self.report(f"{'killed' if code < 0 else 'again '} {name}; it goes on where it was")
             with self._lock:
                 self._waiting.insert(0, item)
             return
-        reason = item.run.directory.failed or (errors.strip().splitlines() or ["no reason"])[-1]
+        reason = recorded or (errors.strip().splitlines() or ["no reason"])[-1]
         with self._lock:
             self.outcome.failed[item.run.id] = reason
         self.report(f"FAILED {name}: {reason}")

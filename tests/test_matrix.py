@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import os
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from glua_bench import cli, matrix, runs
-from glua_bench.errors import ConfigError, PluginError
+from glua_bench.errors import ConfigError, PluginError, RunFailure
 from glua_bench.matrix import Executor, Planned, ablation, combinations, command, comparison, plan
 from glua_bench.reports.comparison import collect
 from glua_bench.runs import RunRequest
@@ -308,6 +309,43 @@ def test_a_killed_process_is_started_again_once(base: RunRequest) -> None:
     planned = cells_of(replace(base, runs_root=base.runs_root / "more"), 1)
     outcome = Executor(planned, start=lambda *given: (-9, "")).run()
     assert outcome.ran == 0 and len(outcome.failed) == 1
+
+
+def test_a_process_that_loses_the_run_to_one_that_is_killed_is_started_again(
+    base: RunRequest,
+) -> None:
+    """That another process had the run is no failure of the run."""
+    planned, errors = cells_of(base, 1), []
+    lock = planned[0].run.directory.path / ".lock"
+
+    def beaten(words: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
+        with matrix.try_lock(lock) if not errors else contextlib.nullcontext():
+            try:
+                return starter(planned)(words, environment)
+            except RunFailure as error:
+                errors.append(str(error))
+        return RunFailure.exit_code, errors[-1]  # and the other process is gone
+
+    outcome = Executor(planned, start=beaten).run()
+    assert len(errors) == 1 and "another process" in errors[0]
+    assert outcome.ran == 1 and not outcome.failed
+
+    planned = cells_of(replace(base, runs_root=base.runs_root / "more"), 1)
+    outcome = Executor(planned, start=lambda *given: (1, "ImportError: none")).run()
+    assert list(outcome.failed.values()) == ["ImportError: none"]
+
+
+def test_what_failed_here_and_was_done_elsewhere_is_no_failure(base: RunRequest) -> None:
+    planned = cells_of(base)
+
+    def killed(words: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
+        if words[words.index("--seed") + 1] == "0":
+            return -9, ""
+        runs.execute(planned[0].run, runs.Progress(enabled=False))  # as another process would
+        return starter(planned)(words, environment)
+
+    outcome = Executor(planned, start=killed).run()
+    assert (outcome.ran, outcome.elsewhere, outcome.failed) == (1, 1, {})
 
 
 def test_two_executors_share_the_runs(base: RunRequest) -> None:
