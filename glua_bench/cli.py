@@ -106,6 +106,13 @@ DirectionNames = Annotated[
     ),
 ]
 Seeds = Annotated[int, typer.Option("--seeds", help="How many, from 0.")]
+Bounds = Annotated[
+    bool,
+    typer.Option(
+        "--bounds/--no-bounds",
+        help="Add source_only and supervised, between which the gap lies.",
+    ),
+]
 Jobs = Annotated[
     int,
     typer.Option(
@@ -326,9 +333,7 @@ def compare(
     datasets: DatasetNames,
     directions: DirectionNames = None,
     seeds: Seeds = 3,
-    bounds: Annotated[
-        bool, typer.Option(help="Add source_only and supervised, between which the gap lies.")
-    ] = True,
+    bounds: Bounds = True,
     jobs: Jobs = 1,
     retry_failed: RetryFailed = False,
     out: Numbers = None,
@@ -360,13 +365,32 @@ def compare(
 
 @app.command()
 def ablate(
-    method: Annotated[str, typer.Option(help="A method that declares variants.")],
+    method: Annotated[str, typer.Option(help="Which method; see `glua-bench list methods -v`.")],
     datasets: DatasetNames,
     directions: DirectionNames = None,
     seeds: Seeds = 3,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--vary",
+            metavar="NAME=V1,V2",
+            help="Also one run for each value of a setting, e.g. mask_ratio=0.1,0.3,0.5, all else "
+            "as without it. Repeatable.",
+        ),
+    ] = None,
+    variants: Annotated[
+        bool,
+        typer.Option("--variants/--no-variants", help="Run the variants that the method declares."),
+    ] = True,
     combine: Annotated[
-        bool, typer.Option("--combine", help="All combinations of the variants' settings.")
+        bool,
+        typer.Option(
+            "--combine",
+            help="All combinations of the values that variants and --vary give to settings, "
+            "instead of one change at a time.",
+        ),
     ] = False,
+    bounds: Bounds = True,
     jobs: Jobs = 1,
     retry_failed: RetryFailed = False,
     out: Numbers = None,
@@ -383,12 +407,16 @@ def ablate(
     mlflow: Mirrored = True,
     dry_run: DryRun = False,
 ) -> None:
-    """Run a method's declared variants side by side, and print their table."""
+    """Run a method's declared variants and varied settings side by side, and print their table.
+
+    The bounds are there to compare with, and do not follow --set method.NAME. A value of --vary
+    that makes no other run than an entry above it is that entry.
+    """
     from glua_bench import matrix
 
     base = _shared_request(locals())
     asked = method, _names(datasets), _names(directions or "")
-    cells = matrix.ablation(*asked, seeds, base, combine)
+    cells = matrix.ablation(*asked, seeds, base, combine, vary or [], variants, bounds, say)
     title = f"ablate {method}" + (", combinations" if combine else "")
     _run_matrix(title, cells, jobs, retry_failed, dry_run, out)
 
@@ -435,12 +463,13 @@ def _run_matrix(
             states.setdefault((item.cell.entry, item.cell.task), []).append(item.state)
         seconds = matrix.estimate(planned, say)
         total = 0.0
+        width = max(len(entry) for entry, _ in states)
         for key, found in states.items():
             left = sum(state != "done" for state in found)
             counts = ", ".join(f"{found.count(s)} {s}" for s in dict.fromkeys(found))
             cost = f", {duration(seconds[key])} a run" if left else ""
             total += left * seconds.get(key, 0.0)
-            say(f"  {key[0]:<24}{key[1]:<22}{counts}{cost}")
+            say(f"  {key[0]:<{width}}  {key[1]:<20}  {counts}{cost}")
         done = sum(item.state == "done" for item in planned)
         say(f"{len(planned)} runs, {done} done; about {duration(total / jobs)} with --jobs {jobs}.")
         say("Next: the same command without --dry-run.")

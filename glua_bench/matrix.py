@@ -9,22 +9,24 @@ holder ends, however it ends; whoever claims a run that another left behind resu
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from glua_bench import runs
+from glua_bench.config import build_settings, digest, parse_overrides
 from glua_bench.console import duration
-from glua_bench.errors import ConfigError
+from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.evaluation import mean_dice
 from glua_bench.method import Method
 from glua_bench.registry import Registry
@@ -33,7 +35,7 @@ from glua_bench.task import Dataset
 from glua_bench.tracking import Comparison, RunDirectory, try_lock
 
 POLL_SECONDS = 1.0  # between looks at runs that another process executes
-KILLED_TWICE = 2  # attempts at a run whose process is killed, before it counts as failed
+ATTEMPTS = 2  # at a run whose process ends without a reason, before it counts as failed
 PHOTOMETRIC = "+photometric"
 SUPERVISED = "supervised"  # the upper bound's name among methods
 
@@ -101,38 +103,109 @@ def ablation(
     seeds: int,
     base: RunRequest,
     combine: bool = False,
+    vary: Sequence[str] = (),
+    variants: bool = True,
+    bounds: bool = True,
+    report: Callable[[str], None] = lambda line: None,
 ) -> list[Cell]:
-    """A method's declared variants, each on every direction with every seed.
+    """A method's declared variants and varied settings, on every direction with every seed.
+
+    A varied value is an entry "NAME = VALUE" that changes this setting and nothing else. Where
+    an entry has these settings already, it stands for the value, since they are one run. The
+    method as `base` asks for it is among the entries, so that a varied setting has its reference;
+    where no variant is that, its entry is "default".
 
     Args:
         method: its name.
         datasets: names.
         directions: as in `comparison`.
         seeds: how many, from 0.
-        base: everything else that the runs share.
-        combine: all combinations of the values that the variants give to settings, instead of
-            the variants as they are.
+        base: everything else that the runs share. Its assignments to `method.NAME` do not concern
+            the bounds, which are another method.
+        combine: all combinations of the values that variants and `vary` give to settings, instead
+            of the variants as they are and one value at a time.
+        vary: texts "NAME=V1,V2", values of a setting; "method.NAME" is the same.
+        variants: take the declared variants.
+        bounds: begin with `source_only` and `supervised`, between which the gap lies.
+        report: receives a line for each value that another entry stands for.
+
+    Returns:
+        Seed by seed: the bounds, the variants, the reference, the values in their order.
 
     Raises:
-        UserError: the method is unknown or declares no variants.
+        UserError: the method is unknown, nothing is left to run, two entries have one name, or a
+            setting or value is refused.
     """
     method_class: type[Method] = Registry("method", base.plugins).load(method)
-    variants: Mapping[str, Mapping[str, Any]] = method_class.variants()
-    if not variants:
+    declared: Mapping[str, Mapping[str, Any]] = method_class.variants() if variants else {}
+    if not declared and not vary:
         raise ConfigError(
-            f"Method '{method}' declares no variants; give it `variants()`, or compare settings "
-            "with `glua-bench run --set`."
+            f"Method '{method}' declares no variants; give values by --vary NAME=V1,V2."
+            if variants
+            else "--no-variants leaves nothing to run; give values by --vary NAME=V1,V2."
         )
-    if combine:
-        variants = combinations(variants)
-    entries = {
-        name: {
-            "method": method,
-            "assignments": [*base.assignments, *(f"method.{k}={v}" for k, v in changes.items())],
-        }
-        for name, changes in variants.items()
+    asked = replace(base, method=method)
+    varied = {
+        f"{name} = {value}": {name: value} for text in vary for name, value in _values(text, asked)
     }
+    if combine:
+        declared, varied = combinations({**declared, **varied}), {}
+    elif varied:
+        varied = {"default": {}, **varied}
+
+    entries: dict[str, dict[str, Any]] = {}
+    owner: dict[str, str] = {}  # digest of method and settings → entry
+
+    def add(entry: str, request: RunRequest, optional: bool) -> None:
+        key = digest([request.method, request.scenario, asdict(_settings(request))])
+        if optional and key in owner:
+            if entry != "default":
+                report(f"'{entry}' has the settings of '{owner[key]}', which stands for it")
+            return
+        if entry in entries:
+            raise ConfigError(
+                f"Two entries of the ablation of '{method}' are called '{entry}'; rename the "
+                "variant, or leave it out by --no-variants, or the bounds by --no-bounds."
+            )
+        owner.setdefault(key, entry)
+        changes = ("method", "scenario", "assignments")
+        entries[entry] = {name: getattr(request, name) for name in changes}
+
+    if bounds:
+        shared = [a for a in base.assignments if not a.strip().startswith("method.")]
+        lower = replace(base, method="source_only", assignments=shared)
+        add("source_only", lower, False)
+        add(SUPERVISED, replace(lower, scenario="supervised"), False)
+    for group, optional in ((declared, combine), (varied, True)):
+        for entry, changes in group.items():
+            assignments = [*base.assignments, *(_assignment(k, v) for k, v in changes.items())]
+            add(entry, replace(asked, assignments=assignments), optional)
     return _cells(entries, datasets, directions, seeds, base)
+
+
+def _values(text: str, request: RunRequest) -> Iterator[tuple[str, Any]]:
+    """Name and value of each of "NAME=V1,V2", read and checked as `--set` does."""
+    name, _, listed = text.partition("=")
+    name = name.strip().removeprefix("method.")
+    values = [value.strip() for value in listed.split(",") if value.strip()]
+    if not name or not values:
+        raise ConfigError(f"--vary {text} is not of the form NAME=V1,V2.")
+    for value in values:
+        assignments = [*request.assignments, f"method.{name}={value}"]
+        yield name, getattr(_settings(replace(request, assignments=assignments)), name)
+
+
+def _settings(request: RunRequest) -> Any:
+    """The method's settings that a request comes to: its preset, then `--set`."""
+    method_class: type[Method] = Registry("method", request.plugins).load(request.method)
+    preset = method_class.presets.get(request.preset or runs.default_preset(), {})
+    chosen = parse_overrides(request.assignments)["method"]
+    return build_settings(method_class.Config, {**preset, **chosen}, "method")
+
+
+def _assignment(name: str, value: Any) -> str:
+    """The text behind `--set` that gives a setting a value."""
+    return f"method.{name}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def combinations(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -374,6 +447,10 @@ class Executor:
         for worker in workers:
             while worker.is_alive():  # in short waits, so that Ctrl-C is heard
                 worker.join(0.2)
+        for item in self.planned:  # another process may have done since what failed here
+            if item.run.id in self.outcome.failed and item.run.directory.done:
+                del self.outcome.failed[item.run.id]
+                self.outcome.elsewhere += 1
         return self.outcome
 
     def _work(self, index: int) -> None:
@@ -415,12 +492,15 @@ class Executor:
                 self._waiting.append(item)
             return
         self._attempts[item.run.id] += 1
-        if code < 0 and self._attempts[item.run.id] < KILLED_TWICE:
-            self.report(f"killed {name}; it goes on where it was")
+        recorded = item.run.directory.failed
+        # Killed, or ended because it found the run's lock held by a process that is gone by now.
+        unexplained = code < 0 or (code == RunFailure.exit_code and recorded is None)
+        if unexplained and self._attempts[item.run.id] < ATTEMPTS:
+            self.report(f"{'killed' if code < 0 else 'again '} {name}; it goes on where it was")
             with self._lock:
                 self._waiting.insert(0, item)
             return
-        reason = item.run.directory.failed or (errors.strip().splitlines() or ["no reason"])[-1]
+        reason = recorded or (errors.strip().splitlines() or ["no reason"])[-1]
         with self._lock:
             self.outcome.failed[item.run.id] = reason
         self.report(f"FAILED {name}: {reason}")

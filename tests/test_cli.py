@@ -363,8 +363,44 @@ def test_new_files_that_cannot_be_are_one_sentence(words, said, call, tmp_path):
         (["compare", "--methods=glua", "--dataset=phantom", "--direction=x-y"], "--directions"),
         (["compare", "--methods=glua", "--dataset=phantom", "--seeds=0"], "--seeds 0"),
         (["ablate", "--method=fda", "--dataset=phantom"], "declares no variants"),
+        (["ablate", "--method=glua", "--dataset=phantom", "--no-variants"], "--no-variants"),
+        (["ablate", "--method=glua", "--dataset=phantom", "--vary=mask_ratio"], "NAME=V1,V2"),
+        (["ablate", "--method=glua", "--dataset=phantom", "--vary=mask_ratio=,"], "NAME=V1,V2"),
+        (
+            ["ablate", "--method=glua", "--dataset=phantom", "--vary=mask_ratoi=0.1"],
+            "did you mean 'method.mask_ratio'",
+        ),
+        (
+            ["ablate", "--method=glua", "--dataset=phantom", "--vary=mask_ratio=0.1,1.5"],
+            "method.mask_ratio = 1.5 is out of range",
+        ),
+        (
+            ["ablate", "--method=glua", "--dataset=phantom", "--vary=mask=none,some"],
+            "method.mask = 'some' is not possible",
+        ),
     ],
 )
 def test_a_matrix_that_cannot_be_is_one_sentence(words, said, call, tmp_path):
     refused(call(*words), said)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_an_ablation_says_what_it_would_run(call: Call, phantom_root: Path) -> None:
+    code, out, err = call(
+        "ablate",
+        "--method=local_only",
+        "--dataset=phantom",
+        "--vary=method.mask_ratio=0.1,0.3",
+        "--vary=mask=random",
+        "--seeds=1",
+        "--data-root",
+        phantom_root,
+        *SMALL,
+        "--dry-run",
+    )
+    assert code == 0, err
+    entries = re.findall(r"^ +(.+?) +phantom mr-ct +1 open", out, re.MULTILINE)
+    assert entries == ["source_only", "supervised", "default", "mask_ratio = 0.1", "mask = random"]
+    assert "'mask_ratio = 0.3' has the settings of 'default'" in out
+    assert not Path("runs").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import os
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from glua_bench import cli, matrix, runs
-from glua_bench.errors import ConfigError, PluginError
+from glua_bench.errors import ConfigError, PluginError, RunFailure
 from glua_bench.matrix import (
     Executor,
     Planned,
@@ -78,8 +79,11 @@ def test_the_default_is_each_datasets_first_direction(base: RunRequest) -> None:
 
 def test_an_ablation_is_what_the_method_declares(base: RunRequest) -> None:
     cells = ablation("glua", ["phantom"], [], 1, base)
-    assert [c.entry for c in cells][-1] == "union (GLUA)" and len(cells) == 5
-    unmasked = cells[0].request
+    entries = [c.entry for c in cells]
+    assert entries[:2] == ["source_only", "supervised"]
+    assert entries[-1] == "union (GLUA)" and len(cells) == 7
+    assert ablation("glua", ["phantom"], [], 1, base, bounds=False) == cells[2:]
+    unmasked = cells[2].request
     assert unmasked.assignments[-2:] == ["method.mask=none", "method.lambda_local=0.0"]
     assert unmasked.assignments[:-2] == base.assignments
 
@@ -109,8 +113,98 @@ def test_what_cannot_be_enumerated_is_refused(
 
 
 def test_a_method_without_variants_cannot_be_ablated(base: RunRequest) -> None:
-    with pytest.raises(ConfigError, match="declares no variants"):
+    with pytest.raises(ConfigError, match="declares no variants; give values by --vary"):
         ablation("random_gamma", ["discs"], [], 1, base)
+    with pytest.raises(ConfigError, match="--no-variants leaves nothing"):
+        ablation("glua", ["discs"], [], 1, base, variants=False)
+
+
+def varied(method: str, base: RunRequest, *vary: str, **options: Any) -> dict[str, list[str]]:
+    """Entry → what its requests set of the method, for entries other than the bounds."""
+    cells = ablation(method, ["discs"], [], 1, base, vary=vary, bounds=False, **options)
+    return {c.entry: [a for a in c.request.assignments if a.startswith("method.")] for c in cells}
+
+
+def test_a_setting_is_varied_beside_its_reference(base: RunRequest) -> None:
+    said: list[str] = []
+    found = varied("random_gamma", base, "strength=0.5,1,1.0,2, 0.50", report=said.append)
+    assert found == {
+        "default": [],
+        "strength = 0.5": ["method.strength=0.5"],
+        "strength = 2.0": ["method.strength=2.0"],
+    }
+    assert said == ["'strength = 1.0' has the settings of 'default', which stands for it"]
+    # The reference is what is asked for, not what the class says.
+    asked = replace(base, assignments=[*base.assignments, "method.strength=2"])
+    assert varied("random_gamma", asked, "method.strength=1,2", "lr=1e-3") == {
+        "default": ["method.strength=2"],
+        "strength = 1.0": ["method.strength=2", "method.strength=1.0"],
+        "lr = 0.001": ["method.strength=2", "method.lr=0.001"],
+    }
+
+
+def test_a_value_that_a_variant_has_is_the_variant(base: RunRequest) -> None:
+    found = varied("glua", base, "lambda_global=0,1,0.003", "mask=topk,random")
+    assert list(found)[-3:] == [
+        "global + masked alignment only",
+        "union (GLUA)",
+        "lambda_global = 1.0",
+    ]
+    alone = varied("glua", base, "lambda_global=0,1,0.003", "mask=topk,random", variants=False)
+    assert list(alone) == ["default", "lambda_global = 0.0", "lambda_global = 1.0", "mask = random"]
+    # 0.003 is the setting of the preset "quick" only.
+    other = varied("glua", replace(base, preset="standard"), "lambda_global=0.003", variants=False)
+    assert list(other) == ["default", "lambda_global = 0.003"]
+
+
+def test_values_and_variants_combine(base: RunRequest) -> None:
+    found = varied(
+        "random_gamma", base, "strength=1,2", "lr=0.1", combine=True, report=lambda line: None
+    )
+    assert list(found) == ["default", "lr=0.1", "strength=2.0", "strength=2.0, lr=0.1"]
+    assert found["strength=2.0, lr=0.1"] == ["method.strength=2.0", "method.lr=0.1"]
+    found = varied("advent", base, "lambda_entropy=0.1", combine=True)
+    assert list(found)[1:] == [
+        "lambda_entropy=0.1",
+        "form=direct",
+        "form=direct, lambda_entropy=0.1",
+    ]
+
+
+def test_bounds_do_not_follow_the_methods_settings(base: RunRequest) -> None:
+    asked = replace(base, assignments=[*base.assignments, "method.strength=2"])
+    cells = ablation("random_gamma", ["discs"], [], 1, asked, vary=["strength=1"])
+    assert [c.entry for c in cells] == ["source_only", "supervised", "default", "strength = 1.0"]
+    lower, upper = (c.request for c in cells[:2])
+    assert lower == replace(base, method="source_only", dataset="discs", direction="bright-dark")
+    assert upper == replace(lower, scenario="supervised")
+    planned = plan(cells)  # every run is another
+    assert [p.run.config.method for p in planned] == ["source_only"] * 2 + ["random_gamma"] * 2
+    settings = [p.run.config.method_config.get("strength") for p in planned]
+    assert settings == [None, None, 2.0, 1.0]
+
+
+def test_a_bound_that_is_varied_is_its_own_reference(base: RunRequest) -> None:
+    cells = ablation("source_only", ["discs"], [], 1, base, vary=["lr=0.002,0.1"])
+    assert [c.entry for c in cells] == ["source_only", "supervised", "lr = 0.1"]
+    plan(cells)
+
+
+def test_two_entries_of_one_name_are_refused(base: RunRequest, tmp_path: Path) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        "from glua_bench.methods.source_only import SourceOnly\n"
+        "class Mine(SourceOnly):\n"
+        '    """My own method."""\n'
+        "    name = 'mine'\n"
+        "    @classmethod\n"
+        "    def variants(cls):\n"
+        "        return {'supervised': {'lr': 0.1}}\n"
+    )
+    asked = replace(base, plugins=[*base.plugins, plugin])
+    with pytest.raises(ConfigError, match="are called 'supervised'"):
+        ablation("mine", ["discs"], [], 1, asked)
+    assert len(ablation("mine", ["discs"], [], 1, asked, bounds=False)) == 1
 
 
 def test_a_request_survives_the_command_line(
@@ -238,6 +332,43 @@ def test_a_killed_process_is_started_again_once(base: RunRequest) -> None:
     planned = cells_of(replace(base, runs_root=base.runs_root / "more"), 1)
     outcome = Executor(planned, start=lambda *given: (-9, "")).run()
     assert outcome.ran == 0 and len(outcome.failed) == 1
+
+
+def test_a_process_that_loses_the_run_to_one_that_is_killed_is_started_again(
+    base: RunRequest,
+) -> None:
+    """That another process had the run is no failure of the run."""
+    planned, errors = cells_of(base, 1), []
+    lock = planned[0].run.directory.path / ".lock"
+
+    def beaten(words: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
+        with matrix.try_lock(lock) if not errors else contextlib.nullcontext():
+            try:
+                return starter(planned)(words, environment)
+            except RunFailure as error:
+                errors.append(str(error))
+        return RunFailure.exit_code, errors[-1]  # and the other process is gone
+
+    outcome = Executor(planned, start=beaten).run()
+    assert len(errors) == 1 and "another process" in errors[0]
+    assert outcome.ran == 1 and not outcome.failed
+
+    planned = cells_of(replace(base, runs_root=base.runs_root / "more"), 1)
+    outcome = Executor(planned, start=lambda *given: (1, "ImportError: none")).run()
+    assert list(outcome.failed.values()) == ["ImportError: none"]
+
+
+def test_what_failed_here_and_was_done_elsewhere_is_no_failure(base: RunRequest) -> None:
+    planned = cells_of(base)
+
+    def killed(words: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
+        if words[words.index("--seed") + 1] == "0":
+            return -9, ""
+        runs.execute(planned[0].run, runs.Progress(enabled=False))  # as another process would
+        return starter(planned)(words, environment)
+
+    outcome = Executor(planned, start=killed).run()
+    assert (outcome.ran, outcome.elsewhere, outcome.failed) == (1, 1, {})
 
 
 def test_two_executors_share_the_runs(base: RunRequest) -> None:
