@@ -150,8 +150,38 @@ class RunConfig:
     @classmethod
     def from_yaml(cls, text: str) -> RunConfig:
         """Read `to_yaml`'s text back."""
-        return cls.from_dict(yaml.safe_load(text))
+        return cls.from_dict(yaml.load(text, Loader=_SAFE))
 
+
+def changed_settings(config: RunConfig, method: Any) -> dict[str, Any]:
+    """The method's settings that differ from its defaults under the run's preset.
+
+    Args:
+        config: of the run.
+        method: the class; its `Config` and `presets` give the defaults.
+    """
+    values = method.presets.get(config.preset, {})
+    defaults = dataclasses.asdict(build_settings(method.Config, values, "method"))
+    return {name: v for name, v in config.method_config.items() if v != defaults[name]}
+
+
+def variant_name(config: RunConfig, method: Any) -> str:
+    """The method's own name for the run's settings, from its `variants()`; "" where it has none.
+
+    Args:
+        config: of the run.
+        method: the class.
+    """
+    for name, changes in method.variants().items():
+        values = {**method.presets.get(config.preset, {}), **changes}
+        settings = dataclasses.asdict(build_settings(method.Config, values, "method"))
+        if settings == dict(config.method_config):
+            return str(name)
+    return ""
+
+
+# libyaml's loader where PyYAML was built with it: ten times faster, for reports over many runs.
+_SAFE = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {

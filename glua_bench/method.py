@@ -191,6 +191,7 @@ class Method(nn.Module, ABC):
     uses_target: ClassVar[bool] = True
     Config: ClassVar[type] = NoConfig
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # preset -> config changes
+    parts: ClassVar[tuple[str, ...]] = ()  # methods that are this one with something left out
 
     def __init__(self, task: TaskInfo, config: Any) -> None:
         super().__init__()

@@ -27,7 +27,15 @@ from glua_bench import config as configuration
 from glua_bench import tracking
 from glua_bench.batches import Batches
 from glua_bench.cache import ImageStore, LabelledStore, SliceCache, cache_root, fingerprint
-from glua_bench.config import RunConfig, SegmenterSpec, build_settings, digest, identity
+from glua_bench.config import (
+    RunConfig,
+    SegmenterSpec,
+    build_settings,
+    changed_settings,
+    digest,
+    identity,
+    variant_name,
+)
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, RunFailure, UserError
 from glua_bench.evaluation import evaluate, mean_dice, summarise
@@ -536,6 +544,9 @@ def execute(planned: PlannedRun, progress: Progress, draw: Draw | None = None) -
                 "privileged": planned.config.privileged,
                 "distances": planned.dataset.distance_note,
                 "device": str(fabric.device),
+                # Said now, since a later version may have other defaults, or lack the method.
+                "changed": changed_settings(planned.config, planned.method_class),
+                "variant": variant_name(planned.config, planned.method_class),
             },
             planned.stages,
         )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import hashlib
 import json
 import logging
@@ -33,8 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from glua_bench.config import PRESETS, RunConfig, SegmenterSpec, digest
-from glua_bench.errors import PluginError, RunFailure, UserError
-from glua_bench.registry import Registry
+from glua_bench.errors import RunFailure, UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -760,7 +758,7 @@ class Comparison:
     def name(self) -> str:
         """A line for people, e.g. "compare glua, sifa | phantom mr-ct | 3 seeds | quick"."""
         count = len(self.seeds)
-        changed = [changed_settings(run.config) for _, run in self.members]
+        changed = [named_changes(r.config, _method_changes(r)) for _, r in self.members]
         shared = {n: v for n, v in changed[0].items() if all(c.get(n) == v for c in changed)}
         preset = self.members[0][1].config.preset
         return " | ".join(
@@ -1039,7 +1037,7 @@ class _Upload:
         created = self.client.create_run(
             self.experiment,
             start_time=began,
-            run_name=f"{run_name(config)} | {run.id[:6]}",
+            run_name=f"{run_name(config, _method_changes(run))} | {run.id[:6]}",
             tags=self._tags(),
         )
         self.id = created.info.run_id
@@ -1077,7 +1075,7 @@ class _Upload:
             "mlflow.source.name": "glua-bench",
             **self.nesting,
         }
-        if changed := changed_settings(config):
+        if changed := named_changes(config, _method_changes(run)):
             tags["glua_bench.changed"] = _listed(changed)
         failed = run.failed
         if failed and not run.done:
@@ -1154,21 +1152,23 @@ def final_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def changed_settings(config: RunConfig) -> dict[str, Any]:
+def named_changes(config: RunConfig, method: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that are not what preset and method give, by the names that `--set` takes.
 
-    Those of the method come first. They are left out where the method is not installed here, and
-    the grid's always, because only the dataset's files tell what a preset gives it.
+    The grid's are left out, because only the dataset's files tell what a preset gives it.
+
+    Args:
+        config: of the run.
+        method: the method's settings that differ from its defaults; they come first.
 
     Example:
         >>> from glua_bench.task import Grid
-        >>> changed_settings(RunConfig("?", "?", "a-b", Grid(32, 7.0), preset="quick", steps=9))
-        {'segmenter.width': 32, 'segmenter.depth': 5, 'steps': 9}
+        >>> named_changes(RunConfig("?", "?", "a-b", Grid(32, 7.0), steps=9), {"mask": "soft"})
+        {'method.mask': 'soft', 'segmenter.width': 32, 'segmenter.depth': 5, 'steps': 9}
     """
     preset = dict(PRESETS.get(config.preset, {}))
     defaults = _flat(
         {
-            "method_config": _method_defaults(config.method, config.preset),
             "augmentation": RunConfig.augmentation,
             "precision": RunConfig.precision,
             "candidates": RunConfig.candidates,
@@ -1178,52 +1178,41 @@ def changed_settings(config: RunConfig) -> dict[str, Any]:
     )
     own = _flat(config.to_dict())
     changed = {n: own[n] for n in own if n in defaults and own[n] != defaults[n]}
-    return dict(sorted(changed.items(), key=lambda item: not item[0].startswith("method.")))
+    return {**{f"method.{name}": value for name, value in method.items()}, **changed}
 
 
-@functools.lru_cache
-def _method_defaults(name: str, preset: str) -> Mapping[str, Any]:
-    try:
-        method: Any = Registry("method").load(name)
-    except PluginError:
-        # The class of a plugin file is known where its run was made.
-        module = sys.modules.get("glua_bench.method")
-        waiting = [module.Method] if module is not None else []
-        method = None
-        while waiting and method is None:
-            candidate = waiting.pop()
-            waiting += candidate.__subclasses__()
-            method = candidate if vars(candidate).get("name") == name else None
-        if method is None:
-            return {}
-    try:
-        values = {**asdict(method.Config()), **method.presets.get(preset, {})}
-        return dict(json.loads(json.dumps(values)))  # as in a configuration that was read
-    except Exception:  # a plugin may do anything; its name is no reason to lose its copy
-        return {}
+def _method_changes(run: RunDirectory) -> Mapping[str, Any]:
+    """What differed from the method's defaults when the run began."""
+    with contextlib.suppress(UserError):
+        return dict(run.read_environment().get("changed", {}))
+    return {}
 
 
-def run_name(config: RunConfig) -> str:
+def run_name(config: RunConfig, method: Mapping[str, Any]) -> str:
     """A run's name for people: what tells it from its neighbours in a table comes first.
 
     Method with its changed settings, direction, seed, and the changed settings of the run.
 
+    Args:
+        config: of the run.
+        method: the method's settings that differ from its defaults.
+
     Example:
         >>> from glua_bench.task import Grid
-        >>> run_name(RunConfig("?", "?", "a-b", Grid(32, 7.0), preset="paper", steps=9))
+        >>> run_name(RunConfig("?", "?", "a-b", Grid(32, 7.0), preset="paper", steps=9), {})
         '? | a-b | seed 0 | steps=9'
     """
-    changed = changed_settings(config)
-    method = config.method
+    changed = named_changes(config, method)
+    name = config.method
     if changed.get("augmentation") == "photometric":  # as the entries of a comparison say it
         del changed["augmentation"]
-        method += " + photometric"
+        name += " + photometric"
     if config.privileged:
-        method += f", {config.scenario} (privileged)"
-    own = {name: value for name, value in changed.items() if name.startswith("method.")}
-    others = {name: value for name, value in changed.items() if name not in own}
+        name += f", {config.scenario} (privileged)"
+    own = {n: value for n, value in changed.items() if n.startswith("method.")}
+    others = {n: value for n, value in changed.items() if n not in own}
     parts = [
-        _shortened(", ".join(filter(None, (method, _listed(own)))), 120),
+        _shortened(", ".join(filter(None, (name, _listed(own)))), 120),
         config.direction,
         f"seed {config.seed}",
         _shortened(_listed(others), 120),

@@ -41,6 +41,7 @@ class GLUA(GlobalOnly):
     uses_target = True
     Config: ClassVar[type] = GLUAConfig
     presets = {"quick": {**QUICK_STYLE, **QUICK_ALIGNMENT, "lambda_global": 0.003}}
+    parts: ClassVar[tuple[str, ...]] = ("local_only", "global_only")
 
     def __init__(self, task: TaskInfo, config: GLUAConfig) -> None:
         super().__init__(task, config)

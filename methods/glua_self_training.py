@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -29,6 +29,7 @@ class GLUASelfTraining(GLUA):
 
     name = "glua_self_training"
     reference = "original; GLUA (reconstruction) with French et al., ICLR 2018"
+    parts: ClassVar[tuple[str, ...]] = ("glua",)
     needs = "source images and labels, target images"
     uses_target = True
     Config = GLUASelfTrainingConfig

@@ -20,10 +20,12 @@ from glua_bench.config import (
     RunConfig,
     SegmenterSpec,
     build_settings,
+    changed_settings,
     digest,
     identity,
     parse_overrides,
     setting,
+    variant_name,
 )
 from glua_bench.errors import ConfigError
 from glua_bench.task import Grid
@@ -318,3 +320,21 @@ def test_the_identity_ignores_names_that_change_nothing() -> None:
 def test_an_identity_is_a_directory_name() -> None:
     assert identity(CONFIG, "data", "code").isalnum()
     assert digest({"a": 1}, 20)[:12] == digest({"a": 1}, 12) != digest({"a": 2}, 12)
+
+
+def test_what_differs_from_a_method_s_defaults_is_known_by_its_preset() -> None:
+    from glua_bench.methods.glua import GLUA
+
+    def of(**changes: object) -> RunConfig:
+        values = {**GLUA.presets["quick"], **changes}
+        chosen = asdict(build_settings(GLUA.Config, values, "method"))
+        return replace(CONFIG, method="glua", preset="quick", method_config=chosen)
+
+    assert changed_settings(of(), GLUA) == {} and variant_name(of(), GLUA) == "union (GLUA)"
+    assert changed_settings(of(mask="random"), GLUA) == {"mask": "random"}
+    assert variant_name(of(mask="random"), GLUA) == "global + random mask"
+    both = of(mask="random", mask_ratio=0.1)
+    assert changed_settings(both, GLUA) == {"mask": "random", "mask_ratio": 0.1}
+    assert variant_name(both, GLUA) == ""
+    # Another preset has other defaults, so that the same settings are a change there.
+    assert "lambda_global" in changed_settings(replace(of(), preset="paper"), GLUA)

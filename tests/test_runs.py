@@ -19,6 +19,7 @@ import yaml
 import glua_bench
 from glua_bench import config as configuration
 from glua_bench import runs
+from glua_bench.config import changed_settings, variant_name
 from glua_bench.console import Progress
 from glua_bench.datasets.phantom import Phantom
 from glua_bench.errors import ConfigError, PluginError, RunFailure
@@ -411,6 +412,8 @@ def test_a_run_leaves_all_its_files(finished: tuple[runs.PlannedRun, runs.Summar
     assert environment["run"] == planned.id and environment["code"] == planned.code
     assert environment["data"]["train"] == planned.fingerprints.train
     assert environment["privileged"] is False
+    assert environment["changed"] == changed_settings(planned.config, planned.method_class)
+    assert environment["variant"] == variant_name(planned.config, planned.method_class)
 
 
 def test_its_log_has_every_step_once(finished: tuple[runs.PlannedRun, runs.Summary]) -> None:

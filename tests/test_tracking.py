@@ -32,7 +32,6 @@ from glua_bench.tracking import (
     Comparison,
     MLflowMirror,
     RunDirectory,
-    changed_settings,
     environment,
     fetch_runs,
     final_metrics,
@@ -704,7 +703,6 @@ QUICK = replace(
     preset="quick",
     steps=500,
 )
-MASKED = {"mask": "none", "mask_ratio": 0.3, "lambda_local": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -712,7 +710,11 @@ MASKED = {"mask": "none", "mask_ratio": 0.3, "lambda_local": 0.5}
     [
         ({}, "source_only | mr-ct | seed 7"),
         (
-            {"method": "glua", "method_config": MASKED, "augmentation": "photometric"},
+            {
+                "method": "glua",
+                "changed": {"mask": "none", "lambda_local": 0.5},
+                "augmentation": "photometric",
+            },
             "glua + photometric, mask=none, lambda_local=0.5 | mr-ct | seed 7",
         ),
         (
@@ -723,25 +725,19 @@ MASKED = {"mask": "none", "mask_ratio": 0.3, "lambda_local": 0.5}
             {"preset": "paper"},
             "source_only | mr-ct | seed 7 | segmenter.width=8, segmenter.depth=4, steps=500",
         ),
-        ({"method": "unheard_of", "method_config": {"a": 1}}, "unheard_of | mr-ct | seed 7"),
+        (
+            {"method": "mine", "method_config": {"a": 1}, "changed": {"a": 1}},
+            "mine, a=1 | mr-ct | seed 7",
+        ),
     ],
 )
 def test_a_name_tells_what_is_not_the_default(changes: dict[str, Any], name: str) -> None:
-    assert run_name(replace(QUICK, **changes)) == name
+    method = changes.pop("changed", {})
+    assert run_name(replace(QUICK, **changes), method) == name
 
 
-def test_changed_settings_know_presets_and_loaded_plugins() -> None:
+def test_the_examples_hold() -> None:
     assert doctest.testmod(tracking).failed == 0
-    from glua_bench.methods.source_only import SourceOnly
-
-    class Mine(SourceOnly):
-        name = "mine_of_a_file"
-        presets = {"quick": {"lr": 0.5}}
-
-    given = {"lr": 0.5, "weight_decay": 0.25}
-    assert changed_settings(replace(QUICK, method="mine_of_a_file", method_config=given)) == {
-        "method.weight_decay": 0.25
-    }
 
 
 # -- comparisons ----------------------------------------------------------------------------------
@@ -772,7 +768,7 @@ def test_a_comparison_is_what_is_compared_and_not_how_it_was_asked_for(tmp_path:
     one, two = members = two_runs(tmp_path)
     known = Comparison("compare a", members)
     assert known.name == (
-        "compare a | phantom mr-ct, ct-mr | 2 seeds | quick, lr=0.001, "
+        "compare a | phantom mr-ct, ct-mr | 2 seeds | quick, "
         "segmenter.width=32, segmenter.depth=5, steps=4"
     )
     assert Comparison("b", [two, one], began=0.0).id == known.id
