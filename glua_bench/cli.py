@@ -502,7 +502,7 @@ def _run_matrix(
     say()
     say(f"Rows:    {request.runs_root}/*/*/*/cases.parquet")
     _say_browse(request)
-    say(f"Next:    look at figures/ in the runs below {request.runs_root}")
+    say(f"Next:    glua-bench report --runs {request.runs_root}")
 
 
 def _show_in_tracker(groups: list[Comparison], rows: pd.DataFrame, runs_root: Path) -> None:
@@ -524,6 +524,76 @@ def _show_in_tracker(groups: list[Comparison], rows: pd.DataFrame, runs_root: Pa
             files = comparison.write(own, Path(folder))
             if not mirror.nest(group, comparison.as_metrics(lines), files, note):
                 return  # one warning is enough
+
+
+@app.command()
+def report(
+    runs_root: RunsRoot = Path("runs"),
+    out: Annotated[Path, typer.Option("--out", help="The directory of the report.")] = Path(
+        "report"
+    ),
+    rows: Annotated[
+        Path | None,
+        typer.Option("--rows", help="A rows.parquet of a report, instead of run directories."),
+    ] = None,
+    tracker: Annotated[
+        bool,
+        typer.Option(
+            "--from-mlflow",
+            help="The runs of the MLflow store ($MLFLOW_TRACKING_URI, else that of --runs), "
+            "instead of run directories.",
+        ),
+    ] = False,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--where",
+            help="Only such runs, e.g. dataset=phantom, steps=500, method=glua,sifa. Repeatable.",
+        ),
+    ] = None,
+    selector: Annotated[
+        str, typer.Option("--selector", help="Whose checkpoints count; default: last.")
+    ] = "last",
+    title: Annotated[
+        str, typer.Option("--title", help="Of the page.")
+    ] = "Comparison of adaptation methods",
+    pictures: Annotated[
+        bool, typer.Option("--pictures/--no-pictures", help="Draw cases side by side.")
+    ] = True,
+    viewer: Annotated[
+        bool,
+        typer.Option("--viewer", help="Embed a viewer of volumes (NiiVue; needs npm once)."),
+    ] = False,
+    data_root: DataRoot = None,
+    plugin: Plugins = None,
+) -> None:
+    """Write a page, tables (LaTeX, CSV, Markdown) and figures (SVG, PNG) of finished runs."""
+    import tempfile
+
+    from glua_bench.reports import report as reporting
+    from glua_bench.reports import results
+
+    chosen = results.parse_where(where or [])
+    options = reporting.Options(selector, title, pictures, viewer, data_root, plugin or [])
+    if rows is not None and tracker:
+        raise ConfigError("--rows and --from-mlflow name two sources; give one of them.")
+    with tempfile.TemporaryDirectory() as scratch:
+        if rows is not None:
+            found = results.from_rows(rows, chosen, plugin or [], warn)
+        elif tracker:
+            from glua_bench import tracking
+
+            tracking.fetch_runs(tracking.tracking_uri(runs_root), Path(scratch), warn=warn)
+            found = results.from_runs(Path(scratch), chosen, plugin or [], warn)
+        else:
+            found = results.from_runs(runs_root, chosen, plugin or [], warn)
+        files = reporting.write(found, out, options, say)
+    say()
+    for sentence in reporting.summary(found, options):
+        say(sentence)
+    say()
+    say(f"Report: {files[0]}   ({len(files) - 1} further files in {out})")
+    say(f"Next:   open {files[0]}, and take {out}/tables/*.tex into a paper")
 
 
 # -- predict and export ------------------------------------------------------------------------

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from glua_bench.config import RunConfig
 from glua_bench.errors import ConfigError
 from glua_bench.reports import statistics
 from glua_bench.tracking import RunDirectory
@@ -19,36 +21,51 @@ LOWER, UPPER = "source_only", "supervised"  # the ends of the gap
 def collect(runs: Iterable[tuple[str, str, RunDirectory]]) -> pd.DataFrame:
     """Rows per case, structure and selector of finished runs, with what the runs cost.
 
-    A stage that a run took from the cache costs what it cost the run that trained it; where that
-    run is not among the given ones, the seconds are unknown (nan).
-
     Args:
         runs: entry, task and directory of each run.
 
     Returns:
         The rows of `cases.parquet`, and entry, task, seconds, peak_memory_mib.
     """
-    given = [(entry, task, run, run.read_summary()) for entry, task, run in runs]
-    trained = {
-        (run.config.dataset, run.config.direction, run.config.seed, stage): seconds
-        for _, _, run, summary in given
-        for stage, seconds in summary["stage_seconds"].items()
-        if stage not in summary["reused_stages"] and stage != "segment"
-    }
-    frames = []
-    for entry, task, run, summary in given:
-        config, seconds = run.config, sum(summary["stage_seconds"].values())
-        for stage in summary["reused_stages"]:
-            seconds += trained.get((config.dataset, config.direction, config.seed, stage), math.nan)
-        frames.append(
-            run.read_cases().assign(
-                entry=entry,
-                task=task,
-                seconds=seconds,
-                peak_memory_mib=summary["peak_memory_mib"],
-            )
+    given = list(runs)
+    seconds = costs([(run.config, run.read_summary()) for _, _, run in given])
+    frames = [
+        run.read_cases().assign(
+            entry=entry,
+            task=task,
+            seconds=spent,
+            peak_memory_mib=run.read_summary()["peak_memory_mib"],
         )
+        for (entry, task, run), spent in zip(given, seconds, strict=True)
+    ]
     return pd.concat(frames, ignore_index=True)
+
+
+def costs(runs: Sequence[tuple[RunConfig, Mapping[str, Any]]]) -> list[float]:
+    """Seconds of training of each run, from its configuration and summary.
+
+    A stage that a run took from the cache costs what it cost the run that trained it; where that
+    run is not among the given ones, the seconds are unknown (nan).
+    """
+
+    def key(config: RunConfig, stage: str) -> tuple[Any, ...]:
+        return config.dataset, config.direction, config.seed, config.preset, config.steps, stage
+
+    trained = {
+        key(config, stage): seconds
+        for config, summary in runs
+        for stage, seconds in summary["stage_seconds"].items()
+        if stage not in summary["reused_stages"]
+    }
+    return [
+        sum(
+            trained.get(key(config, stage), math.nan)
+            if stage in summary["reused_stages"]
+            else seconds
+            for stage, seconds in summary["stage_seconds"].items()
+        )
+        for config, summary in runs
+    ]
 
 
 def table(rows: pd.DataFrame, selector: str = "last") -> pd.DataFrame:
@@ -68,9 +85,9 @@ def table(rows: pd.DataFrame, selector: str = "last") -> pd.DataFrame:
     """
     rows = rows[rows["selector"] == selector]
     keys = ["task", "entry", "seed"]
-    per_case = rows.groupby([*keys, "case"])[["dice", "assd"]].mean()
-    per_seed = per_case.groupby(keys).mean()
-    by_run = rows.groupby(keys)
+    per_case = rows.groupby([*keys, "case"], observed=True)[["dice", "assd"]].mean()
+    per_seed = per_case.groupby(keys, observed=True).mean()
+    by_run = rows.groupby(keys, observed=True)
     per_seed["missed"] = by_run["missed"].sum()
     per_seed["seconds"] = by_run["seconds"].first()
     per_seed["memory"] = by_run["peak_memory_mib"].first()
@@ -82,7 +99,7 @@ def table(rows: pd.DataFrame, selector: str = "last") -> pd.DataFrame:
         per_seed["gap"] = gap.reorder_levels(["task", "seed", "entry"]).swaplevel(1, 2)
     else:
         per_seed["gap"] = math.nan
-    by_entry = per_seed.groupby(["task", "entry"])
+    by_entry = per_seed.groupby(["task", "entry"], observed=True)
     return pd.DataFrame(
         {
             "seeds": by_entry.size(),
@@ -100,7 +117,7 @@ def table(rows: pd.DataFrame, selector: str = "last") -> pd.DataFrame:
     ).sort_values(["task", "Dice"])
 
 
-def verdict(rows: pd.DataFrame, task: str, selector: str = "last") -> str:
+def verdict(rows: pd.DataFrame, task: str, selector: str = "last", percent: bool = False) -> str:
     """A task's answer in plain words: the best entry, how sure, and against the next one.
 
     The upper bound has seen target labels and does not take part.
@@ -109,19 +126,27 @@ def verdict(rows: pd.DataFrame, task: str, selector: str = "last") -> str:
         rows: as `collect` gives them.
         task: e.g. "phantom mr-ct".
         selector: whose checkpoints count.
+        percent: say Dice in percent, as reports do, instead of as a share of one.
     """
+
+    def dice(value: float) -> str:
+        return f"{100 * value:.1f} %" if percent else f"{value:.3f}"
+
+    def points(value: float) -> str:
+        return f"{100 * value:.1f} points" if percent else f"{value:.3f}"
+
     scores = statistics.scores(rows[rows["entry"] != UPPER], task, selector=selector)
     seeds, cases = (scores.index.get_level_values(name).nunique() for name in ("seed", "case"))
     ranked = statistics.ranking(scores)
     best = str(ranked.index[0])
-    text = f"{task}: {best} has the highest mean Dice, {ranked['mean'].iloc[0]:.3f}"
+    text = f"{task}: {best} has the highest mean Dice, {dice(ranked['mean'].iloc[0])}"
     if seeds == 1:
         return f"{text}, with one seed; intervals need more (--seeds 3)."
     if cases == 1:
         return f"{text}, on one case; intervals need more."
     own = statistics.intervals(scores).loc[best]
     text += (
-        f" (95 % interval {own['low']:.3f} to {own['high']:.3f} over {cases} cases and "
+        f" (95 % interval {dice(own['low'])} to {dice(own['high'])} over {cases} cases and "
         f"{seeds} seeds)"
     )
     if len(ranked) == 1:
@@ -129,9 +154,9 @@ def verdict(rows: pd.DataFrame, task: str, selector: str = "last") -> str:
     second = str(ranked.index[1])
     pair = statistics.pairs(scores[[best, second]]).iloc[0]
     return (
-        f"{text}; the next, {second}, is {pair['difference']:.3f} lower ({pair['low']:.3f} to "
-        f"{pair['high']:.3f}), and {best} is the better of the two in {100 * pair['better']:.0f} % "
-        "of resamples."
+        f"{text}; the next, {second}, is {points(pair['difference'])} lower "
+        f"({points(pair['low'])} to {points(pair['high'])}), and {best} is the better of the two "
+        f"in {100 * pair['better']:.0f} % of resamples."
     )
 
 

@@ -1,12 +1,13 @@
 """Figures of runs and datasets: what a reader should look at before trusting a number.
 
-Every function takes plain arrays and writes one PNG, atomically. Images are gray in [-1, 1],
-labels are class indices (class i + 1 is `structures[i]`), both with row 0 on top. Colours of
-structures are the dataset's, the same in every figure.
+Every function takes plain arrays and writes one file, atomically, PNG or SVG by its suffix. Images
+are gray in [-1, 1], labels are class indices (class i + 1 is `structures[i]`), both with row 0 on
+top. Colours of structures are the dataset's, the same in every figure.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,59 @@ def overlay_montage(
     keys = [
         *_keys(structures),
         Line2D([], [], color=FAINT, lw=0.9, ls="--", label="reference (in the last row)"),
+    ]
+    return _save(figure, path, title, keys, publishable)
+
+
+def side_by_side(
+    path: Path,
+    cases: Sequence[Panel],
+    entries: Mapping[str, Sequence[Panel]],
+    structures: Sequence[Structure],
+    title: str = "",
+    publishable: bool = True,
+) -> Path:
+    """The same slices for several entries: a row each, the reference on top.
+
+    Args:
+        path: the file to write.
+        cases: one column each; their `reference` is drawn in the first row.
+        entries: name → a panel for each case, with its `prediction` and `dice`.
+        structures: the classes.
+        title: of the whole figure.
+        publishable: False stamps the figure as not for redistribution.
+
+    Returns:
+        The path.
+    """
+    columns = len(cases)
+    figure = _figure(2.0 * columns + 1.6, 2.05 * (len(entries) + 1) + 0.9)
+    axes = figure.subplots(len(entries) + 1, columns, squeeze=False)
+    for column, case in enumerate(cases):
+        _gray(axes[0, column], case.image, case.aspect)
+        _contours(axes[0, column], case.reference, structures)
+        axes[0, column].set_title(f"{case.note}\n{case.case}", fontsize=8.5, color=INK)
+    _row_name(axes[0, 0], "reference")
+    for row, (name, panels) in enumerate(entries.items(), start=1):
+        for column, panel in enumerate(panels):
+            cell = axes[row, column]
+            _gray(cell, panel.image, panel.aspect)
+            _contours(cell, panel.reference, structures, dashed=True)
+            _contours(cell, panel.prediction, structures)
+            cell.text(
+                0.02,
+                0.97,
+                f"Dice {panel.dice:.2f}",
+                transform=cell.transAxes,
+                va="top",
+                fontsize=7.5,
+                color="white",
+                bbox={"facecolor": "black", "alpha": 0.55, "lw": 0, "pad": 1.5},
+            )
+        _row_name(axes[row, 0], textwrap.fill(name, 20), parse_math=False)
+    keys = [
+        *_keys(structures),
+        Line2D([], [], color=FAINT, lw=0.9, ls="--", label="reference"),
     ]
     return _save(figure, path, title, keys, publishable)
 
@@ -303,7 +357,7 @@ def _save(
     elif not publishable:
         figure.supxlabel(FOOTER, fontsize=7, color=WARNING)
     with replacing(Path(path)) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format=Path(path).suffix[1:])
     return Path(path)
 
 
@@ -342,8 +396,8 @@ def _bare(axes: Any) -> None:
         spine.set_visible(False)
 
 
-def _row_name(axes: Any, name: str) -> None:
-    axes.set_ylabel(name, fontsize=9, color=INK)
+def _row_name(axes: Any, name: str, **options: Any) -> None:
+    axes.set_ylabel(name, fontsize=9, color=INK, **options)
 
 
 def _contours(

@@ -36,7 +36,12 @@ def scores(
         entry lacks, since what is compared must be paired.
     """
     own = rows[(rows["task"] == task) & (rows["selector"] == selector)]
-    return own.groupby(["seed", "case", "entry"])[metric].mean().unstack("entry").dropna()
+    return (
+        own.groupby(["seed", "case", "entry"], observed=True)[metric]
+        .mean()
+        .unstack("entry")
+        .dropna()
+    )
 
 
 def resamples(
@@ -171,6 +176,28 @@ def ranking(table: pd.DataFrame, draws: int = DRAWS, higher: bool = True) -> pd.
         found["rank_low"] = ranks.quantile(tail, interpolation="lower")
         found["rank_high"] = ranks.quantile(1 - tail, interpolation="higher")
     return found.sort_values(["rank", "mean_rank"])
+
+
+def rank_shares(table: pd.DataFrame, draws: int = DRAWS, higher: bool = True) -> pd.DataFrame:
+    """How often each entry has each rank in resamples of cases and seeds.
+
+    Args:
+        table: from `scores`, with several seeds and cases.
+        draws: of the bootstrap.
+        higher: whether a higher score is better.
+
+    Returns:
+        Entry × rank (1, 2, …), shares in [0, 1]; best mean first. Entries that tie share the
+        better rank.
+    """
+    drawn = pd.DataFrame(resamples(table, draws), columns=table.columns)
+    ranks = drawn.rank(axis=1, ascending=not higher, method="min").astype(int)
+    shares = {
+        entry: ranks[entry].value_counts(normalize=True)
+        for entry in table.mean().sort_values(ascending=not higher).index
+    }
+    positions = range(1, table.shape[1] + 1)
+    return pd.DataFrame(shares).T.reindex(columns=positions).fillna(0.0)
 
 
 def friedman(table: pd.DataFrame) -> tuple[float, pd.DataFrame]:

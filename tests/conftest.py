@@ -171,3 +171,123 @@ def niivue() -> str:
         if os.environ.get("GLUA_BENCH_BROWSER") == "required":
             raise
         pytest.skip(str(error))
+
+
+# -- finished runs without training ---------------------------------------------------------------
+
+
+class MadeRuns:
+    """Writes finished run directories from chosen scores, so that reports have something to read.
+
+    Args:
+        root: the directory of all runs.
+    """
+
+    structures = ("MYO", "LAC")
+    cases = ("case_1", "case_2", "case_3")
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.count = 0
+
+    def add(
+        self,
+        method: str = "source_only",
+        dice: float = 0.5,
+        seed: int = 0,
+        direction: str = "mr-ct",
+        settings: dict[str, Any] | None = None,
+        selectors: dict[str, float] | None = None,
+        environment: dict[str, Any] | None = None,
+        size: float = 100.0,
+        **changes: Any,
+    ) -> Any:
+        """One run, in which structure and case shift the Dice by known steps.
+
+        Args:
+            method: its name; an installed one has its real settings.
+            dice: mean over structures and cases, for the selector `last`.
+            seed: of the run.
+            direction: of the run.
+            settings: of the method, that differ from its defaults.
+            selectors: further selector → its mean Dice.
+            environment: what differs from the usual.
+            size: of each reference, in ml.
+            changes: of the run's configuration.
+        """
+        from dataclasses import asdict, replace
+
+        import pandas as pd
+
+        from glua_bench.config import PRESETS, RunConfig, SegmenterSpec, build_settings
+        from glua_bench.errors import UserError
+        from glua_bench.registry import Registry
+        from glua_bench.task import Grid
+        from glua_bench.tracking import RunDirectory
+
+        quick = {**PRESETS["quick"], "segmenter": SegmenterSpec(width=8, depth=4)}
+        try:
+            loaded: Any = Registry("method").load(method)
+            values = {**loaded.presets.get("quick", {}), **(settings or {})}
+            method_config = asdict(build_settings(loaded.Config, values, "method"))
+        except UserError:
+            method_config = dict(settings or {})
+        config = RunConfig(
+            method, "phantom", direction, Grid(64, 3.5, 4.0), method_config, seed=seed, **quick
+        )
+        config = replace(config, **changes)
+        self.count += 1
+        run = RunDirectory(self.root, config, f"{self.count:012x}")
+        chosen = {"last": dice, **(selectors or {})}
+        rows = [
+            {
+                "selector": selector,
+                "case": case,
+                "structure": structure,
+                "dice": mean + 0.1 * (i - 0.5) + 0.05 * (j - 1),
+                "assd": 10 * (1 - mean),
+                "hd95": 20 * (1 - mean),
+                "missed": False,
+                "reference_ml": size + i + 10 * j,
+                "prediction_ml": size,
+                "step": 500,
+            }
+            for selector, mean in chosen.items()
+            for j, case in enumerate(self.cases)
+            for i, structure in enumerate(self.structures)
+        ]
+        facts = {"code": "c1", "device": "cpu", "threads": 1, "data": {"train": "t", "test": "t"}}
+        run.start({**facts, **(environment or {})}, [("train", 500)])
+        run.write_cases(pd.DataFrame(rows))
+        run.finish(
+            {
+                "stage_seconds": {"train": 100.0},
+                "reused_stages": [],
+                "peak_memory_mib": 900.0,
+                "selector_scores": {
+                    name: {"250": 0.9 * mean, "500": mean} for name, mean in chosen.items()
+                },
+            }
+        )
+        return run
+
+    def comparison(self, seeds: int = 3, methods: tuple[str, ...] = ("glua", "slaug")) -> None:
+        """Bounds and methods over seeds; the first method is better than the second."""
+        for seed in range(seeds):
+            shift = 0.02 * seed
+            self.add("source_only", 0.2 + shift, seed)
+            self.add("source_only", 0.8 + shift / 2, seed, scenario="supervised")
+            for place, method in enumerate(methods):
+                self.add(method, 0.6 - 0.1 * place + shift, seed)
+
+
+@pytest.fixture(scope="session")
+def made_runs_in() -> type[MadeRuns]:
+    """For fixtures that live longer than one test: directory → runs to fill."""
+    return MadeRuns
+
+
+@pytest.fixture
+def made_runs(tmp_path: Path) -> MadeRuns:
+    """A directory of runs to fill."""
+    return MadeRuns(tmp_path / "runs")

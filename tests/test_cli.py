@@ -404,3 +404,42 @@ def test_an_ablation_says_what_it_would_run(call: Call, phantom_root: Path) -> N
     assert entries == ["source_only", "supervised", "default", "mask_ratio = 0.1", "mask = random"]
     assert "'mask_ratio = 0.3' has the settings of 'default'" in out
     assert not Path("runs").exists()
+
+
+# -- report ---------------------------------------------------------------------------------------
+
+
+def test_a_report_says_its_answer_its_limits_and_where_it_lies(call, made_runs, tmp_path):
+    made_runs.comparison(seeds=2)
+    made_runs.add("fda", 0.3).fail("why")
+    words = ["report", "--runs", made_runs.root, "--no-pictures"]
+    code, out, err = call(*words, "--where", "method=glua,slaug,source_only")
+    assert code == 0 and "Traceback" not in err
+    assert "phantom mr-ct: glua has the highest mean Dice, 61.0 %" in out
+    assert "Next:" in out and "report/report.html" in out
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "slaug" in page and "fda" not in page
+    assert "1 run failed" not in err  # it is not among those that were asked for
+    code, out, err = call(*words, "--out", "other")
+    assert code == 0 and "warning: 1 run failed and is not in this report." in err
+    code, again, _ = call("report", "--rows", "other/rows.parquet", "--out", "third")
+    assert code == 0
+    assert [x for x in again.splitlines() if "highest" in x] == [
+        x for x in out.splitlines() if "highest" in x
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--runs", "nowhere"], "no runs below nowhere"),
+        (["--where", "steps"], "--where steps has no value"),
+        (["--where", "steps=9"], "fits --where steps=9"),
+        (["--selector", "best"], "--selector best chose no checkpoint"),
+        (["--rows", "gone.parquet"], "gone.parquet cannot be read"),
+        (["--rows", "a.parquet", "--from-mlflow"], "give one of them"),
+    ],
+)
+def test_a_report_that_cannot_be_is_one_sentence(call, made_runs, words, said):
+    made_runs.comparison(seeds=1)
+    refused(call("report", "--no-pictures", *words), said)

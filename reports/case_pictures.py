@@ -1,0 +1,144 @@
+"""The same cases for every entry: which ones, on which slice, and what each entry found there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from glua_bench.cache import SliceCache
+from glua_bench.reports.comparison import UPPER
+from glua_bench.reports.figures import Panel, side_by_side
+from glua_bench.reports.report_tables import plain, title
+from glua_bench.reports.results import Results
+from glua_bench.reports.run_figures import telling_slice
+from glua_bench.task import Dataset
+from glua_bench.volumes import load_label
+
+
+@dataclass(frozen=True)
+class ComparedCase:
+    """One case and what every entry found in it, on the working grid.
+
+    Args:
+        id: the case's id.
+        note: why it is shown, e.g. "worst".
+        image: (Z, H, W) in [-1, 1].
+        reference: (Z, H, W), class indices.
+        predictions: entry → (Z, H, W), class indices.
+        dice: entry → mean Dice over the structures, in [0, 1].
+        spacing: of a voxel in mm (z, y, x).
+    """
+
+    id: str
+    note: str
+    image: np.ndarray
+    reference: np.ndarray
+    predictions: dict[str, np.ndarray]
+    dice: dict[str, float]
+    spacing: tuple[float, float, float]
+
+
+def compared_cases(
+    results: Results, task: str, dataset: Dataset, selector: str = "last"
+) -> list[ComparedCase]:
+    """Best, median and worst case of a task by the mean Dice over all entries but the bound.
+
+    One seed is shown, the lowest that every entry has; no seed is looked for.
+
+    Args:
+        results: with the runs' directories.
+        task: e.g. "phantom mr-ct".
+        dataset: gives images and references.
+        selector: whose checkpoints count; predictions are kept of the run's first one.
+
+    Returns:
+        Fewer than three where there are fewer cases; none where predictions are not kept.
+    """
+    rows = plain(results.of(task, selector))
+    seeds = rows.groupby("entry", observed=True)["seed"].agg(set)
+    rows = rows[rows["seed"] == min(set.intersection(*seeds))]
+    runs = rows.drop_duplicates("run").set_index("entry")["run"].astype(str).to_dict()
+    directories = {entry: results.directories.get(run) for entry, run in runs.items()}
+    dice = rows.groupby(["entry", "case"], observed=True)["dice"].mean().unstack("case")
+    dice.columns = [str(name) for name in dice.columns]
+    order = dice.drop(index=UPPER, errors="ignore").mean().sort_values(ascending=False)
+    chosen = {"best": 0, "median": len(order) // 2, "worst": len(order) - 1}
+    first = next(iter(d for d in directories.values() if d is not None), None)
+    if first is None:
+        return []
+    grid, target = first.config.grid, first.config.target
+    test, cache, shown = {c.id: c for c in dataset.split(target, "test")}, SliceCache(), []
+    places: dict[str, str] = {}
+    for note, position in chosen.items():
+        places.setdefault(str(order.index[position]), note)
+    for case_id, note in places.items():
+        case = test[case_id]
+        image = cache.image(case.unlabelled(), dataset.reading, grid)
+        reference = cache.label(case, dataset.reading, grid, dataset.structures).open()
+        predictions = {
+            str(entry): load_label(
+                directory.predictions / f"{case_id}.nii.gz",
+                case.image,
+                dataset.reading,
+                image.placement,
+                dataset.structures,
+            )
+            for entry, directory in directories.items()
+            if directory is not None and (directory.predictions / f"{case_id}.nii.gz").is_file()
+        }
+        if predictions:
+            shown.append(
+                ComparedCase(
+                    case_id,
+                    note,
+                    np.asarray(image.open(), dtype=np.float32),
+                    np.asarray(reference),
+                    predictions,
+                    {str(entry): float(dice.loc[entry, case_id]) for entry in runs},
+                    (grid.slice_spacing or grid.spacing, grid.spacing, grid.spacing),
+                )
+            )
+    return shown
+
+
+def draw(
+    paths: Sequence[Path], cases: Sequence[ComparedCase], entries: Sequence[str], dataset: Dataset
+) -> None:
+    """Write the cases side by side, to each of the paths.
+
+    Args:
+        paths: the files, PNG or SVG.
+        cases: a column each.
+        entries: a row each, those without predictions left out.
+        dataset: gives the structures, and whether pictures may be redistributed.
+    """
+    slices = [telling_slice(case.reference) for case in cases]
+
+    def panel(case: ComparedCase, z: int, entry: str) -> Panel:
+        return Panel(
+            case.image[z],
+            case.reference[z],
+            case.predictions[entry][z],
+            case.id,
+            case.dice[entry],
+            case.note,
+        )
+
+    shown = [e for e in entries if all(e in case.predictions for case in cases)]
+    for path in paths:
+        side_by_side(
+            path,
+            [
+                Panel(c.image[z], c.reference[z], c.reference[z], c.id, 1.0, c.note)
+                for c, z in zip(cases, slices, strict=True)
+            ],
+            {
+                title(entry): [panel(c, z, entry) for c, z in zip(cases, slices, strict=True)]
+                for entry in shown
+            },
+            dataset.structures,
+            publishable=dataset.publishable,
+        )

@@ -1,0 +1,526 @@
+"""Charts of comparisons: numbers of many runs, drawn so that one can trust what one sees.
+
+Every function draws one matplotlib figure; `files` writes it. An entry has the same colour
+and marker in all charts of a report; bounds are gray. Colours are Okabe and Ito's, which people
+with any kind of colour vision tell apart.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from glua_bench.reports.comparison import LOWER, UPPER
+from glua_bench.reports.results import ORACLE
+from glua_bench.tracking import replacing
+
+INK = "#222222"
+FAINT = "#6b6b6b"
+LINE = "#d9d9d9"
+BOUND = "#8c8c8c"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#9467bd")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MOST_POINTS = 4000  # more are drawn as a picture inside the drawing
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's colour
+    "font.family": "sans-serif",
+    "font.size": 9.0,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10.0,
+    "text.color": INK,
+    "xtick.color": FAINT,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "text.parse_math": False,  # a "$" in a name is a dollar
+}
+DPI = 150
+
+
+P = ParamSpec("P")
+
+
+def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw in the style of a report, and leave everybody else's alone."""
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **options: P.kwargs) -> Figure:
+        with mpl.rc_context(STYLE):
+            return draw(*args, **options)
+
+    return drawn
+
+
+def files(figure: Figure, stem: Path) -> list[Path]:
+    """Write a chart as SVG and PNG.
+
+    Args:
+        figure: the chart.
+        stem: the files' path without a suffix.
+
+    Raises:
+        RunFailure: they cannot be written.
+    """
+    written = []
+    with mpl.rc_context({**STYLE, "svg.hashsalt": stem.name}):
+        for suffix in (".svg", ".png"):
+            path = stem.with_name(stem.name + suffix)
+            with replacing(path) as temporary:
+                figure.savefig(
+                    temporary,
+                    format=suffix[1:],
+                    dpi=DPI,
+                    # A picture by itself has a paper; the same lines in a page have the page's.
+                    facecolor="none" if suffix == ".svg" else "white",
+                    metadata={"Date": None} if suffix == ".svg" else None,
+                )
+            written.append(path)
+    return written
+
+
+class Palette:
+    """Entry → colour and marker, the same in every chart.
+
+    Args:
+        entries: of the whole report.
+    """
+
+    def __init__(self, entries: Sequence[str]) -> None:
+        others = sorted(set(entries) - {LOWER, UPPER})
+        self._looks: dict[str, tuple[str, str]] = {}
+        # The same colour again has another marker.
+        for i, entry in enumerate(others):
+            turn = (i + i // len(COLOURS)) % len(MARKERS)
+            self._looks[entry] = COLOURS[i % len(COLOURS)], MARKERS[turn]
+        self._looks[LOWER], self._looks[UPPER] = (BOUND, "o"), (BOUND, "*")
+
+    def colour(self, entry: str) -> str:
+        """Its colour."""
+        return self._looks[entry][0]
+
+    def marker(self, entry: str) -> str:
+        """Its marker."""
+        return self._looks[entry][1]
+
+
+def _figure(width: float, height: float) -> Figure:
+    # Not through pyplot: no global state, safe in any thread.
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _axes(figure: Figure, rows: int = 1, columns: int = 1, **options: Any) -> np.ndarray:
+    found: np.ndarray = figure.subplots(rows, columns, squeeze=False, **options)
+    for axes in found.flat:
+        axes.patch.set_alpha(0)
+    return found
+
+
+def _names(axes: Any, entries: Sequence[str]) -> None:
+    axes.set_yticks(range(len(entries)), [_short(entry) for entry in entries])
+    axes.set_ylim(len(entries) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+
+
+def _short(entry: str, most: int = 46) -> str:
+    name = f"{entry} (privileged)" if entry == UPPER else entry
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+@_styled
+def scores(rows: pd.DataFrame, entries: Sequence[str], palette: Palette) -> Figure:
+    """Dice of every case and seed, structure by structure, and the mean over structures.
+
+    Args:
+        rows: of one task and selector.
+        entries: from top to bottom.
+        palette: colours and markers.
+    """
+    structures = [str(name) for name in rows["structure"].unique()]
+    keys = ["entry", "seed", "case"]
+    own = rows[["entry", "seed", "case", "structure", "dice"]].copy()
+    own["panel"] = own.pop("structure").astype(str)
+    mean = own.groupby(keys, observed=True)["dice"].mean().reset_index().assign(panel="mean")
+    points = pd.concat([own, mean], ignore_index=True)
+    points["entry"] = points["entry"].astype(str)
+    panels = [*structures, "mean"]
+    figure = _figure(2.0 + 1.75 * len(panels), 0.9 + 0.3 * len(entries))
+    grid = _axes(figure, 1, len(panels), sharey=True)[0]
+    for axes, panel in zip(grid, panels, strict=True):
+        part = points[points["panel"] == panel]
+        sns.stripplot(
+            part,
+            x="dice",
+            y="entry",
+            order=list(entries),
+            hue="entry",
+            hue_order=list(entries),
+            palette={entry: palette.colour(entry) for entry in entries},
+            size=3.2,
+            alpha=0.55,
+            jitter=0.22,
+            legend=False,
+            ax=axes,
+            rasterized=len(part) > MOST_POINTS,
+        )
+        average = part.groupby("entry")["dice"].mean().reindex(entries)
+        axes.plot(average, range(len(entries)), "|", color=INK, ms=11, mew=1.6, zorder=5)
+        axes.set_title(panel)
+        axes.set_xlim(-0.03, 1.03)
+        axes.set_xticks([0, 0.5, 1])
+        axes.set_xlabel("")
+        axes.set_ylabel("")
+        axes.grid(axis="x", color=LINE)
+        _names(axes, entries)
+    grid[len(panels) // 2].set_xlabel("Dice; a dot for each case and seed, a line at the mean")
+    return figure
+
+
+@_styled
+def gaps(lines: pd.DataFrame, palette: Palette) -> Figure:
+    """The share of the gap that each entry recovers, with its smallest and largest seed.
+
+    Args:
+        lines: from `comparison.table`, of all tasks.
+        palette: colours and markers.
+    """
+    tasks = list(dict.fromkeys(lines.index.get_level_values("task")))
+    order = lines["gap recovered"].groupby("entry", observed=True).mean().dropna().sort_values()
+    entries = [str(e) for e in order.index if e not in (LOWER, UPPER)]
+    figure = _figure(2.4 + 3.0 * len(tasks), 1.0 + 0.3 * len(entries))
+    for axes, task in zip(_axes(figure, 1, len(tasks), sharey=True)[0], tasks, strict=True):
+        part = lines.loc[task]
+        for y, entry in enumerate(entries):
+            if entry not in part.index or math.isnan(part.loc[entry, "gap recovered"]):
+                continue
+            row = 100 * part.loc[entry, ["gap recovered", "gap min", "gap max"]]
+            axes.plot(row[["gap min", "gap max"]], [y, y], color=palette.colour(entry), lw=2)
+            axes.plot(
+                row["gap recovered"], y, palette.marker(entry), color=palette.colour(entry), ms=6
+            )
+        for x, name in ((0, LOWER), (100, UPPER)):
+            axes.axvline(x, color=BOUND, lw=1, ls="--", zorder=0)
+            axes.text(x, -0.75, name, ha="center", va="bottom", fontsize=7, color=FAINT)
+        axes.set_title(str(task), pad=14)
+        axes.set_xlabel("gap recovered (%), smallest to largest seed")
+        axes.grid(axis="x", color=LINE)
+        _names(axes, entries)
+    return figure
+
+
+@_styled
+def cost_quality(lines: pd.DataFrame, palette: Palette) -> Figure:
+    """Dice over the seconds of training; the area of a mark grows with memory.
+
+    Args:
+        lines: from `comparison.table`, of all tasks.
+        palette: colours and markers.
+    """
+    tasks = list(dict.fromkeys(lines.index.get_level_values("task")))
+    figure = _figure(1.0 + 4.2 * len(tasks), 3.6)
+    largest = float(lines["peak MiB"].max())
+    for axes, task in zip(_axes(figure, 1, len(tasks), sharey=True)[0], tasks, strict=True):
+        shown = lines.loc[task].dropna(subset="training s").sort_values("training s")
+        middle = math.sqrt(shown["training s"].min() * shown["training s"].max())
+        for index, (entry, row) in enumerate(shown.iterrows()):
+            size = 30 + (150 * row["peak MiB"] / largest if largest > 0 else 0)
+            axes.scatter(
+                row["training s"],
+                row["Dice"],
+                s=size,
+                color=palette.colour(str(entry)),
+                marker=palette.marker(str(entry)),
+                alpha=0.85,
+                linewidths=0,
+            )
+            axes.annotate(
+                _short(str(entry), 24),
+                (row["training s"], row["Dice"]),
+                # Neighbours on this axis have their names on different sides.
+                xytext=(-7 if row["training s"] > middle else 7, 5 if index % 2 else -10),
+                ha="right" if row["training s"] > middle else "left",
+                textcoords="offset points",
+                fontsize=7,
+                color=INK,
+            )
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_title(str(task))
+        axes.set_xlabel("seconds of training")
+        axes.grid(color=LINE)
+        axes.margins(x=0.25, y=0.12)
+    figure.axes[0].set_ylabel("Dice")
+    return figure
+
+
+@_styled
+def learning(
+    checkpoints: pd.DataFrame, chosen: pd.DataFrame, entries: Sequence[str], palette: Palette
+) -> Figure:
+    """Source-validation Dice over training, and the checkpoints that selectors chose.
+
+    With the oracle's scores, target Dice is drawn too; it is privileged and says so.
+
+    Args:
+        checkpoints: of one task: entry, seed, selector, step, score.
+        chosen: entry, seed, selector, step: what each selector chose.
+        entries: a panel each.
+        palette: colours and markers.
+    """
+    columns = min(4, len(entries))
+    rows = -(-len(entries) // columns)
+    selectors = [str(s) for s in chosen["selector"].unique() if s != ORACLE]
+    figure = _figure(1.3 + 2.5 * columns, rows * (1.5 + 0.13 * len(selectors)) + 0.6)
+    outer = figure.add_gridspec(rows, columns)
+    own = checkpoints.astype({"entry": str, "selector": str})
+    chosen = chosen.astype({"entry": str, "selector": str})
+    steps = sorted(own["step"].unique())
+    for index, entry in enumerate(entries):
+        cell = outer[index // columns, index % columns].subgridspec(
+            2, 1, height_ratios=[1.3, 0.13 * len(selectors)], hspace=0.03
+        )
+        top = figure.add_subplot(cell[0])
+        low = figure.add_subplot(cell[1], sharex=top)
+        part = own[own["entry"] == entry]
+        for selector, style in (("source_val", "-"), (ORACLE, ":")):
+            for _, line in part[part["selector"] == selector].groupby("seed"):
+                line = line.sort_values("step")
+                top.plot(
+                    line["step"],
+                    line["score"],
+                    style,
+                    color=palette.colour(entry),
+                    lw=1.2,
+                    alpha=0.9,
+                )
+        top.set_title(_short(entry, 30), fontsize=8)
+        top.set_ylim(-0.03, 1.03)
+        top.set_yticks([0, 0.5, 1])
+        top.tick_params(axis="x", labelbottom=False, length=0)
+        top.grid(axis="y", color=LINE)
+        picks = chosen[chosen["entry"] == entry]
+        seeds = max(1, picks["seed"].nunique())
+        for y, selector in enumerate(selectors):
+            counts = picks[picks["selector"] == selector].groupby("step").size()
+            low.scatter(
+                counts.index,
+                [y] * len(counts),
+                s=[26 * count / seeds for count in counts],
+                color=palette.colour(entry),
+                linewidths=0,
+            )
+        low.set_ylim(len(selectors) - 0.4, -0.6)
+        low.set_yticks(range(len(selectors)), selectors if index % columns == 0 else [])
+        low.tick_params(labelsize=6.5, length=0)
+        low.set_xticks(steps if len(steps) <= 6 else [steps[0], steps[-1]])
+        low.grid(color=LINE)
+        if index // columns == rows - 1 or index + columns >= len(entries):
+            low.set_xlabel("updates of the segmenter", fontsize=7)
+        if index % columns == 0:
+            top.set_ylabel("Dice", fontsize=8)
+        for axes in (top, low):
+            axes.patch.set_alpha(0)
+    keys = [Line2D([], [], color=FAINT, ls="-", label="source validation")]
+    if ORACLE in set(own["selector"]):
+        keys.append(Line2D([], [], color=FAINT, ls=":", label="target test cases (privileged)"))
+    keys.append(
+        Line2D([], [], color=FAINT, ls="", marker="o", label="chosen; area: share of seeds")
+    )
+    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=8)
+    return figure
+
+
+@_styled
+def selector_regret(regret: pd.DataFrame) -> Figure:
+    """What choosing by each selector gives away, a dot a run, a line at the mean.
+
+    Args:
+        regret: from `report_tables.regrets`.
+    """
+    tasks = sorted(regret["task"].astype(str).unique())
+    order = regret.groupby("selector")["regret"].mean().sort_values().index.astype(str).tolist()
+    figure = _figure(1.8 + 2.8 * len(tasks), 1.0 + 0.28 * len(order))
+    for axes, task in zip(_axes(figure, 1, len(tasks), sharey=True)[0], tasks, strict=True):
+        part = regret[regret["task"] == task].assign(regret=lambda d: 100 * d["regret"])
+        part = part.astype({"selector": str})
+        sns.stripplot(
+            part,
+            x="regret",
+            y="selector",
+            order=order,
+            color=COLOURS[0],
+            size=3.2,
+            alpha=0.5,
+            jitter=0.22,
+            ax=axes,
+            rasterized=len(part) > MOST_POINTS,
+        )
+        mean = part.groupby("selector")["regret"].mean().reindex(order)
+        axes.plot(mean, range(len(order)), "|", color=INK, ms=11, mew=1.6, zorder=5)
+        axes.set_title(task)
+        axes.set_ylabel("")
+        axes.set_xlabel("regret against the oracle (Dice points)")
+        axes.grid(axis="x", color=LINE)
+        axes.tick_params(axis="y", length=0)
+    return figure
+
+
+@_styled
+def rank_stability(shares: pd.DataFrame, palette: Palette) -> Figure:
+    """How often each entry has each rank in resamples, as areas.
+
+    Args:
+        shares: entry × rank (1, 2, …), shares of resamples; best entry first.
+        palette: colours and markers.
+    """
+    entries = [str(entry) for entry in shares.index]
+    figure = _figure(2.2 + 0.34 * len(entries), 1.0 + 0.3 * len(entries))
+    axes = _axes(figure)[0, 0]
+    for y, entry in enumerate(entries):
+        row = shares.iloc[y]
+        axes.scatter(
+            row.index.astype(int), [y] * len(row), s=190 * row, color=palette.colour(entry), lw=0
+        )
+    axes.set_xticks(range(1, len(entries) + 1))
+    axes.set_xlim(0.4, len(entries) + 0.6)
+    axes.set_xlabel("rank; area: share of resamples of cases and seeds")
+    axes.grid(color=LINE)
+    _names(axes, entries)
+    return figure
+
+
+@_styled
+def critical_difference(
+    mean_ranks: pd.Series, p_values: pd.DataFrame, palette: Palette, p: float
+) -> Figure:
+    """Mean ranks over cases; a bar joins entries that Nemenyi's test cannot tell apart.
+
+    Args:
+        mean_ranks: of each entry, 1 is best.
+        p_values: entry × entry.
+        palette: colours and markers.
+        p: of Friedman's test.
+    """
+    import scikit_posthocs
+
+    names = {entry: _short(str(entry), 30) for entry in mean_ranks.index}
+    figure = _figure(7.4, 1.3 + 0.16 * len(names))
+    axes = _axes(figure)[0, 0]
+    scikit_posthocs.critical_difference_diagram(
+        mean_ranks.rename(names),
+        p_values.rename(index=names, columns=names),
+        ax=axes,
+        color_palette={names[e]: palette.colour(str(e)) for e in names},
+        label_props={"fontsize": 8},
+        crossbar_props={"color": INK, "linewidth": 2, "marker": ""},
+        text_h_margin=0.02,
+    )
+    axes.set_title(
+        f"mean rank over cases, 1 is best (Friedman p = {p:.2g}; a bar joins what Nemenyi's test "
+        "cannot tell apart at 0.05)",
+        fontsize=8,
+        pad=10,
+    )
+    return figure
+
+
+@_styled
+def heat_map(table: pd.DataFrame) -> Figure:
+    """Entries × cases: mean Dice over structures and seeds.
+
+    Args:
+        table: entry × case, in [0, 1].
+    """
+    entries, cases = list(table.index.astype(str)), list(table.columns.astype(str))
+    written = len(cases) <= 16 and len(entries) <= 40
+    figure = _figure(
+        2.6 + (0.62 if written else max(0.1, 6.0 / len(cases))) * len(cases),
+        1.1 + 0.27 * len(entries),
+    )
+    axes = _axes(figure)[0, 0]
+    drawn = axes.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    if written:
+        for y, values in enumerate(table.to_numpy()):
+            for x, value in enumerate(values):
+                if not math.isnan(value):
+                    colour = "#fefefe" if value < 0.6 else "#010101"
+                    axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=colour, size=7)
+    _names(axes, entries)
+    axes.set_ylim(len(entries) - 0.5, -0.5)
+    axes.set_xticks(range(len(cases)), cases, rotation=60, ha="right", fontsize=7)
+    if len(cases) > 40:
+        axes.set_xticks([])
+        axes.set_xlabel(f"{len(cases)} cases")
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    bar = figure.colorbar(drawn, ax=axes, fraction=0.03, pad=0.01, ticks=[0, 0.5, 1])
+    bar.set_label("Dice", color=INK)
+    bar.outline.set_visible(False)
+    return figure
+
+
+@_styled
+def curve(points: pd.DataFrame, setting: str, controls: Mapping[str, pd.DataFrame]) -> Figure:
+    """Dice over the values of one setting: dots are seeds, the line joins their means.
+
+    Args:
+        points: from `report_tables.curves`.
+        setting: its name.
+        controls: name → task, seed, dice of variants that have no value on the axis.
+    """
+    tasks = sorted(points["task"].unique())
+    figure = _figure(1.2 + 3.7 * len(tasks), 3.3)
+    default = sorted(points.loc[~points["changed"], "value"].unique())
+    for axes, task in zip(_axes(figure, 1, len(tasks))[0], tasks, strict=True):
+        part = points[points["task"] == task]
+        mean = part.groupby("value")["dice"].mean()
+        axes.plot(part["value"], part["dice"], "o", color=COLOURS[0], ms=3.5, alpha=0.5)
+        axes.plot(mean.index, mean, "-o", color=COLOURS[0], ms=5, label="mean over seeds")
+        for index, (name, control) in enumerate(controls.items(), start=1):
+            own = control[control["task"] == task]["dice"]
+            if len(own):
+                colour = COLOURS[index % len(COLOURS)]
+                axes.axhline(own.mean(), color=colour, lw=1.2, ls="--", label=name)
+                if len(own) > 1:
+                    axes.axhspan(
+                        own.mean() - own.std(),
+                        own.mean() + own.std(),
+                        color=colour,
+                        alpha=0.12,
+                        lw=0,
+                    )
+        for value in default:
+            axes.axvline(value, color=BOUND, lw=0.8, ls=":", zorder=0)
+        if part["value"].min() > 0 and part["value"].max() / part["value"].min() > 30:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.set_title(task)
+        axes.set_xlabel(f"{setting} (dotted: the default)")
+        axes.grid(color=LINE)
+        axes.margins(y=0.25)
+    figure.axes[0].set_ylabel("Dice")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    return figure

@@ -1,0 +1,524 @@
+"""The report: from results to one page, tables and figures, all from one frame."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from glua_bench import __version__
+from glua_bench.errors import ConfigError, UserError
+from glua_bench.registry import Registry
+from glua_bench.reports import (
+    case_pictures,
+    charts,
+    comparison,
+    published,
+    report_tables,
+    statistics,
+    tables,
+)
+from glua_bench.reports.comparison import UPPER
+from glua_bench.reports.results import ORACLE, Results
+from glua_bench.reports.tables import Table
+from glua_bench.task import Dataset
+from glua_bench.tracking import replacing, write_text
+
+RUN_PICTURES = {  # figures of a run that the page shows, and what they are
+    "restyled": "source images, the same restyled or translated, and target images",
+    "gap": "gap map and the mask that follows from it",
+    "pictures": "what the method shows of itself",
+}
+MOST_ENTRIES_DRAWN = 40  # rows of a chart; more cannot be told apart
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a report holds.
+
+    Args:
+        selector: whose checkpoints count.
+        title: of the page.
+        pictures: whether images of cases are drawn and embedded.
+        viewer: whether the volume viewer is embedded.
+        data_root: of the datasets; None is each dataset's default.
+        plugins: files with further datasets.
+    """
+
+    selector: str = "last"
+    title: str = "Comparison of adaptation methods"
+    pictures: bool = True
+    viewer: bool = False
+    data_root: Path | None = None
+    plugins: Sequence[Path] = ()
+
+
+@dataclass
+class Section:
+    """A part of the page.
+
+    Args:
+        id: its anchor.
+        title: its heading.
+        intro: what is in it, a sentence or two.
+        blocks: tables and drawings, in order.
+        level: of the heading.
+    """
+
+    id: str
+    title: str
+    intro: str = ""
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    level: int = 2
+
+
+def write(
+    results: Results, out: Path, options: Options, report: Callable[[str], None] = lambda text: None
+) -> list[Path]:
+    """Write `report.html`, `rows.parquet`, `tables/` and `figures/`.
+
+    Args:
+        results: the runs.
+        out: the directory; it is made.
+        options: what the report holds.
+        report: receives a line about each part that takes time.
+
+    Returns:
+        The files, the page first.
+
+    Raises:
+        UserError: the directory cannot be written, or the selector judged no run.
+    """
+    known = {str(name) for name in results.rows["selector"].unique()}
+    if options.selector not in known:
+        raise ConfigError(
+            f"--selector {options.selector} chose no checkpoint of these runs; use one of "
+            f"{', '.join(sorted(known))}."
+        )
+    try:
+        for folder in (out, out / "tables", out / "figures"):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{out} cannot be written ({error.strerror}); choose another --out directory."
+        ) from error
+    writer = _Writer(results, out, options, report)
+    sections = writer.sections()
+    page = out / "report.html"
+    write_text(page, _page(results, sections, options))
+    with replacing(out / "rows.parquet") as temporary:
+        results.rows.to_parquet(temporary, index=False)
+    return [page, out / "rows.parquet", *writer.files]
+
+
+def summary(results: Results, options: Options) -> list[str]:
+    """Each task's answer in plain words."""
+    return [
+        comparison.verdict(
+            report_tables.plain(results.of(task, options.selector)),
+            task,
+            options.selector,
+            percent=True,
+        )
+        for task in results.tasks
+    ]
+
+
+class _Writer:
+    """Builds the parts of a report and writes their files."""
+
+    def __init__(
+        self, results: Results, out: Path, options: Options, report: Callable[[str], None]
+    ) -> None:
+        self.results, self.out, self.options, self.report = results, out, options, report
+        self.files: list[Path] = []
+        self.palette = charts.Palette([str(e) for e in results.rows["entry"].unique()])
+        self.notices = results.notices
+        self._datasets: dict[str, Dataset | None] = {}
+
+    def sections(self) -> list[Section]:
+        """All parts, in the order of the page."""
+        found = [self._answers(), *(self._task(task) for task in self.results.tasks)]
+        found += [self._ablation(method) for method in report_tables.ablated(self.results)]
+        found += [self._cost(), self._selection()]
+        if self.options.pictures:
+            found.append(self._pictures())
+        found.append(self._provenance())
+        return [section for section in found if section.blocks or section.id == "answers"]
+
+    # Blocks.
+
+    def table(self, table: Table) -> dict[str, Any]:
+        """Write a table in all its forms."""
+        stem = self.out / "tables" / _file_name(table.name)
+        for suffix, text in (
+            (".tex", tables.latex(table)),
+            (".md", tables.markdown(table)),
+            (".csv", table.frame().to_csv(index=False)),
+        ):
+            path = stem.with_name(stem.name + suffix)
+            write_text(path, text)
+            self.files.append(path)
+        return {"kind": "table", "table": table, "name": stem.name}
+
+    def chart(self, name: str, caption: str, figure: Any) -> dict[str, Any]:
+        """Write a chart, and give its lines to the page."""
+        stem = self.out / "figures" / _file_name(name)
+        written = charts.files(figure, stem)
+        self.files += written
+        return {
+            "kind": "chart",
+            "name": stem.name,
+            "caption": caption,
+            "svg": _inline(written[0].read_text(encoding="utf-8")),
+        }
+
+    def picture(self, path: Path, caption: str) -> dict[str, Any]:
+        """A PNG for the page."""
+        data = base64.b64encode(path.read_bytes()).decode()
+        return {"kind": "picture", "data": data, "caption": caption}
+
+    # Sections.
+
+    def _answers(self) -> Section:
+        lines = comparison.table(self._plain(), self.options.selector)
+        section = Section("answers", "In short")
+        if lines["gap recovered"].notna().any() and len(lines) <= 4 * MOST_ENTRIES_DRAWN:
+            section.blocks.append(
+                self.chart(
+                    "gap_recovered",
+                    "The share of the distance from source_only to supervised that each method "
+                    "recovers, of the mean Dice of each seed.",
+                    charts.gaps(lines, self.palette),
+                )
+            )
+        return section
+
+    def _task(self, task: str) -> Section:
+        selector, results = self.options.selector, self.results
+        self.report(f"{task}: tables and tests")
+        rows = report_tables.plain(results.of(task, selector))
+        section = Section(f"task-{_slug(task)}", task)
+        section.blocks.append(self.table(report_tables.main(results, task, selector)))
+        dataset, _, direction = task.partition(" ")
+        context = published.context(dataset, direction)
+        if context is not None:
+            section.blocks.append({**self.table(context), "context": True})
+        entries = report_tables.entries_of(results, task, selector)
+        name = _file_name(task)
+        if len(entries) <= MOST_ENTRIES_DRAWN:
+            section.blocks.append(
+                self.chart(
+                    f"scores_{name}",
+                    "Dice of every case and seed. Few dots far left are missed structures.",
+                    charts.scores(rows, entries, self.palette),
+                )
+            )
+        scores = statistics.scores(rows[rows["entry"] != UPPER], task, selector=selector)
+        if not 2 <= scores.shape[1] <= report_tables.MOST_PAIRED:
+            return section
+        section.blocks.append(self.table(report_tables.ranking(results, task, selector)))
+        crossed = min(scores.index.get_level_values(n).nunique() for n in ("seed", "case")) > 1
+        if crossed:
+            section.blocks.append(
+                self.chart(
+                    f"ranks_{name}",
+                    "How often each method has each rank when cases and seeds are drawn anew.",
+                    charts.rank_stability(statistics.rank_shares(scores), self.palette),
+                )
+            )
+        blocks = scores.groupby("case", observed=True).mean()
+        if blocks.shape[0] > 1 and blocks.shape[1] > 2:
+            p, matrix = statistics.friedman(scores)
+            section.blocks.append(
+                self.chart(
+                    f"critical_difference_{name}",
+                    f"Critical differences over {len(blocks)} cases. With few cases hardly "
+                    "anything can be told apart, whatever the means are.",
+                    charts.critical_difference(
+                        blocks.rank(axis=1, ascending=False).mean(), matrix, self.palette, p
+                    ),
+                )
+            )
+        section.blocks.append(self.table(report_tables.pairs(results, task, selector)))
+        cases = rows.groupby(["entry", "case"], observed=True)["dice"].mean().unstack("case")
+        cases.index = cases.index.astype(str)
+        section.blocks.append(
+            self.chart(
+                f"cases_{name}",
+                "Mean Dice of each case over structures and seeds: hard cases are dark columns.",
+                charts.heat_map(cases.reindex(entries)),
+            )
+        )
+        return section
+
+    def _ablation(self, method: str) -> Section:
+        selector, results = self.options.selector, self.results
+        section = Section(
+            f"ablation-{_slug(method)}",
+            f"Ablation of {method}",
+            "One thing changed at a time. Nothing here was chosen by these numbers: they come "
+            "from target labels.",
+        )
+        section.blocks.append(self.table(report_tables.ablation(results, method, selector)))
+        controls = self._controls(method)
+        for setting, points in report_tables.curves(results, method, selector).items():
+            section.blocks += [
+                self.chart(
+                    f"curve_{method}_{setting}",
+                    f"Dice over {setting}; dots are seeds. Dashed: variants without a value on "
+                    "this axis, with their standard deviation.",
+                    charts.curve(points, setting, controls),
+                ),
+                self.table(report_tables.curve(method, setting, points)),
+            ]
+        return section
+
+    def _controls(self, method: str) -> dict[str, pd.DataFrame]:
+        """Declared variants by name: task, seed, dice of each run."""
+        rows = self.results.rows[self.results.rows["selector"] == self.options.selector]
+        rows = rows[
+            (rows["method"] == method)
+            & (rows["base"] == method)
+            & (rows["variant"] != "")
+            & (rows["settings"] != "{}")
+        ]
+        keys = ["variant", "task", "seed"]
+        per_case = rows.groupby([*keys, "case"], observed=True)["dice"].mean()
+        dice = per_case.groupby(keys, observed=True).mean().reset_index()
+        names, _ = self.results.declared(method)
+        return {
+            name: dice[dice["variant"] == name] for name in names if (dice["variant"] == name).any()
+        }
+
+    def _cost(self) -> Section:
+        lines = comparison.table(self._plain(), self.options.selector)
+        section = Section("cost", "Cost", "Seconds and memory beside the quality that they buy.")
+        if lines["training s"].notna().any() and len(lines) <= 4 * MOST_ENTRIES_DRAWN:
+            section.blocks.append(
+                self.chart(
+                    "cost_quality",
+                    "Dice over seconds of training; the area of a mark grows with memory.",
+                    charts.cost_quality(lines, self.palette),
+                )
+            )
+        section.blocks += [
+            self.table(report_tables.cost(self.results, task, self.options.selector))
+            for task in self.results.tasks
+        ]
+        return section
+
+    def _selection(self) -> Section:
+        results = self.results
+        section = Section(
+            "selection",
+            "Choosing a checkpoint",
+            "Every selector judged the same checkpoints of the same trainings, without target "
+            "labels. "
+            + (
+                "The oracle read them (privileged): it shows what a selector misses."
+                if ORACLE in set(results.rows["selector"])
+                else "What each gives away can be said of runs made with --oracle."
+            ),
+        )
+        quality = report_tables.selector_quality(results)
+        if quality is not None:
+            section.blocks += [
+                self.table(quality),
+                self.chart(
+                    "selector_regret",
+                    "Regret of every run against the oracle (privileged).",
+                    charts.selector_regret(report_tables.regrets(results)),
+                ),
+            ]
+        for task in results.tasks:
+            section.blocks.append(self.table(report_tables.selectors(results, task)))
+            entries = [
+                entry
+                for entry in report_tables.entries_of(results, task, self.options.selector)
+                if entry != UPPER
+            ]
+            scores = results.checkpoints
+            scores = scores[(scores["task"] == task) & scores["entry"].isin(entries)]
+            if len(scores) and 0 < len(entries) <= MOST_ENTRIES_DRAWN:
+                rows = results.rows[results.rows["task"] == task]
+                chosen = rows[["entry", "seed", "selector", "step"]].drop_duplicates()
+                section.blocks.append(
+                    self.chart(
+                        f"learning_{_file_name(task)}",
+                        f"{task}: Dice on source validation over training, and what each selector "
+                        "chose.",
+                        charts.learning(scores, chosen, entries, self.palette),
+                    )
+                )
+        return section
+
+    def _pictures(self) -> Section:
+        section = Section(
+            "pictures",
+            "Cases",
+            "The same slices for every method, of the best, the median and the worst case by the "
+            "mean Dice over all methods; one seed, the lowest. Numbers hide what a picture shows.",
+        )
+        if not self.results.directories:
+            return section
+        viewed: dict[str, tuple[Dataset, list[case_pictures.ComparedCase]]] = {}
+        for task in self.results.tasks:
+            dataset = self._dataset(task.partition(" ")[0])
+            if dataset is None:
+                continue
+            self.report(f"{task}: pictures")
+            shown = case_pictures.compared_cases(self.results, task, dataset, self.options.selector)
+            if not shown:
+                self.notices.append(f"{task}: the runs here keep no predictions to draw.")
+                continue
+            stem = self.out / "figures" / f"side_by_side_{_file_name(task)}"
+            paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]
+            entries = report_tables.entries_of(self.results, task, self.options.selector)
+            case_pictures.draw(paths, shown, entries, dataset)
+            self.files += paths
+            section.blocks.append(self.picture(paths[0], f"{task}. {_terms(dataset)}".strip()))
+            section.blocks += self._pictures_of_runs(task, entries)
+            viewed[task] = dataset, shown
+        if self.options.viewer and viewed:
+            section.blocks.append({"kind": "html", "html": _viewer(viewed)})
+        return section
+
+    def _pictures_of_runs(self, task: str, entries: Sequence[str]) -> list[dict[str, Any]]:
+        """What methods show of themselves, folded away, of the lowest seed."""
+        rows = report_tables.plain(self.results.of(task, self.options.selector))
+        first = rows.sort_values("seed").drop_duplicates("entry").set_index("entry")["run"]
+        found = []
+        for entry in entries:
+            directory = self.results.directories.get(str(first.get(entry, "")))
+            if directory is None:
+                continue
+            for name, meaning in RUN_PICTURES.items():
+                path = directory.figures / f"{name}.png"
+                if path.is_file():
+                    block = self.picture(path, f"{entry}, {task}: {meaning} (run {directory.id}).")
+                    found.append({**block, "folded": f"{entry}: {meaning}"})
+        return found
+
+    def _provenance(self) -> Section:
+        section = Section("runs", "Runs", "What every number was made of.")
+        section.blocks.append(self.table(report_tables.runs(self.results, self.options.selector)))
+        return section
+
+    def _plain(self) -> pd.DataFrame:
+        rows = self.results.rows
+        return report_tables.plain(rows[rows["selector"] == self.options.selector])
+
+    def _dataset(self, name: str) -> Dataset | None:
+        if name not in self._datasets:
+            try:
+                loaded: Any = Registry("dataset", self.options.plugins).load(name)
+                dataset: Dataset = loaded(self.options.data_root)
+                dataset.prepare(self.report)
+                self._datasets[name] = dataset
+            except UserError as error:
+                self.notices.append(f"No pictures of {name}: {error}")
+                self._datasets[name] = None
+        return self._datasets[name]
+
+
+# -- the page ----------------------------------------------------------------------------------
+
+
+def _page(results: Results, sections: Sequence[Section], options: Options) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("glua_bench.reports", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["sortable"] = _sortable
+    return environment.get_template("report.html").render(
+        title=options.title,
+        summary=summary(results, options),
+        notices=results.notices,
+        protocols={task: _protocol(results, task) for task in results.tasks},
+        sections=sections,
+        version=__version__,
+        oracle=ORACLE,
+        selector=options.selector,
+    )
+
+
+def _protocol(results: Results, task: str) -> list[tuple[str, str]]:
+    """What was equal for all runs of a task."""
+    own = results.rows[results.rows["task"] == task]
+    shared: dict[str, str] = {}
+    for text in own["protocol"].unique():
+        for name, value in json.loads(str(text)).items():
+            if value != "":
+                shared[name.replace("_", " ")] = str(value)
+    shared["test cases"] = str(own["case"].nunique())
+    shared["seeds"] = ", ".join(str(seed) for seed in sorted(own["seed"].unique()))
+    shared.pop("data", None)
+    shared.pop("selector", None)
+    return list(shared.items())
+
+
+def _sortable(table: Table, row: int, column: int) -> str:
+    """What a column is sorted by."""
+    value = table.columns[column].values[row]
+    if isinstance(value, str):
+        return value
+    return "" if math.isnan(value) else repr(float(value))
+
+
+def _inline(svg: str) -> str:
+    """A chart's lines for the page: without the file's head, in the page's own colours."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
+    for colour, name in ((charts.INK, "ink"), (charts.FAINT, "faint"), (charts.LINE, "line")):
+        svg = svg.replace(colour, f"var(--{name})")
+    # The page decides the size; the drawing keeps its shape.
+    head, _, rest = svg.partition(">")
+    width = re.search(r'width="([\d.]+)pt"', head)
+    head = re.sub(r' (?:width|height)="[\d.]+pt"', "", head)
+    points = float(width[1]) if width else 600.0
+    return f'{head} style="width:{points * 4 / 3:.0f}px" role="img">{rest}'
+
+
+def _terms(dataset: Dataset) -> str:
+    return "" if dataset.publishable else "Images of patients: not for redistribution."
+
+
+def _viewer(viewed: dict[str, tuple[Dataset, list[case_pictures.ComparedCase]]]) -> str:
+    from glua_bench.reports.viewer import ViewerCase, viewer
+
+    return viewer(
+        [
+            ViewerCase(
+                f"{task}: {case.id} ({case.note})",
+                case.image,
+                case.spacing,
+                case.reference.astype(np.uint8),
+                {name: found.astype(np.uint8) for name, found in case.predictions.items()},
+                dataset.structures,
+            )
+            for task, (dataset, cases) in viewed.items()
+            for case in cases
+        ]
+    )
+
+
+def _file_name(name: str) -> str:
+    """A name that every file system takes."""
+    return re.sub(r"[^\w.+-]+", "_", name).strip("._") or "unnamed"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "task"

@@ -1,0 +1,535 @@
+"""What a report is made of: one frame of rows, read from run directories or from a file.
+
+Reading decides what may stand in one table. Runs of one task must follow one protocol; a run that
+cannot be read, or that a newer run of the same cell replaces, is left out and named.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from glua_bench.config import RunConfig, changed_settings, variant_name
+from glua_bench.errors import ConfigError, UserError
+from glua_bench.registry import Registry
+from glua_bench.reports import comparison
+from glua_bench.reports.comparison import LOWER, UPPER
+from glua_bench.tracking import RunDirectory, list_runs
+
+ORACLE = "oracle"
+
+TEXTS = ("case", "structure", "selector")
+# What identifies a row, and what was measured; the rest of the columns belong to a run.
+MEASURED = ["case", "structure", "dice", "assd", "hd95", "missed", "reference_ml", "prediction_ml"]
+KEY = ["task", "entry", "seed"]
+NEEDED = [*MEASURED, *KEY, "run", "selector", "step", "method", "dataset", "direction", "seconds"]
+FROM_OLDER = {  # columns that rows of an older version lack
+    "settings": "{}",
+    "config": "{}",
+    "base": "",
+    "variant": "",
+    "protocol": "{}",
+    "commit": "",
+    "device": "",
+    "code": "",
+    "scenario": "uda",
+    "augmentation": "geometric",
+    "peak_memory_mib": math.nan,
+}
+
+
+@dataclass
+class Results:
+    """The runs of a report.
+
+    Args:
+        rows: per run, case, structure and selector: what `cases.parquet` holds, and entry (the
+            name in tables), base (the entry without changed settings), config (the method's
+            settings, as JSON), settings (what of them differs from its defaults), variant (the
+            method's own name for these settings), task, protocol (JSON), seconds,
+            peak_memory_mib, commit, code, device.
+        checkpoints: entry, task, seed, run, selector, step, score: every selector's judgement of
+            every candidate; empty for rows from a file.
+        directories: run id → its directory; empty for rows from a file.
+        notices: what a reader must know about runs that are not here, a sentence each.
+        plugins: files with further methods.
+    """
+
+    rows: pd.DataFrame
+    checkpoints: pd.DataFrame
+    directories: Mapping[str, RunDirectory] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    plugins: Sequence[Path] = ()
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks, in the order of their names."""
+        return sorted(self.rows["task"].unique())
+
+    def declared(self, method: str) -> tuple[list[str], list[str]]:
+        """A method's declared variants, and the methods that are it with parts left out.
+
+        Loads the method, and torch with it; two empty lists where it is not installed.
+        """
+        try:
+            loaded: Any = Registry("method", self.plugins).load(method)
+        except UserError:
+            return [], []
+        return list(loaded.variants()), list(loaded.parts)
+
+    def of(self, task: str, selector: str = "last") -> pd.DataFrame:
+        """Rows of one task and selector."""
+        rows = self.rows
+        return rows[(rows["task"] == task) & (rows["selector"] == selector)]
+
+
+def from_runs(
+    runs_root: Path,
+    where: Mapping[str, Sequence[str]] | None = None,
+    plugins: Sequence[Path] = (),
+    warn: Callable[[str], None] = lambda text: None,
+) -> Results:
+    """The finished runs below a directory.
+
+    Args:
+        runs_root: the directory of all runs.
+        where: which runs: setting → allowed values, as text.
+        plugins: files with further methods.
+        warn: receives the sentences that also become notices.
+
+    Raises:
+        UserError: there is no finished run, or runs of one task follow different protocols.
+    """
+    runs = list_runs(runs_root)
+    if not runs:
+        raise ConfigError(
+            f"There are no runs below {runs_root}; run something first (glua-bench compare), or "
+            "name the directory with --runs."
+        )
+    chosen = [run for run in runs if _matches(run, where or {})]
+    if not chosen:
+        raise ConfigError(
+            f"None of the {len(runs)} runs below {runs_root} fits --where "
+            f"{_where_text(where or {})}; `glua-bench report` without it shows what there is."
+        )
+    notices: list[str] = []
+
+    def notice(text: str) -> None:
+        notices.append(text)
+        warn(text)
+
+    done = [run for run in chosen if run.done]
+    for count, what in (
+        (sum(run.failed is not None for run in chosen if not run.done), "failed"),
+        (sum(run.failed is None for run in chosen if not run.done), "did not end"),
+    ):
+        if count:
+            notice(f"{_count(count, 'run')} {what} and {_is(count)} not in this report.")
+    records = []
+    for run in done:
+        try:
+            records.append(_read(run))
+        except UserError as error:
+            notice(f"Left out: {error}")
+    if not records:
+        raise ConfigError(
+            f"No run below {runs_root} is finished and readable; look at the warnings, or begin "
+            "again what failed with glua-bench compare --retry-failed."
+        )
+    return _assemble(records, plugins, notices, notice)
+
+
+def from_rows(
+    path: Path,
+    where: Mapping[str, Sequence[str]] | None = None,
+    plugins: Sequence[Path] = (),
+    warn: Callable[[str], None] = lambda text: None,
+) -> Results:
+    """Rows as a report writes them (`rows.parquet`).
+
+    Such rows hold no scores of checkpoints and no pictures, so a report of them lacks both.
+
+    Args:
+        path: the file.
+        where: which rows: column → allowed values, as text.
+        plugins: files with further methods.
+        warn: receives the sentences that also become notices.
+
+    Raises:
+        UserError: the file cannot be read or lacks a column, or protocols are mixed.
+    """
+    try:
+        rows = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} cannot be read as a table of rows ({type(error).__name__}); give a "
+            "rows.parquet that `glua-bench report` wrote."
+        ) from error
+    missing = [name for name in NEEDED if name not in rows]
+    if missing:
+        raise ConfigError(
+            f"{path} has no column {missing[0]}; give a rows.parquet that `glua-bench report` "
+            "wrote."
+        )
+    for name, value in FROM_OLDER.items():
+        if name not in rows:
+            rows[name] = value
+    rows["base"] = rows["base"].where(rows["base"] != "", rows["entry"])
+    for name, values in (where or {}).items():
+        if name not in rows:
+            raise ConfigError(
+                f"--where {name}: {path} has no such column; use one of "
+                f"{', '.join(sorted(rows.columns))}."
+            )
+        rows = rows[rows[name].astype(str).isin(values)]
+    if rows.empty:
+        raise ConfigError(f"{path} holds no rows that fit; leave --where {_where_text(where)} out.")
+    found = Results(
+        rows.reset_index(drop=True),
+        _no_checkpoints(),
+        plugins=plugins,
+    )
+    _check(found, found.notices.append)
+    for text in found.notices:
+        warn(text)
+    return found
+
+
+def parse_where(texts: Iterable[str]) -> dict[str, list[str]]:
+    """`NAME=V1,V2` of `--where`, several of one name gathered.
+
+    Raises:
+        ConfigError: one has no `=`.
+    """
+    parsed: dict[str, list[str]] = {}
+    for text in texts:
+        name, separator, values = text.partition("=")
+        if not separator or not name:
+            raise ConfigError(f"--where {text} has no value; write it as in --where steps=500.")
+        parsed.setdefault(name.strip(), []).extend(v.strip() for v in values.split(","))
+    return parsed
+
+
+# -- one run -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Record:
+    run: RunDirectory
+    rows: pd.DataFrame
+    summary: dict[str, Any]
+    environment: dict[str, Any]
+    time: str
+
+
+def _read(run: RunDirectory) -> _Record:
+    rows = run.read_cases()
+    lacking = [name for name in (*MEASURED, "selector", "step") if name not in rows]
+    if lacking:
+        raise UserError(f"{run.path / 'cases.parquet'} has no column {lacking[0]}; run it again.")
+    for name in TEXTS:  # as numbers into a list of texts: a thousand runs hold few different ones
+        rows[name] = rows[name].astype("category")
+    environment = run.read_environment()
+    ended = json.loads((run.path / "done").read_text(encoding="utf-8"))["time"]
+    return _Record(
+        run, rows[[*MEASURED, "selector", "step"]], run.read_summary(), environment, ended
+    )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        name = "method" if prefix == "" and name == "method_config" else name
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _matches(run: RunDirectory, where: Mapping[str, Sequence[str]]) -> bool:
+    if not where:
+        return True
+    values = {"run": run.id, **_flat(run.config.to_dict())}
+    if "code" in where:
+        values["code"] = run.read_environment().get("code", "")
+    for name, allowed in where.items():
+        if name not in values:
+            if name.startswith("method."):
+                return False  # another method's setting
+            raise ConfigError(
+                f"--where {name}: a run has no such setting; use one of code, "
+                f"{', '.join(sorted(values))}."
+            )
+        if str(values[name]) not in allowed:
+            return False
+    return True
+
+
+def _protocol(record: _Record) -> dict[str, Any]:
+    """What must be equal within one table.
+
+    The training data of the upper bound is another by intent, so it is not among its own.
+    """
+    config = record.run.config
+    values = {
+        "preset": config.preset,
+        "grid": f"{config.grid.size} pixels of {config.grid.spacing:g} mm, slices of "
+        f"{config.grid.slice_spacing:g} mm"
+        if config.grid.slice_spacing
+        else f"{config.grid.size} pixels of {config.grid.spacing:g} mm",
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "segmenter": ", ".join(
+            f"{name} {value}" if name != "name" else str(value)
+            for name, value in _flat(config.to_dict()["segmenter"]).items()
+            if value is not False
+        ),
+        "precision": config.precision,
+        "selector": config.selectors[0],
+        "distances": record.environment.get("distances", ""),
+    }
+    if not config.privileged:
+        values["data"] = record.environment.get("data", {}).get("train", "")
+    return values
+
+
+# -- names -------------------------------------------------------------------------------------
+
+
+def _changes(record: _Record, registry: Registry) -> tuple[dict[str, Any], str]:
+    """What differs from the method's defaults, and the method's name for it.
+
+    Raises:
+        UserError: the run does not say (it is of an older version), and the method is gone.
+    """
+    if "changed" in record.environment:
+        return record.environment["changed"], record.environment["variant"]
+    config = record.run.config
+    method = registry.load(config.method)
+    return changed_settings(config, method), variant_name(config, method)
+
+
+def _base(config: RunConfig) -> str:
+    if config.privileged and config.method == LOWER:
+        name = UPPER
+    else:
+        name = config.method + (" (supervised)" if config.privileged else "")
+    if config.augmentation == "photometric":
+        return f"{name} + photometric"
+    return name if config.augmentation == "geometric" else f"{name}, no augmentation"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# -- all runs ----------------------------------------------------------------------------------
+
+
+def _assemble(
+    records: list[_Record],
+    plugins: Sequence[Path],
+    notices: list[str],
+    notice: Callable[[str], None],
+) -> Results:
+    registry = Registry("method", plugins)
+    newest: dict[tuple[str, str, int], dict[str, Any]] = {}
+    by_run = {record.run.id: record for record in records}
+    replaced = 0
+    for record in sorted(records, key=lambda record: (record.time, record.run.id)):
+        config = record.run.config
+        try:
+            changes, variant = _changes(record, registry)
+        except UserError as error:
+            notice(f"Left out: run {record.run.id} ({error})")
+            continue
+        base = _base(config)
+        entry = ", ".join([base, *(f"{n} = {_shown(v)}" for n, v in changes.items())])
+        task = f"{config.dataset} {config.direction}"
+        state = record.environment.get("source") or record.environment.get("git") or {}
+        replaced += (task, entry, config.seed) in newest
+        newest[task, entry, config.seed] = {
+            "run": record.run.id,
+            "entry": entry,
+            "base": base,
+            "settings": json.dumps(changes, sort_keys=True),
+            "config": json.dumps(dict(config.method_config), sort_keys=True),
+            "variant": variant,
+            "task": task,
+            "protocol": json.dumps(_protocol(record)),
+            "method": config.method,
+            "dataset": config.dataset,
+            "direction": config.direction,
+            "scenario": config.scenario,
+            "augmentation": config.augmentation,
+            "seed": config.seed,
+            "peak_memory_mib": float(record.summary["peak_memory_mib"]),
+            "commit": str(state.get("commit", ""))[:10] + ("+" if state.get("dirty") else ""),
+            "code": str(record.environment.get("code", "")),
+            "device": _device(record.environment),
+        }
+    if replaced:
+        notice(
+            f"{_count(replaced, 'run')} {_is(replaced)} left out, since newer ones of the same "
+            "entry, task and seed exist (of other code or data); --where code=… chooses."
+        )
+    lines = pd.DataFrame(newest.values())
+    lines["seconds"] = comparison.costs(
+        [(by_run[run].run.config, by_run[run].summary) for run in lines["run"]]
+    )
+    checkpoints = []
+    kept = [by_run[run] for run in lines["run"]]
+    for position, record in enumerate(kept):
+        for selector, scores in record.summary.get("selector_scores", {}).items():
+            checkpoints += [(position, selector, int(s), float(v)) for s, v in scores.items()]
+    for name in TEXTS:
+        # One vocabulary, in the order of appearance, which is the dataset's own.
+        words = dict.fromkeys(w for record in kept for w in record.rows[name].unique())
+        for record in kept:
+            record.rows[name] = record.rows[name].cat.set_categories(list(words))
+    rows = pd.concat([record.rows for record in kept], ignore_index=True)
+    rows["line"] = np.repeat(np.arange(len(kept)), [len(record.rows) for record in kept])
+    found = Results(
+        _with_runs(rows, lines),
+        _with_runs(
+            pd.DataFrame(checkpoints, columns=["line", "selector", "step", "score"]),
+            lines[["run", "entry", "task", "seed"]],
+        ),
+        {run: by_run[run].run for run in lines["run"]},
+        notices,
+        plugins,
+    )
+    _check(found, notice)
+    return found
+
+
+def _with_runs(rows: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
+    """Rows beside the columns of their run; texts as categories, for a thousand runs' sake."""
+    position = rows.pop("line").to_numpy()
+    for name in lines:
+        values = lines[name]
+        if pd.api.types.is_numeric_dtype(values):
+            rows[name] = values.to_numpy()[position]
+        else:
+            category = pd.Categorical(values)
+            rows[name] = pd.Categorical.from_codes(category.codes[position], dtype=category.dtype)
+    return rows
+
+
+def _device(environment: Mapping[str, Any]) -> str:
+    if str(environment.get("device", "")).startswith("cuda"):
+        return next(iter(environment.get("gpus", [])), "GPU")
+    threads = environment.get("threads")
+    return "CPU" if threads is None else f"CPU, {_count(threads, 'thread')}"
+
+
+def _no_checkpoints() -> pd.DataFrame:
+    columns = ["selector", "step", "score", "run", "entry", "task", "seed"]
+    return pd.DataFrame(columns=columns)
+
+
+# -- what may stand in one table ---------------------------------------------------------------
+
+
+def _check(found: Results, notice: Callable[[str], None]) -> None:
+    """Refuse mixed protocols; say where seeds or cases are not paired.
+
+    Raises:
+        ConfigError: the runs of a task follow different protocols.
+    """
+    for task in found.tasks:
+        own = found.rows[found.rows["task"] == task]
+        per_run = own.drop_duplicates("run")[["run", "entry", "seed", "protocol", "code", "device"]]
+        _one_protocol(task, per_run["protocol"])
+        _one_test_set(task, own)
+        for what, column in (("code of different versions", "code"), ("devices", "device")):
+            count = per_run[column].nunique()
+            if count > 1 and column == "device":
+                notice(f"{task}: runs on {count} {what}; seconds compare within one only.")
+        mixed = per_run.groupby("entry", observed=True)["code"].nunique()
+        for entry in mixed[mixed > 1].index:
+            notice(f"{task}: the seeds of {entry} were run by code of different versions.")
+        seeds = {e: set(part["seed"]) for e, part in per_run.groupby("entry", observed=True)}
+        shared = set.intersection(*seeds.values())
+        most = max(seeds.values(), key=len)
+        if not shared:
+            raise ConfigError(
+                f"{task}: no seed is common to all entries, so nothing can be compared; run the "
+                "missing seeds, or leave entries out with --where."
+            )
+        if shared != most:
+            few = sorted(entry for entry, own_seeds in seeds.items() if own_seeds != most)
+            notice(
+                f"{task}: {', '.join(few[:4])}{' and others' if len(few) > 4 else ''} "
+                f"{'has' if len(few) == 1 else 'have'} not all of the {len(most)} seeds; tests and "
+                f"rankings use the {_count(len(shared), 'seed')} that all have."
+            )
+        if len(most) == 1:
+            notice(f"{task}: one seed; intervals and tests are withheld (give --seeds 3).")
+
+
+def _one_protocol(task: str, protocols: pd.Series) -> None:
+    counts = protocols.astype(str).value_counts()
+    values: dict[str, dict[Any, int]] = {}
+    for text, count in counts.items():
+        for name, value in json.loads(str(text)).items():
+            seen = values.setdefault(name, {})
+            seen[value] = seen.get(value, 0) + int(count)
+    different = {name: seen for name, seen in values.items() if len(seen) > 1}
+    if not different:
+        return
+    name, seen = next(iter(different.items()))
+    texts = " and ".join(f"{value} in {_count(count, 'run')}" for value, count in seen.items())
+    usable = {"steps": "steps", "preset": "preset", "batch_size": "batch_size"}
+    most = max(seen, key=lambda value: seen[value])
+    fix = {
+        **{key: f"--where {key}={most}" for key in usable},
+        "grid": "--where grid.size=… and grid.spacing=…",
+        "segmenter": "--where segmenter.name=… and segmenter.width=…",
+        "precision": f"--where precision={most}",
+        "data": "--where code=…, or remove the runs on older data",
+    }.get(name, "--where")
+    raise ConfigError(
+        f"{task} mixes runs of different protocols, which no table may average: {name} is "
+        f"{texts}; choose with {fix}."
+    )
+
+
+def _one_test_set(task: str, rows: pd.DataFrame) -> None:
+    """The volumes of the reference are the test set's fingerprint, also of rows from a file."""
+    first = rows.drop_duplicates(["run", "case", "structure"])
+    sizes = first.groupby(["case", "structure"], observed=True)["reference_ml"]
+    spread = sizes.max() - sizes.min()
+    wrong = spread[spread > 1e-6]
+    cases = first.groupby("run", observed=True)["case"].nunique()
+    if len(wrong):
+        case = wrong.index[0][0]
+        raise ConfigError(
+            f"{task} mixes different test sets: case {case} has references of different sizes; "
+            "choose runs on the same data with --where code=…, or another --runs."
+        )
+    if cases.nunique() > 1:
+        raise ConfigError(
+            f"{task} mixes different test sets: runs on {cases.min()} and on {cases.max()} cases; "
+            "choose runs on the same data with --where code=…, or another --runs."
+        )
+
+
+def _where_text(where: Mapping[str, Sequence[str]] | None) -> str:
+    return " ".join(f"{name}={','.join(values)}" for name, values in (where or {}).items())
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _is(number: int) -> str:
+    return "is" if number == 1 else "are"

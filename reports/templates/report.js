@@ -1,0 +1,67 @@
+"use strict";
+(() => {
+  const root = document.documentElement;
+  const remembered = (value) => {
+    // Storage may be forbidden to a page that was opened as a file.
+    try {
+      if (value === undefined) return localStorage.getItem("glua-bench-theme");
+      localStorage.setItem("glua-bench-theme", value);
+    } catch (error) { /* the choice is then forgotten */ }
+    return null;
+  };
+  const before = remembered();
+  if (before === "dark" || before === "light") root.dataset.theme = before;
+  document.getElementById("theme").addEventListener("click", () => {
+    const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+    root.dataset.theme = (root.dataset.theme || system) === "dark" ? "light" : "dark";
+    remembered(root.dataset.theme);
+  });
+
+  const show = (table, accepts) => {
+    for (const row of table.tBodies[0].rows) row.hidden = !accepts(row);
+  };
+  const key = (row, index) => {
+    const cell = row.cells[index];
+    return cell.dataset.v === undefined ? cell.textContent : cell.dataset.v;
+  };
+  for (const figure of document.querySelectorAll("figure.table")) {
+    const table = figure.querySelector("table");
+    const heads = [...table.tHead.rows[table.tHead.rows.length - 1].cells];
+    heads.forEach((head, index) => {
+      const button = head.querySelector("button");
+      if (!button) return;
+      button.addEventListener("click", () => {
+        const rows = [...table.tBodies[0].rows];
+        const values = rows.map((row) => key(row, index)).filter((value) => value !== "");
+        const numeric = values.every((value) => !Number.isNaN(Number(value)));
+        // Numbers begin with the largest, words with the first; a second click turns round.
+        const now = head.getAttribute("aria-sort");
+        const up = now ? now === "descending" : !numeric;
+        heads.forEach((other) => other.removeAttribute("aria-sort"));
+        head.setAttribute("aria-sort", up ? "ascending" : "descending");
+        rows.sort((a, b) => {
+          const [x, y] = [key(a, index), key(b, index)];
+          if (x === "" || y === "") return (x === "") - (y === "");  // what is missing, last
+          const order = numeric ? Number(x) - Number(y) : x.localeCompare(y);
+          return up ? order : -order;
+        });
+        table.tBodies[0].append(...rows);
+      });
+    });
+    const search = figure.querySelector("input[type=search]");
+    if (search) search.addEventListener("input", () => {
+      const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+      show(table, (row) => words.every((word) => row.textContent.toLowerCase().includes(word)));
+    });
+  }
+  const runs = document.querySelector("#table-runs table");
+  for (const link of document.querySelectorAll("a[data-runs]")) {
+    link.addEventListener("click", () => {
+      if (!runs) return;
+      const ids = new Set(link.dataset.runs.split(" "));
+      const search = document.querySelector("#table-runs input[type=search]");
+      if (search) search.value = "";
+      show(runs, (row) => ids.has(row.cells[0].textContent));
+    });
+  }
+})();

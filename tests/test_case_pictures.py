@@ -1,0 +1,68 @@
+"""reports/case_pictures.py: the same slices for everybody, chosen by all and not by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from glua_bench.console import Progress
+from glua_bench.datasets.phantom import Phantom
+from glua_bench.reports.case_pictures import compared_cases, draw
+from glua_bench.reports.results import from_runs
+from glua_bench.runs import RunRequest, execute, plan
+
+SMALL = ("segmenter.width=4", "segmenter.depth=3", "grid.size=32", "grid.spacing=7", "batch_size=2")
+TASK = "phantom mr-ct"
+
+
+@pytest.fixture(scope="module")
+def runs_root(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    for method in ("source_only", "histogram_matching"):
+        request = RunRequest(
+            method,
+            "phantom",
+            preset="quick",
+            steps=2,
+            assignments=list(SMALL),
+            data_root=phantom_root,
+            runs_root=root,
+            device="cpu",
+            mlflow=False,
+        )
+        execute(plan(request), Progress(enabled=False))
+    return root
+
+
+def test_cases_are_shown_for_every_entry(runs_root: Path, phantom_root: Path, tmp_path: Path):
+    results, dataset = from_runs(runs_root), Phantom(phantom_root)
+    shown = compared_cases(results, TASK, dataset)
+    rows = results.of(TASK)
+    mean = rows.groupby("case", observed=True)["dice"].mean().sort_values(ascending=False)
+    assert shown[0].id == mean.index[0] and shown[0].note == "best"
+    assert shown[-1].id == mean.index[-1] and len(shown) == min(3, len(mean))
+    for case in shown:
+        assert set(case.predictions) == {"source_only", "histogram_matching"}
+        for entry, prediction in case.predictions.items():
+            assert prediction.shape == case.image.shape == case.reference.shape
+            own = rows[(rows["entry"] == entry) & (rows["case"] == case.id)]
+            assert case.dice[entry] == pytest.approx(own["dice"].mean())
+        assert case.reference.max() == 4 and case.image.min() >= -1 and case.image.max() <= 1
+        assert case.spacing == pytest.approx((4.0, 7.0, 7.0))
+    paths = [tmp_path / "cases.png", tmp_path / "cases.svg"]
+    draw(paths, shown, ["source_only", "histogram_matching"], dataset)
+    picture = matplotlib.image.imread(paths[0])
+    assert picture[..., :3].std() > 0.05 and picture.shape[0] > picture.shape[1]
+    assert paths[1].read_text().startswith("<?xml")
+
+
+def test_a_run_without_predictions_has_no_row(runs_root: Path, phantom_root: Path):
+    results, dataset = from_runs(runs_root), Phantom(phantom_root)
+    gone = results.rows.loc[results.rows["entry"] == "histogram_matching", "run"].iloc[0]
+    results.directories = {run: d for run, d in results.directories.items() if run != gone}
+    shown = compared_cases(results, TASK, dataset)
+    assert all(set(case.predictions) == {"source_only"} for case in shown)
+    results.directories = {}
+    assert compared_cases(results, TASK, dataset) == []

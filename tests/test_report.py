@@ -1,0 +1,224 @@
+"""reports/report.py: one page from one frame, opened and used in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from glua_bench.errors import ConfigError
+from glua_bench.reports.report import Options, summary, write
+from glua_bench.reports.results import from_rows, from_runs
+
+EVIL = "<img src=x onerror=alert(1)>$_{x}"
+NO_PICTURES = Options(pictures=False)
+
+
+@pytest.fixture(scope="module")
+def filled(made_runs_in, tmp_path_factory):
+    """A comparison, an ablation with a curve, and a method with a name that means harm."""
+    made_runs = made_runs_in(tmp_path_factory.mktemp("filled") / "runs")
+    made_runs.comparison()
+    for seed in range(3):
+        for ratio in (0.1, 0.7):
+            made_runs.add("glua", 0.5 + ratio / 10, seed, settings={"mask_ratio": ratio})
+        made_runs.add("glua", 0.58, seed, settings={"mask": "random"})
+        made_runs.add(
+            "fda",
+            0.3,
+            seed,
+            environment={"changed": {"note": EVIL}, "variant": ""},
+            selectors={"source_val": 0.3, "oracle": 0.4},
+        )
+        made_runs.add("advent", 0.35, seed, selectors={"source_val": 0.3, "oracle": 0.4})
+    return made_runs
+
+
+@pytest.fixture(scope="module")
+def written(filled, tmp_path_factory):
+    out = tmp_path_factory.mktemp("written") / "report"
+    write(from_runs(filled.root), out, NO_PICTURES)
+    return out
+
+
+def test_every_part_is_written(written):
+    page = (written / "report.html").read_text()
+    tables = {path.name for path in (written / "tables").iterdir()}
+    for name in (
+        "main_phantom_mr-ct",
+        "ranking_phantom_mr-ct",
+        "pairs_phantom_mr-ct",
+        "cost_phantom_mr-ct",
+        "ablation_glua",
+        "curve_glua_mask_ratio",
+        "selectors",
+        "selectors_phantom_mr-ct",
+        "runs",
+    ):
+        assert {f"{name}.tex", f"{name}.csv", f"{name}.md"} <= tables
+        assert f'id="table-{name}"' in page
+    figures = {path.stem for path in (written / "figures").iterdir()}
+    for name in (
+        "gap_recovered",
+        "scores_phantom_mr-ct",
+        "ranks_phantom_mr-ct",
+        "critical_difference_phantom_mr-ct",
+        "cases_phantom_mr-ct",
+        "curve_glua_mask_ratio",
+        "cost_quality",
+        "selector_regret",
+        "learning_phantom_mr-ct",
+    ):
+        assert name in figures and f'id="figure-{name}"' in page
+    assert all(path.stat().st_size > 500 for path in (written / "figures").iterdir())
+    for sentence in ("glua has the highest mean Dice, 62.0 %", "is the better of the two in"):
+        assert sentence in page
+    # The context block belongs to other data.
+    assert "Published results" not in page
+
+
+def test_the_page_needs_nothing_but_itself(written):
+    page = (written / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', page)
+    assert "@import" not in page and not re.findall(r"url\((?!#)", page)
+
+
+def test_names_are_shown_and_never_executed(written):
+    page = (written / "report.html").read_text()
+    assert "<img src=x" not in page and "&lt;img src=x onerror=alert(1)&gt;" in page
+    for path in written.rglob("*.svg"):
+        assert "<img" not in path.read_text()
+    text = (written / "tables" / "runs.tex").read_text()
+    assert r"\textless{}img src=x" in text and r"\$\_\{x\}" in text
+
+
+def test_every_number_leads_to_its_runs(filled, written):
+    page = (written / "report.html").read_text()
+    ids = set(re.findall(r'id="run-(\w+)"', page))
+    cited = {run for text in re.findall(r'data-runs="([^"]+)"', page) for run in text.split()}
+    assert cited <= ids and len(ids) == filled.count
+
+
+def test_rows_give_the_same_tables(filled, written, tmp_path):
+    results = from_rows(written / "rows.parquet")
+    write(results, tmp_path / "again", NO_PICTURES)
+    compared = 0
+    for path in (written / "tables").iterdir():
+        if path.name.startswith("selectors."):
+            continue  # needs scores of checkpoints, which rows do not hold
+        assert (tmp_path / "again" / "tables" / path.name).read_text() == path.read_text()
+        compared += 1
+    assert compared >= 24
+    assert summary(results, NO_PICTURES) == summary(from_runs(filled.root), NO_PICTURES)
+
+
+def test_published_results_stand_apart(written, tmp_path):
+    rows = pd.read_parquet(written / "rows.parquet").astype({"task": str, "dataset": str})
+    rows["dataset"], rows["task"] = "mmwhs", "mmwhs mr-ct"
+    rows.to_parquet(tmp_path / "rows.parquet")
+    write(from_rows(tmp_path / "rows.parquet"), tmp_path / "other", NO_PICTURES)
+    page = (tmp_path / "other" / "report.html").read_text()
+    block = page.split('<figure class="table context"')[1].split("</figure>")[0]
+    assert "SIFA v2" in block and "not a comparison" in block and "data-runs" not in block
+    own = (tmp_path / "other" / "tables" / "main_mmwhs_mr-ct.tex").read_text()
+    assert "SIFA v2" not in own
+
+
+def test_what_limits_the_numbers_is_said_on_the_page(made_runs, tmp_path):
+    made_runs.comparison(seeds=1)
+    made_runs.add("fda", 0.3).fail("why")
+    write(from_runs(made_runs.root), tmp_path / "report", NO_PICTURES)
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "one seed; intervals and tests are withheld" in page and "1 run failed" in page
+    assert not (tmp_path / "report" / "figures" / "ranks_phantom_mr-ct.svg").exists()
+
+
+def test_a_missing_dataset_costs_the_pictures_only(made_runs, tmp_path):
+    made_runs.comparison()
+    results = from_runs(made_runs.root)
+    (tmp_path / "file").write_text("")
+    write(results, tmp_path / "report", Options(data_root=tmp_path / "file"))
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "No pictures of phantom: " in page and 'id="table-runs"' in page
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (Options(selector="oracle"), "--selector oracle chose no checkpoint"),
+        (Options(pictures=False), "--out"),
+    ],
+)
+def test_what_cannot_be_written_is_said(made_runs, tmp_path, options, said):
+    made_runs.comparison(seeds=1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=said):
+        write(from_runs(made_runs.root), tmp_path / "file" / "report", options)
+
+
+# -- in a browser ---------------------------------------------------------------------------------
+
+
+def cells(browser, table, column):
+    script = (
+        "return [...document.querySelectorAll(arguments[0] + ' tbody tr')]"
+        ".filter(r => !r.hidden).map(r => r.cells[arguments[1]].textContent)"
+    )
+    return browser.driver.execute_script(script, f"#table-{table}", column)
+
+
+@pytest.mark.slow
+def test_a_reader_can_use_the_page(browser, written: Path):
+    browser.open(written / "report.html")
+    driver = browser.driver
+
+    def click(selector):
+        driver.execute_script("document.querySelector(arguments[0]).click()", selector)
+
+    # Sort: numbers begin with the largest, a second click turns round.
+    head = "#table-main_phantom_mr-ct thead tr:last-child th:nth-child(4) button"
+    click(head)
+    first = [float(text.split()[0].rstrip("†")) for text in cells(browser, "main_phantom_mr-ct", 3)]
+    assert first == sorted(first, reverse=True) and len(first) == 5
+    click(head)
+    turned = cells(browser, "main_phantom_mr-ct", 3)
+    assert [float(text.split()[0].rstrip("†")) for text in turned] == first[::-1]
+
+    # Filter: only rows that hold every word stay.
+    every = len(cells(browser, "runs", 0))
+    box = driver.find_element("css selector", "#table-runs input")
+    box.send_keys("GLUA 0.7")
+    shown = cells(browser, "runs", 1)
+    assert shown == ["glua, mask_ratio = 0.7"] * 3 and every > 3
+
+    # A number leads to its runs, whatever was filtered before.
+    link = driver.find_element("css selector", "#table-main_phantom_mr-ct a[data-runs]")
+    wanted = link.get_attribute("data-runs").split()
+    click("#table-main_phantom_mr-ct a[data-runs]")
+    assert sorted(cells(browser, "runs", 0)) == sorted(wanted)
+
+    # Theme: paper and the charts' ink change together.
+    looks = """return [document.body, document.querySelector('#figure-gap_recovered svg text')]
+        .map(e => getComputedStyle(e)).map(style => style.backgroundColor + style.fill)"""
+    before = driver.execute_script(looks)
+    click("#theme")
+    after = driver.execute_script(looks)
+    assert before[0] != after[0] and before[1] != after[1]
+
+    assert browser.errors() == [] and browser.requests() == []
+    assert driver.execute_script("return document.querySelectorAll('img[src=x]').length") == 0
+    width = driver.execute_script(
+        "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    )
+    assert width[0] <= width[1], "the page itself must not scroll sideways"
+
+
+def test_the_protocol_is_on_the_page(written):
+    page = (written / "report.html").read_text()
+    for name, value in (("steps", "500"), ("batch size", "8"), ("test cases", "3")):
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in page
+    protocols = pd.read_parquet(written / "rows.parquet")["protocol"].unique()
+    assert json.loads(str(protocols[0]))["steps"] == 500

@@ -1,0 +1,157 @@
+"""reports/report_tables.py: which numbers stand in a report's tables, checked by hand."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+from scipy.stats import spearmanr
+
+from glua_bench.reports import report_tables
+from glua_bench.reports.results import from_runs
+
+TASK = "phantom mr-ct"
+
+
+def column(table, title, group=""):
+    found = [c for c in table.columns if (c.title, c.group) == (title, group)]
+    assert len(found) == 1, [(c.title, c.group) for c in table.columns]
+    return dict(zip(table.rows, found[0].values, strict=True))
+
+
+@pytest.fixture
+def compared(made_runs):
+    made_runs.comparison()
+    return made_runs
+
+
+def test_the_main_table_is_the_field_s(compared):
+    compared.add("glua", 0.9, settings={"mask": "random"})  # an ablation's, not a method
+    table = report_tables.main(from_runs(compared.root), TASK)
+    assert list(table.rows) == ["source_only", "slaug", "glua", "supervised (privileged)"]
+    assert table.groups[:2] == [("Dice (%)", 3), ("ASSD (mm)", 3)]
+    assert column(table, "MYO", "Dice (%)")["glua"] == pytest.approx(57)  # 62 - 5
+    assert column(table, "LAC", "Dice (%)")["glua"] == pytest.approx(67)
+    assert column(table, "mean", "Dice (%)")["glua"] == pytest.approx(62)
+    spread = table.columns[2].spread
+    assert spread[list(table.rows).index("glua")] == pytest.approx(2)  # of 60, 62, 64
+    assert column(table, "mean", "ASSD (mm)")["slaug"] == pytest.approx(4.8)
+    gap = column(table, "gap recov. (%)")
+    # (60 - 20) / (80 - 20), (62 - 22) / (81 - 22), (64 - 24) / (82 - 24)
+    assert gap["glua"] == pytest.approx(100 * (40 / 60 + 40 / 59 + 40 / 58) / 3)
+    assert pd.isna(gap["source_only"]) and pd.isna(gap["supervised (privileged)"])
+    assert table.place(2, 2) == "best" and table.place(3, 2) == ""
+    assert all(len(ids) == 3 for ids in table.ids)
+    # Nine pairs, always in favour of glua: p = 2 / 2^9, and Holm's correction over three pairs.
+    assert table.marks == {(0, 2): "†", (1, 2): "†"}
+    assert any("lower than glua" in note and "3 cases, 3 seeds" in note for note in table.notes)
+
+
+def test_one_seed_has_neither_spread_nor_mark(made_runs):
+    made_runs.comparison(seeds=1)
+    table = report_tables.main(from_runs(made_runs.root), TASK)
+    assert not table.marks and report_tables.UNTESTED in table.notes
+    pairs = report_tables.pairs(from_runs(made_runs.root), TASK)
+    assert all(pd.isna(p) for p in column(pairs, "p (Holm)").values())
+    assert column(pairs, "difference", "Dice (points)")["glua – slaug"] == pytest.approx(10)
+    assert all(table.columns[2].spread_text(row) == "" for row in range(len(table.rows)))
+
+
+def test_pairs_have_the_better_one_first(compared):
+    table = report_tables.pairs(from_runs(compared.root), TASK)
+    assert set(table.rows) == {"glua – slaug", "glua – source_only", "slaug – source_only"}
+    assert column(table, "difference", "Dice (points)")["glua – slaug"] == pytest.approx(10)
+    low, high = (column(table, name, "95 % interval")["glua – slaug"] for name in ("low", "high"))
+    assert low <= 10 <= high
+    assert column(table, "effect size")["slaug – source_only"] == pytest.approx(1)
+    assert column(table, "P(better) (%)")["glua – source_only"] == 100
+
+
+def test_the_ranking_leaves_the_bound_out(compared):
+    table = report_tables.ranking(from_runs(compared.root), TASK)
+    assert list(table.rows) == ["glua", "slaug", "source_only"]
+    assert list(column(table, "of the mean", "rank").values()) == [1, 2, 3]
+    assert list(column(table, "same rank (%)", "resamples").values()) == [100, 100, 100]
+
+
+def test_costs_are_of_the_runs(compared):
+    table = report_tables.cost(from_runs(compared.root), TASK)
+    assert column(table, "training (s)")["glua"] == 100
+    assert column(table, "s an update")["glua"] == pytest.approx(0.2)
+    assert column(table, "on")["glua"] == "CPU, 1 thread"
+
+
+def test_an_ablation_lists_bounds_parts_and_variants_in_order(compared):
+    for seed in range(3):
+        compared.add("global_only", 0.55, seed)
+        compared.add("glua", 0.58, seed, settings={"mask": "random"})
+        compared.add("glua", 0.57, seed, settings={"mask": "none", "lambda_local": 0.0})
+        for ratio in (0.1, 0.7):
+            compared.add("glua", 0.5 + ratio / 10, seed, settings={"mask_ratio": ratio})
+        compared.add("glua", 0.4, seed, settings={"align_level": 1})
+    results = from_runs(compared.root)
+    assert report_tables.ablated(results) == ["glua"]
+    table = report_tables.ablation(results, "glua")
+    assert list(table.rows) == [
+        "source_only",
+        "global_only",
+        "global + unmasked alignment",
+        "global + random mask",
+        "union (GLUA)",
+        "glua, align_level = 1",
+        "supervised (privileged)",
+    ]
+    assert column(table, "Dice (%)", TASK)["union (GLUA)"] == pytest.approx(62)
+    assert column(table, "Dice (%)", TASK)["global + random mask"] == pytest.approx(58)
+
+    curves = report_tables.curves(results, "glua")
+    assert list(curves) == ["mask_ratio"]  # two values of align_level are no curve
+    points = curves["mask_ratio"]
+    assert sorted(points["value"].unique()) == [0.1, 0.3, 0.7] and len(points) == 9
+    assert set(points.loc[~points["changed"], "value"]) == {0.3}
+    shown = report_tables.curve("glua", "mask_ratio", points)
+    assert list(shown.rows) == ["0.1", "0.3 (default)", "0.7"]
+    assert column(shown, "Dice (%)", TASK)["0.7"] == pytest.approx(57)
+
+
+def test_selectors_are_judged_by_the_oracle(made_runs):
+    for seed in range(2):
+        made_runs.add("source_only", 0.2, seed)
+        made_runs.add("glua", 0.6, seed, selectors={"im": 0.5, "oracle": 0.65 + 0.05 * seed})
+    results = from_runs(made_runs.root)
+    table = report_tables.selectors(results, TASK)
+    assert [c.title for c in table.columns] == ["last", "im", "oracle (privileged)"]
+    assert column(table, "oracle (privileged)")["glua"] == pytest.approx(67.5)
+    assert pd.isna(column(table, "im")["source_only"])
+    regret = report_tables.regrets(results).set_index(["selector", "seed"])["regret"]
+    assert regret.to_dict() == pytest.approx(
+        {("last", 0): 0.05, ("last", 1): 0.10, ("im", 0): 0.15, ("im", 1): 0.20}
+    )
+    quality = report_tables.selector_quality(results)
+    assert list(quality.rows) == ["last", "im"]  # the smallest regret first
+    assert column(quality, "regret", TASK)["im"] == pytest.approx(17.5)
+    assert any("privileged" in note for note in quality.notes)
+
+
+def test_correlations_are_spearman_s_over_all_checkpoints(made_runs):
+    made_runs.add("glua", 0.6, 0, selectors={"im": 0.5, "oracle": 0.65})
+    made_runs.add("glua", 0.6, 1, selectors={"im": 0.1, "oracle": 0.70})
+    results = from_runs(made_runs.root)
+    found = report_tables.correlations(results).set_index("selector")
+    # A run's candidates have 0.9 and 1 times the mean that it was made with.
+    im, oracle = [0.45, 0.5, 0.09, 0.1], [0.585, 0.65, 0.63, 0.70]
+    assert found.loc["im", "pooled"] == pytest.approx(spearmanr(im, oracle).statistic)
+    assert found.loc["im", "within"] == pytest.approx(1) and found.loc["im", "checkpoints"] == 4
+    assert "oracle" not in found.index and "last" not in found.index
+
+
+def test_without_an_oracle_nothing_is_said_of_regret(compared):
+    results = from_runs(compared.root)
+    assert report_tables.selector_quality(results) is None
+    assert report_tables.regrets(results).empty and report_tables.correlations(results).empty
+
+
+def test_every_run_is_listed(compared):
+    table = report_tables.runs(from_runs(compared.root))
+    assert len(table.rows) == 12 and len(set(table.rows)) == 12
+    assert column(table, "entry")["000000000003"] == "glua"
+    assert column(table, "Dice (%)")["000000000003"] == pytest.approx(60)

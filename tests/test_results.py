@@ -1,0 +1,190 @@
+"""reports/results.py: what is read, what it is called, and what may not stand in one table."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+
+from glua_bench.errors import ConfigError
+from glua_bench.reports.results import from_rows, from_runs, parse_where
+
+
+def entries(found):
+    return sorted(str(entry) for entry in found.rows["entry"].unique())
+
+
+def test_an_entry_is_called_by_what_differs_from_its_method(made_runs):
+    made_runs.add("source_only", 0.2)
+    made_runs.add("source_only", 0.8, scenario="supervised")
+    made_runs.add("source_only", 0.4, augmentation="photometric")
+    made_runs.add("source_only", 0.3, augmentation="none")
+    made_runs.add("glua", 0.6)
+    made_runs.add("glua", 0.5, settings={"mask": "random"})
+    made_runs.add("glua", 0.5, settings={"mask_ratio": 0.1, "lambda_local": 0.5})
+    found = from_runs(made_runs.root)
+    assert entries(found) == [
+        "glua",
+        "glua, mask = random",
+        "glua, mask_ratio = 0.1, lambda_local = 0.5",
+        "source_only",
+        "source_only + photometric",
+        "source_only, no augmentation",
+        "supervised",
+    ]
+    by_entry = found.rows.drop_duplicates("run").set_index("entry")
+    assert by_entry.loc["glua, mask = random", "variant"] == "global + random mask"
+    assert by_entry.loc["glua", "variant"] == "union (GLUA)"
+    assert json.loads(by_entry.loc["glua, mask = random", "settings"]) == {"mask": "random"}
+    assert (by_entry["base"].loc[["glua", "glua, mask = random"]] == "glua").all()
+    assert found.tasks == ["phantom mr-ct"] and len(found.directories) == 7
+
+
+def test_what_a_run_said_of_its_settings_counts_before_today_s_defaults(made_runs):
+    said = {"changed": {"mask": "soft"}, "variant": "of then"}
+    made_runs.add("glua", 0.6, environment=said)
+    made_runs.add("gone_since", 0.5, environment={"changed": {}, "variant": ""})
+    assert entries(from_runs(made_runs.root)) == ["glua, mask = soft", "gone_since"]
+    made_runs.add("gone_too", 0.5)  # neither said nor installed
+    found = from_runs(made_runs.root)
+    assert len(entries(found)) == 2 and any("gone_too" in text for text in found.notices)
+
+
+def test_rows_hold_every_score_in_the_dataset_s_order(made_runs):
+    run = made_runs.add("glua", 0.6, seed=2)
+    found = from_runs(made_runs.root)
+    rows = found.of("phantom mr-ct")
+    pd.testing.assert_frame_equal(
+        rows[["case", "structure", "dice", "assd"]].astype({"case": str, "structure": str}),
+        run.read_cases()[["case", "structure", "dice", "assd"]].astype(
+            {"case": str, "structure": str}
+        ),
+    )
+    assert list(rows["structure"].cat.categories) == ["MYO", "LAC"]  # not by the alphabet
+    assert set(rows["seed"]) == {2} and set(rows["run"]) == {run.id}
+    assert set(rows["seconds"]) == {100.0} and set(rows["device"]) == {"CPU, 1 thread"}
+    scores = found.checkpoints.set_index("step")["score"]
+    assert scores.to_dict() == pytest.approx({250: 0.54, 500: 0.6})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steps": 20}, r"steps is 500 in 2 runs and 20 in 1 run; choose with --where steps=500"),
+        ({"batch_size": 2}, r"batch_size is .*--where batch_size=8"),
+        ({"precision": "bf16-mixed"}, r"precision is "),
+        ({"size": 90.0}, r"different test sets: case case_1 has references of different sizes"),
+        ({"environment": {"data": {"train": "other"}}}, r"data is t in 2 runs and other in 1 run"),
+    ],
+)
+def test_protocols_are_never_mixed(made_runs, changes, said):
+    made_runs.add("source_only", 0.2)
+    made_runs.add("slaug", 0.5)
+    made_runs.add("glua", 0.6, **changes)
+    with pytest.raises(ConfigError, match=f"phantom mr-ct mixes .*{said}"):
+        from_runs(made_runs.root)
+    assert entries(from_runs(made_runs.root, {"method": ["slaug", "source_only"]})) == [
+        "slaug",
+        "source_only",
+    ]
+
+
+def test_the_upper_bound_has_training_data_of_its_own(made_runs):
+    made_runs.add("source_only", 0.2)
+    made_runs.add(
+        "source_only", 0.8, scenario="supervised", environment={"data": {"train": "target"}}
+    )
+    assert entries(from_runs(made_runs.root)) == ["source_only", "supervised"]
+
+
+def test_what_is_left_out_is_named(made_runs):
+    kept = made_runs.add("source_only", 0.2)
+    torn = made_runs.add("glua", 0.6)
+    whole = (torn.path / "cases.parquet").read_bytes()
+    (torn.path / "cases.parquet").write_bytes(whole[: len(whole) // 2])
+    failed = made_runs.add("slaug", 0.5)
+    failed.fail("no memory")
+    open_ = made_runs.add("fda", 0.5)
+    (open_.path / "done").unlink()
+    said = []
+    found = from_runs(made_runs.root, warn=said.append)
+    assert set(found.directories) == {kept.id} and found.notices == said
+    assert any(torn.id in text and "no readable cases.parquet" in text for text in said)
+    assert any(text.startswith("1 run failed and is not") for text in said)
+    assert any(text.startswith("1 run did not end and is not") for text in said)
+
+
+def test_the_newest_run_of_a_cell_counts(made_runs):
+    old = made_runs.add("glua", 0.3, environment={"code": "old"})
+    mark = json.loads((old.path / "done").read_text())
+    (old.path / "done").write_text(json.dumps({**mark, "time": "2020-01-01T00:00:00+0000"}))
+    new = made_runs.add("glua", 0.6)
+    found = from_runs(made_runs.root)
+    assert set(found.directories) == {new.id}
+    assert any("1 run is left out, since newer ones" in text for text in found.notices)
+    assert set(from_runs(made_runs.root, {"code": ["old"]}).directories) == {old.id}
+
+
+def test_seeds_that_not_all_have_are_told(made_runs):
+    made_runs.comparison(seeds=2)
+    made_runs.add("fda", 0.5, seed=0)
+    assert any(
+        "fda has not all of the 2 seeds" in text and "the 1 seed that all have" in text
+        for text in from_runs(made_runs.root).notices
+    )
+    made_runs.add("advent", 0.5, seed=7)
+    with pytest.raises(ConfigError, match="no seed is common to all entries"):
+        from_runs(made_runs.root)
+    one = from_runs(made_runs.root, {"seed": ["0"]})
+    assert any("one seed; intervals and tests are withheld" in text for text in one.notices)
+
+
+def test_nothing_to_report_is_said(made_runs, tmp_path):
+    with pytest.raises(ConfigError, match="no runs below .*--runs"):
+        from_runs(tmp_path / "nowhere")
+    made_runs.add("glua", 0.6)
+    with pytest.raises(ConfigError, match="None of the 1 runs .*seed=5"):
+        from_runs(made_runs.root, {"seed": ["5"]})
+    with pytest.raises(ConfigError, match="--where colour: a run has no such setting"):
+        from_runs(made_runs.root, {"colour": ["5"]})
+    made_runs.add("slaug", 0.6).fail("why")
+    with pytest.raises(ConfigError, match="finished and readable"):
+        from_runs(made_runs.root, {"method": ["slaug"]})
+
+
+def test_where_is_read():
+    assert parse_where(["steps=500", "method=a, b", "method=c"]) == {
+        "steps": ["500"],
+        "method": ["a", "b", "c"],
+    }
+    with pytest.raises(ConfigError, match="--where steps has no value"):
+        parse_where(["steps"])
+
+
+def test_rows_of_a_file_are_those_of_the_runs(made_runs, tmp_path):
+    made_runs.comparison()
+    made_runs.add("glua", 0.5, settings={"mask": "random"})
+    found = from_runs(made_runs.root)
+    path = tmp_path / "rows.parquet"
+    found.rows.to_parquet(path, index=False)
+    again = from_rows(path)
+    pd.testing.assert_frame_equal(
+        again.rows.astype({"entry": str}),
+        found.rows.astype({"entry": str}),
+        check_categorical=False,
+    )
+    assert again.checkpoints.empty and not again.directories
+    assert entries(from_rows(path, {"method": ["glua"]})) == ["glua", "glua, mask = random"]
+    with pytest.raises(ConfigError, match="--where colour: .* has no such column"):
+        from_rows(path, {"colour": ["red"]})
+    with pytest.raises(ConfigError, match="holds no rows that fit"):
+        from_rows(path, {"seed": ["9"]})
+
+
+def test_a_file_that_is_no_table_of_rows_is_said(tmp_path):
+    with pytest.raises(ConfigError, match=r"gone.parquet cannot be read as a table"):
+        from_rows(tmp_path / "gone.parquet")
+    pd.DataFrame({"dice": [0.5]}).to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(ConfigError, match=r"other.parquet has no column case"):
+        from_rows(tmp_path / "other.parquet")
