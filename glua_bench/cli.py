@@ -509,7 +509,7 @@ def _show_in_tracker(groups: list[Comparison], rows: pd.DataFrame, runs_root: Pa
     """Nest the runs of each dataset under their comparison, with its table."""
     import tempfile
 
-    from glua_bench.reports import comparison
+    from glua_bench.reports import charts, comparison
     from glua_bench.tracking import MLflowMirror
 
     mirror = MLflowMirror(runs_root, warn)
@@ -522,6 +522,9 @@ def _show_in_tracker(groups: list[Comparison], rows: pd.DataFrame, runs_root: Pa
         note = "\n\n".join([*answers, f"```\n{comparison.as_text(lines)}\n```"])
         with tempfile.TemporaryDirectory() as folder:
             files = comparison.write(own, Path(folder))
+            if lines["gap recovered"].notna().any():
+                palette = charts.Palette([str(entry) for entry in own["entry"].unique()])
+                files += charts.files(charts.gaps(lines, palette), Path(folder) / "gap_recovered")
             if not mirror.nest(group, comparison.as_metrics(lines), files, note):
                 return  # one warning is enough
 

@@ -121,16 +121,17 @@ def ablation(
         directions: as in `comparison`.
         seeds: how many, from 0.
         base: everything else that the runs share. Its assignments to `method.NAME` do not concern
-            the bounds, which are another method.
+            bounds and parts, which are other methods.
         combine: all combinations of the values that variants and `vary` give to settings, instead
             of the variants as they are and one value at a time.
         vary: texts "NAME=V1,V2", values of a setting; "method.NAME" is the same.
-        variants: take the declared variants.
+        variants: take the declared variants, and the methods that are this one with parts left
+            out (but not into combinations).
         bounds: begin with `source_only` and `supervised`, between which the gap lies.
         report: receives a line for each value that another entry stands for.
 
     Returns:
-        Seed by seed: the bounds, the variants, the reference, the values in their order.
+        Seed by seed: the bounds, the parts, the variants, the reference, the values in their order.
 
     Raises:
         UserError: the method is unknown, nothing is left to run, two entries have one name, or a
@@ -171,11 +172,14 @@ def ablation(
         changes = ("method", "scenario", "assignments")
         entries[entry] = {name: getattr(request, name) for name in changes}
 
+    shared = [a for a in base.assignments if not a.strip().startswith("method.")]
     if bounds:
-        shared = [a for a in base.assignments if not a.strip().startswith("method.")]
         lower = replace(base, method="source_only", assignments=shared)
         add("source_only", lower, False)
         add(SUPERVISED, replace(lower, scenario="supervised"), False)
+    if variants and not combine:
+        for part in method_class.parts:
+            add(part, replace(base, method=part, assignments=shared), False)
     for group, optional in ((declared, combine), (varied, True)):
         for entry, changes in group.items():
             assignments = [*base.assignments, *(_assignment(k, v) for k, v in changes.items())]

@@ -53,6 +53,7 @@ COPIED = (
     "metrics.parquet",
     "done",
 )
+DRAWN = r"figures/\w[\w.+-]*\.png|predictions/\w[\w.+-]*\.nii\.gz"  # copied, too
 DIGESTS = "files.json"  # artifact: name of each copied file → its digest
 LAYOUT = 2  # of a copy; raised when copies change, so that `sync` replaces the older ones
 PARENT, ENTRY = "mlflow.parentRunId", "glua_bench.entry"  # a nested run's tags
@@ -1116,11 +1117,12 @@ class _Upload:
     def _artifacts(self) -> None:
         path = self.run.path
         files = [path / name for name in (*COPIED, "failed") if (path / name).is_file()]
-        figures = sorted(self.run.figures.glob("*.png"))
+        # The pictures of a report are drawn of predictions; the images lie with the data.
+        drawn = [*self.run.figures.glob("*.png"), *self.run.predictions.glob("*.nii.gz")]
         with tempfile.TemporaryDirectory() as directory:
             digests = Path(directory) / DIGESTS
             found = {
-                file.relative_to(path).as_posix(): _file_digest(file) for file in (*files, *figures)
+                file.relative_to(path).as_posix(): _file_digest(file) for file in (*files, *drawn)
             }
             digests.write_text(_json(found), encoding="utf-8")
             files.append(digests)
@@ -1130,8 +1132,8 @@ class _Upload:
                 self.run.read_cases().to_csv(files[-1], index=False, float_format="%.4f")
             for file in files:
                 self.client.log_artifact(self.id, str(file))
-        for figure in figures:
-            self.client.log_artifact(self.id, str(figure), "figures")
+        for file in sorted(drawn):
+            self.client.log_artifact(self.id, str(file), file.parent.name)
 
 
 def final_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -1266,7 +1268,7 @@ def fetch_runs(
     """Make directories of the finished runs that a tracker has copies of.
 
     They are laid out as below a directory of runs, and hold the same bytes as the originals, but
-    neither weights, predictions nor the log. A run that lies there already is not fetched again.
+    neither weights nor the log. A run that lies there already is not fetched again.
     Runs and comparisons that were deleted in the tracker are left out.
 
     Args:
@@ -1433,9 +1435,10 @@ def _download(client: MlflowClient, run_id: str, folder: Path) -> None:
         digests = dict(json.loads(listing.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UserError(f"its artifact {DIGESTS} is damaged") from error
-    figures = [name for name in digests if re.fullmatch(r"figures/\w[\w.+-]*\.png", name)]
-    (folder / "figures").mkdir()
-    for name in (*COPIED, *figures):
+    drawn = [name for name in digests if re.fullmatch(DRAWN, name)]
+    for name in ("figures", "predictions"):
+        (folder / name).mkdir()
+    for name in (*COPIED, *drawn):
         fetch(name, folder / name)
         if _file_digest(folder / name) != digests.get(name):
             raise UserError(f"its artifact {name} is damaged")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -357,7 +358,14 @@ def _save(
     elif not publishable:
         figure.supxlabel(FOOTER, fontsize=7, color=WARNING)
     with replacing(Path(path)) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix[1:])
+        vector = Path(path).suffix == ".svg"
+        # Without a date and with fixed names inside, the same drawing is the same file.
+        with mpl.rc_context({"svg.hashsalt": "glua-bench"}):
+            figure.savefig(
+                temporary,
+                format="svg" if vector else "png",
+                metadata={"Date": None} if vector else None,
+            )
     return Path(path)
 
 

@@ -450,6 +450,12 @@ def _check(found: Results, notice: Callable[[str], None]) -> None:
         per_run = own.drop_duplicates("run")[["run", "entry", "seed", "protocol", "code", "device"]]
         _one_protocol(task, per_run["protocol"])
         _one_test_set(task, own)
+        twice = per_run[per_run.duplicated(["entry", "seed"])]
+        if len(twice):
+            raise ConfigError(
+                f"{task} has two runs of {twice.iloc[0]['entry']} with seed "
+                f"{twice.iloc[0]['seed']}; choose one with --where run=… or code=…."
+            )
         for what, column in (("code of different versions", "code"), ("devices", "device")):
             count = per_run[column].nunique()
             if count > 1 and column == "device":

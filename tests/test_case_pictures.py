@@ -1,4 +1,4 @@
-"""reports/case_pictures.py: the same slices for everybody, chosen by all and not by one."""
+"""reports/case_pictures.py, and the report of real runs: pictures, viewer, the tracker's copies."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
+from glua_bench import tracking
 from glua_bench.console import Progress
 from glua_bench.datasets.phantom import Phantom
 from glua_bench.reports.case_pictures import compared_cases, draw
+from glua_bench.reports.report import Options, write
 from glua_bench.reports.results import from_runs
 from glua_bench.runs import RunRequest, execute, plan
 
@@ -66,3 +68,38 @@ def test_a_run_without_predictions_has_no_row(runs_root: Path, phantom_root: Pat
     assert all(set(case.predictions) == {"source_only"} for case in shown)
     results.directories = {}
     assert compared_cases(results, TASK, dataset) == []
+
+
+def test_the_tracker_s_copies_give_the_same_report(
+    runs_root: Path, phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    counts = tracking.MLflowMirror(runs_root).sync()
+    assert counts.uploaded == 2 and counts.missed == 0
+    tracking.fetch_runs(tracking.tracking_uri(runs_root), tmp_path / "copies")
+    options = Options(data_root=phantom_root)
+    written = {}
+    for name, root in (("runs", runs_root), ("copies", tmp_path / "copies")):
+        files = write(from_runs(root), tmp_path / name / "report", options)
+        folder = tmp_path / name / "report"
+        written[name] = {str(f.relative_to(folder)): f.read_bytes() for f in files}
+    assert written["runs"].keys() == written["copies"].keys()
+    assert any("side_by_side" in name for name in written["runs"])
+    different = [n for n, content in written["runs"].items() if written["copies"][n] != content]
+    assert different == []
+
+
+@pytest.mark.slow
+def test_a_reader_sees_volumes(
+    browser, niivue: str, runs_root: Path, phantom_root: Path, tmp_path: Path
+) -> None:
+    options = Options(data_root=phantom_root, viewer=True)
+    page, *_ = write(from_runs(runs_root), tmp_path / "report", options)
+    browser.open(page)
+    driver = browser.driver
+    assert driver.execute_script("return document.querySelectorAll('.picture img').length") == 1
+    driver.execute_script("document.getElementById('viewer-start').click()")
+    browser.wait("document.documentElement.dataset.viewer", "drawn", 120)
+    case = driver.find_element("id", "viewer-case").text
+    assert "phantom mr-ct: ct_" in case and "best" in case
+    assert browser.errors() == [] and browser.requests() == []

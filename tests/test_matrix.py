@@ -80,10 +80,10 @@ def test_the_default_is_each_datasets_first_direction(base: RunRequest) -> None:
 def test_an_ablation_is_what_the_method_declares(base: RunRequest) -> None:
     cells = ablation("glua", ["phantom"], [], 1, base)
     entries = [c.entry for c in cells]
-    assert entries[:2] == ["source_only", "supervised"]
-    assert entries[-1] == "union (GLUA)" and len(cells) == 7
+    assert entries[:4] == ["source_only", "supervised", "local_only", "global_only"]
+    assert entries[-1] == "union (GLUA)" and len(cells) == 9
     assert ablation("glua", ["phantom"], [], 1, base, bounds=False) == cells[2:]
-    unmasked = cells[2].request
+    unmasked = cells[4].request
     assert unmasked.assignments[-2:] == ["method.mask=none", "method.lambda_local=0.0"]
     assert unmasked.assignments[:-2] == base.assignments
 

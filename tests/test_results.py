@@ -188,3 +188,14 @@ def test_a_file_that_is_no_table_of_rows_is_said(tmp_path):
     pd.DataFrame({"dice": [0.5]}).to_parquet(tmp_path / "other.parquet")
     with pytest.raises(ConfigError, match=r"other.parquet has no column case"):
         from_rows(tmp_path / "other.parquet")
+
+
+def test_two_runs_of_one_cell_in_a_file_are_refused(made_runs, tmp_path):
+    made_runs.comparison(seeds=1)
+    rows = from_runs(made_runs.root).rows.astype({"run": str})
+    again = rows[rows["entry"] == "glua"].assign(run="other")
+    pd.concat([rows, again]).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(ConfigError, match=r"two runs of glua with seed 0; choose .*--where run="):
+        from_rows(tmp_path / "rows.parquet")
+    fewer = {"run": [str(run) for run in rows["run"].unique()]}
+    assert len(from_rows(tmp_path / "rows.parquet", fewer).rows) == len(rows)
