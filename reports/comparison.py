@@ -58,12 +58,8 @@ def costs(runs: Sequence[tuple[RunConfig, Mapping[str, Any]]]) -> list[float]:
         if stage not in summary["reused_stages"]
     }
     return [
-        sum(
-            trained.get(key(config, stage), math.nan)
-            if stage in summary["reused_stages"]
-            else seconds
-            for stage, seconds in summary["stage_seconds"].items()
-        )
+        sum(seconds for stage, seconds in summary["stage_seconds"].items())
+        + sum(trained.get(key(config, stage), math.nan) for stage in summary["reused_stages"])
         for config, summary in runs
     ]
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from glua_bench.config import RunConfig
 from glua_bench.errors import ConfigError
-from glua_bench.reports.comparison import as_metrics, as_text, table, verdict, write
+from glua_bench.reports.comparison import as_metrics, as_text, costs, table, verdict, write
+from glua_bench.task import Grid
 
 
 def made() -> pd.DataFrame:
@@ -83,3 +87,15 @@ def test_the_files_hold_every_number(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--out"):
         write(made(), tmp_path / "file" / "more")
+
+
+def test_a_shared_stage_costs_every_run_what_it_cost_the_first() -> None:
+    config = RunConfig("glua", "phantom", "mr-ct", Grid(64, 3.5))
+    first = {"stage_seconds": {"style": 300.0, "segment": 50.0}, "reused_stages": []}
+    second = {"stage_seconds": {"segment": 60.0}, "reused_stages": ["style"]}
+    alone = {"stage_seconds": {"train": 20.0}, "reused_stages": []}
+    assert costs([(config, second), (config, first), (config, alone)]) == [360, 350, 20]
+    other = replace(config, seed=1)  # its style was trained by a run that is not here
+    assert math.isnan(costs([(config, first), (other, second)])[1])
+    for change in ({"direction": "ct-mr"}, {"steps": 9}, {"preset": "paper"}):
+        assert math.isnan(costs([(config, first), (replace(config, **change), second)])[1])
