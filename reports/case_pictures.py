@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from glua_bench.cache import SliceCache
 from glua_bench.reports.comparison import UPPER
@@ -64,17 +65,12 @@ def compared_cases(
     directories = {entry: results.directories.get(run) for entry, run in runs.items()}
     dice = rows.groupby(["entry", "case"], observed=True)["dice"].mean().unstack("case")
     dice.columns = [str(name) for name in dice.columns]
-    order = dice.drop(index=UPPER, errors="ignore").mean().sort_values(ascending=False)
-    chosen = {"best": 0, "median": len(order) // 2, "worst": len(order) - 1}
     first = next(iter(d for d in directories.values() if d is not None), None)
     if first is None:
         return []
     grid, target = first.config.grid, first.config.target
     test, cache, shown = {c.id: c for c in dataset.split(target, "test")}, SliceCache(), []
-    places: dict[str, str] = {}
-    for note, position in chosen.items():
-        places.setdefault(str(order.index[position]), note)
-    for case_id, note in places.items():
+    for case_id, note in telling_cases(dice).items():
         case = test[case_id]
         image = cache.image(case.unlabelled(), dataset.reading, grid)
         reference = cache.label(case, dataset.reading, grid, dataset.structures).open()
@@ -102,6 +98,23 @@ def compared_cases(
                 )
             )
     return shown
+
+
+def telling_cases(dice: pd.DataFrame) -> dict[str, str]:
+    """Case → why it is shown: "best", "median" or "worst" by the mean over entries but the bound.
+
+    Args:
+        dice: entry × case.
+
+    Returns:
+        Three cases, or as many as there are.
+    """
+    mean = dice.drop(index=UPPER, errors="ignore").mean()
+    order = [str(case) for case in mean.sort_values(ascending=False, kind="stable").index]
+    notes: dict[str, str] = {}
+    for note, position in (("best", 0), ("worst", -1), ("median", len(order) // 2)):
+        notes.setdefault(order[position], note)
+    return {case: notes[case] for case in order if case in notes}
 
 
 def draw(

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib.image
+import pandas as pd
 import pytest
 
 from glua_bench import tracking
 from glua_bench.console import Progress
 from glua_bench.datasets.phantom import Phantom
-from glua_bench.reports.case_pictures import compared_cases, draw
+from glua_bench.reports.case_pictures import compared_cases, draw, telling_cases
 from glua_bench.reports.report import Options, write
 from glua_bench.reports.results import from_runs
 from glua_bench.runs import RunRequest, execute, plan
@@ -58,6 +59,19 @@ def test_cases_are_shown_for_every_entry(runs_root: Path, phantom_root: Path, tm
     picture = matplotlib.image.imread(paths[0])
     assert picture[..., :3].std() > 0.05 and picture.shape[0] > picture.shape[1]
     assert paths[1].read_text().startswith("<?xml")
+
+
+def test_best_median_and_worst_are_those_of_all_entries() -> None:
+    cases = ["a", "b", "c", "d", "e"]
+    dice = pd.DataFrame(
+        [[0.1, 0.2, 0.9, 0.4, 0.5], [0.3, 0.2, 0.9, 0.4, 0.0], [0.9, 0.0, 0.0, 0.0, 0.0]],
+        index=["source_only", "mine", "supervised"],
+        columns=cases,
+    )
+    # Means without the bound: c 0.9, d 0.4, e 0.25, a 0.2, b 0.2.
+    assert telling_cases(dice) == {"c": "best", "e": "median", "b": "worst"}
+    assert telling_cases(dice[["a", "c"]]) == {"c": "best", "a": "worst"}
+    assert telling_cases(dice[["a"]]) == {"a": "best"}
 
 
 def test_a_run_without_predictions_has_no_row(runs_root: Path, phantom_root: Path):

@@ -66,6 +66,16 @@ def test_pairs_have_the_better_one_first(compared):
     assert column(table, "P(better) (%)")["glua – source_only"] == 100
 
 
+def test_a_pair_that_is_turned_round_is_turned_whole(made_runs):
+    made_runs.comparison(methods=("slaug", "glua"))  # the later in the alphabet is the better one
+    table = report_tables.pairs(from_runs(made_runs.root), TASK)
+    row = {c.title: dict(zip(table.rows, c.values, strict=True)) for c in table.columns}
+    pair = "slaug – glua"
+    # Every seed and case differs by the same.
+    assert [row[name][pair] for name in ("difference", "low", "high")] == pytest.approx([10] * 3)
+    assert row["effect size"][pair] == pytest.approx(1) and row["P(better) (%)"][pair] == 100
+
+
 def test_the_ranking_leaves_the_bound_out(compared):
     table = report_tables.ranking(from_runs(compared.root), TASK)
     assert list(table.rows) == ["glua", "slaug", "source_only"]
