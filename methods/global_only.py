@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from glua_bench.method import Batch, Cases, Context, Stage, TaskInfo
 from glua_bench.methods.source_only import SegmentConfig, SourceOnly
-from glua_bench.methods.style import QUICK_STYLE, StyleConfig, StyleTransfer
+from glua_bench.methods.style import QUICK_STYLE, StyleConfig, StyleTransfer, check_size
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class GlobalOnly(SourceOnly):
 
     def __init__(self, task: TaskInfo, config: GlobalConfig) -> None:
         super().__init__(task, config)
+        check_size(task.size, config)
         self.style = StyleTransfer(config)
 
     def check(self, cases: Cases) -> None:

@@ -12,6 +12,7 @@ With c = E_c(x), s = E_s(x), x̂ = G(c, s) the generator minimises
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,7 @@ from glua_bench.networks import (
 )
 
 CODES = 32  # style codes kept for each cluster
+SMALLEST = 16  # pixels that the four halvings of a patch discriminator need
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,24 @@ class Generator(nn.Module):
         self.style_source = StyleEncoder(config.style_width)
         self.style_target = StyleEncoder(config.style_width)
         self.decode = StyleDecoder(config.style_width, blocks=config.style_blocks)
+
+
+def check_size(size: int, config: StyleConfig) -> None:
+    """Decline slices of which the coarsest discriminator would see nothing.
+
+    Args:
+        size: side of a slice in pixels.
+        config: its `style_scales` halve the slice, and each then takes four halvings.
+
+    Raises:
+        ConfigError: the slices are too small.
+    """
+    if size < SMALLEST * 2 ** (config.style_scales - 1):
+        raise ConfigError(
+            f"grid.size = {size} is too small for style_scales = {config.style_scales}, which "
+            f"need {SMALLEST * 2 ** (config.style_scales - 1)}; change grid.size, or set "
+            f"method.style_scales to {int(math.log2(size / SMALLEST)) + 1} or less."
+        )
 
 
 class StyleTransfer(nn.Module):

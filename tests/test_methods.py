@@ -500,3 +500,18 @@ def test_source_only_learns_what_it_is_shown() -> None:
     assert all(change == ("segmenter", {"segmenter"}) for change in context.changes)
     with pytest.raises(TypeError, match="uses_target"):
         _ = data.target
+
+
+@pytest.mark.parametrize(("size", "scales", "fitting"), [(32, 3, 2), (48, 3, 2), (64, 4, 3)])
+def test_slices_too_small_for_the_style_stage_are_declined(
+    size: int, scales: int, fitting: int
+) -> None:
+    """In a sentence before training, instead of a kernel's size in the midst of it."""
+    method = Registry("method").load("glua")
+    task = TaskInfo("t", TinyDataset.structures, size, SegmenterSpec("unet", 4, 3), 2)
+    config = replace(method.Config(), style_scales=scales, style_width=4)
+    said = f"grid.size = {size} is too small .* need {16 * 2 ** (scales - 1)}; .* to {fitting} or"
+    with pytest.raises(ConfigError, match=said):
+        method(task, config)
+    built = method(task, replace(config, style_scales=fitting))
+    assert len(built.style.d_source(torch.zeros(2, 1, size, size))) == fitting
