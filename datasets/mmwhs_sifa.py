@@ -268,7 +268,8 @@ class MMWHSSIFA(Dataset):
 
 def _stack(domain: str, files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
     """Slices behind each other: image, int16 (X, Y, slices), and labels of the same shape."""
-    images, labels = [], []
+    images: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
     for file in files:
         image, label = read_slice(file)
         if images and images[0].T.shape != image.shape:

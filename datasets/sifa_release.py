@@ -65,8 +65,9 @@ def read_slice(path: Path) -> tuple[np.ndarray, np.ndarray]:
     planes = []
     for name in ("data_vol", "label_vol"):
         content = example.get(name, [])
-        octets = content[0] if len(content) == 1 else b""
-        size = len(octets) if isinstance(octets, memoryview) else 0
+        held = content[0] if len(content) == 1 else None
+        octets = held if isinstance(held, memoryview) else memoryview(b"")
+        size = len(octets)
         width, height = shapes[0][:2]
         depth, rest = divmod(size, 4 * width * height)
         if rest or depth not in (1, shapes[0][2]):
