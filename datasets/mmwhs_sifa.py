@@ -56,8 +56,8 @@ _LAYOUT = (
     "or ct_1003.npz"
 )
 _OBTAIN = (
-    "the README of the SIFA repository (cchen-cc/SIFA on GitHub) links to all of them under Data "
-    "Preparation, and whoever uses them has to accept the terms of the MM-WHS 2017 challenge"
+    "the README of cchen-cc/SIFA on GitHub links to all of them under Data Preparation, and "
+    "whoever uses them has to accept the terms of the MM-WHS 2017 challenge"
 )
 
 
@@ -162,7 +162,7 @@ class MMWHSSIFA(Dataset):
         """All cases of "ct" or "mr", as `prepare` has last made them.
 
         Raises:
-            DataError: the domain is unknown, or nothing is prepared.
+            DataError: the domain is unknown, files are missing, or nothing is prepared.
         """
         if domain not in RANGES:
             raise DataError(f"Dataset '{self.name}' has no domain '{domain}': use ct or mr.")
@@ -170,6 +170,7 @@ class MMWHSSIFA(Dataset):
             index = json.loads((self.converted / "cases.json").read_text())
             found = [(case, split) for case, (own, split) in index.items() if own == domain]
         except (OSError, ValueError, TypeError, AttributeError) as error:
+            self._check(*self._files())
             raise DataError(
                 f"The files below {self.root} are not converted: run "
                 f"`glua-bench data prepare {self.name}` first."
@@ -235,6 +236,8 @@ class MMWHSSIFA(Dataset):
                 lacks.append(f"{domain} test volumes {', '.join(absent)}")
         absent = [str(file.name) for pair in volumes.values() for file in pair if not file.exists()]
         lacks += absent[:3]
+        if not volumes and not any(slices.values()):
+            lacks = ["every file of the pre-processed MM-WHS release"]
         if lacks:
             raise DataError(
                 f"{self.root} lacks {'; '.join(lacks)}: set GLUA_BENCH_DATA or --data-root to a "

@@ -532,7 +532,10 @@ def test_missing_files_are_one_sentence(tmp_path, fault):
         "one test": "lacks mr test volumes 1018:",
         "no gth": "lacks gth_ct_1008.nii.gz:",
     }
-    assert lacking.get(fault, "lacks ct train slices; ct val slices; mr train slices") in text
+    assert lacking.get(fault, "lacks every file of the pre-processed MM-WHS release:") in text
+    with pytest.raises(DataError) as error:
+        MMWHSSIFA(root).cases("ct")
+    assert str(error.value) == text
 
 
 def test_two_files_of_one_slice_are_one_sentence(tmp_path):
