@@ -98,7 +98,7 @@ class SliceCache:
             DataError: the image cannot be used, or the cache directory cannot be written.
             RunFailure: the disk is full.
         """
-        key = _key("image", file_digest(case.image), asdict(reading), asdict(grid))
+        key = _key("image", file_digest(case.image), reading.identity(), asdict(grid))
         path = self._path("images", key)
         found = _read_entry(path, IMAGE_TYPE)
         if found is None:
@@ -122,7 +122,7 @@ class SliceCache:
             "label",
             file_digest(case.label),
             file_digest(case.image),
-            asdict(reading),
+            reading.identity(),
             asdict(grid),
             [structure.values for structure in structures],
         )

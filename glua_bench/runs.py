@@ -356,7 +356,7 @@ def plan(request: RunRequest, report: Callable[[str], None] = lambda line: None)
             [
                 fingerprint(chosen["source_train"]),
                 fingerprint(chosen["target_train"]),
-                asdict(dataset.reading),
+                dataset.reading.identity(),
                 [asdict(s) for s in dataset.structures],
             ],
             16,

@@ -11,9 +11,9 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from glua_bench.errors import ConfigError, DataError
 
@@ -51,6 +51,8 @@ class Reading:
             known to be wrong; None trusts the header.
         percentiles: the intensities that map to -1 and 1, over the foreground.
         ignored_values: raw label values that are known and count as background.
+        intensity_range: the intensities that map to -1 and 1 in every volume, for files whose
+            values are comparable already; None takes each volume's own `percentiles`.
     """
 
     orientation: str = "canonical"
@@ -60,6 +62,18 @@ class Reading:
     stated_spacing: tuple[float, float, float] | None = None
     percentiles: tuple[float, float] = (0.5, 99.5)
     ignored_values: tuple[int, ...] = ()
+    intensity_range: tuple[float, float] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """The fields, as the cache and a run's data fingerprint count them.
+
+        `intensity_range` is left out where it is not set, because it came later than the others:
+        what was cached without it stays valid.
+        """
+        fields = asdict(self)
+        if self.intensity_range is None:
+            del fields["intensity_range"]
+        return fields
 
 
 @dataclass(frozen=True)

@@ -124,9 +124,9 @@ def load_image(path: Path, reading: Reading, grid: Grid) -> GridImage:
     the volume where it covers the whole of it; otherwise on the bounding box of the foreground,
     moved so that it does not leave the volume. The foreground is the largest component of what
     exceeds half of Otsu's threshold on a coarse, smoothed copy: a body without the air around it
-    or the couch below it. Intensities are clipped at the reading's
-    percentiles, taken inside that bounding box over the voxels above the volume's minimum (scanners
-    pad with a constant), before anything is interpolated.
+    or the couch below it. Intensities are clipped before anything is interpolated: at the reading's
+    `intensity_range`, or else at its percentiles, taken inside that bounding box over the voxels
+    above the volume's minimum (scanners pad with a constant).
 
     Args:
         path: a NIfTI file, 3-D (or with further axes of length 1).
@@ -151,7 +151,7 @@ def load_image(path: Path, reading: Reading, grid: Grid) -> GridImage:
     affine, spacing, axes, flips = _frame(image, path, data.shape, reading)
     volume = _orient(data, axes, flips)
     box = _foreground(volume)
-    low, high = _intensity_range(volume, box, reading.percentiles, path)
+    low, high = _intensity_range(volume, box, reading, path)
 
     offset: list[float] = []
     step: list[float] = []
@@ -621,18 +621,20 @@ def _otsu(values: np.ndarray) -> float:
 def _intensity_range(
     volume: np.ndarray,
     box: list[tuple[float, float]],
-    percentiles: tuple[float, float],
+    reading: Reading,
     path: Path,
 ) -> tuple[float, float]:
     """The intensities that become -1 and 1."""
     minimum, maximum = float(volume.min()), float(volume.max())
     if minimum == maximum:
         raise DataError(f"{path} has the same value everywhere: give the file with the image.")
+    if reading.intensity_range is not None:
+        return reading.intensity_range
     body = volume[tuple(slice(int(first), int(last) + 1) for first, last in box)]
     stride = max(1, int(np.ceil((body.size / _SAMPLE) ** (1 / 3))))
     sample = body[::stride, ::stride, ::stride]
     sample = sample[sample > minimum]
-    low, high = np.percentile(sample, percentiles) if sample.size else (minimum, maximum)
+    low, high = np.percentile(sample, reading.percentiles) if sample.size else (minimum, maximum)
     if not high > low:  # almost everything has one value, as in a drawn test image
         low, high = minimum, maximum
     return float(low), float(high)

@@ -1,0 +1,337 @@
+"""MM-WHS 2017 as pre-processed for PnP-AdaNet and SIFA: the files that most laboratories have.
+
+The release holds single slices as TFRecord files for training and validation, and whole volumes
+for the test. `prepare` converts both to NIfTI in the cache, once; from there on they are read by
+the code that reads all data. docs/mmwhs_sifa.md says what is known about the release.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from glua_bench.cache import cache_root
+from glua_bench.datasets.mmwhs_layout import MMWHSLayout
+from glua_bench.datasets.sifa_release import RANGES, UNDOCUMENTED, read_slice, read_volume, rescaled
+from glua_bench.errors import DataError, RunFailure
+from glua_bench.task import Case, Dataset, Grid, Reading
+
+# Raise with every change that alters a voxel of a converted file.
+CONVERSION = 1
+# Slices in one stack; the release says that it took 600 of each patient.
+STACK = 600
+
+_STEPS = 32767  # of a converted image between 0 and 1
+
+# Slices of the complete release.
+RELEASED = {
+    ("ct", "train"): 8400,
+    ("ct", "val"): 1200,
+    ("mr", "train"): 9600,
+    ("mr", "val"): 2400,
+}
+
+# `ct_train_tfs/ct_train_slice0.tfrecords` in the release, `training_ct/image_01.tfrecords` in the
+# SIFA repository. Test volumes are released as NIfTI; SIFA's script makes npz files of them.
+_SLICE = re.compile(r"(ct|mr)_(train|val)_slice(\d+)\.tfrecords?")
+_SAMPLE = re.compile(r"(training|validation)_(ct|mr)/image_(\d+)\.tfrecords?")
+_ARRAYS = re.compile(r"(?:\w+_)?(ct|mr)_(?:\w+_)?(1\d{3})\.npz")
+_VOLUME = re.compile(r"image_(ct|mr)_(1\d{3})\.nii(\.gz)?")
+
+_LAYOUT = (
+    "slices such as ct_train_tfs/ct_train_slice0.tfrecords, with ct_val_tfs, mr_train_tfs and "
+    "mr_val_tfs beside it, and test volumes such as image_ct_1003.nii.gz with gth_ct_1003.nii.gz "
+    "or ct_1003.npz"
+)
+_OBTAIN = (
+    "the README of cchen-cc/SIFA on GitHub links to all of them under Data Preparation, and "
+    "whoever uses them has to accept the terms of the MM-WHS 2017 challenge"
+)
+
+
+class MMWHSSIFA(Dataset):
+    """MM-WHS 2017 as pre-processed for SIFA: slices in TFRecord files, test volumes apart.
+
+    Cases. A test case is one volume: CT 1003, 1008, 1014, 1019 and MR 1007, 1009, 1018, 1019, as
+    in the literature. The slices for training and validation do not tell whose they are, so they
+    are served in stacks of 600, in the order of their numbers. A stack is no volume: its slices
+    come from several patients and are not neighbours. Stacks are trained and validated on, and
+    never scored in 3-D. All stacks of a split count as one subject.
+
+    Intensities were normalised by the release; its fixed range of each modality becomes [-1, 1].
+
+    Labels 1 to 4 are the structures. Label 5, which the release does not explain, is background
+    here, in training and in scores.
+
+    Space. Slices are coronal; axis 0 runs to the patient's right and axis 1 to the head. Test
+    volumes lie reversed along both and are turned. The release states no voxel size.
+
+    Args:
+        root: the directory with the release's files, at any depth; None uses `default_root()`.
+    """
+
+    name = "mmwhs_sifa"
+    reference = (
+        "MM-WHS 2017 (Zhuang et al., MedIA 2019) as pre-processed by Dou et al. (PnP-AdaNet, "
+        "2018) and used by Chen et al. (SIFA, TMI 2020)"
+    )
+    needs = "the pre-processed files that the SIFA repository links to (34 GB), and MM-WHS's terms"
+    structures = tuple(
+        replace(structure, values=(label,))
+        for label, structure in enumerate(MMWHSLayout.structures, start=1)
+    )
+    directions = ("mr-ct", "ct-mr")
+    reading = Reading(
+        orientation="stored",
+        slice_axis=2,
+        row_axis=1,
+        flip=(0, 1),
+        stated_spacing=(1.0, 1.0, 1.0),
+        ignored_values=(UNDOCUMENTED,),
+        intensity_range=(-1.0, 1.0),
+    )
+    grids = {"quick": Grid(64, 4.0), "standard": Grid(128, 2.0), "paper": Grid(256, 1.0)}
+    distance_note = (
+        "voxels of the release, written as mm, because it states no voxel size; its authors "
+        "cropped all volumes around the heart by their labels, test volumes too"
+    )
+    publishable = False
+
+    @property
+    def converted(self) -> Path:
+        """The directory in the cache for what `prepare` makes of this root."""
+        place = hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:12]
+        return cache_root() / self.name / f"v{CONVERSION}-{place}"
+
+    def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
+        """Convert what is new or has changed; the release's own files stay untouched.
+
+        Each case appears complete or not at all, so a conversion that was interrupted goes on
+        where it was.
+
+        Args:
+            report: receives one line at a time about progress.
+
+        Raises:
+            DataError: files are missing, damaged or not of the release.
+            RunFailure: the cache cannot be written.
+        """
+        slices, volumes = self._files()
+        self._check(slices, volumes)
+        plan: dict[str, tuple[str, str, list[Path]]] = {}  # case -> domain, split, files
+        for (domain, split), files in slices.items():
+            if len(files) != RELEASED[domain, split]:
+                report(
+                    f"{domain}: {len(files)} {split} slices, the release has "
+                    f"{RELEASED[domain, split]}"
+                )
+            for first in range(0, len(files), STACK):
+                case = f"{domain}_{split}_{first // STACK:02d}"
+                plan[case] = domain, split, files[first : first + STACK]
+        for (domain, number), pair in volumes.items():
+            plan[f"{domain}_{number}"] = domain, "test", pair
+        for domain in self.domains():
+            if not any(split == "test" for own, split, _ in plan.values() if own == domain):
+                report(f"{domain}: no test volumes, so it can be the source and not the target")
+        try:
+            _sweep(self.converted)
+            for done, (case, (domain, split, files)) in enumerate(sorted(plan.items()), start=1):
+                if self._convert(case, domain, split, files):
+                    report(f"{self.name}: {done}/{len(plan)} {case}")
+            index = {case: [domain, split] for case, (domain, split, _) in sorted(plan.items())}
+            _write_json(self.converted / "cases.json", index)
+        except OSError as error:
+            raise RunFailure(
+                f"{self.converted} cannot be written ({error.strerror or error}): free the space, "
+                "or set GLUA_BENCH_CACHE to another directory."
+            ) from error
+
+    def cases(self, domain: str) -> tuple[Case, ...]:
+        """All cases of "ct" or "mr", as `prepare` has last made them.
+
+        Raises:
+            DataError: the domain is unknown, files are missing, or nothing is prepared.
+        """
+        if domain not in RANGES:
+            raise DataError(f"Dataset '{self.name}' has no domain '{domain}': use ct or mr.")
+        try:
+            index = json.loads((self.converted / "cases.json").read_text())
+            found = [(case, split) for case, (own, split) in index.items() if own == domain]
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            self._check(*self._files())
+            raise DataError(
+                f"The files below {self.root} are not converted: run "
+                f"`glua-bench data prepare {self.name}` first."
+            ) from error
+        return tuple(
+            Case(
+                case,
+                domain,
+                *self._paths(case),
+                split,
+                subject=f"{self.name}_{case if split == 'test' else f'{domain}_{split}'}",
+            )
+            for case, split in sorted(found)
+        )
+
+    def _paths(self, case: str) -> tuple[Path, Path]:
+        """Image and label of a case."""
+        return self.converted / f"{case}.nii", self.converted / f"{case}_label.nii.gz"
+
+    def _files(self) -> tuple[dict[tuple[str, str], list[Path]], dict[tuple[str, int], list[Path]]]:
+        """The release's files: slices in the order of their numbers, and test volumes."""
+        slices: dict[tuple[str, str], dict[int, Path]] = {key: {} for key in RELEASED}
+        volumes: dict[tuple[str, int], list[Path]] = {}
+        for path in sorted(self.root.rglob("*")):
+            if match := _SLICE.fullmatch(path.name):
+                key, number = (match[1], match[2]), int(match[3])
+            elif match := _SAMPLE.fullmatch(f"{path.parent.name}/{path.name}"):
+                key = match[2], {"training": "train", "validation": "val"}[match[1]]
+                number = int(match[3])
+            elif match := _ARRAYS.fullmatch(path.name) or _VOLUME.fullmatch(path.name):
+                if int(match[2]) in MMWHSLayout.test_ids[match[1]]:
+                    pair = [path]
+                    if match.re is _VOLUME:
+                        pair.append(path.with_name(path.name.replace("image_", "gth_", 1)))
+                    twin = volumes.setdefault((match[1], int(match[2])), pair)[0]
+                    if twin != path:
+                        raise DataError(f"{path} and {twin} are the same case: remove one of them.")
+                continue
+            else:
+                continue
+            twin = slices[key].setdefault(number, path)
+            if twin != path:
+                raise DataError(f"{path} and {twin} are the same slice: remove one of them.")
+        ordered = {key: [files[n] for n in sorted(files)] for key, files in slices.items()}
+        return ordered, volumes
+
+    def _check(
+        self,
+        slices: dict[tuple[str, str], list[Path]],
+        volumes: dict[tuple[str, int], list[Path]],
+    ) -> None:
+        """Is everything there that a run needs?
+
+        Raises:
+            DataError: it is not; the sentence says what, and where to obtain it.
+        """
+        lacks = [f"{domain} {split} slices" for (domain, split), f in slices.items() if not f]
+        for domain, ids in MMWHSLayout.test_ids.items():
+            absent = [str(number) for number in ids if (domain, number) not in volumes]
+            # Without any, the domain may still be a source: the release's MR volumes for the
+            # test are a download of their own.
+            if absent and (len(absent) < len(ids) or not volumes):
+                lacks.append(f"{domain} test volumes {', '.join(absent)}")
+        absent = [str(file.name) for pair in volumes.values() for file in pair if not file.exists()]
+        lacks += absent[:3]
+        if not volumes and not any(slices.values()):
+            lacks = ["every file of the pre-processed MM-WHS release"]
+        if lacks:
+            raise DataError(
+                f"{self.root} lacks {'; '.join(lacks)}: set GLUA_BENCH_DATA or --data-root to a "
+                f"directory with {_LAYOUT} ({_OBTAIN})."
+            )
+
+    def _convert(self, case: str, domain: str, split: str, files: Sequence[Path]) -> bool:
+        """Write image and label of a case, unless they are there; says whether it did."""
+        image, label = self._paths(case)
+        record = self.converted / f"{case}.json"
+        stamp = [_stamp(file) for file in files]
+        with suppress(OSError, ValueError):
+            written = [image.stat().st_size, label.stat().st_size]
+            if json.loads(record.read_text()) == {"of": stamp, "bytes": written}:
+                return False
+        record.unlink(missing_ok=True)
+        if split == "test":
+            voxels, classes, affine = read_volume(files)
+            voxels = _quantised(voxels, domain)
+        else:
+            voxels, classes, affine = *_stack(domain, files), np.eye(4)
+        _write_nifti(label, classes, affine)
+        _write_nifti(image, voxels, affine, scale=1 / _STEPS)
+        written = [image.stat().st_size, label.stat().st_size]
+        _write_json(record, {"of": stamp, "bytes": written})
+        return True
+
+
+# -- writing to the cache -------------------------------------------------------------------------
+
+
+def _stack(domain: str, files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """Slices behind each other: image, int16 (X, Y, slices), and labels of the same shape."""
+    images: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    for file in files:
+        image, label = read_slice(file)
+        if images and images[0].T.shape != image.shape:
+            raise DataError(
+                f"{file} has {image.shape} pixels and {files[0]} has {images[0].T.shape}: give the "
+                "release's files."
+            )
+        # A NIfTI file's first axis runs fastest, so that this order needs no copy to write.
+        images.append(_quantised(image, domain).T)
+        labels.append(label.T)
+    return np.stack(images).T, np.stack(labels).T
+
+
+def _quantised(voxels: np.ndarray, domain: str) -> np.ndarray:
+    """Intensities of the release as int16; the cache of slices, in half precision, is coarser."""
+    return np.rint(rescaled(voxels, domain) * _STEPS).astype(np.int16)
+
+
+def _stamp(file: Path) -> list[Any]:
+    """What tells that a file has changed."""
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}): check the file.") from error
+    return [file.name, status.st_size, status.st_mtime_ns]
+
+
+def _write_nifti(path: Path, data: np.ndarray, affine: np.ndarray, scale: float = 1) -> None:
+    """Write integers of at most 16 bits, which mean themselves times `scale`."""
+    volume = nib.Nifti1Image(data, affine)
+    volume.header.set_slope_inter(scale, 0)
+    with _placed(path) as unfinished:
+        nib.save(volume, unfinished)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=1) + "\n"
+    with suppress(OSError, ValueError):
+        if path.read_text() == text:
+            return
+    with _placed(path) as unfinished:
+        unfinished.write_text(text)
+
+
+@contextmanager
+def _placed(path: Path) -> Iterator[Path]:
+    """A name to write to; then the file is moved to its own, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"unfinished-{os.getpid()}-{uuid.uuid4().hex}-{path.name}")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left behind a day ago or earlier."""
+    for leftover in folder.glob("unfinished-*"):
+        with suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > 86_400:
+                leftover.unlink()
