@@ -6,6 +6,7 @@ and converters store them.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,14 @@ import pytest
 from glua_bench import cli, conformance
 from glua_bench.cache import SliceCache
 from glua_bench.console import Progress
-from glua_bench.datasets import mmwhs_layout, phantom_anatomy, phantom_physics
+from glua_bench.datasets import (
+    mmwhs_layout,
+    mmwhs_literature,
+    phantom_anatomy,
+    phantom_physics,
+)
 from glua_bench.datasets.mmwhs import MMWHS, STRAY, MMWHSFold2, MMWHSFold3, MMWHSFold4, MMWHSFold5
+from glua_bench.datasets.mmwhs_literature import MMWHSLiterature
 from glua_bench.errors import DataError
 from glua_bench.integrity import check_dataset
 from glua_bench.runs import RunRequest, execute, plan
@@ -437,3 +444,89 @@ def test_the_cache_needs_no_label(dataset: MMWHS, tmp_path: Path) -> None:
     with_label = SliceCache(tmp_path / "a").image(case.unlabelled(), dataset.reading, grid)
     without = load_image(alone, dataset.reading, grid)
     assert with_label.placement == without.placement
+
+
+# -- the literature's crop ------------------------------------------------------------------------
+
+
+def test_the_literature_s_crop_uses_labels_for_the_crop_only(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(mmwhs_literature, "SIDE", 170.0)  # these chests are small
+    dataset, lines = MMWHSLiterature(root), []
+    dataset.prepare(lines.append)
+    assert len([line for line in lines if "cropped around its labels" in line]) == 40
+    for domain in dataset.domains():
+        for case, raw in zip(dataset.cases(domain), MMWHS(root).cases(domain), strict=True):
+            assert (case.id, case.split, case.subject[-7:]) == (raw.id, raw.split, raw.id)
+            for file, original in ((case.image, raw.image), (case.label, raw.label)):
+                part, whole = nib.load(file), nib.load(original)
+                assert part.shape != whole.shape and part.get_data_dtype() == np.int16
+                # The same voxels at the same place in the world.
+                corner = np.linalg.solve(whole.affine, part.affine)[:3, 3]
+                first = np.rint(corner).astype(int)
+                np.testing.assert_allclose(corner, first, atol=1e-3)
+                box = tuple(slice(a, a + n) for a, n in zip(first, part.shape, strict=True))
+                np.testing.assert_array_equal(
+                    np.asarray(part.dataobj), np.asarray(whole.dataobj)[box]
+                )
+            task = np.isin(np.asarray(nib.load(raw.label).dataobj), (205, 420, STRAY, 500, 820))
+            kept = np.isin(np.asarray(nib.load(case.label).dataobj), (205, 420, STRAY, 500, 820))
+            assert kept.sum() == task.sum()
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.nii.gz")}
+    assert len(files) == 80
+    lines.clear()
+    dataset.prepare(lines.append)
+    assert not any("cropped" in line for line in lines)
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.gz")}
+
+
+def test_a_run_of_the_literature_s_crop_is_stamped(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "cache"))
+    command = ["glua-bench", "run", "--method=source_only", "--dataset=mmwhs_literature"]
+    command += ["--data-root", str(root), "--no-mlflow", "--steps=2", "--device=cpu"]
+    for setting in ("segmenter.width=4", "segmenter.depth=3", "batch_size=2", "grid.size=32"):
+        command.append(f"--set={setting}")
+    monkeypatch.setattr(sys, "argv", [*command, "--set=grid.slice_spacing=16"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    out, _ = capsys.readouterr()
+    (line,) = (line for line in out.splitlines() if line.startswith("PROTOCOL"))
+    assert "literature" in line and "labels" in line
+    (done,) = Path("runs").glob("mmwhs_literature/source_only/*/done")
+    for name in ("environment.json", "summary.json"):
+        assert json.loads((done.parent / name).read_text())["protocol"].startswith("literature")
+    assert set(pd.read_parquet(done.parent / "cases.parquet")["dataset"]) == {"mmwhs_literature"}
+    assert MMWHS.protocol == "" and MMWHSLiterature.protocol.startswith("literature")
+
+
+def test_a_crop_without_labels_or_space_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class One(MMWHSLiterature):
+        """A single case a domain."""
+
+        def ids(self, domain: str) -> tuple[int, ...]:
+            return (1001,)
+
+    for domain in ("ct", "mr"):
+        (tmp_path / f"{domain}_train").mkdir()
+        image, label = draw(domain, 1001)
+        for data, kind in ((image, "image"), (label * (domain == "ct"), "label")):
+            path = tmp_path / f"{domain}_train" / f"{domain}_train_1001_{kind}.nii.gz"
+            store(path, data.astype(np.int16), "LPS", "both")
+    monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(DataError, match="mr_train_1001_label.nii.gz holds none of"):
+        One(tmp_path).prepare()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "file"))
+    store(path, label, "LPS", "both")
+    with pytest.raises(DataError) as caught:
+        One(tmp_path).prepare()
+    text = str(caught.value)
+    assert "GLUA_BENCH_CACHE" in text and text.endswith(".") and "\n" not in text
