@@ -7,6 +7,7 @@ Image Analysis 2019). The CT and the MR subjects are different people.
 
 from __future__ import annotations
 
+import csv
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,27 @@ LV_BLOOD, RV_BLOOD, LA_BLOOD, RA_BLOOD = 500, 600, 420, 550
 LV_MYOCARDIUM, ASCENDING_AORTA, PULMONARY_ARTERY = 205, 820, 850
 
 ALL_IDS = tuple(range(1001, 1021))
+# Who is in which split, one column a partition. A new partition is a new column; one that has been
+# used never changes, and a correction is a new version of the file.
+SPLIT_FILE = Path(__file__).with_name("splits") / "mmwhs_v1.csv"
+
+
+def listed(partition: str, split: str) -> dict[str, tuple[int, ...]]:
+    """Domain → sorted ids of one split in one partition of `SPLIT_FILE`.
+
+    Args:
+        partition: "literature", or "fold2" to "fold5".
+        split: "train", "val" or "test".
+
+    Raises:
+        KeyError: the file has no such partition.
+    """
+    made: dict[str, tuple[int, ...]] = {}
+    with SPLIT_FILE.open(encoding="utf-8", newline="") as stream:
+        for row in csv.DictReader(stream):
+            own = (int(row["id"]),) if row[partition] == split else ()
+            made[row["domain"]] = tuple(sorted((*made.get(row["domain"], ()), *own)))
+    return made
 
 
 class MMWHSLayout(Dataset):
@@ -50,19 +72,15 @@ class MMWHSLayout(Dataset):
     )
     # The test ids of the literature (SIFA, AAAI 2019, and those after it); the validation ids are
     # ours, because the literature's are not the same from paper to paper.
-    test_ids: ClassVar[Mapping[str, tuple[int, ...]]] = {
-        "ct": (1003, 1008, 1014, 1019),
-        "mr": (1007, 1009, 1018, 1019),
-    }
-    val_ids: ClassVar[Mapping[str, tuple[int, ...]]] = {
-        "ct": (1004, 1011),
-        "mr": (1003, 1012),
-    }
+    test_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("literature", "test")
+    val_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("literature", "val")
     grids: ClassVar[Mapping[str, Grid]] = {
         "quick": Grid(64, 3.5, 4.0),
         "standard": Grid(128, 1.75, 3.0),
         "paper": Grid(256, 0.9, 2.0),
     }
+    # Ends the messages about missing files: who has them, and under which names.
+    obtain: ClassVar[str] = ""
 
     @abstractmethod
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
@@ -71,6 +89,14 @@ class MMWHSLayout(Dataset):
     def ids(self, domain: str) -> tuple[int, ...]:
         """The ids that the root must hold, sorted; subclasses may hold fewer."""
         return ALL_IDS
+
+    def folders(self, domain: str) -> tuple[Path, ...]:
+        """The directories in which files of a domain are looked for, in order.
+
+        Args:
+            domain: "ct" or "mr".
+        """
+        return (self.root / f"{domain}_train",)
 
     @staticmethod
     def image_path(root: Path, domain: str, number: int) -> Path:
@@ -95,25 +121,25 @@ class MMWHSLayout(Dataset):
             domain: "ct" or "mr".
 
         Raises:
-            DataError: the domain is unknown, or its directory or one of its files is missing.
+            DataError: the domain is unknown, or files are missing.
         """
         if domain not in self.test_ids:
             raise DataError(
                 f"Dataset '{self.name}' has no domain '{domain}'; "
                 f"choose one of {', '.join(self.test_ids)}."
             )
-        directory = self.root / f"{domain}_train"
+        folders = self.folders(domain)
         numbers = self.ids(domain)
-        if not directory.is_dir():
-            raise DataError(
-                f"{directory} does not exist: give the directory that holds ct_train and "
-                f"mr_train with --data-root."
-            )
         made = []
         missing = []
         for number in sorted(numbers):
-            image = self.image_path(self.root, domain, number)
-            label = self.label_path(self.root, domain, number)
+            image, label = (
+                next((f / name for f in folders if (f / name).is_file()), folders[0] / name)
+                for name in (
+                    self.image_path(self.root, domain, number).name,
+                    self.label_path(self.root, domain, number).name,
+                )
+            )
             missing += [path for path in (image, label) if not path.is_file()]
             made.append(
                 Case(
@@ -125,10 +151,16 @@ class MMWHSLayout(Dataset):
                     subject=f"{self.name}_{domain}_{number}",
                 )
             )
+        if missing and len(missing) == 2 * len(numbers):
+            raise DataError(
+                f"{folders[0]} holds no files of MM-WHS: give the directory that holds ct_train "
+                f"and mr_train with --data-root{self.obtain}."
+            )
         if missing:
             raise DataError(
-                f"{directory} lacks {len(missing)} of {2 * len(numbers)} files, first "
-                f"{missing[0].name}: put the unpacked files there under their original names."
+                f"{missing[0].parent} lacks {len(missing)} of {2 * len(numbers)} files, first "
+                f"{missing[0].name}: put the unpacked files there under their original names"
+                f"{self.obtain}."
             )
         assert all(case.split in SPLITS for case in made)
         return tuple(made)

@@ -107,6 +107,7 @@ class MMWHSSIFA(Dataset):
         "voxels of the release, written as mm, because it states no voxel size; its authors "
         "cropped all volumes around the heart by their labels, test volumes too"
     )
+    protocol = "the release cropped all volumes around the heart by their labels"
     publishable = False
 
     @property

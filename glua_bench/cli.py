@@ -270,6 +270,8 @@ def _show_result(
     say(f"Checkpoint: {primary}. Distances in {planned.dataset.distance_note}.")
     if planned.config.privileged:
         say("PRIVILEGED: trained on target labels; an upper bound, not an adaptation result.")
+    if planned.dataset.protocol:
+        say(f"PROTOCOL {planned.dataset.protocol}.")
     say()
     say(f"Results: {path} (cases.parquet, predictions/, figures/)")
     _say_browse(request)
@@ -721,9 +723,9 @@ def list_(
         for entry in entries:
             if entry.error:
                 broken += 1
-                say(f"  {entry.name:<14}BROKEN ({entry.origin}): {entry.error}")
+                say(f"  {entry.name:<13} BROKEN ({entry.origin}): {entry.error}")
                 continue
-            say(f"  {entry.name:<14}{entry.summary}")
+            say(f"  {entry.name:<13} {entry.summary}")
             for label, key in (("paper", "reference"), ("needs", "needs")):
                 text = entry.attributes.get(key)
                 if text:

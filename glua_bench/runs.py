@@ -543,6 +543,7 @@ def execute(planned: PlannedRun, progress: Progress, draw: Draw | None = None) -
                 "data": asdict(planned.fingerprints),
                 "privileged": planned.config.privileged,
                 "distances": planned.dataset.distance_note,
+                "protocol": planned.dataset.protocol,
                 "device": str(fabric.device),
                 # Said now, since a later version may have other defaults, or lack the method.
                 "changed": changed_settings(planned.config, planned.method_class),
@@ -740,6 +741,7 @@ def _train_and_score(
             "selector_scores": {n: {str(s): v for s, v in b.items()} for n, b in scores.items()},
             "chosen_steps": chosen,
             "privileged": config.privileged,
+            "protocol": dataset.protocol,
             "scores": mean.to_dict("records"),
         }
     )

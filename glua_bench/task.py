@@ -146,6 +146,8 @@ class Dataset(ABC):
     reading: ClassVar[Reading]
     grids: ClassVar[Mapping[str, Grid]]  # preset -> grid
     distance_note: ClassVar[str] = "mm by the files' headers"
+    # What differs from the harness's protocol, for the stamp on every result; usually nothing.
+    protocol: ClassVar[str] = ""
     publishable: ClassVar[bool] = False  # may pictures of it leave the machine?
 
     def __init__(self, root: Path | None = None) -> None:

@@ -296,6 +296,8 @@ def _protocol(record: _Record) -> dict[str, Any]:
         "selector": config.selectors[0],
         "distances": record.environment.get("distances", ""),
     }
+    if record.environment.get("protocol"):
+        values["protocol"] = record.environment["protocol"]
     if not config.privileged:
         values["data"] = record.environment.get("data", {}).get("train", "")
     return values

@@ -149,7 +149,7 @@ def test_protocol_names_every_selector_and_split():
         if entry.origin == "glua-bench":
             assert f"| `{entry.name}`" in text
             assert issubclass(Registry("selector").load(entry.name), Selector)
-    for name in ("phantom", "mscmr"):
+    for name in ("phantom", "mscmr", "mmwhs"):
         dataset = Registry("dataset").load(name)
         for domain in (d for direction in dataset.directions for d in direction.split("-")):
             assert f"| {domain} |" in text
@@ -158,9 +158,8 @@ def test_protocol_names_every_selector_and_split():
 def test_protocol_states_the_splits_of_the_code():
     from glua_bench.datasets.mmwhs_layout import MMWHSLayout
 
-    text = page("protocol.md")
-    for domain in ("ct", "mr"):
-        (row,) = re.findall(rf"^\|[^|]*\| {domain} \|(.*)\|$", text, re.MULTILINE)
+    for domain, text in ((d, page(p)) for d in ("ct", "mr") for p in ("protocol.md", "mmwhs.md")):
+        (row,) = re.findall(rf"^\|(?:[^|]*\|)? {domain} \|(.*)\|$", text, re.MULTILINE)
         _, val, test = (cell.strip() for cell in row.split("|"))
         assert val == ", ".join(map(str, MMWHSLayout.val_ids[domain]))
         assert test == ", ".join(map(str, MMWHSLayout.test_ids[domain]))

@@ -1,0 +1,153 @@
+"""MM-WHS 2017: whole hearts in CT and MR, from the owners' files as they were downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+from glua_bench.datasets.mmwhs_layout import LA_BLOOD, MMWHSLayout, listed
+from glua_bench.task import Grid, Structure
+
+# A value next to that of the left atrium's blood, which some copies hold in one MR label file.
+STRAY = 421
+
+
+class MMWHS(MMWHSLayout):
+    """Left heart and aorta in cardiac CT and MR of different patients (MM-WHS 2017).
+
+    Files. The owners' 20 CT and 20 MR volumes with labels under their own names, from
+    `ct_train_1001_image.nii.gz` to `mr_train_1020_label.nii.gz`, in the folders `ct_train` and
+    `mr_train`, in `ct_train1`, `ct_train2` and so on as newer downloads have them, or all in one.
+    Nothing is renamed or converted by hand. The volumes that the challenge scores itself
+    (`ct_test`, `mr_test`) are not used.
+
+    Labels. 205 is MYO, 420 LAC, 500 LVC and 820 AA; 550, 600 and 850 (right atrium, right
+    ventricle, pulmonary artery) count as background. 421, which some copies hold in one MR case,
+    counts as 420. Any other value is an error.
+
+    Cases. Test ids are the literature's, of the other 16 two are for validation; see
+    `datasets/splits/mmwhs_v1.csv`. No patient has both scans.
+
+    Orientation and spacing are the header's: the sform, or the qform where no sform is set. Slices
+    are coronal, head at the top, the patient's right at the left.
+
+    Heart. The working window is 320 mm wide and high. Where a volume is larger, the window is
+    centred on the bounding box of the body, which is found in the image (`volumes.load_image`);
+    no label is read for it. So a heart that lies 8 cm beside the middle of the body is still
+    inside. Along the third axis every slice is kept.
+
+    Args:
+        root: the directory with the files, or with `ct_train` and `mr_train`; None takes
+            `$GLUA_BENCH_DATA/mmwhs`, or `$GLUA_BENCH_DATA` itself.
+    """
+
+    name: ClassVar[str] = "mmwhs"
+    reference: ClassVar[str] = (
+        "MM-WHS 2017; cite Zhuang & Shen, Med Image Anal 2016, and Zhuang et al., Med Image Anal "
+        "2019"
+    )
+    needs: ClassVar[str] = (
+        "registration for the MM-WHS 2017 challenge, and its 20 CT and 20 MR volumes with labels"
+    )
+    structures: ClassVar[tuple[Structure, ...]] = tuple(
+        replace(s, values=(*s.values, STRAY)) if LA_BLOOD in s.values else s
+        for s in MMWHSLayout.structures
+    )
+    # 320 mm: in simulated scans of 200 to 420 mm with the heart anywhere in them, 224 mm cut a
+    # tenth off some hearts, and 288 mm the edge of one in thirty.
+    grids: ClassVar[Mapping[str, Grid]] = {
+        "quick": Grid(80, 4.0, 4.0),
+        "standard": Grid(160, 2.0, 3.0),
+        "paper": Grid(320, 1.0, 2.0),
+    }
+    obtain: ClassVar[str] = (
+        " (20 CT and 20 MR volumes, ct_train_1001_image.nii.gz with ct_train_1001_label.nii.gz to "
+        "mr_train_1020_image.nii.gz with mr_train_1020_label.nii.gz, which the organisers of the "
+        "MM-WHS 2017 challenge give to those who register and accept its terms of use)"
+    )
+    distance_note: ClassVar[str] = "mm by the files' headers"
+    publishable: ClassVar[bool] = False
+
+    @classmethod
+    def default_root(cls) -> Path:
+        """`$GLUA_BENCH_DATA/mmwhs`, for every fold.
+
+        Raises:
+            DataError: the variable is not set.
+        """
+        return super().default_root().with_name("mmwhs")
+
+    def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
+        """Check that every file is there; nothing can be generated.
+
+        Args:
+            report: receives a line for each domain, and one about the labels.
+
+        Raises:
+            DataError: a directory or files are missing.
+        """
+        for domain in self.domains():
+            found = self.cases(domain)
+            places = sorted({str(case.image.parent) for case in found})
+            report(f"{domain}: {len(found)} volumes with labels in {' and '.join(places)}")
+        ignored = ", ".join(map(str, self.reading.ignored_values))
+        report(
+            f"labels: {STRAY}, a stray value of one MR case, counts as {LA_BLOOD}; {ignored} "
+            "(right heart, pulmonary artery) count as background"
+        )
+
+    def folders(self, domain: str) -> tuple[Path, ...]:
+        """Where files of a domain are looked for, in order; the first is where they are expected.
+
+        Args:
+            domain: "ct" or "mr".
+        """
+        roots = [self.root]
+        # The variable may also name the files' own directory, the parent of a default root that
+        # does not exist.
+        if not self.root.exists() and self.root.name == MMWHS.name:
+            roots.append(self.root.parent)
+        names = [f"{domain}_train", f"{domain}_train1", f"{domain}_train2", ""]
+        return tuple(root / name for root in roots for name in names)
+
+
+class MMWHSFold2(MMWHS):
+    """`mmwhs` with other test cases: the second of five folds, of which `mmwhs` is the first."""
+
+    name: ClassVar[str] = "mmwhs_fold2"
+    reference: ClassVar[str] = "as mmwhs"
+    needs: ClassVar[str] = "the files of mmwhs"
+    test_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold2", "test")
+    val_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold2", "val")
+
+
+class MMWHSFold3(MMWHS):
+    """`mmwhs` with other test cases: the third of five folds."""
+
+    name: ClassVar[str] = "mmwhs_fold3"
+    reference: ClassVar[str] = "as mmwhs"
+    needs: ClassVar[str] = "the files of mmwhs"
+    test_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold3", "test")
+    val_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold3", "val")
+
+
+class MMWHSFold4(MMWHS):
+    """`mmwhs` with other test cases: the fourth of five folds."""
+
+    name: ClassVar[str] = "mmwhs_fold4"
+    reference: ClassVar[str] = "as mmwhs"
+    needs: ClassVar[str] = "the files of mmwhs"
+    test_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold4", "test")
+    val_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold4", "val")
+
+
+class MMWHSFold5(MMWHS):
+    """`mmwhs` with other test cases: the fifth of five folds."""
+
+    name: ClassVar[str] = "mmwhs_fold5"
+    reference: ClassVar[str] = "as mmwhs"
+    needs: ClassVar[str] = "the files of mmwhs"
+    test_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold5", "test")
+    val_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold5", "val")
