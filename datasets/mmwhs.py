@@ -55,8 +55,8 @@ class MMWHS(MMWHSLayout):
         replace(s, values=(*s.values, STRAY)) if LA_BLOOD in s.values else s
         for s in MMWHSLayout.structures
     )
-    # 320 mm: in simulated scans of 200 to 420 mm with the heart anywhere in them, 224 mm cut a
-    # tenth off some hearts, and 288 mm the edge of one in thirty.
+    # 320 mm hold the heart wherever it lies in a scan of up to 420 mm (tests/test_mmwhs.py); the
+    # phantom's 224 mm would cut some.
     grids: ClassVar[Mapping[str, Grid]] = {
         "quick": Grid(80, 4.0, 4.0),
         "standard": Grid(160, 2.0, 3.0),
