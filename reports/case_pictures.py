@@ -12,8 +12,8 @@ import pandas as pd
 from glua_bench.cache import SliceCache
 from glua_bench.reports.comparison import UPPER
 from glua_bench.reports.figures import Panel, side_by_side
-from glua_bench.reports.report_tables import plain, title
-from glua_bench.reports.results import Results
+from glua_bench.reports.report_tables import title
+from glua_bench.reports.results import Results, plain
 from glua_bench.reports.run_figures import telling_slice
 from glua_bench.task import Dataset
 from glua_bench.volumes import load_label

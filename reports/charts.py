@@ -220,7 +220,7 @@ def gaps(lines: pd.DataFrame, palette: Palette) -> Figure:
             )
         for x, name in ((0, LOWER), (100, UPPER)):
             axes.axvline(x, color=BOUND, lw=1, ls="--", zorder=0)
-            axes.text(x, -0.75, name, ha="center", va="bottom", fontsize=7, color=FAINT)
+            axes.text(x, -0.75, _short(name), ha="center", va="bottom", fontsize=7, color=FAINT)
         axes.set_title(str(task), pad=14)
         axes.set_xlabel("gap recovered (%), smallest to largest seed")
         axes.grid(axis="x", color=LINE)
@@ -381,7 +381,7 @@ def selector_regret(regret: pd.DataFrame) -> Figure:
         axes.plot(mean, range(len(order)), "|", color=INK, ms=11, mew=1.6, zorder=5)
         axes.set_title(task)
         axes.set_ylabel("")
-        axes.set_xlabel("regret against the oracle (Dice points)")
+        axes.set_xlabel("regret against the oracle (privileged), in points")
         axes.grid(axis="x", color=LINE)
         axes.tick_params(axis="y", length=0)
     return figure

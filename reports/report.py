@@ -27,7 +27,7 @@ from glua_bench.reports import (
     tables,
 )
 from glua_bench.reports.comparison import UPPER
-from glua_bench.reports.results import ORACLE, Results
+from glua_bench.reports.results import ORACLE, Results, plain
 from glua_bench.reports.tables import Table
 from glua_bench.task import Dataset
 from glua_bench.tracking import replacing, write_text
@@ -123,7 +123,7 @@ def summary(results: Results, options: Options) -> list[str]:
     """Each task's answer in plain words."""
     return [
         comparison.verdict(
-            report_tables.plain(results.of(task, options.selector)),
+            plain(results.of(task, options.selector)),
             task,
             options.selector,
             percent=True,
@@ -205,7 +205,7 @@ class _Writer:
     def _task(self, task: str) -> Section:
         selector, results = self.options.selector, self.results
         self.report(f"{task}: tables and tests")
-        rows = report_tables.plain(results.of(task, selector))
+        rows = plain(results.of(task, selector))
         section = Section(f"task-{_slug(task)}", task)
         section.blocks.append(self.table(report_tables.main(results, task, selector)))
         dataset, _, direction = task.partition(" ")
@@ -394,7 +394,7 @@ class _Writer:
 
     def _pictures_of_runs(self, task: str, entries: Sequence[str]) -> list[dict[str, Any]]:
         """What methods show of themselves, folded away, of the lowest seed."""
-        rows = report_tables.plain(self.results.of(task, self.options.selector))
+        rows = plain(self.results.of(task, self.options.selector))
         first = rows.sort_values("seed").drop_duplicates("entry").set_index("entry")["run"]
         found = []
         for entry in entries:
@@ -415,7 +415,7 @@ class _Writer:
 
     def _plain(self) -> pd.DataFrame:
         rows = self.results.rows
-        return report_tables.plain(rows[rows["selector"] == self.options.selector])
+        return plain(rows[rows["selector"] == self.options.selector])
 
     def _dataset(self, name: str) -> Dataset | None:
         if name not in self._datasets:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from glua_bench.reports import comparison, statistics
 from glua_bench.reports.comparison import LOWER, UPPER
-from glua_bench.reports.results import ORACLE, Results
+from glua_bench.reports.results import ORACLE, Results, plain
 from glua_bench.reports.tables import Column, Table
 
 SIGNIFICANT = 0.05
@@ -24,16 +24,6 @@ UNTESTED = (
     f"No test: it needs two seeds or more, and two to {MOST_PAIRED} entries besides the bound."
 )
 PRIVILEGED = f"{UPPER} trained on labels of target cases (privileged): a bound, not a competitor."
-
-
-def plain(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of entries at their methods' own settings; all rows where only bounds have these.
-
-    Variants of a method belong to its ablation: beside other methods they would be a choice made
-    after looking.
-    """
-    own = rows[rows["settings"] == "{}"]
-    return own if set(own["base"]) - {LOWER, UPPER} else rows
 
 
 def ordered(lines: pd.DataFrame) -> list[str]:
@@ -292,6 +282,7 @@ def ablation(results: Results, method: str, selector: str = "last") -> Table:
             Column("Dice (%)", list(100 * part["Dice"]), 1, list(100 * part["sd"]), "higher", task),
             Column("gap (%)", gap, 0, None, "higher", task),
             Column("ASSD (mm)", list(part["ASSD mm"]), 1, None, "lower", task),
+            Column("seeds", list(part["seeds"]), 0, None, "", task),
         ]
     seconds = lines["s a step"].groupby("entry", observed=True).mean()
     columns.append(Column("s an update", [float(seconds.get(e, math.nan)) for e in entries], 3))

@@ -202,6 +202,16 @@ def from_rows(
     return found
 
 
+def plain(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of entries at their methods' own settings; all rows where only bounds have these.
+
+    Variants of a method belong to its ablation: beside other methods they would be a choice made
+    after looking.
+    """
+    own = rows[rows["settings"] == "{}"]
+    return own if set(own["base"]) - {LOWER, UPPER} else rows
+
+
 def parse_where(texts: Iterable[str]) -> dict[str, list[str]]:
     """`NAME=V1,V2` of `--where`, several of one name gathered.
 
@@ -465,7 +475,8 @@ def _check(found: Results, notice: Callable[[str], None]) -> None:
         mixed = per_run.groupby("entry", observed=True)["code"].nunique()
         for entry in mixed[mixed > 1].index:
             notice(f"{task}: the seeds of {entry} were run by code of different versions.")
-        seeds = {e: set(part["seed"]) for e, part in per_run.groupby("entry", observed=True)}
+        compared = plain(own).drop_duplicates("run")
+        seeds = {e: set(part["seed"]) for e, part in compared.groupby("entry", observed=True)}
         shared = set.intersection(*seeds.values())
         most = max(seeds.values(), key=len)
         if not shared:

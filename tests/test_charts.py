@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from glua_bench.reports import charts, comparison, report_tables, statistics
-from glua_bench.reports.results import from_runs
+from glua_bench.reports.results import from_runs, plain
 
 TASK = "phantom mr-ct"
 
@@ -41,7 +41,7 @@ def test_entries_have_looks_of_their_own():
 
 
 def test_every_case_and_seed_is_a_dot(results, palette):
-    rows = report_tables.plain(results.of(TASK))
+    rows = plain(results.of(TASK))
     entries = report_tables.entries_of(results, TASK)
     figure = charts.scores(rows, entries, palette)
     assert [axes.get_title() for axes in figure.axes] == ["MYO", "LAC", "mean"]
@@ -54,7 +54,7 @@ def test_every_case_and_seed_is_a_dot(results, palette):
 
 
 def test_gaps_are_drawn_from_the_smallest_to_the_largest_seed(results, palette):
-    lines = comparison.table(report_tables.plain(results.of(TASK)))
+    lines = comparison.table(plain(results.of(TASK)))
     figure = charts.gaps(lines, palette)
     spans = [line.get_xdata() for line in figure.axes[0].lines if len(line.get_xdata()) == 2]
     wanted = 100 * lines.loc[(TASK, "glua"), ["gap min", "gap max"]].to_numpy(float)
@@ -62,7 +62,7 @@ def test_gaps_are_drawn_from_the_smallest_to_the_largest_seed(results, palette):
 
 
 def test_costs_and_curves_show_every_point(results, palette):
-    lines = comparison.table(report_tables.plain(results.of(TASK)))
+    lines = comparison.table(plain(results.of(TASK)))
     figure = charts.cost_quality(lines, palette)
     points = np.concatenate([c.get_offsets() for c in figure.axes[0].collections])
     assert sorted(points[:, 1]) == pytest.approx([0.22, 0.52, 0.62, 0.81])
@@ -77,9 +77,7 @@ def test_costs_and_curves_show_every_point(results, palette):
 
 
 def test_ranks_and_differences_name_all_entries(results, palette):
-    scores = statistics.scores(report_tables.plain(results.of(TASK)), TASK).drop(
-        columns="supervised"
-    )
+    scores = statistics.scores(plain(results.of(TASK)), TASK).drop(columns="supervised")
     shares = statistics.rank_shares(scores)
     figure = charts.rank_stability(shares, palette)
     assert {"glua", "slaug", "source_only"} <= set(texts(figure))

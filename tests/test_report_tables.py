@@ -112,6 +112,7 @@ def test_an_ablation_lists_bounds_parts_and_variants_in_order(compared):
     ]
     assert column(table, "Dice (%)", TASK)["union (GLUA)"] == pytest.approx(62)
     assert column(table, "Dice (%)", TASK)["global + random mask"] == pytest.approx(58)
+    assert set(column(table, "seeds", TASK).values()) == {3}
 
     curves = report_tables.curves(results, "glua")
     assert list(curves) == ["mask_ratio"]  # two values of align_level are no curve

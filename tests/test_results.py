@@ -133,6 +133,8 @@ def test_seeds_that_not_all_have_are_told(made_runs):
         "fda has not all of the 2 seeds" in text and "the 1 seed that all have" in text
         for text in from_runs(made_runs.root).notices
     )
+    made_runs.add("glua", 0.5, seed=5, settings={"mask": "random"})  # an ablation's own matter
+    assert any("the 1 seed that all have" in text for text in from_runs(made_runs.root).notices)
     made_runs.add("advent", 0.5, seed=7)
     with pytest.raises(ConfigError, match="no seed is common to all entries"):
         from_runs(made_runs.root)
