@@ -171,8 +171,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"method": "sifa", "devices": 2},  # a batch of two
         "(at encoder.low.1), which needs several; set batch_size to 4 or more.",
     ),
+    "slices too small for the style stage": (
+        {"method": "glua"},
+        "grid.size = 32 is too small for style_scales = 3, which need 64",
+    ),
     "more clusters than target cases": (
-        {"method": "global_only"},
+        {"method": "global_only", "assignments": [*SMALL, "method.style_scales=2"]},
         "method.style_clusters = 6 is more than training has target cases (1); give at most 1.",
     ),
 }
@@ -196,7 +200,7 @@ def test_a_request_that_cannot_be_served_is_one_sentence(
     [
         (["batch_size=1"], {}),
         (["segmenter.name=timm:resnet10t"], {}),
-        (["method.style_clusters=1"], {"method": "glua"}),
+        (["method.style_clusters=1", "method.style_scales=2"], {"method": "glua"}),
         (["method.cycle_width=4", "method.cycle_width_d=4"], {"method": "cycle_translate"}),
     ],
 )
