@@ -14,7 +14,10 @@ import pytest
 
 from glua_bench import conformance
 from glua_bench.registry import Registry
+from glua_bench.reports import report_tables
 from glua_bench.reports.comparison import table
+from glua_bench.reports.results import from_rows
+from glua_bench.reports.tables import markdown
 from glua_bench.selection import Selector
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -213,3 +216,16 @@ def test_the_results_in_the_readme_are_those_of_the_rows(name):
     before = results.split(f"(results/{name}.parquet)")[0]
     blocks = re.findall(r"^\|---.*\n((?:\|.*\n)+)", before, re.MULTILINE)
     assert blocks[-1].splitlines() == readme_rows(ROOT / "results" / f"{name}.parquet")
+
+
+def test_the_ablation_in_the_readme_is_that_of_the_rows():
+    found = from_rows(ROOT / "results" / "phantom_quick_ablation.parquet")
+    assert set(found.rows["dataset"]) == {"phantom"}, "rows of real patients may not be published"
+    (setting, points), *others = report_tables.curves(found, "glua").items()
+    assert not others and setting == "mask_ratio" and points["value"].nunique() >= 5
+    wanted = [report_tables.ablation(found, "glua"), report_tables.curve("glua", setting, points)]
+    text = (ROOT / "README.md").read_text()
+    for name, table_ in zip(("ablation", "curve"), wanted, strict=True):
+        block = text.split(f"<!-- phantom_quick_{name} -->\n")[1].split("<!-- end -->")[0]
+        lines = [line for line in markdown(table_).splitlines() if line.startswith("|")]
+        assert block.splitlines() == lines, "take the table from `glua-bench report --rows`"
