@@ -153,6 +153,23 @@ class RunConfig:
         return cls.from_dict(yaml.load(text, Loader=_SAFE))
 
 
+def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under the names that `--set` takes, e.g. "grid.size", "method.lr".
+
+    Args:
+        values: as `RunConfig.to_dict` gives them, or a part of it.
+        prefix: before every name.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            group = "method" if prefix == "" and name == "method_config" else name
+            flat.update(flat_settings(value, f"{prefix}{group}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
 def changed_settings(config: RunConfig, method: Any) -> dict[str, Any]:
     """The method's settings that differ from its defaults under the run's preset.
 

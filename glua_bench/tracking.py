@@ -31,7 +31,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from glua_bench.config import PRESETS, RunConfig, SegmenterSpec, digest
+from glua_bench.config import PRESETS, RunConfig, SegmenterSpec, digest, flat_settings
 from glua_bench.errors import RunFailure, UserError
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ FLUSH_SECONDS = 2.0
 TIME = "%Y-%m-%dT%H:%M:%S%z"  # how a time is written in JSON
 ARTIFACTS = "mlartifacts"  # directory of the default tracker's files, among the runs
 SCORES = ("dice", "assd", "hd95", "misses")
-# What a copy holds of a directory, `cases.csv` and the list of digests besides. Neither the
-# weights nor the predictions: the first are large, the second may be the data owner's.
+# What a copy holds of a directory, besides what is `DRAWN`, `cases.csv` and the list of digests.
+# Not the weights, which are large.
 COPIED = (
     "config.yaml",
     "environment.json",
@@ -773,7 +773,7 @@ class Comparison:
 
     def shared(self) -> dict[str, Any]:
         """The settings that all runs share, those left out that are not part of their ids."""
-        settings = [_flat(run.config.to_dict()) for _, run in self.members]
+        settings = [flat_settings(run.config.to_dict()) for _, run in self.members]
         return {
             name: value
             for name, value in settings[0].items()
@@ -1095,7 +1095,7 @@ class _Upload:
     def _params(self) -> None:
         from mlflow.entities import Param
 
-        values = _flat(self.run.config.to_dict())
+        values = flat_settings(self.run.config.to_dict())
         params = [Param(_key(name), str(value)[:6000]) for name, value in values.items()]
         for start in range(0, len(params), 100):  # the tracker's limit of one request
             self.client.log_batch(self.id, params=params[start : start + 100])
@@ -1169,7 +1169,7 @@ def named_changes(config: RunConfig, method: Mapping[str, Any]) -> dict[str, Any
         {'method.mask': 'soft', 'segmenter.width': 32, 'segmenter.depth': 5, 'steps': 9}
     """
     preset = dict(PRESETS.get(config.preset, {}))
-    defaults = _flat(
+    defaults = flat_settings(
         {
             "augmentation": RunConfig.augmentation,
             "precision": RunConfig.precision,
@@ -1178,7 +1178,7 @@ def named_changes(config: RunConfig, method: Mapping[str, Any]) -> dict[str, Any
             "segmenter": {**asdict(SegmenterSpec()), **preset.get("segmenter", {})},
         }
     )
-    own = _flat(config.to_dict())
+    own = flat_settings(config.to_dict())
     changed = {n: own[n] for n in own if n in defaults and own[n] != defaults[n]}
     return {**{f"method.{name}": value for name, value in method.items()}, **changed}
 
@@ -1228,17 +1228,6 @@ def _listed(settings: Mapping[str, Any]) -> str:
 
 def _shortened(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            group = "method" if prefix == "" and name == "method_config" else name
-            flat.update(_flat(value, f"{prefix}{group}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def _reason(error: BaseException) -> str:

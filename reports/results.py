@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from glua_bench.config import RunConfig, changed_settings, variant_name
+from glua_bench.config import RunConfig, changed_settings, flat_settings, variant_name
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.registry import Registry
 from glua_bench.reports import comparison
@@ -253,21 +253,10 @@ def _read(run: RunDirectory) -> _Record:
     )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        name = "method" if prefix == "" and name == "method_config" else name
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
 def _matches(run: RunDirectory, where: Mapping[str, Sequence[str]]) -> bool:
     if not where:
         return True
-    values = {"run": run.id, **_flat(run.config.to_dict())}
+    values = {"run": run.id, **flat_settings(run.config.to_dict())}
     if "code" in where:
         values["code"] = run.read_environment().get("code", "")
     for name, allowed in where.items():
@@ -299,7 +288,7 @@ def _protocol(record: _Record) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "segmenter": ", ".join(
             f"{name} {value}" if name != "name" else str(value)
-            for name, value in _flat(config.to_dict()["segmenter"]).items()
+            for name, value in flat_settings(config.to_dict()["segmenter"]).items()
             if value is not False
         ),
         "precision": config.precision,
