@@ -14,9 +14,8 @@ from glua_bench.reports.comparison import UPPER
 from glua_bench.reports.figures import Panel, side_by_side
 from glua_bench.reports.report_tables import title
 from glua_bench.reports.results import Results, plain
-from glua_bench.reports.run_figures import telling_slice
+from glua_bench.reports.run_figures import read_prediction, telling_slice
 from glua_bench.task import Dataset
-from glua_bench.volumes import load_label
 
 
 @dataclass(frozen=True)
@@ -75,13 +74,7 @@ def compared_cases(
         image = cache.image(case.unlabelled(), dataset.reading, grid)
         reference = cache.label(case, dataset.reading, grid, dataset.structures).open()
         predictions = {
-            str(entry): load_label(
-                directory.predictions / f"{case_id}.nii.gz",
-                case.image,
-                dataset.reading,
-                image.placement,
-                dataset.structures,
-            )
+            str(entry): read_prediction(directory, case, dataset, image.placement)
             for entry, directory in directories.items()
             if directory is not None and (directory.predictions / f"{case_id}.nii.gz").is_file()
         }
@@ -94,7 +87,7 @@ def compared_cases(
                     np.asarray(reference),
                     predictions,
                     {str(entry): float(dice.loc[entry, case_id]) for entry in runs},
-                    (grid.slice_spacing or grid.spacing, grid.spacing, grid.spacing),
+                    image.placement.grid_spacing,
                 )
             )
     return shown

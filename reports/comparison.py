@@ -27,16 +27,16 @@ def collect(runs: Iterable[tuple[str, str, RunDirectory]]) -> pd.DataFrame:
     Returns:
         The rows of `cases.parquet`, and entry, task, seconds, peak_memory_mib.
     """
-    given = list(runs)
-    seconds = costs([(run.config, run.read_summary()) for _, _, run in given])
+    given = [(entry, task, run, run.read_summary()) for entry, task, run in runs]
+    seconds = costs([(run.config, summary) for _, _, run, summary in given])
     frames = [
         run.read_cases().assign(
             entry=entry,
             task=task,
             seconds=spent,
-            peak_memory_mib=run.read_summary()["peak_memory_mib"],
+            peak_memory_mib=summary["peak_memory_mib"],
         )
-        for (entry, task, run), spent in zip(given, seconds, strict=True)
+        for (entry, task, run, summary), spent in zip(given, seconds, strict=True)
     ]
     return pd.concat(frames, ignore_index=True)
 

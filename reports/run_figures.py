@@ -18,9 +18,9 @@ from glua_bench.reports.figures import (
     picture_grid,
     restyle_grid,
 )
-from glua_bench.task import Dataset, Grid, Structure
+from glua_bench.task import Case, Dataset, Grid, Structure
 from glua_bench.tracking import RunDirectory
-from glua_bench.volumes import load_label
+from glua_bench.volumes import Placement, load_label
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,14 +82,7 @@ def _draw_cases(run: RunDirectory, dataset: Dataset, rows: pd.DataFrame) -> None
         case = test[str(dice.index[position])]
         image = cache.image(case.unlabelled(), dataset.reading, config.grid)
         reference = cache.label(case, dataset.reading, config.grid, dataset.structures).open()
-        # The prediction as it was saved, brought to the same grid by the same code.
-        predicted = load_label(
-            run.predictions / f"{case.id}.nii.gz",
-            case.image,
-            dataset.reading,
-            image.placement,
-            dataset.structures,
-        )
+        predicted = read_prediction(run, case, dataset, image.placement)
         z = telling_slice(np.asarray(reference))
         panels.append(
             Panel(
@@ -108,6 +101,32 @@ def _draw_cases(run: RunDirectory, dataset: Dataset, rows: pd.DataFrame) -> None
         dataset.structures,
         f"{config.method} on {config.dataset} {config.direction}, seed {config.seed}{privileged}",
         dataset.publishable,
+    )
+
+
+def read_prediction(
+    run: RunDirectory, case: Case, dataset: Dataset, placement: Placement
+) -> np.ndarray:
+    """A run's prediction as it was saved, brought to the working grid by the code for labels.
+
+    Args:
+        run: its directory.
+        case: what was segmented.
+        dataset: gives structures and how files are read.
+        placement: of the case's image.
+
+    Returns:
+        (Z, H, W), class indices.
+
+    Raises:
+        DataError: the prediction is missing or cannot be read.
+    """
+    return load_label(
+        run.predictions / f"{case.id}.nii.gz",
+        case.image,
+        dataset.reading,
+        placement,
+        dataset.structures,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib.image
+import nibabel as nib
 import pandas as pd
 import pytest
 
@@ -117,3 +118,25 @@ def test_a_reader_sees_volumes(
     case = driver.find_element("id", "viewer-case").text
     assert "phantom mr-ct: ct_" in case and "best" in case
     assert browser.errors() == [] and browser.requests() == []
+
+
+def test_slices_that_a_dataset_keeps_have_their_own_distance(
+    phantom_root: Path, tmp_path: Path
+) -> None:
+    request = RunRequest(
+        "source_only",
+        "phantom",
+        preset="quick",
+        steps=2,
+        assignments=[*SMALL, "grid.slice_spacing=null"],
+        data_root=phantom_root,
+        runs_root=tmp_path,
+        device="cpu",
+        mlflow=False,
+    )
+    execute(plan(request), Progress(enabled=False))
+    dataset = Phantom(phantom_root)
+    case = dataset.split("ct", "test")[0]
+    (shown,) = compared_cases(from_runs(tmp_path), TASK, dataset)
+    header = nib.load(case.image).header.get_zooms()  # coronal slices: along the second axis
+    assert shown.spacing == pytest.approx((header[1], 7.0, 7.0)) and header[1] != 7.0
