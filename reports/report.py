@@ -142,6 +142,11 @@ class _Writer:
         self.files: list[Path] = []
         self.palette = charts.Palette([str(e) for e in results.rows["entry"].unique()])
         self.notices = results.notices
+        selector = options.selector
+        self.lines = comparison.table(plain(results.chosen_by(selector)), selector)
+        self.entries = {
+            task: report_tables.entries_of(results, task, selector) for task in results.tasks
+        }
         self._datasets: dict[str, Dataset | None] = {}
 
     def sections(self) -> list[Section]:
@@ -189,7 +194,7 @@ class _Writer:
     # Sections.
 
     def _answers(self) -> Section:
-        lines = comparison.table(self._plain(), self.options.selector)
+        lines = self.lines
         section = Section("answers", "In short")
         if lines["gap recovered"].notna().any() and len(lines) <= 4 * MOST_ENTRIES_DRAWN:
             section.blocks.append(
@@ -212,7 +217,7 @@ class _Writer:
         context = published.context(dataset, direction)
         if context is not None:
             section.blocks.append({**self.table(context), "context": True})
-        entries = report_tables.entries_of(results, task, selector)
+        entries = self.entries[task]
         name = _file_name(task)
         if len(entries) <= MOST_ENTRIES_DRAWN:
             section.blocks.append(
@@ -284,7 +289,7 @@ class _Writer:
 
     def _controls(self, method: str) -> dict[str, pd.DataFrame]:
         """Declared variants by name: task, seed, dice of each run."""
-        rows = self.results.rows[self.results.rows["selector"] == self.options.selector]
+        rows = self.results.chosen_by(self.options.selector)
         rows = rows[
             (rows["method"] == method)
             & (rows["base"] == method)
@@ -300,7 +305,7 @@ class _Writer:
         }
 
     def _cost(self) -> Section:
-        lines = comparison.table(self._plain(), self.options.selector)
+        lines = self.lines
         section = Section("cost", "Cost", "Seconds and memory beside the quality that they buy.")
         if lines["training s"].notna().any() and len(lines) <= 4 * MOST_ENTRIES_DRAWN:
             section.blocks.append(
@@ -341,11 +346,7 @@ class _Writer:
             ]
         for task in results.tasks:
             section.blocks.append(self.table(report_tables.selectors(results, task)))
-            entries = [
-                entry
-                for entry in report_tables.entries_of(results, task, self.options.selector)
-                if entry != UPPER
-            ]
+            entries = [entry for entry in self.entries[task] if entry != UPPER]
             scores = results.checkpoints
             scores = scores[(scores["task"] == task) & scores["entry"].isin(entries)]
             if len(scores) and 0 < len(entries) <= MOST_ENTRIES_DRAWN:
@@ -382,7 +383,7 @@ class _Writer:
                 continue
             stem = self.out / "figures" / f"side_by_side_{_file_name(task)}"
             paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]
-            entries = report_tables.entries_of(self.results, task, self.options.selector)
+            entries = self.entries[task]
             case_pictures.draw(paths, shown, entries, dataset)
             self.files += paths
             section.blocks.append(self.picture(paths[0], f"{task}. {_terms(dataset)}".strip()))
@@ -412,10 +413,6 @@ class _Writer:
         section = Section("runs", "Runs", "What every number was made of.")
         section.blocks.append(self.table(report_tables.runs(self.results, self.options.selector)))
         return section
-
-    def _plain(self) -> pd.DataFrame:
-        rows = self.results.rows
-        return plain(rows[rows["selector"] == self.options.selector])
 
     def _dataset(self, name: str) -> Dataset | None:
         if name not in self._datasets:

@@ -248,7 +248,7 @@ def ablation(results: Results, method: str, selector: str = "last") -> Table:
 
     Values of one number, of which there are three or more, are a curve instead (`curves`).
     """
-    rows = results.rows[results.rows["selector"] == selector]
+    rows = results.chosen_by(selector)
     on_curves = {
         str(entry)
         for points in curves(results, method, selector).values()
@@ -305,7 +305,7 @@ def curves(results: Results, method: str, selector: str = "last") -> dict[str, p
         setting → task, entry, value, seed, dice, changed (whether the value is not the default),
         for settings with three values or more.
     """
-    rows = results.rows[results.rows["selector"] == selector]
+    rows = results.chosen_by(selector)
     rows = rows[(rows["method"] == method) & (rows["base"] == method)]
     runs = rows.drop_duplicates("run").set_index("run")
     per_case = rows.groupby(["run", "case"], observed=True)["dice"].mean()
@@ -516,7 +516,7 @@ def _selector(name: str) -> str:
 
 def runs(results: Results, selector: str = "last") -> Table:
     """Every run, with what its numbers were made by."""
-    rows = results.rows[results.rows["selector"] == selector]
+    rows = results.chosen_by(selector)
     per_case = rows.groupby(["run", "case"], observed=True)["dice"].mean()
     dice = per_case.groupby("run", observed=True).mean()
     lines = rows.drop_duplicates("run").sort_values(["task", "entry", "seed"])

@@ -84,10 +84,14 @@ class Results:
             return [], []
         return list(loaded.variants()), list(loaded.parts)
 
+    def chosen_by(self, selector: str) -> pd.DataFrame:
+        """Rows of one selector, of all tasks."""
+        return self.rows[self.rows["selector"] == selector]
+
     def of(self, task: str, selector: str = "last") -> pd.DataFrame:
         """Rows of one task and selector."""
-        rows = self.rows
-        return rows[(rows["task"] == task) & (rows["selector"] == selector)]
+        rows = self.chosen_by(selector)
+        return rows[rows["task"] == task]
 
 
 def from_runs(
@@ -120,16 +124,13 @@ def from_runs(
             f"{_where_text(where or {})}; `glua-bench report` without it shows what there is."
         )
     notices: list[str] = []
-
-    def notice(text: str) -> None:
-        notices.append(text)
-        warn(text)
-
-    done = [run for run in chosen if run.done]
-    for count, what in (
-        (sum(run.failed is not None for run in chosen if not run.done), "failed"),
-        (sum(run.failed is None for run in chosen if not run.done), "did not end"),
-    ):
+    notice = _noticing(notices, warn)
+    done: list[RunDirectory] = []
+    left: list[RunDirectory] = []
+    for run in chosen:
+        (done if run.done else left).append(run)
+    failed = sum(run.failed is not None for run in left)
+    for count, what in ((failed, "failed"), (len(left) - failed, "did not end")):
         if count:
             notice(f"{_count(count, 'run')} {what} and {_is(count)} not in this report.")
     records = []
@@ -138,12 +139,15 @@ def from_runs(
             records.append(_read(run))
         except UserError as error:
             notice(f"Left out: {error}")
-    if not records:
+    lines = _lines(records, Registry("method", plugins), notice)
+    if lines.empty:
         raise ConfigError(
             f"No run below {runs_root} is finished and readable; look at the warnings, or begin "
             "again what failed with glua-bench compare --retry-failed."
         )
-    return _assemble(records, plugins, notices, notice)
+    found = _assemble(records, lines, notices, plugins)
+    _check(found, notice)
+    return found
 
 
 def from_rows(
@@ -191,14 +195,8 @@ def from_rows(
         rows = rows[rows[name].astype(str).isin(values)]
     if rows.empty:
         raise ConfigError(f"{path} holds no rows that fit; leave --where {_where_text(where)} out.")
-    found = Results(
-        rows.reset_index(drop=True),
-        _no_checkpoints(),
-        plugins=plugins,
-    )
-    _check(found, found.notices.append)
-    for text in found.notices:
-        warn(text)
+    found = Results(rows.reset_index(drop=True), _no_checkpoints(), plugins=plugins)
+    _check(found, _noticing(found.notices, warn))
     return found
 
 
@@ -335,15 +333,11 @@ def _shown(value: Any) -> str:
 # -- all runs ----------------------------------------------------------------------------------
 
 
-def _assemble(
-    records: list[_Record],
-    plugins: Sequence[Path],
-    notices: list[str],
-    notice: Callable[[str], None],
-) -> Results:
-    registry = Registry("method", plugins)
+def _lines(
+    records: Sequence[_Record], registry: Registry, notice: Callable[[str], None]
+) -> pd.DataFrame:
+    """One line a run: what it is called and was made of; the newest run of each cell."""
     newest: dict[tuple[str, str, int], dict[str, Any]] = {}
-    by_run = {record.run.id: record for record in records}
     replaced = 0
     for record in sorted(records, key=lambda record: (record.time, record.run.id)):
         config = record.run.config
@@ -382,12 +376,17 @@ def _assemble(
             f"{_count(replaced, 'run')} {_is(replaced)} left out, since newer ones of the same "
             "entry, task and seed exist (of other code or data); --where code=… chooses."
         )
-    lines = pd.DataFrame(newest.values())
-    lines["seconds"] = comparison.costs(
-        [(by_run[run].run.config, by_run[run].summary) for run in lines["run"]]
-    )
-    checkpoints = []
+    return pd.DataFrame(newest.values())
+
+
+def _assemble(
+    records: Sequence[_Record], lines: pd.DataFrame, notices: list[str], plugins: Sequence[Path]
+) -> Results:
+    """The rows and scores of the runs that have a line."""
+    by_run = {record.run.id: record for record in records}
     kept = [by_run[run] for run in lines["run"]]
+    lines["seconds"] = comparison.costs([(r.run.config, r.summary) for r in kept])
+    checkpoints = []
     for position, record in enumerate(kept):
         for selector, scores in record.summary.get("selector_scores", {}).items():
             checkpoints += [(position, selector, int(s), float(v)) for s, v in scores.items()]
@@ -398,18 +397,16 @@ def _assemble(
             record.rows[name] = record.rows[name].cat.set_categories(list(words))
     rows = pd.concat([record.rows for record in kept], ignore_index=True)
     rows["line"] = np.repeat(np.arange(len(kept)), [len(record.rows) for record in kept])
-    found = Results(
+    return Results(
         _with_runs(rows, lines),
         _with_runs(
             pd.DataFrame(checkpoints, columns=["line", "selector", "step", "score"]),
             lines[["run", "entry", "task", "seed"]],
         ),
-        {run: by_run[run].run for run in lines["run"]},
+        {record.run.id: record.run for record in kept},
         notices,
         plugins,
     )
-    _check(found, notice)
-    return found
 
 
 def _with_runs(rows: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
@@ -529,6 +526,16 @@ def _one_test_set(task: str, rows: pd.DataFrame) -> None:
             f"{task} mixes different test sets: runs on {cases.min()} and on {cases.max()} cases; "
             "choose runs on the same data with --where code=…, or another --runs."
         )
+
+
+def _noticing(notices: list[str], warn: Callable[[str], None]) -> Callable[[str], None]:
+    """Keep a sentence for the page, and tell it now."""
+
+    def notice(text: str) -> None:
+        notices.append(text)
+        warn(text)
+
+    return notice
 
 
 def _where_text(where: Mapping[str, Sequence[str]] | None) -> str:

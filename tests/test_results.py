@@ -49,6 +49,8 @@ def test_what_a_run_said_of_its_settings_counts_before_today_s_defaults(made_run
     made_runs.add("gone_too", 0.5)  # neither said nor installed
     found = from_runs(made_runs.root)
     assert len(entries(found)) == 2 and any("gone_too" in text for text in found.notices)
+    with pytest.raises(ConfigError, match="finished and readable"):  # nothing else is left
+        from_runs(made_runs.root, {"method": ["gone_too"]})
 
 
 def test_rows_hold_every_score_in_the_dataset_s_order(made_runs):
