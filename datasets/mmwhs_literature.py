@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -15,6 +12,7 @@ import numpy as np
 
 from glua_bench.cache import cache_root
 from glua_bench.datasets.mmwhs import MMWHS
+from glua_bench.datasets.placed import placed
 from glua_bench.errors import DataError
 from glua_bench.task import Case, Grid, Reading
 from glua_bench.volumes import read_label_volume
@@ -94,21 +92,16 @@ class MMWHSLiterature(MMWHS):
         high = np.minimum(labels.shape, np.rint(middle + half)).astype(int)
         box = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
         for source, target in ((case.label, cropped.label), (case.image, cropped.image)):
-            scratch = target.with_name(f".{uuid.uuid4().hex}.nii.gz")
             try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                volume: Any = nib.load(source)
-                nib.save(volume.slicer[box], scratch)
-                os.replace(scratch, target)
+                with placed(target) as unfinished:
+                    volume: Any = nib.load(source)
+                    nib.save(volume.slicer[box], unfinished)
             except (OSError, EOFError) as error:
                 raise DataError(
                     f"The crop of {source} cannot be written to {target.parent} "
                     f"({getattr(error, 'strerror', None) or error}): check the file, and the "
                     "space of the cache (GLUA_BENCH_CACHE)."
                 ) from error
-            finally:
-                with suppress(OSError):
-                    scratch.unlink(missing_ok=True)
 
 
 def _cropped(case: Case) -> Case:

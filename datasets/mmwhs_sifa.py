@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import numpy as np
 
 from glua_bench.cache import cache_root
 from glua_bench.datasets.mmwhs_layout import MMWHSLayout
+from glua_bench.datasets.placed import UNFINISHED, placed
 from glua_bench.datasets.sifa_release import RANGES, UNDOCUMENTED, read_slice, read_volume, rescaled
 from glua_bench.errors import DataError, RunFailure
 from glua_bench.task import Case, Dataset, Grid, Reading
@@ -305,7 +304,7 @@ def _write_nifti(path: Path, data: np.ndarray, affine: np.ndarray, scale: float 
     """Write integers of at most 16 bits, which mean themselves times `scale`."""
     volume = nib.Nifti1Image(data, affine)
     volume.header.set_slope_inter(scale, 0)
-    with _placed(path) as unfinished:
+    with placed(path) as unfinished:
         nib.save(volume, unfinished)
 
 
@@ -314,25 +313,13 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     with suppress(OSError, ValueError):
         if path.read_text() == text:
             return
-    with _placed(path) as unfinished:
+    with placed(path) as unfinished:
         unfinished.write_text(text)
-
-
-@contextmanager
-def _placed(path: Path) -> Iterator[Path]:
-    """A name to write to; then the file is moved to its own, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"unfinished-{os.getpid()}-{uuid.uuid4().hex}-{path.name}")
-    try:
-        yield unfinished
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _sweep(folder: Path) -> None:
     """Remove what killed processes left behind a day ago or earlier."""
-    for leftover in folder.glob("unfinished-*"):
+    for leftover in folder.glob(f"{UNFINISHED}*"):
         with suppress(OSError):
             if time.time() - leftover.stat().st_mtime > 86_400:
                 leftover.unlink()

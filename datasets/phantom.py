@@ -10,7 +10,6 @@ import gzip
 import json
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +20,7 @@ import nibabel as nib
 import numpy as np
 
 from glua_bench.datasets.mmwhs_layout import ALL_IDS, MMWHSLayout
+from glua_bench.datasets.placed import placed
 from glua_bench.errors import DataError
 
 # Raise with every change that alters a voxel of any file.
@@ -327,15 +327,5 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _write_atomically(path: Path, content: bytes) -> None:
     """The file appears complete or not at all, whoever else writes it."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        # mkstemp makes files that only the owner can read.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with placed(path) as unfinished:
+        unfinished.write_bytes(content)
