@@ -229,3 +229,23 @@ def test_the_ablation_in_the_readme_is_that_of_the_rows():
         block = text.split(f"<!-- phantom_quick_{name} -->\n")[1].split("<!-- end -->")[0]
         lines = [line for line in markdown(table_).splitlines() if line.startswith("|")]
         assert block.splitlines() == lines, "take the table from `glua-bench report --rows`"
+
+
+def test_what_selectors_give_away_in_the_readme_is_what_the_rows_say():
+    """Regrets follow from the rows; the correlations need scores that only run directories hold."""
+    found = report_tables.regrets(from_rows(ROOT / "results" / "phantom_quick_ablation.parquet"))
+    table_ = pd.read_csv(ROOT / "results" / "phantom_quick_selectors.csv").set_index("selector")
+    text = (ROOT / "README.md").read_text()
+    block = text.split("<!-- phantom_quick_selectors -->\n")[1].split("<!-- end -->")[0]
+    lines = [line.replace("\\", "").replace("*", "") for line in block.splitlines()[2:]]
+    shown = {
+        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines
+    }
+    assert list(shown) == list(table_.index)
+    for name, cells in shown.items():
+        for place, task in ((0, "phantom ct-mr"), (3, "phantom mr-ct")):
+            own = 100 * found[(found["selector"] == name) & (found["task"] == task)]["regret"]
+            assert cells[place] == f"{own.mean():.1f} ± {own.std():.1f}"
+            for offset, kind in ((1, "pooled"), (2, "within")):
+                value = table_.loc[name, f"{task} ρ {kind}"]
+                assert cells[place + offset] == ("–" if pd.isna(value) else f"{value:.2f}")
