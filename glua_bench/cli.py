@@ -785,8 +785,9 @@ def prepare(
     with Progress() as progress:
         progress.stage("preprocess", len(cases))
         for done, case in enumerate(cases, start=1):
-            cache.image(case.unlabelled(), data.reading, grid)
-            cache.label(case, data.reading, grid, data.structures)
+            reading = data.reading_of(case.domain)
+            cache.image(case.unlabelled(), reading, grid)
+            cache.label(case, reading, grid, data.structures_of(case.domain))
             progress.update(done)
     for domain in data.domains():
         counts = ", ".join(f"{len(data.split(domain, s))} {s}" for s in ("train", "val", "test"))

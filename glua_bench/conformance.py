@@ -410,9 +410,9 @@ def poison_labels(dataset: Dataset, cases: Iterable[Case], seed: int = 0) -> Non
         seed: of the random values.
     """
     rng = np.random.default_rng(seed)
-    values = [0, *dataset.reading.ignored_values]
-    values += [value for structure in dataset.structures for value in structure.values]
     for case in cases:
+        values = [0, *dataset.reading_of(case.domain).ignored_values]
+        values += [v for structure in dataset.structures_of(case.domain) for v in structure.values]
         image: Any = nib.load(case.label)
         noise = rng.choice(np.array(values, np.int16), image.shape)
         nib.save(nib.Nifti1Image(noise, image.affine), case.label)
@@ -1408,7 +1408,9 @@ def _no_way_to_labels(bench: Bench) -> None:
     with quiet_machine(cache):
         for case in cases:
             grid = bench.dataset.grid("quick")
-            entry = SliceCache().label(case, bench.dataset.reading, grid, bench.dataset.structures)
+            reading = bench.dataset.reading_of(case.domain)
+            structures = bench.dataset.structures_of(case.domain)
+            entry = SliceCache().label(case, reading, grid, structures)
             names.add(entry.path.stem)
             slices |= {_plane_digest(plane) for plane in entry.open() if plane.any()}
     found: list[str] = []
@@ -1570,8 +1572,17 @@ def _dataset_card(dataset: Dataset) -> None:
 @_register(DATASET_CHECKS)
 def _dataset_structures(dataset: Dataset) -> None:
     """Structures have names, values and colours of their own."""
-    structures = dataset.structures
-    _demand(bool(structures), "the dataset has no structures")
+    _demand(bool(dataset.structures), "the dataset has no structures")
+    for domain in dataset.domains():
+        _check_structures(dataset.structures_of(domain), dataset.reading_of(domain))
+        same = [
+            [(s.name, s.title, s.color) for s in structures]
+            for structures in (dataset.structures, dataset.structures_of(domain))
+        ]
+        _demand(same[0] == same[1], f"domain '{domain}' has other structures than the dataset")
+
+
+def _check_structures(structures: Sequence[Structure], reading: Reading) -> None:
     _demand(
         all(re.fullmatch(r"#[0-9a-fA-F]{6}", s.color) for s in structures),
         "a colour is not of the form #rrggbb",
@@ -1583,7 +1594,7 @@ def _dataset_structures(dataset: Dataset) -> None:
         ("colour", [s.color.lower() for s in structures]),
         (
             "label value (ignored ones and 0 for background included)",
-            [v for s in structures for v in s.values] + [*dataset.reading.ignored_values, 0],
+            [v for s in structures for v in s.values] + [*reading.ignored_values, 0],
         ),
     ):
         twice = [value for value, count in Counter(values).items() if count > 1]
@@ -1683,7 +1694,12 @@ def _dataset_files(dataset: Dataset) -> None:
             f"image and label of {case.id} have the shapes {image.shape} and {label.shape}",
         )
         try:
-            read_label_volume(case.label, case.image, dataset.structures, dataset.reading)
+            read_label_volume(
+                case.label,
+                case.image,
+                dataset.structures_of(case.domain),
+                dataset.reading_of(case.domain),
+            )
         except DataError as error:
             raise CheckFailure(f"the label of {case.id} cannot be used: {error}") from error
 
@@ -1696,15 +1712,16 @@ def _dataset_slices(dataset: Dataset) -> None:
         cache = SliceCache(Path(folder))
         for domain in dataset.domains():
             shown: set[int] = set()
+            reading, structures = dataset.reading_of(domain), dataset.structures_of(domain)
             for case in dataset.split(domain, "train"):
-                image = cache.image(case.unlabelled(), dataset.reading, grid)
+                image = cache.image(case.unlabelled(), reading, grid)
                 voxels = image.open()
                 _demand(
                     bool(np.isfinite(voxels).all()) and float(np.abs(voxels).max()) <= 1,
                     f"the image of {case.id} leaves [-1, 1]",
                 )
                 _demand(float(np.ptp(voxels)) > 0, f"the image of {case.id} is empty")
-                labels = cache.label(case, dataset.reading, grid, dataset.structures)
+                labels = cache.label(case, reading, grid, structures)
                 shown |= set(np.unique(labels.open()).tolist())
             missing = [s.name for i, s in enumerate(dataset.structures, 1) if i not in shown]
             _demand(not missing, f"no training case of '{domain}' shows {', '.join(missing)}")

@@ -108,21 +108,20 @@ def evaluate(
         One row per case and structure: case, subject, domain, structure, dice, assd, hd95
         (mm), missed, false_alarm, reference_ml, prediction_ml.
     """
-    values = [structure.values[0] for structure in dataset.structures]
     rows = []
     progress.stage(title, len(cases))
     for done, case in enumerate(cases):
-        image = cache.image(case.unlabelled(), dataset.reading, grid)
+        reading, structures = dataset.reading_of(case.domain), dataset.structures_of(case.domain)
+        image = cache.image(case.unlabelled(), reading, grid)
         labels = restore(predict_volume(predict, image, device), image.placement)
         if predictions is not None:
+            values = [structure.values[0] for structure in structures]
             save_labels(predictions / f"{case.id}.nii.gz", labels, image.placement, values)
-        reference = read_label_volume(case.label, case.image, dataset.structures, dataset.reading)
+        reference = read_label_volume(case.label, case.image, structures, reading)
         spacing = image.placement.spacing
         ml = float(np.prod(spacing)) / 1000
-        scores = case_metrics(labels, reference, dataset.structures, spacing)
-        for index, (structure, score) in enumerate(
-            zip(dataset.structures, scores, strict=True), start=1
-        ):
+        scores = case_metrics(labels, reference, structures, spacing)
+        for index, (structure, score) in enumerate(zip(structures, scores, strict=True), start=1):
             rows.append(
                 {
                     "case": case.id,

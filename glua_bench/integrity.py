@@ -35,8 +35,10 @@ class CaseReport:
 def check_case(case: Case, dataset: Dataset, grid: Grid, cache: SliceCache) -> CaseReport:
     """Read a case's image onto the working grid and its label on the file's own."""
     try:
-        image = cache.image(case.unlabelled(), dataset.reading, grid)
-        labels = read_label_volume(case.label, case.image, dataset.structures, dataset.reading)
+        reading = dataset.reading_of(case.domain)
+        image = cache.image(case.unlabelled(), reading, grid)
+        structures = dataset.structures_of(case.domain)
+        labels = read_label_volume(case.label, case.image, structures, reading)
     except DataError as error:
         return CaseReport(case, problem=str(error))
     spacing = image.placement.spacing

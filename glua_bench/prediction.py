@@ -137,8 +137,8 @@ def from_run(
     return _model(
         method,
         run.config,
-        dataset.structures,
-        dataset.reading,
+        dataset.structures_of(run.config.target),
+        dataset.reading_of(run.config.target),
         dataset.publishable,
         device,
         run.path,

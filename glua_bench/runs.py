@@ -351,13 +351,14 @@ def plan(request: RunRequest, report: Callable[[str], None] = lambda line: None)
     dataset.prepare(report)
     chosen = roles(config, dataset)
     method.check(Cases(len(chosen["source_train"]), len(chosen["target_train"])))
+    both = (config.source, config.target)
     prints = Fingerprints(
         train=digest(
             [
                 fingerprint(chosen["source_train"]),
                 fingerprint(chosen["target_train"]),
-                dataset.reading.identity(),
-                [asdict(s) for s in dataset.structures],
+                [dataset.reading_of(domain).identity() for domain in both],
+                [[asdict(s) for s in dataset.structures_of(domain)] for domain in both],
             ],
             16,
         ),
@@ -487,8 +488,10 @@ def stores(
         images, labels = [], []
         for case in cases:
             assert isinstance(case, Case)
-            images.append(cache.image(case.unlabelled(), dataset.reading, config.grid))
-            labels.append(cache.label(case, dataset.reading, config.grid, dataset.structures))
+            reading = dataset.reading_of(case.domain)
+            structures = dataset.structures_of(case.domain)
+            images.append(cache.image(case.unlabelled(), reading, config.grid))
+            labels.append(cache.label(case, reading, config.grid, structures))
             done += 1
             progress.update(done)
         return LabelledStore(images, labels)
@@ -500,7 +503,7 @@ def stores(
         images = []
         for case in chosen["target_train"]:
             assert isinstance(case, UnlabelledCase)
-            images.append(cache.image(case, dataset.reading, config.grid))
+            images.append(cache.image(case, dataset.reading_of(case.domain), config.grid))
             done += 1
             progress.update(done)
         target = ImageStore(images)

@@ -183,6 +183,29 @@ class Dataset(ABC):
     def cases(self, domain: str) -> tuple[Case, ...]:
         """All cases of a domain, sorted by id, each in exactly one split."""
 
+    @classmethod
+    def reading_of(cls, domain: str) -> Reading:
+        """How the files of one domain become arrays; usually `reading` for all.
+
+        A dataset whose domains need different windows, orientations or ignored values overrides
+        this. `slice_axis` and `row_axis` have to show the same view of the body in all.
+
+        Args:
+            domain: one of `domains()`.
+        """
+        return cls.reading
+
+    @classmethod
+    def structures_of(cls, domain: str) -> tuple[Structure, ...]:
+        """`structures` with the raw label values of one domain's files; usually the same for all.
+
+        Names, titles, colours and their order do not depend on the domain.
+
+        Args:
+            domain: one of `domains()`.
+        """
+        return cls.structures
+
     def domains(self) -> tuple[str, ...]:
         """Names of the domains, in order of their first appearance in `directions`."""
         return tuple(dict.fromkeys(name for d in self.directions for name in d.split("-")))

@@ -80,8 +80,9 @@ def _draw_cases(run: RunDirectory, dataset: Dataset, rows: pd.DataFrame) -> None
     cache, panels = SliceCache(), []
     for note, position in chosen.items():
         case = test[str(dice.index[position])]
-        image = cache.image(case.unlabelled(), dataset.reading, config.grid)
-        reference = cache.label(case, dataset.reading, config.grid, dataset.structures).open()
+        reading, structures = dataset.reading_of(case.domain), dataset.structures_of(case.domain)
+        image = cache.image(case.unlabelled(), reading, config.grid)
+        reference = cache.label(case, reading, config.grid, structures).open()
         predicted = read_prediction(run, case, dataset, image.placement)
         z = telling_slice(np.asarray(reference))
         panels.append(
@@ -124,9 +125,9 @@ def read_prediction(
     return load_label(
         run.predictions / f"{case.id}.nii.gz",
         case.image,
-        dataset.reading,
+        dataset.reading_of(case.domain),
         placement,
-        dataset.structures,
+        dataset.structures_of(case.domain),
     )
 
 
@@ -191,11 +192,12 @@ def draw_dataset(dataset: Dataset, grid: Grid, out: Path, columns: int = 6) -> l
     cache, files = SliceCache(), []
     for domain in dataset.domains():
         cases = dataset.cases(domain)
+        reading, structures = dataset.reading_of(domain), dataset.structures_of(domain)
         count = min(len(cases), 2 * columns)
         slices = []
         for case in (cases[i * len(cases) // count] for i in range(count)):
-            image = cache.image(case.unlabelled(), dataset.reading, grid).open()
-            label = cache.label(case, dataset.reading, grid, dataset.structures).open()
+            image = cache.image(case.unlabelled(), reading, grid).open()
+            label = cache.label(case, reading, grid, structures).open()
             z = telling_slice(np.asarray(label))
             slices.append(
                 (

@@ -1,0 +1,156 @@
+"""task.py: what a dataset says of its domains reaches training, scores and saved predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from glua_bench import runs
+from glua_bench.cache import SliceCache
+from glua_bench.conformance import TinyDataset
+from glua_bench.console import Progress
+from glua_bench.errors import ConfigError, DataError
+from glua_bench.task import Reading, Structure, parse_direction
+
+GRID = TinyDataset.grids["quick"]
+OTHER_VALUES = {10: 20, 20: 10, 21: 11, 30: 7, 0: 0}  # disc and ring swapped, another stray
+DISC, RING = TinyDataset.structures
+
+
+class TwoTables(TinyDataset):
+    """The tiny task, with a label table and a window of its own for the inverted domain."""
+
+    name: ClassVar[str] = "two_tables"
+
+    def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
+        """Write the volumes, and give those of one domain other label values."""
+        if self.cases("plain")[0].image.is_file():
+            return
+        super().prepare(report)
+        for case in self.cases("inverted"):
+            label = nib.load(case.label)
+            table = np.vectorize(OTHER_VALUES.get)(np.asarray(label.dataobj)).astype(np.int16)
+            nib.save(nib.Nifti1Image(table, label.affine), case.label)
+
+    @classmethod
+    def reading_of(cls, domain: str) -> Reading:
+        """A fixed window and another stray value for the inverted domain."""
+        if domain == "inverted":
+            return replace(cls.reading, ignored_values=(7,), intensity_range=(0.2, 0.9))
+        return cls.reading
+
+    @classmethod
+    def structures_of(cls, domain: str) -> tuple[Structure, ...]:
+        """Value 20 is the disc in one domain and the ring in the other."""
+        if domain == "inverted":
+            return replace(DISC, values=(20,)), replace(RING, values=(10, 11))
+        return cls.structures
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> tuple[TinyDataset, TwoTables]:
+    """The same volumes with one table, and with two."""
+    one, two = TinyDataset(tmp_path / "one"), TwoTables(tmp_path / "two")
+    one.prepare()
+    two.prepare()
+    return one, two
+
+
+def test_each_domain_is_read_by_its_own_table(both: tuple[TinyDataset, TwoTables]) -> None:
+    one, two = both
+    cache = SliceCache()
+    for domain in one.domains():
+        for case, other in zip(one.cases(domain), two.cases(domain), strict=True):
+            expected = cache.label(case, one.reading, GRID, one.structures).open()
+            found = cache.label(
+                other, two.reading_of(domain), GRID, two.structures_of(domain)
+            ).open()
+            assert expected.any()
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_a_table_of_the_other_domain_is_refused(both: tuple[TinyDataset, TwoTables]) -> None:
+    _, two = both
+    with pytest.raises(DataError, match=r"label value\(s\) 7, 11 that the dataset does not know"):
+        SliceCache().label(
+            two.cases("inverted")[0], two.reading_of("plain"), GRID, two.structures_of("plain")
+        )
+
+
+@pytest.mark.parametrize("direction", TwoTables.directions)
+def test_a_run_scores_and_saves_in_the_target_s_own_values(
+    both: tuple[TinyDataset, TwoTables],
+    direction: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, two = both
+    monkeypatch.setattr(runs, "load_dataset", lambda name, root, plugins: two)
+    request = runs.RunRequest(
+        "source_only",
+        "two_tables",
+        direction=direction,
+        preset="quick",
+        steps=8,
+        runs_root=tmp_path / "runs",
+        device="cpu",
+        mlflow=False,
+        assignments=["segmenter.width=8", "segmenter.depth=3", "candidates=1"],
+    )
+    planned = runs.plan(request)
+    runs.execute(planned, Progress(enabled=False))
+    target = planned.config.target
+    (case,) = two.split(target, "test")
+    reference = np.asarray(nib.load(case.label).dataobj)
+    saved = np.asarray(nib.load(planned.directory.predictions / f"{case.id}.nii.gz").dataobj)
+    rows = pd.read_parquet(planned.directory.path / "cases.parquet")
+    rows = rows[rows["selector"] == "last"].set_index("structure")
+    for structure in two.structures_of(target):
+        truth, found = np.isin(reference, structure.values), saved == structure.values[0]
+        dice = 2 * (truth & found).sum() / (truth.sum() + found.sum())
+        assert rows.loc[structure.name, "dice"] == pytest.approx(dice)
+        assert rows.loc[structure.name, "reference_ml"] == pytest.approx(truth.sum() / 1000)
+    assert set(np.unique(saved)) - {0} <= {s.values[0] for s in two.structures_of(target)}
+    assert (saved > 0).any()
+
+
+def test_a_domain_s_table_changes_the_run_s_identity(
+    both: tuple[TinyDataset, TwoTables], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, two = both
+    monkeypatch.setattr(runs, "load_dataset", lambda name, root, plugins: two)
+    request = runs.RunRequest(
+        "source_only", "two_tables", direction="plain-inverted", preset="quick", runs_root=tmp_path
+    )
+    before = runs.plan(request).id
+    assert runs.plan(request).id == before
+    narrower = replace(two.reading_of("inverted"), intensity_range=(0.3, 0.8))
+    own = TwoTables.reading_of
+    monkeypatch.setattr(
+        two, "reading_of", lambda domain: narrower if domain == "inverted" else own(domain)
+    )
+    assert runs.plan(request).id != before
+
+
+def test_a_direction_is_one_of_the_dataset_s() -> None:
+    assert parse_direction(TinyDataset, None) == ("plain", "inverted")
+    assert parse_direction(TinyDataset, "inverted-plain") == ("inverted", "plain")
+    with pytest.raises(ConfigError, match="no direction 'plain-plain'; use --direction with one"):
+        parse_direction(TinyDataset, "plain-plain")
+
+
+def test_missing_files_are_told_with_the_two_ways_to_name_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from glua_bench.datasets.mscmr import MSCMR
+
+    monkeypatch.delenv("GLUA_BENCH_DATA", raising=False)
+    with pytest.raises(DataError, match="--data-root, or set GLUA_BENCH_DATA"):
+        MSCMR()
