@@ -65,7 +65,7 @@ class MMWHSLiterature(MMWHS):
         for domain in self.domains():
             for case in super().cases(domain):
                 cropped = _cropped(case)
-                if not (cropped.image.is_file() and cropped.label.is_file()):
+                if not (cropped.image.is_file() and cropped.truth.is_file()):
                     self._crop(case, cropped)
                     report(f"{case.id}: cropped around its labels into {cropped.image.parent}")
 
@@ -82,16 +82,16 @@ class MMWHSLiterature(MMWHS):
 
     def _crop(self, case: Case, cropped: Case) -> None:
         """Write the cropped copies of a case, the image last: where it is, the label is."""
-        labels = read_label_volume(case.label, case.image, self.structures, self.reading)
+        labels = read_label_volume(case.truth, case.image, self.structures, self.reading)
         if not labels.any():
-            raise DataError(f"{case.label} holds none of the dataset's structures: replace it.")
+            raise DataError(f"{case.truth} holds none of the dataset's structures: replace it.")
         header: Any = nib.load(case.image)
         half = SIDE / 2 / nib.affines.voxel_sizes(header.affine)
         middle = np.argwhere(labels).mean(0)
         low = np.maximum(0, np.rint(middle - half)).astype(int)
         high = np.minimum(labels.shape, np.rint(middle + half)).astype(int)
         box = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
-        for source, target in ((case.label, cropped.label), (case.image, cropped.image)):
+        for source, target in ((case.truth, cropped.truth), (case.image, cropped.image)):
             try:
                 with placed(target) as unfinished:
                     volume: Any = nib.load(source)
@@ -107,9 +107,9 @@ class MMWHSLiterature(MMWHS):
 def _cropped(case: Case) -> Case:
     """The case with the places of its cropped copies, which another original never shares."""
     parts = [str(CROP_VERSION)]
-    for file in (case.image, case.label):
+    for file in (case.image, case.truth):
         status = file.resolve().stat()
         parts += [str(file.resolve()), str(status.st_size), str(status.st_mtime_ns)]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     folder = cache_root() / MMWHSLiterature.name / key
-    return replace(case, image=folder / case.image.name, label=folder / case.label.name)
+    return replace(case, image=folder / case.image.name, label=folder / case.truth.name)

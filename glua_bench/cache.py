@@ -120,7 +120,7 @@ class SliceCache:
         # The crop is found in the image, so the image's content is part of the label's key.
         key = _key(
             "label",
-            file_digest(case.label),
+            file_digest(case.truth),
             file_digest(case.image),
             reading.identity(),
             asdict(grid),
@@ -130,7 +130,7 @@ class SliceCache:
         found = _read_entry(path, LABEL_TYPE)
         if found is None:
             placement = self.image(case.unlabelled(), reading, grid).placement
-            labels = load_label(case.label, case.image, reading, placement, structures)
+            labels = load_label(case.truth, case.image, reading, placement, structures)
             found = self._write(path, labels, {})
         depth, height, width = found["shape"]
         return CachedLabel(path, (depth, height, width))
@@ -367,7 +367,7 @@ def file_digest(path: Path) -> str:
 def fingerprint(cases: Iterable[Case | UnlabelledCase]) -> str:
     """What a set of cases consists of: ids and file contents, in any order.
 
-    A `Case` counts with image and label, an `UnlabelledCase` with its image alone.
+    A `Case` counts with image and label where it has one, an `UnlabelledCase` with its image alone.
 
     Returns:
         SHA-256 as hex.
@@ -378,7 +378,7 @@ def fingerprint(cases: Iterable[Case | UnlabelledCase]) -> str:
     lines = []
     for case in cases:
         digests = [file_digest(case.image)]
-        if isinstance(case, Case):
+        if isinstance(case, Case) and case.label is not None:
             digests.append(file_digest(case.label))
         lines.append([case.id, *digests])
     return _key(*sorted(lines))

@@ -787,11 +787,14 @@ def prepare(
         for done, case in enumerate(cases, start=1):
             reading = data.reading_of(case.domain)
             cache.image(case.unlabelled(), reading, grid)
-            cache.label(case, reading, grid, data.structures_of(case.domain))
+            if case.label is not None:
+                cache.label(case, reading, grid, data.structures_of(case.domain))
             progress.update(done)
     for domain in data.domains():
         counts = ", ".join(f"{len(data.split(domain, s))} {s}" for s in ("train", "val", "test"))
-        say(f"{domain}: {counts}")
+        bare = sum(case.label is None for case in data.cases(domain))
+        note = f"; {bare} without a label, target images only" if bare else ""
+        say(f"{domain}: {counts}{note}")
     say(f"Files: {data.root}   cache: {cache_root()}")
     say(f"Next: glua-bench data show {dataset}{_root_option(data_root)}")
 

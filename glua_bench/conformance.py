@@ -359,10 +359,10 @@ class TinyDataset(Dataset):
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
         """Write the volumes that are missing."""
         for number, case in enumerate(c for d in self.domains() for c in self.cases(d)):
-            if case.image.is_file() and case.label.is_file():
+            if case.image.is_file() and case.truth.is_file():
                 continue
             image, label = _tiny_volume(np.random.default_rng(number), case.domain == "inverted")
-            for path, voxels in ((case.label, label), (case.image, image)):
+            for path, voxels in ((case.truth, label), (case.image, image)):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
             report(f"wrote {case.id}")
@@ -413,6 +413,8 @@ def poison_labels(dataset: Dataset, cases: Iterable[Case], seed: int = 0) -> Non
     for case in cases:
         values = [0, *dataset.reading_of(case.domain).ignored_values]
         values += [v for structure in dataset.structures_of(case.domain) for v in structure.values]
+        if case.label is None:
+            continue
         image: Any = nib.load(case.label)
         noise = rng.choice(np.array(values, np.int16), image.shape)
         nib.save(nib.Nifti1Image(noise, image.affine), case.label)
@@ -1388,7 +1390,7 @@ def _labels_absent(bench: Bench) -> None:
     """Training works, and ends the same, where the target has no label files."""
     data = bench.copy_of_data()
     for case in data.cases(bench.target):
-        case.label.unlink()
+        case.truth.unlink()
     try:
         weights = bench.train(dataset=data).weights
     except Exception as error:  # a plugin may raise anything
@@ -1402,7 +1404,7 @@ def _labels_absent(bench: Bench) -> None:
 def _no_way_to_labels(bench: Bench) -> None:
     """Nothing that a step is given leads to a target label or to the name of its file."""
     cases = bench.dataset.cases(bench.target)
-    names = {case.label.name for case in cases}
+    names = {case.truth.name for case in cases}
     cache = bench.fresh("cache")
     slices = set()
     with quiet_machine(cache):
@@ -1655,8 +1657,12 @@ def _dataset_splits(dataset: Dataset) -> None:
         for case in cases:
             _demand(case.domain == domain, f"case {case.id} of '{domain}' says '{case.domain}'")
             _demand(case.split in SPLITS, f"case {case.id} has the split '{case.split}'")
+            _demand(
+                case.label is not None or case.split == "train",
+                f"case {case.id} of the split '{case.split}' has no label",
+            )
         ids += own
-        files += [file for case in cases for file in (case.image, case.label)]
+        files += [file for case in cases for file in (case.image, case.label) if file]
     _demand(len(set(ids)) == len(ids), "two cases have the same id")
     _demand(len(set(files)) == len(files), "two cases share a file")
 
@@ -1687,6 +1693,8 @@ def _dataset_subjects(dataset: Dataset) -> None:
 def _dataset_files(dataset: Dataset) -> None:
     """Image and label of every case have one shape, and only values of the table."""
     for case in (case for domain in dataset.domains() for case in dataset.cases(domain)):
+        if case.label is None:
+            continue
         image: Any = nib.load(case.image)
         label: Any = nib.load(case.label)
         _demand(
@@ -1721,7 +1729,11 @@ def _dataset_slices(dataset: Dataset) -> None:
                     f"the image of {case.id} leaves [-1, 1]",
                 )
                 _demand(float(np.ptp(voxels)) > 0, f"the image of {case.id} is empty")
+                if case.label is None:
+                    continue
                 labels = cache.label(case, reading, grid, structures)
                 shown |= set(np.unique(labels.open()).tolist())
+            if not dataset.labelled(domain, "train"):
+                continue
             missing = [s.name for i, s in enumerate(dataset.structures, 1) if i not in shown]
             _demand(not missing, f"no training case of '{domain}' shows {', '.join(missing)}")

@@ -117,7 +117,7 @@ def evaluate(
         if predictions is not None:
             values = [structure.values[0] for structure in structures]
             save_labels(predictions / f"{case.id}.nii.gz", labels, image.placement, values)
-        reference = read_label_volume(case.label, case.image, structures, reading)
+        reference = read_label_volume(case.truth, case.image, structures, reading)
         spacing = image.placement.spacing
         ml = float(np.prod(spacing)) / 1000
         scores = case_metrics(labels, reference, structures, spacing)

@@ -21,7 +21,7 @@ class CaseReport:
         case: the case.
         shape: voxels per axis of the stored array.
         spacing: mm per axis of the stored array.
-        volumes: ml of each structure, in the dataset's order.
+        volumes: ml of each structure, in the dataset's order; nan for a case without a label.
         problem: why the case cannot be used; empty where it can.
     """
 
@@ -38,7 +38,10 @@ def check_case(case: Case, dataset: Dataset, grid: Grid, cache: SliceCache) -> C
         reading = dataset.reading_of(case.domain)
         image = cache.image(case.unlabelled(), reading, grid)
         structures = dataset.structures_of(case.domain)
-        labels = read_label_volume(case.label, case.image, structures, reading)
+        if case.label is None and case.split == "train":
+            nothing = tuple(float("nan") for _ in structures)
+            return CaseReport(case, image.placement.file_shape, image.placement.spacing, nothing)
+        labels = read_label_volume(case.truth, case.image, structures, reading)
     except DataError as error:
         return CaseReport(case, problem=str(error))
     spacing = image.placement.spacing

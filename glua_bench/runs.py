@@ -267,11 +267,23 @@ def roles(config: RunConfig, dataset: Dataset) -> dict[str, Sequence[Case | Unla
     """
     labelled = config.target if config.privileged else config.source
     chosen: dict[str, Sequence[Case | UnlabelledCase]] = {
-        "source_train": dataset.split(labelled, "train"),
-        "source_val": dataset.split(labelled, "val"),
+        "source_train": dataset.labelled(labelled, "train"),
+        "source_val": dataset.labelled(labelled, "val"),
         "target_train": [c.unlabelled() for c in dataset.split(config.target, "train")],
         "test": dataset.split(config.target, "test"),
     }
+    bare = set(dataset.split(config.target, "test")) - set(dataset.labelled(config.target, "test"))
+    if bare:
+        raise ConfigError(
+            f"Test case {min(case.id for case in bare)} of dataset '{dataset.name}' has no label, "
+            "so it cannot be scored: give its label file, or put it into another split."
+        )
+    if not chosen["source_train"] and dataset.split(labelled, "train"):
+        raise ConfigError(
+            f"No training case of '{labelled}' in dataset '{dataset.name}' has a label, so it "
+            f"cannot be the labelled side of {config.direction}: use another --direction"
+            f"{', or another scenario' if config.privileged else ''}."
+        )
     for role in ("source_train", "target_train", "test"):
         if not chosen[role]:
             raise ConfigError(

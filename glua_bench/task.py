@@ -109,7 +109,8 @@ class Case:
         id: unique within the dataset, e.g. "ct_1003".
         domain: the domain's name, e.g. "ct".
         image: file of the image volume.
-        label: file of the label volume.
+        label: file of the label volume; None where there is none, which only a training case may
+            lack: it then serves as a target image, and not as a source.
         split: "train", "val" or "test".
         subject: who was imaged; two cases of one person share it.
     """
@@ -117,9 +118,23 @@ class Case:
     id: str
     domain: str
     image: Path
-    label: Path
+    label: Path | None
     split: str
     subject: str
+
+    @property
+    def truth(self) -> Path:
+        """The label file of a labelled case.
+
+        Raises:
+            DataError: the case has none.
+        """
+        if self.label is None:
+            raise DataError(
+                f"{self.image} has no label: add its label file, or use the case for training of "
+                "the target only."
+            )
+        return self.label
 
     def unlabelled(self) -> UnlabelledCase:
         """The case without any way to its label."""
@@ -209,6 +224,10 @@ class Dataset(ABC):
     def domains(self) -> tuple[str, ...]:
         """Names of the domains, in order of their first appearance in `directions`."""
         return tuple(dict.fromkeys(name for d in self.directions for name in d.split("-")))
+
+    def labelled(self, domain: str, split: str) -> tuple[Case, ...]:
+        """The cases of one split of a domain that have a label file."""
+        return tuple(case for case in self.split(domain, split) if case.label is not None)
 
     def split(self, domain: str, split: str) -> tuple[Case, ...]:
         """The cases of one split ("train", "val" or "test") of a domain."""

@@ -197,8 +197,11 @@ def draw_dataset(dataset: Dataset, grid: Grid, out: Path, columns: int = 6) -> l
         slices = []
         for case in (cases[i * len(cases) // count] for i in range(count)):
             image = cache.image(case.unlabelled(), reading, grid).open()
-            label = cache.label(case, reading, grid, structures).open()
-            z = telling_slice(np.asarray(label))
+            if case.label is None:  # the middle slice, without contours
+                label, z = np.zeros(image.shape, np.uint8), len(image) // 2
+            else:
+                label = np.asarray(cache.label(case, reading, grid, structures).open())
+                z = telling_slice(label)
             slices.append(
                 (
                     np.asarray(image[z], dtype=np.float32),

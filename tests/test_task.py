@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import nibabel as nib
 import numpy as np
@@ -14,10 +14,12 @@ import pytest
 
 from glua_bench import runs
 from glua_bench.cache import SliceCache
-from glua_bench.conformance import TinyDataset
+from glua_bench.conformance import TinyDataset, run_dataset_checks
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, DataError
-from glua_bench.task import Reading, Structure, parse_direction
+from glua_bench.integrity import check_dataset
+from glua_bench.reports.run_figures import draw_dataset
+from glua_bench.task import Case, Reading, Structure, parse_direction
 
 GRID = TinyDataset.grids["quick"]
 OTHER_VALUES = {10: 20, 20: 10, 21: 11, 30: 7, 0: 0}  # disc and ring swapped, another stray
@@ -154,3 +156,80 @@ def test_missing_files_are_told_with_the_two_ways_to_name_them(
     monkeypatch.delenv("GLUA_BENCH_DATA", raising=False)
     with pytest.raises(DataError, match="--data-root, or set GLUA_BENCH_DATA"):
         MSCMR()
+
+
+def unlabelled(root: Path, domain: str, split: str) -> TinyDataset:
+    """The tiny task without labels in one split of a domain."""
+    TinyDataset(root).prepare()
+
+    class Unlabelled(TinyDataset):
+        def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
+            """Nothing: the files are there."""
+
+        def cases(self, name: str) -> tuple[Case, ...]:
+            return tuple(
+                replace(case, label=None) if name == domain and case.split == split else case
+                for case in super().cases(name)
+            )
+
+    return Unlabelled(root)
+
+
+def failed_checks(data: TinyDataset) -> set[str]:
+    return {r.check for r in run_dataset_checks(data) if r.status == "failed"} - {"card"}
+
+
+def planned(data: TinyDataset, monkeypatch: pytest.MonkeyPatch, **options: Any) -> runs.PlannedRun:
+    """A run on a data set that is there as an object."""
+    monkeypatch.setattr(runs, "load_dataset", lambda name, root, plugins: data)
+    request = runs.RunRequest(
+        "advent",
+        "conformance",
+        preset="quick",
+        steps=2,
+        device="cpu",
+        mlflow=False,
+        assignments=["segmenter.width=8", "segmenter.depth=3", "candidates=1"],
+        **options,
+    )
+    return runs.plan(request)
+
+
+def test_a_target_is_trained_on_without_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = unlabelled(tmp_path / "data", "inverted", "train")
+    bare, full = (
+        planned(d, monkeypatch, direction="plain-inverted", runs_root=tmp_path / str(n))
+        for n, d in enumerate((data, TinyDataset(tmp_path / "data")))
+    )
+    # The labels of a target's training cases are no part of a run: it is the same one.
+    assert bare.id == full.id
+    runs.execute(bare, Progress(enabled=False))
+    assert bare.directory.done
+
+
+def test_a_source_without_labels_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = unlabelled(tmp_path / "data", "inverted", "train")
+    with pytest.raises(ConfigError, match="No training case of 'inverted' in dataset .* has a lab"):
+        planned(data, monkeypatch, direction="inverted-plain", runs_root=tmp_path / "runs")
+
+
+def test_a_test_case_without_a_label_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = unlabelled(tmp_path / "data", "inverted", "test")
+    with pytest.raises(ConfigError, match="Test case inverted_3 .* has no label, so it cannot be"):
+        planned(data, monkeypatch, direction="plain-inverted", runs_root=tmp_path / "runs")
+    assert failed_checks(data) == {"splits"}
+
+
+def test_unlabelled_cases_are_checked_prepared_and_drawn(tmp_path: Path) -> None:
+    data = unlabelled(tmp_path / "data", "inverted", "train")
+    reports = check_dataset(data, GRID, Progress(enabled=False))
+    assert not [r.problem for r in reports if r.problem]
+    assert sum(np.isnan(r.volumes).all() for r in reports) == 2
+    assert len(draw_dataset(data, GRID, tmp_path / "figures")) == 2
+    assert not failed_checks(data)
