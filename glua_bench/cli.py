@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from glua_bench import __version__
+from glua_bench.documents import SUFFIXES as DESCRIPTIONS
 from glua_bench.errors import ConfigError, DataError, RunFailure, UserError
 from glua_bench.registry import Registry
 
@@ -56,7 +57,10 @@ DataRoot = Annotated[
     ),
 ]
 RunsRoot = Annotated[Path, typer.Option("--runs", help="The directory of all runs.")]
-DatasetName = Annotated[str, typer.Argument(metavar="DATASET", help="See `glua-bench list`.")]
+DatasetName = Annotated[
+    str,
+    typer.Argument(metavar="DATASET", help="See `glua-bench list`; or a description, FILE.yaml."),
+]
 PresetName = Annotated[
     str, typer.Option("--preset", help="Whose working grid: quick, standard or paper.")
 ]
@@ -96,7 +100,10 @@ Mirrored = Annotated[bool, typer.Option("--mlflow/--no-mlflow", help="Mirror run
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show what would run, and how long; train nothing.")
 ]
-DatasetNames = Annotated[str, typer.Option("--datasets", "--dataset", help="Names, by commas.")]
+DatasetNames = Annotated[
+    str,
+    typer.Option("--datasets", "--dataset", help="Names, or descriptions FILE.yaml, by commas."),
+]
 DirectionNames = Annotated[
     str | None,
     typer.Option(
@@ -128,6 +135,18 @@ RetryFailed = Annotated[
 ]
 
 
+def _with_descriptions(datasets: str, plugins: list[Path] | None) -> tuple[str, list[Path]]:
+    """Names of datasets, and plugins: FILE.yaml among the names is a plugin with its own name."""
+    names, files = [], list(plugins or [])
+    for text in map(str.strip, datasets.split(",")):
+        path = Path(text)
+        if path.suffix in DESCRIPTIONS:
+            files += [] if path in files else [path]
+            text = Registry("dataset", files).name_of(path)
+        names.append(text)
+    return ",".join(names), files
+
+
 class Kind(str, Enum):
     """What `list` can list."""
 
@@ -153,7 +172,12 @@ def warn(text: str) -> None:
 @app.command()
 def run(
     method: Annotated[str, typer.Option(help="Which method; see `glua-bench list methods`.")],
-    dataset: Annotated[str, typer.Option(help="Which dataset; see `glua-bench list datasets`.")],
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="Which dataset; see `glua-bench list datasets`. Or FILE.yaml, which describes one."
+        ),
+    ],
     direction: Annotated[
         str | None, typer.Option(help="source-target, e.g. mr-ct; default is the dataset's first.")
     ] = None,
@@ -183,6 +207,7 @@ def run(
 
     The same command again resumes an interrupted run, and does nothing for a finished one.
     """
+    dataset, plugin = _with_descriptions(dataset, plugin)
     # A wrong name is found before the seconds that importing torch takes.
     Registry("method", plugin or []).entry(method)
     Registry("dataset", plugin or []).entry(dataset)
@@ -359,6 +384,7 @@ def compare(
     """
     from glua_bench import matrix
 
+    datasets, plugin = _with_descriptions(datasets, plugin)
     base = _shared_request(locals())
     asked = _names(methods), _names(datasets), _names(directions or "")
     cells = matrix.comparison(*asked, seeds, base, bounds)
@@ -416,6 +442,7 @@ def ablate(
     """
     from glua_bench import matrix
 
+    datasets, plugin = _with_descriptions(datasets, plugin)
     base = _shared_request(locals())
     asked = method, _names(datasets), _names(directions or "")
     cells = matrix.ablation(*asked, seeds, base, combine, vary or [], variants, bounds, say)
@@ -762,6 +789,7 @@ def _list_settings(method: Any) -> None:
 
 
 def _dataset(name: str, root: Path | None, plugins: list[Path] | None) -> Dataset:
+    name, plugins = _with_descriptions(name, plugins)
     loaded: Dataset = Registry("dataset", plugins or []).load(name)(root)
     loaded.prepare(say)
     return loaded

@@ -4,6 +4,9 @@ Built-in methods, datasets and selectors register through the same entry-point g
 anybody's package, so nothing here knows one by name. What `glua-bench list` shows is read
 from the source text with `ast`: a plugin's imports (torch, timm) are not run, and a plugin
 that cannot be parsed or imported is reported with its error and harms no other.
+
+A dataset may also be described by a file that is no Python, which a registered class reads: that
+class names the files' endings in `described_by`.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from glua_bench.errors import PluginError
+from glua_bench.documents import SUFFIXES as DESCRIPTIONS
+from glua_bench.documents import read_document
+from glua_bench.errors import PluginError, UserError
 
 GROUPS = {
     "method": "glua_bench.methods",
@@ -42,6 +47,8 @@ class Entry:
         summary: first line of the class docstring.
         attributes: literal class attributes found in the source (`reference`, `needs`).
         error: why the plugin is broken; empty when it is not.
+        file: the plugin file; None for entry points.
+        reader: the name of the class that reads a description; empty for Python.
     """
 
     kind: str
@@ -52,6 +59,7 @@ class Entry:
     attributes: dict[str, Any] = field(default_factory=dict)
     error: str = ""
     file: Path | None = None
+    reader: str = ""
 
 
 class Registry:
@@ -70,8 +78,9 @@ class Registry:
         self._entries: dict[str, Entry] = {}
         for point in entry_points(group=GROUPS[kind]):
             self._add(_describe_entry_point(kind, point))
-        for path in plugin_files:
-            for entry in _describe_file(kind, Path(path)):
+        for path in map(Path, plugin_files):
+            described = path.suffix in DESCRIPTIONS
+            for entry in self._described(path) if described else _describe_file(kind, path):
                 self._add(entry)
 
     def _add(self, entry: Entry) -> None:
@@ -82,6 +91,29 @@ class Registry:
                 "rename one of them or uninstall one."
             )
         self._entries[entry.name] = entry
+
+    def _described(self, path: Path) -> list[Entry]:
+        """The entry of a description, where a registered class reads such files."""
+        for reader in self.entries():
+            if path.suffix in reader.attributes.get("described_by", ()):
+                text = read_document(path)
+                attributes = {
+                    key: text.take(key, str, reader.attributes.get(key, ""))
+                    for key in ("reference", "needs")
+                }
+                return [
+                    Entry(
+                        self.kind,
+                        text.take("name", str),
+                        str(path),
+                        reader.target,
+                        text.take("title", str, ""),
+                        attributes,
+                        file=path.resolve(),
+                        reader=reader.name,
+                    )
+                ]
+        return []
 
     def entries(self) -> list[Entry]:
         """All plugins, sorted by name, broken ones included with their error."""
@@ -103,6 +135,20 @@ class Registry:
             "(see `glua-bench list`, or add one with --plugin FILE)."
         )
 
+    def name_of(self, file: Path) -> str:
+        """The name that a description gives to what it describes.
+
+        Args:
+            file: one of the plugin files.
+
+        Raises:
+            PluginError: no plugin reads such files.
+        """
+        for entry in self._entries.values():
+            if entry.reader and entry.file == file.resolve():
+                return entry.name
+        raise PluginError(f"No {self.kind} is described by files like {file}; give its name.")
+
     def load(self, name: str) -> type:
         """Import the plugin and return its class.
 
@@ -112,12 +158,14 @@ class Registry:
         """
         entry = self.entry(name)
         try:
-            if entry.file is not None:
+            if entry.reader:
+                loaded = self.load(entry.reader).described(entry.file)
+            elif entry.file is not None:
                 loaded = getattr(_import_file(entry.file), entry.target)
             else:
                 module_name, _, attribute = entry.target.partition(":")
                 loaded = getattr(importlib.import_module(module_name), attribute)
-        except PluginError:
+        except UserError:
             raise
         except (Exception, SystemExit) as error:  # a plugin may raise anything on import
             raise PluginError(

@@ -164,6 +164,8 @@ class Dataset(ABC):
     # What differs from the harness's protocol, for the stamp on every result; usually nothing.
     protocol: ClassVar[str] = ""
     publishable: ClassVar[bool] = False  # may pictures of it leave the machine?
+    # Endings of the files that describe a dataset of this kind, for `--dataset FILE`; usually none.
+    described_by: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = (root or self.default_root()).expanduser()
@@ -197,6 +199,18 @@ class Dataset(ABC):
     @abstractmethod
     def cases(self, domain: str) -> tuple[Case, ...]:
         """All cases of a domain, sorted by id, each in exactly one split."""
+
+    @classmethod
+    def described(cls, file: Path) -> type[Dataset]:
+        """The dataset that a file describes, for classes that name endings in `described_by`.
+
+        Args:
+            file: given as `--dataset FILE` or `--plugin FILE`.
+
+        Raises:
+            ConfigError: the description cannot be used; the message names the line.
+        """
+        raise NotImplementedError(f"'{cls.name}' names endings in described_by and reads no file")
 
     @classmethod
     def reading_of(cls, domain: str) -> Reading:

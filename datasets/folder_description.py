@@ -1,0 +1,316 @@
+"""What a YAML file says of a data set: its classes, its domains and where their files lie.
+
+The form is described in docs/adding-data.md. Everything is checked here, before a file of the data
+is opened, and a complaint names the line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from glua_bench.config import build_settings
+from glua_bench.datasets.folder_layouts import (
+    Found,
+    by_nnunet,
+    by_pattern,
+    by_table,
+    nnunet_values,
+)
+from glua_bench.documents import Table, nearest, read_document
+from glua_bench.errors import ConfigError
+from glua_bench.task import Grid, Reading, Structure
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLORS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#f0e442")
+# In RAS+ axis 0 grows towards the patient's right, axis 1 to the front, axis 2 upwards. Reversed,
+# slices show the right at the image's left, front or head at the top.
+PLANES: Mapping[str, Reading] = {
+    "axial": Reading(slice_axis=2, row_axis=1, flip=(0, 1)),
+    "coronal": Reading(slice_axis=1, row_axis=2, flip=(0, 2)),
+    "sagittal": Reading(slice_axis=0, row_axis=2, flip=(1, 2)),
+}
+SIZES = {"quick": 64, "standard": 128, "paper": 256}  # pixels a side
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What a description says of one domain.
+
+    Args:
+        find: the root → what lies there.
+        reading: how its files become arrays.
+        structures: the classes with this domain's raw label values.
+        val: ids of validation cases.
+        test: ids of test cases.
+        place: where it is described, for messages.
+    """
+
+    find: Callable[[Path], list[Found]]
+    reading: Reading
+    structures: tuple[Structure, ...]
+    val: tuple[str, ...]
+    test: tuple[str, ...]
+    place: Table
+
+
+@dataclass(frozen=True)
+class Description:
+    """A whole file.
+
+    Args:
+        name: of the dataset.
+        title: what it is, in a line.
+        reference: what to cite.
+        needs: what a user must have.
+        root: the directory of the files.
+        domains: name → what is said of it, at least two.
+        directions: "source-target"; the first is the default.
+        structures: the classes, in their order.
+        grids: preset → working grid.
+        protocol: what differs from the harness's protocol; usually nothing.
+        publishable: may pictures leave the machine?
+        same_people: an id means the same person in all domains.
+    """
+
+    name: str
+    title: str
+    reference: str
+    needs: str
+    root: Path
+    domains: Mapping[str, Domain]
+    directions: tuple[str, ...]
+    structures: tuple[Structure, ...]
+    grids: Mapping[str, Grid]
+    protocol: str
+    publishable: bool
+    same_people: bool
+
+
+def describe(file: Path) -> Description:
+    """Read and check a description.
+
+    Raises:
+        ConfigError: the file cannot be read, or says something that cannot be used.
+        DataError: the `dataset.json` of a nnU-Net folder that it names cannot be used.
+    """
+    text = read_document(file)
+    name = text.take("name", str)
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise text.error(
+            f"'{name}' cannot name a dataset; use lower-case letters, digits and _", "name"
+        )
+    plane = PLANES[text.choice("plane", tuple(PLANES), "axial")]
+    structures = _structures(text)
+    root = file.parent / Path(text.take("root", str, ".")).expanduser()
+    domains = {
+        key: _domain(key, part, structures, plane, root, file.parent)
+        for key, part in text.tables("domains")
+    }
+    if len(domains) < 2:
+        raise text.error("'domains' needs two or more, a source and a target", "domains")
+    pairs = [f"{a}-{b}" for a in domains for b in domains if a != b]
+    directions = text.texts("directions", pairs)
+    for direction in directions:
+        if direction not in pairs:
+            raise text.error(
+                f"'{direction}' is no direction; {nearest(direction, pairs)}", "directions"
+            )
+    described = Description(
+        name,
+        text.take("title", str, f"{name}, described in {file.name}"),
+        text.take("reference", str, "unpublished"),
+        text.take("needs", str, "the files that its description names"),
+        root,
+        domains,
+        tuple(directions),
+        structures,
+        _grids(text),
+        text.take("protocol", str, ""),
+        text.take("publishable", bool, False),
+        text.take("same_people", bool, False),
+    )
+    text.finish()
+    return described
+
+
+def _structures(text: Table) -> tuple[Structure, ...]:
+    """The classes; values that a domain gives replace theirs."""
+    made: list[Structure] = []
+    for index, (name, part) in enumerate(text.tables("classes")):
+        color = part.take("color", str, COLORS[index % len(COLORS)])
+        if not re.fullmatch(r"#[0-9a-fA-F]{6}", color):
+            raise part.error(f"'{color}' is no colour; write it as \"#rrggbb\", quoted", "color")
+        values = () if part.take("values", object, None) is None else _values(part, "values")
+        made.append(Structure(name, part.take("title", str, name), values, color))
+        part.finish()
+    if not made:
+        raise text.error("'classes' names no class; give at least one", "classes")
+    return tuple(made)
+
+
+def _values(table: Table, name: str) -> tuple[int, ...]:
+    """One raw label value, or several."""
+    try:
+        values: Any = [table.take(name, int)]
+    except ConfigError:
+        values = table.take(name, list)
+    if not values or not all(type(v) is int and v != 0 for v in values):
+        raise table.error(
+            f"'{name}' must be a label value or a list of them, without 0, which is background",
+            name,
+        )
+    return tuple(values)
+
+
+def _domain(
+    name: str,
+    part: Table,
+    structures: tuple[Structure, ...],
+    plane: Reading,
+    root: Path,
+    beside: Path,
+) -> Domain:
+    """What the table of one domain says."""
+    if not re.fullmatch(r"[a-z0-9_]+", name):
+        raise part.error(f"'{name}' cannot name a domain; use lower-case letters, digits and _")
+    ways = [way for way in ("images", "table", "nnunet") if way in part]
+    if len(ways) != 1:
+        raise part.error(
+            f"domain '{name}' needs one of 'images' (a pattern), 'table' (a CSV file) and 'nnunet' "
+            f"(a folder), and has {' and '.join(ways) or 'none'}"
+        )
+    find: Callable[[Path], list[Found]]
+    named: Mapping[str, tuple[int, ...]] = {}
+    if ways == ["images"]:
+        pattern, labels = part.take("images", str), part.take("labels", str, None)
+        find = partial(by_pattern, images=pattern, labels=labels, table=part)
+    elif ways == ["table"]:
+        # A table lies beside its description, wherever the files are.
+        find = partial(by_table, file=beside / Path(part.take("table", str)).expanduser())
+    else:
+        folder = Path(part.take("nnunet", str)).expanduser()
+        channel, fold = part.take("channel", int, 0), part.take("fold", int, None)
+        find = partial(_nnunet, folder=folder, channel=channel, fold=fold)
+        if "values" not in part and (root / folder / "dataset.json").is_file():
+            named = nnunet_values(root / folder)
+    own, rest = _domain_values(part, structures, named)
+    told = Domain(
+        find,
+        _reading(part, plane, rest),
+        own,
+        tuple(part.texts("val", [])),
+        tuple(part.texts("test", [])),
+        part,
+    )
+    both = sorted(set(told.val) & set(told.test))
+    if both:
+        raise part.error(f"{both[0]} is in 'val' and in 'test'; keep one", "test")
+    part.finish()
+    return told
+
+
+def _nnunet(root: Path, folder: Path, channel: int, fold: int | None) -> list[Found]:
+    return by_nnunet(root / folder, channel, fold)
+
+
+def _domain_values(
+    part: Table, structures: tuple[Structure, ...], named: Mapping[str, tuple[int, ...]]
+) -> tuple[tuple[Structure, ...], tuple[int, ...]]:
+    """The classes with the domain's label values, and the values that count as background."""
+    values = {s.name: s.values for s in structures if s.values}
+    own = part.table("values")
+    if own is not None:
+        for key in own.names():
+            if key not in {s.name for s in structures}:
+                hint = nearest(key, [s.name for s in structures])
+                raise own.error(f"'{key}' is none of the classes; {hint}", key)
+            values[key] = _values(own, key)
+    lower = {name.lower(): numbers for name, numbers in named.items()}
+    for structure in structures:
+        for key in (structure.title.lower(), structure.name.lower()):
+            if key in lower:
+                values[structure.name] = lower[key]
+    missing = [s.name for s in structures if s.name not in values]
+    if missing:
+        raise part.error(
+            f"no label value is given for {missing[0]}; add it under 'values', here or in its class"
+        )
+    ignored = [v for v in part.take("ignore", list, []) if type(v) is int]
+    if len(ignored) < len(part.take("ignore", list, [])):
+        raise part.error("'ignore' must be a list of label values", "ignore")
+    used = [v for s in structures for v in values[s.name]] + ignored
+    twice = sorted({v for v in used if used.count(v) > 1})
+    if twice:
+        raise part.error(f"the label value {twice[0]} has two meanings; give it one")
+    rest = [v for numbers in named.values() for v in numbers if v not in used]
+    return tuple(replace(s, values=values[s.name]) for s in structures), (*ignored, *rest)
+
+
+def _reading(part: Table, plane: Reading, ignored: tuple[int, ...]) -> Reading:
+    """How a domain's files become arrays."""
+    reading = replace(plane, ignored_values=tuple(ignored))
+    stored = part.table("stored")
+    if stored is not None:
+        axes = [stored.take("slices", int), stored.take("rows", int)]
+        flip = stored.take("flip", list, [])
+        if len(set(axes)) < 2 or not {*axes, *flip} <= {0, 1, 2}:
+            raise stored.error("'slices' and 'rows' are two of the axes 0, 1, 2, 'flip' some")
+        stored.finish()
+        reading = replace(
+            reading,
+            orientation="stored",
+            slice_axis=axes[0],
+            row_axis=axes[1],
+            flip=tuple(flip),
+        )
+    spacing = part.numbers("spacing", 3, None)
+    if spacing is not None and not all(0 <= length < 1000 for length in spacing):
+        raise part.error(
+            "'spacing' must be mm for each axis, 0 where the header is right", "spacing"
+        )
+    window, shares = part.numbers("window", 2, None), part.numbers("percentiles", 2, None)
+    if window is not None and shares is not None:
+        raise part.error("give 'window' or 'percentiles', not both", "percentiles")
+    if window is not None and not window[0] < window[1]:
+        raise part.error("'window' must rise, as in [-125, 275]", "window")
+    if shares is not None and not 0 <= shares[0] < shares[1] <= 100:
+        raise part.error("'percentiles' must rise from 0 to 100, as in [0.5, 99.5]", "percentiles")
+    return replace(
+        reading,
+        stated_spacing=spacing,
+        intensity_range=window,
+        percentiles=shares or reading.percentiles,
+    )
+
+
+def _grids(text: Table) -> Mapping[str, Grid]:
+    """One working grid a preset, from a field of view or as listed."""
+    across = text.take("field_of_view", float, None)
+    between = text.take("slice_spacing", float, None)
+    listed = text.table("grids")
+    if across is None and listed is None:
+        raise text.error("'field_of_view' is missing, the side of the window in mm; add it")
+    made: dict[str, dict[str, Any]] = {}
+    if across is not None:
+        made = {
+            preset: {"size": size, "spacing": across / size, "slice_spacing": between}
+            for preset, size in SIZES.items()
+        }
+    if listed is not None:
+        for preset, part in text.tables("grids"):
+            made[preset] = {
+                "size": part.take("size", int),
+                "spacing": part.take("spacing", float),
+                "slice_spacing": part.take("slice_spacing", float, between),
+            }
+            part.finish()
+    try:
+        return {preset: build_settings(Grid, v, f"grids.{preset}") for preset, v in made.items()}
+    except ConfigError as error:
+        place = "grids" if listed is not None else "field_of_view"
+        raise text.error(str(error).rstrip("."), place) from error

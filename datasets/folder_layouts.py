@@ -1,0 +1,287 @@
+"""How the files of a described domain are found: by patterns, from a table, or in nnU-Net's layout.
+
+Each gives the same thing, a `Found` for every case; `folder.py` makes cases of them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from glua_bench.documents import Table
+from glua_bench.errors import DataError
+from glua_bench.task import SPLITS
+
+COLUMNS = ("id", "image", "label", "subject", "split")
+
+
+@dataclass(frozen=True)
+class Found:
+    """One case as the files tell it.
+
+    Args:
+        id: within the domain.
+        image: file of the image volume.
+        label: file of the label volume; None where there is none.
+        subject: who was imaged; "" where the files do not say.
+        split: "train", "val" or "test"; "" where the files do not say.
+    """
+
+    id: str
+    image: Path
+    label: Path | None
+    subject: str = ""
+    split: str = ""
+
+
+def by_pattern(root: Path, images: str, labels: str | None, table: Table) -> list[Found]:
+    """Cases by glob patterns; what the first `*` of a pattern stands for is the case's id.
+
+    Args:
+        root: the patterns are relative to it.
+        images: e.g. "ct/*_image.nii.gz".
+        labels: e.g. "ct/*_label.nii.gz"; None where the domain has none.
+        table: where the patterns were given, for messages.
+
+    Raises:
+        DataError: nothing matches, two files have one id, or no label fits an image.
+        ConfigError: a pattern has no `*`.
+    """
+    if labels == images:
+        raise table.error(
+            "'labels' is the pattern of the images; give the labels their own", "labels"
+        )
+    drawn = {} if labels is None else _matches(root, labels, "labels", table)
+    taken = set(drawn.values())  # a wide pattern, such as *.nii.gz, matches the labels as well
+    pictures = _matches(root, images, "images", table, taken)
+    if not pictures:
+        raise DataError(
+            f"{root} holds no file like {images} ({table.file}): correct the pattern, or name the "
+            "directory with --data-root."
+        )
+    strays = sorted(set(drawn) - set(pictures))
+    if strays:
+        raise DataError(
+            f"{drawn[strays[0]]} is the label of no image like {images} ({table.file}): correct "
+            "the patterns, or remove the file."
+        )
+    if labels is not None and not drawn:
+        raise DataError(
+            f"{root} holds no file like {labels} ({table.file}): correct the pattern of the labels."
+        )
+    return [Found(case, pictures[case], drawn.get(case)) for case in sorted(pictures)]
+
+
+def _matches(
+    root: Path, pattern: str, name: str, table: Table, without: Collection[Path] = ()
+) -> dict[str, Path]:
+    """Id → file."""
+    if "*" not in pattern.replace("**", ""):
+        raise table.error(f"'{name}' needs a * where the case's id stands, as in ct/*.nii.gz", name)
+    if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+        raise table.error(f"'{name}' must be relative to the root, without ..", name)
+    parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern)
+    regex, first = "", True
+    for part in parts:
+        if part in ("**/", "**"):
+            regex += "(?:.*/)?" if part == "**/" else ".*"
+        elif part == "*":
+            regex += "([^/]*)" if first else "[^/]*"
+            first = False
+        else:
+            regex += "[^/]" if part == "?" else re.escape(part)
+    made: dict[str, Path] = {}
+    for path in sorted(root.glob(pattern)):
+        found = re.fullmatch(regex, path.relative_to(root).as_posix())
+        if found is None or not path.is_file() or path in without:
+            continue
+        case = found.group(1)
+        if case in made:
+            raise DataError(
+                f"{made[case]} and {path} are both '{case}' by the pattern {pattern} "
+                f"({table.file}): let the first * stand where ids differ, or list the files in a "
+                "table."
+            )
+        made[case] = path
+    return made
+
+
+def by_table(root: Path, file: Path) -> list[Found]:
+    """Cases by a CSV file with the columns image and label, and id, subject and split if given.
+
+    Args:
+        root: paths in the table are relative to it.
+        file: the CSV.
+
+    Raises:
+        DataError: the table or one of its files cannot be read.
+    """
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream)
+            names = [name.strip() for name in reader.fieldnames or ()]
+            reader.fieldnames = names
+            rows = [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{file} cannot be read as CSV ({reason}): check the table.") from error
+    strange = [name for name in names if name not in COLUMNS]
+    if "image" not in names or strange:
+        raise DataError(
+            f"{file} has the columns {', '.join(names) or 'none'}: give image and label, and if "
+            f"you like {', '.join(c for c in COLUMNS if c not in ('image', 'label'))}."
+        )
+    made: dict[str, Found] = {}
+    for line, row in rows:
+        values = {name: (row.get(name) or "").strip() for name in names}
+        if not values["image"]:
+            raise DataError(f"{file}, line {line}, names no image: fill the column.")
+        split = values.get("split", "")
+        if split and split not in SPLITS:
+            raise DataError(
+                f"{file}, line {line}, has the split '{split}': use {', '.join(SPLITS)}."
+            )
+        image = root / values["image"]
+        label = root / values["label"] if values.get("label") else None
+        case = values.get("id") or image.name.split(".")[0]
+        for path in (image, label):
+            if path is not None and not path.is_file():
+                raise DataError(f"{path} of {file}, line {line}, is not there: correct the path.")
+        if case in made:
+            raise DataError(f"{file}, line {line}, names '{case}' again: give each case one line.")
+        made[case] = Found(case, image, label, values.get("subject", ""), split)
+    if not made:
+        raise DataError(f"{file} has no row: list the cases in it.")
+    return [made[case] for case in sorted(made)]
+
+
+def by_nnunet(folder: Path, channel: int = 0, fold: int | None = None) -> list[Found]:
+    """Cases as nnU-Net keeps raw data: `dataset.json`, `imagesTr`, `labelsTr`, `imagesTs`.
+
+    Images of `imagesTs` are the test cases where `labelsTs` holds their labels, and are left out
+    otherwise. `splits_final.json`, where it is in the folder, and a fold give the validation cases.
+
+    Args:
+        folder: Dataset###_NAME.
+        channel: which image of a case, its four digits at the end of the name.
+        fold: position in `splits_final.json`; None leaves all training cases in training.
+
+    Raises:
+        DataError: a file is missing or has another form.
+    """
+    facts = read_nnunet(folder)
+    ending = str(facts.get("file_ending", ".nii.gz"))
+    suffix = f"_{channel:04d}{ending}"
+    made: dict[str, Found] = {}
+    listed = facts.get("dataset")
+    if isinstance(listed, Mapping):  # nnU-Net v2 may list the files instead
+        for case, entry in listed.items():
+            try:
+                image, label = folder / entry["images"][channel], folder / entry["label"]
+            except (KeyError, IndexError, TypeError) as error:
+                raise DataError(
+                    f"{folder / 'dataset.json'} lists no channel {channel} or no label for "
+                    f"'{case}': correct the entry."
+                ) from error
+            made[case] = Found(case, image, label, split="train")
+    else:
+        for path in sorted((folder / "imagesTr").glob(f"*{suffix}")):
+            case = path.name.removesuffix(suffix)
+            label = folder / "labelsTr" / f"{case}{ending}"
+            made[case] = Found(case, path, label if label.is_file() else None, split="train")
+        for path in sorted((folder / "imagesTs").glob(f"*{suffix}")):
+            case = path.name.removesuffix(suffix)
+            label = folder / "labelsTs" / f"{case}{ending}"
+            if label.is_file():
+                made[case] = Found(case, path, label, split="test")
+    if not made:
+        raise DataError(
+            f"{folder / 'imagesTr'} holds no file like CASE{suffix}: check the folder, the channel "
+            "and the file_ending of dataset.json."
+        )
+    for entry in made.values():
+        for file in (entry.image, entry.label):
+            if file is not None and not file.is_file():
+                raise DataError(
+                    f"{file} is not there, though {folder / 'dataset.json'} names it: restore it."
+                )
+    if fold is not None:
+        for case in _validation(folder / "splits_final.json", fold):
+            if case not in made:
+                raise DataError(
+                    f"{folder / 'splits_final.json'} names '{case}', which {folder} does not hold: "
+                    "restore the file or choose another fold."
+                )
+            own = made[case]
+            made[case] = Found(case, own.image, own.label, split="val")
+    return [made[case] for case in sorted(made)]
+
+
+def read_nnunet(folder: Path) -> dict:
+    """The `dataset.json` of a folder of nnU-Net.
+
+    Raises:
+        DataError: it is missing or no JSON object.
+    """
+    file = folder / "dataset.json"
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no JSON"
+        raise DataError(
+            f"{file} cannot be read ({reason}): name a folder Dataset###_NAME of nnU-Net."
+        ) from error
+    if not isinstance(facts, dict):
+        raise DataError(f"{file} is no table of names and values: restore it.")
+    return facts
+
+
+def nnunet_values(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name of each label of a nnU-Net folder → its raw values, without background and ignore.
+
+    Raises:
+        DataError: `dataset.json` has no labels, or regions of several values that overlap.
+    """
+    labels = read_nnunet(folder).get("labels")
+    if not isinstance(labels, Mapping):
+        raise DataError(f"{folder / 'dataset.json'} has no table 'labels': complete it.")
+    made: dict[str, tuple[int, ...]] = {}
+    for name, value in labels.items():
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(v, int) or str(v).isdigit() for v in values):
+            # nnU-Net v1 has value → name.
+            if str(name).isdigit() and isinstance(value, str):
+                name, values = value, [int(name)]
+            else:
+                raise DataError(
+                    f"{folder / 'dataset.json'} has the label '{name}' of {value}: give integers."
+                )
+        numbers = tuple(int(v) for v in values)
+        if str(name).lower() not in ("background", "ignore") and numbers != (0,):
+            made[str(name)] = numbers
+    flat = [value for values in made.values() for value in values]
+    if len(set(flat)) < len(flat):
+        raise DataError(
+            f"{folder / 'dataset.json'} defines regions that overlap, which this harness does not "
+            "score: give each class its own values in the description."
+        )
+    return made
+
+
+def _validation(file: Path, fold: int) -> list[str]:
+    """Ids of one fold's validation cases."""
+    try:
+        folds = json.loads(file.read_text(encoding="utf-8"))
+        return [str(case) for case in folds[fold]["val"]]
+    except OSError as error:
+        raise DataError(
+            f"{file} cannot be read ({error.strerror}): copy it there, or leave 'fold' out."
+        ) from error
+    except (ValueError, IndexError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{file} has no fold {fold} with a list 'val': choose a fold from 0, or leave it out."
+        ) from error

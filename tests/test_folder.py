@@ -1,0 +1,146 @@
+"""folder.py: what a description says is what is trained and scored on."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from glua_bench.cache import SliceCache
+from glua_bench.conformance import TinyDataset, run_dataset_checks
+from glua_bench.datasets.folder import Folder
+from glua_bench.errors import ConfigError, DataError, PluginError
+from glua_bench.registry import Registry
+from glua_bench.task import Dataset, Grid
+
+TEXT = """\
+name: tiny
+title: A disc in a ring
+root: data
+field_of_view: 40
+classes:
+  DISC: {title: disc, values: 10}
+  RING: {title: ring, values: [20, 21]}
+domains:
+  plain:
+    images: images/plain_*.nii.gz
+    labels: truth/truth_of_plain_*.nii.gz
+    ignore: [30]
+    val: [2]
+    test: [3]
+  inverted:
+    images: images/inverted_*.nii.gz
+    labels: truth/truth_of_inverted_*.nii.gz
+    ignore: [30]
+    val: [2]
+    test: [3]
+"""
+
+
+@pytest.fixture
+def described(tmp_path: Path) -> Path:
+    """A description beside the files of the conformance kit."""
+    TinyDataset(tmp_path / "data").prepare()
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TEXT)
+    return file
+
+
+def load(file: Path) -> Dataset:
+    return Registry("dataset", [file]).load("tiny")()
+
+
+def test_a_description_reads_as_the_class_does(described: Path) -> None:
+    own, written = load(described), TinyDataset(described.parent / "data")
+    assert own.directions == written.directions and own.root == written.root
+    assert [(s.name, s.title, s.values) for s in own.structures] == [
+        (s.name, s.title, s.values) for s in written.structures
+    ]
+    grid, cache = Grid(40, 1.0), SliceCache()
+    for domain in written.domains():
+        cases = own.cases(domain)
+        assert [c.id for c in cases] == [c.id for c in written.cases(domain)]
+        assert [c.split for c in cases] == ["train", "train", "val", "test"]
+        assert len({c.subject for c in cases}) == 4
+        for case, other in zip(cases, written.cases(domain), strict=True):
+            assert (case.image, case.label) == (other.image, other.label)
+            label = cache.label(case, own.reading_of(domain), grid, own.structures_of(domain))
+            expected = cache.label(other, written.reading, grid, written.structures)
+            # Upright: both axes in the plane are reversed.
+            np.testing.assert_array_equal(label.open()[:, ::-1, ::-1], expected.open())
+
+
+def test_it_passes_every_check_of_a_dataset(described: Path) -> None:
+    results = run_dataset_checks("tiny", plugins=[described])
+    assert results and not [(r.check, r.message) for r in results if not r.passed]
+
+
+def test_another_process_reads_the_description_again(described: Path) -> None:
+    again = pickle.loads(pickle.dumps(load(described)))
+    assert again.name == "tiny" and again.cases("plain") == load(described).cases("plain")
+
+
+def test_another_root_is_named_on_the_command_line(described: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").rename(tmp_path / "moved")
+    with pytest.raises(DataError, match="data is no directory: correct 'root' in .*tiny.yaml, or"):
+        load(described).cases("plain")
+    moved = Registry("dataset", [described]).load("tiny")(tmp_path / "moved")
+    assert len(moved.cases("plain")) == 4
+
+
+def test_domains_have_values_and_windows_of_their_own(described: Path) -> None:
+    text = TEXT.replace(
+        "    images: images/inverted", "    values: {DISC: 30}\n    images: images/inverted"
+    ).replace("    ignore: [30]\n    val: [2]\n    test: [3]\n  inv", "    val: [2]\n  inv")
+    described.write_text(
+        text.replace("ignore: [30]\n    val", "ignore: [10]\n    window: [0.1, 0.8]\n    val")
+    )
+    own = load(described)
+    assert own.structures_of("inverted")[0].values == (30,)
+    assert own.structures_of("plain")[0].values == (10,)
+    assert own.reading_of("inverted").intensity_range == (0.1, 0.8)
+    assert own.reading_of("plain").intensity_range is None
+
+
+def test_volumes_without_labels_serve_as_target(described: Path) -> None:
+    for number in (0, 1):
+        (described.parent / f"data/truth/truth_of_inverted_{number}.nii.gz").unlink()
+    own, lines = load(described), []
+    own.prepare(lines.append)
+    assert lines == ["inverted: 2 of 4 volumes have no label and serve as target images only"]
+    assert [case.label is None for case in own.cases("inverted")] == [True, True, False, False]
+    (described.parent / "data/truth/truth_of_inverted_3.nii.gz").unlink()
+    with pytest.raises(DataError, match="inverted_3.nii.gz has no label but is a test case"):
+        own.cases("inverted")
+
+
+def test_one_person_in_both_domains_is_one_subject(described: Path) -> None:
+    described.write_text("same_people: true\n" + TEXT)
+    own = load(described)
+    assert [c.subject for c in own.cases("plain")] == [c.subject for c in own.cases("inverted")]
+
+
+def test_an_id_that_no_file_has_is_told(described: Path) -> None:
+    described.write_text(TEXT.replace("test: [3]", "test: [13]"))
+    with pytest.raises(ConfigError, match="line 14: 'test' names 13, which is not among the files"):
+        load(described).cases("plain")
+
+
+def test_without_a_description_it_says_how_to_get_one() -> None:
+    with pytest.raises(DataError, match="--dataset FILE.yaml, which `glua-bench new-dataset"):
+        Folder()
+
+
+def test_the_registry_knows_a_description_by_its_name(described: Path) -> None:
+    registry = Registry("dataset", [described])
+    assert registry.name_of(described) == "tiny"
+    entry = registry.entry("tiny")
+    assert entry.summary == "A disc in a ring" and entry.attributes["reference"] == "your own"
+    assert not [e for e in Registry("method", [described]).entries() if e.file is not None]
+    with pytest.raises(PluginError, match="No dataset is described by files like other.yaml"):
+        registry.name_of(Path("other.yaml"))
+    described.write_text(TEXT.replace("name: tiny", "name: phantom"))
+    with pytest.raises(PluginError, match="Two datasets are called 'phantom'"):
+        Registry("dataset", [described])

@@ -1,0 +1,136 @@
+"""folder_description.py: what a description may say, and one sentence for what it may not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from glua_bench.datasets.folder_description import describe
+from glua_bench.errors import ConfigError, UserError
+from glua_bench.task import Grid, Reading
+
+TEXT = """\
+name: own
+plane: axial
+field_of_view: 320
+slice_spacing: 3
+classes:
+  LIV: {title: liver, values: 1}
+  SPL: {title: spleen, values: [4, 5], color: "#112233"}
+domains:
+  ct:
+    images: ct/*_image.nii.gz
+    labels: ct/*_label.nii.gz
+    window: [-125, 275]
+  mr:
+    table: mr.csv
+    percentiles: [1, 99]
+    values: {LIV: 63}
+    ignore: [7]
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "own.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_everything_that_may_be_said_is_taken(tmp_path: Path) -> None:
+    told = describe(write(tmp_path, TEXT))
+    assert told.name == "own" and told.directions == ("ct-mr", "mr-ct") and told.root == tmp_path
+    assert told.grids["quick"] == Grid(64, 5.0, 3.0) and told.grids["paper"] == Grid(256, 1.25, 3.0)
+    ct, mr = told.domains["ct"], told.domains["mr"]
+    assert [s.values for s in ct.structures] == [(1,), (4, 5)]
+    assert [s.values for s in mr.structures] == [(63,), (4, 5)]
+    assert [(s.name, s.title, s.color) for s in told.structures] == [
+        ("LIV", "liver", "#e69f00"),
+        ("SPL", "spleen", "#112233"),
+    ]
+    assert ct.reading == Reading(flip=(0, 1), intensity_range=(-125.0, 275.0))
+    assert mr.reading == Reading(flip=(0, 1), percentiles=(1.0, 99.0), ignored_values=(7,))
+
+
+def test_planes_grids_and_stored_arrays(tmp_path: Path) -> None:
+    text = TEXT.replace("plane: axial", "plane: coronal").replace(
+        "field_of_view: 320", "grids:\n  quick: {size: 96, spacing: 2}"
+    )
+    text = text.replace(
+        "    window",
+        "    stored: {slices: 0, rows: 2, flip: [1]}\n    spacing: [0, 1, 1]\n    window",
+    )
+    told = describe(write(tmp_path, text))
+    assert told.grids == {"quick": Grid(96, 2.0, 3.0)}
+    assert told.domains["mr"].reading.slice_axis == 1
+    ct = told.domains["ct"].reading
+    assert (ct.orientation, ct.slice_axis, ct.row_axis, ct.flip) == ("stored", 0, 2, (1,))
+    assert ct.stated_spacing == (0.0, 1.0, 1.0)
+
+
+def test_labels_of_nnunet_are_taken_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "Dataset001_MR"
+    folder.mkdir()
+    labels = {"background": 0, "Liver": 3, "spleen": 1, "pancreas": 9}
+    (folder / "dataset.json").write_text(json.dumps({"labels": labels, "file_ending": ".nii.gz"}))
+    text = TEXT[: TEXT.index("    table:")] + "    nnunet: Dataset001_MR\n    fold: 0\n"
+    mr = describe(write(tmp_path, text)).domains["mr"]
+    assert [s.values for s in mr.structures] == [(3,), (1,)]
+    assert mr.reading.ignored_values == (9,)  # a label that the folder names and nobody asks for
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("name: own", "name: Own data", "line 1: 'Own data' cannot name a dataset; use lower"),
+        ("plane: axial", "plane: axal", "line 2: 'plane' cannot be 'axal'; did you mean 'axial'?"),
+        ("plane: axial", "plain: axial", "line 2: unknown 'plain'; did you mean 'plane'?"),
+        ("field_of_view: 320", "", "'field_of_view' is missing, the side of the window in mm"),
+        ("field_of_view: 320", "field_of_view: -1", "line 3: grids.quick.spacing = -0.015625 is"),
+        ("values: 1}", "value: 1}", "line 6: unknown 'value' in 'LIV' in 'classes'; did you mean"),
+        ("values: 1}", "values: 0}", "'values' must be a label value or a list of them, without 0"),
+        ("values: 1}", "values: one}", "'values' must be a list, not 'one'"),
+        ("values: 1}", "values: 4}", "the label value 4 has two meanings; give it one"),
+        ("  LIV: {title: liver, values: 1}", "  LIV:", "'LIV' in 'classes' must be a table of"),
+        ('"#112233"', '"red"', "'red' is no colour; write it as \"#rrggbb\", quoted."),
+        ('"#112233"', "#112233", "expected ',' or '}'"),
+        ("window: [-125, 275]", "window: [275, -125]", "'window' must rise, as in [-125, 275]."),
+        ("window: [-125, 275]", "window: [-125]", "'window' must be a list of 2 numbers"),
+        ("[1, 99]", "[1, 199]", "'percentiles' must rise from 0 to 100"),
+        ("[1, 99]", "[1, 99]\n    window: [0, 1]", "give 'window' or 'percentiles', not both."),
+        (
+            "table: mr.csv",
+            "",
+            "domain 'mr' needs one of 'images' (a pattern), 'table' (a CSV file)",
+        ),
+        ("table: mr.csv", "table: mr.csv\n    images: '*.nii'", "and has images and table."),
+        ("LIV: 63", "LVI: 63", "line 16: 'LVI' is none of the classes; did you mean 'LIV'?"),
+        ("LIV: 63", "LIV: 7", "the label value 7 has two meanings; give it one."),
+        ("ignore: [7]", "ignore: [x]", "'ignore' must be a list of label values."),
+        ("  mr:", "  m-r:", "'m-r' cannot name a domain; use lower-case letters, digits and _."),
+        ("  mr:", "  ct:", "line 13: 'ct' is given twice; keep one."),
+        ("name: own", "name: own\ndirections: [mr-pet]", "'mr-pet' is no direction; did you mean"),
+        ("ignore: [7]", "val: [1]\n    test: [2, 1]", "1 is in 'val' and in 'test'; keep one."),
+        ("ignore: [7]", "spacing: [1, 1, -1]", "'spacing' must be mm for each axis, 0 where the"),
+        ("ignore: [7]", "stored: {slices: 1, rows: 1}", "'slices' and 'rows' are two of the axes"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path: Path, old: str, new: str, said: str) -> None:
+    assert TEXT.count(old) == 1
+    with pytest.raises(UserError) as error:
+        describe(write(tmp_path, TEXT.replace(old, new)))
+    message = str(error.value)
+    assert said in message and "own.yaml, line " in message, message
+    assert message.endswith(".") and "\n" not in message
+
+
+def test_a_domain_alone_is_no_task(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="line 8: 'domains' needs two or more, a source and a ta"):
+        describe(write(tmp_path, TEXT[: TEXT.index("  mr:")]))
+
+
+def test_a_class_without_a_value_is_told_with_its_domain(tmp_path: Path) -> None:
+    text = TEXT.replace("title: liver, values: 1", "title: liver")
+    with pytest.raises(ConfigError, match="no label value is given for LIV; add it under 'values'"):
+        describe(write(tmp_path, text))

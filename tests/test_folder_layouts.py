@@ -1,0 +1,190 @@
+"""folder_layouts.py: cases are found by patterns, from a table, and in nnU-Net's layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from glua_bench.datasets.folder_layouts import by_nnunet, by_pattern, by_table, nnunet_values
+from glua_bench.documents import Table, read_document
+from glua_bench.errors import ConfigError, DataError
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    return root
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Table:
+    file = tmp_path / "own.yaml"
+    file.write_text("images: x\nlabels: y\n")
+    return read_document(file)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "files"),
+    [
+        ("ct/*_image.nii.gz", "ct/*_label.nii.gz", ("ct/{}_image.nii.gz", "ct/{}_label.nii.gz")),
+        ("ct/*.nii.gz", "ct/*_label.nii.gz", ("ct/{}.nii.gz", "ct/{}_label.nii.gz")),
+        ("img/*.mha", "seg/*.nrrd", ("img/{}.mha", "seg/{}.nrrd")),
+        ("*/mr.nii", "*/mr_seg.nii", ("{}/mr.nii", "{}/mr_seg.nii")),
+        ("*/scan_*.nii", "*/truth_*.nii", ("{}/scan_7.nii", "{}/truth_9.nii")),
+        ("**/*_img.nii", "**/*_gt.nii", ("a/b/{}_img.nii", "c/{}_gt.nii")),
+        ("x(1)/img?_*.nii", "x(1)/lab_*.nii", ("x(1)/img7_{}.nii", "x(1)/lab_{}.nii")),
+    ],
+)
+def test_the_first_star_is_the_id(
+    tmp_path: Path, table: Table, images: str, labels: str, files: tuple[str, str]
+) -> None:
+    root = touch(tmp_path / "d", *(name.format(case) for name in files for case in ("p1", "p2")))
+    found = by_pattern(root, images, labels, table)
+    assert [(f.id, f.image, f.label) for f in found] == [
+        (case, root / files[0].format(case), root / files[1].format(case)) for case in ("p1", "p2")
+    ]
+    assert [f.label for f in by_pattern(root, images, None, table)][-1] is None
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "said"),
+    [
+        ("*.nii", "*.nii", "'labels' is the pattern of the images; give the labels their own."),
+        ("a.nii", None, "line 1: 'images' needs a \\* where the case's id stands"),
+        ("/x/*.nii", None, "'images' must be relative to the root, without .."),
+        ("../*.nii", None, "'images' must be relative to the root, without .."),
+        ("*.mha", None, "holds no file like \\*.mha .*: correct the pattern"),
+        (
+            "*_i.nii",
+            "*_x.nii",
+            "holds no file like \\*_x.nii .*: correct the pattern of the labels.",
+        ),
+        ("*_i.nii", "*_l.nii", "c_l.nii is the label of no image like \\*_i.nii"),
+        ("*_?.nii", None, "a_i.nii and .*a_l.nii are both 'a' by the pattern"),
+    ],
+)
+def test_patterns_that_do_not_fit_are_told(
+    tmp_path: Path, table: Table, images: str, labels: str | None, said: str
+) -> None:
+    root = touch(tmp_path / "d", "a_i.nii", "a_l.nii", "b_i.nii", "c_l.nii")
+    with pytest.raises((ConfigError, DataError), match=said):
+        by_pattern(root, images, labels, table)
+
+
+def test_a_table_names_files_subjects_and_splits(tmp_path: Path) -> None:
+    root = touch(tmp_path, "s/a.nii", "s/b.nii", "s/la.nii")
+    file = tmp_path / "ct.csv"
+    file.write_text(
+        "\ufeffid, image,label,subject,split\n001,s/a.nii,s/la.nii,anna,test\n,s/b.nii,,,\n",
+        encoding="utf-8",
+    )
+    first, second = by_table(root, file)
+    assert (first.id, first.image, first.label) == ("001", root / "s/a.nii", root / "s/la.nii")
+    assert (first.subject, first.split) == ("anna", "test")
+    assert (second.id, second.label, second.subject, second.split) == ("b", None, "", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("id,file\n", "has the columns id, file: give image and label"),
+        ("", "has the columns none: give image"),
+        ("image,label\n", "has no row: list the cases in it"),
+        ("image,label\n,a.nii\n", "line 2, names no image: fill the column"),
+        ("image,label\nno.nii,\n", "no.nii of .*ct.csv, line 2, is not there: correct the path"),
+        ("image,split\na.nii,training\n", "line 2, has the split 'training': use train, val, test"),
+        ("image\na.nii\na.nii\n", "line 3, names 'a' again: give each case one line"),
+    ],
+)
+def test_tables_that_cannot_be_used_are_told(tmp_path: Path, text: str, said: str) -> None:
+    touch(tmp_path, "a.nii")
+    (tmp_path / "ct.csv").write_text(text)
+    with pytest.raises(DataError, match=said):
+        by_table(tmp_path, tmp_path / "ct.csv")
+    with pytest.raises(DataError, match="none.csv cannot be read as CSV"):
+        by_table(tmp_path, tmp_path / "none.csv")
+
+
+def nnunet(root: Path, **facts: object) -> Path:
+    folder = touch(
+        root / "Dataset007_Organs",
+        *(f"imagesTr/c_{n}_000{m}.nii.gz" for n in (1, 2, 3) for m in (0, 1)),
+        *(f"labelsTr/c_{n}.nii.gz" for n in (1, 2)),
+        *(f"imagesTs/c_{n}_0000.nii.gz" for n in (4, 5)),
+        "labelsTs/c_4.nii.gz",
+    )
+    told = {"file_ending": ".nii.gz", "labels": {"background": 0, "liver": 1}, **facts}
+    (folder / "dataset.json").write_text(json.dumps(told))
+    return folder
+
+
+def test_nnunet_s_folders_are_read_as_they_are(tmp_path: Path) -> None:
+    folder = nnunet(tmp_path)
+    found = by_nnunet(folder)
+    assert [(f.id, f.split, f.label is not None) for f in found] == [
+        ("c_1", "train", True),
+        ("c_2", "train", True),
+        ("c_3", "train", False),
+        ("c_4", "test", True),
+    ]
+    assert found[0].image == folder / "imagesTr/c_1_0000.nii.gz"
+    assert by_nnunet(folder, channel=1)[0].image == folder / "imagesTr/c_1_0001.nii.gz"
+    (folder / "splits_final.json").write_text(
+        json.dumps([{"train": ["c_1"], "val": ["c_2"]}, {"train": ["c_2"], "val": ["c_1"]}])
+    )
+    assert [f.split for f in by_nnunet(folder, fold=1)] == ["val", "train", "train", "test"]
+
+
+def test_files_that_dataset_json_lists_are_taken(tmp_path: Path) -> None:
+    entry = {"images": ["imagesTr/c_1_0001.nii.gz"], "label": "labelsTr/c_2.nii.gz"}
+    folder = nnunet(tmp_path, dataset={"one": entry})
+    (found,) = by_nnunet(folder)
+    assert found.id == "one" and found.label == folder / "labelsTr/c_2.nii.gz"
+    folder = nnunet(tmp_path, dataset={"one": {**entry, "label": "labelsTr/none.nii.gz"}})
+    with pytest.raises(DataError, match="none.nii.gz is not there, though .*dataset.json names it"):
+        by_nnunet(folder)
+    with pytest.raises(DataError, match="lists no channel 3 or no label for 'one'"):
+        by_nnunet(folder, channel=3)
+
+
+def test_nnunet_s_faults_are_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="dataset.json cannot be read .*: name a folder Dataset###"):
+        by_nnunet(tmp_path)
+    folder = nnunet(tmp_path)
+    with pytest.raises(DataError, match="holds no file like CASE_0002.nii.gz: check the folder"):
+        by_nnunet(folder, channel=2)
+    with pytest.raises(DataError, match="splits_final.json cannot be read .* leave 'fold' out"):
+        by_nnunet(folder, fold=0)
+    (folder / "splits_final.json").write_text(json.dumps([{"val": ["x"]}]))
+    with pytest.raises(DataError, match="names 'x', which .* does not hold"):
+        by_nnunet(folder, fold=0)
+    with pytest.raises(DataError, match="has no fold 4 with a list 'val'"):
+        by_nnunet(folder, fold=4)
+    (folder / "dataset.json").write_text("[]")
+    with pytest.raises(DataError, match="is no table of names and values"):
+        by_nnunet(folder)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (
+            {"background": 0, "liver": 1, "kidneys": [2, 3], "ignore": 4},
+            {"liver": (1,), "kidneys": (2, 3)},
+        ),
+        ({"0": "background", "1": "liver"}, {"liver": (1,)}),
+        ({"whole": [1, 2], "core": [2]}, "regions that overlap"),
+        ({"liver": "one"}, "has the label 'liver' of one: give integers"),
+        (None, "has no table 'labels'"),
+    ],
+)
+def test_nnunet_s_labels(tmp_path: Path, labels: object, expected: object) -> None:
+    folder = nnunet(tmp_path, labels=labels)
+    if isinstance(expected, str):
+        with pytest.raises(DataError, match=expected):
+            nnunet_values(folder)
+    else:
+        assert nnunet_values(folder) == expected
