@@ -27,6 +27,7 @@ from threading import Lock
 import numpy as np
 
 from glua_bench.errors import DataError, RunFailure
+from glua_bench.formats import files_of
 from glua_bench.task import Case, Grid, Reading, Structure, UnlabelledCase
 from glua_bench.volumes import Placement, load_image, load_label
 
@@ -326,16 +327,48 @@ def cache_root() -> Path:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, as hex.
+    """SHA-256 of a volume's content, as hex.
 
-    Digests are remembered in the cache by path, size, times and inode, one small file each, so
+    Where a header keeps its voxels in other files, it is the digest of all their digests. Those of
+    single files are remembered in the cache by path, size, times and inode, one small file each, so
     that a run over gigabytes does not read them again. A file that changed within the last two
     seconds is not remembered: it could change again under the same time stamp.
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: a file cannot be read.
     """
-    path = Path(path).resolve()
+    digests = [_one_digest(file) for file in files_of(Path(path))]
+    return (
+        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    )
+
+
+def fingerprint(cases: Iterable[Case | UnlabelledCase]) -> str:
+    """What a set of cases consists of: ids and file contents, in any order.
+
+    A `Case` counts with image and label where it has one, an `UnlabelledCase` with its image alone.
+
+    Returns:
+        SHA-256 as hex.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    lines = []
+    for case in cases:
+        digests = [file_digest(case.image)]
+        if isinstance(case, Case) and case.label is not None:
+            digests.append(file_digest(case.label))
+        lines.append([case.id, *digests])
+    return _key(*sorted(lines))
+
+
+# -- entries --------------------------------------------------------------------------------------
+
+
+def _one_digest(path: Path) -> str:
+    """SHA-256 of one file, from memory where it has not changed."""
+    path = path.resolve()
     try:
         status = path.stat()
     except OSError as error:
@@ -362,29 +395,6 @@ def file_digest(path: Path) -> str:
             unfinished.write_text(digest)
             os.replace(unfinished, memory)
     return digest
-
-
-def fingerprint(cases: Iterable[Case | UnlabelledCase]) -> str:
-    """What a set of cases consists of: ids and file contents, in any order.
-
-    A `Case` counts with image and label where it has one, an `UnlabelledCase` with its image alone.
-
-    Returns:
-        SHA-256 as hex.
-
-    Raises:
-        DataError: a file cannot be read.
-    """
-    lines = []
-    for case in cases:
-        digests = [file_digest(case.image)]
-        if isinstance(case, Case) and case.label is not None:
-            digests.append(file_digest(case.label))
-        lines.append([case.id, *digests])
-    return _key(*sorted(lines))
-
-
-# -- entries --------------------------------------------------------------------------------------
 
 
 def _key(*parts: object) -> str:

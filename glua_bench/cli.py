@@ -640,7 +640,9 @@ SelectorName = Annotated[str, typer.Option("--selector", help="Whose checkpoint 
 
 @app.command()
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="NIfTI images of either domain.")],
+    images: Annotated[
+        list[Path], typer.Argument(help="NIfTI, NRRD or MetaImage, of either domain.")
+    ],
     run: RunName = None,
     model: Annotated[
         Path | None, typer.Option("--model", help="A directory that `export` wrote.")

@@ -20,6 +20,7 @@ from glua_bench.cache import IMAGE_TYPE
 from glua_bench.config import RunConfig
 from glua_bench.errors import ConfigError, PluginError, RunFailure, UserError
 from glua_bench.evaluation import predict_volumes
+from glua_bench.formats import SUFFIXES
 from glua_bench.method import Method
 from glua_bench.registry import Registry
 from glua_bench.task import Dataset, Reading, Structure
@@ -239,7 +240,7 @@ def predict(
 
     Args:
         model: what segments.
-        files: NIfTI images of the source or target modality.
+        files: images of the source or target modality, in any of `formats.SUFFIXES`.
         out: directory of `<name>_seg.nii.gz`.
         probabilities: also write `<name>_prob.nii.gz`, float32 with the classes as fourth axis.
         report: receives how many volumes are done.
@@ -292,8 +293,9 @@ def predict(
 
 
 def name_of(file: Path) -> str:
-    """A file's name without .nii or .nii.gz."""
-    return file.name.removesuffix(".gz").removesuffix(".nii")
+    """A file's name without the suffix of its format, e.g. .nii.gz."""
+    suffix = next((s for s in SUFFIXES if file.name.lower().endswith(s)), "")
+    return file.name[: len(file.name) - len(suffix)]
 
 
 def volumes_table(predicted: Iterable[Predicted]) -> pd.DataFrame:

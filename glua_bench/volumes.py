@@ -1,4 +1,4 @@
-"""NIfTI in and out: orientation, resampling, cropping, intensity, and the way back.
+"""Volumes in and out: orientation, resampling, cropping, intensity, and the way back.
 
 Three frames appear here, and a `Placement` ties them together:
 
@@ -18,7 +18,6 @@ import contextlib
 import json
 import os
 import uuid
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,11 +25,10 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 from scipy import ndimage, sparse
 
 from glua_bench.errors import DataError, RunFailure
+from glua_bench.formats import VolumeFile, open_volume
 from glua_bench.task import Grid, Reading, Structure
 
 # A working pixel within 0.1 % of the file's pixel is taken as equal: over 256 pixels the drift
@@ -129,26 +127,26 @@ def load_image(path: Path, reading: Reading, grid: Grid) -> GridImage:
     above the volume's minimum (scanners pad with a constant).
 
     Args:
-        path: a NIfTI file, 3-D (or with further axes of length 1).
+        path: a NIfTI, NRRD or MetaImage file, 3-D (or with further axes of length 1).
         reading: how the dataset's arrays lie.
         grid: the working grid.
 
     Raises:
-        DataError: the file is missing, damaged, not NIfTI, not 3-D, constant or not finite.
+        DataError: as for `open_volume`, or the volume is constant or not finite.
 
     Example:
         >>> image = load_image(path, Reading(), Grid(256, 1.0))  # doctest: +SKIP
         >>> image.voxels.shape  # doctest: +SKIP
         (177, 256, 256)
     """
-    image = _open(path)
-    data = _voxels(image, path, np.float32)
+    file = open_volume(path)
+    data = file.scaled(file.voxels()).astype(np.float32, copy=False)
     bad = data.size - int(np.count_nonzero(np.isfinite(data)))
     if bad:
         raise DataError(
             f"{path} has {bad} voxels that are NaN or infinite: replace them in the file."
         )
-    affine, spacing, axes, flips = _frame(image, path, data.shape, reading)
+    affine, spacing, axes, flips = _frame(file, reading)
     volume = _orient(data, axes, flips)
     box = _foreground(volume)
     low, high = _intensity_range(volume, box, reading, path)
@@ -162,9 +160,9 @@ def load_image(path: Path, reading: Reading, grid: Grid) -> GridImage:
         step.append(scale)
         shape.append(count)
     placement = Placement(
-        file_shape=_triple(data.shape, int),
+        file_shape=file.shape,
         affine=tuple(_quadruple(row) for row in affine),
-        codes=(int(image.header["qform_code"]), int(image.header["sform_code"])),
+        codes=file.codes,
         spacing=spacing,
         axes=axes,
         flips=flips,
@@ -243,13 +241,11 @@ def read_label_volume(
         uint8, class indices in the file's stored axes and shape.
 
     Raises:
-        DataError: a file is missing, damaged, not NIfTI or not 3-D; shapes or orientations of
-            image and label differ; a value is no integer or not in the dataset's table.
+        DataError: as for `open_volume`; or shapes or orientations of image and label differ, or a
+            value is no integer or not in the dataset's table.
     """
-    image = _open(image_path)
-    return _read_classes(
-        path, image_path, _shape(image, image_path), image.affine, structures, reading
-    )
+    image = open_volume(image_path)
+    return _read_classes(path, image_path, image.shape, image.affine, structures, reading)
 
 
 def restore(probabilities: np.ndarray, placement: Placement) -> np.ndarray:
@@ -385,51 +381,6 @@ def _save(path: Path, voxels: np.ndarray, placement: Placement) -> None:
 # -- files ----------------------------------------------------------------------------------------
 
 
-def _open(path: Path) -> Any:
-    """The header of a NIfTI file; voxels are read later."""
-    try:
-        image = nib.load(path)
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{path} does not exist: check the data directory (--data-root)."
-        ) from error
-    except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read as NIfTI ({_brief(error)}): replace it by an intact "
-            ".nii or .nii.gz file."
-        ) from error
-    if not isinstance(image, nib.nifti1.Nifti1Pair):
-        raise DataError(f"{path} is not a NIfTI file: convert it to .nii.gz.")
-    return image
-
-
-def _shape(image: Any, path: Path) -> tuple[int, int, int]:
-    """The three spatial lengths; further axes may only have length 1."""
-    shape = image.shape
-    if len(shape) < 3 or any(length != 1 for length in shape[3:]) or 0 in shape:
-        raise DataError(
-            f"{path} has shape {tuple(shape)}: give a 3-D volume (one file per time point)."
-        )
-    return _triple(shape[:3], int)
-
-
-def _voxels(image: Any, path: Path, kind: type | None) -> np.ndarray:
-    """The stored array as 3-D, with the header's scaling applied."""
-    shape = _shape(image, path)
-    try:
-        if image.get_data_dtype().kind not in "iufb":
-            raise DataError(
-                f"{path} stores {image.get_data_dtype()} voxels: give one real number a voxel."
-            )
-        if kind is None:
-            return np.asanyarray(image.dataobj).reshape(shape)
-        return np.asarray(image.get_fdata(dtype=kind, caching="unchanged")).reshape(shape)
-    except (OSError, EOFError, zlib.error, ValueError, ImageFileError) as error:
-        raise DataError(
-            f"{path} is damaged or truncated ({_brief(error)}): fetch or convert it again."
-        ) from error
-
-
 def _read_classes(
     path: Path,
     image_path: Path,
@@ -439,21 +390,20 @@ def _read_classes(
     reading: Reading,
 ) -> np.ndarray:
     """Class indices in stored axes, after every check on the values."""
-    image = _open(path)
-    found = _shape(image, path)
-    if found != shape:
+    file = open_volume(path)
+    if file.shape != shape:
         raise DataError(
-            f"{path} has shape {found} but its image {image_path} has {shape}: "
+            f"{path} has shape {file.shape} but its image {image_path} has {shape}: "
             "resample the label onto the image."
         )
     if reading.orientation == "canonical":
-        codes = nib.aff2axcodes(image.affine), nib.aff2axcodes(affine)
+        codes = nib.aff2axcodes(file.affine), nib.aff2axcodes(affine)
         if codes[0] != codes[1]:
             raise DataError(
                 f"{path} lies as {''.join(map(str, codes[0]))} but its image {image_path} as "
                 f"{''.join(map(str, codes[1]))}: resample the label onto the image."
             )
-    data = _voxels(image, path, None)
+    data = file.scaled(file.voxels())
     values = _distinct(data)
     if values.dtype.kind == "f":
         whole = np.rint(values)
@@ -491,24 +441,18 @@ def _distinct(data: np.ndarray) -> np.ndarray:
     return np.unique(data)
 
 
-def _brief(error: BaseException) -> str:
-    """The first line of an error, short enough for one sentence."""
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__).rstrip(".")[:120]
-
-
 # -- frames ---------------------------------------------------------------------------------------
 
 
 def _frame(
-    image: Any, path: Path, shape: Sequence[int], reading: Reading
+    file: VolumeFile, reading: Reading
 ) -> tuple[np.ndarray, tuple[float, float, float], tuple[int, int, int], tuple[bool, bool, bool]]:
     """Affine, spacing per file axis, and the file axis and direction of each working axis."""
     if reading.orientation not in ("canonical", "stored"):
         raise ValueError(f"Unknown orientation '{reading.orientation}' in a dataset's Reading.")
     if {reading.slice_axis, reading.row_axis} not in ({0, 1}, {0, 2}, {1, 2}):
         raise ValueError("slice_axis and row_axis of a dataset's Reading are two of 0, 1, 2.")
-    affine = np.asarray(image.affine, float)
+    affine, path = file.affine, file.path
     file_axes, reverse = [0, 1, 2], [False, False, False]
     if reading.orientation == "canonical":
         # io_orientation says for each file axis which canonical axis it feeds, and which way.
@@ -521,11 +465,7 @@ def _frame(
         for file_axis, (canonical, direction) in enumerate(orientation):
             file_axes[int(canonical)] = file_axis
             reverse[int(canonical)] = direction < 0
-    header = (
-        nib.affines.voxel_sizes(affine)
-        if reading.orientation == "canonical"
-        else np.asarray(image.header.get_zooms()[:3], float)
-    )
+    header = nib.affines.voxel_sizes(affine) if reading.orientation == "canonical" else file.spacing
     spacing = [float(length) for length in header]
     if reading.stated_spacing is not None:
         for oriented, stated in enumerate(reading.stated_spacing):

@@ -268,3 +268,18 @@ def test_the_commands_write_labels_volumes_and_pictures(
     ):
         code, _, err = call(*words)
         assert code == 2 and text in err and "Traceback" not in err
+
+
+def test_every_format_gives_the_same_segmentation(made: Made, tmp_path: Path) -> None:
+    import SimpleITK as sitk
+
+    image = tmp_path / "other.mha"
+    sitk.WriteImage(sitk.ReadImage(str(made.images[0])), str(image))
+    model = prediction.from_run(made.run)
+    for file, folder in ((made.images[0], "nifti"), (image, "meta")):
+        list(prediction.predict(model, [file], tmp_path / folder))
+    name = prediction.name_of(made.images[0])
+    first = nib.load(tmp_path / "nifti" / f"{name}_seg.nii.gz")
+    second = nib.load(tmp_path / "meta" / "other_seg.nii.gz")
+    assert np.array_equal(np.asarray(first.dataobj), np.asarray(second.dataobj))
+    np.testing.assert_allclose(first.affine, second.affine, atol=1e-3)

@@ -1,0 +1,385 @@
+"""formats.py: one volume, whichever format it comes in, and a sentence for what is none."""
+
+from __future__ import annotations
+
+import gc
+import gzip
+import os
+import subprocess
+import sys
+from itertools import permutations, product
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
+
+from glua_bench.cache import SliceCache, file_digest, fingerprint
+from glua_bench.errors import DataError
+from glua_bench.formats import files_of, open_volume
+from glua_bench.task import Case, Grid, Reading, Structure
+from glua_bench.volumes import (
+    load_image,
+    load_label,
+    read_label_volume,
+    restore,
+    save_labels,
+)
+
+OTHERS = ("v.nrrd", "v.nhdr", "v.mha", "v.mhd")
+STRUCTURES = (Structure("A", "a", (205,), ""), Structure("B", "b", (500,), ""))
+PROPERTY = settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "cache"))
+
+
+def heart(kind: type = np.int16) -> tuple[np.ndarray, np.ndarray]:
+    """An image without symmetry and its raw labels."""
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in (17, 22, 13)), indexing="ij")
+    r = np.sqrt((x - 0.1) ** 2 + (y + 0.2) ** 2 + z**2)
+    raw = np.select([r < 0.4, r < 0.7], [500, 205], 0).astype(np.int16)
+    return (300 + 40 * x + 90 * y - 60 * z + raw / 4).astype(kind), raw
+
+
+def itk(data: np.ndarray, affine: np.ndarray) -> sitk.Image:
+    """An ITK image of an array in stored axes and its affine to RAS."""
+    image = sitk.GetImageFromArray(np.ascontiguousarray(data.T))
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    return image
+
+
+def write(path: Path, data: np.ndarray, affine: np.ndarray | None = None, pack=False) -> Path:
+    """A volume in the format of the name."""
+    affine = np.eye(4) if affine is None else affine
+    if ".nii" in path.name:
+        nib.save(nib.Nifti1Image(data, affine), path)
+    else:
+        sitk.WriteImage(itk(data, affine), str(path), pack)
+    return path
+
+
+AXES = [
+    np.array(order)[:, None] == np.arange(3) for order in permutations(range(3))
+]  # boolean permutation matrices
+SIGNS = list(product((1, -1), repeat=3))
+
+
+@PROPERTY
+@given(
+    name=st.sampled_from(OTHERS),
+    pack=st.booleans(),
+    axes=st.sampled_from(range(6)),
+    signs=st.sampled_from(SIGNS),
+    tilt=st.sampled_from([(0, 0, 0), (0.2, -0.1, 0.3)]),
+    spacing=st.tuples(*[st.floats(0.5, 2.5)] * 3),
+    canonical=st.booleans(),
+    cut=st.permutations([0, 1, 2]),
+    kind=st.sampled_from([np.int16, np.uint16, np.float32, np.float64, np.int32]),
+)
+def test_every_format_gives_the_same_grid_and_the_same_way_back(
+    tmp_path, name, pack, axes, signs, tilt, spacing, canonical, cut, kind
+):
+    """The same volume as .nii.gz and in another format: arrays, placement and results agree."""
+    turn = Rotation.from_euler("xyz", tilt).as_matrix() @ (AXES[axes] * np.array(signs))
+    affine = nib.affines.from_matvec(turn * spacing, (12.5, -7.25, 101.1))
+    image, raw = heart(kind)
+    reading = Reading("canonical" if canonical else "stored", cut[0], cut[1], (0,))
+    grid = Grid(24, 1.3, 1.7)
+    found = []
+    for number, suffix in enumerate((".nii.gz", name.removeprefix("v"))):
+        first = write(tmp_path / f"image{number}{suffix}", image, affine, pack)
+        second = write(tmp_path / f"label{number}{suffix}", raw, affine, pack)
+        loaded = load_image(first, reading, grid)
+        labels = load_label(second, first, reading, loaded.placement, STRUCTURES)
+        classes = read_label_volume(second, first, STRUCTURES, reading)
+        restored = restore(np.eye(3, dtype=np.float32)[labels].transpose(3, 0, 1, 2),
+                           loaded.placement)  # fmt: skip
+        save_labels(tmp_path / f"out{number}.nii.gz", restored, loaded.placement, [205, 500])
+        saved = nib.load(tmp_path / f"out{number}.nii.gz")
+        found.append((loaded, labels, classes, restored, np.asarray(saved.dataobj), saved.affine))
+    (nifti, *others), (itks, *same) = found
+    assert np.array_equal(nifti.voxels, itks.voxels) and nifti.voxels.std() > 0.1
+    for one, other in zip(others, same, strict=True):
+        assert np.array_equal(one, other)
+    assert set(np.unique(others[0])) == {0, 1, 2}
+    for key in ("file_shape", "affine", "spacing", "axes", "flips", "offset", "step", "shape"):
+        assert getattr(nifti.placement, key) == getattr(itks.placement, key), key
+    assert np.array_equal(others[1] == 1, raw == 205)  # in stored axes
+
+
+@PROPERTY
+@given(
+    name=st.sampled_from(OTHERS),
+    angles=st.tuples(*[st.floats(-3.1, 3.1)] * 3),
+    spacing=st.tuples(*[st.floats(0.5, 3)] * 3),
+    origin=st.tuples(*[st.floats(-300, 300)] * 3),
+    mirrored=st.booleans(),
+)
+def test_affines_are_those_that_itk_writes_for_nifti(
+    tmp_path, name, angles, spacing, origin, mirrored
+):
+    """ITK converts LPS to NIfTI's RAS itself; the same image gives the same affine here."""
+    image = sitk.GetImageFromArray(heart()[0])
+    turn = Rotation.from_euler("xyz", angles).as_matrix() @ np.diag([1, 1, -1 if mirrored else 1])
+    image.SetSpacing(spacing)
+    image.SetDirection(turn.ravel().tolist())
+    image.SetOrigin(origin)
+    sitk.WriteImage(image, str(tmp_path / name))
+    sitk.WriteImage(image, str(tmp_path / "v.nii.gz"))
+    ours, theirs = open_volume(tmp_path / name), open_volume(tmp_path / "v.nii.gz")
+    np.testing.assert_allclose(ours.affine, theirs.affine, atol=2e-4)
+    np.testing.assert_allclose(ours.spacing, spacing, rtol=1e-6)
+    assert np.array_equal(ours.voxels(), theirs.voxels())
+
+
+NRRD = """NRRD0004
+type: {kind}
+dimension: 3
+sizes: 2 3 4
+{space}
+encoding: {encoding}
+endian: {endian}
+{file}
+"""
+VALUES = np.arange(-10, 14, dtype=np.int16).reshape(2, 3, 4, order="F")
+DIRECTIONS = "space directions: (0,2,0) (3,0,0) (0,0,-4)\nspace origin: (5,6,7)"
+
+
+@pytest.mark.parametrize(
+    "space, affine",
+    [
+        (f"space: right-anterior-superior\n{DIRECTIONS}",
+         [[0, 3, 0, 5], [2, 0, 0, 6], [0, 0, -4, 7]]),
+        (f"space: left-posterior-superior\n{DIRECTIONS}",
+         [[0, -3, 0, -5], [-2, 0, 0, -6], [0, 0, -4, 7]]),
+        (f"space: LAS\n{DIRECTIONS}", [[0, -3, 0, -5], [2, 0, 0, 6], [0, 0, -4, 7]]),
+        ("spacings: 2 3 4", [[-2, 0, 0, 0], [0, -3, 0, 0], [0, 0, 4, 0]]),
+    ],
+)  # fmt: skip
+def test_nrrd_spaces_are_brought_to_ras(tmp_path, space, affine):
+    text = NRRD.format(kind="short", space=space, encoding="raw", endian="big", file="")
+    (tmp_path / "v.nrrd").write_bytes(text.encode() + VALUES.astype(">i2").tobytes("F"))
+    volume = open_volume(tmp_path / "v.nrrd")
+    assert np.array_equal(volume.affine[:3], affine)
+    assert np.array_equal(volume.voxels(), VALUES)
+
+
+META = """ObjectType = Image
+NDims = 3
+TransformMatrix = 0 -1 0 1 0 0 0 0 1
+Offset = 5 6 7
+ElementSpacing = 2 3 4
+DimSize = 2 3 4
+ElementType = MET_SHORT
+ElementByteOrderMSB = False
+ElementDataFile = """
+PARTS = [f"part{i}.raw" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    "suffix, style",
+    [*product((".nhdr", ".nrrd"), ("one", "list", "pattern")), (".mhd", "one"), (".mha", "one")],
+)
+def test_voxels_beside_the_header_count(tmp_path, style, suffix):
+    """They are read, a change of them changes digest and entry, and the loss of one is told."""
+    (tmp_path / "d").mkdir()
+    pieces = [VALUES[..., z].astype("<i2").tobytes("F") for z in range(4)]
+    names = ["all voxels.raw"] if style == "one" else PARTS
+    for name, piece in zip(names, [b"".join(pieces)] if style == "one" else pieces, strict=True):
+        (tmp_path / "d" / name).write_bytes(piece)
+    if suffix in (".nhdr", ".nrrd"):
+        told = {
+            "one": "data file: d/all voxels.raw",
+            "list": "data file: LIST\n" + "\n".join(f"d/{name}" for name in names),
+            "pattern": "data file: d/part%d.raw 0 3 1",
+        }[style]
+        text = NRRD.format(
+            kind="int16", space=f"space: RAS\n{DIRECTIONS}", encoding="raw", endian="little",
+            file=told,
+        )  # fmt: skip
+    else:
+        text = f"{META}d/all voxels.raw"
+    header = tmp_path / f"v{suffix}"
+    header.write_text(text)
+    case = Case("c", "mr", header, write(tmp_path / "l.nii.gz", VALUES * 0), "train", "s")
+
+    assert np.array_equal(open_volume(header).voxels(), VALUES)
+    assert files_of(header) == (header, *(tmp_path / "d" / name for name in names))
+    before = file_digest(header), fingerprint([case])
+    entry = SliceCache().image(case.unlabelled(), Reading(), Grid(32, 1.0))
+    last = tmp_path / "d" / names[-1]
+    content = bytearray(last.read_bytes())
+    content[-2] ^= 64
+    last.write_bytes(content)
+    assert file_digest(header) != before[0] and fingerprint([case]) != before[1]
+    again = SliceCache().image(case.unlabelled(), Reading(), Grid(32, 1.0))
+    assert again.path != entry.path
+
+    last.unlink()
+    for look in (open_volume, file_digest):
+        with pytest.raises(DataError) as caught:
+            look(header)
+        _one_sentence(caught.value, header)
+        assert str(last) in str(caught.value)
+
+
+@pytest.mark.parametrize("names", ["LIST\npart0.raw\npart1.raw", "part%d.raw 0 1 1"])
+def test_metaimages_of_several_files_are_refused(tmp_path, names):
+    """ITK gives what the memory held for slices whose file is not in the list."""
+    for number in range(2):
+        (tmp_path / f"part{number}.raw").write_bytes(VALUES[..., :2].tobytes("F"))
+    (tmp_path / "v.mhd").write_text(META + names)
+    with pytest.raises(DataError, match="several files") as caught:
+        open_volume(tmp_path / "v.mhd")
+    _one_sentence(caught.value, tmp_path / "v.mhd")
+
+
+def test_both_files_of_a_nifti_pair_count(tmp_path):
+    nib.save(nib.Nifti1Pair(VALUES, np.eye(4)), tmp_path / "v.hdr")
+    before = file_digest(tmp_path / "v.hdr")
+    content = bytearray((tmp_path / "v.img").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "v.img").write_bytes(content)
+    assert file_digest(tmp_path / "v.hdr") != before
+    assert open_volume(tmp_path / "v.hdr").voxels().shape == VALUES.shape
+
+
+@pytest.mark.parametrize("name", ["v.nii.gz", *OTHERS])
+def test_axes_of_length_one_may_follow(tmp_path, name):
+    if ".nii" in name:
+        write(tmp_path / name, VALUES[..., None])
+    else:
+        sitk.WriteImage(sitk.JoinSeries([itk(VALUES, np.eye(4))]), str(tmp_path / name))
+    assert np.array_equal(open_volume(tmp_path / name).voxels(), VALUES)
+
+
+def test_arrays_outlive_the_file_that_gave_them(tmp_path):
+    """ITK's own views point to freed memory once the image is gone."""
+    data = np.random.default_rng(0).integers(0, 1000, (64, 64, 64)).astype(np.int16)
+    part = open_volume(write(tmp_path / "v.mha", data)).voxels()[10:20]
+    gc.collect()
+    others = [np.full(data.shape, 7, np.int16) for _ in range(8)]  # which take freed memory
+    assert np.array_equal(part, data[10:20]) and others
+
+
+def _broken(kind: str, folder: Path) -> Path:
+    """A file that cannot be used."""
+    image = itk(heart()[0], np.eye(4))
+    suffix = "." + kind.split()[-1]
+    path = folder / f"broken{suffix}"
+    if kind.startswith("vector"):
+        image = sitk.Compose(image, image)
+    elif kind.startswith("colour"):
+        image = sitk.Compose(*[sitk.Cast(image, sitk.sitkUInt8)] * 3)
+    elif kind.startswith("series"):
+        image = sitk.JoinSeries([image, image])
+    elif kind.startswith("flat"):
+        image = image[:, :, 3]
+    elif kind.startswith("constant"):
+        image = image * 0 + 7
+    elif kind.startswith("nan"):
+        data = heart(np.float32)[0]
+        data[3, 4, 5] = np.nan
+        image = itk(data, np.eye(4))
+    if kind.startswith(("text", "empty")):
+        path.write_text("this is no image" if kind.startswith("text") else "")
+    else:
+        sitk.WriteImage(image, str(path), kind.startswith("packed"))
+    content = path.read_bytes()
+    if kind.startswith(("truncated", "packed")):
+        path.write_bytes(content[: len(content) // 2])
+    elif kind.startswith("cut header"):
+        path.write_bytes(content[:60])
+    elif kind.startswith("huge"):
+        for size in (b"17 22 13", b"90000 90000 90000"):
+            content = content.replace(b"17 22 13", size)
+        path.write_bytes(content)
+    elif kind.startswith("absurd"):
+        path.write_bytes(content.replace(b"17 22 13", b"-17 0 1e9"))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["nrrd", "mha"])
+@pytest.mark.parametrize(
+    "kind",
+    ["missing", "vector", "colour", "series", "flat", "constant", "nan", "text", "empty",
+     "truncated", "packed", "cut header", "huge", "absurd"],
+)  # fmt: skip
+def test_what_is_no_volume_is_one_sentence(tmp_path, capfd, kind, suffix):
+    path = _broken(f"{kind} {suffix}", tmp_path)
+    if kind == "missing":
+        path.unlink()
+    capfd.readouterr()
+    with pytest.raises(DataError) as caught:
+        load_image(path, Reading(), Grid(16, 1.0))
+    _one_sentence(caught.value, path)
+    assert capfd.readouterr() == ("", "")  # what ITK's libraries would say
+
+
+def test_complex_nrrd_is_one_sentence(tmp_path):
+    path = tmp_path / "v.nrrd"
+    data = itk(heart(np.float32)[0], np.eye(4))
+    sitk.WriteImage(sitk.RealAndImaginaryToComplex(data, data), str(path))
+    with pytest.raises(DataError, match="one real number") as caught:
+        open_volume(path)
+    _one_sentence(caught.value, path)
+
+
+@pytest.mark.parametrize("suffix", ["nii", "nii.gz"])
+def test_a_header_that_claims_too_much_is_told_before_memory_is_taken(tmp_path, suffix):
+    content = bytearray(nib.Nifti1Image(VALUES, np.eye(4)).to_bytes())
+    content[42:48] = np.array([30_000] * 3, "<i2").tobytes()
+    packed = gzip.compress(content) if suffix == "nii.gz" else bytes(content)
+    (tmp_path / f"v.{suffix}").write_bytes(packed)
+    with pytest.raises(DataError, match="30000×30000×30000") as caught:
+        open_volume(tmp_path / f"v.{suffix}")
+    _one_sentence(caught.value, tmp_path / f"v.{suffix}")
+
+
+def test_the_terminal_is_given_back(tmp_path, capfd):
+    """What Python itself writes to the error stream, and ITK's next reader, work as before."""
+    with pytest.raises(DataError):
+        open_volume(_broken("truncated mha", tmp_path)).voxels()
+    capfd.readouterr()
+    os.write(2, b"heard")
+    assert capfd.readouterr().err == "heard"
+    assert np.array_equal(open_volume(write(tmp_path / "v.mha", VALUES)).voxels(), VALUES)
+
+
+def test_itk_is_imported_for_its_own_formats_only(tmp_path):
+    write(tmp_path / "v.nii.gz", heart()[0])
+    write(tmp_path / "v.mha", heart()[0])
+    program = (
+        "import sys; from pathlib import Path; from glua_bench.volumes import load_image\n"
+        "from glua_bench.task import Grid, Reading\n"
+        "for name in sys.argv[1:]:\n"
+        "    load_image(Path(name), Reading(), Grid(32, 1.0))\n"
+        "    print('SimpleITK' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "v.nii.gz", tmp_path / "v.mha"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["False", "True"]
+
+
+def _one_sentence(error: DataError, path: Path) -> None:
+    text = str(error)
+    assert str(path) in text
+    assert text.endswith(".") and "\n" not in text and ":" in text
+    assert ". " not in text.replace(str(path), "")
