@@ -11,7 +11,7 @@ from glua_bench.datasets.folder_description import PLANES, Description, Domain, 
 from glua_bench.datasets.folder_layouts import Found
 from glua_bench.documents import nearest
 from glua_bench.errors import DataError
-from glua_bench.task import Case, Dataset, Grid, Reading, Structure
+from glua_bench.task import Ask, Case, Dataset, Grid, Reading, Structure
 
 
 class Folder(Dataset):
@@ -62,6 +62,25 @@ class Folder(Dataset):
             "told": told,
         }
         return type("Described", (cls,), facts)
+
+    @classmethod
+    def draft(
+        cls,
+        name: str,
+        data: Path,
+        ask: Ask,
+        domains: tuple[str, ...] = (),
+        structures: dict[str, int] | None = None,
+    ) -> str:
+        """A description of the files in a directory, with guesses that the user confirms.
+
+        Raises:
+            DataError: the files show no task.
+            ConfigError: an answer cannot be used.
+        """
+        from glua_bench.datasets.folder_draft import draft
+
+        return draft(name, data, ask, domains, structures)
 
     @classmethod
     def default_root(cls) -> Path:

@@ -20,6 +20,7 @@ from glua_bench.datasets.folder_layouts import (
     by_pattern,
     by_table,
     nnunet_values,
+    pattern_fault,
 )
 from glua_bench.documents import Table, nearest, read_document
 from glua_bench.errors import ConfigError
@@ -188,7 +189,10 @@ def _domain(
     named: Mapping[str, tuple[int, ...]] = {}
     if ways == ["images"]:
         pattern, labels = part.take("images", str), part.take("labels", str, None)
-        find = partial(by_pattern, images=pattern, labels=labels, table=part)
+        fault = pattern_fault(pattern, labels)
+        if fault:
+            raise part.error(fault, "images")
+        find = partial(by_pattern, images=pattern, labels=labels, told=part.file)
     elif ways == ["table"]:
         # A table lies beside its description, wherever the files are.
         find = partial(by_table, file=beside / Path(part.take("table", str)).expanduser())

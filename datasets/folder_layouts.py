@@ -12,7 +12,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from glua_bench.documents import Table
 from glua_bench.errors import DataError
 from glua_bench.task import SPLITS
 
@@ -38,52 +37,62 @@ class Found:
     split: str = ""
 
 
-def by_pattern(root: Path, images: str, labels: str | None, table: Table) -> list[Found]:
+def pattern_fault(images: str, labels: str | None) -> str:
+    """What is wrong with the patterns of a domain, and how it is repaired; "" for nothing.
+
+    Args:
+        images: e.g. "ct/*_image.nii.gz".
+        labels: likewise; None where the domain has none.
+    """
+    if labels == images:
+        return "'labels' is the pattern of the images; give the labels their own"
+    for name, pattern in (("images", images), ("labels", labels)):
+        if pattern is None:
+            continue
+        if "*" not in pattern.replace("**", ""):
+            return f"'{name}' needs a * where the case's id stands, as in ct/*.nii.gz"
+        if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+            return f"'{name}' must be relative to the root, without .."
+    return ""
+
+
+def by_pattern(root: Path, images: str, labels: str | None, told: Path) -> list[Found]:
     """Cases by glob patterns; what the first `*` of a pattern stands for is the case's id.
 
     Args:
         root: the patterns are relative to it.
         images: e.g. "ct/*_image.nii.gz".
         labels: e.g. "ct/*_label.nii.gz"; None where the domain has none.
-        table: where the patterns were given, for messages.
+        told: the file that gives the patterns, for messages.
 
     Raises:
-        DataError: nothing matches, two files have one id, or no label fits an image.
-        ConfigError: a pattern has no `*`.
+        DataError: nothing matches, two files have one id, or no image fits a label.
     """
-    if labels == images:
-        raise table.error(
-            "'labels' is the pattern of the images; give the labels their own", "labels"
-        )
-    drawn = {} if labels is None else _matches(root, labels, "labels", table)
+    drawn = {} if labels is None else _matches(root, labels, told)
     taken = set(drawn.values())  # a wide pattern, such as *.nii.gz, matches the labels as well
-    pictures = _matches(root, images, "images", table, taken)
+    pictures = _matches(root, images, told, taken)
     if not pictures:
         raise DataError(
-            f"{root} holds no file like {images} ({table.file}): correct the pattern, or name the "
+            f"{root} holds no file like {images} ({told}): correct the pattern, or name the "
             "directory with --data-root."
         )
     strays = sorted(set(drawn) - set(pictures))
     if strays:
         raise DataError(
-            f"{drawn[strays[0]]} is the label of no image like {images} ({table.file}): correct "
+            f"{drawn[strays[0]]} is the label of no image like {images} ({told}): correct "
             "the patterns, or remove the file."
         )
     if labels is not None and not drawn:
         raise DataError(
-            f"{root} holds no file like {labels} ({table.file}): correct the pattern of the labels."
+            f"{root} holds no file like {labels} ({told}): correct the pattern of the labels."
         )
     return [Found(case, pictures[case], drawn.get(case)) for case in sorted(pictures)]
 
 
 def _matches(
-    root: Path, pattern: str, name: str, table: Table, without: Collection[Path] = ()
+    root: Path, pattern: str, told: Path, without: Collection[Path] = ()
 ) -> dict[str, Path]:
     """Id → file."""
-    if "*" not in pattern.replace("**", ""):
-        raise table.error(f"'{name}' needs a * where the case's id stands, as in ct/*.nii.gz", name)
-    if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
-        raise table.error(f"'{name}' must be relative to the root, without ..", name)
     parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern)
     regex, first = "", True
     for part in parts:
@@ -103,7 +112,7 @@ def _matches(
         if case in made:
             raise DataError(
                 f"{made[case]} and {path} are both '{case}' by the pattern {pattern} "
-                f"({table.file}): let the first * stand where ids differ, or list the files in a "
+                f"({told}): let the first * stand where ids differ, or list the files in a "
                 "table."
             )
         made[case] = path

@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -914,22 +915,55 @@ def new_method(
 @app.command()
 def new_dataset(
     name: Annotated[str, typer.Argument(help="Of the dataset, e.g. my_data.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="The directory of your volumes.")
+    ] = None,
     out: Out = Path("."),
-    domains: Annotated[str, typer.Option(help="Names of both domains.")] = "ct,mr",
+    domains: Annotated[
+        str | None,
+        typer.Option(help="Names of the domains, e.g. ct,mr: words in the files' paths."),
+    ] = None,
     structures: Annotated[
-        str, typer.Option(help="Structures and their raw label values, e.g. liver=1,spleen=4.")
-    ] = "organ=1",
+        str | None,
+        typer.Option(help="Structures and their raw label values, e.g. liver=1,spleen=4."),
+    ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Ask nothing: take what the files suggest.")
+    ] = False,
+    python: Annotated[
+        bool,
+        typer.Option("--python", help="Write a class with its test, for what YAML cannot say."),
+    ] = False,
 ) -> None:
-    """Write a dataset of NIfTI files, with its card and its conformance test."""
+    """Describe your own volumes for the other commands: asks, guesses, and writes NAME.yaml."""
     from glua_bench import scaffold
 
-    pair = tuple(part.strip() for part in domains.split(","))
-    if len(pair) != 2:
+    names = tuple(part.strip() for part in (domains or "").split(",") if part.strip())
+    if names and len(names) < 2:
         raise ConfigError(f"--domains {domains} does not name two domains; write e.g. ct,mr.")
-    file, test = scaffold.new_dataset(name, out, pair, scaffold.parse_structures(structures))
-    say(f"Wrote {file} and {test}; set splits, orientation and grids in it.")
-    say(f"Files: DIRECTORY/{{{pair[0]},{pair[1]}}}/PERSON_image.nii.gz and PERSON_label.nii.gz")
-    say(f"Next:  glua-bench data check {name} --plugin {file} --data-root DIRECTORY")
+    given = None if structures is None else scaffold.parse_structures(structures)
+    if python:
+        if len(names) > 2:
+            raise ConfigError(f"--domains {domains} names more than two; give two with --python.")
+        pair = (names[0], names[1]) if names else ("ct", "mr")
+        file, test = scaffold.new_dataset(name, out, pair, given or {"organ": 1})
+        say(f"Wrote {file} and {test}; set splits, orientation and grids in it.")
+        say(f"Files: DIRECTORY/{{{pair[0]},{pair[1]}}}/PERSON_image.nii.gz and PERSON_label.nii.gz")
+        say(f"Next:  glua-bench data check {name} --plugin {file} --data-root DIRECTORY")
+        return
+    from glua_bench.console import ask
+
+    asked = not yes and sys.stdin.isatty()
+    if data is None:
+        if not asked:
+            raise ConfigError(
+                "new-dataset needs the directory of your volumes: give --data DIRECTORY, or "
+                "--python for a class to fill in."
+            )
+        data = ask("Directory of the volumes", ".", Path)
+    file = scaffold.new_description(name, out, data, partial(ask, asked=asked), names, given)
+    say(f"Wrote {file}: read it, and change what is not so.")
+    say(f"Next: glua-bench data check {file}")
 
 
 # -- sync and doctor ---------------------------------------------------------------------------

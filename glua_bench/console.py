@@ -1,4 +1,4 @@
-"""What a user sees while work goes on: a bar on a terminal, plain lines elsewhere."""
+"""What a user sees while work goes on: a bar on a terminal, plain lines elsewhere; questions."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, TextIO
+
+from glua_bench.errors import UserError
+from glua_bench.task import Answer
 
 REDRAW_SECONDS = 0.5  # a redraw costs milliseconds, a step about thirty
 PLAIN_SECONDS = 10.0
@@ -151,3 +154,26 @@ class Progress:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=self._stream, flush=True)
+
+
+def ask(question: str, guess: str, read: Callable[[str], Answer], asked: bool = True) -> Answer:
+    """Put a question to the user; a refused answer is told, and the question put again.
+
+    Args:
+        question: without a question mark at its end.
+        guess: taken where the user only presses return.
+        read: the answer's text → its value.
+        asked: False takes the guess, and shows it.
+
+    Raises:
+        UserError: the guess is refused and nobody is asked.
+    """
+    if not asked:
+        print(f"{question}: {guess}", flush=True)
+        return read(guess)
+    while True:
+        answer = input(f"{question} [{guess}]: ").strip()
+        try:
+            return read(answer or guess)
+        except UserError as error:
+            print(error, flush=True)

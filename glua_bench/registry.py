@@ -92,28 +92,32 @@ class Registry:
             )
         self._entries[entry.name] = entry
 
+    def readers(self, suffix: str) -> list[Entry]:
+        """The entries whose classes read descriptions with such an ending."""
+        return [e for e in self.entries() if suffix in e.attributes.get("described_by", ())]
+
     def _described(self, path: Path) -> list[Entry]:
         """The entry of a description, where a registered class reads such files."""
-        for reader in self.entries():
-            if path.suffix in reader.attributes.get("described_by", ()):
-                text = read_document(path)
-                attributes = {
-                    key: text.take(key, str, reader.attributes.get(key, ""))
-                    for key in ("reference", "needs")
-                }
-                return [
-                    Entry(
-                        self.kind,
-                        text.take("name", str),
-                        str(path),
-                        reader.target,
-                        text.take("title", str, ""),
-                        attributes,
-                        file=path.resolve(),
-                        reader=reader.name,
-                    )
-                ]
-        return []
+        readers = self.readers(path.suffix)
+        if not readers:
+            return []
+        text = read_document(path)
+        attributes = {
+            key: text.take(key, str, readers[0].attributes.get(key, ""))
+            for key in ("reference", "needs")
+        }
+        return [
+            Entry(
+                self.kind,
+                text.take("name", str),
+                str(path),
+                readers[0].target,
+                text.take("title", str, ""),
+                attributes,
+                file=path.resolve(),
+                reader=readers[0].name,
+            )
+        ]
 
     def entries(self) -> list[Entry]:
         """All plugins, sorted by name, broken ones included with their error."""
@@ -159,7 +163,8 @@ class Registry:
         entry = self.entry(name)
         try:
             if entry.reader:
-                loaded = self.load(entry.reader).described(entry.file)
+                reader: Any = self.load(entry.reader)
+                loaded = reader.described(entry.file)
             elif entry.file is not None:
                 loaded = getattr(_import_file(entry.file), entry.target)
             else:

@@ -1,4 +1,4 @@
-"""First files of a plugin: a method or dataset that runs as written, and its test."""
+"""First files of a plugin: a method or dataset that runs as written, or a dataset's description."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 from string import Template
+from typing import Any
 
+from glua_bench.documents import SUFFIXES
 from glua_bench.errors import ConfigError
 from glua_bench.registry import Registry
+from glua_bench.task import Ask
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLORS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
@@ -57,7 +60,7 @@ def new_dataset(
             )
     if first == second:
         raise ConfigError(f"--domains names '{first}' twice; name two domains, e.g. ct,mr.")
-    short = _short_names(list(structures))
+    short = short_names(list(structures))
     lines = [
         f'        Structure("{short[title]}", "{title}", ({value},), "{color}"),'
         for (title, value), color in zip(structures.items(), COLORS * 9, strict=False)
@@ -76,8 +79,50 @@ def new_dataset(
     )
 
 
-def parse_structures(text: str) -> dict[str, int]:
+def new_description(
+    name: str,
+    folder: Path,
+    data: Path,
+    ask: Ask,
+    domains: tuple[str, ...] = (),
+    structures: dict[str, int] | None = None,
+) -> Path:
+    """Write `<name>.yaml`, which describes the volumes in a directory, and read it back.
+
+    Args:
+        name: of the dataset, lower-case letters, digits and _.
+        folder: where; it is made.
+        data: the directory of the volumes.
+        ask: puts questions to the user.
+        domains: words in the files' paths; empty lets the files suggest them.
+        structures: name in words → raw label value; None asks.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: a name or an answer cannot be used, or the file is there already.
+        DataError: the files show no task.
+    """
+    _check_name("dataset", name)
+    file = folder / f"{name}{SUFFIXES[0]}"
+    _check_free(file)
+    registry = Registry("dataset")
+    (reader,) = registry.readers(file.suffix)
+    drafter: Any = registry.load(reader.name)
+    _put({file: drafter.draft(name, data, ask, domains, structures)})
+    described = Registry("dataset", [file]).load(name)()
+    for domain in described.domains():
+        described.cases(domain)
+    return file
+
+
+def parse_structures(text: str, asked: str = "--structures") -> dict[str, int]:
     """ "liver=1,spleen=4" → name in words → raw label value.
+
+    Args:
+        text: what the user wrote.
+        asked: what it answers, for messages.
 
     Raises:
         ConfigError: the text has another form, or names a structure or a value twice.
@@ -87,19 +132,19 @@ def parse_structures(text: str) -> dict[str, int]:
         title, equals, value = (piece.strip() for piece in part.partition("="))
         if not (equals and re.fullmatch(r"[A-Za-z][A-Za-z0-9 _-]*", title)) or not value.isdigit():
             raise ConfigError(
-                f"--structures: '{part.strip()}' is not of the form name=value, such as liver=1."
+                f"{asked}: '{part.strip()}' is not of the form name=value, such as liver=1."
             )
         if title in found or int(value) in found.values() or int(value) == 0:
             raise ConfigError(
-                f"--structures: '{part.strip()}' repeats a name or a value, or has the value 0, "
+                f"{asked}: '{part.strip()}' repeats a name or a value, or has the value 0, "
                 "which is background; give each structure its own."
             )
         found[title] = int(value)
     return found
 
 
-def _short_names(titles: list[str]) -> dict[str, str]:
-    """Short names of two letters or more, all different."""
+def short_names(titles: list[str]) -> dict[str, str]:
+    """Short names of two letters or more, all different: name in words → short name."""
     for length in range(3, 40):
         short = {t: re.sub(r"[^A-Za-z0-9]", "", t)[:length].upper() for t in titles}
         if len(set(short.values())) == len(titles):
@@ -107,26 +152,34 @@ def _short_names(titles: list[str]) -> dict[str, str]:
     return {t: f"S{i}" for i, t in enumerate(titles, start=1)}
 
 
-def _write(kind: str, name: str, folder: Path, values: dict[str, str]) -> tuple[Path, Path]:
+def _check_name(kind: str, name: str) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise ConfigError(
             f"'{name}' cannot name a {kind}; use lower-case letters, digits and _, beginning with "
             "a letter."
-        )
-    if name in sys.stdlib_module_names:
-        raise ConfigError(
-            f"{name}.py would hide a module of Python of that name; choose another name."
         )
     for entry in Registry(kind).entries():
         if entry.name == name:
             raise ConfigError(
                 f"A {kind} '{name}' is there already (from {entry.origin}); choose another name."
             )
-    file = folder / f"{name}.py"
-    test = folder / f"test_{name}.py"
-    for path in (file, test):
+
+
+def _check_free(*paths: Path) -> None:
+    for path in paths:
         if path.exists():
             raise ConfigError(f"{path} is there already; choose another name or --out directory.")
+
+
+def _write(kind: str, name: str, folder: Path, values: dict[str, str]) -> tuple[Path, Path]:
+    _check_name(kind, name)
+    if name in sys.stdlib_module_names:
+        raise ConfigError(
+            f"{name}.py would hide a module of Python of that name; choose another name."
+        )
+    file = folder / f"{name}.py"
+    test = folder / f"test_{name}.py"
+    _check_free(file, test)
     values = {
         "name": name,
         "cls": "".join(part.capitalize() for part in name.split("_")),
@@ -139,12 +192,17 @@ def _write(kind: str, name: str, folder: Path, values: dict[str, str]) -> tuple[
         file: (templates / f"{kind}.py.txt").read_text(encoding="utf-8"),
         test: (templates / f"test_{kind}.py.txt").read_text(encoding="utf-8"),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, text in texts.items():
-            path.write_text(Template(text).substitute(values), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"{folder} cannot be written ({error.strerror}); choose another --out directory."
-        ) from error
+    _put({path: Template(text).substitute(values) for path, text in texts.items()})
     return file, test
+
+
+def _put(texts: dict[Path, str]) -> None:
+    for path, text in texts.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"{path.parent} cannot be written ({error.strerror}); choose another --out "
+                "directory."
+            ) from error

@@ -13,11 +13,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from glua_bench.errors import ConfigError, DataError
 
 SPLITS = ("train", "val", "test")
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,22 @@ class Case:
         return UnlabelledCase(self.id, self.domain, self.image)
 
 
+class Ask(Protocol):
+    """Puts a question to a user, with a guess that is taken if nothing else is said."""
+
+    def __call__(self, question: str, guess: str, read: Callable[[str], Answer]) -> Answer:
+        """What `read` makes of the answer; where it refuses, the question is put again.
+
+        Args:
+            question: without a question mark at its end.
+            guess: the proposed answer.
+            read: the answer's text → its value.
+
+        Raises:
+            UserError: `read` refused, and nobody is there to be asked again.
+        """
+
+
 class Dataset(ABC):
     """A cross-modality segmentation task on files.
 
@@ -211,6 +228,30 @@ class Dataset(ABC):
             ConfigError: the description cannot be used; the message names the line.
         """
         raise NotImplementedError(f"'{cls.name}' names endings in described_by and reads no file")
+
+    @classmethod
+    def draft(
+        cls,
+        name: str,
+        data: Path,
+        ask: Ask,
+        domains: tuple[str, ...] = (),
+        structures: dict[str, int] | None = None,
+    ) -> str:
+        """The text of a description of somebody's files, for classes that name `described_by`.
+
+        Args:
+            name: of the dataset.
+            data: the directory of the files.
+            ask: puts a question to the user.
+            domains: words in the files' paths; empty lets the files suggest them.
+            structures: name in words → raw label value, the same in all domains; None asks.
+
+        Raises:
+            DataError: the files show no task.
+            ConfigError: an answer cannot be used.
+        """
+        raise NotImplementedError(f"'{cls.name}' names endings in described_by and drafts no file")
 
     @classmethod
     def reading_of(cls, domain: str) -> Reading:

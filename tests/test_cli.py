@@ -331,7 +331,7 @@ def test_a_defect_is_reported_as_one(call: Call, monkeypatch: pytest.MonkeyPatch
 def test_new_files_and_the_command_that_uses_them(call, tmp_path):
     code, out, _ = call("new-method", "my_method", "--out", tmp_path)
     assert code == 0 and f"--plugin {tmp_path / 'my_method.py'} --method my_method" in out
-    code, out, _ = call("new-dataset", "livers", "--out", tmp_path, "--domains", "pet,ct")
+    code, out, _ = call("new-dataset", "livers", "--out", tmp_path, "--domains=pet,ct", "--python")
     assert code == 0 and f"data check livers --plugin {tmp_path / 'livers.py'}" in out
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {"my_method.py", "test_my_method.py", "livers.py", "test_livers.py"}
@@ -345,12 +345,46 @@ def test_new_files_and_the_command_that_uses_them(call, tmp_path):
         (["new-method", "glua"], "'glua' is there already"),
         (["new-dataset", "livers", "--domains", "ct"], "--domains ct"),
         (["new-dataset", "livers", "--structures", "liver"], "--structures: 'liver'"),
+        (["new-dataset", "livers"], "give --data DIRECTORY, or --python"),
+        (["new-dataset", "livers", "--data", "/nowhere"], "/nowhere is no directory"),
+        (["new-dataset", "phantom", "--data", "."], "'phantom' is there already"),
+        (["new-dataset", "livers", "--python", "--domains=a,b,c"], "names more than two"),
     ],
 )
 def test_new_files_that_cannot_be_are_one_sentence(words, said, call, tmp_path):
     code, _, err = call(*words, "--out", tmp_path)
     assert code == 2 and said in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_volumes_of_one_s_own_go_from_a_directory_to_a_result(
+    call, tmp_path, write_livers, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write_livers(tmp_path / "vols")
+    code, out, err = call(
+        "new-dataset", "livers", "--data", "vols", "--yes", "--structures=liver=1"
+    )
+    assert code == 0 and "Next: glua-bench data check livers.yaml" in out, err
+    assert "same person" in out and "ct: images, with * for the case's id: ct/*_image.nii.gz" in out
+    code, out, err = call("data", "check", "livers.yaml")
+    assert code == 0 and "--dataset livers.yaml" in out, err
+    small = ["--steps=2", "--preset=quick", "--device=cpu", "--no-mlflow", "--set=batch_size=2"]
+    code, out, err = call("run", "--method=source_only", "--dataset=livers.yaml", *small)
+    assert code == 0 and "--dataset livers --direction ct-mr --plugin livers.yaml" in out, err
+    code, out, err = call(
+        "compare", "--methods=fda", "--dataset=livers.yaml", "--seeds=1", "--no-bounds", *small
+    )
+    assert code == 0 and "livers ct-mr" in out, err
+    code, _, err = call("new-dataset", "livers", "--data", "vols", "--yes")
+    assert code == 2 and "livers.yaml is there already" in err
+    (tmp_path / "livers.yaml").write_text("name: livers\nplain: axial\n")
+    code, _, err = call("data", "check", "livers.yaml")
+    assert (
+        code == 2
+        and "livers.yaml, line 1: 'classes' is missing; add it." in err
+        and err.count("\n") == 1
+    )
 
 
 # -- compare, ablate ------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 
 from glua_bench import console
 from glua_bench.console import Progress, duration, is_terminal
+from glua_bench.errors import ConfigError
 
 
 class Clock:
@@ -163,3 +164,23 @@ def test_a_bar_gives_the_terminal_back_after_an_error(
         raise ZeroDivisionError
     # The cursor was hidden while the bar was shown.
     assert stream.getvalue().rfind("\x1b[?25h") > stream.getvalue().rfind("\x1b[?25l") >= 0
+
+
+def test_a_question_is_put_again_until_the_answer_serves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read(text: str) -> int:
+        if not text.isdigit():
+            raise ConfigError(f"'{text}' is no number; give one.")
+        return int(text)
+
+    typed, prompts = iter(["x", " 7 ", ""]), []
+    monkeypatch.setattr("builtins.input", lambda text: prompts.append(text) or next(typed))
+    assert console.ask("How many", "3", read) == 7
+    assert capsys.readouterr().out == "'x' is no number; give one.\n"
+    assert console.ask("How many", "3", read) == 3
+    assert prompts == ["How many [3]: "] * 3
+    assert console.ask("How many", "4", read, asked=False) == 4
+    assert capsys.readouterr().out == "How many: 4\n"
+    with pytest.raises(ConfigError, match="'none' is no number"):
+        console.ask("How many", "none", read, asked=False)

@@ -97,6 +97,35 @@ def test_the_guide_s_commands_run_in_its_order(plugin, phantom_root, tmp_path):
 # -- adding-data.md -------------------------------------------------------------------------------
 
 
+def test_the_description_of_the_guide_is_sound(write_livers, tmp_path):
+    shown = re.findall(
+        r"<!-- plugin: liver.yaml -->\n```yaml\n(.*?)```", page("adding-data.md"), re.S
+    )
+    assert len(shown) == 1
+    file = tmp_path / "liver.yaml"
+    file.write_text(shown[0])
+    write_livers(tmp_path / "volumes")
+    results = conformance.run_dataset_checks("liver", plugins=[file])
+    assert len(results) == len(conformance.DATASET_CHECKS)
+    assert not [f"{r.check}: {r.message}" for r in results if not r.passed]
+
+
+def test_the_guide_explains_every_entry_of_a_description(write_livers, tmp_path):
+    """What the reader of descriptions takes is in the page's tables, and nothing else is."""
+    from glua_bench.datasets import folder_description
+
+    source = Path(folder_description.__file__).read_text(encoding="utf-8")
+    taken = set(re.findall(r"\.(?:take|texts|numbers|table|tables|choice)\(\s*\"(\w+)\"", source))
+    taken -= {"slices", "rows", "flip", "size"}  # within `stored` and `grids`
+    taken |= {"values"}
+    tables = page("adding-data.md").split("## A class")[0]
+    rows = [line for line in tables.splitlines() if line.startswith("| `")]
+    mentioned = {name for row in rows for name in re.findall(r"`(\w+)[`:]", row)}
+    assert taken <= mentioned, taken - mentioned
+    explained = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert explained <= taken, explained - taken
+
+
 def test_the_dataset_of_the_guide_is_sound(plugin, write_livers, tmp_path, monkeypatch):
     file = plugin("adding-data.md")
     write_livers(tmp_path / "data" / file.stem)

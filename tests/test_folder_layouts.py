@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from glua_bench.datasets.folder_layouts import by_nnunet, by_pattern, by_table, nnunet_values
-from glua_bench.documents import Table, read_document
-from glua_bench.errors import ConfigError, DataError
+from glua_bench.datasets.folder_layouts import (
+    by_nnunet,
+    by_pattern,
+    by_table,
+    nnunet_values,
+    pattern_fault,
+)
+from glua_bench.errors import DataError
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -19,11 +24,7 @@ def touch(root: Path, *names: str) -> Path:
     return root
 
 
-@pytest.fixture
-def table(tmp_path: Path) -> Table:
-    file = tmp_path / "own.yaml"
-    file.write_text("images: x\nlabels: y\n")
-    return read_document(file)
+TOLD = Path("own.yaml")
 
 
 @pytest.mark.parametrize(
@@ -39,23 +40,19 @@ def table(tmp_path: Path) -> Table:
     ],
 )
 def test_the_first_star_is_the_id(
-    tmp_path: Path, table: Table, images: str, labels: str, files: tuple[str, str]
+    tmp_path: Path, images: str, labels: str, files: tuple[str, str]
 ) -> None:
     root = touch(tmp_path / "d", *(name.format(case) for name in files for case in ("p1", "p2")))
-    found = by_pattern(root, images, labels, table)
+    found = by_pattern(root, images, labels, TOLD)
     assert [(f.id, f.image, f.label) for f in found] == [
         (case, root / files[0].format(case), root / files[1].format(case)) for case in ("p1", "p2")
     ]
-    assert [f.label for f in by_pattern(root, images, None, table)][-1] is None
+    assert [f.label for f in by_pattern(root, images, None, TOLD)][-1] is None
 
 
 @pytest.mark.parametrize(
     ("images", "labels", "said"),
     [
-        ("*.nii", "*.nii", "'labels' is the pattern of the images; give the labels their own."),
-        ("a.nii", None, "line 1: 'images' needs a \\* where the case's id stands"),
-        ("/x/*.nii", None, "'images' must be relative to the root, without .."),
-        ("../*.nii", None, "'images' must be relative to the root, without .."),
         ("*.mha", None, "holds no file like \\*.mha .*: correct the pattern"),
         (
             "*_i.nii",
@@ -67,11 +64,28 @@ def test_the_first_star_is_the_id(
     ],
 )
 def test_patterns_that_do_not_fit_are_told(
-    tmp_path: Path, table: Table, images: str, labels: str | None, said: str
+    tmp_path: Path, images: str, labels: str | None, said: str
 ) -> None:
     root = touch(tmp_path / "d", "a_i.nii", "a_l.nii", "b_i.nii", "c_l.nii")
-    with pytest.raises((ConfigError, DataError), match=said):
-        by_pattern(root, images, labels, table)
+    with pytest.raises(DataError, match=said):
+        by_pattern(root, images, labels, TOLD)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "said"),
+    [
+        ("*.nii", "*.nii", "'labels' is the pattern of the images; give the labels their own"),
+        ("a.nii", None, "'images' needs a * where the case's id stands, as in ct/*.nii.gz"),
+        ("**/a.nii", None, "'images' needs a * where the case's id stands, as in ct/*.nii.gz"),
+        ("*.nii", "/x/*.nii", "'labels' must be relative to the root, without .."),
+        ("../*.nii", None, "'images' must be relative to the root, without .."),
+        ("*.nii", "seg/*.nii", ""),
+    ],
+)
+def test_patterns_that_cannot_be_right_have_a_fault(
+    images: str, labels: str | None, said: str
+) -> None:
+    assert pattern_fault(images, labels) == said
 
 
 def test_a_table_names_files_subjects_and_splits(tmp_path: Path) -> None:

@@ -1,0 +1,389 @@
+"""A first description of somebody's files, from what they suggest and what the user answers.
+
+Every guess is the proposed answer to a question, so that it is seen before it counts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+import numpy as np
+
+from glua_bench.datasets.folder_description import PLANES
+from glua_bench.datasets.folder_guess import (
+    Look,
+    domains_by_name,
+    guess_domains,
+    guess_patterns,
+    look,
+    volumes_in,
+)
+from glua_bench.datasets.folder_layouts import (
+    Found,
+    by_nnunet,
+    by_pattern,
+    nnunet_values,
+    pattern_fault,
+)
+from glua_bench.errors import ConfigError, DataError
+from glua_bench.formats import SUFFIXES
+from glua_bench.scaffold import parse_structures, short_names
+from glua_bench.task import Ask
+
+SOFT_TISSUE = "-125 275"  # HU; the window that is common for CT of the abdomen
+_SHARES = {"test": 0.2, "val": 0.1}
+_SEED = 0  # of the draw of test and validation cases
+
+
+@dataclass(frozen=True)
+class _Domain:
+    """The files of one domain.
+
+    Args:
+        name: of the domain.
+        place: lines of the description that say where the files are.
+        images: files of the images, by id.
+        labels: files of the labels, by id.
+        named: structure → raw value, where the files tell.
+        test: ids that the files themselves set apart.
+    """
+
+    name: str
+    place: dict[str, str]
+    images: dict[str, Path]
+    labels: dict[str, Path]
+    named: dict[str, int]
+    test: frozenset[str] = frozenset()
+
+
+def draft(
+    name: str, data: Path, ask: Ask, domains: Sequence[str], structures: dict[str, int] | None
+) -> str:
+    """The text of a description of the volumes in a directory.
+
+    Args:
+        name: of the dataset.
+        data: the directory.
+        ask: puts a question to the user.
+        domains: words in the files' paths; empty lets the files suggest them.
+        structures: name in words → raw label value, the same in all domains; None asks.
+
+    Raises:
+        DataError: the directory holds no volumes, or not two domains.
+        ConfigError: an answer cannot be used.
+    """
+    if not data.is_dir():
+        raise DataError(f"{data} is no directory: name the one of your files with --data.")
+    found = _nnunet(data, domains) or _patterns(data, domains, ask)
+    looks = {domain.name: look(domain.images, domain.labels) for domain in found}
+    titles, values = _classes(found, looks, ask, structures)
+    plane = ask(
+        "Plane of the slices: axial, coronal or sagittal",
+        _plane(looks),
+        partial(_one_of, among=tuple(PLANES)),
+    )
+    axis = PLANES[plane].slice_axis
+    across = max(max(np.delete(own.extent, axis)) for own in looks.values())
+    window = ask("Side of the square window in mm", f"{math.ceil(across / 10) * 10}", _length)
+    thick = max(own.spacing[axis] for own in looks.values())
+    between = ask("Distance of slices in mm, common to all domains", f"{thick:.3g}", _length)
+    shared = _shared(found, ask)
+    splits = _splits(found, shared)
+    blocks = []
+    for domain in found:
+        own = values[domain.name]
+        rest = sorted(set(looks[domain.name].values) - set(own.values()))
+        lines = {**domain.place, "values": _mapping(own)}
+        if rest:
+            lines["ignore"] = f"{rest}   # known label values that count as background"
+        lines |= _intensity(domain.name, looks[domain.name], ask)
+        lines |= {split: _listing(ids) for split, ids in splits[domain.name].items()}
+        block = [f"  {domain.name}:", *(f"    {key}: {text}" for key, text in lines.items())]
+        blocks.append("\n".join(block))
+    both = " and ".join(domain.name for domain in found)
+    listed = ", ".join(titles.values())
+    template = (files("glua_bench") / "templates" / "dataset.yaml.txt").read_text(encoding="utf-8")
+    return Template(template).substitute(
+        name=name,
+        title=json.dumps(f"{listed[0].upper()}{listed[1:]} in {both}", ensure_ascii=False),
+        root=json.dumps(os.fspath(data.resolve()), ensure_ascii=False),
+        plane=plane,
+        window=f"{window:g}",
+        between=f"{between:g}",
+        same="true" if shared else "false",
+        classes="\n".join(
+            f"  {key}: {{title: {json.dumps(title)}}}" for key, title in titles.items()
+        ),
+        domains="\n".join(blocks),
+    )
+
+
+# -- where the files are --------------------------------------------------------------------------
+
+
+def _nnunet(data: Path, names: Sequence[str]) -> list[_Domain]:
+    """One domain for each folder Dataset###_NAME of nnU-Net in the directory."""
+    folders = sorted(path.parent for path in data.glob("*/dataset.json"))
+    if len(folders) < 2:
+        return []
+    made = []
+    for folder in folders:
+        name = re.sub(r"^dataset\d+_", "", folder.name.lower())
+        name = re.sub(r"[^a-z0-9]+", "_", name).strip("_")
+        if names and name not in names:
+            continue
+        cases = by_nnunet(folder)
+        made.append(
+            _Domain(
+                name,
+                {"nnunet": json.dumps(folder.name)},
+                *_files(cases),
+                {k.lower(): v[0] for k, v in nnunet_values(folder).items() if len(v) == 1},
+                frozenset(case.id for case in cases if case.split == "test"),
+            )
+        )
+    if len(made) < 2:
+        raise DataError(
+            f"{data} holds the folders {', '.join(f.name for f in folders)}: name two of them with "
+            "--domains, without Dataset and number."
+        )
+    return made
+
+
+def _patterns(data: Path, names: Sequence[str], ask: Ask) -> list[_Domain]:
+    """Domains by words in paths, each with a pattern for images and one for labels."""
+    paths = volumes_in(data)
+    if not paths:
+        raise DataError(
+            f"{data} holds no volume: give a directory with files of {', '.join(SUFFIXES)}."
+        )
+    groups = domains_by_name(paths, names) if names else guess_domains(paths)
+    if len(groups) < 2:
+        raise DataError(
+            f"The {len(paths)} volumes in {data} do not show two domains: name them with "
+            "--domains, by words in the files' paths, such as ct,mr."
+        )
+    made = []
+    for name, own in groups.items():
+        images, labels = guess_patterns(own)
+        question = f"{name}: images, with * for the case's id"
+        images, cases = ask(question, images, partial(_images, data=data))
+        place = {"images": json.dumps(images)}
+        question = f"{name}: labels, likewise, or none"
+        labels, cases = ask(
+            question, labels or "none", partial(_labels, data=data, images=images, bare=cases)
+        )
+        if labels is not None:
+            place["labels"] = json.dumps(labels)
+        made.append(_Domain(name, place, *_files(cases), {}))
+    return made
+
+
+def _files(cases: Sequence[Found]) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Images and labels by id."""
+    return (
+        {case.id: case.image for case in cases},
+        {case.id: case.label for case in cases if case.label is not None},
+    )
+
+
+# -- what they show -------------------------------------------------------------------------------
+
+
+def _classes(
+    found: Sequence[_Domain], looks: dict[str, Look], ask: Ask, given: dict[str, int] | None
+) -> tuple[dict[str, str], dict[str, dict[str, int]]]:
+    """Short name → title, and for each domain short name → raw value."""
+    answers: dict[str, dict[str, int]] = {}
+    titles: list[str] = []
+    for domain in found:
+        if given is not None or not domain.labels:
+            answers[domain.name] = dict(given or {})
+            titles = titles or list(answers[domain.name])
+            continue
+        values = looks[domain.name].values
+        if not values:
+            raise DataError(
+                f"The labels of '{domain.name}' hold no value but 0, first "
+                f"{next(iter(domain.labels.values()))}: correct the pattern of the labels."
+            )
+        guess = _named(domain, found, values, answers)
+        text = ",".join(f"{title}={value}" for title, value in guess.items())
+        question = (
+            f"{domain.name}: the labels hold {', '.join(map(str, values))}; structures to segment, "
+            "as name=value by commas, what is left out is background"
+        )
+        read = partial(_structures, domain=domain.name, titles=tuple(titles))
+        answers[domain.name] = ask(question, text, read)
+        titles = titles or list(answers[domain.name])
+    if not titles:
+        raise DataError(
+            f"No file of {' or '.join(d.name for d in found)} looks like a label: give the pattern "
+            "of the labels, or name them so (label, seg, mask, gt)."
+        )
+    short = short_names(titles)
+    # A domain without labels takes the values of the first one that has some.
+    first = next(answer for answer in answers.values() if answer)
+    return (
+        {short[title]: title for title in titles},
+        {
+            name: {short[title]: (answer or first)[title] for title in titles}
+            for name, answer in answers.items()
+        },
+    )
+
+
+def _named(
+    domain: _Domain,
+    found: Sequence[_Domain],
+    values: Sequence[int],
+    answers: dict[str, dict[str, int]],
+) -> dict[str, int]:
+    """Names for the label values of a domain; none where nothing tells what they mean."""
+    before = next((answer for answer in answers.values() if answer), None)
+    if domain.named:
+        wanted = before or set.intersection(*(set(d.named) for d in found if d.named))
+        return {title: value for title, value in domain.named.items() if title in wanted}
+    if before is None:
+        return {f"structure {value}": value for value in values}
+    # Other values than in the domain before: what is what, only the user can know.
+    return before if set(before.values()) <= set(values) else {}
+
+
+def _plane(looks: dict[str, Look]) -> str:
+    """The plane across the thickest axis, where one is much thicker; else axial."""
+    spacing = np.max([own.spacing for own in looks.values()], axis=0)
+    axis = int(np.argmax(spacing))
+    if spacing[axis] < 1.5 * np.median(spacing):
+        return "axial"
+    return next(name for name, reading in PLANES.items() if reading.slice_axis == axis)
+
+
+def _intensity(name: str, own: Look, ask: Ask) -> dict[str, str]:
+    """The line for the window, if there is one."""
+    question = f"{name}: window of intensities as 'low high', such as HU in CT, or no"
+    window = ask(question, SOFT_TISSUE if own.hounsfield else "no", _window)
+    return {} if window is None else {"window": f"[{window[0]:g}, {window[1]:g}]"}
+
+
+# -- who is where ---------------------------------------------------------------------------------
+
+
+def _shared(found: Sequence[_Domain], ask: Ask) -> bool:
+    """Whether an id means one person in all domains."""
+    common = set.intersection(*(set(domain.images) for domain in found))
+    if not common:
+        return False
+    names = " and ".join(domain.name for domain in found)
+    question = f"Is {min(common)} the same person in {names}? yes keeps people apart"
+    return ask(question, "yes", partial(_one_of, among=("yes", "no"))) == "yes"
+
+
+def _splits(found: Sequence[_Domain], shared: bool) -> dict[str, dict[str, list[str]]]:
+    """For each domain the ids of test and validation cases, drawn once and then written down."""
+    drawn: dict[str, dict[str, list[str]]] = {}
+    everywhere = set.intersection(*(set(d.labels) for d in found if d.labels))
+    for domain in found:
+        ids = sorted(domain.labels)
+        others = [d for d in found if d.name in drawn] if shared else []
+        taken = {k: {c for d in others for c in drawn[d.name][k]} & set(ids) for k in _SHARES}
+        taken["test"] |= domain.test
+        seen = {case for d in others for case in d.labels}
+        free = [case for case in ids if case not in seen and case not in domain.test]
+        order = list(np.random.default_rng(_SEED).permutation(free)) if free else []
+        if shared:  # who has labels in all domains can be tested on in all, and is taken first
+            order.sort(key=lambda case: case in everywhere)
+        for split, share in _SHARES.items():
+            wanted = max(1, round(share * len(ids))) if len(ids) >= 3 else int(split == "test")
+            while len(taken[split]) < wanted and order:
+                taken[split].add(str(order.pop()))
+        drawn[domain.name] = {split: sorted(taken[split]) for split in ("val", "test")}
+    return drawn
+
+
+# -- answers --------------------------------------------------------------------------------------
+
+
+def _images(answer: str, data: Path) -> tuple[str, list[Found]]:
+    """A pattern, and the cases without labels that it finds."""
+    fault = pattern_fault(answer, None)
+    if fault:
+        raise ConfigError(f"{fault}.")
+    return answer, by_pattern(data, answer, None, data)
+
+
+def _labels(
+    answer: str, data: Path, images: str, bare: list[Found]
+) -> tuple[str | None, list[Found]]:
+    """A pattern, and the cases that it finds together with that of the images."""
+    if answer.lower() in ("none", ""):
+        return None, bare
+    fault = pattern_fault(images, answer)
+    if fault:
+        raise ConfigError(f"{fault}.")
+    return answer, by_pattern(data, images, answer, data)
+
+
+def _structures(answer: str, domain: str, titles: Sequence[str]) -> dict[str, int]:
+    """Name → value; the names are those of the domains before it."""
+    if not answer:
+        raise ConfigError(
+            f"{domain}: its label values are not those of the domain before it, so nothing tells "
+            f"which is which; answer the questions (without --yes), as in {titles[0]}=63."
+        )
+    found = parse_structures(answer, domain)
+    if titles and set(found) != set(titles):
+        raise ConfigError(
+            f"{domain}: the structures must be {', '.join(titles)}, as in the domain before it; "
+            "give each its value."
+        )
+    return found
+
+
+def _window(answer: str) -> tuple[float, float] | None:
+    if answer.strip().lower() in ("no", "n", ""):
+        return None
+    try:
+        low, high = map(float, re.split(r"[\s,]+", answer.strip(" []")))
+    except ValueError:
+        low = high = math.nan
+    if not low < high:
+        raise ConfigError(
+            f"'{answer}' is no window; write two numbers that rise, such as {SOFT_TISSUE}, or no."
+        )
+    return low, high
+
+
+def _one_of(answer: str, among: Sequence[str]) -> str:
+    """One of a few words, or the beginning of one."""
+    found = [word for word in among if word.startswith(answer.strip().lower())]
+    if len(found) != 1 or not answer.strip():
+        raise ConfigError(f"'{answer}' is no answer; use {' or '.join(among)}.")
+    return found[0]
+
+
+def _length(answer: str) -> float:
+    try:
+        value = float(answer)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 10_000:
+        raise ConfigError(f"'{answer}' is no length; give mm as a number, such as 320.")
+    return value
+
+
+def _mapping(values: dict[str, int]) -> str:
+    return "{" + ", ".join(f"{key}: {value}" for key, value in values.items()) + "}"
+
+
+def _listing(ids: Sequence[str]) -> str:
+    return "[" + ", ".join(json.dumps(case, ensure_ascii=False) for case in ids) + "]"
