@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 
 from glua_bench.cache import SliceCache
 from glua_bench.conformance import TinyDataset, run_dataset_checks
@@ -144,3 +148,30 @@ def test_the_registry_knows_a_description_by_its_name(described: Path) -> None:
     described.write_text(TEXT.replace("name: tiny", "name: phantom"))
     with pytest.raises(PluginError, match="Two datasets are called 'phantom'"):
         Registry("dataset", [described])
+
+
+def test_glua_runs_on_described_volumes_of_other_formats(described: Path, tmp_path: Path) -> None:
+    """From NRRD and MetaImage files to scores on them, by the command line."""
+    for path in (described.parent / "data").rglob("*.nii.gz"):
+        suffix = ".nrrd" if "plain" in path.name else ".mha"
+        voxels = SimpleITK.ReadImage(path)
+        SimpleITK.WriteImage(voxels, path.with_name(path.name.replace(".nii.gz", suffix)))
+        path.unlink()
+    text = TEXT.replace("plain_*.nii.gz", "plain_*.nrrd")
+    described.write_text(text.replace("inverted_*.nii.gz", "inverted_*.mha"))
+    words = f"run --method glua --dataset {described} --runs {tmp_path / 'runs'} --steps 2"
+    words += (
+        " --device cpu --no-mlflow --preset quick --set batch_size=2 --set method.style_clusters=1"
+    )
+    words += " --set method.style_width=4 --set method.style_blocks=1"
+    done = subprocess.run(
+        [sys.executable, "-m", "glua_bench", *words.split()],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "glua on tiny plain-inverted" in done.stdout and "mean " in done.stdout
+    (saved,) = tmp_path.glob("runs/tiny/glua/*/predictions/inverted_3.nii.gz")
+    reference = SimpleITK.ReadImage(described.parent / "data/truth/truth_of_inverted_3.mha")
+    assert nib.load(saved).shape == reference.GetSize()
