@@ -20,6 +20,7 @@ import typer
 from glua_bench import __version__
 from glua_bench.documents import SUFFIXES as DESCRIPTIONS
 from glua_bench.errors import ConfigError, DataError, RunFailure, UserError
+from glua_bench.interruption import Interrupted, listening
 from glua_bench.registry import Registry
 
 if TYPE_CHECKING:
@@ -246,7 +247,8 @@ def run(
         return
     from glua_bench.reports.run_figures import draw_run
 
-    with Progress(enabled=os.environ.get("LOCAL_RANK", "0") == "0") as progress:
+    leading = os.environ.get("LOCAL_RANK", "0") == "0"
+    with listening(), Progress(enabled=leading) as progress:
         summary = runs.execute(planned, progress, draw_run)
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
@@ -1033,6 +1035,8 @@ def main() -> None:
         _end(str(error), error.exit_code)
     except KeyboardInterrupt:
         _end("interrupted; the same command resumes.", 130)
+    except Interrupted as error:
+        _end(f"ended by {error}, after a checkpoint; the same command resumes.", 128 + error.number)
     except BrokenPipeError:
         # The reader of a pipe (e.g. head) has gone; Python must not complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -9,8 +9,9 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol
@@ -522,10 +523,29 @@ def stores(
     return train, val, target
 
 
+class Stopped(Exception):
+    """A watcher ended the run early: it is neither done nor failed, and may be resumed."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Looks at the candidates of a run while it trains.
+
+    Args:
+        selector: whose score is computed.
+        see: called with the candidate's step and its score; may raise `Stopped`.
+    """
+
+    selector: str
+    see: Callable[[int, float], None]
+
+
 Draw = Callable[[tracking.RunDirectory, Dataset, pd.DataFrame, Batch, dict[str, Tensor]], None]
 
 
-def execute(planned: PlannedRun, progress: Progress, draw: Draw | None = None) -> Summary:
+def execute(
+    planned: PlannedRun, progress: Progress, draw: Draw | None = None, watch: Watch | None = None
+) -> Summary:
     """Train or resume, select, evaluate, record and mirror one run.
 
     Args:
@@ -533,10 +553,12 @@ def execute(planned: PlannedRun, progress: Progress, draw: Draw | None = None) -
         progress: what the user sees.
         draw: makes the run's figures of its directory, dataset, rows of the primary selector,
             a batch of images, and the method's own pictures; None draws nothing.
+        watch: sees the candidates while the run trains; None lets nobody see them.
 
     Raises:
         UserError: something given cannot be used.
         RunFailure: training stopped; the run is marked as failed.
+        Stopped: `watch` ended it.
     """
     directory = planned.directory
     if directory.done:
@@ -567,7 +589,9 @@ def execute(planned: PlannedRun, progress: Progress, draw: Draw | None = None) -
             planned.stages,
         )
         try:
-            cases = _train_and_score(planned, fabric, progress, began, draw)
+            cases = _train_and_score(planned, fabric, progress, began, draw, watch)
+        except Stopped:
+            raise
         except (UserError, RunFailure) as error:
             directory.fail(str(error))
             raise
@@ -648,8 +672,28 @@ class _Trained:
     target: ImageStore | None
     batches: Batches
 
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits under the run's precision."""
+        with self.trainer.fabric.autocast():
+            return self.method.predict(images.to(memory_format=torch.channels_last))
 
-def _train(planned: PlannedRun, fabric: Fabric, progress: Progress) -> _Trained:
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """The method's features under the run's precision."""
+        with self.trainer.fabric.autocast():
+            return self.method.features(images.to(memory_format=torch.channels_last))
+
+    @torch.no_grad()
+    def translate(self, images: Tensor) -> Tensor:
+        """What the last stage makes of source images."""
+        last = self.trainer.stages[-1]
+        return images if last.translate is None else last.translate(images)
+
+
+def _train(
+    planned: PlannedRun, fabric: Fabric, progress: Progress, watch: Watch | None = None
+) -> _Trained:
     config, cache = planned.config, SliceCache()
     train, val, target = stores(planned, cache, progress)
     method = build_method(config, planned.dataset, planned.method_class)
@@ -672,26 +716,36 @@ def _train(planned: PlannedRun, fabric: Fabric, progress: Progress) -> _Trained:
         progress,
         artefacts(planned, method),
     )
+    trained = _Trained(trainer, method, train, val, target, batches)
+    if watch is not None:
+        trainer.watch = partial(_show, planned, trained, watch)
     try:
         trainer.fit()
     finally:
         batches.close()
-    return _Trained(trainer, method, train, val, target, batches)
+    return trained
+
+
+def _show(planned: PlannedRun, trained: _Trained, watch: Watch, step: int) -> None:
+    """Score the candidate whose weights the method has, and tell the watcher."""
+    selector: Selector = Registry("selector", planned.request.plugins).load(watch.selector)()
+    samples = _samples(planned, trained) if selector.uses_samples else {}
+    watch.see(step, _score(planned, trained, selector, step, samples, {}))
 
 
 def _train_and_score(
-    planned: PlannedRun, fabric: Fabric, progress: Progress, began: float, draw: Draw | None
+    planned: PlannedRun,
+    fabric: Fabric,
+    progress: Progress,
+    began: float,
+    draw: Draw | None,
+    watch: Watch | None,
 ) -> pd.DataFrame:
     config, dataset, directory = planned.config, planned.dataset, planned.directory
-    trained = _train(planned, fabric, progress)
-    trainer, method = trained.trainer, trained.method
-
-    @torch.no_grad()
-    def predict(images: Tensor) -> Tensor:
-        with fabric.autocast():
-            return method.predict(images.to(memory_format=torch.channels_last))
-
-    scores = _selector_scores(planned, trained, predict)
+    trained = _train(planned, fabric, progress, watch)
+    trainer = trained.trainer
+    predict = trained.predict
+    scores = _selector_scores(planned, trained)
     chosen = {name: choose(by_step) for name, by_step in scores.items()}
     primary = config.selectors[0]
     test = list(dataset.split(config.target, "test"))
@@ -763,69 +817,71 @@ def _train_and_score(
     return rows
 
 
-def _selector_scores(
-    planned: PlannedRun, trained: _Trained, predict: Callable[[Tensor], Tensor]
-) -> dict[str, dict[int, float]]:
+def _selector_scores(planned: PlannedRun, trained: _Trained) -> dict[str, dict[int, float]]:
     """Selector → candidate step → score."""
     registry = Registry("selector", planned.request.plugins)
     selectors: dict[str, Selector] = {
         name: registry.load(name)() for name in planned.config.selectors
     }
-    trainer, method = trained.trainer, trained.method
-    device = trainer.fabric.device
-    last = trainer.stages[-1]
-
-    def features(images: Tensor) -> Tensor:
-        with trainer.fabric.autocast():
-            return method.features(images.to(memory_format=torch.channels_last))
-
-    @torch.no_grad()
-    def translate(images: Tensor) -> Tensor:
-        return images if last.translate is None else last.translate(images)
-
-    steps = trainer.candidate_steps()
+    steps, device = trained.trainer.candidate_steps(), trained.trainer.fabric.device
     samples: dict[int, dict[str, Samples]] = {step: {} for step in steps}
     if any(selector.uses_samples for selector in selectors.values()):
-        served = dict(zip(ROLES, (trained.train, trained.val, trained.target), strict=True))
         for step in steps:
             _load_candidate(trained, step, device)
-            torch.manual_seed(planned.config.seed)  # styles drawn alike for every candidate
-            samples[step] = {
-                role: sample_pixels(
-                    predict,
-                    features,
-                    store,
-                    translate if role != "target_train" else lambda images: images,
-                    device,
-                )
-                for role, store in served.items()
-                if store is not None
-            }
+            samples[step] = _samples(planned, trained)
     trajectory = {s: own["target_train"] for s, own in samples.items() if "target_train" in own}
     scores: dict[str, dict[int, float]] = {name: {} for name in selectors}
     for step in steps:
         _load_candidate(trained, step, device)
         for name, selector in selectors.items():
-            torch.manual_seed(planned.config.seed)
-            scores[name][step] = selector.score(
-                Candidate(
-                    step,
-                    predict,
-                    method.task.classes,
-                    trained.val,
-                    translate,
-                    trained.target,
-                    device,
-                    samples[step],
-                    trajectory,
-                )
-            )
+            scores[name][step] = _score(planned, trained, selector, step, samples[step], trajectory)
     # A selector that can judge no candidate (e.g. without target images) selects nothing.
     return {
         name: by_step
         for name, by_step in scores.items()
         if name == planned.config.selectors[0] or not all(map(math.isnan, by_step.values()))
     }
+
+
+def _samples(planned: PlannedRun, trained: _Trained) -> dict[str, Samples]:
+    """Role → pixels of its slices, as the method answers them with the weights that it has."""
+    torch.manual_seed(planned.config.seed)  # styles drawn alike for every candidate
+    return {
+        role: sample_pixels(
+            trained.predict,
+            trained.features,
+            store,
+            trained.translate if role != "target_train" else lambda images: images,
+            trained.trainer.fabric.device,
+        )
+        for role, store in zip(ROLES, (trained.train, trained.val, trained.target), strict=True)
+        if store is not None
+    }
+
+
+def _score(
+    planned: PlannedRun,
+    trained: _Trained,
+    selector: Selector,
+    step: int,
+    samples: Mapping[str, Samples],
+    trajectory: Mapping[int, Samples],
+) -> float:
+    """What a selector says of the weights that the method has."""
+    torch.manual_seed(planned.config.seed)
+    return selector.score(
+        Candidate(
+            step,
+            trained.predict,
+            trained.method.task.classes,
+            trained.val,
+            trained.translate,
+            trained.target,
+            trained.trainer.fabric.device,
+            samples,
+            trajectory,
+        )
+    )
 
 
 def _load_candidate(trained: _Trained, step: int, device: torch.device) -> None:

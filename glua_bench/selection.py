@@ -82,6 +82,7 @@ class Selector(ABC):
     reference: ClassVar[str]
     needs: ClassVar[str]
     uses_samples: ClassVar[bool] = False  # of pixels' logits and features
+    uses_trajectory: ClassVar[bool] = False  # of other candidates, so that none is judged alone
 
     @abstractmethod
     def score(self, candidate: Candidate) -> float:

@@ -187,6 +187,7 @@ class CheckpointAgreement(Selector):
     reference = "original (in the manner of agreement among models, Jiang et al., ICLR 2022)"
     needs = "target images"
     uses_samples = True
+    uses_trajectory = True
 
     def score(self, candidate: Candidate) -> float:
         """Mean pooled Dice of its structures with those of each other candidate."""

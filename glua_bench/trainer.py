@@ -25,7 +25,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from glua_bench import augment
+from glua_bench import augment, interruption
 from glua_bench.batches import Batches
 from glua_bench.config import RunConfig
 from glua_bench.console import Progress
@@ -148,6 +148,8 @@ class Trainer:
         progress: what the user sees.
         artefact: stage → where its result is shared, or None.
         checkpoint_seconds: pause between checkpoints; 0 writes one after every step.
+        watch: called with its step for each candidate, the method having its weights and being in
+            evaluation; a resumed run begins with those that it has. It may end the run by raising.
     """
 
     def __init__(
@@ -161,10 +163,12 @@ class Trainer:
         progress: Progress,
         artefact: Callable[[Stage], Artefact | None] = lambda stage: None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        watch: Callable[[int], None] | None = None,
     ) -> None:
         self.config, self.batches, self.fabric = config, batches, fabric
         self.log, self.progress, self.artefact = log, progress, artefact
         self.checkpoints, self.checkpoint_seconds = checkpoints, checkpoint_seconds
+        self.watch = watch
         self.method = method.to(fabric.device)
         to_channels_last(self.method)
         for tensor in itertools.chain(method.parameters(), method.buffers()):
@@ -195,8 +199,11 @@ class Trainer:
 
         Raises:
             RunFailure: a loss is not finite, or a checkpoint cannot be written.
+            Interrupted: the process was asked to end; a checkpoint of the last step is written.
         """
         position = self._load()
+        if self.watch is not None:
+            self._watch_again(position)
         for index, stage in enumerate(self.stages):
             if index < position["stage"]:
                 continue
@@ -291,9 +298,17 @@ class Trainer:
                 self._flush(stage)
                 if fabric.is_global_zero:
                     save_atomically(method.state_dict(), self.candidate_path(step + 1))
-            if not last and time.monotonic() - self._saved_at >= self.checkpoint_seconds:
+                if self.watch is not None:
+                    method.eval()
+                    self.watch(step + 1)
+                    method.train()
+            # Several processes would hear of it in different steps, and wait for each other.
+            ending = interruption.asked() and fabric.world_size == 1
+            if ending or not last and time.monotonic() - self._saved_at >= self.checkpoint_seconds:
                 self.seconds[stage.name] = time.perf_counter() - began
                 self._save(index, stage, step + 1, optimizers)
+                if ending:
+                    interruption.end_if_asked()
         self._flush(stage)
         if stage.finish is not None:
             seed_all(step_seed(config.seed, stage.name, total), fabric.device)
@@ -301,6 +316,27 @@ class Trainer:
             stage.finish(context)
         self.seconds[stage.name] = time.perf_counter() - began
         self._save(index + 1, stage, 0, {})
+
+    def _watch_again(self, position: Mapping[str, Any]) -> None:
+        """Show the candidates of the processes before this one, and take the last weights again."""
+        assert self.watch is not None
+        at_last = position["stage"] == len(self.stages) - 1
+        done = [
+            step
+            for step in self.candidate_steps()
+            if position["stage"] == len(self.stages) or (at_last and step <= position["step"])
+        ]
+        if not done:
+            return
+        before = {name: value.clone() for name, value in self.method.state_dict().items()}
+        self.method.eval()
+        for step in done:
+            weights = torch.load(
+                self.candidate_path(step), map_location=self.fabric.device, weights_only=True
+            )
+            self.method.load_state_dict(weights)
+            self.watch(step)
+        self.method.load_state_dict(before)
 
     def _augmented(self, batch: Batch, stage: Stage) -> Batch:
         """Geometric, then the stage's translation, then photometric; alike for every method."""

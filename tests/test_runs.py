@@ -624,6 +624,36 @@ def test_an_interrupted_run_is_neither_done_nor_failed(
     assert planned.directory.done
 
 
+@pytest.mark.parametrize("selector", ["im", "source_val"])
+def test_a_watcher_sees_the_scores_that_the_run_records(
+    phantom_root: Path, tmp_path: Path, selector: str
+) -> None:
+    seen: dict[int, float] = {}
+    request = ask(phantom_root, tmp_path / "watched", method="local_only")
+    planned = plan(request)
+    execute(planned, QUIET, watch=runs.Watch(selector, seen.__setitem__))
+    recorded = planned.directory.read_summary()["selector_scores"][selector]
+    assert seen == {int(step): value for step, value in recorded.items()} and len(seen) == 2
+    alone = plan(replace(request, runs_root=tmp_path / "alone"))
+    execute(alone, QUIET)
+    rows = [d.directory.read_cases().drop(columns="run") for d in (planned, alone)]
+    pd.testing.assert_frame_equal(*rows)
+
+
+def test_a_run_that_a_watcher_ends_is_neither_done_nor_failed(
+    phantom_root: Path, tmp_path: Path
+) -> None:
+    def see(step: int, score: float) -> None:
+        raise runs.Stopped
+
+    planned = plan(ask(phantom_root, tmp_path))
+    with pytest.raises(runs.Stopped):
+        execute(planned, QUIET, watch=runs.Watch("source_val", see))
+    assert not planned.directory.done and planned.directory.failed is None
+    execute(plan(planned.request), QUIET)
+    assert planned.directory.done
+
+
 def test_a_tracker_that_is_down_costs_a_warning(
     phantom_root: Path,
     tmp_path: Path,

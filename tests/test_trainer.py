@@ -28,7 +28,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from glua_bench import runs
+from glua_bench import interruption, runs
 from glua_bench.batches import Batches
 from glua_bench.cache import ImageStore, LabelledStore, SliceCache
 from glua_bench.config import RunConfig, SegmenterSpec, setting
@@ -185,6 +185,82 @@ def log_rows(trainer: Trainer) -> list[dict[str, Any]]:
 
 def last(trainer: Trainer) -> dict[str, Any]:
     return torch.load(trainer.checkpoints / "last.pt", weights_only=True)  # type: ignore[no-any-return]
+
+
+# -- asked to end, and watched --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", interruption.SIGNALS)
+def test_a_signal_ends_after_the_step_and_the_next_process_goes_on(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    expected = finish(make(tmp_path / "whole"))
+
+    class Asked(Toy):
+        def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+            if context.stage.name == "segment" and context.step == 4:
+                os.kill(os.getpid(), number)
+            return super().step(batch, context)
+
+    trainer = make(tmp_path / "own", Asked, checkpoint_seconds=math.inf)
+    with interruption.listening(), quiet(trainer), pytest.raises(interruption.Interrupted) as ended:
+        trainer.fit()
+    assert ended.value.number == number
+    assert (last(trainer)["stage"], last(trainer)["step"]) == (1, 5)
+    again = make(tmp_path / "own", checkpoint_seconds=math.inf)
+    assert first_difference(expected, finish(again)) is None
+
+
+def test_a_signal_is_heard_only_while_somebody_listens() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with interruption.listening():
+        assert not interruption.asked()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert interruption.asked()
+    assert not interruption.asked() and signal.getsignal(signal.SIGUSR1) == before
+    interruption.end_if_asked()
+
+
+def test_watching_the_candidates_changes_nothing(tmp_path: Path) -> None:
+    expected = finish(make(tmp_path / "alone"))
+    seen: dict[int, dict[str, Tensor]] = {}
+    trainer = make(tmp_path / "watched")
+
+    def watch(step: int) -> None:
+        assert not trainer.method.training
+        torch.rand(5)  # a watcher may draw random numbers
+        seen[step] = {n: v.clone() for n, v in trainer.method.state_dict().items()}
+
+    trainer.watch = watch
+    assert first_difference(expected, finish(trainer)) is None
+    assert list(seen) == trainer.candidate_steps() and len(seen) == 3
+    assert first_difference(seen[STEPS], expected) is None
+    for step, weights in seen.items():
+        saved = torch.load(trainer.candidate_path(step), weights_only=True)
+        assert first_difference(weights, saved) is None
+
+
+def test_a_resumed_run_shows_the_candidates_that_it_has(tmp_path: Path) -> None:
+    expected = finish(make(tmp_path / "whole"))
+    first, again = make(tmp_path / "own"), make(tmp_path / "own")
+    seen: list[int] = []
+
+    def stop(step: int) -> None:
+        if step == 8:
+            raise ValueError
+
+    first.watch = stop
+    with quiet(first), pytest.raises(ValueError):
+        first.fit()
+    assert last(first)["step"] == 7  # the last checkpoint lies before the candidate
+    again.watch = seen.append
+    assert first_difference(expected, finish(again)) is None
+    assert seen == [4, 8, 12]
+    seen.clear()
+    finished = make(tmp_path / "own")
+    finished.watch = seen.append
+    assert first_difference(expected, finish(finished)) is None
+    assert seen == [4, 8, 12]
 
 
 # -- as a script ----------------------------------------------------------------------------------
