@@ -155,6 +155,7 @@ class Kind(str, Enum):
     methods = "methods"
     datasets = "datasets"
     selectors = "selectors"
+    sweeps = "sweeps"
 
 
 def say(text: str = "") -> None:
@@ -733,6 +734,125 @@ def export(
     say(f"Next: glua-bench predict --model {folder} IMAGE.nii.gz")
 
 
+# -- sweep -------------------------------------------------------------------------------------
+
+
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        help="Where trials are kept: a path, or a database's URL for many machines; default is a "
+        "journal in RUNS/sweeps/NAME. Also $GLUA_BENCH_STORAGE.",
+        envvar="GLUA_BENCH_STORAGE",
+        show_envvar=False,
+    ),
+]
+
+
+@app.command()
+def sweep(
+    file: Annotated[
+        str, typer.Argument(help="A sweep's YAML file, or the name of one: `list sweeps`.")
+    ],
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine, each with its GPU or cores.")
+    ] = 1,
+    trials: Annotated[int | None, typer.Option(min=1, help="In the place of the file's.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="In the place of the file's.")] = None,
+    directions: DirectionNames = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Of every trial, in the place of the file's.")
+    ] = None,
+    space: Annotated[
+        str | None, typer.Option(help="auto: every setting of the method that has a range.")
+    ] = None,
+    storage: Storage = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a sweep that has begun, or say it has not.")
+    ] = False,
+    fork: Annotated[
+        bool, typer.Option("--fork", help="Begin a new study beside one of the same name.")
+    ] = False,
+    preset: RunPreset = None,
+    steps: Steps = None,
+    data_root: DataRoot = None,
+    runs_root: RunsRoot = Path("runs"),
+    device: Device = "auto",
+    precision: Precision = None,
+    plugin: Plugins = None,
+    oracle: Oracle = False,
+    mlflow: Mirrored = True,
+    dry_run: DryRun = False,
+) -> None:
+    """Search settings of a method by a score that needs no target label.
+
+    The same command again goes on where it was, and does nothing for a finished sweep.
+    """
+    if dataset is not None:
+        dataset, plugin = _with_descriptions(dataset, plugin)
+    from glua_bench.runs import RunRequest
+    from glua_bench.sweeps import command, definition
+
+    told = definition.read(
+        definition.find(file),
+        oracle,
+        plugin or [],
+        trials=trials,
+        dataset=dataset,
+        directions=_names(directions or ""),
+        seeds=seeds,
+        space=space,
+        preset=preset,
+    )
+    base = RunRequest(
+        told.method,
+        told.dataset,
+        steps=steps,
+        data_root=data_root,
+        runs_root=runs_root,
+        device=device,
+        precision=precision,
+        plugins=plugin or [],
+        oracle=oracle,
+        mlflow=mlflow,
+    )
+    for line in command.described(told):
+        say(line)
+    if dry_run:
+        for line in command.planned(told, base, workers, say):
+            say(line)
+        say("Next: the same command without --dry-run.")
+        return
+    study = command.open_study(told, base, storage, workers, fork, resume, say)
+    try:
+        command.run_crew(study, base, storage, workers, sys.stdout)
+    except KeyboardInterrupt:
+        _end(
+            f"interrupted; what is done is kept in {study.folder}, and the same command goes on.",
+            130,
+        )
+    for line in command.conclude(study):
+        say(line)
+
+
+@app.command()
+def worker(
+    study: Annotated[str, typer.Option(help="The sweep's name.")],
+    storage: Storage = None,
+    runs_root: RunsRoot = Path("runs"),
+    plugin: Plugins = None,
+) -> None:
+    """Work on a sweep that `sweep` has begun, here or on another machine, until it is finished."""
+    from glua_bench.console import Progress
+    from glua_bench.sweeps import command, launch
+
+    launch.pin()
+    joined, base = command.join(study, runs_root, storage, plugin or [], say)
+    with listening():
+        done = command.run_worker(joined, base, say, Progress(enabled=False))
+    say(f"'{study}' is finished: {done.finished} trials here, {done.pruned} pruned.")
+
+
 # -- list --------------------------------------------------------------------------------------
 
 
@@ -749,6 +869,9 @@ def list_(
 
     broken = 0
     for chosen in [kind] if kind is not None else list(Kind):
+        if chosen is Kind.sweeps:
+            _list_sweeps()
+            continue
         singular = chosen.value[:-1]
         entries = Registry(singular, plugin or []).entries()
         say(chosen.value.capitalize())
@@ -775,6 +898,18 @@ def list_(
     if broken:
         say(f"{broken} plugin(s) cannot be used; repair or uninstall them.")
     say("Next: glua-bench run --method NAME --dataset NAME, or glua-bench run --help")
+
+
+def _list_sweeps() -> None:
+    from glua_bench.documents import read_document
+    from glua_bench.sweeps.definition import shipped
+
+    say("Sweeps")
+    for name, file in shipped().items():
+        text = read_document(file)
+        say(f"  {name:<17} {text.take('title', str)}")
+        say(f"{'':20}of {text.take('method', str)}, by {text.take('objective', object)}; {file}")
+    say()
 
 
 def _list_settings(method: Any) -> None:

@@ -25,6 +25,19 @@ from glua_bench.task import Grid
 AUGMENTATIONS = ("none", "geometric", "photometric")
 SCENARIOS = ("uda", "supervised")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+# What every run is judged by; the first is the one that results are reported by.
+SELECTORS = (
+    "last",
+    "source_val",
+    "entropy",
+    "im",
+    "snd",
+    "dev",
+    "bnm",
+    "class_ami",
+    "class_silhouette",
+    "agreement",
+)
 
 
 def setting(
@@ -86,18 +99,7 @@ class RunConfig:
     augmentation: str = setting("geometric", "policy for all methods", choices=AUGMENTATIONS)
     precision: str = setting("32-true", "arithmetic of the forward pass", choices=PRECISIONS)
     candidates: int = setting(5, "checkpoints offered to the selectors", low=1, high=1000)
-    selectors: tuple[str, ...] = (  # the first is the one that results are reported by
-        "last",
-        "source_val",
-        "entropy",
-        "im",
-        "snd",
-        "dev",
-        "bnm",
-        "class_ami",
-        "class_silhouette",
-        "agreement",
-    )
+    selectors: tuple[str, ...] = SELECTORS
 
     def __post_init__(self) -> None:
         check(self)
@@ -269,6 +271,11 @@ def build_settings(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     built = cls(**converted)
     check(built, f"{prefix}.")
     return built
+
+
+def setting_type(cls: type, name: str) -> Any:
+    """The plain type of a setting: bool, int, float or str, without its None."""
+    return _kind(typing.get_type_hints(cls)[name])[0]
 
 
 def parse_overrides(assignments: list[str]) -> dict[str, dict[str, Any]]:

@@ -1,5 +1,5 @@
-"""Searches over settings of methods; empty so far.
+"""Searches over settings of methods, by a score that needs no target label.
 
-The place of sweep definitions (YAML files are packaged with this folder) and of what executes
-them. The range that a search may use already stands at each setting: `glua_bench.config.setting`.
+The YAML files beside this one are the sweeps that come with the package; docs/sweeps.md describes
+their form. The range that a search may use stands at each setting: `glua_bench.config.setting`.
 """

@@ -1,0 +1,207 @@
+"""What the commands `sweep` and `worker` do: open a study, work on it, say what came out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from glua_bench import runs
+from glua_bench.console import Progress, duration
+from glua_bench.errors import ConfigError
+from glua_bench.runs import RunRequest
+from glua_bench.sweeps import definition as definitions
+from glua_bench.sweeps.definition import Definition
+from glua_bench.sweeps.launch import Crew, worker_words
+from glua_bench.sweeps.progress import Display, shown
+from glua_bench.sweeps.study import Claim, SweepStudy, counting, folder_of, free_name
+from glua_bench.sweeps.trial import Outcome, See, execute, requests
+from glua_bench.sweeps.worker import Done, work
+
+# What of a request a worker has to know; the definition gives the rest.
+CARRIED = (
+    "data_root",
+    "device",
+    "devices",
+    "precision",
+    "oracle",
+    "mlflow",
+    "steps",
+    "augmentation",
+)
+
+
+def open_study(
+    definition: Definition,
+    base: RunRequest,
+    storage: str | None,
+    workers: int,
+    fork: bool,
+    resume: bool,
+    report: Callable[[str], None],
+) -> SweepStudy:
+    """The study of a definition, new or going on.
+
+    Args:
+        definition: of the sweep.
+        base: what all runs share beyond it.
+        storage: path or URL; None takes the journal.
+        workers: how many will use the storage.
+        fork: begin a new study beside the one that is there.
+        resume: it must have begun.
+        report: receives what the user should know.
+
+    Raises:
+        ConfigError: the study began with another definition, or there is none to resume.
+    """
+    name = free_name(base.runs_root, definition.name) if fork else definition.name
+    if resume and not folder_of(base.runs_root, name).is_dir():
+        raise ConfigError(
+            f"There is no sweep '{name}' in {base.runs_root} to resume; leave --resume out, or "
+            "name its directory by --runs."
+        )
+    # Before anything is written, so that what cannot run leaves no study behind.
+    for request in requests(definition, base, first_values(definition)):
+        planned = runs.plan(request, report)
+    study = SweepStudy(definition, base.runs_root, storage, name, report, workers)
+    study.remember(
+        {
+            **definition.meaning(),
+            "name": name,
+            "request": {key: _plain(getattr(base, key)) for key in CARRIED},
+            "code": planned.code,
+        }
+    )
+    copy = study.folder / "definition.json"
+    copy.write_text(json.dumps({**asdict(definition), "file": str(definition.file)}, indent=1))
+    return study
+
+
+def described(definition: Definition) -> list[str]:
+    """The sweep in two lines."""
+    searched = ", ".join(_range(parameter) for parameter in definition.space)
+    judged = " and ".join(definition.objectives)
+    stamp = ", ORACLE (reads target labels)" if definition.selector == definitions.ORACLE else ""
+    return [
+        f"sweep {definition.name}: {definition.method} on {definition.dataset} "
+        f"{', '.join(definition.directions)}, preset {definition.preset}, "
+        f"{definition.seeds} seed{'s' if definition.seeds > 1 else ''} a trial{stamp}",
+        f"{definition.trials} trials by {definition.sampler}, judged by {judged}: {searched}",
+    ]
+
+
+def _range(parameter: definitions.Parameter) -> str:
+    if parameter.choices:
+        return f"{parameter.name} of {', '.join(map(str, parameter.choices))}"
+    log = " (log)" if parameter.log else ""
+    return f"{parameter.name} from {parameter.low:g} to {parameter.high:g}{log}"
+
+
+def planned(
+    definition: Definition, base: RunRequest, workers: int, report: Callable[[str], None]
+) -> list[str]:
+    """What a sweep would cost, from a few steps on the real data."""
+    ready = [
+        runs.plan(request, report)
+        for request in requests(definition, base, first_values(definition))
+    ]
+    seconds = runs.estimate(ready[0]) * len(ready) * definition.trials
+    return [
+        f"{definition.trials * len(ready)} runs, at most about {duration(seconds / workers)} of "
+        f"training with --workers {workers}; stages that trials share are trained once"
+    ]
+
+
+def first_values(definition: Definition) -> dict[str, Any]:
+    """One configuration of the space."""
+    return {
+        p.name: p.choices[0] if p.choices else int(p.low) if p.whole else p.low
+        for p in definition.space
+    }
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def join(
+    name: str, runs_root: Path, storage: str | None, plugins: list[Path], report: Any
+) -> tuple[SweepStudy, RunRequest]:
+    """A study that `sweep` has begun, for a worker anywhere.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    folder = folder_of(runs_root, name)
+    try:
+        told = json.loads((folder / "definition.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"There is no sweep '{name}' in {runs_root}; begin it by `glua-bench sweep`, or name "
+            "the directory of its runs by --runs."
+        ) from error
+    space = tuple(
+        definitions.Parameter(**{**p, "choices": tuple(p["choices"])}) for p in told.pop("space")
+    )
+    lists = ("directions", "settings", "objectives")
+    definition = Definition(
+        **{**told, "file": Path(told["file"]), **{key: tuple(told[key]) for key in lists}},
+        space=space,
+    )
+    study = SweepStudy(definition, runs_root, storage, name, report)
+    carried = study.facts.get("request", {})
+    values = {key: carried.get(key) for key in CARRIED}
+    if values["data_root"] is not None:
+        values["data_root"] = Path(values["data_root"])
+    base = RunRequest(definition.method, definition.dataset, runs_root=runs_root, plugins=plugins)
+    return study, replace(base, **values)
+
+
+def run_worker(
+    study: SweepStudy, base: RunRequest, report: Callable[[str], None], progress: Progress
+) -> Done:
+    """Take trials until there is none."""
+
+    def run(claim: Claim, see: See) -> Outcome:
+        return execute(study.definition, base, claim.params, progress, see)
+
+    return work(study, run, report)
+
+
+def run_crew(
+    study: SweepStudy, base: RunRequest, storage: str | None, workers: int, stream: Any
+) -> None:
+    """Start workers on this machine, and show what they do until the study is finished."""
+    counted = counting(study.trials())
+    if len(counted) >= study.definition.trials and all(t.state.is_finished() for t in counted):
+        return
+    words = worker_words(study, base.runs_root, base.plugins, storage)
+    with Display(study.definition, workers, stream) as display:
+        Crew(study, words, workers, lambda: display.show(study.trials())).run()
+
+
+def conclude(study: SweepStudy) -> list[str]:
+    """What a sweep found, in lines."""
+    trials = counting(study.trials())
+    complete = [t for t in trials if t.values]
+    objectives = study.definition.objectives
+    stamp = " (ORACLE: chosen by labels of test cases, no result)" if "oracle" in objectives else ""
+    if not complete:
+        return [f"No trial of '{study.name}' has a value."]
+    if len(objectives) > 1:
+        front = sorted(study.study.best_trials, key=lambda t: -t.values[0])
+        named = ", ".join(objectives)
+        lines = [f"{len(front)} configurations on the Pareto front of {named}{stamp}:"]
+        for trial in front:
+            values = " ".join(f"{value:.4g}" for value in trial.values)
+            lines.append(f"  {values}  {shown(trial.params)}")
+        return lines
+    chosen = max(complete, key=lambda t: t.values[0])
+    words = " ".join(f"--set method.{name}={value}" for name, value in chosen.params.items())
+    return [
+        f"Chosen by {objectives[0]}{stamp}: {shown(chosen.params)} "
+        f"({objectives[0]} {chosen.values[0]:.4g}, trial {chosen.number} of {len(trials)})",
+        f"Use it: {words}",
+    ]

@@ -1,0 +1,141 @@
+"""What a sweep shows while it runs: the best so far, who is at what, and the time that is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from glua_bench.console import duration, is_terminal
+from glua_bench.sweeps.definition import Definition
+from glua_bench.sweeps.study import counting
+
+
+@dataclass(frozen=True)
+class State:
+    """A sweep at one moment.
+
+    Args:
+        finished: trials with a value.
+        pruned: trials that were ended early.
+        failed: trials without a value.
+        running: trials that somebody is at.
+        total: trials that the budget allows.
+        best: the best trial so far; None where none is finished, or there are several objectives.
+        seconds_left: estimated; nan where nothing is known.
+    """
+
+    finished: int
+    pruned: int
+    failed: int
+    running: Sequence[FrozenTrial]
+    total: int
+    best: FrozenTrial | None
+    seconds_left: float
+
+    def line(self) -> str:
+        """The state in a line."""
+        done = self.finished + self.pruned + self.failed
+        parts = [f"{done}/{self.total} trials"]
+        parts += [
+            f"{n} {word}" for n, word in ((self.pruned, "pruned"), (self.failed, "failed")) if n
+        ]
+        parts.append(f"{len(self.running)} running")
+        if self.best is not None and self.best.values:
+            parts.append(f"best {self.best.values[0]:.4g} ({shown(self.best.params)})")
+        if done < self.total and self.seconds_left == self.seconds_left:
+            parts.append(f"about {duration(self.seconds_left)} left")
+        return ", ".join(parts)
+
+
+def state(definition: Definition, trials: list[FrozenTrial], workers: int) -> State:
+    """What the trials of a study come to."""
+    counted = counting(trials)
+    of = {kind: [t for t in counted if t.state == kind] for kind in TrialState}
+    complete = of[TrialState.COMPLETE]
+    single = len(definition.objectives) == 1
+    ended = [t.duration for t in complete + of[TrialState.PRUNED] if t.duration is not None]
+    left = definition.trials - sum(t.state.is_finished() for t in counted)
+    each = sum(d.total_seconds() for d in ended) / len(ended) if ended else float("nan")
+    return State(
+        len(complete),
+        len(of[TrialState.PRUNED]),
+        len(of[TrialState.FAIL]),
+        of[TrialState.RUNNING],
+        definition.trials,
+        max(complete, key=lambda t: t.values[0]) if complete and single else None,
+        each * left / max(1, workers),
+    )
+
+
+class Display:
+    """A live table on a terminal, and a plain line now and then elsewhere.
+
+    Args:
+        definition: of the sweep.
+        workers: how many there are.
+        stream: where to.
+        pause: seconds between plain lines without news.
+    """
+
+    def __init__(
+        self, definition: Definition, workers: int, stream: Any, pause: float = 30.0
+    ) -> None:
+        self.definition, self.workers, self.stream, self.pause = definition, workers, stream, pause
+        self._live: Any = None
+        self._said, self._at = "", 0.0
+
+    def __enter__(self) -> Display:
+        if is_terminal(self.stream):
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(console=Console(file=self.stream), auto_refresh=False)
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._live is not None:
+            self._live.__exit__(*exception)
+
+    def show(self, trials: list[FrozenTrial]) -> None:
+        """Show the state of the trials."""
+        now = state(self.definition, trials, self.workers)
+        if self._live is not None:
+            self._live.update(self.table(now, trials), refresh=True)
+            return
+        counts = f"{now.finished} {now.pruned} {now.failed}"
+        if counts != self._said or time.monotonic() - self._at >= self.pause:
+            print(now.line(), file=self.stream, flush=True)
+            self._said, self._at = counts, time.monotonic()
+
+    def table(self, now: State, trials: list[FrozenTrial], rows: int = 8) -> Any:
+        """The running trials and the best of those that are finished."""
+        from rich.table import Table
+
+        names = [parameter.name for parameter in self.definition.space]
+        table = Table(title=f"{self.definition.name}: {now.line()}", title_justify="left")
+        for column in ("trial", "state", *names, *self.definition.objectives):
+            table.add_column(column, justify="left" if column == "state" else "right")
+        complete = [t for t in counting(trials) if t.state == TrialState.COMPLETE]
+        complete.sort(key=lambda t: t.values[0], reverse=True)
+        for trial in [*now.running, *complete[:rows]]:
+            running = trial.state == TrialState.RUNNING
+            values = list(trial.intermediate_values.values())[-1:] if running else trial.values
+            cells = [f"{v:.4g}" + ("…" if running else "") for v in values]
+            cells += [""] * (len(self.definition.objectives) - len(cells))
+            params = [_cell(trial.params.get(name)) for name in names]
+            table.add_row(str(trial.number), "running" if running else "done", *params, *cells)
+        return table
+
+
+def shown(params: dict[str, Any]) -> str:
+    """Parameters in a phrase."""
+    return ", ".join(f"{name} {_cell(value)}" for name, value in params.items())
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
