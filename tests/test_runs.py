@@ -26,6 +26,7 @@ from glua_bench.datasets.phantom import Phantom
 from glua_bench.errors import ConfigError, PluginError, RunFailure
 from glua_bench.evaluation import summarise
 from glua_bench.method import Method, Stage, TaskInfo
+from glua_bench.methods.fda import exchange_amplitudes
 from glua_bench.methods.local_only import LocalOnly
 from glua_bench.methods.source_only import SourceOnly
 from glua_bench.neighbours import Neighbourhood, Stacks
@@ -346,6 +347,25 @@ def test_training_and_test_see_neighbours_at_that_distance(
     assert seen and set(seen) == {5}  # the test volumes are CT
     stored = RunDirectory.open(planned.directory.path).config
     assert (stored.slices, stored.slice_distance) == (3, 9.0)
+
+
+def test_figures_show_the_slice_that_is_labelled(phantom_root: Path, tmp_path: Path) -> None:
+    shown: dict[int, Any] = {}
+    for slices in (1, 3):
+        asked = ask(phantom_root, tmp_path / "runs", f"slices={slices}", method="fda")
+
+        def draw(run: Any, dataset: Any, rows: Any, batch: Any, pictures: Any) -> None:
+            shown[len(shown)] = batch, pictures
+
+        execute(plan(asked), QUIET, draw)
+    (alone, _), (stacked, pictures) = shown.values()
+    assert torch.equal(alone.source_images, stacked.source_images)
+    assert torch.equal(alone.target_images, stacked.target_images)
+    assert torch.equal(alone.source_labels, stacked.source_labels)
+    assert {picture.shape[1] for picture in pictures.values()} == {1}
+    # Each slice takes the amplitudes of the target's in its place: the middle one its own target's.
+    expected = exchange_amplitudes(alone.source_images, alone.target_images, 0.05)
+    torch.testing.assert_close(pictures["restyled"], expected)
 
 
 def test_slices_that_are_no_neighbours_are_not_stacked(
