@@ -108,6 +108,7 @@ class MMWHSSIFA(Dataset):
     )
     protocol = "the release cropped all volumes around the heart by their labels"
     publishable = False
+    neighbouring_slices = False
 
     @property
     def converted(self) -> Path:

@@ -37,7 +37,7 @@ def geometric(images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Ten
     """Rotate (±15°), scale (±15 %) and shift (±10 %) each image, its label alike.
 
     Args:
-        images: (N, 1, H, W) in [-1, 1]; what moves in from outside is -1 (background).
+        images: (N, S, H, W) in [-1, 1]; what moves in from outside is -1 (background).
         labels: (N, H, W), class indices, moved by nearest neighbour; or None.
     """
     theta = random_affine(len(images)).to(images)
@@ -55,11 +55,12 @@ def geometric(images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Ten
 def tone_curves(images: Tensor) -> Tensor:
     """Pass each image through its own random piecewise-linear curve, with a little noise.
 
-    The knots' heights are independent and uniform, so a curve need not rise: contrast may
-    invert, as it does from one modality to the other.
+    The slices of one image share its curve, as they share what made their contrast. The knots'
+    heights are independent and uniform, so a curve need not rise: contrast may invert, as it does
+    from one modality to the other.
 
     Args:
-        images: (N, 1, H, W) in [-1, 1].
+        images: (N, S, H, W) in [-1, 1].
     """
     count = len(images)
     heights = torch.rand(count, KNOTS) * 2 - 1

@@ -28,6 +28,7 @@ import numpy as np
 
 from glua_bench.errors import DataError, RunFailure
 from glua_bench.formats import files_of
+from glua_bench.neighbours import ALONE, Neighbourhood
 from glua_bench.task import Case, Grid, Reading, Structure, UnlabelledCase
 from glua_bench.volumes import Placement, load_image, load_label
 
@@ -174,11 +175,13 @@ class SliceCache:
 class ImageStore:
     """The slices of many cached images, numbered from 0 through all of them.
 
-    It knows images and nothing else: target-side training sees an `ImageStore`.
+    It knows images and nothing else: target-side training sees an `ImageStore`. Every slice is
+    stored once, and its neighbours are gathered when it is read.
 
     Args:
         images: volumes whose slices have one size.
         in_memory: hold everything as one array; None decides by size (256 MiB).
+        neighbourhood: which slices of its volume are served with each slice; by default none.
 
     Raises:
         ValueError: no volumes, or slices of different size.
@@ -190,8 +193,20 @@ class ImageStore:
         (2, 1, 256, 256)
     """
 
-    def __init__(self, images: Sequence[CachedImage], in_memory: bool | None = None) -> None:
+    def __init__(
+        self,
+        images: Sequence[CachedImage],
+        in_memory: bool | None = None,
+        neighbourhood: Neighbourhood = ALONE,
+    ) -> None:
         self._images = _Slices(images, IMAGE_TYPE, in_memory)
+        starts = np.cumsum([0, *(image.shape[0] for image in images)])
+        self._stacks = np.concatenate(  # int64 (len, S), numbers of each stack's slices
+            [
+                start + neighbourhood.numbers(image.shape[0], image.placement.grid_spacing[0])
+                for start, image in zip(starts, images, strict=False)
+            ]
+        )
         # Both as the caller needs them to go from a slice back to its case.
         self.volumes: np.ndarray = self._images.volumes  # int64 (len,), index of the volume
         self.positions: np.ndarray = self._images.positions  # int64 (len,), z in the volume
@@ -206,18 +221,21 @@ class ImageStore:
         return self._images.size
 
     def images(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Slices by number.
+        """Slices by number, each in the middle of its neighbours.
 
         Args:
             indices: N numbers from 0 to len - 1, in any order, repeats allowed.
 
         Returns:
-            float32 (N, 1, H, W) in [-1, 1], in the order of `indices`.
+            float32 (N, S, H, W) in [-1, 1], in the order of `indices`; S slices of one volume, in
+            its order.
 
         Raises:
             IndexError: a number is out of range.
         """
-        return self._images.take(indices, np.dtype(np.float32))[:, None]
+        stacks = self._stacks[self._images.checked(indices)]
+        found = self._images.take(stacks, np.dtype(np.float32))
+        return found.reshape(*stacks.shape, *self.size)
 
 
 class LabelledStore(ImageStore):
@@ -227,6 +245,7 @@ class LabelledStore(ImageStore):
         images: volumes whose slices have one size.
         labels: the label of each volume, in the same order.
         in_memory: hold everything in memory; None decides by size (256 MiB).
+        neighbourhood: of images; labels are those of the middle slices alone.
 
     Raises:
         ValueError: numbers or shapes of images and labels differ.
@@ -237,10 +256,11 @@ class LabelledStore(ImageStore):
         images: Sequence[CachedImage],
         labels: Sequence[CachedLabel],
         in_memory: bool | None = None,
+        neighbourhood: Neighbourhood = ALONE,
     ) -> None:
         if [image.shape for image in images] != [label.shape for label in labels]:
             raise ValueError("Images and labels of a store have different numbers or shapes.")
-        super().__init__(images, in_memory)
+        super().__init__(images, in_memory, neighbourhood)
         self._labels = _Slices(labels, LABEL_TYPE, in_memory)
 
     def labels(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -286,11 +306,16 @@ class _Slices:
                 self._all[start : start + entry.shape[0]] = entry.open()
                 start += entry.shape[0]
 
-    def take(self, indices: Sequence[int] | np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """(N, H, W) of the wanted type."""
+    def checked(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Slice numbers as int64 (N,), all of them in range."""
         wanted = np.asarray(indices, np.int64).reshape(-1)
         if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self.volumes)):
             raise IndexError(f"Slice numbers lie between 0 and {len(self.volumes) - 1}.")
+        return wanted
+
+    def take(self, indices: Sequence[int] | np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """(N, H, W) of the wanted type."""
+        wanted = self.checked(indices)
         if self._all is not None:
             return self._all[wanted].astype(dtype)
         out = np.empty((len(wanted), *self.size), dtype)

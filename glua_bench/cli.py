@@ -77,7 +77,7 @@ Assignments = Annotated[
     typer.Option(
         "--set",
         help="Change a setting, e.g. method.mask_ratio=0.3, segmenter.name=timm:resnet18, "
-        "grid.size=96, batch_size=4. Repeatable; `list methods -v` names them.",
+        "grid.size=96, batch_size=4, slices=3. Repeatable; `list methods -v` names them.",
     ),
 ]
 Augmentation = Annotated[
@@ -216,6 +216,7 @@ def run(
     Registry("dataset", plugin or []).entry(dataset)
     from glua_bench import runs
     from glua_bench.console import Progress
+    from glua_bench.neighbours import Neighbourhood
 
     request = runs.RunRequest(
         method=method,
@@ -241,6 +242,7 @@ def run(
     say(
         f"{config.method} on {config.dataset} {config.direction}, seed {config.seed}, preset "
         f"{config.preset}, augmentation {config.augmentation}"
+        + (f", slices {Neighbourhood.of(config)}" if config.slices > 1 else "")
         + (", PRIVILEGED (trains on target labels)" if config.privileged else "")
     )
     if dry_run:

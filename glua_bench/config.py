@@ -96,6 +96,15 @@ class RunConfig:
     seed: int = setting(0, "seed of everything random", low=0, high=2**31 - 1)
     steps: int = setting(600, "updates of the segmenter", low=1, high=10_000_000)
     batch_size: int = setting(8, "images per domain and step", low=1, high=4096)
+    slices: int = setting(
+        1, "slices that a network sees at once, the middle one is labelled", choices=(1, 3, 5, 7)
+    )
+    slice_distance: float | None = setting(
+        None,
+        "mm between them; by default that of the grid, or of the domain with thicker slices",
+        low=0.01,
+        high=1000,
+    )
     augmentation: str = setting("geometric", "policy for all methods", choices=AUGMENTATIONS)
     precision: str = setting("32-true", "arithmetic of the forward pass", choices=PRECISIONS)
     candidates: int = setting(5, "checkpoints offered to the selectors", low=1, high=1000)
@@ -103,6 +112,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.slices == 1 and self.slice_distance is not None:
+            raise ConfigError(
+                f"slice_distance = {self.slice_distance} needs neighbouring slices, and slices = "
+                "1 has none; set slices to 3, 5 or 7, or leave slice_distance out."
+            )
 
     @property
     def source(self) -> str:

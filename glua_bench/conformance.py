@@ -478,10 +478,13 @@ class Bench:
     Args:
         method: the class.
         config: settings that make it small, over what `small_settings` chooses.
+        slices: that the method sees at once.
     """
 
-    def __init__(self, method: type[Method], config: Mapping[str, Any] | None = None) -> None:
-        self.method = method
+    def __init__(
+        self, method: type[Method], config: Mapping[str, Any] | None = None, slices: int = 1
+    ) -> None:
+        self.method, self.slices = method, slices
         self.given = dict(config or {})
         self._folder = tempfile.TemporaryDirectory(prefix="glua-bench-conformance-")
         self._made = 0
@@ -562,6 +565,7 @@ class Bench:
             segmenter=SEGMENTER,
             batch_size=BATCH,
             candidates=2,
+            slices=self.slices,
         )
 
     def request(self, seed: int, steps: int) -> runs.RunRequest:
@@ -587,7 +591,7 @@ class Bench:
         scored: bool = False,
     ) -> runs.PlannedRun:
         """A run that is ready to be executed; reads label files of tests only if `scored`."""
-        config = self.config(settings, seed, steps)
+        config = runs.with_slice_distance(self.config(settings, seed, steps), dataset)
         runs.check_request(config, self.method)
         chosen = runs.roles(config, dataset)
         train = [fingerprint(chosen["source_train"]), fingerprint(chosen["target_train"])]
@@ -614,9 +618,9 @@ class Bench:
             return runs.build_method(config or self.config(), self.dataset, self.method)
 
     def images(self, count: int, seed: int = 0) -> Tensor:
-        """Random images, (N, 1, H, W) in [-1, 1]."""
+        """Random images, (N, S, H, W) in [-1, 1]."""
         generator = torch.Generator().manual_seed(seed)
-        return torch.rand(count, 1, SIZE, SIZE, generator=generator) * 2 - 1
+        return torch.rand(count, self.slices, SIZE, SIZE, generator=generator) * 2 - 1
 
     def batch(self) -> Batch:
         """A batch as a step would see it."""
@@ -1164,17 +1168,59 @@ def _features(bench: Bench) -> None:
 
 @_register(METHOD_CHECKS, "trains")
 def _pictures(bench: Bench) -> str | None:
-    """pictures gives finite images (N, 1, H, W)."""
+    """pictures gives finite images, of one slice or of as many as the method sees."""
     with quiet_machine():
         pictures = bench.baseline.method.eval().pictures(bench.batch())
     for name, picture in pictures.items():
         shape = tuple(picture.shape)
         _demand(
-            len(shape) == 4 and shape[0] > 0 and shape[1:] == (1, SIZE, SIZE),
-            f"the picture '{name}' has the shape {shape}, not (N, 1, {SIZE}, {SIZE})",
+            len(shape) == 4
+            and shape[0] > 0
+            and shape[1] in (1, bench.slices)
+            and shape[2:] == (SIZE, SIZE),
+            f"the picture '{name}' has the shape {shape}, not (N, {bench.slices}, {SIZE}, {SIZE})",
         )
         _demand(bool(torch.isfinite(picture).all()), f"the picture '{name}' is not finite")
     return None if pictures else "the method shows no pictures"
+
+
+@_register(METHOD_CHECKS, "trains", "logits", "pictures")
+def _slices(bench: Bench) -> str | None:
+    """With three slices in an image it trains, predicts and shows, and the neighbours count."""
+    if bench.slices > 1:
+        return "all checks see several slices"
+    with closing(Bench(bench.method, bench.given, slices=3)) as stacked:
+        try:
+            runs.check_slices(stacked.config(), stacked.build())
+            method = stacked.train(steps=1).method
+            logits = _predict(method, stacked.images(2))
+            with quiet_machine():
+                pictures = method.pictures(stacked.batch())
+        except Exception as error:  # a plugin may raise anything
+            raise CheckFailure(
+                f"with three slices in an image it does not train: {type(error).__name__}: {error} "
+                "(build all networks that take or make images with task.slices channels)"
+            ) from error
+        wanted = (2, len(bench.dataset.structures) + 1, SIZE, SIZE)
+        _demand(
+            tuple(logits.shape) == wanted and bool(torch.isfinite(logits).all()),
+            f"predict of two images of three slices gives {tuple(logits.shape)}, not {wanted}, or "
+            "values that are not finite",
+        )
+        for name, picture in pictures.items():
+            _demand(
+                picture.shape[1:] in {(1, SIZE, SIZE), (3, SIZE, SIZE)},
+                f"of images of three slices, the picture '{name}' has the shape "
+                f"{tuple(picture.shape)}",
+            )
+        images = stacked.images(2)
+        images[:, [0, 2]] *= -1
+        _demand(
+            not torch.equal(logits, _predict(method, images)),
+            "predictions do not depend on the neighbours of a slice, so several slices would cost "
+            "and change nothing: give its networks task.slices channels",
+        )
+    return None
 
 
 @_register(METHOD_CHECKS, "trains", "presets")

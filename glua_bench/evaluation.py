@@ -17,6 +17,7 @@ from torch import Tensor
 from glua_bench.cache import CachedImage, SliceCache
 from glua_bench.console import Progress
 from glua_bench.metrics import case_metrics
+from glua_bench.neighbours import ALONE, Neighbourhood, Stacks
 from glua_bench.task import Case, Dataset, Grid
 from glua_bench.volumes import read_label_volume, restore, save_labels
 
@@ -26,7 +27,7 @@ Predict = Callable[[Tensor], Tensor]
 @torch.no_grad()
 def predict_volumes(
     predict: Predict,
-    volumes: Iterable[np.ndarray],
+    volumes: Iterable[Stacks],
     device: torch.device,
     batch_size: int = 32,
 ) -> Iterator[np.ndarray]:
@@ -36,20 +37,21 @@ def predict_volumes(
     last slice is predicted.
 
     Args:
-        predict: (N, 1, H, W) → logits (N, K, H, W).
-        volumes: (Z, H, W) each, in [-1, 1].
+        predict: (N, S, H, W) → logits (N, K, H, W).
+        volumes: the stacks of each, in [-1, 1].
         device: where `predict` expects images.
         batch_size: slices in one pass.
 
     Returns:
         float32 (K, Z, H, W) of each volume.
     """
-    waiting: list[np.ndarray] = []  # slices that are not predicted yet
+    waiting: list[tuple[Stacks, int]] = []  # volume and slice, not predicted yet
     done: list[np.ndarray] = []  # predicted slices that are not given back yet
     depths: list[int] = []
 
     def pass_on(size: int) -> None:
-        batch = torch.from_numpy(np.stack(waiting[:size]))[:, None].to(device)
+        images = np.stack([np.asarray(stacks[z], np.float32) for stacks, z in waiting[:size]])
+        batch = torch.from_numpy(images).to(device)
         done.extend(predict(batch).float().softmax(1).cpu().numpy())
         del waiting[:size]
 
@@ -59,9 +61,9 @@ def predict_volumes(
             yield np.stack(done[:depth], axis=1)
             del done[:depth]
 
-    for volume in volumes:
-        depths.append(len(volume))
-        waiting.extend(np.array(plane, dtype=np.float32) for plane in volume)
+    for stacks in volumes:
+        depths.append(len(stacks))
+        waiting.extend((stacks, z) for z in range(len(stacks)))
         while len(waiting) >= batch_size:
             pass_on(batch_size)
         yield from complete()
@@ -73,10 +75,15 @@ def predict_volumes(
 
 
 def predict_volume(
-    predict: Predict, image: CachedImage, device: torch.device, batch_size: int = 32
+    predict: Predict,
+    image: CachedImage,
+    device: torch.device,
+    batch_size: int = 32,
+    neighbourhood: Neighbourhood = ALONE,
 ) -> np.ndarray:
     """Class probabilities of every slice of one cached volume, float32 (K, Z, H, W)."""
-    (probabilities,) = predict_volumes(predict, [image.open()], device, batch_size)
+    stacks = neighbourhood.stacks(image.open(), image.placement.grid_spacing[0])
+    (probabilities,) = predict_volumes(predict, [stacks], device, batch_size)
     return probabilities
 
 
@@ -90,11 +97,12 @@ def evaluate(
     progress: Progress,
     predictions: Path | None = None,
     title: str = "evaluate",
+    neighbourhood: Neighbourhood = ALONE,
 ) -> pd.DataFrame:
     """Predict and score cases.
 
     Args:
-        predict: (N, 1, H, W) → logits (N, K, H, W).
+        predict: (N, S, H, W) → logits (N, K, H, W).
         dataset: gives structures and how files are read.
         cases: what to score; their labels are read here and nowhere in training.
         grid: the working grid.
@@ -103,6 +111,7 @@ def evaluate(
         progress: what the user sees.
         predictions: directory for label volumes on the files' own grids; None saves none.
         title: name of this work in the progress display.
+        neighbourhood: the slices that `predict` sees with each.
 
     Returns:
         One row per case and structure: case, subject, domain, structure, dice, assd, hd95
@@ -113,7 +122,8 @@ def evaluate(
     for done, case in enumerate(cases):
         reading, structures = dataset.reading_of(case.domain), dataset.structures_of(case.domain)
         image = cache.image(case.unlabelled(), reading, grid)
-        labels = restore(predict_volume(predict, image, device), image.placement)
+        found = predict_volume(predict, image, device, neighbourhood=neighbourhood)
+        labels = restore(found, image.placement)
         if predictions is not None:
             values = [structure.values[0] for structure in structures]
             save_labels(predictions / f"{case.id}.nii.gz", labels, image.placement, values)

@@ -30,6 +30,8 @@ class TaskInfo:
         size: side of the square slices in pixels.
         segmenter: the network that all methods of a comparison share.
         batch_size: images per domain and step.
+        slices: S, the slices of an image, which are its channels; networks that take or make
+            images have as many. The middle slice is the one that is labelled.
     """
 
     dataset: str
@@ -37,6 +39,7 @@ class TaskInfo:
     size: int
     segmenter: SegmenterSpec
     batch_size: int
+    slices: int = 1
 
     @property
     def classes(self) -> int:
@@ -62,9 +65,10 @@ class Batch:
     """One step's images. There is no field for target labels.
 
     Args:
-        source_images: (N, 1, H, W) in [-1, 1].
+        source_images: (N, S, H, W) in [-1, 1], S neighbouring slices, of which the middle one is
+            labelled; S = 1 is that slice alone.
         source_labels: (N, H, W), class indices.
-        target_images: (N, 1, H, W) in [-1, 1]; None where the method declares no need.
+        target_images: (N, S, H, W) in [-1, 1]; None where the method declares no need.
     """
 
     source_images: Tensor
@@ -123,7 +127,7 @@ class Context:
         step: updates done in this stage.
         steps: updates that the stage has in all.
         optimizers: by the names that `Method.optimizers` gave.
-        target_slices: iterates over all target training images in order, (N, 1, H, W).
+        target_slices: iterates over all target training images in order, (N, S, H, W).
     """
 
     stage: Stage
@@ -226,10 +230,10 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def predict(self, images: Tensor) -> Tensor:
-        """Segment images, (N, 1, H, W) → logits (N, K, H, W)."""
+        """Segment images, (N, S, H, W) → logits (N, K, H, W) of the middle slices."""
 
     def features(self, images: Tensor) -> Tensor:
-        """What predictions are made of, for the selectors: (N, 1, H, W) → (N, D, h, w).
+        """What predictions are made of, for the selectors: (N, S, H, W) → (N, D, h, w).
 
         The map before the last layer, where a method has one; the logits, where it does not say.
         """
@@ -237,5 +241,9 @@ class Method(nn.Module, ABC):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Further images to look at, name → (N, 1, H, W), e.g. restyled images or a gap map."""
+        """Further images to look at, e.g. restyled images or a gap map.
+
+        Returns:
+            name → (N, 1, H, W), or (N, S, H, W), of which the middle slices are shown.
+        """
         return {}

@@ -91,20 +91,21 @@ class UNet(nn.Module):
         classes: number of output classes K.
         width: channels at full resolution, doubled at each of the `depth - 1` poolings.
         depth: number of resolutions; the slice side must be divisible by 2^(depth-1).
+        slices: channels of an image.
     """
 
-    def __init__(self, classes: int, width: int = 32, depth: int = 5) -> None:
+    def __init__(self, classes: int, width: int = 32, depth: int = 5, slices: int = 1) -> None:
         super().__init__()
         channels = [width * 2**level for level in range(depth)]
         self.encoder = nn.ModuleList(
-            conv_block(1 if level == 0 else channels[level - 1], channels[level])
+            conv_block(slices if level == 0 else channels[level - 1], channels[level])
             for level in range(depth)
         )
         self.decoder = Decoder(channels, classes)
         self.feature_channels = self.decoder.channels
 
     def forward(self, images: Tensor) -> Segmented:
-        """(N, 1, H, W) → logits and decoder maps."""
+        """(N, S, H, W) → logits and decoder maps."""
         maps: list[Tensor] = []
         for level, block in enumerate(self.encoder):
             images = block(F.max_pool2d(images, 2) if level else images)
@@ -119,13 +120,16 @@ class TimmSegmenter(nn.Module):
         encoder: timm's model name, e.g. "resnet18".
         classes: number of output classes K.
         pretrained: load timm's weights.
+        slices: channels of an image.
 
     Raises:
         ConfigError: timm does not know the encoder, it has no pyramid of feature maps, or its
             weights cannot be loaded.
     """
 
-    def __init__(self, encoder: str, classes: int, pretrained: bool = False) -> None:
+    def __init__(
+        self, encoder: str, classes: int, pretrained: bool = False, slices: int = 1
+    ) -> None:
         super().__init__()
         import timm  # takes a second; most runs do not need it
 
@@ -137,7 +141,7 @@ class TimmSegmenter(nn.Module):
             )
         try:
             self.encoder = timm.create_model(
-                encoder, features_only=True, in_chans=1, pretrained=pretrained
+                encoder, features_only=True, in_chans=slices, pretrained=pretrained
             )
         except Exception as error:  # timm raises many types, from network errors to asserts
             reason = " ".join(str(error).split())[:300]
@@ -159,21 +163,26 @@ class TimmSegmenter(nn.Module):
         self.feature_channels = self.decoder.channels
 
     def forward(self, images: Tensor) -> Segmented:
-        """(N, 1, H, W) → logits and decoder maps."""
+        """(N, S, H, W) → logits and decoder maps."""
         return self.decoder(self.encoder(images))
 
 
-def build_segmenter(spec: SegmenterSpec, classes: int) -> UNet | TimmSegmenter:
+def build_segmenter(spec: SegmenterSpec, classes: int, slices: int = 1) -> UNet | TimmSegmenter:
     """The segmenter that a configuration names; `forward` returns `Segmented`.
+
+    Args:
+        spec: of a method's `task.segmenter`.
+        classes: K, of `task.classes`.
+        slices: S, of `task.slices`.
 
     Raises:
         ConfigError: the name is neither "unet" nor "timm:<encoder>".
     """
     if spec.name == "unet":
-        return UNet(classes, spec.width, spec.depth)
+        return UNet(classes, spec.width, spec.depth, slices)
     kind, _, encoder = spec.name.partition(":")
     if kind == "timm" and encoder:
-        return TimmSegmenter(encoder, classes, spec.pretrained)
+        return TimmSegmenter(encoder, classes, spec.pretrained, slices)
     raise ConfigError(
         f"segmenter.name = '{spec.name}' is unknown; write unet, or timm:<encoder> "
         "such as timm:resnet18."
@@ -217,13 +226,13 @@ class ResidualBlock(nn.Module):
 
 
 class ContentEncoder(nn.Module):
-    """What is shown: (N, 1, H, W) → (N, 4w, H/4, W/4) (DAR-UNet's shape at w = 32)."""
+    """What is shown: (N, S, H, W) → (N, 4w, H/4, W/4) (DAR-UNet's shape at w = 32)."""
 
-    def __init__(self, width: int = 32, blocks: int = 4) -> None:
+    def __init__(self, width: int = 32, blocks: int = 4, slices: int = 1) -> None:
         super().__init__()
         self.channels = 4 * width
         self.body = nn.Sequential(
-            conv_in(1, width, 7),
+            conv_in(slices, width, 7),
             conv_in(width, 2 * width, 4, 2),
             conv_in(2 * width, 4 * width, 4, 2),
             *(ResidualBlock(4 * width) for _ in range(blocks)),
@@ -235,14 +244,14 @@ class ContentEncoder(nn.Module):
 
 
 class StyleEncoder(nn.Module):
-    """How it looks: (N, 1, H, W) → (N, S), five stride-2 convolutions and a global average.
+    """How it looks: (N, S, H, W) → (N, 8), five stride-2 convolutions and a global average.
 
     Without normalisation, because instance norm would remove the statistics that are style.
     """
 
-    def __init__(self, width: int = 32, style: int = 8) -> None:
+    def __init__(self, width: int = 32, style: int = 8, slices: int = 1) -> None:
         super().__init__()
-        channels = [1, width, 2 * width, 4 * width, 4 * width, 4 * width]
+        channels = [slices, width, 2 * width, 4 * width, 4 * width, 4 * width]
         layers: list[nn.Module] = []
         for inputs, outputs in zip(channels, channels[1:], strict=False):
             layers += [
@@ -305,9 +314,10 @@ class StyleDecoder(nn.Module):
         width: channels at full resolution (32 in the full size).
         style: length of the style vector.
         blocks: number of AdaIN residual blocks.
+        slices: channels of an image.
     """
 
-    def __init__(self, width: int = 32, style: int = 8, blocks: int = 4) -> None:
+    def __init__(self, width: int = 32, style: int = 8, blocks: int = 4, slices: int = 1) -> None:
         super().__init__()
         channels = 4 * width
         self.convolutions = nn.ModuleList(
@@ -327,10 +337,10 @@ class StyleDecoder(nn.Module):
         self.up2 = UpsampleConv5(2 * width, width)
         self.norm1 = nn.GroupNorm(1, 2 * width)  # layer norm: keeps the style's scale per channel
         self.norm2 = nn.GroupNorm(1, width)
-        self.head = nn.Conv2d(width, 1, 7, padding=3, padding_mode="reflect")
+        self.head = nn.Conv2d(width, slices, 7, padding=3, padding_mode="reflect")
 
     def forward(self, content: Tensor, style: Tensor) -> Tensor:
-        """content (N, 4w, h, w), style (N, S) → image (N, 1, 4h, 4w) in [-1, 1]."""
+        """content (N, 4w, h, w), style (N, 8) → image (N, S, 4h, 4w) in [-1, 1]."""
         n, channels = content.shape[:2]
         affine = self.mlp(style).view(n, len(self.convolutions), 2, channels)
         x = content
@@ -373,12 +383,14 @@ class PatchDiscriminator(nn.Module):
 class MultiScaleDiscriminator(nn.Module):
     """Patch discriminators on an image and its halvings; forward returns one map a scale."""
 
-    def __init__(self, width: int = 64, layers: int = 4, scales: int = 3) -> None:
+    def __init__(self, width: int = 64, layers: int = 4, scales: int = 3, slices: int = 1) -> None:
         super().__init__()
-        self.scales = nn.ModuleList(PatchDiscriminator(1, width, layers) for _ in range(scales))
+        self.scales = nn.ModuleList(
+            PatchDiscriminator(slices, width, layers) for _ in range(scales)
+        )
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(N, 1, H, W) → scores at each scale."""
+        """(N, S, H, W) → scores at each scale."""
         scores = []
         for discriminator in self.scales:
             scores.append(discriminator(images))

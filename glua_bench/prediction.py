@@ -22,6 +22,7 @@ from glua_bench.errors import ConfigError, PluginError, RunFailure, UserError
 from glua_bench.evaluation import predict_volumes
 from glua_bench.formats import SUFFIXES
 from glua_bench.method import Method
+from glua_bench.neighbours import Neighbourhood, Stacks
 from glua_bench.registry import Registry
 from glua_bench.task import Dataset, Reading, Structure
 from glua_bench.tracking import RunDirectory, list_runs
@@ -259,17 +260,19 @@ def predict(
     values = [structure.values[0] for structure in model.structures]
     loaded = (load_image(file, model.reading, model.config.grid) for file in files)
     waiting: list[Any] = []
+    neighbourhood = Neighbourhood.of(model.config)
 
-    def slices() -> Iterable[np.ndarray]:
+    def volumes() -> Iterable[Stacks]:
         for image in loaded:
             waiting.append(image)
-            yield image.voxels.astype(IMAGE_TYPE)  # rounded as training's slices are
+            rounded = image.voxels.astype(IMAGE_TYPE)  # as training's slices are
+            yield neighbourhood.stacks(rounded, image.placement.grid_spacing[0])
 
     @torch.no_grad()
     def logits(images: Tensor) -> Tensor:
         return model.method.predict(images.to(memory_format=torch.channels_last))
 
-    predicted = predict_volumes(logits, slices(), model.device)
+    predicted = predict_volumes(logits, volumes(), model.device)
     for done, (file, name, found) in enumerate(zip(files, names, predicted, strict=True), 1):
         image = waiting.pop(0)
         labels = restore(found, image.placement)
@@ -362,8 +365,8 @@ def predicting_weights(model: Model) -> dict[str, Tensor]:
         module.register_forward_hook(lambda *_, name=name: called.add(name))
         for name, module in method.named_modules()
     ]
-    size = model.config.grid.size
-    images = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    shape = (2, model.config.slices, model.config.grid.size, model.config.grid.size)
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     images = images.to(model.device).contiguous(memory_format=torch.channels_last)
     try:
         with torch.no_grad():
@@ -428,6 +431,7 @@ def card(model: Model, run: RunDirectory, selector: str) -> str:
         f"- Working grid: {config.grid.size} × {config.grid.size} pixels of "
         f"{config.grid.spacing:g} mm; batch {config.batch_size}; augmentation "
         f"{config.augmentation}; seed {config.seed}; run {run.id}.",
+        f"- Slices that it sees at once: {Neighbourhood.of(config)}.",
         "- Every setting is in config.json.",
         "",
         "## Scores on the target's test cases",

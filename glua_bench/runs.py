@@ -41,10 +41,12 @@ from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, RunFailure, UserError
 from glua_bench.evaluation import evaluate, mean_dice, summarise
 from glua_bench.method import Batch, Cases, Method, Stage, TaskInfo
+from glua_bench.neighbours import Neighbourhood, common_distance, middle
 from glua_bench.registry import Registry
 from glua_bench.selection import ROLES, Candidate, Samples, Selector, choose, sample_pixels
 from glua_bench.task import Case, Dataset, Grid, Structure, UnlabelledCase, parse_direction
 from glua_bench.trainer import Artefact, Trainer, stage_order
+from glua_bench.volumes import slice_distance
 
 # Files whose text can change the weights of a trained stage, and those that can change a score.
 TRAINING_CODE = (
@@ -54,6 +56,7 @@ TRAINING_CODE = (
     "config",
     "losses",
     "method",
+    "neighbours",
     "networks",
     "runs",
     "task",
@@ -157,7 +160,15 @@ def resolve(request: RunRequest, dataset: Dataset, method_class: type[Method]) -
         "precision": request.precision,
     }
     values.update({name: value for name, value in options.items() if value is not None})
-    settable = {"steps", "batch_size", "augmentation", "candidates", "precision"}
+    settable = {
+        "steps",
+        "batch_size",
+        "augmentation",
+        "candidates",
+        "precision",
+        "slices",
+        "slice_distance",
+    }
     for name, value in groups["run"].items():
         if name not in settable:
             raise ConfigError(
@@ -220,7 +231,12 @@ class Task(Protocol):
 def task_info(config: RunConfig, dataset: Task) -> TaskInfo:
     """What a method may know about the task."""
     return TaskInfo(
-        dataset.name, dataset.structures, config.grid.size, config.segmenter, config.batch_size
+        dataset.name,
+        dataset.structures,
+        config.grid.size,
+        config.segmenter,
+        config.batch_size,
+        config.slices,
     )
 
 
@@ -254,6 +270,68 @@ def check_batch(config: RunConfig, method: Method, devices: int) -> None:
                     else "."
                 )
             )
+
+
+@torch.no_grad()
+def check_slices(config: RunConfig, method: Method) -> None:
+    """Refuse several slices where a method's networks are not made for them.
+
+    Raises:
+        ConfigError: it cannot predict a stack of slices, or not translate it.
+    """
+    if config.slices == 1:
+        return
+    size = config.grid.size
+    images = torch.zeros(1, config.slices, size, size)
+    wanted = {"predict": (1, method.task.classes, size, size), "translate": tuple(images.shape)}
+    calls: list[tuple[str, Callable[[Tensor], Tensor]]] = [("predict", method.predict)]
+    calls += [("translate", s.translate) for s in method.stages() if s.translate is not None]
+    for name, call in calls:
+        try:
+            with torch.random.fork_rng(devices=[]):
+                method.eval()
+                shape = tuple(call(images).shape)
+            reason = f"gives the shape {shape}" if shape != wanted[name] else ""
+        except Exception as error:  # a plugin may raise anything
+            reason = f"raises {type(error).__name__}"
+        finally:
+            method.train()
+        if reason:
+            raise ConfigError(
+                f"slices = {config.slices}: method '{config.method}' is not made for images of "
+                f"several slices ({name} {reason}); build its networks with task.slices channels, "
+                "or leave slices out."
+            )
+
+
+def with_slice_distance(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """The configuration with the distance of neighbouring slices in mm, if it has several slices.
+
+    It is the one that was asked for, or that of the working grid's slices; or, where volumes keep
+    their own, `common_distance` of the training volumes of both domains, by their headers. All
+    methods and scenarios of a comparison come to the same.
+
+    Raises:
+        ConfigError: slices that follow each other in the dataset's files are no neighbours.
+        DataError: a file cannot be read.
+    """
+    if config.slices == 1:
+        return config
+    if not dataset.neighbouring_slices:
+        raise ConfigError(
+            f"slices = {config.slices} needs volumes, and dataset '{dataset.name}' trains on "
+            "slices that are not neighbours; leave slices out."
+        )
+    distance = config.slice_distance or config.grid.slice_spacing
+    if distance is None:
+        distance = common_distance(
+            [
+                slice_distance(case.image, dataset.reading_of(domain))
+                for case in dataset.split(domain, "train")
+            ]
+            for domain in (config.source, config.target)
+        )
+    return replace(config, slice_distance=float(distance))
 
 
 def roles(config: RunConfig, dataset: Dataset) -> dict[str, Sequence[Case | UnlabelledCase]]:
@@ -361,8 +439,10 @@ def plan(request: RunRequest, report: Callable[[str], None] = lambda line: None)
     check_request(config, method_class)
     method = build_method(config, dataset, method_class)
     check_batch(config, method, request.devices)
+    check_slices(config, method)
     dataset.prepare(report)
     chosen = roles(config, dataset)
+    config = with_slice_distance(config, dataset)
     method.check(Cases(len(chosen["source_train"]), len(chosen["target_train"])))
     both = (config.source, config.target)
     prints = Fingerprints(
@@ -454,6 +534,7 @@ def artefacts(planned: PlannedRun, method: Method) -> Callable[[Stage], Artefact
                 "augmented": config.augmentation != "none",
                 "photometric": stage.photometric and config.augmentation == "photometric",
                 "grid": asdict(config.grid),
+                "slices": [config.slices, config.slice_distance],
                 # First weights are drawn one network after the other, so those of the stage
                 # follow from the size of the segmenter before it.
                 "segmenter": asdict(config.segmenter),
@@ -491,7 +572,7 @@ def stores(
     The target's store is made of `UnlabelledCase`s, so no label file of the target is opened.
     """
     config, dataset = planned.config, planned.dataset
-    chosen = roles(config, dataset)
+    chosen, neighbourhood = roles(config, dataset), Neighbourhood.of(config)
     total = sum(len(chosen[role]) for role in ("source_train", "source_val", "target_train"))
     progress.stage("read data", total)
     done = 0
@@ -507,7 +588,7 @@ def stores(
             labels.append(cache.label(case, reading, config.grid, structures))
             done += 1
             progress.update(done)
-        return LabelledStore(images, labels)
+        return LabelledStore(images, labels, neighbourhood=neighbourhood)
 
     train = labelled(chosen["source_train"])
     val = labelled(chosen["source_val"]) if chosen["source_val"] else None
@@ -519,7 +600,7 @@ def stores(
             images.append(cache.image(case, dataset.reading_of(case.domain), config.grid))
             done += 1
             progress.update(done)
-        target = ImageStore(images)
+        target = ImageStore(images, neighbourhood=neighbourhood)
     return train, val, target
 
 
@@ -765,6 +846,7 @@ def _train_and_score(
                 progress,
                 directory.predictions if name == primary else None,
                 f"evaluate {name}",
+                Neighbourhood.of(config),
             )
         return frames[step]
 
@@ -899,7 +981,7 @@ def _peak_memory(fabric: Fabric) -> float:
 def _pictures(
     planned: PlannedRun, trained: _Trained, fabric: Fabric, count: int = 6
 ) -> tuple[Batch, dict[str, Tensor]]:
-    """A batch of images spread over the training slices, and what the method shows of it."""
+    """Slices spread over the training ones, and what the method shows of them, (N, 1, H, W)."""
 
     def spread(store: ImageStore) -> np.ndarray:
         # The outermost slices of a volume show little, so the middle of each share is taken.
@@ -914,4 +996,9 @@ def _pictures(
     )
     torch.manual_seed(planned.config.seed)
     pictures = trained.method.pictures(batch)
-    return batch, {name: picture.detach().float().cpu() for name, picture in pictures.items()}
+    shown = replace(
+        batch,
+        source_images=middle(batch.source_images),
+        target_images=None if batch.target_images is None else middle(batch.target_images),
+    )
+    return shown, {name: middle(p).detach().float().cpu() for name, p in pictures.items()}

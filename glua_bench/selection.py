@@ -51,7 +51,7 @@ class Candidate:
 
     Args:
         step: updates of the segmenter behind it.
-        predict: (N, 1, H, W) → logits (N, K, H, W), without gradients, on `device`.
+        predict: (N, S, H, W) → logits (N, K, H, W), without gradients, on `device`.
         classes: K, background included.
         source_val: labelled slices of source subjects that training did not see; None where
             the scenario has none.
@@ -102,8 +102,8 @@ def sample_pixels(
     """Logits, features and, where the store has them, labels at fixed random places.
 
     Args:
-        predict: (N, 1, H, W) → logits (N, K, H, W).
-        features: (N, 1, H, W) → (N, D, h, w); a pixel has the features of the cell it lies in.
+        predict: (N, S, H, W) → logits (N, K, H, W).
+        features: (N, S, H, W) → (N, D, h, w); a pixel has the features of the cell it lies in.
         store: the slices.
         translate: applied to images before both.
         device: where `predict` expects images.

@@ -183,6 +183,8 @@ class Dataset(ABC):
     publishable: ClassVar[bool] = False  # may pictures of it leave the machine?
     # Endings of the files that describe a dataset of this kind, for `--dataset FILE`; usually none.
     described_by: ClassVar[tuple[str, ...]] = ()
+    # Do slices that follow each other in a file lie side by side in the body?
+    neighbouring_slices: ClassVar[bool] = True
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = (root or self.default_root()).expanduser()

@@ -1174,6 +1174,7 @@ def named_changes(config: RunConfig, method: Mapping[str, Any]) -> dict[str, Any
             "augmentation": RunConfig.augmentation,
             "precision": RunConfig.precision,
             "candidates": RunConfig.candidates,
+            "slices": RunConfig.slices,
             **preset,
             "segmenter": {**asdict(SegmenterSpec()), **preset.get("segmenter", {})},
         }

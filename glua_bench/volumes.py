@@ -378,6 +378,20 @@ def _save(path: Path, voxels: np.ndarray, placement: Placement) -> None:
         raise RunFailure(f"Cannot write {path}: {error.strerror or error}.") from error
 
 
+def slice_distance(path: Path, reading: Reading) -> float:
+    """Distance of a file's own slices in mm; of the file, only the header is read.
+
+    Args:
+        path: the image file.
+        reading: decides along which axis slices are cut.
+
+    Raises:
+        DataError: the file is missing, of an unknown format or not 3-D, or its header is unusable.
+    """
+    _, spacing, axes, _ = _frame(open_volume(path), reading)
+    return spacing[axes[0]]
+
+
 # -- files ----------------------------------------------------------------------------------------
 
 

@@ -65,7 +65,8 @@ class CycleTranslate(SourceOnly):
 
     def __init__(self, task: TaskInfo, config: CycleConfig) -> None:
         super().__init__(task, config)
-        self.cycle = CycleGAN(config, min(task.batch_size, config.cycle_batch), task.size)
+        batch = min(task.batch_size, config.cycle_batch)
+        self.cycle = CycleGAN(config, batch, task.size, task.slices)
 
     def stages(self) -> tuple[Stage, ...]:
         """Translation, cached, then segmentation of translated images."""
@@ -103,15 +104,15 @@ class CycleTranslate(SourceOnly):
 class CycleGAN(nn.Module):
     """Two generators, two discriminators with their pools, and their training."""
 
-    def __init__(self, config: CycleConfig, batch: int, size: int) -> None:
+    def __init__(self, config: CycleConfig, batch: int, size: int, slices: int = 1) -> None:
         super().__init__()
         self.config = config
-        self.to_target = ResnetGenerator(config.cycle_width, config.cycle_blocks)
-        self.to_source = ResnetGenerator(config.cycle_width, config.cycle_blocks)
-        self.d_target = PatchGAN(config.cycle_width_d)
-        self.d_source = PatchGAN(config.cycle_width_d)
-        self.pool_target = ImagePool(config.cycle_pool, batch, size)
-        self.pool_source = ImagePool(config.cycle_pool, batch, size)
+        self.to_target = ResnetGenerator(config.cycle_width, config.cycle_blocks, slices)
+        self.to_source = ResnetGenerator(config.cycle_width, config.cycle_blocks, slices)
+        self.d_target = PatchGAN(config.cycle_width_d, slices)
+        self.d_source = PatchGAN(config.cycle_width_d, slices)
+        self.pool_target = ImagePool(config.cycle_pool, batch, size, slices)
+        self.pool_source = ImagePool(config.cycle_pool, batch, size, slices)
 
     def optimizers(self) -> dict[str, Optimizer]:
         """Adam with betas (0.5, 0.999): one for both generators, one for each discriminator."""
@@ -153,23 +154,23 @@ class CycleGAN(nn.Module):
 class ResnetGenerator(nn.Module):
     """Two halvings, residual blocks, two doublings, tanh (section 7.2 of the paper)."""
 
-    def __init__(self, width: int = 64, blocks: int = 9) -> None:
+    def __init__(self, width: int = 64, blocks: int = 9, slices: int = 1) -> None:
         super().__init__()
         w = width
         self.body = nn.Sequential(
-            *layer(nn.Conv2d(1, w, 7, padding=3, padding_mode="reflect", bias=False)),
+            *layer(nn.Conv2d(slices, w, 7, padding=3, padding_mode="reflect", bias=False)),
             *layer(nn.Conv2d(w, 2 * w, 3, 2, padding=1, bias=False)),
             *layer(nn.Conv2d(2 * w, 4 * w, 3, 2, padding=1, bias=False)),
             *(Residual(4 * w) for _ in range(blocks)),
             *layer(nn.ConvTranspose2d(4 * w, 2 * w, 3, 2, 1, output_padding=1, bias=False)),
             *layer(nn.ConvTranspose2d(2 * w, w, 3, 2, 1, output_padding=1, bias=False)),
-            nn.Conv2d(w, 1, 7, padding=3, padding_mode="reflect"),
+            nn.Conv2d(w, slices, 7, padding=3, padding_mode="reflect"),
             nn.Tanh(),
         )
         initialise(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 1, H, W) → (N, 1, H, W) in [-1, 1]; H and W divisible by 4."""
+        """(N, S, H, W) → (N, S, H, W) in [-1, 1]; H and W divisible by 4."""
         return self.body(images)
 
 
@@ -192,10 +193,10 @@ class Residual(nn.Module):
 class PatchGAN(nn.Module):
     """Scores of 70 × 70 patches: 4×4 convolutions w-2w-4w-8w-1 of strides 2, 2, 2, 1, 1."""
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self, width: int = 64, slices: int = 1) -> None:
         super().__init__()
         channels = [width, 2 * width, 4 * width, 8 * width]
-        layers: list[nn.Module] = [nn.Conv2d(1, width, 4, 2, padding=1), nn.LeakyReLU(0.2)]
+        layers: list[nn.Module] = [nn.Conv2d(slices, width, 4, 2, padding=1), nn.LeakyReLU(0.2)]
         for inputs, outputs, stride in zip(channels, channels[1:], (2, 2, 1), strict=False):
             layers.append(nn.Conv2d(inputs, outputs, 4, stride, padding=1, bias=False))
             layers += [instance_norm(outputs), nn.LeakyReLU(0.2)]
@@ -203,7 +204,7 @@ class PatchGAN(nn.Module):
         initialise(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 1, H, W) → scores (N, 1, h, w)."""
+        """(N, S, H, W) → scores (N, 1, h, w)."""
         return self.body(images)
 
 

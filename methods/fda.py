@@ -36,6 +36,7 @@ class FDA(SourceOnly):
 
     h the entropy of the softmax on the target, divided by log K. Images are shifted to [0, 2] for
     the transform, since the amplitude of a mean has no sign. The target slice is one of the batch.
+    Of several slices, each takes the amplitudes of the target's slice in the same place.
     """
 
     name = "fda"
@@ -66,12 +67,12 @@ def exchange_amplitudes(images: Tensor, templates: Tensor, beta: float) -> Tenso
     """Images with the templates' amplitudes at low frequencies.
 
     Args:
-        images: (N, 1, H, W) in [-1, 1].
-        templates: (N, 1, H, W) in [-1, 1].
+        images: (N, S, H, W) in [-1, 1].
+        templates: (N, S, H, W) in [-1, 1].
         beta: half side of the band as a share of the shorter side; 0 exchanges the mean alone.
 
     Returns:
-        (N, 1, H, W); values may leave [-1, 1] a little.
+        (N, S, H, W); values may leave [-1, 1] a little.
     """
     own = torch.fft.fft2(images.float() + 1)
     other = torch.fft.fft2(templates.float() + 1).abs()

@@ -36,7 +36,7 @@ class GlobalOnly(SourceOnly):
     def __init__(self, task: TaskInfo, config: GlobalConfig) -> None:
         super().__init__(task, config)
         check_size(task.size, config)
-        self.style = StyleTransfer(config)
+        self.style = StyleTransfer(config, task.slices)
 
     def check(self, cases: Cases) -> None:
         """As many target cases as clusters of styles."""

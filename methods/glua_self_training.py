@@ -53,7 +53,7 @@ class GLUASelfTraining(GLUA):
         return logs
 
     def predict(self, images: Tensor) -> Tensor:
-        """The teacher's logits, (N, 1, H, W) → (N, K, H, W)."""
+        """The teacher's logits, (N, S, H, W) → (N, K, H, W)."""
         return self.teacher.segmenter(images).logits
 
     def features(self, images: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ class HistogramMatching(SourceOnly):
     F the distribution function of a slice's intensities, a source pixel x becomes F_t⁻¹(F_s(x));
     the target slice is one of the same batch, which is drawn without regard to content. Only the
     tone curve changes, and it rises: a contrast inverted between the modalities stays inverted.
+    An image of several slices has one histogram and one curve.
     """
 
     name = "histogram_matching"
@@ -40,8 +41,8 @@ def match_histograms(images: Tensor, templates: Tensor) -> Tensor:
     """F_t⁻¹(F_s(x)) of each pixel; equal pixels stay equal.
 
     Args:
-        images: (N, 1, H, W).
-        templates: (M, 1, H, W) of the same size; image i takes template i mod M.
+        images: (N, S, H, W).
+        templates: (M, S, H, W) of the same size; image i takes template i mod M.
     """
     source = images.flatten(1).float()
     ordered = source.sort(1).values

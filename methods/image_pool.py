@@ -16,19 +16,20 @@ class ImagePool(nn.Module):
         slots: batches that it holds.
         batch: images of a batch, at most.
         size: side of the images.
+        slices: of an image.
     """
 
     images: Tensor
     filled: Tensor
 
-    def __init__(self, slots: int, batch: int, size: int) -> None:
+    def __init__(self, slots: int, batch: int, size: int, slices: int = 1) -> None:
         super().__init__()
-        self.register_buffer("images", torch.zeros(slots, batch, 1, size, size))
+        self.register_buffer("images", torch.zeros(slots, batch, slices, size, size))
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
     def forward(self, fakes: Tensor) -> Tensor:
-        """(N, 1, H, W) → as many, of now or of an earlier call."""
+        """(N, S, H, W) → as many, of now or of an earlier call."""
         filled, count = int(self.filled), len(fakes)
         if filled < len(self.images):
             self.images[filled, :count] = fakes

@@ -48,7 +48,7 @@ class MeanTeacher(SourceOnly):
         return {"segmentation": segmentation, **logs}
 
     def predict(self, images: Tensor) -> Tensor:
-        """The teacher's logits, (N, 1, H, W) → (N, K, H, W)."""
+        """The teacher's logits, (N, S, H, W) → (N, K, H, W)."""
         return self.teacher.segmenter(images).logits
 
     def features(self, images: Tensor) -> Tensor:

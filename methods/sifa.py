@@ -108,20 +108,21 @@ class SIFA(Method):
                 f"method.width_encoder = {config.width_encoder} is odd, and skips are padded "
                 "alike on both sides; give an even value."
             )
-        self.generator = Generator(config.width_generator, config.generator_blocks)
-        self.encoder = Encoder(config.width_encoder)
+        slices = task.slices
+        self.generator = Generator(config.width_generator, config.generator_blocks, slices)
+        self.encoder = Encoder(config.width_encoder, slices)
         self.decoder = Decoder(
-            self.encoder.channels, config.width_generator, config.decoder_dropout
+            self.encoder.channels, config.width_generator, config.decoder_dropout, slices
         )
         self.head = Head(self.encoder.channels, task.classes)
         self.head_low = Head(self.encoder.channels, task.classes)
         width = config.width_discriminator
-        self.d_a = Discriminator(1, width, outputs=2)  # real or fake; cycled or fake
-        self.d_b = Discriminator(1, width)
+        self.d_a = Discriminator(slices, width, outputs=2)  # real or fake; cycled or fake
+        self.d_b = Discriminator(slices, width)
         self.d_p = Discriminator(task.classes, width)
         self.d_p_low = Discriminator(task.classes, width)
-        self.pool_a = ImagePool(config.pool_size, task.batch_size, task.size)
-        self.pool_b = ImagePool(config.pool_size, task.batch_size, task.size)
+        self.pool_a = ImagePool(config.pool_size, task.batch_size, task.size, slices)
+        self.pool_b = ImagePool(config.pool_size, task.batch_size, task.size, slices)
 
     def stages(self) -> tuple[Stage, ...]:
         """One stage with constant learning rates."""
@@ -256,7 +257,7 @@ class SIFA(Method):
         )
 
     def predict(self, images: Tensor) -> Tensor:
-        """(N, 1, H, W) → logits (N, K, H, W)."""
+        """(N, S, H, W) → logits (N, K, H, W)."""
         return self.head(self.encoder(images)[0])
 
     def features(self, images: Tensor) -> Tensor:

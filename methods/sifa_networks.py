@@ -123,10 +123,10 @@ class DilatedConv(nn.Conv2d):
 class Generator(nn.Module):
     """G_A: source image → target-like image, by 9 residual blocks and tanh(x + ·)."""
 
-    def __init__(self, width: int = 32, blocks: int = 9) -> None:
+    def __init__(self, width: int = 32, blocks: int = 9, slices: int = 1) -> None:
         super().__init__()
         self.enter = nn.Sequential(
-            convolution(1, width, 7, 0.02, bias=True), instance_norm(width), nn.ReLU()
+            convolution(slices, width, 7, 0.02, bias=True), instance_norm(width), nn.ReLU()
         )
         # A bias before an instance norm does nothing, but it counts as a parameter of the authors'.
         self.body = nn.Sequential(
@@ -136,17 +136,17 @@ class Generator(nn.Module):
             Up(4 * width, 2 * width),
             Up(2 * width, width),
         )
-        self.leave = convolution(width, 1, 7, 0.02, bias=True)
+        self.leave = convolution(width, slices, 7, 0.02, bias=True)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 1, H, W) → (N, 1, H, W) in [-1, 1]; H and W divisible by 4."""
+        """(N, S, H, W) → (N, S, H, W) in [-1, 1]; H and W divisible by 4."""
         return torch.tanh(images + self.leave(self.body(self.enter(images))))
 
 
 class Encoder(nn.Module):
     """E: what the segmenter and the decoder share, with stride 8."""
 
-    def __init__(self, width: int = 16) -> None:
+    def __init__(self, width: int = 16, slices: int = 1) -> None:
         super().__init__()
         w, pool = width, nn.MaxPool2d(2)
 
@@ -160,7 +160,7 @@ class Encoder(nn.Module):
             return [convolution(inputs, outputs, kernel, 0.01), batch_norm(outputs), nn.ReLU()]
 
         self.low = nn.Sequential(
-            *conv(1, w, 7),
+            *conv(slices, w, 7),
             *(residual(w, w), pool),
             *(residual(w, 2 * w), pool),
             *(residual(2 * w, 4 * w), residual(4 * w, 4 * w), pool),
@@ -174,7 +174,7 @@ class Encoder(nn.Module):
         self.channels = 32 * w
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 1, H, W) → the latent, and the lower level's, both (N, 32w, H/8, W/8)."""
+        """(N, S, H, W) → the latent, and the lower level's, both (N, 32w, H/8, W/8)."""
         low = self.low(images)
         return self.high(low), low
 
@@ -182,7 +182,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """U: the latent of a target(-like) image → a source-like image, tanh(x + ·)."""
 
-    def __init__(self, inputs: int, width: int = 32, dropout: float = 0.25) -> None:
+    def __init__(
+        self, inputs: int, width: int = 32, dropout: float = 0.25, slices: int = 1
+    ) -> None:
         super().__init__()
 
         def residual() -> Residual:
@@ -192,11 +194,11 @@ class Decoder(nn.Module):
             *(convolution(inputs, 4 * width, 3, 0.02), instance_norm(4 * width), nn.ReLU()),
             *(residual() for _ in range(4)),
             *(Up(4 * width, 2 * width), Up(2 * width, 2 * width), Up(2 * width, width)),
-            convolution(width, 1, 7, 0.02),
+            convolution(width, slices, 7, 0.02),
         )
 
     def forward(self, latent: Tensor, images: Tensor) -> Tensor:
-        """Latent (N, C, H/8, W/8) and the encoded images (N, 1, H, W) → (N, 1, H, W)."""
+        """Latent (N, C, H/8, W/8) and the encoded images (N, S, H, W) → (N, S, H, W)."""
         return torch.tanh(images + self.body(latent))
 
 

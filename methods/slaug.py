@@ -42,6 +42,8 @@ class SLAug(SourceOnly):
 
     and both gradients make one update. The grid's 18 cells are those of the authors' cardiac
     configurations. The splines are made by two means over a cell of an odd number of pixels.
+    Several slices of an image share curves and saliency, and their structures are taken to lie
+    where the labels of the middle one say, since the labels of its neighbours are not given.
     """
 
     name = "slaug"
@@ -84,8 +86,8 @@ class SLAug(SourceOnly):
 
 
 def augment_globally(images: Tensor) -> Tensor:
-    """Each image through one rising curve, (N, 1, H, W) in [-1, 1]."""
-    whole = torch.ones_like(images, dtype=torch.bool)
+    """Each image through one rising curve, (N, S, H, W) in [-1, 1]."""
+    whole = torch.ones_like(images[:, :1], dtype=torch.bool)
     return 2 * location_scale((images + 1) / 2, whole, torch.zeros(1)) - 1
 
 
@@ -93,7 +95,7 @@ def augment_locally(images: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Each class of each image through its own curve; the dark background stays.
 
     Args:
-        images: (N, 1, H, W) in [-1, 1].
+        images: (N, S, H, W) in [-1, 1].
         labels: (N, H, W), class indices.
         classes: K, background included.
     """
@@ -108,14 +110,16 @@ def location_scale(images: Tensor, regions: Tensor, falling: Tensor) -> Tensor:
     """σ · B(x) + μ, drawn for each region of each image.
 
     Args:
-        images: (N, 1, H, W) in [0, 1].
-        regions: (N, R, H, W), boolean; each pixel in one region.
+        images: (N, S, H, W) in [0, 1].
+        regions: (N, R, H, W), boolean; each pixel in one region, the same in all slices.
         falling: (R,), probability that a region's curve falls.
 
     Returns:
-        (N, 1, H, W) in [0, 1].
+        (N, S, H, W) in [0, 1].
     """
-    values, inside = images.flatten(2), regions.flatten(2)  # (N, 1, P), (N, R, P)
+    # With P the pixels of all slices of an image: (N, 1, P) and (N, R, P).
+    values = images.flatten(1).unsqueeze(1)
+    inside = regions.flatten(2).repeat(1, 1, images.shape[1])
     count, kinds = inside.shape[:2]
     low = torch.where(inside, values, 1.0).amin(2, keepdim=True)
     high = torch.where(inside, values, 0.0).amax(2, keepdim=True)
@@ -187,11 +191,15 @@ def saliency_map(gradient: Tensor, grid: int) -> Tensor:
     """The gradient's magnitude, smoothed and scaled to [0, 1] in each image.
 
     Args:
-        gradient: (N, 1, H, W).
+        gradient: (N, S, H, W).
         grid: cells a side.
+
+    Returns:
+        (N, 1, H, W).
     """
     size = gradient.shape[-2:]
-    cells = F.adaptive_avg_pool2d(gradient.float().abs(), min(grid, *size))
+    magnitude = gradient.float().abs().mean(1, keepdim=True)
+    cells = F.adaptive_avg_pool2d(magnitude, min(grid, *size))
     smooth = F.interpolate(cells, size=size)
     kernel = max(1, size[0] // grid) // 2 * 2 + 1
     for _ in range(2):  # a box, twice averaged: quadratic B-splines
@@ -203,5 +211,11 @@ def saliency_map(gradient: Tensor, grid: int) -> Tensor:
 
 
 def fuse(whole: Tensor, parts: Tensor, saliency: Tensor) -> Tensor:
-    """Global images where the segmenter looks, local ones elsewhere; (N, 1, H, W) each."""
+    """Global images where the segmenter looks, local ones elsewhere.
+
+    Args:
+        whole: (N, S, H, W).
+        parts: (N, S, H, W).
+        saliency: (N, 1, H, W).
+    """
     return saliency * whole + (1 - saliency) * parts

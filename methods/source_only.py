@@ -38,7 +38,7 @@ class SourceOnly(Method):
 
     def __init__(self, task: TaskInfo, config: SegmentConfig) -> None:
         super().__init__(task, config)
-        self.segmenter = build_segmenter(task.segmenter, task.classes)
+        self.segmenter = build_segmenter(task.segmenter, task.classes, task.slices)
 
     def stages(self) -> tuple[Stage, ...]:
         """One stage with polynomial decay."""
@@ -55,7 +55,7 @@ class SourceOnly(Method):
         return {"segmentation": loss}
 
     def predict(self, images: Tensor) -> Tensor:
-        """(N, 1, H, W) → logits (N, K, H, W)."""
+        """(N, S, H, W) → logits (N, K, H, W)."""
         return self.segmenter(images).logits
 
     def features(self, images: Tensor) -> Tensor:

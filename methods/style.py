@@ -83,12 +83,13 @@ QUICK_STYLE = {
 class Generator(nn.Module):
     """Content encoder, both style encoders, and the decoder."""
 
-    def __init__(self, config: StyleConfig) -> None:
+    def __init__(self, config: StyleConfig, slices: int) -> None:
         super().__init__()
-        self.content = ContentEncoder(config.style_width, config.style_blocks)
-        self.style_source = StyleEncoder(config.style_width)
-        self.style_target = StyleEncoder(config.style_width)
-        self.decode = StyleDecoder(config.style_width, blocks=config.style_blocks)
+        width, blocks = config.style_width, config.style_blocks
+        self.content = ContentEncoder(width, blocks, slices)
+        self.style_source = StyleEncoder(width, slices=slices)
+        self.style_target = StyleEncoder(width, slices=slices)
+        self.decode = StyleDecoder(width, blocks=blocks, slices=slices)
 
 
 def check_size(size: int, config: StyleConfig) -> None:
@@ -110,22 +111,26 @@ def check_size(size: int, config: StyleConfig) -> None:
 
 
 class StyleTransfer(nn.Module):
-    """Trains the style stage and restyles source images as target ones."""
+    """Trains the style stage and restyles source images as target ones.
+
+    Args:
+        config: the settings.
+        slices: of an image; a stack of several is restyled as one, in one style.
+    """
 
     bank: Tensor
     bank_share: Tensor
     updates: Tensor
 
-    def __init__(self, config: StyleConfig) -> None:
+    def __init__(self, config: StyleConfig, slices: int = 1) -> None:
         super().__init__()
         self.config = config
-        self.generator = Generator(config)
+        self.generator = Generator(config, slices)
         self.average = copy.deepcopy(self.generator).requires_grad_(False)  # EMA, used to restyle
-        self.d_source = MultiScaleDiscriminator(2 * config.style_width, scales=config.style_scales)
-        self.d_target = MultiScaleDiscriminator(2 * config.style_width, scales=config.style_scales)
-        self.d_content = PatchDiscriminator(
-            self.generator.content.channels, 2 * config.style_width, layers=2
-        )
+        width, scales = 2 * config.style_width, config.style_scales
+        self.d_source = MultiScaleDiscriminator(width, scales=scales, slices=slices)
+        self.d_target = MultiScaleDiscriminator(width, scales=scales, slices=slices)
+        self.d_content = PatchDiscriminator(self.generator.content.channels, width, layers=2)
         self.register_buffer("bank", torch.zeros(config.style_clusters, CODES, 8))
         self.register_buffer("bank_share", torch.ones(config.style_clusters))
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
@@ -244,7 +249,7 @@ class StyleTransfer(nn.Module):
 
     @torch.no_grad()
     def restyle(self, images: Tensor) -> Tensor:
-        """Source images in styles drawn from the clusters by their share, (N, 1, H, W)."""
+        """Source images in styles drawn from the clusters by their share, (N, S, H, W)."""
         drawn = torch.multinomial(self.bank_share.cpu(), len(images), replacement=True)
         member = torch.randint(CODES, (len(images),))
         styles = self.bank[drawn.to(images.device), member.to(images.device)]

@@ -51,7 +51,7 @@ class Teacher(nn.Module):
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
     def loss(self, student: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the student minimises on target images (N, 1, H, W), and what to log of it."""
+        """What the student minimises on target images (N, S, H, W), and what to log of it."""
         with torch.no_grad():
             teacher = self.segmenter(images).logits.float().softmax(1)
         sure = (teacher.amax(1) > self.config.confidence).float()

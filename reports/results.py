@@ -18,6 +18,7 @@ import pandas as pd
 
 from glua_bench.config import RunConfig, changed_settings, flat_settings, variant_name
 from glua_bench.errors import ConfigError, UserError
+from glua_bench.neighbours import Neighbourhood
 from glua_bench.registry import Registry
 from glua_bench.reports import comparison
 from glua_bench.reports.comparison import LOWER, UPPER
@@ -43,6 +44,7 @@ FROM_OLDER = {  # columns that rows of an older version lack
     "augmentation": "geometric",
     "peak_memory_mib": math.nan,
 }
+PROTOCOL_OF_OLDER = {"slices": "1"}  # what protocols of an older version do not say, but follow
 
 
 @dataclass
@@ -290,6 +292,7 @@ def _protocol(record: _Record) -> dict[str, Any]:
             if value is not False
         ),
         "precision": config.precision,
+        "slices": str(Neighbourhood.of(config)),
         "selector": config.selectors[0],
         "distances": record.environment.get("distances", ""),
     }
@@ -337,7 +340,7 @@ def _lines(
     records: Sequence[_Record], registry: Registry, notice: Callable[[str], None]
 ) -> pd.DataFrame:
     """One line a run: what it is called and was made of; the newest run of each cell."""
-    newest: dict[tuple[str, str, int], dict[str, Any]] = {}
+    newest: dict[tuple[str, str, int, str], dict[str, Any]] = {}
     replaced = 0
     for record in sorted(records, key=lambda record: (record.time, record.run.id)):
         config = record.run.config
@@ -350,8 +353,10 @@ def _lines(
         entry = ", ".join([base, *(f"{n} = {_shown(v)}" for n, v in changes.items())])
         task = f"{config.dataset} {config.direction}"
         state = record.environment.get("source") or record.environment.get("git") or {}
-        replaced += (task, entry, config.seed) in newest
-        newest[task, entry, config.seed] = {
+        # Runs that see other slices are not older versions of each other; `_check` refuses them.
+        key = task, entry, config.seed, str(Neighbourhood.of(config))
+        replaced += key in newest
+        newest[key] = {
             "run": record.run.id,
             "entry": entry,
             "base": base,
@@ -485,7 +490,7 @@ def _one_protocol(task: str, protocols: pd.Series) -> None:
     counts = protocols.astype(str).value_counts()
     values: dict[str, dict[Any, int]] = {}
     for text, count in counts.items():
-        for name, value in json.loads(str(text)).items():
+        for name, value in {**PROTOCOL_OF_OLDER, **json.loads(str(text))}.items():
             seen = values.setdefault(name, {})
             seen[value] = seen.get(value, 0) + int(count)
     different = {name: seen for name, seen in values.items() if len(seen) > 1}
@@ -500,6 +505,7 @@ def _one_protocol(task: str, protocols: pd.Series) -> None:
         "grid": "--where grid.size=… and grid.spacing=…",
         "segmenter": "--where segmenter.name=… and segmenter.width=…",
         "precision": f"--where precision={most}",
+        "slices": "--where slices=… and slice_distance=…",
         "data": "--where code=…, or remove the runs on older data",
     }.get(name, "--where")
     raise ConfigError(

@@ -114,6 +114,24 @@ def test_a_tone_curve_is_one_continuous_function_of_the_intensity(
     assert torch.equal(twice[:, :, :32], twice[:, :, 32:])
 
 
+def test_slices_of_an_image_share_its_map_and_its_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(augment, "NOISE", 0.0)
+    labels = discs(4)
+    images = pictures(labels).expand(-1, 3, -1, -1).clone()
+    images[:, 2] = images[:, 2].flip(1)
+    torch.manual_seed(0)
+    moved, moved_labels = geometric(images, labels)
+    assert moved_labels is not None and moved_labels.shape == labels.shape
+    torch.manual_seed(0)
+    alone, alone_labels = geometric(images[:, 1:2], labels)
+    assert torch.equal(moved[:, 1:2], alone) and torch.equal(moved_labels, alone_labels)
+    assert torch.equal(moved[:, 0], moved[:, 1])
+    torch.manual_seed(1)
+    toned = tone_curves(images)
+    assert torch.equal(toned[:, 0], toned[:, 1]) and torch.equal(toned[:, 2], toned[:, 0].flip(1))
+    assert not torch.equal(toned, images)
+
+
 def test_some_images_keep_their_tones_and_some_curves_fall(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -25,6 +25,7 @@ from glua_bench.cache import (
     fingerprint,
 )
 from glua_bench.errors import DataError, RunFailure
+from glua_bench.neighbours import Neighbourhood
 from glua_bench.task import Case, Grid, Reading, Structure
 from glua_bench.volumes import load_image, load_label
 
@@ -354,6 +355,51 @@ def test_stores_serve_slices_in_the_order_asked(many):
     assert where[:6] == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2)]
     copy = pickle.loads(pickle.dumps(LabelledStore(images, labels, False)))
     assert np.array_equal(copy.images(asked), found)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_stores_serve_each_slice_amid_its_neighbours_of_one_volume(tmp_path, in_memory):
+    """In order, the outermost slice repeated, and no slice of the volume before or after."""
+    cache, depths = SliceCache(), (1, 5, 2, 9)
+    cases = [make_case(tmp_path, number, depth) for number, depth in enumerate(depths)]
+    images = [cache.image(case.unlabelled(), READING, GRID) for case in cases]
+    labels = [cache.label(case, READING, GRID, STRUCTURES) for case in cases]
+    store = LabelledStore(images, labels, in_memory, Neighbourhood(5, 2.0))  # slices of 1 mm
+    asked = np.random.default_rng(0).permutation(np.repeat(np.arange(len(store)), 2))
+    found = store.images(asked)
+    assert found.shape == (2 * sum(depths), 5, 24, 24) and found.dtype == np.float32
+    for number, stack in zip(asked, found, strict=True):
+        volume, z = images[store.volumes[number]].open(), store.positions[number]
+        expected = [
+            volume[min(max(z + beside, 0), len(volume) - 1)] for beside in (-4, -2, 0, 2, 4)
+        ]
+        assert np.array_equal(stack, np.stack(expected).astype(np.float32))
+    alone = LabelledStore(images, labels, in_memory)
+    assert np.array_equal(found[:, 2:3], alone.images(asked))
+    assert np.array_equal(store.labels(asked), alone.labels(asked))  # of the middle slices
+    assert store.images([]).shape == (0, 5, 24, 24)
+    for number in (-1, len(store)):
+        with pytest.raises(IndexError):
+            store.images([number])
+
+
+def test_neighbours_are_as_far_in_volumes_of_other_slices(tmp_path):
+    """And they are gathered, not stored: the cache is the same for every number of slices."""
+    cache, images = SliceCache(), []
+    for number, thickness in enumerate((1.0, 3.0, 8.0)):
+        case = make_case(tmp_path, number, 12)
+        voxels = np.asarray(nib.load(case.image).dataobj)
+        nib.save(nib.Nifti1Image(voxels, np.diag([1, 1, thickness, 1])), case.image)
+        images.append(cache.image(case.unlabelled(), READING, GRID))
+    before = files_under(cache.root)
+    store = ImageStore(images, neighbourhood=Neighbourhood(3, 6.0))
+    for index, step in enumerate((6, 2, 1)):
+        z = np.arange(12)
+        volume = images[index].open().astype(np.float32)
+        found = store.images(12 * index + z)
+        assert np.array_equal(found[:, 0], volume[np.maximum(z - step, 0)])
+        assert np.array_equal(found[:, 2], volume[np.minimum(z + step, 11)])
+    assert files_under(cache.root) == before
 
 
 def test_stores_keep_few_maps_open(many):

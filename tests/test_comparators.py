@@ -67,6 +67,18 @@ def test_fewer_templates_than_images_are_taken_in_turn() -> None:
     assert torch.equal(matched[2:], match_histograms(images(3)[2:], images(2, 1)[:1]))
 
 
+def test_slices_of_an_image_are_matched_by_one_curve() -> None:
+    """Equal pixels of its slices stay equal, and all slices together have the target's tones."""
+    source, target = images(6).view(2, 3, 32, 32), images(6, 1).view(2, 3, 32, 32) * 0.3 + 0.4
+    source[:, 2] = source[:, 0]
+    matched = match_histograms(source, target)
+    assert torch.equal(matched[:, 2], matched[:, 0])
+    for own, other, tones in zip(source, target, matched, strict=True):
+        assert bool((tones.flatten()[own.flatten().argsort()].diff() >= 0).all())
+        assert set(tones.flatten().tolist()) <= set(other.flatten().tolist())
+        assert abs(float(tones.mean() - other.mean())) < 0.01
+
+
 def test_histogram_matching_trains_on_matched_images() -> None:
     method = build(HistogramMatching)
     with torch.no_grad():
@@ -95,6 +107,15 @@ def test_amplitudes_are_exchanged_inside_the_band_alone(beta: float) -> None:
         np.fft.ifftshift(amplitude * np.exp(1j * np.angle(own)), axes=(-2, -1))
     ).real
     assert np.abs(got - (expected - 1)).max() < 1e-5
+
+
+def test_slices_take_the_amplitudes_of_the_slice_in_their_place() -> None:
+    source, target = images(6).view(2, 3, 32, 32), images(6, 1).view(2, 3, 32, 32) * 0.3
+    got = exchange_amplitudes(source, target, 0.1)
+    for place in range(3):
+        own = slice(place, place + 1)
+        alone = exchange_amplitudes(source[:, own], target[:, own], 0.1)
+        assert torch.allclose(got[:, own], alone, atol=1e-6)
 
 
 def test_with_the_mean_alone_the_mean_is_the_targets() -> None:

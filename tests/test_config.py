@@ -67,6 +67,8 @@ configs = st.builds(
     augmentation=st.sampled_from(AUGMENTATIONS),
     precision=st.sampled_from(PRECISIONS),
     candidates=st.integers(1, 1000),
+    slices=st.sampled_from([3, 5, 7]),
+    slice_distance=st.none() | st.floats(0.01, 1000),
     selectors=st.lists(words, max_size=3).map(tuple),
 )
 
@@ -101,6 +103,12 @@ def test_an_unknown_key_is_refused_with_the_nearest() -> None:
         RunConfig.from_dict({**CONFIG.to_dict(), "grid": {"sise": 64, "spacing": 1.0}})
 
 
+def test_a_configuration_of_before_sees_one_slice() -> None:
+    older = CONFIG.to_dict()
+    del older["slices"], older["slice_distance"]
+    assert RunConfig.from_dict(older) == CONFIG and CONFIG.slices == 1
+
+
 def test_domains_and_privilege_follow_from_direction_and_scenario() -> None:
     assert (CONFIG.source, CONFIG.target, CONFIG.privileged) == ("a", "b", False)
     assert replace(CONFIG, scenario="supervised").privileged
@@ -112,6 +120,8 @@ BAD: dict[str, tuple[Any, ...]] = {
     "steps": (0, -3, 10**8, 1.5, "10", True, None, math.nan),
     "batch_size": (0, 5000, 2.0, False),
     "candidates": (0, 1001, "5"),
+    "slices": (0, 2, 4, 9, -1, 3.0, "3", True, None),
+    "slice_distance": (0, -1.0, math.nan, "8", 2.0),  # the last one needs several slices
     "scenario": ("oracle", None, 1, ["uda"]),
     "augmentation": ("", "Geometric", {}, True),
     "precision": ("32", 32, None),
@@ -293,6 +303,8 @@ OTHER: Mapping[str, Any] = {
     "augmentation": "photometric",
     "precision": "bf16-mixed",
     "candidates": 3,
+    "slices": 5,
+    "slice_distance": 8.0,
 }
 NO_PART = {"preset": "other", "selectors": ("other",)}
 
@@ -300,9 +312,10 @@ NO_PART = {"preset": "other", "selectors": ("other",)}
 def test_the_identity_follows_everything_that_could_change_a_result() -> None:
     names = {spec.name for spec in fields(RunConfig)}
     assert {*OTHER, *NO_PART} == names, "decide whether the new field is part of the identity"
-    found = {identity(CONFIG, "data", "code")}
-    found |= {identity(replace(CONFIG, **{n: v}), "data", "code") for n, v in OTHER.items()}
-    found |= {identity(CONFIG, "other", "code"), identity(CONFIG, "data", "other")}
+    config = replace(CONFIG, slices=3)
+    found = {identity(config, "data", "code")}
+    found |= {identity(replace(config, **{n: v}), "data", "code") for n, v in OTHER.items()}
+    found |= {identity(config, "other", "code"), identity(config, "data", "other")}
     assert len(found) == len(OTHER) + 3
 
 

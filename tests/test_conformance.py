@@ -28,6 +28,7 @@ from glua_bench.datasets.phantom import Phantom, generate
 from glua_bench.errors import PluginError
 from glua_bench.losses import segmentation_loss
 from glua_bench.method import Batch, Context, Method, Stage, TaskInfo
+from glua_bench.neighbours import middle
 from glua_bench.registry import Registry
 from glua_bench.task import Case, Dataset, Grid
 
@@ -68,9 +69,9 @@ class Sound(Method):
 
     def __init__(self, task: TaskInfo, config: Any) -> None:
         super().__init__(task, config)
-        self.stem = nn.Conv2d(1, 1, 3, padding=1)
+        self.stem = nn.Conv2d(task.slices, task.slices, 3, padding=1)
         self.head = nn.Sequential(
-            nn.Conv2d(1, config.channels, 3, padding=1),
+            nn.Conv2d(task.slices, config.channels, 3, padding=1),
             nn.ReLU(),
             nn.Conv2d(config.channels, task.classes, 1),
         )
@@ -323,7 +324,7 @@ class ForgottenNetwork(Sound):
 
     def __init__(self, task: TaskInfo, config: Any) -> None:
         super().__init__(task, config)
-        self.forgotten = nn.Conv2d(1, 1, 1)
+        self.forgotten = nn.Conv2d(task.slices, 1, 1)
 
     def loss(self, batch: Batch) -> Tensor:
         return super().loss(batch) + self.forgotten(batch.target).square().mean()
@@ -352,7 +353,7 @@ class StrangersWeights(Sound):
 
     def __init__(self, task: TaskInfo, config: Any) -> None:
         super().__init__(task, config)
-        self.strangers = [nn.Conv2d(1, 1, 3, padding=1)]
+        self.strangers = [nn.Conv2d(task.slices, task.slices, 3, padding=1)]
 
     def optimizers(self, stage: Stage) -> dict[str, Optimizer]:
         found = super().optimizers(stage)
@@ -484,7 +485,7 @@ class DrawsInAnotherOrder(Sound):
 
     def __init__(self, task: TaskInfo, config: Any) -> None:
         super().__init__(task, config)
-        self.stem = nn.Conv2d(1, 1, 3, padding=1)
+        self.stem = nn.Conv2d(task.slices, task.slices, 3, padding=1)
 
 
 @caught_by("settings")
@@ -567,6 +568,45 @@ class AsksForNoTarget(Sound):
 class NeverLooksAtLabels(Sound):
     def loss(self, batch: Batch) -> Tensor:
         return (self.predict(batch.target) - self.predict(batch.source_images)).square().mean()
+
+
+@caught_by("slices")
+class SeesOneSlice(Sound):
+    """Was written before there were several."""
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(replace(task, slices=1), config)
+
+
+@caught_by("slices")
+class LooksAtTheMiddleAlone(SeesOneSlice):
+    def stem_loss(self, batch: Batch) -> Tensor:
+        images = (middle(x) for x in (batch.source_images, batch.target))
+        return sum((self.stem(x) - x).square().mean() for x in images)  # type: ignore[return-value]
+
+    def predict(self, images: Tensor) -> Tensor:
+        return super().predict(middle(images))
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        return {"stem": self.stem(middle(batch.source_images))}
+
+
+@caught_by("slices")
+class HasADiscriminatorOfOneSlice(Sound):
+    """It predicts, so it is found out in a step alone."""
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(task, config)
+        self.fixed = nn.Conv2d(1, 1, 3).requires_grad_(False)
+
+    def stem_loss(self, batch: Batch) -> Tensor:
+        return super().stem_loss(batch) + 0 * self.fixed(batch.source_images).sum()
+
+
+@caught_by("slices")
+class ShowsTwoOfThree(Sound):
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        return {"stem": self.stem(batch.source_images)[:, :2]}
 
 
 @caught_by("whole_run")
@@ -656,8 +696,8 @@ def test_a_way_to_a_label_is_found(monkeypatch: pytest.MonkeyPatch, what: str) -
     case = bench.dataset.split("inverted", "train")[0]
 
     class Telling(ImageStore):
-        def __init__(self, images: Any) -> None:
-            super().__init__(images)
+        def __init__(self, images: Any, **named: Any) -> None:
+            super().__init__(images, **named)
             labels = np.asarray(nib.load(case.label).dataobj)
             # The images' own key would do as well: whatever lies behind an innocent attribute.
             self.notes: Any = {

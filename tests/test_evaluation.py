@@ -20,6 +20,7 @@ from glua_bench.datasets.phantom import Phantom
 from glua_bench.errors import DataError
 from glua_bench.evaluation import evaluate, predict_volume, summarise
 from glua_bench.metrics import distance_penalty
+from glua_bench.neighbours import Neighbourhood
 from glua_bench.task import Case, Grid
 
 CPU = torch.device("cpu")
@@ -82,6 +83,23 @@ def test_every_slice_is_predicted_once_in_order(
     np.testing.assert_allclose(found.sum(0), 1, atol=1e-5)
     assert np.array_equal(torch.cat(seen)[:, 0].numpy(), voxels)
     assert np.array_equal(found.argmax(0) == 0, voxels > 0)
+
+
+def test_every_slice_is_predicted_amid_its_neighbours(dataset: Phantom, case: Case) -> None:
+    image = SliceCache().image(case.unlabelled(), dataset.reading, GRID)
+    voxels = np.asarray(image.open(), np.float32)
+    seen = []
+
+    def predict(images: Tensor) -> Tensor:
+        seen.append(images)
+        return torch.cat([images[:, 1:2], -images[:, 1:2]], 1)
+
+    found = predict_volume(predict, image, CPU, 7, Neighbourhood(3, 8.0))  # slices of 4 mm
+    z = np.arange(len(voxels))
+    stacks = torch.cat(seen).numpy()
+    for channel, number in enumerate((z - 2, z, z + 2)):
+        assert np.array_equal(stacks[:, channel], voxels[np.clip(number, 0, len(z) - 1)])
+    assert np.array_equal(found.argmax(0) == 0, voxels >= 0)
 
 
 def test_a_perfect_predictor_is_as_good_as_the_working_grid(dataset: Phantom, case: Case) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -470,6 +471,41 @@ def test_the_variants_are_the_rows_of_an_ablation() -> None:
     assert rows["global + masked alignment only"].lambda_global == 0
     assert rows["global + random mask"].mask == "random"
     assert rows["global + soft mask"].mask == "soft"
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_methods_keep_the_contract_with_several_slices(name: str) -> None:
+    """Trains, predicts and shows; the target's labels, also a neighbour's, are never read."""
+    method = Registry("method").load(name)
+    short = {"style_share": 0.5} if "style_share" in method.Config.__dataclass_fields__ else {}
+    with closing(Bench(method, short, slices=3)) as bench:
+        trained = bench.baseline
+        assert trained.method.task.slices == 3
+        for check in ("logits", "pictures", "checkpoint", "label_poison", "resume", "whole_run"):
+            result = bench.outcome(check)
+            assert result.passed, f"{check}: {result.message}"
+        pictures = trained.method.pictures(bench.batch())
+        for shown in ("restyled", "source again", "target as source", "global", "local", "fused"):
+            if shown in pictures:
+                assert pictures[shown].shape[1] == 3  # the whole stack is translated
+
+
+@pytest.mark.parametrize("name", ["sifa", "cycle_translate", "global_only"])
+def test_what_translates_stacks_changes_all_their_slices(name: str) -> None:
+    task = replace(TASK, slices=3)
+    method = Registry("method").load(name)
+    torch.manual_seed(0)
+    config = build_settings(
+        method.Config,
+        small_settings(method, {"style_clusters": 1} if name == "global_only" else {}),
+        "method",
+    )
+    built = method(task, config).eval()
+    stack = images(6).view(2, 3, SIZE, SIZE)
+    batch = Batch(stack, torch.zeros(2, SIZE, SIZE, dtype=torch.long), stack.flip(0))
+    restyled = built.pictures(batch)["restyled"]
+    assert restyled.shape == stack.shape
+    assert all(bool((restyled[:, s] - stack[:, s]).abs().mean() > 1e-4) for s in range(3))
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

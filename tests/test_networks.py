@@ -51,6 +51,17 @@ def test_segmenters_give_logits_and_features_from_coarse_to_fine(spec: Segmenter
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.name}-{spec.depth}")
+def test_segmenters_of_several_slices_label_one(spec: SegmenterSpec) -> None:
+    segmenter = build_segmenter(spec, 5, 3).eval()
+    stack = images(6, 64).view(2, 3, 64, 64)
+    logits = segmenter(stack).logits
+    assert logits.shape == (2, 5, 64, 64)
+    assert not torch.equal(logits, segmenter(stack.roll(1, 1)).logits)  # their order counts
+    with pytest.raises(RuntimeError, match="channels"):
+        segmenter(images(2, 64))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.name}-{spec.depth}")
 def test_every_weight_of_a_segmenter_is_trained(spec: SegmenterSpec) -> None:
     segmenter = build_segmenter(spec, 3)
     F.cross_entropy(segmenter(images(2, 64)).logits, torch.randint(3, (2, 64, 64))).backward()

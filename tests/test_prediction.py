@@ -18,6 +18,7 @@ from glua_bench import cli, prediction
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, PluginError, UserError
 from glua_bench.evaluation import predict_volumes
+from glua_bench.neighbours import ALONE
 from glua_bench.runs import RunRequest, execute, plan
 from glua_bench.tracking import RunDirectory
 
@@ -66,7 +67,8 @@ def test_batches_are_filled_across_volumes_and_every_slice_comes_back() -> None:
         sizes.append(len(images))
         return torch.cat([images, -images], 1)
 
-    found = list(predict_volumes(predict, iter(volumes), torch.device("cpu"), 8))
+    stacks = (ALONE.stacks(volume, 1.0) for volume in volumes)
+    found = list(predict_volumes(predict, stacks, torch.device("cpu"), 8))
     assert sizes == [8, 8, 4]
     for volume, probabilities in zip(volumes, found, strict=True):
         expected = torch.from_numpy(np.stack([volume, -volume])).softmax(0).numpy()
@@ -79,7 +81,7 @@ def test_a_volume_is_given_back_before_all_others_are_read() -> None:
     def volumes():  # type: ignore[no-untyped-def]
         for index in range(4):
             read.append(index)
-            yield np.zeros((8, 4, 4), np.float32)
+            yield ALONE.stacks(np.zeros((8, 4, 4), np.float32), 1.0)
 
     found = predict_volumes(lambda x: torch.cat([x, x], 1), volumes(), torch.device("cpu"), 8)
     next(found)
@@ -145,6 +147,27 @@ def test_an_exported_model_predicts_alike_without_run_and_data(made: Made, tmp_p
             nib.load(a.labels).dataobj, nib.load(b.labels).dataobj
         )
         assert a.ml == b.ml
+
+
+@pytest.mark.parametrize("slice_spacing", ["8", "null"])
+def test_a_model_of_several_slices_predicts_new_volumes_as_its_run_did(
+    slice_spacing: str, phantom_root: Path, tmp_path: Path
+) -> None:
+    """Also where volumes keep their own slices, whose neighbours are then found by distance."""
+    sets = ("slices=3", f"grid.slice_spacing={slice_spacing}")
+    made = make("mean_teacher", phantom_root, tmp_path / "runs", *sets)
+    distance = made.run.config.slice_distance
+    assert distance is not None and (slice_spacing == "null" or distance == 8)
+    model = prediction.from_run(made.run, device="cpu")
+    folder = prediction.export(model, made.run, tmp_path / "model")
+    assert f"3, {distance:g} mm apart" in (folder / "README.md").read_text()
+    loaded = prediction.from_directory(folder, device="cpu")
+    assert loaded.config.slices == 3 and loaded.config.slice_distance == distance
+    own = nib.load(made.run.predictions / "ct_1003.nii.gz")
+    for name, used in (("run", model), ("export", loaded)):
+        first, second = prediction.predict(used, made.images, tmp_path / name)
+        assert np.array_equal(nib.load(first.labels).dataobj, own.dataobj)
+        assert nib.load(second.labels).shape == nib.load(made.images[1]).shape
 
 
 def test_only_what_predicts_is_exported(phantom_root: Path, tmp_path: Path) -> None:

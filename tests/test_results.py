@@ -76,6 +76,10 @@ def test_rows_hold_every_score_in_the_dataset_s_order(made_runs):
         ({"steps": 20}, r"steps is 500 in 2 runs and 20 in 1 run; choose with --where steps=500"),
         ({"batch_size": 2}, r"batch_size is .*--where batch_size=8"),
         ({"precision": "bf16-mixed"}, r"precision is "),
+        (
+            {"slices": 3, "slice_distance": 4.0},
+            r"slices is 1 in 2 runs and 3, 4 mm apart in 1 run; choose with --where slices=",
+        ),
         ({"size": 90.0}, r"different test sets: case case_1 has references of different sizes"),
         ({"environment": {"data": {"train": "other"}}}, r"data is t in 2 runs and other in 1 run"),
     ],
@@ -90,6 +94,32 @@ def test_protocols_are_never_mixed(made_runs, changes, said):
         "slaug",
         "source_only",
     ]
+
+
+def test_a_run_on_more_slices_does_not_replace_one_on_a_single_slice(made_runs):
+    """Both are the same entry with the same seed, and none is a newer version of the other."""
+    made_runs.add("glua", 0.6)
+    made_runs.add("glua", 0.7, slices=3, slice_distance=4.0)
+    made_runs.add("glua", 0.7, slices=3, slice_distance=8.0)
+    with pytest.raises(ConfigError, match=r"slices is 1 in 1 run and 3, 4 mm apart in 1 run and 3"):
+        from_runs(made_runs.root)
+    for where in ({"slices": ["1"]}, {"slices": ["3"], "slice_distance": ["8.0"]}):
+        assert len(from_runs(made_runs.root, where).directories) == 1
+
+
+def test_rows_that_do_not_say_their_slices_are_of_single_ones(made_runs, tmp_path):
+    """Such a file was written before there was a choice."""
+    made_runs.add("glua", 0.6)
+    older = from_runs(made_runs.root).rows.astype({"protocol": str, "run": str})
+    without = {k: v for k, v in json.loads(older["protocol"].iloc[0]).items() if k != "slices"}
+    older["protocol"] = json.dumps(without)
+    newer = older.assign(run="newer", seed=1, protocol=json.dumps({**without, "slices": "1"}))
+    stacked = older.assign(run="s", seed=1, protocol=json.dumps({**without, "slices": "3, 4 mm"}))
+    pd.concat([older, newer]).to_parquet(tmp_path / "same.parquet")
+    pd.concat([older, stacked]).to_parquet(tmp_path / "mixed.parquet")
+    assert from_rows(tmp_path / "same.parquet").rows["run"].nunique() == 2
+    with pytest.raises(ConfigError, match="slices is 1 in 1 run and 3, 4 mm in 1 run"):
+        from_rows(tmp_path / "mixed.parquet")
 
 
 def test_the_upper_bound_has_training_data_of_its_own(made_runs):

@@ -24,15 +24,16 @@ SMALL = ("segmenter.width=4", "segmenter.depth=3", "grid.size=32", "grid.spacing
         ("local_only", {"cases.png", "gap.png"}),
     ],
 )
+@pytest.mark.parametrize("slices", [1, 3])
 def test_what_a_method_shows_is_drawn(
-    method: str, expected: set[str], phantom_root: Path, tmp_path: Path
+    method: str, expected: set[str], slices: int, phantom_root: Path, tmp_path: Path
 ) -> None:
     request = RunRequest(
         method,
         "phantom",
         preset="quick",
         steps=2,
-        assignments=list(SMALL),
+        assignments=[*SMALL, f"slices={slices}"],
         data_root=phantom_root,
         runs_root=tmp_path,
         device="cpu",

@@ -19,18 +19,22 @@ import yaml
 import glua_bench
 from glua_bench import config as configuration
 from glua_bench import runs
+from glua_bench.cache import ImageStore, SliceCache
 from glua_bench.config import changed_settings, variant_name
 from glua_bench.console import Progress
 from glua_bench.datasets.phantom import Phantom
 from glua_bench.errors import ConfigError, PluginError, RunFailure
 from glua_bench.evaluation import summarise
-from glua_bench.method import Method
+from glua_bench.method import Method, Stage, TaskInfo
+from glua_bench.methods.fda import exchange_amplitudes
 from glua_bench.methods.local_only import LocalOnly
 from glua_bench.methods.source_only import SourceOnly
+from glua_bench.neighbours import Neighbourhood, Stacks
 from glua_bench.reports.run_figures import draw_run
 from glua_bench.runs import RunRequest, execute, plan, resolve, roles
-from glua_bench.task import Case, UnlabelledCase
+from glua_bench.task import Case, Grid, UnlabelledCase
 from glua_bench.tracking import RunDirectory, list_runs
+from glua_bench.volumes import load_image
 
 SMALL = (
     "segmenter.name=unet",
@@ -167,6 +171,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         ["segmenter.name=timm:resnet10t", "batch_size=1"],
         "set batch_size to 2 or more, or segmenter.name=unet",
     ),
+    "an even number of slices": (["slices=2"], "slices = 2 is not possible; choose one of 1, 3, 5"),
+    "slices as text": (["slices=three"], "slices = 'three'"),
+    "a distance of one slice": (["slice_distance=4"], "slice_distance = 4 needs neighbouring"),
+    "a distance of nothing": (["slices=3", "slice_distance=0"], "slice_distance = 0 is out of"),
     "one image for each process": (
         {"method": "sifa", "devices": 2},  # a batch of two
         "(at encoder.low.1), which needs several; set batch_size to 4 or more.",
@@ -208,6 +216,183 @@ def test_what_a_method_can_serve_is_not_refused(
     sets: list[str], changes: dict[str, Any], phantom_root: Path, tmp_path: Path
 ) -> None:
     assert plan(ask(phantom_root, tmp_path / "runs", *sets, **changes)).stages
+
+
+# -- neighbouring slices --------------------------------------------------------------------------
+
+
+class AsBefore(SourceOnly):
+    """Gives its networks one channel, whatever the task says."""
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(replace(task, slices=1), config)
+        self.task = task
+
+
+class FewLogits(SourceOnly):
+    def predict(self, images: torch.Tensor) -> torch.Tensor:
+        return super().predict(images)[:, :2]
+
+
+class TranslatesOne(SourceOnly):
+    def stages(self) -> tuple[Stage, ...]:
+        return (Stage("segment", translate=lambda images: images[:, :1]),)
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        (AsBefore, "(predict raises RuntimeError); build its networks with task.slices channels"),
+        (FewLogits, "(predict gives the shape (1, 2, 32, 32))"),
+        (TranslatesOne, "(translate gives the shape (1, 1, 32, 32))"),
+    ],
+)
+def test_a_method_that_is_not_made_for_several_slices_is_declined_before_training(
+    method: type[Method], said: str, phantom_root: Path
+) -> None:
+    dataset = Phantom(phantom_root)
+    one = resolve(ask(phantom_root), dataset, SourceOnly)
+    runs.check_slices(one, runs.build_method(one, dataset, method))
+    three = replace(one, slices=3)
+    with pytest.raises(ConfigError) as error:
+        runs.check_slices(three, runs.build_method(three, dataset, method))
+    text = one_sentence(error)
+    assert said in text and text.startswith("slices = 3: method 'source_only' is not made for")
+    sound = runs.build_method(three, dataset, SourceOnly)
+    torch.manual_seed(0)
+    runs.check_slices(three, sound)
+    assert sound.training and torch.equal(torch.rand(1), torch.manual_seed(0) and torch.rand(1))
+
+
+def test_a_plugin_that_is_not_made_for_several_slices_is_one_sentence(
+    phantom_root: Path, tmp_path: Path
+) -> None:
+    plugin = tmp_path / "plugged.py"
+    plugin.write_text(
+        PLUGIN
+        + """
+    def __init__(self, task, config):
+        import dataclasses
+        super().__init__(dataclasses.replace(task, slices=1), config)
+"""
+    )
+    asked = ask(phantom_root, tmp_path / "runs", method="plugged", plugins=[plugin])
+    assert plan(asked).config.slices == 1
+    with pytest.raises(ConfigError) as error:
+        plan(replace(asked, assignments=[*SMALL, "slices=3"]))
+    assert "method 'plugged' is not made for images of several slices" in one_sentence(error)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def thick(phantom_root: Path, tmp_path: Path) -> Path:
+    """The cohort with MR slices that are said to be 9 mm apart, and CT slices 2 mm."""
+    root = tmp_path / "thick"
+    shutil.copytree(phantom_root, root)
+    dataset = Phantom(root)
+    for domain, thickness in (("mr", 9.0), ("ct", 2.0)):
+        for case in dataset.cases(domain):
+            for path in (case.image, case.label):
+                image: Any = nib.load(path)
+                axis = load_image(case.image, dataset.reading, Grid(32, 7.0)).placement.axes[0]
+                affine = image.affine.copy()
+                affine[:3, axis] *= thickness / np.linalg.norm(affine[:3, axis])
+                nib.save(nib.Nifti1Image(np.asarray(image.dataobj), affine), path)
+    return root
+
+
+def test_neighbours_are_as_far_apart_as_the_thicker_domain_s_slices(
+    thick: Path, tmp_path: Path
+) -> None:
+    """For every method, scenario and direction alike, and part of the run's identity."""
+    own = ("grid.slice_spacing=null", "slices=3")
+    found = {}
+    for name, changes in {
+        "lower": {},
+        "upper": {"scenario": "supervised"},
+        "adapted": {"method": "local_only"},
+        "back": {"direction": "ct-mr"},
+    }.items():
+        found[name] = plan(ask(thick, tmp_path / "runs", *own, **changes)).config
+    assert {c.slice_distance for c in found.values()} == {9.0}
+    asked = plan(ask(thick, tmp_path / "runs", *own, "slice_distance=4"))
+    assert asked.config.slice_distance == 4.0 and isinstance(asked.config.slice_distance, float)
+    assert asked.id != plan(ask(thick, tmp_path / "runs", *own)).id
+    on_grid = plan(ask(thick, tmp_path / "runs", "slices=3")).config
+    assert on_grid.slice_distance == on_grid.grid.slice_spacing == 8
+    assert plan(ask(thick, tmp_path / "runs", own[0])).config.slice_distance is None
+
+
+def test_training_and_test_see_neighbours_at_that_distance(
+    thick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan(ask(thick, tmp_path / "runs", "grid.slice_spacing=null", "slices=3",
+                       method="local_only"))  # fmt: skip
+    train, val, target = runs.stores(planned, SliceCache(), QUIET)
+    assert val is not None and target is not None
+    for store, step in ((train, 1), (val, 1), (target, 5)):  # MR 9 mm, CT 2 mm: 10 mm
+        alone = ImageStore(store._images._entries)  # type: ignore[arg-type]
+        z = int(store.positions.max() // 2)
+        stack = store.images([z])[0]
+        assert np.array_equal(stack, alone.images([z - step, z, z + step])[:, 0])
+    seen: list[int] = []
+    plain = Neighbourhood.stacks
+
+    def stacks(self: Neighbourhood, volume: np.ndarray, spacing: float) -> Stacks:
+        seen.append(self.step(spacing))
+        return plain(self, volume, spacing)
+
+    monkeypatch.setattr(Neighbourhood, "stacks", stacks)
+    execute(planned, QUIET)
+    assert seen and set(seen) == {5}  # the test volumes are CT
+    stored = RunDirectory.open(planned.directory.path).config
+    assert (stored.slices, stored.slice_distance) == (3, 9.0)
+
+
+def test_figures_show_the_slice_that_is_labelled(phantom_root: Path, tmp_path: Path) -> None:
+    shown: dict[int, Any] = {}
+    for slices in (1, 3):
+        asked = ask(phantom_root, tmp_path / "runs", f"slices={slices}", method="fda")
+
+        def draw(run: Any, dataset: Any, rows: Any, batch: Any, pictures: Any) -> None:
+            shown[len(shown)] = batch, pictures
+
+        execute(plan(asked), QUIET, draw)
+    (alone, _), (stacked, pictures) = shown.values()
+    assert torch.equal(alone.source_images, stacked.source_images)
+    assert torch.equal(alone.target_images, stacked.target_images)
+    assert torch.equal(alone.source_labels, stacked.source_labels)
+    assert {picture.shape[1] for picture in pictures.values()} == {1}
+    # Each slice takes the amplitudes of the target's in its place: the middle one its own target's.
+    expected = exchange_amplitudes(alone.source_images, alone.target_images, 0.05)
+    torch.testing.assert_close(pictures["restyled"], expected)
+
+
+def test_slices_that_are_no_neighbours_are_not_stacked(
+    phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Phantom, "neighbouring_slices", False)
+    assert plan(ask(phantom_root, tmp_path / "runs")).config.slices == 1
+    with pytest.raises(ConfigError) as error:
+        plan(ask(phantom_root, tmp_path / "runs", "slices=3"))
+    assert "dataset 'phantom' trains on slices that are not neighbours" in one_sentence(error)
+    from glua_bench.datasets.mmwhs_sifa import MMWHSSIFA
+
+    assert not MMWHSSIFA.neighbouring_slices
+
+
+def test_a_stage_is_shared_by_runs_on_as_many_slices_alone(
+    phantom_root: Path, tmp_path: Path
+) -> None:
+    small = ("method.style_clusters=1", "method.style_scales=1", "method.style_width=4")
+    places = set()
+    for sets in ((), ("slices=3",), ("slices=3", "slice_distance=16"), ("slices=5",)):
+        planned = plan(ask(phantom_root, tmp_path / "runs", *small, *sets, method="glua"))
+        method = runs.build_method(planned.config, planned.dataset, planned.method_class)
+        artefact = runs.artefacts(planned, method)(method.stages()[0])
+        assert artefact is not None
+        places.add(artefact.path)
+    assert len(places) == 4
 
 
 @pytest.mark.parametrize(

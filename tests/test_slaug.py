@@ -90,6 +90,36 @@ def test_regions_are_recoloured_as_by_hand(seed: int) -> None:
     assert np.abs(((local.numpy() + 1) / 2 - expected)[~air.numpy()]).max() < 1e-4
 
 
+def test_slices_of_an_image_share_its_curves_and_regions() -> None:
+    """The labels are the middle slice's; where they say a class, its curve is for all slices."""
+    own = batch()
+    stack = torch.cat([own.source_images.roll(1, 2), own.source_images, own.source_images], 1)
+    labels = own.source_labels
+    torch.manual_seed(3)
+    got = slaug.augment_locally(stack, labels, CLASSES)
+    assert torch.equal(got[:, 1], got[:, 2])  # equal slices stay equal
+    for image, recoloured, classes in zip(stack, got, labels, strict=True):
+        for index in range(CLASSES):
+            values, there = image[:, classes == index], recoloured[:, classes == index]
+            changed = (values + 1) / 2 > slaug.BACKGROUND
+            before, after = values[changed].tolist(), there[changed].tolist()
+            curve = dict(zip(before, after, strict=True))
+            assert [curve[tone] for tone in before] == after  # one tone becomes one tone
+    torch.manual_seed(3)
+    whole = slaug.augment_globally(stack)
+    for before, after in zip(stack.flatten(1), whole.flatten(1), strict=True):
+        assert bool((after[before.argsort()].diff() >= -1e-6).all())
+
+
+def test_slices_of_an_image_have_one_saliency() -> None:
+    gradient = torch.randn(2, 3, 32, 32)
+    got = slaug.saliency_map(gradient, 8)
+    assert got.shape == (2, 1, 32, 32)
+    assert torch.equal(got, slaug.saliency_map(gradient.abs().mean(1, keepdim=True), 8))
+    mirrored = slaug.saliency_map(-gradient[:, [2, 0, 1]], 8)
+    assert torch.allclose(got, mirrored, atol=1e-6)  # no slice counts more than another
+
+
 def test_the_global_curve_keeps_the_order_of_tones() -> None:
     images = batch().source_images
     changed = 0

@@ -26,6 +26,7 @@ from glua_bench.volumes import (
     read_label_volume,
     restore,
     save_labels,
+    slice_distance,
 )
 
 STRUCTURES = (
@@ -271,6 +272,55 @@ def test_every_slice_is_predicted(tmp_path, slice_spacing):
     ).placement
     everything = onehot(np.ones(placement.shape, int))
     assert (restore(everything, placement) == 1).all()
+
+
+@pytest.mark.parametrize("codes", ["RAS", "PSR", "SLP"])
+@pytest.mark.parametrize(("thickness", "wanted"), [(8.0, 3.0), (8.0, 5.0), (1.0, 5.0), (13.0, 8.0)])
+def test_thick_slices_come_back_from_a_common_distance(tmp_path, thickness, wanted, codes):
+    """Onto a finer or a coarser distance of slices and back, each file slice has its own labels."""
+    depth = round(96 / thickness)
+    x, y, z = np.indices((32, 32, depth))
+    centre, mm = 14 + 4 * z / depth, (z + 0.5) * thickness  # a tube that wanders and ends
+    tube = (np.hypot(x - centre, y - 16) < 8) & (mm > 24) & (mm < 80)
+    raw = np.where(tube, 205, 0).astype(np.int16)
+    spacing, reading, grid = (1.0, 1.0, thickness), Reading(), Grid(32, 1.0, wanted)
+    write(tmp_path / "a.nii", (tube + 0.1).astype(np.float32), spacing)
+    write(tmp_path / "l.nii", raw, spacing)
+    image = reoriented(tmp_path / "a.nii", codes, tmp_path / "image.nii")
+    label = reoriented(tmp_path / "l.nii", codes, tmp_path / "label.nii")
+    assert slice_distance(image, reading) == pytest.approx(thickness)
+
+    loaded = load_image(image, reading, grid)
+    assert loaded.placement.grid_spacing == pytest.approx((wanted, 1.0, 1.0))
+    assert loaded.placement.shape[0] == round(depth * thickness / wanted)
+    labels = load_label(label, image, reading, loaded.placement, STRUCTURES)
+    restored = restore(onehot(labels, 3), loaded.placement)
+    reference = read_label_volume(label, image, STRUCTURES, reading)
+    slice_axis = loaded.placement.axes[0]
+    tubes = [
+        (v == 1).any(tuple(a for a in range(3) if a != slice_axis)) for v in (restored, reference)
+    ]
+    # The tube's ends lie within one slice of the coarser of both distances.
+    assert abs(tubes[0].sum() - tubes[1].sum()) * thickness <= 2 * max(thickness, wanted)
+    dice = (
+        2
+        * ((restored == 1) & (reference == 1)).sum()
+        / ((restored == 1).sum() + (reference == 1).sum())
+    )
+    assert dice > 0.85 and (dice > 0.98 or wanted > thickness)
+    # Whatever is predicted on the working grid, each slice of the file is answered.
+    assert (restore(onehot(np.ones(loaded.placement.shape, int)), loaded.placement) == 1).all()
+
+
+def test_the_distance_of_slices_is_that_of_the_axis_that_is_cut(tmp_path):
+    file = write(tmp_path / "a.nii", heart()[0], (1.25, 1.5, 8.0))
+    assert slice_distance(file, Reading()) == 8.0
+    assert slice_distance(file, Reading(slice_axis=1, row_axis=2)) == 1.5
+    assert slice_distance(file, Reading(stated_spacing=(0.0, 0.0, 5.0))) == 5.0
+    turned = reoriented(file, "SLP", tmp_path / "b.nii")
+    assert slice_distance(turned, Reading()) == 8.0
+    with pytest.raises(DataError, match="does not exist"):
+        slice_distance(tmp_path / "none.nii", Reading())
 
 
 def test_outside_the_window_is_background(tmp_path):
