@@ -363,9 +363,9 @@ def file_digest(path: Path) -> str:
         DataError: a file cannot be read.
     """
     digests = [_one_digest(file) for file in files_of(Path(path))]
-    return (
-        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    )
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def fingerprint(cases: Iterable[Case | UnlabelledCase]) -> str:

@@ -18,7 +18,7 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,11 @@ from glua_bench.task import Grid, Reading, Structure
 _SAME_SPACING = 1e-3
 # Percentiles and thresholds come from a regular subsample of at most this many voxels.
 _SAMPLE = 2_000_000
+# Voxels at a time for what looks at every one: a piece stays in the processor's cache.
+_PIECE = 1 << 18
+# Voxels of slices that are float32 at a time.
+_SLAB = 1 << 21
+_STRAY = 255  # a class index that stands for a label value that the dataset does not know
 _EPSILON = 1e-6
 
 
@@ -140,16 +145,12 @@ def load_image(path: Path, reading: Reading, grid: Grid) -> GridImage:
         (177, 256, 256)
     """
     file = open_volume(path)
-    data = file.scaled(file.voxels()).astype(np.float32, copy=False)
-    bad = data.size - int(np.count_nonzero(np.isfinite(data)))
-    if bad:
-        raise DataError(
-            f"{path} has {bad} voxels that are NaN or infinite: replace them in the file."
-        )
     affine, spacing, axes, flips = _frame(file, reading)
-    volume = _orient(data, axes, flips)
-    box = _foreground(volume)
-    low, high = _intensity_range(volume, box, reading, path)
+    stored = file.voxels()
+    extremes = _extremes(file, stored)
+    volume = _orient(stored, axes, flips)
+    box = _foreground(file, volume)
+    low, high = _intensity_range(file, volume, box, extremes, reading)
 
     offset: list[float] = []
     step: list[float] = []
@@ -173,11 +174,11 @@ def load_image(path: Path, reading: Reading, grid: Grid) -> GridImage:
 
     maps = _maps_to_grid(placement)
     voxels = np.full(placement.shape, -1.0, np.float32)
-    inside = np.ix_(maps[1].inside, maps[2].inside)
-    for z in range(placement.shape[0]):
-        plane = np.clip(_plane(volume, maps[0], z), low, high)
-        resampled = _apply(maps[1], maps[2], plane[None])[0]
-        voxels[z][inside] = ((resampled - low) * (2 / (high - low)) - 1)[inside]
+    rows, columns = maps[1].window(), maps[2].window()
+    for z, plane in _planes(file, volume, maps[0]):
+        np.clip(plane, low, high, out=plane)
+        resampled = _apply(maps[1], maps[2], plane[None])[0, rows, columns]
+        voxels[z, rows, columns] = (resampled - low) * (2 / (high - low)) - 1
     np.clip(voxels, -1.0, 1.0, out=voxels)
     return GridImage(voxels, placement)
 
@@ -214,14 +215,21 @@ def load_label(
     volume = _orient(classes, placement.axes, placement.flips)
     maps = _maps_to_grid(placement)
     labels = np.zeros(placement.shape, np.uint8)
-    inside = np.ix_(maps[1].inside, maps[2].inside)
-    indices = np.arange(len(structures) + 1)[:, None, None]
+    # Most of a volume is background: shares are weighed where a structure reaches, nowhere else.
+    rows, columns = volume.max(axis=2) > 0, volume.max(axis=1) > 0
     for z in range(placement.shape[0]):
         taps, weights = maps[0].row(z)
-        shares = np.zeros((len(indices), *volume.shape[1:]), np.float32)
-        for tap, weight in zip(taps, weights, strict=True):
-            shares += weight * (volume[tap][None] == indices)
-        labels[z][inside] = _apply(maps[1], maps[2], shares).argmax(0)[inside]
+        if not rows[taps].any():
+            continue
+        down, across = maps[1].reached(rows[taps].any(0)), maps[2].reached(columns[taps].any(0))
+        if down is None or across is None:
+            continue
+        slab = np.stack([volume[tap, down[1], across[1]] for tap in taps])
+        present = np.flatnonzero(np.bincount(slab.ravel()))
+        shares = np.zeros((len(present), *slab.shape[1:]), np.float32)
+        for plane, weight in zip(slab, weights, strict=True):
+            shares += weight * (plane == present[:, None, None])
+        labels[z, down[0], across[0]] = present[_apply(down[2], across[2], shares).argmax(0)]
     return labels
 
 
@@ -417,42 +425,87 @@ def _read_classes(
                 f"{path} lies as {''.join(map(str, codes[0]))} but its image {image_path} as "
                 f"{''.join(map(str, codes[1]))}: resample the label onto the image."
             )
-    data = file.scaled(file.voxels())
-    values = _distinct(data)
-    if values.dtype.kind == "f":
-        whole = np.rint(values)
-        if not np.isfinite(values).all() or np.abs(values - whole).max() > 1e-3:
-            raise DataError(
-                f"{path} has label values that are no integers: "
-                "save it without interpolation or scaling."
-            )
-        data = np.rint(data).astype(np.int64)
-        values = np.unique(whole).astype(np.int64)
     known = {0: 0}
     known.update(dict.fromkeys(reading.ignored_values, 0))
     for index, structure in enumerate(structures, start=1):
         known.update(dict.fromkeys(structure.values, index))
-    strays = [int(value) for value in values if int(value) not in known]
+    stored = file.voxels().reshape(-1, order="F")
+    classes = np.zeros(stored.shape, np.uint8)
+    strays: list[int] = []
+    for piece in _pieces(stored):
+        part = file.scaled(stored[piece])
+        if part.dtype.kind == "f":
+            whole = np.rint(part)
+            if not np.isfinite(part).all() or np.abs(part - whole).max() > 1e-3:
+                raise DataError(
+                    f"{path} has label values that are no integers: "
+                    "save it without interpolation or scaling."
+                )
+            with np.errstate(invalid="ignore"):  # beyond 64 bits, and a stray in any case
+                part = whole.astype(np.int64)
+        classes[piece] = found = _look_up(part, known)
+        strange = found == _STRAY
+        if strange.any():
+            strays = sorted({*strays, *np.unique(part[strange]).tolist()})[:6]
     if strays:
         shown = ", ".join(map(str, strays[:5])) + (", …" if len(strays) > 5 else "")
         raise DataError(
             f"{path} has label value(s) {shown} that the dataset does not know: relabel the file, "
             "or list them in the dataset's structures or ignored_values."
         )
-    classes = np.zeros(shape, np.uint8)
-    for value in values:
-        if known[int(value)]:
-            classes[data == value] = known[int(value)]
-    return classes
+    return classes.reshape(shape, order="F")
 
 
-def _distinct(data: np.ndarray) -> np.ndarray:
-    """Sorted distinct values; small integers are counted, because sorting a volume is slow."""
-    if data.dtype.kind in "iu" and data.size:
-        low, high = int(data.min()), int(data.max())
-        if high - low < 65536:
-            return np.flatnonzero(np.bincount((data.ravel(order="K") - low).astype(np.int64))) + low
-    return np.unique(data)
+def _look_up(part: np.ndarray, known: Mapping[int, int]) -> np.ndarray:
+    """uint8 class of each integer of a vector, `_STRAY` where it is not known."""
+    low, high = int(part.min()), int(part.max())
+    if high - low < 65536:
+        # A difference may leave the signed type, but never the unsigned one of its size.
+        places = (part - part.dtype.type(low)).view(f"u{part.dtype.itemsize}")
+        table = np.full(high - low + 1, _STRAY, np.uint8)
+        for value in known.keys() & range(low, high + 1):
+            table[value - low] = known[value]
+    else:
+        values, places = np.unique(part, return_inverse=True)
+        table = np.array([known.get(value, _STRAY) for value in values.tolist()], np.uint8)
+    return table.take(places, mode="clip")  # the fastest mode; no place is beyond the table
+
+
+def _values(file: VolumeFile, stored: np.ndarray) -> np.ndarray:
+    """Intensities of (part of) a stored array, float32; too large ones become infinite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return file.scaled(stored).astype(np.float32, copy=False)
+
+
+def _pieces(stored: np.ndarray) -> Iterator[slice]:
+    """Consecutive pieces of a vector of voxels."""
+    for start in range(0, len(stored), _PIECE):
+        yield slice(start, start + _PIECE)
+
+
+def _extremes(file: VolumeFile, stored: np.ndarray) -> tuple[float, float]:
+    """Lowest and highest intensity of a stored array.
+
+    Raises:
+        DataError: a voxel is NaN or infinite.
+    """
+    stored = stored.reshape(-1, order="F")
+    found = []
+    for piece in _pieces(stored):
+        part = stored[piece]
+        # Scaling keeps or turns the order, and both ends of a piece with a NaN are NaN.
+        with np.errstate(invalid="ignore"):
+            ends = _values(file, np.array([part.min(), part.max()]))
+        found += [ends.min(), ends.max()]
+    if not np.isfinite(found).all():
+        bad = sum(
+            int(np.count_nonzero(~np.isfinite(_values(file, stored[piece]))))
+            for piece in _pieces(stored)
+        )
+        raise DataError(
+            f"{file.path} has {bad} voxels that are NaN or infinite: replace them in the file."
+        )
+    return float(min(found)), float(max(found))
 
 
 # -- frames ---------------------------------------------------------------------------------------
@@ -527,10 +580,10 @@ def _window(
     return (float(np.floor(first + 0.5)) if step == 1.0 else first), step, grid.size
 
 
-def _foreground(volume: np.ndarray) -> list[tuple[float, float]]:
+def _foreground(file: VolumeFile, volume: np.ndarray) -> list[tuple[float, float]]:
     """Bounding box of the body in an oriented volume: first and last index per axis."""
     strides = [max(1, length // 64) for length in volume.shape]
-    coarse = np.asarray(volume[tuple(slice(None, None, s) for s in strides)], np.float32)
+    coarse = _values(file, volume[tuple(slice(None, None, s) for s in strides)])
     whole = [(0.0, length - 1.0) for length in volume.shape]
     scene = coarse[coarse > coarse.min()]
     if not scene.size:
@@ -573,20 +626,21 @@ def _otsu(values: np.ndarray) -> float:
 
 
 def _intensity_range(
+    file: VolumeFile,
     volume: np.ndarray,
     box: list[tuple[float, float]],
+    extremes: tuple[float, float],
     reading: Reading,
-    path: Path,
 ) -> tuple[float, float]:
     """The intensities that become -1 and 1."""
-    minimum, maximum = float(volume.min()), float(volume.max())
+    minimum, maximum = extremes
     if minimum == maximum:
-        raise DataError(f"{path} has the same value everywhere: give the file with the image.")
+        raise DataError(f"{file.path} has the same value everywhere: give the file with the image.")
     if reading.intensity_range is not None:
         return reading.intensity_range
     body = volume[tuple(slice(int(first), int(last) + 1) for first, last in box)]
     stride = max(1, int(np.ceil((body.size / _SAMPLE) ** (1 / 3))))
-    sample = body[::stride, ::stride, ::stride]
+    sample = _values(file, body[::stride, ::stride, ::stride])
     sample = sample[sample > minimum]
     low, high = np.percentile(sample, reading.percentiles) if sample.size else (minimum, maximum)
     if not high > low:  # almost everything has one value, as in a drawn test image
@@ -615,6 +669,30 @@ class _Map:
         """Inputs and weights of one output."""
         start, stop = self.matrix.indptr[index : index + 2]
         return self.matrix.indices[start:stop], self.matrix.data[start:stop]
+
+    def window(self) -> slice:
+        """The outputs that are inside; they follow each other."""
+        found = np.flatnonzero(self.inside)
+        return slice(int(found[0]), int(found[-1]) + 1) if found.size else slice(0)
+
+    def reached(self, marked: np.ndarray) -> tuple[slice, slice, _Map] | None:
+        """What the marked inputs, a boolean each, contribute to.
+
+        Returns:
+            The outputs inside that have one of them (or one between them) among their inputs; all
+            inputs of these outputs; and the map from the ones to the others. None where there is
+            no such output.
+        """
+        first = self.matrix.indices[self.matrix.indptr[:-1]]
+        last = self.matrix.indices[self.matrix.indptr[1:] - 1]
+        ends = np.flatnonzero(marked)[[0, -1]]
+        hit = np.flatnonzero(self.inside & (last >= ends[0]) & (first <= ends[1]))
+        if not hit.size:
+            return None
+        outputs = slice(int(hit[0]), int(hit[-1]) + 1)
+        inputs = slice(int(first[outputs].min()), int(last[outputs].max()) + 1)
+        part = _Map(self.matrix[outputs, inputs], self.inside[outputs], self.same)
+        return outputs, inputs, part
 
 
 def _map(count: int, positions: np.ndarray, scale: float) -> _Map:
@@ -671,13 +749,22 @@ def _maps_to_file(placement: Placement) -> list[_Map]:
     return maps
 
 
-def _plane(volume: np.ndarray, along: _Map, z: int) -> np.ndarray:
-    """One working slice of an oriented volume, still with the file's pixels."""
-    taps, weights = along.row(z)
-    plane = np.zeros(volume.shape[1:], np.float32)
-    for tap, weight in zip(taps, weights, strict=True):
-        plane += weight * volume[tap]
-    return plane
+def _planes(file: VolumeFile, volume: np.ndarray, along: _Map) -> Iterator[tuple[int, np.ndarray]]:
+    """Working slices of an oriented volume, still with the file's pixels, in one float32 buffer."""
+    step = max(1, _SLAB // (volume.shape[1] * volume.shape[2]))
+    plane, share = np.empty((2, *volume.shape[1:]), np.float32)
+    slab, start, stop = plane[None], 0, 0
+    for z in range(along.matrix.shape[0]):
+        taps, weights = along.row(z)
+        if taps[-1] >= stop:
+            start, stop = int(taps[0]), max(int(taps[-1]) + 1, int(taps[0]) + step)
+            del slab  # before the next one is made
+            slab = _values(file, np.ascontiguousarray(volume[start:stop]))
+        plane.fill(0)
+        for tap, weight in zip(taps, weights, strict=True):
+            np.multiply(slab[tap - start], weight, out=share)
+            plane += share
+        yield z, plane
 
 
 def _apply(rows: _Map, columns: _Map, planes: np.ndarray) -> np.ndarray:

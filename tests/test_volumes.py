@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import tracemalloc
 from pathlib import Path
 
 import nibabel as nib
@@ -17,6 +18,7 @@ from nibabel.orientations import (
 )
 from scipy import ndimage
 
+from glua_bench import volumes
 from glua_bench.errors import DataError, RunFailure, UserError
 from glua_bench.task import Grid, Reading, Structure
 from glua_bench.volumes import (
@@ -416,6 +418,117 @@ def test_stated_spacing_replaces_the_header_axis_by_axis(tmp_path):
     np.testing.assert_allclose(placement.grid_spacing, (8.0, 1.0, 1.0), rtol=1e-6)
 
 
+def scaled(path: Path, data: np.ndarray, slope: float, inter: float) -> Path:
+    """A file whose header scales its values; the array is stored as given."""
+    image = nib.Nifti1Image(data, np.eye(4), dtype=data.dtype)
+    content = bytearray(image.to_bytes())
+    order = image.header.endianness
+    content[112:120] = np.array([slope, inter], f"{order}f4").tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else bytes(content))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize(
+    "kind, slope, inter",
+    [(">i2", 1, 0), ("<i4", 1, 0), (">f4", 1, 0), ("<f8", 1, 0), ("<u2", 1, 0), ("<i2", 0.5, 0),
+     ("<i2", -1, 0), (">i4", 2, -64), ("<f4", 0.5, 8), ("<u1", 4, 0)],
+)  # fmt: skip
+def test_number_types_and_scaling_do_not_matter(tmp_path, kind, slope, inter, suffix):
+    """The same values stored in another way give the same slices and the same labels."""
+    image, raw = heart()
+    values = (4 * np.rint(image / 4)).astype(np.int16)  # what each of them can store
+    classes = np.select([raw == 205, raw == 500], [64, 128], 0)
+    structures = [Structure("A", "A", (64,), ""), Structure("B", "B", (128,), "")]
+    grid = Grid(20, 1.7, 2.3)
+    found = []
+    for name, stored, *scaling in (
+        ("plain", "<i2", 1, 0),
+        ("other", kind, slope, inter),
+    ):
+        files = []
+        for what, data in (("image", values), ("label", classes)):
+            inner = (data - scaling[1]) / scaling[0]
+            inner = inner.astype(stored)
+            assert np.array_equal(inner.astype(float) * scaling[0] + scaling[1], data)
+            files.append(scaled(tmp_path / f"{what}_{name}{suffix}", inner, *scaling))
+        loaded = load_image(files[0], Reading(), grid)
+        labels = load_label(files[1], files[0], Reading(), loaded.placement, structures)
+        found.append((loaded.voxels, labels))
+    assert np.array_equal(found[0][0], found[1][0]) and found[0][0].std() > 0.1
+    assert np.array_equal(found[0][1], found[1][1]) and set(np.unique(found[0][1])) == {0, 1, 2}
+
+
+@PROPERTY
+@given(
+    seed=st.integers(0, 1000),
+    sparse=st.booleans(),
+    pixel=st.sampled_from([0.7, 1.0, 1.6, 3.0]),
+    distance=st.sampled_from([None, 0.6, 2.5]),
+    size=st.sampled_from([8, 24, 48]),
+    flip=st.sets(st.integers(0, 2)),
+)
+def test_labels_are_the_largest_share_of_every_pixel(
+    tmp_path, seed, sparse, pixel, distance, size, flip
+):
+    """What is left out of the sums where a slice is background changes no pixel."""
+    rng = np.random.default_rng(seed)
+    raw = rng.choice([0, 205, 500, 501], (14, 17, 11)).astype(np.int16)
+    if sparse:
+        low = rng.integers(0, 8, 3)
+        kept = np.zeros(raw.shape, bool)
+        kept[tuple(slice(a, a + 3) for a in low)] = True
+        raw[~kept] = 0
+    file = write(tmp_path / "a.nii", rng.normal(0, 1, raw.shape).astype(np.float32))
+    reading = Reading(flip=tuple(sorted(flip)))
+    placement = load_image(file, reading, Grid(size, pixel, distance)).placement
+    found = load_label(write(tmp_path / "l.nii", raw), file, reading, placement, STRUCTURES)
+
+    classes = np.select([raw == 205, raw >= 500], [1, 2], 0).transpose(placement.axes)
+    classes = classes[tuple(slice(None, None, -1 if f else 1) for f in placement.flips)]
+    dense, inside = [], []
+    for step, offset, count, length in zip(
+        placement.step, placement.offset, placement.shape, classes.shape, strict=True
+    ):
+        at = offset + step * np.arange(count)
+        inside.append((at >= -0.5 - 1e-6) & (at <= length - 0.5 + 1e-6))
+        width = max(1.0, step)
+        reach = np.abs(np.clip(at, 0, length - 1)[:, None] - np.arange(length))
+        weights = np.maximum(0, 1 - reach / width)
+        dense.append(weights / weights.sum(1, keepdims=True))
+    shares = np.einsum("zi,yj,xk,ijkc->zyxc", *dense, np.eye(3)[classes], optimize=True)
+    first, second = np.sort(shares, -1)[..., :-3:-1].transpose(3, 0, 1, 2)
+    clear = first - second > 1e-5  # elsewhere rounding decides
+    plane = inside[1][:, None] & inside[2][None]
+    clear &= plane[None]
+    assert np.array_equal(found[clear], shares.argmax(-1)[clear]) and clear.any()
+    assert not found[:, ~plane].any()
+
+
+def test_preparing_holds_less_than_two_volumes(tmp_path, monkeypatch):
+    """The stored array, half of it for classes, and a few slices; never a copy as floats."""
+    # What does not grow with the volume would hide, in a small one, what does.
+    monkeypatch.setattr(volumes, "_SLAB", 1 << 18)
+    monkeypatch.setattr(volumes, "_SAMPLE", 200_000)
+    rng = np.random.default_rng(0)
+    data = rng.integers(-1000, 1000, (256, 256, 160)).astype(np.int16)
+    raw = np.zeros(data.shape, np.int16)
+    raw[90:150, 80:160, 40:120] = 205
+    file, label = write(tmp_path / "a.nii.gz", data), write(tmp_path / "l.nii.gz", raw)
+    grid = Grid(64, 3.0, 4.0)
+    placement = load_image(file, Reading(), grid).placement  # imports, once
+    for work in (
+        lambda: load_image(file, Reading(), grid),
+        lambda: load_label(label, file, Reading(), placement, STRUCTURES),
+        lambda: load_image(file, Reading(slice_axis=0, row_axis=2), grid),
+    ):
+        tracemalloc.start()
+        work()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert data.nbytes <= peak < 2 * data.nbytes
+
+
 def test_label_values_merge_and_ignored_ones_vanish(tmp_path):
     image, raw = heart()
     file = write(tmp_path / "a.nii", image)
@@ -442,6 +555,18 @@ def test_labels_of_any_number_type(tmp_path, kind):
     assert np.array_equal(classes, np.select([raw == 205, raw == 500], [1, 2], 0))
 
 
+def test_label_values_may_lie_far_apart(tmp_path):
+    image, raw = heart()
+    file = write(tmp_path / "a.nii", image)
+    far = np.select([raw == 205, raw == 500], [-7, 2_000_000_000], 0).astype(np.int32)
+    structures = [Structure("A", "A", (-7,), ""), Structure("B", "B", (2_000_000_000,), "")]
+    label = write(tmp_path / "l.nii", far)
+    classes = read_label_volume(label, file, structures, Reading())
+    assert np.array_equal(classes, np.select([raw == 205, raw == 500], [1, 2], 0))
+    with pytest.raises(DataError, match=r"value\(s\) 2000000000 that"):
+        read_label_volume(label, file, structures[:1], Reading())
+
+
 def test_singleton_fourth_axis_is_accepted(tmp_path):
     image, raw = heart()
     flat = load_image(write(tmp_path / "a.nii", image), Reading(), Grid(32, 1))
@@ -466,6 +591,15 @@ def _broken_image(kind: str, folder: Path) -> Path:
     elif kind == "short":
         raw = write(folder / "full.nii", image).read_bytes()
         path.write_bytes(gzip.compress(raw[:5000]))
+    elif kind in ("checksum", "bit", "more"):
+        content = bytearray(write(path, image).read_bytes())
+        if kind == "checksum":
+            content[-8] ^= 1
+        elif kind == "bit":
+            content[len(content) // 2] ^= 1
+        else:  # a second volume that the header does not tell of
+            content += gzip.compress(bytes(2 << 20))
+        path.write_bytes(content)
     elif kind == "nan":
         image[3, 4, 5] = np.nan
         write(path, image)
@@ -492,8 +626,8 @@ def _broken_image(kind: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     "kind",
-    ["missing", "text", "empty", "truncated", "short", "nan", "infinite", "constant", "flat",
-     "series", "complex", "affine", "mgz"],
+    ["missing", "text", "empty", "truncated", "short", "checksum", "bit", "more", "nan",
+     "infinite", "constant", "flat", "series", "complex", "affine", "mgz"],
 )  # fmt: skip
 def test_unusable_image_is_one_sentence(tmp_path, kind):
     path = _broken_image(kind, tmp_path)
