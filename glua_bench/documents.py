@@ -75,6 +75,11 @@ class Table:
         value = None if node is None else self._plain(node)
         if value is None:
             if default is _MISSING:
+                rest = [key for key in self._nodes if key not in self._taken]
+                for near in difflib.get_close_matches(name, rest, n=1, cutoff=0.6):
+                    raise self.error(
+                        f"unknown '{near}'{self._inside()}; did you mean '{name}'?", near
+                    )
                 raise self.error(f"'{name}' is missing{self._inside()}; add it")
             return default
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -166,7 +171,8 @@ class Table:
         """
         node = self._keys.get(place) if isinstance(place, str) else place
         mark = (node or self.node).start_mark
-        return ConfigError(f"{self.file}, line {mark.line + 1}: {text}.")
+        end = "" if text.endswith("?") else "."
+        return ConfigError(f"{self.file}, line {mark.line + 1}: {text}{end}")
 
     def _plain(self, node: yaml.Node) -> Any:
         """The Python value of a node."""

@@ -197,16 +197,17 @@ def _loaded(text: Table, kind: str, name: str, plugins: Sequence[Path]) -> type:
 
 def _directions(text: Table, dataset: Any, given: Sequence[str] | None) -> tuple[str, ...]:
     known = list(dataset.directions)
-    told = list(given) if given else text.texts("directions", known[:1])
-    text.take("directions", list, [])
-    chosen = known if told == ["all"] else told
-    for direction in chosen:
+    written = text.take("directions", object, known[:1])
+    told = known if written == "all" else text.texts("directions", known[:1])
+    if given:
+        told = known if list(given) == ["all"] else list(given)
+    for direction in told:
         if direction not in known:
             raise text.error(
                 f"'{direction}' is no direction of '{dataset.name}'; {nearest(direction, known)}",
                 "directions",
             )
-    return tuple(dict.fromkeys(chosen))
+    return tuple(dict.fromkeys(told))
 
 
 def _fixed(text: Table, method: Any) -> tuple[str, ...]:
@@ -337,14 +338,19 @@ def automatic_parameter(
         raise ConfigError(f"{fault}.") if text is None else text.error(fault)
     log = bool(meta.get("log"))
     if default > 0:
-        low = max(low, default / AUTO_FACTOR) if log or kind is float else low
-        high = min(high, default * AUTO_FACTOR)
+        low = max(low, _round(default / AUTO_FACTOR)) if log or kind is float else low
+        high = min(high, _round(default * AUTO_FACTOR))
     if log and low <= 0:  # nothing says where zero ends on a logarithmic scale
         log = False
     whole = kind is int
     if whole:
         low, high = int(-(-low // 1)), int(high)
     return Parameter(name, low=float(low), high=float(high), log=log, whole=whole)
+
+
+def _round(value: float) -> float:
+    """Without the last digits of a division."""
+    return float(f"{value:.6g}")
 
 
 def _objectives(text: Table, oracle: bool) -> tuple[str, ...]:
@@ -389,8 +395,8 @@ def _budget(text: Table, space: Sequence[Parameter], given: int | None) -> int:
         combinations *= len(parameter.values())
     grid = text.take("sampler", str, "tpe") == "grid" and combinations
     default = combinations if grid else None
-    if given is None and "trials" not in text and default is None:
-        raise text.error("'trials' is missing; say how many configurations may be tried")
+    if given is None and default is None:
+        text.take("trials", int)  # without a grid nothing else says when to end
     return _positive(text, "trials", given, default or 1)
 
 

@@ -1,0 +1,205 @@
+"""sweeps/definition.py: what a definition may say, and one sentence with its line for the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from glua_bench.errors import ConfigError, UserError
+from glua_bench.methods.ada_output import AdaOutput
+from glua_bench.methods.glua import GLUA
+from glua_bench.sweeps.definition import (
+    Definition,
+    Parameter,
+    automatic,
+    automatic_parameter,
+    find,
+    read,
+    shipped,
+)
+
+TEXT = """\
+name: own
+method: glua
+dataset: phantom
+directions: all
+seeds: 3
+objective: im
+sampler: tpe
+trials: 5
+set: {style_share: 2, batch_size: 4}
+space:
+  mask_ratio: {low: 0.1, high: 0.9}
+  mask: [topk, soft]
+"""
+
+
+def make(folder: Path, text: str = TEXT, oracle: bool = False, **changes: object) -> Definition:
+    file = folder / "own.yaml"
+    file.write_text(text)
+    return read(file, oracle, **changes)
+
+
+def test_everything_that_may_be_said_is_taken(tmp_path: Path) -> None:
+    told = make(tmp_path, TEXT + "pruner: median\nseed: 4\ntitle: Why?\npreset: standard\n")
+    assert (told.name, told.method, told.dataset, told.preset) == (
+        "own",
+        "glua",
+        "phantom",
+        "standard",
+    )
+    assert told.directions == ("mr-ct", "ct-mr") and told.runs_per_trial == 6
+    assert told.settings == ("method.style_share=2", "batch_size=4")
+    assert told.space == (
+        Parameter("mask_ratio", low=0.1, high=0.9),
+        Parameter("mask", choices=("topk", "soft")),
+    )
+    assert (told.objectives, told.sampler, told.pruner) == (("im",), "tpe", "median")
+    assert (told.trials, told.seed, told.title) == (5, 4, "Why?")
+
+
+def test_the_command_line_wins(tmp_path: Path) -> None:
+    told = make(tmp_path, trials=9, seeds=1, directions=["ct-mr"], preset="paper", space="auto")
+    assert (told.trials, told.seeds, told.directions, told.preset) == (9, 1, ("ct-mr",), "paper")
+    assert {p.name for p in told.space} >= {"mask_ratio", "mask", "lambda_local", "style_clusters"}
+
+
+@pytest.mark.parametrize("name", list(shipped()))
+def test_every_definition_that_is_shipped_is_sound(name: str) -> None:
+    told = read(find(name), oracle=False)
+    assert told.name == name and told.title and told.selector != "oracle" and told.trials >= 6
+    assert find(f"sweeps/{name}.yaml").resolve() == find(name).resolve()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            "method: glua",
+            "method: glau",
+            "line 2: No method is called 'glau'; did you mean 'glua'?",
+        ),
+        ("dataset: phantom", "dataset: fantom", "line 3: No dataset is called 'fantom'; did you"),
+        ("all", "[mr-pet]", "line 4: 'mr-pet' is no direction of 'phantom'; did you mean 'mr-ct'?"),
+        ("seeds: 3", "seeds: 0", "line 5: 'seeds' must be 1 or more, not 0."),
+        ("im\n", "dve\n", "line 6: 'dve' is no selector; did you mean 'dev'?"),
+        ("im\n", "last\n", "line 6: 'last' judges nothing, it takes the last checkpoint; use"),
+        ("im\n", "oracle\n", "line 6: the objective 'oracle' reads the labels of target test"),
+        ("im\n", "[im, watts]\n", "line 6: 'watts' is no cost; known are seconds."),
+        ("im\n", "[]\n", "line 6: 'objective' names nothing, or a thing twice."),
+        ("tpe", "tp", "line 7: 'sampler' cannot be 'tp'; did you mean 'tpe'?"),
+        ("tpe", "grid", "line 7: the grid cannot list mask_ratio from 0.1 to 0.9; give a step"),
+        ("tpe", "cmaes", "line 7: cmaes searches numbers, and mask has a list of values; give it"),
+        ("trials: 5\n", "", "line 1: 'trials' is missing; add it."),
+        ("trials: 5\n", "trails: 5\n", "line 8: unknown 'trails'; did you mean 'trials'?"),
+        ("mask_ratio:", "mask_rato:", "line 11: 'mask_rato' is no setting of 'glua'; did you mean"),
+        (
+            "high: 0.9",
+            "hi: 0.9",
+            "line 11: unknown 'hi' in 'mask_ratio' in 'space'; did you mean 'high'?",
+        ),
+        ("high: 0.9", "high: 9", "line 11: method.mask_ratio = 9.0 is out of range"),
+        ("high: 0.9", "high: 0.1", "'mask_ratio' has no value from 0.1 to 0.1; low must be below"),
+        ("high: 0.9", "high: 0.9, step: 2", "'mask_ratio' has a step of 2, which leaves one value"),
+        ("0.1, high: 0.9", "0, high: 0.9, log: true", "'mask_ratio' with log needs a low above 0"),
+        ("0.9}", "0.9, step: 0.1, log: true}", "'mask_ratio' has a step and log, which contradict"),
+        ("{low: 0.1, high: 0.9}", "0.3", "line 11: 'mask_ratio' in 'space' must be a table of nam"),
+        ("[topk, soft]", "[topk]", "line 12: 'mask' needs two values or more to choose from."),
+        ("[topk, soft]", "[topk, sift]", "line 12: method.mask = 'sift' is not possible; choose"),
+        ("[topk, soft]", "[soft, soft]", "line 12: 'mask' lists a value twice; keep one."),
+        ("[topk, soft]", "{low: 1, high: 2}", "line 12: 'mask' is no number, so its values must"),
+        ("sampler", "pruner: wilcoxn\nsampler", "'pruner' cannot be 'wilcoxn'; did you mean 'wil"),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_its_line(
+    tmp_path: Path, old: str, new: str, said: str
+) -> None:
+    assert TEXT.count(old) == 1
+    with pytest.raises(UserError) as error:
+        make(tmp_path, TEXT.replace(old, new))
+    message = str(error.value)
+    assert said in message and "own.yaml, line " in message, message
+    assert message[-1] in ".?" and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("pruner: median\n", "a sweep with several objectives cannot prune; use none"),
+        ("pruner: none\n", ""),
+    ],
+)
+def test_several_objectives(tmp_path: Path, more: str, said: str) -> None:
+    text = TEXT.replace("im\n", "[im, seconds]\n") + more
+    if not said:
+        assert make(tmp_path, text).objectives == ("im", "seconds")
+        return
+    with pytest.raises(ConfigError, match=said):
+        make(tmp_path, text)
+
+
+def test_pruners_need_what_they_compare(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="'agreement' compares all checkpoints of a run, so it ca"
+    ):
+        make(tmp_path, TEXT.replace("im\n", "agreement\n") + "pruner: median\n")
+    with pytest.raises(ConfigError, match="the oracle scores finished runs, so nothing is pruned"):
+        make(tmp_path, TEXT.replace("im\n", "oracle\n") + "pruner: median\n", oracle=True)
+    alone = TEXT.replace("all", "[mr-ct]").replace("seeds: 3", "seeds: 2")
+    with pytest.raises(
+        ConfigError, match="wilcoxon compares the runs of two trials in pairs, and 2"
+    ):
+        make(tmp_path, alone + "pruner: wilcoxon\n")
+    assert make(tmp_path, TEXT + "pruner: wilcoxon\n").pruner == "wilcoxon"
+
+
+def test_an_empty_space_is_refused(tmp_path: Path) -> None:
+    text = TEXT[: TEXT.index("space:")]
+    for empty in ("", "space:\n", "space: {}\n"):
+        with pytest.raises(ConfigError, match="'space' is empty; name settings and their values"):
+            make(tmp_path, text + empty)
+
+
+def test_a_grid_s_budget_is_all_its_combinations(tmp_path: Path) -> None:
+    text = TEXT.replace("tpe", "grid").replace("high: 0.9", "high: 0.9, step: 0.2")
+    assert make(tmp_path, text.replace("trials: 5\n", "")).trials == 10
+    assert make(tmp_path, text).trials == 5
+    values = make(tmp_path, text).space[0].values()
+    assert values == (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def test_the_oracle_is_asked_for(tmp_path: Path) -> None:
+    text = TEXT.replace("im\n", "oracle\n")
+    assert make(tmp_path, text, oracle=True).selector == "oracle"
+
+
+def test_ranges_follow_from_the_settings_own(tmp_path: Path) -> None:
+    # The default under the preset quick is 0.003; the allowed range begins at zero.
+    assert automatic_parameter(GLUA, "quick", "lambda_global") == Parameter(
+        "lambda_global", low=0.0003, high=0.03, log=True
+    )
+    assert automatic_parameter(GLUA, "quick", "mask").choices == ("topk", "soft", "random", "none")
+    clusters = automatic_parameter(GLUA, "paper", "style_clusters")
+    assert clusters.whole and (clusters.low, clusters.high) == (1, 60)
+    assert automatic_parameter(AdaOutput, "quick", "levels").choices == (1, 2)
+    assert all(p.choices or p.low < p.high for p in automatic(AdaOutput, "quick"))
+    listed = TEXT[: TEXT.index("space:")] + "space: [mask_ratio, mask]\n"
+    assert [p.name for p in make(tmp_path, listed).space] == ["mask_ratio", "mask"]
+
+
+def test_only_what_changes_results_is_the_meaning(tmp_path: Path) -> None:
+    told = make(tmp_path)
+    same = make(tmp_path, TEXT.replace("trials: 5", "trials: 50") + "title: Other\n")
+    assert told.meaning() == same.meaning()
+    other = make(tmp_path, TEXT.replace("0.9", "0.8"))
+    assert told.meaning() != other.meaning()
+
+
+def test_an_unknown_sweep_is_told_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="There is no sweep 'mask_rato'; .* did you mean 'mask_ra"
+    ):
+        find("mask_rato")
+    with pytest.raises(ConfigError, match="There is no sweep '.*none.yaml'"):
+        find(str(tmp_path / "none.yaml"))
