@@ -336,7 +336,10 @@ class SweepStudy:
         return claim
 
     def _ask(self) -> optuna.Trial:
-        trial = self.study.ask({p.name: distribution(p) for p in self.definition.space})
+        with warnings.catch_warnings():
+            # Of heartbeats without `optimize`: `_beat` sends them.
+            warnings.filterwarnings("ignore", "Heartbeat of storage")
+            trial = self.study.ask({p.name: distribution(p) for p in self.definition.space})
         trial.set_user_attr("host", self._host)
         trial.set_user_attr("process", os.getpid())
         return trial
@@ -445,6 +448,10 @@ class SweepStudy:
             patiently(give, self.report, patience=30)
 
     def _tell(self, claim: Claim, facts: Mapping[str, Any], **told: Any) -> None:
+        if self.definition.sampler == "grid":
+            # After the last cell Optuna's grid stops the study, which raises outside `optimize`.
+            self.study.sampler = optuna.samplers.RandomSampler()
+
         def tell() -> None:
             # Done again after a break, the first telling may have arrived; and a worker that was
             # thought dead finds its trial ended. Neither is an error.
