@@ -7,12 +7,12 @@ Image Analysis 2019). The CT and the MR subjects are different people.
 
 from __future__ import annotations
 
-import csv
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
+from glua_bench.datasets.partitions import SPLITS_FOLDER, read_partition
 from glua_bench.errors import DataError
 from glua_bench.task import SPLITS, Case, Dataset, Grid, Reading, Structure
 
@@ -21,9 +21,7 @@ LV_BLOOD, RV_BLOOD, LA_BLOOD, RA_BLOOD = 500, 600, 420, 550
 LV_MYOCARDIUM, ASCENDING_AORTA, PULMONARY_ARTERY = 205, 820, 850
 
 ALL_IDS = tuple(range(1001, 1021))
-# Who is in which split, one column a partition. A new partition is a new column; one that has been
-# used never changes, and a correction is a new version of the file.
-SPLIT_FILE = Path(__file__).with_name("splits") / "mmwhs_v1.csv"
+SPLIT_FILE = SPLITS_FOLDER / "mmwhs_v1.csv"
 
 
 def listed(partition: str, split: str) -> dict[str, tuple[int, ...]]:
@@ -36,12 +34,10 @@ def listed(partition: str, split: str) -> dict[str, tuple[int, ...]]:
     Raises:
         KeyError: the file has no such partition.
     """
-    made: dict[str, tuple[int, ...]] = {}
-    with SPLIT_FILE.open(encoding="utf-8", newline="") as stream:
-        for row in csv.DictReader(stream):
-            own = (int(row["id"]),) if row[partition] == split else ()
-            made[row["domain"]] = tuple(sorted((*made.get(row["domain"], ()), *own)))
-    return made
+    return {
+        domain: tuple(sorted(number for number, own in ids.items() if own == split))
+        for domain, ids in read_partition(SPLIT_FILE, partition).items()
+    }
 
 
 class MMWHSLayout(Dataset):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -22,7 +21,7 @@ import numpy as np
 
 from glua_bench.cache import cache_root
 from glua_bench.datasets.mmwhs_layout import MMWHSLayout
-from glua_bench.datasets.placed import UNFINISHED, placed
+from glua_bench.datasets.placed import placed, sweep
 from glua_bench.datasets.sifa_release import RANGES, UNDOCUMENTED, read_slice, read_volume, rescaled
 from glua_bench.errors import DataError, RunFailure
 from glua_bench.task import Case, Dataset, Grid, Reading
@@ -147,7 +146,7 @@ class MMWHSSIFA(Dataset):
             if not any(split == "test" for own, split, _ in plan.values() if own == domain):
                 report(f"{domain}: no test volumes, so it can be the source and not the target")
         try:
-            _sweep(self.converted)
+            sweep(self.converted)
             for done, (case, (domain, split, files)) in enumerate(sorted(plan.items()), start=1):
                 if self._convert(case, domain, split, files):
                     report(f"{self.name}: {done}/{len(plan)} {case}")
@@ -316,11 +315,3 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
             return
     with placed(path) as unfinished:
         unfinished.write_text(text)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed processes left behind a day ago or earlier."""
-    for leftover in folder.glob(f"{UNFINISHED}*"):
-        with suppress(OSError):
-            if time.time() - leftover.stat().st_mtime > 86_400:
-                leftover.unlink()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 UNFINISHED = ".unfinished-"  # how names begin that are being written; hidden, so that none counts
@@ -31,3 +32,15 @@ def placed(path: Path) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left behind a day ago or earlier.
+
+    Args:
+        folder: in which `placed` writes; it may be missing.
+    """
+    for leftover in folder.glob(f"{UNFINISHED}*"):
+        with suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > 86_400:
+                leftover.unlink()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,41 @@ def write_livers() -> Callable[[Path], None]:
                 nib.save(nib.Nifti1Image(labels, affine), f"{name}_label.nii.gz")
 
     return write
+
+
+@pytest.fixture(scope="session")
+def dicom_slice() -> Callable[..., Any]:
+    """Makes a slice as pydicom holds it: stored values, and where the header says they lie."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+    def make(
+        stored: np.ndarray,
+        position: Sequence[float],
+        plane: Sequence[Sequence[float]],
+        spacing: tuple[float, float],
+        slope: float = 1.0,
+        intercept: float = 0.0,
+    ) -> Any:
+        """`plane`: directions in which columns and rows are counted, and `spacing`: mm between
+        rows and between columns, all in DICOM's LPS+."""
+        one = Dataset()
+        one.file_meta = FileMetaDataset()
+        one.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        one.SOPClassUID, one.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.4", generate_uid()
+        one.Modality, one.StudyInstanceUID, one.SeriesInstanceUID = "MR", "1.2.3", "1.2.3.4"
+        one.ImagePositionPatient = [f"{value:.6f}" for value in position]
+        one.ImageOrientationPatient = [f"{value:.9f}"[:16] for value in np.ravel(plane)]
+        one.PixelSpacing = list(spacing)
+        one.Rows, one.Columns = stored.shape
+        one.SamplesPerPixel, one.PhotometricInterpretation = 1, "MONOCHROME2"
+        one.BitsAllocated, one.BitsStored, one.HighBit, one.PixelRepresentation = 16, 16, 15, 1
+        one.RescaleSlope, one.RescaleIntercept = slope, intercept
+        one.PixelData = np.rint(stored).astype("<i2").tobytes()
+        one["PixelData"].VR = "OW"
+        return one
+
+    return make
 
 
 # -- pages in a browser ---------------------------------------------------------------------------

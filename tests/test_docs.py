@@ -197,6 +197,19 @@ def test_protocol_states_the_splits_of_the_code():
         assert test == ", ".join(map(str, MMWHSLayout.test_ids[domain]))
 
 
+def test_the_page_of_abdomen_states_the_splits_of_the_code():
+    from glua_bench.datasets.abdomen import SPLIT_FILE
+    from glua_bench.datasets.partitions import read_partition
+
+    text = page("abdomen.md")
+    for domain, ids in read_partition(SPLIT_FILE, "literature").items():
+        (row,) = re.findall(rf"^\| {domain} \|(.*)\|$", text, re.MULTILINE)
+        train, *others = (cell.strip() for cell in row.split("|"))
+        assert f"the other {list(ids.values()).count('train')} of" in train
+        for split, cell in zip(("val", "test"), others, strict=True):
+            assert cell == ", ".join(str(n) for n, own in ids.items() if own == split)
+
+
 def test_every_test_ids_paragraph_of_mscmr_is_the_code_s():
     from glua_bench.datasets import mscmr
 

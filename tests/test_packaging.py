@@ -187,6 +187,7 @@ def test_every_library_is_declared():
     packages = {
         "yaml": "pyyaml",
         "sklearn": "scikit_learn",
+        "PIL": "pillow",
     }  # import name → package name, where they differ
     for folder in ("glua_bench", *CONTENT):
         for path in modules(folder):

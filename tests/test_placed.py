@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 
-from glua_bench.datasets.placed import UNFINISHED, placed
+from glua_bench.datasets.placed import UNFINISHED, placed, sweep
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
@@ -34,3 +36,14 @@ def test_two_writers_do_not_share_a_name(tmp_path: Path) -> None:
         one.write_text("1")
         two.write_text("2")
     assert (tmp_path / "x").read_text() == "1"  # whoever ends last
+
+
+def test_leftovers_go_after_a_day_and_nothing_else(tmp_path: Path) -> None:
+    names = (f"{UNFINISHED}old.nii", f"{UNFINISHED}new.nii", "old.nii")
+    for name in names:
+        (tmp_path / name).touch()
+        if "old" in name:
+            os.utime(tmp_path / name, (time.time() - 90_000,) * 2)
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{UNFINISHED}new.nii", "old.nii"]
+    sweep(tmp_path / "missing")

@@ -1,0 +1,297 @@
+"""A DICOM series, one file a slice, as one volume.
+
+File names, instance numbers and slice thickness are not asked: the order of slices and the
+distance between them come from `ImagePositionPatient`, the directions of the axes from
+`ImageOrientationPatient`. What would make a volume of wrong geometry is refused. For that the
+header is read with pydicom; SimpleITK puts defaults in the place of elements that are missing.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from pydicom.errors import InvalidDicomError
+from pydicom.pixels import get_decoder
+
+from glua_bench.errors import DataError
+
+# Slices may lie this share of their distance away from an even stack: headers are rounded, and a
+# missing slice is a whole distance.
+UNEVEN = 0.05
+
+
+@dataclass(frozen=True)
+class Series:
+    """A volume and where it lies.
+
+    Args:
+        files: the file of each slice, in the order of the third axis of `voxels`.
+        voxels: float32 (columns, rows, slices), in the units of the rescale slope and intercept.
+        affine: voxel index to mm in RAS+, as in NIfTI, 4 × 4.
+    """
+
+    files: tuple[Path, ...]
+    voxels: np.ndarray
+    affine: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """One file.
+
+    Args:
+        file: where it was read.
+        values: float32 (rows, columns).
+        position: of the centre of the first pixel, mm in LPS+.
+        along_row: direction in which the column number grows, LPS+, length 1.
+        along_column: direction in which the row number grows.
+        spacing: mm from one row to the next, and from one column to the next.
+        series: the series' identifier; may be empty.
+    """
+
+    file: Path
+    values: np.ndarray
+    position: np.ndarray
+    along_row: np.ndarray
+    along_column: np.ndarray
+    spacing: tuple[float, float]
+    series: str
+
+
+def read_series(files: Sequence[Path]) -> Series:
+    """Read the files of one series.
+
+    Slices are sorted along the normal of their plane. Each is scaled by its own slope and
+    intercept. The distance of slices is that of their positions.
+
+    Args:
+        files: all slices of the series and nothing else, in any order.
+
+    Raises:
+        DataError: a file cannot be read as one grey-level slice, or the files do not stack: other
+            sizes, directions or pixel spacings, a place taken twice, two series, a missing slice,
+            unequal distances, slices shifted sideways.
+    """
+    slices = [_read(file) for file in files]
+    if len(slices) < 2:
+        where = f"{slices[0].file} is a single slice" if slices else "There is no DICOM file"
+        raise DataError(f"{where}: give all files of the series.")
+    first = slices[0]
+    for other in slices[1:]:
+        _compare(first, other)
+    # Some anonymised releases give every file an identifier of its own, which then tells nothing.
+    found = {one.series: one.file for one in slices}
+    if 1 < len(found) < len(slices):
+        some, more = list(found.values())[:2]
+        raise DataError(
+            f"{some} and {more} belong to different series: keep the files of one in {some.parent}."
+        )
+    normal = np.cross(first.along_row, first.along_column)
+    slices.sort(key=lambda one: float(one.position @ normal))
+    step = _step(slices, normal)
+    lps = np.eye(4)
+    lps[:3, 0] = first.along_row * first.spacing[1]
+    lps[:3, 1] = first.along_column * first.spacing[0]
+    lps[:3, 2] = normal * step
+    lps[:3, 3] = slices[0].position
+    return Series(
+        files=tuple(one.file for one in slices),
+        voxels=np.stack([one.values.T for one in slices], axis=2),
+        affine=np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps,  # DICOM's x and y run the other way
+    )
+
+
+# -- the stack ------------------------------------------------------------------------------------
+
+
+def _compare(first: _Slice, other: _Slice) -> None:
+    """Do two slices belong to one volume?"""
+    what = ""
+    if other.values.shape != first.values.shape:
+        rows, columns = other.values.shape
+        what = f"{rows} rows and {columns} columns"
+    elif not np.allclose(other.spacing, first.spacing, rtol=1e-3):
+        what = f"pixels of {other.spacing[0]:g} by {other.spacing[1]:g} mm"
+    elif not (
+        np.allclose(other.along_row, first.along_row, atol=1e-3)
+        and np.allclose(other.along_column, first.along_column, atol=1e-3)
+    ):
+        what = "another orientation (ImageOrientationPatient)"
+    if what:
+        raise DataError(
+            f"{other.file} has {what}, unlike {first.file}: keep the files of one series in "
+            f"{first.file.parent}."
+        )
+
+
+def _step(slices: Sequence[_Slice], normal: np.ndarray) -> float:
+    """mm between neighbours of sorted slices, which have to be an even and straight stack."""
+    heights = np.array([one.position @ normal for one in slices])
+    gaps = np.diff(heights)
+    usual = float(np.median(gaps))
+    closest = int(gaps.argmin())
+    if gaps[closest] < UNEVEN * max(usual, 0.1):
+        raise DataError(
+            f"{slices[closest].file} and {slices[closest + 1].file} lie at the same place: remove "
+            "the copy, or the files of a second series."
+        )
+    oddest = int(np.abs(gaps - usual).argmax())
+    if abs(gaps[oddest] - usual) > UNEVEN * usual:
+        raise DataError(
+            f"{slices[oddest].file} lies {gaps[oddest]:.2f} mm from the next slice and others lie "
+            f"{usual:.2f} mm apart: a slice is missing, so fetch {slices[oddest].file.parent} "
+            "again."
+        )
+    step = float((heights[-1] - heights[0]) / (len(slices) - 1))
+    for number, one in enumerate(slices):
+        aside = one.position - slices[0].position - normal * step * number
+        sideways = aside - normal * (aside @ normal)
+        if np.linalg.norm(sideways) > min(one.spacing) / 2:
+            raise DataError(
+                f"{one.file} is shifted sideways by {np.linalg.norm(sideways):.1f} mm against "
+                f"{slices[0].file}: convert the series to a straight NIfTI volume."
+            )
+    return step
+
+
+# -- one file -------------------------------------------------------------------------------------
+
+
+def _read(file: Path) -> _Slice:
+    """A slice with its place."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{file} cannot be read ({error.strerror}): check the file and its permissions."
+        ) from error
+    header = _header(file, content)
+    if (
+        _value(header, file, "PhotometricInterpretation") != "MONOCHROME2"
+        or _value(header, file, "SamplesPerPixel") != 1
+        or _value(header, file, "NumberOfFrames") not in (None, 1)
+        or "ModalityLUTSequence" in header
+    ):
+        raise DataError(
+            f"{file} is no single grey-level slice (MONOCHROME2, one frame, no lookup table), or "
+            "is damaged: fetch the series again, or convert it to NIfTI."
+        )
+    directions = _numbers(header, file, "ImageOrientationPatient", 6).reshape(2, 3)
+    if not np.allclose(directions @ directions.T, np.eye(2), atol=1e-3):
+        raise DataError(
+            f"{file} has an ImageOrientationPatient that is no pair of perpendicular directions: "
+            "fetch the series again."
+        )
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    rows, columns = _numbers(header, file, "PixelSpacing", 2)
+    if not (rows > 0 and columns > 0):
+        raise DataError(f"{file} has a PixelSpacing of {rows:g} by {columns:g} mm: repair it.")
+    slope = _numbers(header, file, "RescaleSlope", 1, default=1.0)[0]
+    intercept = _numbers(header, file, "RescaleIntercept", 1, default=0.0)[0]
+    if slope == 0:
+        raise DataError(f"{file} has a RescaleSlope of 0, which leaves no image: repair it.")
+    pixels = _pixels(header, file)
+    return _Slice(
+        file=file,
+        values=(pixels * slope + intercept).astype(np.float32),
+        position=_numbers(header, file, "ImagePositionPatient", 3),
+        along_row=directions[0],
+        along_column=directions[1],
+        spacing=(float(rows), float(columns)),
+        series=str(_value(header, file, "SeriesInstanceUID") or ""),
+    )
+
+
+def _header(file: Path, content: bytes) -> pydicom.FileDataset:
+    """The parsed file; pixels are still encoded."""
+    try:
+        with _quiet():
+            return pydicom.dcmread(io.BytesIO(content))
+    except InvalidDicomError as error:
+        raise DataError(f"{file} is no DICOM file: fetch the series again.") from error
+    # The parser lets through whatever broken bytes lead to: struct.error, KeyError, and more.
+    except Exception as error:
+        raise DataError(
+            f"{file} is a damaged DICOM file ({_brief(error)}): fetch the series again."
+        ) from error
+
+
+def _value(header: pydicom.FileDataset, file: Path, keyword: str) -> Any:
+    """An element; None where it is absent or empty."""
+    try:
+        with _quiet():
+            return header.get(keyword)
+    except Exception as error:  # as in `_header`: an element is parsed when it is asked for
+        raise DataError(f"{file} has no valid {keyword}: fetch the series again.") from error
+
+
+def _numbers(
+    header: pydicom.FileDataset, file: Path, keyword: str, count: int, default: float | None = None
+) -> np.ndarray:
+    """The finite numbers of an element; `default` where it is absent or empty."""
+    value = _value(header, file, keyword)
+    if value is None and default is not None:
+        value = default
+    try:
+        found = np.atleast_1d(np.asarray(value, np.float64))
+    except (TypeError, ValueError):
+        found = np.empty(0)
+    if found.shape != (count,) or not np.isfinite(found).all():
+        raise DataError(
+            f"{file} has no valid {keyword}, without which the volume would be wrong: fetch the "
+            "series again, or convert it to NIfTI."
+        )
+    return found
+
+
+def _pixels(header: pydicom.FileDataset, file: Path) -> np.ndarray:
+    """Stored integers (rows, columns)."""
+    try:
+        with _quiet():
+            syntax = header.file_meta.TransferSyntaxUID
+            if syntax.is_encapsulated and not get_decoder(syntax).is_available:
+                raise DataError(
+                    f"{file} is compressed ({syntax.name}) and no decoder for that is installed: "
+                    "run `pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg`, or "
+                    "decompress the series."
+                )
+            pixels = np.asarray(header.pixel_array)
+            size = (int(header.Rows), int(header.Columns))
+    except DataError:
+        raise
+    except Exception as error:  # as in `_header`
+        raise DataError(
+            f"{file} has pixels that cannot be read ({_brief(error)}): fetch the series again."
+        ) from error
+    if pixels.shape != size or pixels.dtype.kind not in "iu":
+        raise DataError(f"{file} is no single slice of whole numbers: convert it to NIfTI.")
+    return pixels
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without pydicom's remarks on values that the standard forbids and everybody reads."""
+    log = logging.getLogger("pydicom")
+    level = log.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        log.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
+
+
+def _brief(error: BaseException) -> str:
+    """The first line of an error, short enough for one sentence."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__).rstrip(".").replace(". ", "; ")[:120]

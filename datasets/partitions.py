@@ -1,0 +1,29 @@
+"""Who trains, validates and tests: the versioned tables in `splits/`.
+
+A table has one row a subject and one column a partition. A new partition is a new column; one that
+has been used never changes, and a correction is a new version of the file.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+SPLITS_FOLDER = Path(__file__).with_name("splits")
+
+
+def read_partition(table: Path, partition: str) -> dict[str, dict[int, str]]:
+    """Domain → id → "train", "val" or "test", in the order of the table.
+
+    Args:
+        table: a CSV file with the columns `domain`, `id` and one for each partition.
+        partition: the column to read, e.g. "literature".
+
+    Raises:
+        KeyError: the table has no such column.
+    """
+    found: dict[str, dict[int, str]] = {}
+    with table.open(encoding="utf-8", newline="") as stream:
+        for row in csv.DictReader(stream):
+            found.setdefault(row["domain"], {})[int(row["id"])] = row[partition]
+    return found
