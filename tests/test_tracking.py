@@ -729,6 +729,7 @@ QUICK = replace(
             {"method": "mine", "method_config": {"a": 1}, "changed": {"a": 1}},
             "mine, a=1 | mr-ct | seed 7",
         ),
+        ({"slices": 3, "slice_distance": 4.0}, "source_only | mr-ct | seed 7 | slices=3"),
     ],
 )
 def test_a_name_tells_what_is_not_the_default(changes: dict[str, Any], name: str) -> None:
