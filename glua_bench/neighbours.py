@@ -58,7 +58,7 @@ class Neighbourhood:
         return "1" if self.distance is None else f"{self.slices}, {self.distance:g} mm apart"
 
     def step(self, spacing: float) -> int:
-        """How many of a volume's slices lie between neighbours: the nearest number, at least 1.
+        """How many slices away a neighbour lies in a volume: the nearest number, at least 1.
 
         Args:
             spacing: distance of the volume's slices in mm.

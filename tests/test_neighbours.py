@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from glua_bench import neighbours
 from glua_bench.neighbours import ALONE, Neighbourhood, common_distance, middle
 
 numbers_of_slices = st.sampled_from([1, 3, 5, 7])
@@ -63,6 +65,11 @@ def test_one_slice_has_no_neighbours_whatever_the_spacing() -> None:
 def test_what_makes_no_stack_is_refused(slices: int, distance: float | None) -> None:
     with pytest.raises(ValueError, match=r"odd number|distance in mm"):
         Neighbourhood(slices, distance)
+
+
+def test_the_examples_hold() -> None:
+    found = doctest.testmod(neighbours)
+    assert found.attempted > 3 and found.failed == 0
 
 
 def test_it_is_told_in_words() -> None:
