@@ -54,6 +54,7 @@ TRAINING_CODE = (
     "batches",
     "cache",
     "config",
+    "formats",
     "losses",
     "method",
     "neighbours",
