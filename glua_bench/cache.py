@@ -248,21 +248,24 @@ class ImageStore:
         """(H, W) of every slice."""
         return self._images.size
 
-    def images(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    def images(
+        self, indices: Sequence[int] | np.ndarray, dtype: type | np.dtype = np.float32
+    ) -> np.ndarray:
         """Slices by number, each in the middle of its neighbours.
 
         Args:
             indices: N numbers from 0 to len - 1, in any order, repeats allowed.
+            dtype: of the result; `IMAGE_TYPE` spares the conversion.
 
         Returns:
-            float32 (N, S, H, W) in [-1, 1], in the order of `indices`; S slices of one volume, in
-            its order.
+            (N, S, H, W) in [-1, 1], in the order of `indices`; S slices of one volume, in its
+            order.
 
         Raises:
             IndexError: a number is out of range.
         """
         stacks = self._stacks[self._images.checked(indices)]
-        found = self._images.take(stacks, np.dtype(np.float32))
+        found = self._images.take(stacks).astype(dtype, copy=False)
         return found.reshape(*stacks.shape, *self.size)
 
 
@@ -291,16 +294,22 @@ class LabelledStore(ImageStore):
         super().__init__(images, in_memory, neighbourhood)
         self._labels = _Slices(labels, LABEL_TYPE, in_memory)
 
-    def labels(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    def labels(
+        self, indices: Sequence[int] | np.ndarray, dtype: type | np.dtype = np.int64
+    ) -> np.ndarray:
         """Labels of slices by number.
 
+        Args:
+            indices: as for `images`.
+            dtype: of the result; `LABEL_TYPE` spares the conversion.
+
         Returns:
-            int64 (N, H, W), class indices, in the order of `indices`.
+            (N, H, W), class indices, in the order of `indices`.
 
         Raises:
             IndexError: a number is out of range.
         """
-        return self._labels.take(indices, np.dtype(np.int64))
+        return self._labels.take(indices).astype(dtype, copy=False)
 
 
 class _Slices:
@@ -341,12 +350,12 @@ class _Slices:
             raise IndexError(f"Slice numbers lie between 0 and {len(self.volumes) - 1}.")
         return wanted
 
-    def take(self, indices: Sequence[int] | np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """(N, H, W) of the wanted type."""
+    def take(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """(N, H, W) as they are stored, a copy."""
         wanted = self.checked(indices)
         if self._all is not None:
-            return self._all[wanted].astype(dtype)
-        out = np.empty((len(wanted), *self.size), dtype)
+            return self._all[wanted]
+        out = np.empty((len(wanted), *self.size), self._dtype)
         # Sorted, each volume is opened once for a batch and read front to back.
         with self._lock:
             for place in np.argsort(wanted, kind="stable"):
