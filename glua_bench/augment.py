@@ -41,15 +41,26 @@ def geometric(images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Ten
         labels: (N, H, W), class indices, moved by nearest neighbour; or None.
     """
     theta = random_affine(len(images)).to(images)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    # grid_sample pads with zero, so the images are lifted to have background there.
-    moved = F.grid_sample(images + 1, grid, padding_mode="zeros", align_corners=False) - 1
-    if labels is None:
-        return moved, None
-    moved_labels = F.grid_sample(
-        labels[:, None].to(images), grid, mode="nearest", align_corners=False
-    )
-    return moved, moved_labels[:, 0].round().to(labels.dtype)
+    moved = torch.empty_like(images, memory_format=torch.contiguous_format)
+    moved_labels = None if labels is None else torch.empty_like(labels)
+    height, width = images.shape[-2:]
+    # Every point of the output as (x, y, 1) in units of half the side, made once for all images.
+    points = F.affine_grid(torch.eye(2, 3).to(images)[None], [1, 1, height, width], False)
+    points = torch.cat([points, torch.ones_like(points[..., :1])], -1).view(1, -1, 3)
+    # On a CPU, few images at a time, whose steps stay within its cache and use memory again.
+    count = torch.get_num_threads() if images.device.type == "cpu" else len(images)
+    for start in range(0, len(images), count):
+        part = slice(start, start + count)
+        maps = theta[part].mT
+        grid = torch.bmm(points.expand(len(maps), -1, -1), maps).view(-1, height, width, 2)
+        # grid_sample pads with zero, so the images are lifted to have background there.
+        lifted = F.grid_sample(images[part] + 1, grid, padding_mode="zeros", align_corners=False)
+        torch.sub(lifted, 1, out=moved[part])
+        if labels is not None and moved_labels is not None:
+            classes = labels[part, None].to(images)
+            classes = F.grid_sample(classes, grid, mode="nearest", align_corners=False)
+            moved_labels[part] = classes[:, 0]
+    return moved, moved_labels
 
 
 def tone_curves(images: Tensor) -> Tensor:

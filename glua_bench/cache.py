@@ -100,8 +100,7 @@ class SliceCache:
             DataError: the image cannot be used, or the cache directory cannot be written.
             RunFailure: the disk is full.
         """
-        key = _key("image", file_digest(case.image), reading.identity(), asdict(grid))
-        path = self._path("images", key)
+        path = self._image_path(file_digest(case.image), reading, grid)
         found = _read_entry(path, IMAGE_TYPE)
         if found is None:
             loaded = load_image(case.image, reading, grid)
@@ -119,16 +118,8 @@ class SliceCache:
             DataError: image or label cannot be used, or the cache directory cannot be written.
             RunFailure: the disk is full.
         """
-        # The crop is found in the image, so the image's content is part of the label's key.
-        key = _key(
-            "label",
-            file_digest(case.truth),
-            file_digest(case.image),
-            reading.identity(),
-            asdict(grid),
-            [structure.values for structure in structures],
-        )
-        path = self._path("labels", key)
+        digests = file_digest(case.truth), file_digest(case.image)
+        path = self._label_path(*digests, reading, grid, structures)
         found = _read_entry(path, LABEL_TYPE)
         if found is None:
             placement = self.image(case.unlabelled(), reading, grid).placement
@@ -136,6 +127,43 @@ class SliceCache:
             found = self._write(path, labels, {})
         depth, height, width = found["shape"]
         return CachedLabel(path, (depth, height, width))
+
+    def holds(
+        self, case: Case, reading: Reading, grid: Grid, structures: Sequence[Structure]
+    ) -> bool:
+        """Whether the image and, if it has one, the label of a case are there.
+
+        It takes next to no time, because no volume is read: where a file's digest is not
+        remembered, the answer is no.
+        """
+        image = _remembered_digest(case.image)
+        if image is None or not _read_entry(self._image_path(image, reading, grid), IMAGE_TYPE):
+            return False
+        if case.label is None:
+            return True
+        label = _remembered_digest(case.label)
+        if label is None:
+            return False
+        path = self._label_path(label, image, reading, grid, structures)
+        return _read_entry(path, LABEL_TYPE) is not None
+
+    def _image_path(self, image: str, reading: Reading, grid: Grid) -> Path:
+        """Of the entry of an image with a digest."""
+        return self._path("images", _key("image", image, reading.identity(), asdict(grid)))
+
+    def _label_path(
+        self,
+        label: str,
+        image: str,
+        reading: Reading,
+        grid: Grid,
+        structures: Sequence[Structure],
+    ) -> Path:
+        """Of the entry of a label with a digest."""
+        # The crop is found in the image, so the image's content is part of the label's key.
+        values = [structure.values for structure in structures]
+        key = _key("label", label, image, reading.identity(), asdict(grid), values)
+        return self._path("labels", key)
 
     def _path(self, kind: str, key: str) -> Path:
         return self.root / kind / key[:2] / f"{key}.npy"
@@ -220,21 +248,24 @@ class ImageStore:
         """(H, W) of every slice."""
         return self._images.size
 
-    def images(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    def images(
+        self, indices: Sequence[int] | np.ndarray, dtype: type | np.dtype = np.float32
+    ) -> np.ndarray:
         """Slices by number, each in the middle of its neighbours.
 
         Args:
             indices: N numbers from 0 to len - 1, in any order, repeats allowed.
+            dtype: of the result; `IMAGE_TYPE` spares the conversion.
 
         Returns:
-            float32 (N, S, H, W) in [-1, 1], in the order of `indices`; S slices of one volume, in
-            its order.
+            (N, S, H, W) in [-1, 1], in the order of `indices`; S slices of one volume, in its
+            order.
 
         Raises:
             IndexError: a number is out of range.
         """
         stacks = self._stacks[self._images.checked(indices)]
-        found = self._images.take(stacks, np.dtype(np.float32))
+        found = self._images.take(stacks).astype(dtype, copy=False)
         return found.reshape(*stacks.shape, *self.size)
 
 
@@ -263,16 +294,22 @@ class LabelledStore(ImageStore):
         super().__init__(images, in_memory, neighbourhood)
         self._labels = _Slices(labels, LABEL_TYPE, in_memory)
 
-    def labels(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    def labels(
+        self, indices: Sequence[int] | np.ndarray, dtype: type | np.dtype = np.int64
+    ) -> np.ndarray:
         """Labels of slices by number.
 
+        Args:
+            indices: as for `images`.
+            dtype: of the result; `LABEL_TYPE` spares the conversion.
+
         Returns:
-            int64 (N, H, W), class indices, in the order of `indices`.
+            (N, H, W), class indices, in the order of `indices`.
 
         Raises:
             IndexError: a number is out of range.
         """
-        return self._labels.take(indices, np.dtype(np.int64))
+        return self._labels.take(indices).astype(dtype, copy=False)
 
 
 class _Slices:
@@ -313,12 +350,12 @@ class _Slices:
             raise IndexError(f"Slice numbers lie between 0 and {len(self.volumes) - 1}.")
         return wanted
 
-    def take(self, indices: Sequence[int] | np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """(N, H, W) of the wanted type."""
+    def take(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """(N, H, W) as they are stored, a copy."""
         wanted = self.checked(indices)
         if self._all is not None:
-            return self._all[wanted].astype(dtype)
-        out = np.empty((len(wanted), *self.size), dtype)
+            return self._all[wanted]
+        out = np.empty((len(wanted), *self.size), self._dtype)
         # Sorted, each volume is opened once for a batch and read front to back.
         with self._lock:
             for place in np.argsort(wanted, kind="stable"):
@@ -362,10 +399,7 @@ def file_digest(path: Path) -> str:
     Raises:
         DataError: a file cannot be read.
     """
-    digests = [_one_digest(file) for file in files_of(Path(path))]
-    if len(digests) == 1:
-        return digests[0]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+    return _joined([_one_digest(file) for file in files_of(Path(path))])
 
 
 def fingerprint(cases: Iterable[Case | UnlabelledCase]) -> str:
@@ -391,8 +425,25 @@ def fingerprint(cases: Iterable[Case | UnlabelledCase]) -> str:
 # -- entries --------------------------------------------------------------------------------------
 
 
-def _one_digest(path: Path) -> str:
-    """SHA-256 of one file, from memory where it has not changed."""
+def _joined(digests: Sequence[str]) -> str:
+    """One digest of the files of a volume."""
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _remembered_digest(path: Path) -> str | None:
+    """As `file_digest`, but None where a file would have to be read or cannot be."""
+    try:
+        digests = [_recall(file)[0] for file in files_of(path)]
+    except DataError:
+        return None
+    known = [digest for digest in digests if digest]
+    return _joined(known) if len(known) == len(digests) else None
+
+
+def _recall(path: Path) -> tuple[str, Path, bool]:
+    """The remembered digest of a file or "", where it is kept, and whether it may be."""
     path = path.resolve()
     try:
         status = path.stat()
@@ -402,11 +453,19 @@ def _one_digest(path: Path) -> str:
         ) from error
     identity = (str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
     memory = cache_root() / "digests" / _key(*identity)
+    settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED_NS
     with suppress(OSError, UnicodeDecodeError):
         remembered = memory.read_text()
         if len(remembered) == 64:
-            return remembered
-    settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED_NS
+            return remembered, memory, settled
+    return "", memory, settled
+
+
+def _one_digest(path: Path) -> str:
+    """SHA-256 of one file, from memory where it has not changed."""
+    digest, memory, settled = _recall(path)
+    if digest:
+        return digest
     try:
         digest = _hash_file(path)
     except OSError as error:

@@ -942,30 +942,32 @@ def prepare(
     dataset: DatasetName,
     data_root: DataRoot = None,
     preset: PresetName = "quick",
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes, a volume each; default: all cores.")
+    ] = None,
     plugin: Plugins = None,
 ) -> None:
     """Generate or find a dataset's files, and preprocess them into the cache."""
-    from glua_bench.cache import SliceCache, cache_root
+    from glua_bench.cache import cache_root
     from glua_bench.console import Progress
+    from glua_bench.preparation import prepare_cases
 
     data = _dataset(dataset, data_root, plugin)
-    grid = data.grid(preset)
-    cases = [case for domain in data.domains() for case in data.cases(domain)]
-    cache = SliceCache()
     with Progress() as progress:
-        progress.stage("preprocess", len(cases))
-        for done, case in enumerate(cases, start=1):
-            reading = data.reading_of(case.domain)
-            cache.image(case.unlabelled(), reading, grid)
-            if case.label is not None:
-                cache.label(case, reading, grid, data.structures_of(case.domain))
-            progress.update(done)
+        problems = prepare_cases(data, data.grid(preset), progress, jobs)
     for domain in data.domains():
         counts = ", ".join(f"{len(data.split(domain, s))} {s}" for s in ("train", "val", "test"))
         bare = sum(case.label is None for case in data.cases(domain))
         note = f"; {bare} without a label, target images only" if bare else ""
         say(f"{domain}: {counts}{note}")
     say(f"Files: {data.root}   cache: {cache_root()}")
+    for problem in problems:
+        say(f"PROBLEM: {problem}")
+    if problems:
+        raise DataError(
+            f"Not all cases of '{dataset}' in {data.root} could be prepared; repair or replace the "
+            "files named above and give the same command again, which does the rest."
+        )
     say(f"Next: glua-bench data show {dataset}{_root_option(data_root)}")
 
 
@@ -1170,7 +1172,10 @@ def main() -> None:
         app()
     except (UserError, RunFailure) as error:
         _end(str(error), error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Typer turns an interruption within a command into this code, and says nothing.
+        if isinstance(stop, SystemExit) and stop.code != 130:
+            raise
         _end("interrupted; the same command resumes.", 130)
     except Interrupted as error:
         _end(f"ended by {error}, after a checkpoint; the same command resumes.", 128 + error.number)

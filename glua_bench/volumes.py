@@ -459,6 +459,8 @@ def _read_classes(
 def _look_up(part: np.ndarray, known: Mapping[int, int]) -> np.ndarray:
     """uint8 class of each integer of a vector, `_STRAY` where it is not known."""
     low, high = int(part.min()), int(part.max())
+    if low == high:  # background, mostly
+        return np.full(part.shape, known.get(low, _STRAY), np.uint8)
     if high - low < 65536:
         # A difference may leave the signed type, but never the unsigned one of its size.
         places = (part - part.dtype.type(low)).view(f"u{part.dtype.itemsize}")

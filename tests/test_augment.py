@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glua_bench import augment
@@ -60,6 +61,27 @@ def test_images_are_moved_alike_with_and_without_labels() -> None:
     torch.manual_seed(1)
     without, none = geometric(pictures(labels))
     assert none is None and torch.equal(with_labels, without)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_images_are_moved_by_parts_as_all_at_once(threads: int) -> None:
+    """How many images are worked on together does not show, nor how many rows and columns."""
+    labels = discs()[:, :48]
+    images = torch.rand(8, 3, 48, 64) * 2 - 1
+    before = torch.get_num_threads()
+    torch.manual_seed(2)
+    try:
+        torch.set_num_threads(threads)
+        moved, moved_labels = geometric(images, labels)
+    finally:
+        torch.set_num_threads(before)
+    torch.manual_seed(2)
+    grid = F.affine_grid(random_affine(8), list(images.shape), align_corners=False)
+    expected = F.grid_sample(images + 1, grid, align_corners=False) - 1
+    torch.testing.assert_close(moved, expected, rtol=0, atol=1e-5)
+    nearest = F.grid_sample(labels[:, None].float(), grid, mode="nearest", align_corners=False)
+    assert moved_labels is not None
+    assert (moved_labels == nearest[:, 0].long()).float().mean() > 0.999  # but for ties
 
 
 def test_every_image_has_its_own_map() -> None:

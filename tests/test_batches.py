@@ -143,11 +143,11 @@ def test_an_error_while_reading_ahead_comes_out_at_its_step(
 ) -> None:
     batches, calls = make(), []
 
-    def images(indices: Any) -> Any:
+    def images(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) > 1:
             raise OSError("the disk is gone")
-        return original(indices)
+        return original(*arguments)
 
     original = stores[1].images
     monkeypatch.setattr(stores[1], "images", images)

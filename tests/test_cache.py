@@ -17,6 +17,8 @@ import pytest
 
 from glua_bench import cache as cache_module
 from glua_bench.cache import (
+    IMAGE_TYPE,
+    LABEL_TYPE,
     CachedImage,
     ImageStore,
     LabelledStore,
@@ -350,6 +352,9 @@ def test_stores_serve_slices_in_the_order_asked(many):
         assert wanted.dtype == np.int64 and wanted.shape == (64, 24, 24)
         assert np.array_equal(found[:, 0], everything[asked])
         assert np.array_equal(wanted, classes[asked])
+        stored = store.images(asked, IMAGE_TYPE), store.labels(asked, LABEL_TYPE)
+        assert [array.dtype for array in stored] == [np.float16, np.uint8]
+        assert np.array_equal(stored[0], found) and np.array_equal(stored[1], wanted)
         assert store.images([]).shape == (0, 1, 24, 24)
     where = list(zip(store.volumes, store.positions, strict=True))
     assert where[:6] == [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2)]

@@ -478,3 +478,15 @@ def test_a_report_says_its_answer_its_limits_and_where_it_lies(call, made_runs, 
 def test_a_report_that_cannot_be_is_one_sentence(call, made_runs, words, said):
     made_runs.comparison(seeds=1)
     refused(call("report", "--no-pictures", *words), said)
+
+
+def test_prepare_names_bad_files_after_the_good_ones(
+    call: Call, phantom_root: Path, tmp_path: Path
+) -> None:
+    root = damaged(phantom_root, tmp_path, "truncated")
+    arguments = ["data", "prepare", "phantom", "--data-root", root, "--jobs=2"]
+    code, out, err = call(*arguments)
+    assert code == 2 and "mr_train_1001_image.nii.gz is damaged" in out and "6/6" in out
+    assert err.count("\n") == 1 and "Traceback" not in err
+    code, out, _ = call(*arguments)
+    assert code == 2 and "resuming after 5" in out
