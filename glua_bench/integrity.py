@@ -1,67 +1,244 @@
-"""Are a dataset's files what they should be? Read every one before anything is trained."""
+"""Are a dataset's files what they should be? Read every one before anything is trained.
+
+Here stands what one case tells, and what cases must not share. What only a comparison with other
+cases can tell is in `suspicion.py`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
 
 import numpy as np
 
-from glua_bench.cache import SliceCache
 from glua_bench.console import Progress
 from glua_bench.errors import DataError
-from glua_bench.task import Case, Dataset, Grid
-from glua_bench.volumes import read_label_volume
+from glua_bench.facts import CaseFacts, gather
+from glua_bench.findings import Finding, listed
+from glua_bench.suspicion import comparisons
+from glua_bench.task import Case, Dataset
+from glua_bench.volumes import apart
+
+# Corners of image and label may lie this share of the smallest voxel side apart.
+_APART = 0.1
+# Voxel sides that differ by less are the same; headers round them.
+_SAME_SPACING = 0.01
+# Slices without an image: that many of an axis at its ends may be padding.
+_PADDING = 0.5
+# Labelled voxels in such slices; a border may be touched.
+_BLANK = 0.01
+# Findings after which an image's intensities say nothing new.
+_OF_IMAGES = ("image", "swapped files", "few values", "empty slices")
 
 
-@dataclass(frozen=True)
-class CaseReport:
-    """What was found in one case's two files.
+def check_dataset(
+    dataset: Dataset, progress: Progress, jobs: int = 1
+) -> tuple[list[CaseFacts], list[Finding]]:
+    """Read every case of every domain, and judge each alone and all together.
 
-    Args:
-        case: the case.
-        shape: voxels per axis of the stored array.
-        spacing: mm per axis of the stored array.
-        volumes: ml of each structure, in the dataset's order; nan for a case without a label.
-        problem: why the case cannot be used; empty where it can.
-    """
-
-    case: Case
-    shape: tuple[int, ...] = ()
-    spacing: tuple[float, ...] = ()
-    volumes: tuple[float, ...] = ()
-    problem: str = ""
-
-
-def check_case(case: Case, dataset: Dataset, grid: Grid, cache: SliceCache) -> CaseReport:
-    """Read a case's image onto the working grid and its label on the file's own."""
-    try:
-        reading = dataset.reading_of(case.domain)
-        image = cache.image(case.unlabelled(), reading, grid)
-        structures = dataset.structures_of(case.domain)
-        if case.label is None and case.split == "train":
-            nothing = tuple(float("nan") for _ in structures)
-            return CaseReport(case, image.placement.file_shape, image.placement.spacing, nothing)
-        labels = read_label_volume(case.truth, case.image, structures, reading)
-    except DataError as error:
-        return CaseReport(case, problem=str(error))
-    spacing = image.placement.spacing
-    counts = np.bincount(labels.ravel(), minlength=len(dataset.structures) + 1)[1:]
-    volumes = tuple(float(c) * float(np.prod(spacing)) / 1000 for c in counts)
-    problem = "" if counts.any() else f"{case.label} holds none of the dataset's structures."
-    return CaseReport(case, image.placement.file_shape, spacing, volumes, problem)
-
-
-def check_dataset(dataset: Dataset, grid: Grid, progress: Progress) -> list[CaseReport]:
-    """Every case of every domain.
+    Returns:
+        What the files hold, in the dataset's order; and what was found, problems first.
 
     Raises:
         DataError: the dataset's directory cannot be used at all.
     """
-    cases = [case for domain in dataset.domains() for case in dataset.cases(domain)]
-    cache = SliceCache()
-    progress.stage("check files", len(cases))
-    reports = []
-    for case in cases:
-        reports.append(check_case(case, dataset, grid, cache))
-        progress.update(len(reports))
-    return reports
+    facts = gather(dataset, jobs, progress)
+    findings = [found for one in facts for found in case_findings(one, dataset)]
+    doubted = {f.cases[0] for f in findings if f.check in _OF_IMAGES}
+    cases = [one.case for one in facts]
+    findings += [*shared_names(cases), *shared_subjects(cases), *shared_content(facts)]
+    findings += comparisons(facts, [s.name for s in dataset.structures], doubted)
+    order = {case.id: place for place, case in enumerate(cases)}
+    findings.sort(key=lambda f: (not f.problem, min((order[c] for c in f.cases), default=-1)))
+    return facts, findings
+
+
+# -- one case -------------------------------------------------------------------------------------
+
+
+def case_findings(facts: CaseFacts, dataset: Dataset) -> Iterator[Finding]:
+    """What is wrong with one case, whatever the others are like."""
+    case, image, label = facts.case, facts.image, facts.label
+    own = (case.id,)
+    if image is not None and image.few:
+        known = {0, *dataset.reading_of(case.domain).ignored_values}
+        known |= {v for s in dataset.structures_of(case.domain) for v in s.values}
+        if set(image.few) <= known and facts.label_problem:
+            yield Finding(
+                "swapped files",
+                own,
+                f"{case.image} holds label values and {case.label} does not: exchange the two.",
+                problem=True,
+            )
+            return
+        yield Finding(
+            "few values",
+            own,
+            f"{case.image} has {len(image.few)} distinct values, as a mask has: make sure that it "
+            "is the image.",
+        )
+    if facts.image_problem:
+        yield Finding("image", own, facts.image_problem, problem=True)
+    if facts.label_problem:
+        yield Finding("label", own, facts.label_problem, problem=True)
+    if label is not None and label.whole is None:
+        text = f"{case.label} holds none of the dataset's structures: give the right label file."
+        yield Finding("label", own, text, problem=True)
+    if image is not None:
+        yield from _empty_slices(facts)
+    canonical = dataset.reading_of(case.domain).orientation == "canonical"
+    if image is not None and label is not None and canonical:
+        yield from _placed_apart(facts)
+
+
+def _empty_slices(facts: CaseFacts) -> Iterator[Finding]:
+    """Slices along any axis that hold one single value."""
+    assert facts.image is not None
+    case, image, blank = facts.case, facts.image, facts.label.blank if facts.label else 0.0
+    what = ""
+    if any(image.gaps):
+        what = f"has {max(image.gaps)} slices without an image between others"
+    elif blank > _BLANK:
+        what = f"has no image where {blank:.0%} of the labelled voxels lie"
+    elif max(image.flat) > _PADDING:
+        what = f"has no image in {max(image.flat):.0%} of its slices"
+    if what:
+        yield Finding(
+            "empty slices", (case.id,), f"{case.image} {what}: look whether a part got lost."
+        )
+
+
+def _placed_apart(facts: CaseFacts) -> Iterator[Finding]:
+    """Headers of image and label that put the same voxel at different places."""
+    assert facts.image is not None and facts.label is not None
+    case = facts.case
+    image, label = np.array(facts.image.affine), np.array(facts.label.affine)
+    distance = apart(image, label, facts.image.shape)
+    sides = [np.linalg.norm(affine[:3, :3], axis=0) for affine in (image, label)]
+    least = _APART * sides[0].min()
+    if distance <= least:
+        return
+    image[:3, 3] = label[:3, 3] = 0  # what remains is the angle
+    if np.abs(sides[1] / sides[0] - 1).max() > _SAME_SPACING:
+        mm = ["×".join(f"{side:.3g}" for side in own) for own in sides]
+        what = f"has voxels of {mm[1]} mm and its image of {mm[0]} mm"
+    elif apart(image, label, facts.image.shape) > least:
+        what = "lies at another angle than its image"
+    else:
+        what = f"lies {distance:.3g} mm beside its image"
+    yield Finding(
+        "label geometry",
+        (case.id,),
+        f"{case.label} {what}, by their headers: make sure that the two overlay voxel by voxel, as "
+        "they are used here.",
+    )
+
+
+# -- what cases must not share --------------------------------------------------------------------
+
+
+def shared_names(cases: Sequence[Case]) -> Iterator[Finding]:
+    """Ids and files that several cases have in common."""
+    for name, same in _groups(cases, lambda case: case.id).items():
+        files = listed(sorted(str(case.image) for case in same))
+        yield Finding(
+            "same id",
+            (name,),
+            f"{len(same)} cases are called {name} ({files}): give each an id of its own.",
+            problem=True,
+        )
+    uses = [(file, case) for case in cases for file in (case.image, case.label) if file is not None]
+    for file, both in _groups(uses, lambda use: use[0]).items():
+        names = sorted({case.id for _, case in both})
+        yield Finding(
+            "same file",
+            tuple(names),
+            f"{file} is used {len(both)} times, by {listed(names)}: give each case its own files.",
+            problem=True,
+        )
+
+
+def shared_subjects(cases: Sequence[Case]) -> Iterator[Finding]:
+    """Persons who are in two splits of a domain, or trained with in one and tested in another."""
+    for subject, own in _groups(cases, lambda case: case.subject).items():
+        splits = sorted({case.split for case in own})
+        if len(splits) > 1:
+            names = tuple(sorted(case.id for case in own))
+            yield Finding(
+                "subject in two splits",
+                names,
+                f"Subject {subject} is in {listed(splits)} ({listed(names)}): put all cases of a "
+                "person into one split.",
+                problem=True,
+            )
+
+
+def shared_content(facts: Sequence[CaseFacts]) -> Iterator[Finding]:
+    """Images that hold the same voxels, and labels that do."""
+    twins: set[tuple[str, str]] = set()
+    images = [one for one in facts if one.image is not None]
+    for same in _groups(images, lambda one: one.image.values).values():
+        cases = [one.case for one in same]
+        if len({case.image for case in cases}) == 1:
+            continue  # told by its name
+        twins |= set(combinations(sorted(case.id for case in cases), 2))
+        names = tuple(sorted(case.id for case in cases))
+        parts = sorted({f"{case.domain} {case.split}" for case in cases})
+        across = len(parts) > 1
+        where = f"across {listed(parts)}" if across else f"in {parts[0]}"
+        yield Finding(
+            "same image",
+            names,
+            f"{listed(str(case.image) for case in cases)} hold the same voxels, {where}, perhaps "
+            "turned or converted: keep one of them.",
+            problem=across,
+        )
+    labels = [one for one in facts if one.label is not None and one.label.whole is not None]
+    for same in _groups(labels, lambda one: one.label.content).values():
+        names = tuple(sorted(one.case.id for one in same))
+        if len(set(names)) == 1 or set(combinations(names, 2)) <= twins:
+            continue
+        if len({one.case.label for one in same}) == 1:
+            continue
+        yield Finding(
+            "same label",
+            names,
+            f"{listed(str(one.case.label) for one in same)} are the same label of different "
+            "images: find out whose it is.",
+        )
+
+
+def _groups(items: Sequence, key: Callable) -> dict:
+    """Items with one key, for each key that at least two have."""
+    found = defaultdict(list)
+    for item in items:
+        found[key(item)].append(item)
+    return {name: same for name, same in found.items() if len(same) > 1}
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """The warnings in words, e.g. "2 warnings: look at them first"."""
+    count = sum(not found.problem for found in findings)
+    return f"{count} warning{'s' * (count > 1)}: look first" if count else "no warnings"
+
+
+def refuse_problems(findings: Sequence[Finding], count: int, place: str) -> None:
+    """Raise where something cannot be used.
+
+    Args:
+        findings: all that was found.
+        count: of the cases.
+        place: where they are, in words.
+
+    Raises:
+        DataError: there are problems; the sentence counts them.
+    """
+    bad = {case for found in findings if found.problem for case in found.cases}
+    if bad:
+        warnings = sum(not found.problem for found in findings)
+        besides = f", besides {warnings} warning{'s' * (warnings > 1)}" if warnings else ""
+        raise DataError(
+            f"{len(bad)} of {count} cases of {place} cannot be used as they are{besides}; repair "
+            "or replace what is named above."
+        )

@@ -145,12 +145,12 @@ def load_image(path: Path, reading: Reading, grid: Grid) -> GridImage:
         (177, 256, 256)
     """
     file = open_volume(path)
-    affine, spacing, axes, flips = _frame(file, reading)
+    affine, spacing, axes, flips = frame(file, reading)
     stored = file.voxels()
-    extremes = _extremes(file, stored)
-    volume = _orient(stored, axes, flips)
-    box = _foreground(file, volume)
-    low, high = _intensity_range(file, volume, box, extremes, reading)
+    ends = extremes(file, stored)
+    volume = orient(stored, axes, flips)
+    box = foreground(file, volume)
+    low, high = _intensity_range(file, volume, box, ends, reading)
 
     offset: list[float] = []
     step: list[float] = []
@@ -212,7 +212,7 @@ def load_label(
     classes = _read_classes(
         path, image_path, placement.file_shape, np.array(placement.affine), structures, reading
     )
-    volume = _orient(classes, placement.axes, placement.flips)
+    volume = orient(classes, placement.axes, placement.flips)
     maps = _maps_to_grid(placement)
     labels = np.zeros(placement.shape, np.uint8)
     # Most of a volume is background: shares are weighed where a structure reaches, nowhere else.
@@ -274,7 +274,7 @@ def restore(probabilities: np.ndarray, placement: Placement) -> np.ndarray:
         ValueError: the last three axes are not the placement's shape.
     """
     labels = np.zeros(placement.file_shape, np.uint8)
-    volume = _orient(labels, placement.axes, placement.flips)  # a view: writes reach `labels`
+    volume = orient(labels, placement.axes, placement.flips)  # a view: writes reach `labels`
     for z, inside, mixed in _restored(probabilities, placement):
         volume[z][inside] = mixed.argmax(0)[inside]
     return labels
@@ -296,7 +296,7 @@ def restore_probabilities(probabilities: np.ndarray, placement: Placement) -> np
     maps = np.zeros((*placement.file_shape, len(probabilities)), np.float32)
     maps[..., 0] = 1
     views = [
-        _orient(maps[..., k], placement.axes, placement.flips) for k in range(len(probabilities))
+        orient(maps[..., k], placement.axes, placement.flips) for k in range(len(probabilities))
     ]
     for z, inside, mixed in _restored(probabilities, placement):
         for view, plane in zip(views, mixed, strict=True):
@@ -348,7 +348,7 @@ def save_labels(
     if labels.size and int(labels.max()) >= len(table):
         raise ValueError(f"Class {int(labels.max())} has no raw value among {list(values)}.")
     kind = np.result_type(*(np.min_scalar_type(int(value)) for value in table))
-    _save(path, table.astype(kind)[labels], placement)
+    save_volume(path, table.astype(kind)[labels], np.array(placement.affine), placement.codes)
 
 
 def save_maps(path: Path, maps: np.ndarray, placement: Placement) -> None:
@@ -365,14 +365,25 @@ def save_maps(path: Path, maps: np.ndarray, placement: Placement) -> None:
     """
     if maps.shape[:3] != placement.file_shape:
         raise ValueError(f"Maps of shape {maps.shape} do not fit {placement.file_shape}.")
-    _save(path, maps, placement)
+    save_volume(path, maps, np.array(placement.affine), placement.codes)
 
 
-def _save(path: Path, voxels: np.ndarray, placement: Placement) -> None:
-    image = nib.Nifti1Image(voxels, np.array(placement.affine))
+def save_volume(path: Path, voxels: np.ndarray, affine: np.ndarray, codes: tuple[int, int]) -> None:
+    """Write voxels as NIfTI; the file appears complete or not at all.
+
+    Args:
+        path: ends in .nii.gz (or .nii).
+        voxels: in the axes and the number type to store.
+        affine: float (4, 4), to mm.
+        codes: qform and sform code.
+
+    Raises:
+        RunFailure: the disk is full or the directory cannot be written.
+    """
+    image = nib.Nifti1Image(voxels, affine)
     image.header.set_xyzt_units("mm")
-    image.set_qform(image.affine, placement.codes[0])
-    image.set_sform(image.affine, placement.codes[1])
+    image.set_qform(image.affine, codes[0])
+    image.set_sform(image.affine, codes[1])
     path = Path(path)
     suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
     temporary = path.parent / f".{path.name}-{uuid.uuid4().hex}{suffix}"
@@ -396,7 +407,7 @@ def slice_distance(path: Path, reading: Reading) -> float:
     Raises:
         DataError: the file is missing, of an unknown format or not 3-D, or its header is unusable.
     """
-    _, spacing, axes, _ = _frame(open_volume(path), reading)
+    _, spacing, axes, _ = frame(open_volume(path), reading)
     return spacing[axes[0]]
 
 
@@ -485,7 +496,7 @@ def _pieces(stored: np.ndarray) -> Iterator[slice]:
         yield slice(start, start + _PIECE)
 
 
-def _extremes(file: VolumeFile, stored: np.ndarray) -> tuple[float, float]:
+def extremes(file: VolumeFile, stored: np.ndarray) -> tuple[float, float]:
     """Lowest and highest intensity of a stored array.
 
     Raises:
@@ -513,10 +524,14 @@ def _extremes(file: VolumeFile, stored: np.ndarray) -> tuple[float, float]:
 # -- frames ---------------------------------------------------------------------------------------
 
 
-def _frame(
+def frame(
     file: VolumeFile, reading: Reading
 ) -> tuple[np.ndarray, tuple[float, float, float], tuple[int, int, int], tuple[bool, bool, bool]]:
-    """Affine, spacing per file axis, and the file axis and direction of each working axis."""
+    """Affine, spacing per file axis, and the file axis and direction of each working axis.
+
+    Raises:
+        DataError: the header has no usable orientation or voxel size.
+    """
     if reading.orientation not in ("canonical", "stored"):
         raise ValueError(f"Unknown orientation '{reading.orientation}' in a dataset's Reading.")
     if {reading.slice_axis, reading.row_axis} not in ({0, 1}, {0, 2}, {1, 2}):
@@ -554,7 +569,15 @@ def _frame(
     )
 
 
-def _orient(
+def apart(first: np.ndarray, second: np.ndarray, shape: Sequence[int]) -> float:
+    """How far two affines put the same voxel of a volume apart, in mm, at most."""
+    corners = np.array(np.meshgrid(*([0, length - 1] for length in shape))).reshape(3, -1)
+    difference = (second - first)[:3]
+    moved = difference[:, :3] @ corners + difference[:, 3:]
+    return float(np.linalg.norm(moved, axis=0).max())
+
+
+def orient(
     data: np.ndarray, axes: tuple[int, int, int], flips: tuple[bool, bool, bool]
 ) -> np.ndarray:
     """A (Z, Y, X) view of the stored array."""
@@ -582,7 +605,7 @@ def _window(
     return (float(np.floor(first + 0.5)) if step == 1.0 else first), step, grid.size
 
 
-def _foreground(file: VolumeFile, volume: np.ndarray) -> list[tuple[float, float]]:
+def foreground(file: VolumeFile, volume: np.ndarray) -> list[tuple[float, float]]:
     """Bounding box of the body in an oriented volume: first and last index per axis."""
     strides = [max(1, length // 64) for length in volume.shape]
     coarse = _values(file, volume[tuple(slice(None, None, s) for s in strides)])

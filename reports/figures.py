@@ -274,8 +274,9 @@ def domain_montage(
     structures: Sequence[Structure],
     publishable: bool = True,
     columns: int = 6,
+    volumes: Sequence[Sequence[float]] = (),
 ) -> Path:
-    """Slices of one domain with label contours, and how its intensities are distributed.
+    """Slices of one domain with label contours, its intensities, and the volumes of structures.
 
     The histogram has one line per slice, so that a case that is normalised unlike the others
     stands out. Pixels at the lower limit (air, padding) are left out: they would hide the rest.
@@ -287,6 +288,7 @@ def domain_montage(
         structures: the classes.
         publishable: False stamps the figure as not for redistribution.
         columns: slices in a row.
+        volumes: ml of each structure in each case, one dot each; none draws no such chart.
 
     Returns:
         The path.
@@ -305,7 +307,10 @@ def domain_montage(
         _gray(cell, image)
         _contours(cell, label, structures)
         cell.set_title(caption, fontsize=7.5, color=INK, pad=3)
-    chart = figure.add_subplot(grid[count, :])
+    below = grid[count, :].subgridspec(
+        1, 2 if volumes else 1, width_ratios=(5, 3)[: 1 + bool(volumes)]
+    )
+    chart = figure.add_subplot(below[0, 0])
     edges = np.linspace(-0.99, 1, 65)
     for image, _, _ in slices:
         counts, _ = np.histogram(image, edges)
@@ -320,10 +325,30 @@ def domain_montage(
         color=INK,
     )
     chart.set_ylabel("density", fontsize=8, color=INK)
+    _plain(chart)
+    if volumes:
+        _volumes(figure.add_subplot(below[0, 1]), volumes, structures)
+    return _save(figure, path, title, _keys(structures), publishable)
+
+
+def _volumes(
+    chart: Any, volumes: Sequence[Sequence[float]], structures: Sequence[Structure]
+) -> None:
+    """A row of dots for each structure, the first on top."""
+    for row, (structure, ml) in enumerate(zip(structures, volumes, strict=True)):
+        chart.plot(ml, [row] * len(ml), "|", color=structure.color, ms=9, mew=1.2)
+    chart.set_yticks(range(len(structures)), [structure.name for structure in structures])
+    chart.set_ylim(len(structures) - 0.5, -0.5)
+    chart.set_xlim(left=0)
+    chart.set_xlabel("volume in ml, one line per case", fontsize=8, color=INK)
+    _plain(chart)
+
+
+def _plain(chart: Any) -> None:
+    """Axes without a box."""
     chart.tick_params(labelsize=7, colors=FAINT)
     for side in ("top", "right"):
         chart.spines[side].set_visible(False)
-    return _save(figure, path, title, _keys(structures), publishable)
 
 
 # --- parts -----------------------------------------------------------------------------------

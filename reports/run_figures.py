@@ -178,7 +178,9 @@ def draw_prediction(
 
 
 def draw_dataset(dataset: Dataset, grid: Grid, out: Path, columns: int = 6) -> list[Path]:
-    """One montage a domain: slices of all splits with label contours, and intensities.
+    """One montage a domain: slices of all splits with contours, intensities, and volumes.
+
+    Volumes are those of all labelled cases on the working grid, inside of its window.
 
     Args:
         dataset: what to show.
@@ -218,6 +220,23 @@ def draw_dataset(dataset: Dataset, grid: Grid, out: Path, columns: int = 6) -> l
                 dataset.structures,
                 dataset.publishable,
                 columns,
+                _volumes(cache, dataset, domain, grid),
             )
         )
     return files
+
+
+def _volumes(
+    cache: SliceCache, dataset: Dataset, domain: str, grid: Grid
+) -> list[tuple[float, ...]]:
+    """ml of each structure in each labelled case; empty where no case has a label."""
+    reading, structures = dataset.reading_of(domain), dataset.structures_of(domain)
+    rows = []
+    for case in dataset.cases(domain):
+        if case.label is None:
+            continue
+        spacing = cache.image(case.unlabelled(), reading, grid).placement.grid_spacing
+        labels = np.asarray(cache.label(case, reading, grid, structures).open())
+        counts = np.bincount(labels.ravel(), minlength=len(structures) + 1)[1:]
+        rows.append([float(count * np.prod(spacing) / 1000) for count in counts])
+    return list(zip(*rows, strict=True))

@@ -181,6 +181,72 @@ def test_data_prepare_check_and_show(call: Call, phantom_root: Path) -> None:
     assert {p.name for p in Path("pictures").iterdir()} == {"phantom_ct.png", "phantom_mr.png"}
 
 
+def test_check_tells_problems_from_warnings(call: Call, phantom_root: Path, tmp_path: Path) -> None:
+    """A warning does not fail the command; a problem does, once everything has been told."""
+    root = tmp_path / "data"
+    shutil.copytree(phantom_root, root)
+    where = ["data", "check", "phantom", "--data-root", root, "--jobs=1", "--out=found.csv"]
+    label = root / "ct_train" / "ct_train_1001_label.nii.gz"
+    image = nib.load(label)
+    voxels = np.asarray(image.dataobj)
+    nib.save(nib.Nifti1Image(np.where(voxels == 820, 0, voxels), image.affine), label)
+    code, out, err = call(*where)
+    assert code == 0, err
+    (told,) = [line for line in out.splitlines() if line.startswith("warning")]
+    assert (
+        told.startswith(f"warning (structure missing): {label} has no AA") and "1 warning:" in out
+    )
+    (root / "mr_train" / "mr_train_1007_image.nii.gz").write_bytes(b"cut off")
+    result = call(*where)
+    refused(result, "1 of 6 cases", "cannot be used", "1 warning;")
+    assert "problem (image): " in result[1] and "warning (structure missing): " in result[1]
+    table = Path("found.csv").read_text().splitlines()
+    assert [line.split(",")[:3] for line in table[1:]] == [
+        ["problem", "image", "mr_1007"],
+        ["warning", "structure missing", "ct_1001"],
+    ]
+
+
+def test_fingerprint_tells_whether_two_copies_are_the_same(
+    call: Call, phantom_root: Path, tmp_path: Path
+) -> None:
+    where = ["data", "fingerprint", "phantom", "--jobs=1", "--data-root"]
+    code, out, err = call(*where, phantom_root, "--out=sum.yaml")
+    assert code == 0 and "ct: 3 cases (1 train, 1 val, 1 test)" in out, err
+    copy = shutil.copytree(phantom_root, tmp_path / "copy")
+    code, out, err = call(*where, copy, "--against=sum.yaml")
+    assert code == 0 and "The same cases in the same splits" in out, err
+    label = copy / "mr_train" / "mr_train_1007_label.nii.gz"
+    volume = nib.load(label)
+    nib.save(nib.Nifti1Image(np.asarray(volume.dataobj)[:, ::-1], volume.affine), label)
+    result = call(*where, copy, "--against=sum.yaml")
+    refused(result, "are not those of sum.yaml")
+    assert "only here (mr_1007)." in result[1] and " of ct" not in result[1].split("\n\n")[-1]
+    refused(call(*where, phantom_root, "--out=sum.txt"), "--out sum.txt")
+    refused(call(*where, phantom_root, "--against=nothing.json"), "--against")
+
+
+@pytest.mark.slow
+def test_export_writes_data_and_a_run_s_predictions(call: Call, phantom_root: Path) -> None:
+    where = ["--data-root", phantom_root]
+    run = ["run", "--method=source_only", "--dataset=phantom", *where, *SMALL, "--no-mlflow"]
+    code, _, err = call(*run)
+    assert code == 0, err
+    (done,) = Path("runs").glob("phantom/source_only/*/done")
+    command = ["data", "export", "phantom", *where, "--to=nn", "--jobs=1"]
+    code, out, err = call(*command, "--run", done.parent.name)
+    assert code == 0, err
+    assert "Dataset502_phantom_ct: 3 cases" in out and "predictions of 1 test cases" in out
+    (predicted,) = Path("nn/predictions").rglob("*.nii.gz")
+    assert predicted.parts[2] == "Dataset502_phantom_ct" and predicted.name == "1003.nii.gz"
+    assert predicted.parent.name == f"source_only_{done.parent.name}"
+    classes = np.unique(np.asarray(nib.load(predicted).dataobj))
+    assert set(classes.tolist()) <= set(range(5))
+    assert call(*command)[0] == 0  # again, nothing to do
+    refused(call(*command, "--link"), "other files or settings")
+    refused(call(*command, "--run", "nothing"), "--run nothing")
+
+
 def test_a_file_is_enough_for_a_method(call: Call, tmp_path: Path) -> None:
     plugin = tmp_path / "mine.py"
     plugin.write_text(

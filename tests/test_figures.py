@@ -132,6 +132,19 @@ def test_pixels_that_are_not_square_are_drawn_so(tmp_path: Path) -> None:
     assert flat < area  # the outline of an ellipse half as high is shorter
 
 
+def test_volumes_of_structures_are_dots_in_their_colours(tmp_path: Path) -> None:
+    """Cases of many volumes draw more; the chart is to the right, below the slices."""
+    none = montage(tmp_path / "none.png")
+    few = montage(tmp_path / "few.png", volumes=[[100.0], [50.0]])
+    many = montage(tmp_path / "many.png", volumes=[[100.0], [20.0, 50.0, 80.0, 140.0]])
+    assert pixels(few, GREEN) == pytest.approx(pixels(many, GREEN), rel=0.02)
+    assert pixels(many, BLUE) > pixels(few, BLUE) + 30
+    corner = np.s_[-drawn(many).shape[0] // 3 : -60, 2 * drawn(many).shape[1] // 3 :]
+    blue = np.abs(drawn(many) - np.array(matplotlib.colors.to_rgb(BLUE))).max(-1) < 0.12
+    assert blue[corner].sum() > 60
+    assert none.is_file()
+
+
 def test_a_missing_picture_leaves_its_place_empty(tmp_path: Path) -> None:
     rows = {"source": stack(4), "restyled": stack(2)}
     assert picture_grid(tmp_path / "a.png", rows).is_file()

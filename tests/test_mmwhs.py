@@ -372,8 +372,8 @@ def test_check_refuses_values_outside_the_map(
         cli.main()
     out, err = capsys.readouterr()
     assert end.value.code == 2 and "1 of 40 cases" in err
-    (line,) = (line for line in out.splitlines() if "PROBLEM" in line)
-    assert line.startswith("ct_1005") and "label value(s) 430" in line
+    (line,) = (line for line in out.splitlines() if line.startswith("problem"))
+    assert str(path) in line and "label value(s) 430" in line
     assert "421, a stray value" in out
 
 
@@ -399,10 +399,9 @@ def test_check_refuses_a_label_that_lies_otherwise(root: Path, tmp_path: Path) -
             crossed = nib.load(names[1])
             crossed.set_sform(None, 0)
             nib.save(crossed, names[1])
-    reports = check_dataset(One(tmp_path), Grid(32, 10.0), Progress(enabled=False))
-    problems = {report.case.id: report.problem for report in reports}
-    assert problems["ct_1001"] == ""
-    assert "lies as" in problems["mr_1001"] and "resample the label" in problems["mr_1001"]
+    _, findings = check_dataset(One(tmp_path), Progress(enabled=False))
+    assert [finding.cases for finding in findings] == [("mr_1001",)] and findings[0].problem
+    assert "lies as" in findings[0].text and "resample the label" in findings[0].text
 
 
 @pytest.mark.parametrize("direction", MMWHS.directions)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import pytest
 
+from glua_bench.cache import SliceCache
 from glua_bench.console import Progress
-from glua_bench.reports.run_figures import draw_run
+from glua_bench.datasets.phantom import Phantom
+from glua_bench.reports import run_figures
+from glua_bench.reports.run_figures import draw_dataset, draw_run
 from glua_bench.runs import RunRequest, execute, plan
+from glua_bench.task import Case, Grid
 
 SMALL = ("segmenter.width=4", "segmenter.depth=3", "grid.size=32", "grid.spacing=7", "batch_size=2")
 
@@ -45,3 +51,35 @@ def test_what_a_method_shows_is_drawn(
     assert {file.name for file in drawn.iterdir()} == expected
     for name in expected:
         assert matplotlib.image.imread(drawn / name)[..., :3].std() > 0.05
+
+
+def test_a_dataset_is_drawn_with_the_volumes_of_its_structures(
+    phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All labelled cases count, also those of which no slice is shown."""
+
+    class OneBare(Phantom):
+        def cases(self, domain: str) -> tuple[Case, ...]:
+            cases = super().cases(domain)
+            return tuple(replace(c, label=None) if c.id == "ct_1001" else c for c in cases)
+
+    told = {}
+
+    def watched(path: Path, *arguments: Any) -> Path:
+        told[path.name] = arguments[-1]
+        return domain_montage(path, *arguments)
+
+    domain_montage = run_figures.domain_montage
+    monkeypatch.setattr(run_figures, "domain_montage", watched)
+    grid = Grid(64, 3.5, 4.0)
+    files = draw_dataset(OneBare(phantom_root), grid, tmp_path, columns=1)
+    assert [file.name for file in files] == ["phantom_mr.png", "phantom_ct.png"]
+    assert {name: [len(row) for row in rows] for name, rows in told.items()} == {
+        "phantom_mr.png": [3] * 4,
+        "phantom_ct.png": [2] * 4,
+    }
+    case = Phantom(phantom_root).cases("mr")[0]
+    reading = Phantom.reading
+    labels = SliceCache().label(case, reading, grid, Phantom.structures).open()
+    expected = (labels == 3).sum() * 4.0 * 3.5 * 3.5 / 1000
+    assert told["phantom_mr.png"][2][0] == pytest.approx(expected, rel=0.01) and expected > 40

@@ -1,0 +1,59 @@
+"""What a check finds: which cases, why, and what to do about it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from glua_bench.errors import DataError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, or looks as if it were.
+
+    Args:
+        check: which check found it, e.g. "same image".
+        cases: ids of the cases it is about, sorted; empty where it is about whole domains.
+        text: one sentence with the reason and what to do.
+        problem: the cases cannot be used as they are; otherwise it is a warning.
+    """
+
+    check: str
+    cases: tuple[str, ...]
+    text: str
+    problem: bool = False
+
+    @property
+    def severity(self) -> str:
+        """ "problem" or "warning"."""
+        return "problem" if self.problem else "warning"
+
+
+def write_findings(path: Path, findings: Sequence[Finding]) -> None:
+    """Write findings as CSV: severity, check, cases (separated by blanks), text.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8", newline="") as stream:
+            table = csv.writer(stream)
+            table.writerow(["severity", "check", "cases", "text"])
+            for found in findings:
+                table.writerow([found.severity, found.check, " ".join(found.cases), found.text])
+    except OSError as error:
+        raise DataError(
+            f"--out {path} cannot be written ({error.strerror}); choose another."
+        ) from error
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """Some names in words: "a", "a and b", "a, b, c and 4 more"."""
+    names = list(names)
+    if len(names) > most:
+        return f"{', '.join(names[:most])} and {len(names) - most} more"
+    return " and ".join([*([", ".join(names[:-1])] if names[:-1] else []), *names[-1:]])

@@ -1,0 +1,355 @@
+"""A dataset and a run's predictions as nnU-Net v2 keeps raw data, splits and predictions.
+
+Each domain becomes a dataset of nnU-Net, because nnU-Net knows no domains: trained on the target's
+it is a supervised upper bound, trained on the source's and applied to the target's `imagesTs` a
+lower one. Below the directory of the export lie
+
+    nnUNet_raw/Dataset501_NAME_DOMAIN/           dataset.json, imagesTr, labelsTr, imagesTs,
+                                                 labelsTs, splits_final.json
+    nnUNet_preprocessed/Dataset501_NAME_DOMAIN/  splits_final.json, where nnU-Net looks for it
+    predictions/Dataset501_NAME_DOMAIN/METHOD_ID/
+
+so that nnU-Net runs once its environment variables name the first two. Classes are 1 to K in the
+dataset's order. Training and validation cases go to `imagesTr`; the one fold of
+`splits_final.json` tells them apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from glua_bench import __version__
+from glua_bench.cache import file_digest
+from glua_bench.console import Progress
+from glua_bench.errors import ConfigError, DataError, RunFailure
+from glua_bench.formats import VolumeFile, open_volume
+from glua_bench.parallel import side_by_side
+from glua_bench.task import Case, Dataset, Reading, Structure
+from glua_bench.volumes import apart, frame, read_label_volume, save_volume
+
+ENDING = ".nii.gz"
+RAW, PREPROCESSED, PREDICTIONS = "nnUNet_raw", "nnUNet_preprocessed", "predictions"
+# What a folder was made of; a folder without it is somebody else's.
+RECORD = "glua-bench.json"
+_SAME_PLACE = 0.05  # of a voxel's side
+FIRST, LAST = 501, 999  # numbers below are those of published models
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One domain's folder.
+
+    Args:
+        folder: the dataset of nnU-Net.
+        cases: cases in it.
+        left_out: cases without a label, which nnU-Net has no place for.
+        mebibytes: size of the files in it, where they are not links.
+    """
+
+    folder: Path
+    cases: int
+    left_out: int
+    mebibytes: float
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One case on its way."""
+
+    case: Case
+    reading: Reading
+    structures: tuple[Structure, ...]
+    folder: Path
+    link: bool
+
+
+def export(
+    dataset: Dataset, to: Path, number: int, link: bool, jobs: int, progress: Progress
+) -> list[Exported]:
+    """Write every domain of a dataset as a dataset of nnU-Net.
+
+    A file appears complete or not at all; a call that ended early goes on when it is given again,
+    and nothing that is there is overwritten. Images are copied (or linked) byte by byte where
+    nnU-Net reads them as this harness does: NIfTI, compressed, with the spacing of the header and
+    one geometry in it. Others are written anew.
+
+    Args:
+        dataset: a prepared one.
+        to: the directory of the export.
+        number: of the first domain; the others count on.
+        link: symbolic links instead of copies.
+        jobs: processes.
+        progress: what the user sees.
+
+    Raises:
+        ConfigError: the numbers are not free, or a folder holds another export.
+        DataError: a case cannot be used.
+        RunFailure: the directory cannot be written.
+    """
+    folders = [folder_of(dataset, domain, to, number) for domain in dataset.domains()]
+    cases = {domain: dataset.cases(domain) for domain in dataset.domains()}
+    work = []
+    for domain, folder in zip(dataset.domains(), folders, strict=True):
+        labelled = [case for case in cases[domain] if case.label is not None]
+        _begin(folder, dataset, domain, labelled, link)
+        reading, structures = dataset.reading_of(domain), tuple(dataset.structures_of(domain))
+        work += [_Job(case, reading, structures, folder, link) for case in labelled]
+    progress.stage("export", len(work))
+    for done, _ in enumerate(side_by_side(_export_case, work, jobs), start=1):
+        progress.update(done)
+    made = []
+    for domain, folder in zip(dataset.domains(), folders, strict=True):
+        labelled = [case for case in cases[domain] if case.label is not None]
+        _finish(folder, dataset, domain, labelled)
+        files = [file for file in folder.rglob(f"*{ENDING}") if not file.is_symlink()]
+        size = sum(file.stat().st_size for file in files) / 2**20
+        left_out = len(cases[domain]) - len(labelled)
+        made.append(Exported(folder, len(labelled), left_out, size))
+    return made
+
+
+def export_predictions(
+    dataset: Dataset,
+    domain: str,
+    predictions: Path,
+    folder: Path,
+    jobs: int,
+    progress: Progress,
+) -> int:
+    """Write a run's predictions of a domain's test cases as nnU-Net names and numbers them.
+
+    Args:
+        dataset: what the run was trained on.
+        domain: the run's target.
+        predictions: the run's label volumes, with the dataset's raw values.
+        folder: where to; what is there is kept.
+        jobs: processes.
+        progress: what the user sees.
+
+    Returns:
+        How many cases.
+
+    Raises:
+        DataError: a prediction is missing or cannot be read.
+        RunFailure: the directory cannot be written.
+    """
+    reading, structures = dataset.reading_of(domain), tuple(dataset.structures_of(domain))
+    work = []
+    for case in dataset.split(domain, "test"):
+        predicted = Case(
+            case.id,
+            domain,
+            case.image,
+            predictions / f"{case.id}{ENDING}",
+            case.split,
+            case.subject,
+        )
+        work.append(_Job(predicted, reading, structures, folder, link=False))
+    progress.stage("export predictions", len(work))
+    for done, _ in enumerate(side_by_side(_export_prediction, work, jobs), start=1):
+        progress.update(done)
+    return len(work)
+
+
+def folder_of(dataset: Dataset, domain: str, to: Path, number: int) -> Path:
+    """The folder of a domain below the directory of an export.
+
+    Raises:
+        ConfigError: the number is none of nnU-Net's, or another dataset there has it.
+    """
+    own = number + dataset.domains().index(domain)
+    if not 1 <= own <= LAST:
+        raise ConfigError(
+            f"--number {number} leads to dataset {own}; give one of {FIRST} to {LAST}, so that all "
+            "domains have three digits."
+        )
+    name = re.sub(r"\W+", "_", f"{dataset.name}_{domain}")
+    folder = to / RAW / f"Dataset{own:03d}_{name}"
+    others = [
+        other for other in sorted(folder.parent.glob(f"Dataset{own:03d}_*")) if other != folder
+    ]
+    if others:
+        raise ConfigError(
+            f"{others[0]} has the number {own} already: give another by --number, or another "
+            "directory by --to."
+        )
+    return folder
+
+
+def name_of(case: Case) -> str:
+    """A case's identifier in nnU-Net: its id without the domain, which the folder names."""
+    return case.id.removeprefix(f"{case.domain}_")
+
+
+# -- a domain -------------------------------------------------------------------------------------
+
+
+def _begin(folder: Path, dataset: Dataset, domain: str, cases: Sequence[Case], link: bool) -> None:
+    """Claim a folder for an export, or go on with one that was claimed for the same."""
+    names = [name_of(case) for case in cases]
+    if len(set(names)) < len(names):
+        raise DataError(f"Two cases of {domain} in '{dataset.name}' have one id: rename one.")
+    if not [case for case in cases if case.split != "test"]:
+        raise DataError(
+            f"Domain {domain} of '{dataset.name}' has no labelled training case, which nnU-Net "
+            "needs."
+        )
+    reading, structures = dataset.reading_of(domain), dataset.structures_of(domain)
+    record = {
+        "dataset": dataset.name,
+        "domain": domain,
+        "links": link,
+        "reading": json.loads(json.dumps(reading.identity())),
+        "values": [list(structure.values) for structure in structures],
+        "cases": {
+            name: [case.split, file_digest(case.image), file_digest(case.truth)]
+            for name, case in zip(names, cases, strict=True)
+        },
+    }
+    file = folder / RECORD
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(
+                f"{folder} is there and no export of glua-bench: choose another directory by --to."
+            ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{file} cannot be read: delete the folder, or choose another."
+        ) from error
+    else:
+        if found != record:
+            raise ConfigError(
+                f"{folder} holds an export of other files or settings: delete it, or choose "
+                "another directory by --to."
+            )
+    _put_text(file, record)
+
+
+def _finish(folder: Path, dataset: Dataset, domain: str, cases: Sequence[Case]) -> None:
+    """Write what makes the folder complete: the splits, and dataset.json last."""
+    for leftover in folder.rglob(".*"):  # of a call that was killed; nnU-Net would count them
+        leftover.unlink(missing_ok=True)
+    training = {
+        split: [name_of(c) for c in cases if c.split == split] for split in ("train", "val")
+    }
+    if training["train"] and training["val"]:
+        for place in (folder, folder.parents[1] / PREPROCESSED / folder.name):
+            _put_text(place / "splits_final.json", [training])
+    names = {"background": 0}
+    for index, structure in enumerate(dataset.structures, start=1):
+        names[structure.name] = index
+    facts = {
+        # "CT" makes nnU-Net normalise by the intensities of the whole dataset.
+        "channel_names": {"0": "CT" if domain.casefold() == "ct" else domain},
+        "labels": names,
+        "numTraining": len(training["train"]) + len(training["val"]),
+        "file_ending": ENDING,
+        "name": folder.name.split("_", 1)[1],
+        "reference": dataset.reference,
+        "description": f"Domain {domain} of {dataset.name}, written by glua-bench {__version__}.",
+    }
+    _put_text(folder / "dataset.json", facts)
+
+
+# -- a case ---------------------------------------------------------------------------------------
+
+
+def _export_case(job: _Job) -> None:
+    """Image and label of one case."""
+    part = "Ts" if job.case.split == "test" else "Tr"
+    name = name_of(job.case)
+    image = job.folder / f"images{part}" / f"{name}_0000{ENDING}"
+    label = job.folder / f"labels{part}" / f"{name}{ENDING}"
+    file = open_volume(job.case.image)
+    affine, changed = _affine(file, job.reading)
+    if not label.exists():
+        classes = read_label_volume(job.case.truth, job.case.image, job.structures, job.reading)
+        save_volume(label, classes, affine, file.codes)
+    if image.exists():
+        return
+    if changed or not _plain(file):
+        stored = file.voxels()
+        if (file.slope, file.inter) == (1, 0):
+            save_volume(image, _native(stored), affine, file.codes)
+        else:
+            save_volume(image, file.scaled(stored).astype(np.float32), affine, file.codes)
+    elif job.link:
+        _put(image, lambda path: path.symlink_to(job.case.image.resolve()))
+    else:
+        _put(image, lambda path: shutil.copyfile(job.case.image, path))
+
+
+def _export_prediction(job: _Job) -> None:
+    """The prediction of one case; in `job.case` it stands in the place of the label."""
+    target = job.folder / f"{name_of(job.case)}{ENDING}"
+    if not target.exists():
+        file = open_volume(job.case.image)
+        classes = read_label_volume(job.case.truth, job.case.image, job.structures, job.reading)
+        save_volume(target, classes, _affine(file, job.reading)[0], file.codes)
+
+
+def _affine(file: VolumeFile, reading: Reading) -> tuple[np.ndarray, bool]:
+    """The affine with the spacing that the dataset takes for right, and whether that changes it."""
+    affine, spacing, _, _ = frame(file, reading)
+    if reading.stated_spacing is None:
+        return affine, False
+    stated = affine.copy()
+    stated[:3, :3] *= np.array(spacing) / np.linalg.norm(affine[:3, :3], axis=0)
+    return stated, True
+
+
+def _plain(file: VolumeFile) -> bool:
+    """Whether other programs read the file as this one does: compressed NIfTI with one geometry."""
+    if not file.path.name.endswith(ENDING):
+        return False
+    image: Any = nib.load(file.path)
+    if image.ndim != 3 or image.header.get_xyzt_units()[0] not in ("mm", "unknown"):
+        return False
+    forms = [form for form in (image.get_qform(coded=True), image.get_sform(coded=True)) if form[1]]
+    # A quaternion may be off by a hundredth of a millimetre.
+    side = np.linalg.norm(file.affine[:3, :3], axis=0).min()
+    return all(apart(form[0], file.affine, file.shape) < _SAME_PLACE * side for form in forms)
+
+
+def _native(stored: np.ndarray) -> np.ndarray:
+    """The array in a number type that NIfTI readers have."""
+    kind = np.dtype(np.uint8) if stored.dtype.kind == "b" else stored.dtype.newbyteorder("=")
+    return stored.astype(kind, copy=False)
+
+
+# -- writing --------------------------------------------------------------------------------------
+
+
+def _put_text(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=1) + "\n"
+    _put(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+
+
+def _put(path: Path, write: Callable[[Path], object]) -> None:
+    """Let a file appear complete or not at all."""
+    unfinished = path.parent / f".{path.name}-{uuid.uuid4().hex}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(unfinished)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunFailure(
+            f"{path} cannot be written ({error.strerror or error}): free the space or choose "
+            "another directory by --to, and give the same command again."
+        ) from error
