@@ -83,12 +83,13 @@ def files(figure: Figure, stem: Path) -> list[Path]:
     with mpl.rc_context({**STYLE, "svg.hashsalt": stem.name}):
         for suffix in (".svg", ".png"):
             path = stem.with_name(stem.name + suffix)
+            # A picture by itself has a paper; the same lines in a page have the page's.
+            figure.patch.set_alpha(0.0 if suffix == ".svg" else 1.0)
             with replacing(path) as temporary:
                 figure.savefig(
                     temporary,
                     format=suffix[1:],
                     dpi=DPI,
-                    # A picture by itself has a paper; the same lines in a page have the page's.
                     facecolor="none" if suffix == ".svg" else "white",
                     metadata={"Date": None} if suffix == ".svg" else None,
                 )
