@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from glua_bench.matrix import Cell
     from glua_bench.runs import PlannedRun, RunRequest
+    from glua_bench.sweeps.study import SweepStudy
     from glua_bench.task import Dataset
     from glua_bench.tracking import Comparison
 
@@ -134,6 +135,16 @@ Processes = Annotated[
 Numbers = Annotated[
     Path | None,
     typer.Option("--out", help="Also write rows, table, intervals, pairs and ranking as CSV here."),
+]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        help="Where trials are kept: a path, or a database's URL for many machines; default is a "
+        "journal in RUNS/sweeps/NAME. Also $GLUA_BENCH_STORAGE.",
+        envvar="GLUA_BENCH_STORAGE",
+        show_envvar=False,
+    ),
 ]
 RetryFailed = Annotated[
     bool, typer.Option("--retry-failed", help="Begin again what failed earlier.")
@@ -570,9 +581,16 @@ def _show_in_tracker(groups: list[Comparison], rows: pd.DataFrame, runs_root: Pa
 @app.command()
 def report(
     runs_root: RunsRoot = Path("runs"),
-    out: Annotated[Path, typer.Option("--out", help="The directory of the report.")] = Path(
-        "report"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="The directory of the report; default: report, of a sweep its own."
+        ),
+    ] = None,
+    sweep: Annotated[
+        str | None, typer.Option("--sweep", help="The report of a sweep, by its name.")
+    ] = None,
+    storage: Storage = None,
     rows: Annotated[
         Path | None,
         typer.Option("--rows", help="A rows.parquet of a report, instead of run directories."),
@@ -611,8 +629,23 @@ def report(
     """Write a page, tables (LaTeX, CSV, Markdown) and figures (SVG, PNG) of finished runs."""
     import tempfile
 
+    if sweep is not None:
+        if rows is not None or tracker or where:
+            raise ConfigError(
+                "--sweep takes all trials of one sweep; leave --rows, --from-mlflow and --where "
+                "out, or leave --sweep out."
+            )
+        from glua_bench.sweeps import command
+
+        study, base = command.join(sweep, runs_root, storage, plugin or [], say)
+        page = _report_sweep(study, base, out or study.folder / "report")
+        say(f"Report: {page}")
+        say(f"Next:   open {page}; {command.next_command(study, base)}")
+        return
     from glua_bench.reports import report as reporting
     from glua_bench.reports import results
+
+    out = out or Path("report")
 
     chosen = results.parse_where(where or [])
     options = reporting.Options(selector, title, pictures, viewer, data_root, plugin or [])
@@ -742,18 +775,6 @@ def export(
 # -- sweep -------------------------------------------------------------------------------------
 
 
-Storage = Annotated[
-    str | None,
-    typer.Option(
-        "--storage",
-        help="Where trials are kept: a path, or a database's URL for many machines; default is a "
-        "journal in RUNS/sweeps/NAME. Also $GLUA_BENCH_STORAGE.",
-        envvar="GLUA_BENCH_STORAGE",
-        show_envvar=False,
-    ),
-]
-
-
 @app.command()
 def sweep(
     file: Annotated[
@@ -838,6 +859,28 @@ def sweep(
         )
     for line in command.conclude(study):
         say(line)
+    page = _report_sweep(study, base, study.folder / "report")
+    say(f"Report: {page}")
+    _say_browse(base)
+    say(f"Next:   {command.next_command(study, base)}")
+
+
+def _report_sweep(study: SweepStudy, base: RunRequest, out: Path) -> Path:
+    """Write a sweep's report, and show the sweep in the tracker."""
+    from glua_bench.reports import sweep_report
+    from glua_bench.sweeps import results
+    from glua_bench.tracking import MLflowMirror
+
+    found = sweep_report.Sweep(**results.collect(study, base.runs_root))
+    files = sweep_report.write(found, out)
+    for sentence in sweep_report.sentences(found)[1:]:
+        say(sentence)
+    group = results.group(study, base.runs_root) if base.mlflow else None
+    if group is not None:
+        note = "\n\n".join([*sweep_report.notices(found), *sweep_report.sentences(found)])
+        shown = [file for file in files if file.suffix in (".csv", ".png", ".html")]
+        MLflowMirror(base.runs_root, warn).nest(group, sweep_report.as_metrics(found), shown, note)
+    return files[0]
 
 
 @app.command()

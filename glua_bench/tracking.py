@@ -715,16 +715,27 @@ def mlflow_client(uri: str) -> MlflowClient:
 class Comparison:
     """Runs that are shown together in the tracker: those of one comparison on one dataset.
 
+    A group that grows, as a sweep does, says by itself what it is (`identity`, `settings`), since
+    nothing about it may follow from the runs that happen to be there.
+
     Args:
         title: what was asked for, e.g. "compare glua, sifa".
         members: entry and directory of each run, finished or not; at least one, all of one
             dataset.
         began: when the command began, in seconds since 1970.
+        identity: what tells a growing group from others; "" takes its runs.
+        settings: of the group; None takes what all runs share.
+        facts: further tags of the group, by their names after "glua_bench.".
+        complete: whether no further run is to come.
     """
 
     title: str
     members: Sequence[tuple[str, RunDirectory]]
     began: float = field(default_factory=time.time)
+    identity: str = ""
+    settings: Mapping[str, Any] | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+    complete: bool = True
 
     @property
     def dataset(self) -> str:
@@ -738,6 +749,8 @@ class Comparison:
         Runs enter by their ids, so that changed settings, data or code make another comparison,
         and old rows stay under the old one.
         """
+        if self.identity:
+            return digest(self.identity)
         return digest(sorted([entry, run.id] for entry, run in self.members))
 
     @property
@@ -758,6 +771,8 @@ class Comparison:
     @property
     def name(self) -> str:
         """A line for people, e.g. "compare glua, sifa | phantom mr-ct | 3 seeds | quick"."""
+        if self.settings is not None:
+            return _shortened(self.title, 200)
         count = len(self.seeds)
         changed = [named_changes(r.config, _method_changes(r)) for _, r in self.members]
         shared = {n: v for n, v in changed[0].items() if all(c.get(n) == v for c in changed)}
@@ -770,6 +785,12 @@ class Comparison:
                 ", ".join(filter(None, (preset, _listed(shared)))),
             )
         )
+
+    def parameters(self) -> dict[str, Any]:
+        """What the tracker shows as the group's parameters, which it never changes."""
+        if self.settings is not None:
+            return dict(self.settings)
+        return {"entries": len(self.entries), "seeds": len(self.seeds), **self.shared()}
 
     def shared(self) -> dict[str, Any]:
         """The settings that all runs share, those left out that are not part of their ids."""
@@ -939,12 +960,9 @@ class MLflowMirror:
             "glua_bench.runs": f"{done} of {len(members)} done",
             "mlflow.source.name": "glua-bench",
             "mlflow.note.content": note,
+            **{f"glua_bench.{name}": text for name, text in comparison.facts.items()},
         }
-        params = {
-            "entries": len(comparison.entries),
-            "seeds": len(comparison.seeds),
-            **comparison.shared(),
-        }
+        params = comparison.parameters()
         now = int(time.time() * 1000)
         values = {_key(name): float(value) for name, value in metrics.items()}
         client.log_batch(
@@ -966,7 +984,8 @@ class MLflowMirror:
         for file in files:
             client.log_artifact(parent_id, str(file))
         status = "FINISHED" if done == len(members) else "FAILED"
-        if parent.info.status != status:  # so that a repetition does not look like a longer run
+        # So that a repetition does not look like a longer run, and a growing group like an end.
+        if comparison.complete and parent.info.status != status:
             client.set_terminated(parent_id, status, now)
 
     def _parent(self, comparison: Comparison) -> Run:

@@ -58,7 +58,7 @@ DPI = 150
 P = ParamSpec("P")
 
 
-def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     """Draw in the style of a report, and leave everybody else's alone."""
 
     @functools.wraps(draw)
@@ -83,12 +83,13 @@ def files(figure: Figure, stem: Path) -> list[Path]:
     with mpl.rc_context({**STYLE, "svg.hashsalt": stem.name}):
         for suffix in (".svg", ".png"):
             path = stem.with_name(stem.name + suffix)
+            # A picture by itself has a paper; the same lines in a page have the page's.
+            figure.patch.set_alpha(0.0 if suffix == ".svg" else 1.0)
             with replacing(path) as temporary:
                 figure.savefig(
                     temporary,
                     format=suffix[1:],
                     dpi=DPI,
-                    # A picture by itself has a paper; the same lines in a page have the page's.
                     facecolor="none" if suffix == ".svg" else "white",
                     metadata={"Date": None} if suffix == ".svg" else None,
                 )
@@ -121,7 +122,8 @@ class Palette:
         return self._looks[entry][1]
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of a report, inches wide and high."""
     # Not through pyplot: no global state, safe in any thread.
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.patch.set_alpha(0)
@@ -129,7 +131,8 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _axes(figure: Figure, rows: int = 1, columns: int = 1, **options: Any) -> np.ndarray:
+def new_axes(figure: Figure, rows: int = 1, columns: int = 1, **options: Any) -> np.ndarray:
+    """Its panels, as an array of rows × columns."""
     found: np.ndarray = figure.subplots(rows, columns, squeeze=False, **options)
     for axes in found.flat:
         axes.patch.set_alpha(0)
@@ -147,7 +150,7 @@ def _short(entry: str, most: int = 46) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
-@_styled
+@styled
 def scores(rows: pd.DataFrame, entries: Sequence[str], palette: Palette) -> Figure:
     """Dice of every case and seed, structure by structure, and the mean over structures.
 
@@ -164,8 +167,8 @@ def scores(rows: pd.DataFrame, entries: Sequence[str], palette: Palette) -> Figu
     points = pd.concat([own, mean], ignore_index=True)
     points["entry"] = points["entry"].astype(str)
     panels = [*structures, "mean"]
-    figure = _figure(2.0 + 1.75 * len(panels), 0.9 + 0.3 * len(entries))
-    grid = _axes(figure, 1, len(panels), sharey=True)[0]
+    figure = new_figure(2.0 + 1.75 * len(panels), 0.9 + 0.3 * len(entries))
+    grid = new_axes(figure, 1, len(panels), sharey=True)[0]
     for axes, panel in zip(grid, panels, strict=True):
         part = points[points["panel"] == panel]
         sns.stripplot(
@@ -196,7 +199,7 @@ def scores(rows: pd.DataFrame, entries: Sequence[str], palette: Palette) -> Figu
     return figure
 
 
-@_styled
+@styled
 def gaps(lines: pd.DataFrame, palette: Palette) -> Figure:
     """The share of the gap that each entry recovers, with its smallest and largest seed.
 
@@ -207,8 +210,8 @@ def gaps(lines: pd.DataFrame, palette: Palette) -> Figure:
     tasks = list(dict.fromkeys(lines.index.get_level_values("task")))
     order = lines["gap recovered"].groupby("entry", observed=True).mean().dropna().sort_values()
     entries = [str(e) for e in order.index if e not in (LOWER, UPPER)]
-    figure = _figure(2.4 + 3.0 * len(tasks), 1.0 + 0.3 * len(entries))
-    for axes, task in zip(_axes(figure, 1, len(tasks), sharey=True)[0], tasks, strict=True):
+    figure = new_figure(2.4 + 3.0 * len(tasks), 1.0 + 0.3 * len(entries))
+    for axes, task in zip(new_axes(figure, 1, len(tasks), sharey=True)[0], tasks, strict=True):
         part = lines.loc[task]
         for y, entry in enumerate(entries):
             if entry not in part.index or math.isnan(part.loc[entry, "gap recovered"]):
@@ -228,7 +231,7 @@ def gaps(lines: pd.DataFrame, palette: Palette) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def cost_quality(lines: pd.DataFrame, palette: Palette) -> Figure:
     """Dice over the seconds of training; the area of a mark grows with memory.
 
@@ -237,9 +240,9 @@ def cost_quality(lines: pd.DataFrame, palette: Palette) -> Figure:
         palette: colours and markers.
     """
     tasks = list(dict.fromkeys(lines.index.get_level_values("task")))
-    figure = _figure(1.0 + 4.2 * len(tasks), 3.6)
+    figure = new_figure(1.0 + 4.2 * len(tasks), 3.6)
     largest = float(lines["peak MiB"].max())
-    for axes, task in zip(_axes(figure, 1, len(tasks), sharey=True)[0], tasks, strict=True):
+    for axes, task in zip(new_axes(figure, 1, len(tasks), sharey=True)[0], tasks, strict=True):
         shown = lines.loc[task].dropna(subset="training s").sort_values("training s")
         middle = math.sqrt(shown["training s"].min() * shown["training s"].max())
         for index, (entry, row) in enumerate(shown.iterrows()):
@@ -275,7 +278,7 @@ def cost_quality(lines: pd.DataFrame, palette: Palette) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def learning(
     checkpoints: pd.DataFrame, chosen: pd.DataFrame, entries: Sequence[str], palette: Palette
 ) -> Figure:
@@ -292,7 +295,7 @@ def learning(
     columns = min(4, len(entries))
     rows = -(-len(entries) // columns)
     selectors = [str(s) for s in chosen["selector"].unique() if s != ORACLE]
-    figure = _figure(1.3 + 2.5 * columns, rows * (1.5 + 0.13 * len(selectors)) + 0.6)
+    figure = new_figure(1.3 + 2.5 * columns, rows * (1.5 + 0.13 * len(selectors)) + 0.6)
     outer = figure.add_gridspec(rows, columns)
     own = checkpoints.astype({"entry": str, "selector": str})
     chosen = chosen.astype({"entry": str, "selector": str})
@@ -352,7 +355,7 @@ def learning(
     return figure
 
 
-@_styled
+@styled
 def selector_regret(regret: pd.DataFrame) -> Figure:
     """What choosing by each selector gives away, a dot a run, a line at the mean.
 
@@ -361,8 +364,8 @@ def selector_regret(regret: pd.DataFrame) -> Figure:
     """
     tasks = sorted(regret["task"].astype(str).unique())
     order = regret.groupby("selector")["regret"].mean().sort_values().index.astype(str).tolist()
-    figure = _figure(1.8 + 2.8 * len(tasks), 1.0 + 0.28 * len(order))
-    for axes, task in zip(_axes(figure, 1, len(tasks), sharey=True)[0], tasks, strict=True):
+    figure = new_figure(1.8 + 2.8 * len(tasks), 1.0 + 0.28 * len(order))
+    for axes, task in zip(new_axes(figure, 1, len(tasks), sharey=True)[0], tasks, strict=True):
         part = regret[regret["task"] == task].assign(regret=lambda d: 100 * d["regret"])
         part = part.astype({"selector": str})
         sns.stripplot(
@@ -387,7 +390,7 @@ def selector_regret(regret: pd.DataFrame) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def rank_stability(shares: pd.DataFrame, palette: Palette) -> Figure:
     """How often each entry has each rank in resamples, as areas.
 
@@ -396,8 +399,8 @@ def rank_stability(shares: pd.DataFrame, palette: Palette) -> Figure:
         palette: colours and markers.
     """
     entries = [str(entry) for entry in shares.index]
-    figure = _figure(2.2 + 0.34 * len(entries), 1.0 + 0.3 * len(entries))
-    axes = _axes(figure)[0, 0]
+    figure = new_figure(2.2 + 0.34 * len(entries), 1.0 + 0.3 * len(entries))
+    axes = new_axes(figure)[0, 0]
     for y, entry in enumerate(entries):
         row = shares.iloc[y]
         axes.scatter(
@@ -411,7 +414,7 @@ def rank_stability(shares: pd.DataFrame, palette: Palette) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def critical_difference(
     mean_ranks: pd.Series, p_values: pd.DataFrame, palette: Palette, p: float
 ) -> Figure:
@@ -426,8 +429,8 @@ def critical_difference(
     import scikit_posthocs
 
     names = {entry: _short(str(entry), 30) for entry in mean_ranks.index}
-    figure = _figure(7.4, 1.3 + 0.16 * len(names))
-    axes = _axes(figure)[0, 0]
+    figure = new_figure(7.4, 1.3 + 0.16 * len(names))
+    axes = new_axes(figure)[0, 0]
     scikit_posthocs.critical_difference_diagram(
         mean_ranks.rename(names),
         p_values.rename(index=names, columns=names),
@@ -446,7 +449,7 @@ def critical_difference(
     return figure
 
 
-@_styled
+@styled
 def heat_map(table: pd.DataFrame) -> Figure:
     """Entries × cases: mean Dice over structures and seeds.
 
@@ -455,11 +458,11 @@ def heat_map(table: pd.DataFrame) -> Figure:
     """
     entries, cases = list(table.index.astype(str)), list(table.columns.astype(str))
     written = len(cases) <= 16 and len(entries) <= 40
-    figure = _figure(
+    figure = new_figure(
         2.6 + (0.62 if written else max(0.1, 6.0 / len(cases))) * len(cases),
         1.1 + 0.27 * len(entries),
     )
-    axes = _axes(figure)[0, 0]
+    axes = new_axes(figure)[0, 0]
     drawn = axes.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     if written:
         for y, values in enumerate(table.to_numpy()):
@@ -481,7 +484,7 @@ def heat_map(table: pd.DataFrame) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def curve(points: pd.DataFrame, setting: str, controls: Mapping[str, pd.DataFrame]) -> Figure:
     """Dice over the values of one setting: dots are seeds, the line joins their means.
 
@@ -491,9 +494,9 @@ def curve(points: pd.DataFrame, setting: str, controls: Mapping[str, pd.DataFram
         controls: name → task, seed, dice of variants that have no value on the axis.
     """
     tasks = sorted(points["task"].unique())
-    figure = _figure(1.2 + 3.7 * len(tasks), 3.3)
+    figure = new_figure(1.2 + 3.7 * len(tasks), 3.3)
     default = sorted(points.loc[~points["changed"], "value"].unique())
-    for axes, task in zip(_axes(figure, 1, len(tasks))[0], tasks, strict=True):
+    for axes, task in zip(new_axes(figure, 1, len(tasks))[0], tasks, strict=True):
         part = points[points["task"] == task]
         mean = part.groupby("value")["dice"].mean()
         axes.plot(part["value"], part["dice"], "o", color=COLOURS[0], ms=3.5, alpha=0.5)

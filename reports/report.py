@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import math
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from glua_bench import __version__
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.registry import Registry
 from glua_bench.reports import (
@@ -24,11 +20,10 @@ from glua_bench.reports import (
     published,
     report_tables,
     statistics,
-    tables,
 )
 from glua_bench.reports.comparison import UPPER
+from glua_bench.reports.page import PageWriter, Section, file_name, make_folders, render, slug
 from glua_bench.reports.results import ORACLE, Results, plain
-from glua_bench.reports.tables import Table
 from glua_bench.task import Dataset
 from glua_bench.tracking import replacing, write_text
 
@@ -61,25 +56,6 @@ class Options:
     plugins: Sequence[Path] = ()
 
 
-@dataclass
-class Section:
-    """A part of the page.
-
-    Args:
-        id: its anchor.
-        title: its heading.
-        intro: what is in it, a sentence or two.
-        blocks: tables and drawings, in order.
-        level: of the heading.
-    """
-
-    id: str
-    title: str
-    intro: str = ""
-    blocks: list[dict[str, Any]] = field(default_factory=list)
-    level: int = 2
-
-
 def write(
     results: Results, out: Path, options: Options, report: Callable[[str], None] = lambda text: None
 ) -> list[Path]:
@@ -103,13 +79,7 @@ def write(
             f"--selector {options.selector} chose no checkpoint of these runs; use one of "
             f"{', '.join(sorted(known))}."
         )
-    try:
-        for folder in (out, out / "tables", out / "figures"):
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{out} cannot be written ({error.strerror}); choose another --out directory."
-        ) from error
+    make_folders(out)
     writer = _Writer(results, out, options, report)
     sections = writer.sections()
     page = out / "report.html"
@@ -132,14 +102,14 @@ def summary(results: Results, options: Options) -> list[str]:
     ]
 
 
-class _Writer:
+class _Writer(PageWriter):
     """Builds the parts of a report and writes their files."""
 
     def __init__(
         self, results: Results, out: Path, options: Options, report: Callable[[str], None]
     ) -> None:
-        self.results, self.out, self.options, self.report = results, out, options, report
-        self.files: list[Path] = []
+        super().__init__(out)
+        self.results, self.options, self.report = results, options, report
         self.palette = charts.Palette([str(e) for e in results.rows["entry"].unique()])
         self.notices = results.notices
         selector = options.selector
@@ -159,40 +129,6 @@ class _Writer:
         found.append(self._provenance())
         return [section for section in found if section.blocks or section.id == "answers"]
 
-    # Blocks.
-
-    def table(self, table: Table) -> dict[str, Any]:
-        """Write a table in all its forms."""
-        stem = self.out / "tables" / _file_name(table.name)
-        for suffix, text in (
-            (".tex", tables.latex(table)),
-            (".md", tables.markdown(table)),
-            (".csv", table.frame().to_csv(index=False)),
-        ):
-            path = stem.with_name(stem.name + suffix)
-            write_text(path, text)
-            self.files.append(path)
-        return {"kind": "table", "table": table, "name": stem.name}
-
-    def chart(self, name: str, caption: str, figure: Any) -> dict[str, Any]:
-        """Write a chart, and give its lines to the page."""
-        stem = self.out / "figures" / _file_name(name)
-        written = charts.files(figure, stem)
-        self.files += written
-        return {
-            "kind": "chart",
-            "name": stem.name,
-            "caption": caption,
-            "svg": _inline(written[0].read_text(encoding="utf-8")),
-        }
-
-    def picture(self, path: Path, caption: str) -> dict[str, Any]:
-        """A PNG for the page."""
-        data = base64.b64encode(path.read_bytes()).decode()
-        return {"kind": "picture", "data": data, "caption": caption}
-
-    # Sections.
-
     def _answers(self) -> Section:
         lines = self.lines
         section = Section("answers", "In short")
@@ -211,14 +147,14 @@ class _Writer:
         selector, results = self.options.selector, self.results
         self.report(f"{task}: tables and tests")
         rows = plain(results.of(task, selector))
-        section = Section(f"task-{_slug(task)}", task)
+        section = Section(f"task-{slug(task)}", task)
         section.blocks.append(self.table(report_tables.main(results, task, selector)))
         dataset, _, direction = task.partition(" ")
         context = published.context(dataset, direction)
         if context is not None:
             section.blocks.append({**self.table(context), "context": True})
         entries = self.entries[task]
-        name = _file_name(task)
+        name = file_name(task)
         if len(entries) <= MOST_ENTRIES_DRAWN:
             section.blocks.append(
                 self.chart(
@@ -268,7 +204,7 @@ class _Writer:
     def _ablation(self, method: str) -> Section:
         selector, results = self.options.selector, self.results
         section = Section(
-            f"ablation-{_slug(method)}",
+            f"ablation-{slug(method)}",
             f"Ablation of {method}",
             "One thing changed at a time. Nothing here was chosen by these numbers: they come "
             "from target labels.",
@@ -354,7 +290,7 @@ class _Writer:
                 chosen = rows[["entry", "seed", "selector", "step"]].drop_duplicates()
                 section.blocks.append(
                     self.chart(
-                        f"learning_{_file_name(task)}",
+                        f"learning_{file_name(task)}",
                         f"{task}: Dice on source validation over training, and what each selector "
                         "chose.",
                         charts.learning(scores, chosen, entries, self.palette),
@@ -381,7 +317,7 @@ class _Writer:
             if not shown:
                 self.notices.append(f"{task}: the runs here keep no predictions to draw.")
                 continue
-            stem = self.out / "figures" / f"side_by_side_{_file_name(task)}"
+            stem = self.out / "figures" / f"side_by_side_{file_name(task)}"
             paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]
             entries = self.entries[task]
             case_pictures.draw(paths, shown, entries, dataset)
@@ -431,22 +367,13 @@ class _Writer:
 
 
 def _page(results: Results, sections: Sequence[Section], options: Options) -> str:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("glua_bench.reports", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["sortable"] = _sortable
-    return environment.get_template("report.html").render(
+    return render(
+        "report.html",
         title=options.title,
         summary=summary(results, options),
         notices=results.notices,
         protocols={task: _protocol(results, task) for task in results.tasks},
         sections=sections,
-        version=__version__,
         oracle=ORACLE,
         selector=options.selector,
     )
@@ -465,28 +392,6 @@ def _protocol(results: Results, task: str) -> list[tuple[str, str]]:
     shared.pop("data", None)
     shared.pop("selector", None)
     return list(shared.items())
-
-
-def _sortable(table: Table, row: int, column: int) -> str:
-    """What a column is sorted by."""
-    value = table.columns[column].values[row]
-    if isinstance(value, str):
-        return value
-    return "" if math.isnan(value) else repr(float(value))
-
-
-def _inline(svg: str) -> str:
-    """A chart's lines for the page: without the file's head, in the page's own colours."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
-    for colour, name in ((charts.INK, "ink"), (charts.FAINT, "faint"), (charts.LINE, "line")):
-        svg = svg.replace(colour, f"var(--{name})")
-    # The page decides the size; the drawing keeps its shape.
-    head, _, rest = svg.partition(">")
-    width = re.search(r'width="([\d.]+)pt"', head)
-    head = re.sub(r' (?:width|height)="[\d.]+pt"', "", head)
-    points = float(width[1]) if width else 600.0
-    return f'{head} style="width:{points * 4 / 3:.0f}px" role="img">{rest}'
 
 
 def _terms(dataset: Dataset) -> str:
@@ -510,12 +415,3 @@ def _viewer(viewed: dict[str, tuple[Dataset, list[case_pictures.ComparedCase]]])
             for case in cases
         ]
     )
-
-
-def _file_name(name: str) -> str:
-    """A name that every file system takes."""
-    return re.sub(r"[^\w.+-]+", "_", name).strip("._") or "unnamed"
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "task"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from glua_bench.sweeps import definition as definitions
 from glua_bench.sweeps.definition import Definition
 from glua_bench.sweeps.launch import Crew, worker_words
 from glua_bench.sweeps.progress import Display, shown
+from glua_bench.sweeps.results import chosen_trial
 from glua_bench.sweeps.study import Claim, SweepStudy, counting, folder_of, free_name
 from glua_bench.sweeps.trial import Outcome, See, execute, requests
 from glua_bench.sweeps.worker import Done, work
@@ -199,9 +200,35 @@ def conclude(study: SweepStudy) -> list[str]:
             lines.append(f"  {values}  {shown(trial.params)}")
         return lines
     chosen = max(complete, key=lambda t: t.values[0])
-    words = " ".join(f"--set method.{name}={value}" for name, value in chosen.params.items())
     return [
         f"Chosen by {objectives[0]}{stamp}: {shown(chosen.params)} "
         f"({objectives[0]} {chosen.values[0]:.4g}, trial {chosen.number} of {len(trials)})",
-        f"Use it: {words}",
+        f"Use it: {words_of(chosen.params)}",
     ]
+
+
+def words_of(params: Mapping[str, Any]) -> str:
+    """The options that give these settings to a run."""
+    return " ".join(f"--set method.{name}={value}" for name, value in params.items())
+
+
+def next_command(study: SweepStudy, base: RunRequest) -> str:
+    """The command that tries what was chosen with a seed that the search has not used."""
+    definition, chosen = study.definition, chosen_trial(counting(study.trials()))
+    if chosen is None:
+        return "the same command again, or `glua-bench sweep --help`"
+    words = [
+        f"glua-bench run --method {definition.method} --dataset {definition.dataset}",
+        f"--direction {definition.directions[0]} --seed {definition.seeds}",
+        f"--preset {definition.preset}",
+        *(f"--set {text}" for text in definition.settings),
+        words_of(chosen.params),
+        *(f"--plugin {file}" for file in base.plugins),
+    ]
+    if base.steps is not None:
+        words.append(f"--steps {base.steps}")
+    if base.data_root is not None:
+        words.append(f"--data-root {base.data_root}")
+    if base.runs_root != Path("runs"):
+        words.append(f"--runs {base.runs_root}")
+    return " ".join(words)

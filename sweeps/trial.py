@@ -28,6 +28,18 @@ class Outcome:
     facts: Mapping[str, Any]
 
 
+class Pruned(runs.Stopped):
+    """A trial was ended early.
+
+    Args:
+        facts: as of an `Outcome`, of the runs that were finished before.
+    """
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.facts = facts
+
+
 def requests(definition: Definition, base: runs.RunRequest, params: Mapping[str, Any]) -> list:
     """The runs of a configuration: every direction with every seed, in a fixed order.
 
@@ -73,7 +85,7 @@ def execute(
         chooses.
 
     Raises:
-        Stopped: `see` asked for the end.
+        Pruned: `see` asked for the end.
         UserError: the configuration is refused.
         RunFailure: a run failed, or the objective can judge none of its checkpoints.
     """
@@ -96,7 +108,10 @@ def execute(
 
         pruned = definition.pruner in ("median", "hyperband")
         watch = runs.Watch(definition.selector, watched) if pruned else None
-        runs.execute(planned, progress, watch=watch)
+        try:
+            runs.execute(planned, progress, watch=watch)
+        except runs.Stopped as stopped:
+            raise Pruned({"runs": ids, "qualities": qualities}) from stopped
         summary = planned.directory.read_summary()
         quality = best(summary, definition.selector, planned.directory.path)
         key = f"{request.direction}, seed {request.seed}"
@@ -105,7 +120,7 @@ def execute(
         own = {s.name for s in planned_stages(planned) if s.depends_on is None}
         seconds.append(sum(v for k, v in summary["stage_seconds"].items() if k in own))
         if definition.pruner == "wilcoxon" and see(len(ids) - 1, quality):
-            raise runs.Stopped
+            raise Pruned({"runs": ids, "qualities": qualities})
     mean = sum(qualities.values()) / len(qualities)
     costs = {"seconds": sum(seconds) / len(seconds)}
     values = (mean, *(costs[name] for name in definition.objectives[1:]))

@@ -12,7 +12,7 @@ from glua_bench import interruption, runs
 from glua_bench.errors import RunFailure, UserError
 from glua_bench.interruption import Interrupted
 from glua_bench.sweeps.study import Claim, SweepStudy, counting
-from glua_bench.sweeps.trial import Outcome, See
+from glua_bench.sweeps.trial import Outcome, Pruned, See
 
 POLL_SECONDS = 1.0  # between looks at trials that other workers are at
 HOPELESS = 3  # trials that all fail, without one that works, end a sweep
@@ -81,8 +81,8 @@ def _run(
 ) -> None:
     try:
         outcome = run(claim, lambda step, value: study.see(claim, step, value))
-    except runs.Stopped:
-        study.prune(claim, {})
+    except runs.Stopped as stopped:
+        study.prune(claim, stopped.facts if isinstance(stopped, Pruned) else {})
         done.pruned += 1
         report(f"trial {claim.number}: pruned")
     except (Interrupted, KeyboardInterrupt):

@@ -326,3 +326,86 @@ def made_runs_in() -> type[MadeRuns]:
 def made_runs(tmp_path: Path) -> MadeRuns:
     """A directory of runs to fill."""
     return MadeRuns(tmp_path / "runs")
+
+
+# -- sweeps without a study -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def made_sweep() -> Callable[..., Any]:
+    """Makes the tables of a sweep from chosen values, so that its report has something to show."""
+
+    def make(
+        settings: dict[str, list[Any]],
+        quality: list[float],
+        dice: list[list[float]] | None = None,
+        states: list[str] | None = None,
+        costs: list[float] | None = None,
+        scales: dict[str, bool | None] | None = None,
+        directions: tuple[str, ...] = ("mr-ct",),
+        seen: list[tuple[int, int, float]] = (),  # type: ignore[assignment]
+        importances: dict[str, float] | None = None,
+        counted: list[bool] | None = None,
+        objective: str = "im",
+        budget: int | None = None,
+    ) -> Any:
+        """A trial for each value of quality; `dice` gives one number a seed."""
+        import math
+
+        import pandas as pd
+
+        from glua_bench.reports.sweep_report import Sweep
+
+        count = len(quality)
+        states = states or ["done"] * count
+        dice = dice or [[value] for value in quality]
+        began = pd.Timestamp("2024-01-01 10:00")
+        trials = pd.DataFrame(
+            {
+                "number": range(count),
+                "state": states,
+                "counted": counted or [True] * count,
+                "attempt": 1,
+                "worker": [f"host:{1 + i % 2}" for i in range(count)],
+                "began": [began + pd.Timedelta(minutes=i) for i in range(count)],
+                "ended": [began + pd.Timedelta(minutes=i + 1.8) for i in range(count)],
+                "reason": ["the data are gone" if s == "failed" else "" for s in states],
+                **{f"method.{name}": values for name, values in settings.items()},
+                objective: [
+                    q if s == "done" else math.nan for q, s in zip(quality, states, strict=True)
+                ],
+            }
+        )
+        if costs is not None:
+            trials["seconds"] = costs
+        runs = [
+            {
+                "trial": number,
+                "run": f"{number:04d}{direction[0]}{seed}",
+                "direction": direction,
+                "seed": seed,
+                "quality": quality[number] + 0.01 * seed,
+                "dice": own,
+            }
+            for number in range(count)
+            if states[number] == "done"
+            for seed, own in enumerate(dice[number])
+            for direction in directions
+        ]
+        columns = ["trial", "run", "direction", "seed", "quality", "dice"]
+        return Sweep(
+            name="ratio",
+            title="How much of it?",
+            facts={"method": "glua", "objective": objective},
+            parameters=scales or dict.fromkeys(settings, False),
+            objectives=(objective, *(("seconds",) if costs else ())),
+            oracle=objective == "oracle",
+            budget=budget or count,
+            trials=trials,
+            runs=pd.DataFrame(runs, columns=columns),
+            seen=pd.DataFrame(seen, columns=["trial", "step", "value"]),
+            importances=None if importances is None else pd.Series(importances),
+            importances_note="A note.",
+        )
+
+    return make

@@ -833,6 +833,31 @@ def test_the_same_comparison_again_changes_its_parent_and_makes_none(root: Path)
     ]
 
 
+def test_a_group_that_grows_has_one_parent_that_says_what_it_is(root: Path) -> None:
+    """As a sweep does, whose runs are not known when it begins."""
+    members = two_runs(root)
+    settings = {"method": "plain", "searched: lr": "0.1, 0.2"}
+
+    def grown(count: int, chosen: str) -> Comparison:
+        facts = {"chosen": chosen, "oracle": "false"}
+        own = members[:count]
+        return Comparison("sweep a", own, 1000.0, "own", settings, facts, complete=count == 2)
+
+    assert MLflowMirror(root).nest(grown(1, "lr=0.1"), {"chosen/im": 0.5})
+    (parent,), _ = parents_and_children(root)
+    assert parent.info.status == "RUNNING" and parent.data.tags["glua_bench.chosen"] == "lr=0.1"
+    # Of one run alone everything would be shared, and parameters cannot be changed afterwards.
+    wanted = {"method": "plain", "searched_ lr": "0.1, 0.2"}
+    assert parent.data.params == wanted and parent.info.run_name == "sweep a"
+    assert MLflowMirror(root).nest(grown(2, "lr=0.2"), {"chosen/im": 0.75})
+    (same,), children = parents_and_children(root)
+    assert same.info.run_id == parent.info.run_id and same.info.status == "FINISHED"
+    assert same.data.params == wanted and same.data.metrics == {"chosen/im": 0.75}
+    assert same.data.tags["glua_bench.chosen"] == "lr=0.2"
+    assert same.data.tags["glua_bench.oracle"] == "false"
+    assert [c.data.tags["mlflow.parentRunId"] for c in children] == [same.info.run_id] * 2
+
+
 def test_syncing_keeps_runs_where_they_are_nested(root: Path, monkeypatch: Any) -> None:
     """Also those whose copy is replaced, here because they have succeeded since."""
     members = two_runs(root)

@@ -1,0 +1,197 @@
+"""reports/sweep_report.py: the choice, apart from what test labels say of it afterwards."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+
+from glua_bench.errors import ConfigError
+from glua_bench.reports import sweep_report
+from glua_bench.reports.sweep_report import ORACLE_STAMP, notices, price, sentences, write
+
+RATIOS = [0.1, 0.3, 0.5, 0.7]
+EVIL = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture
+def ratios(made_sweep):
+    """The objective takes the second of four, test labels would take the third."""
+
+    def make(**changes):
+        values = {
+            "dice": [[0.50, 0.70], [0.60, 0.64], [0.70, 0.80], [0.40, 0.50]],
+            **changes,
+        }
+        return made_sweep({"mask_ratio": RATIOS}, [0.1, 0.4, 0.3, 0.2], **values)
+
+    return make
+
+
+def test_the_price_is_paired_over_seeds(ratios):
+    known = price(ratios())
+    assert (known.chosen, known.best) == (1, 2)
+    assert known.difference == pytest.approx(0.13)
+    assert known.spread == pytest.approx(0.03 * math.sqrt(2))  # of 0.10 and 0.16
+    assert known.dice(1) == pytest.approx((0.62, 0.02 * math.sqrt(2)))
+    assert known.rho == pytest.approx(0.6)  # ranks 1 4 3 2 against 2 3 4 1
+    assert list(known.trials["dice"]) == pytest.approx([0.6, 0.62, 0.75, 0.45])
+
+
+def test_seeds_that_are_lost_make_no_trial_better(ratios):
+    sweep = ratios()
+    sweep.runs.loc[(sweep.runs["trial"] == 2) & (sweep.runs["seed"] == 0), "dice"] = math.nan
+    known = price(sweep)
+    assert known.best == known.chosen == 1 and list(known.trials["number"]) == [0, 1, 3]
+    assert math.isnan(known.rho)  # of three trials
+    assert any("1 of 8 runs have no readable test scores" in text for text in notices(sweep))
+    sweep.runs["dice"] = math.nan
+    assert price(sweep) is None and len(sentences(sweep)) == 1
+
+
+def test_the_answer_says_what_was_known_and_what_was_not(ratios):
+    first, second = sentences(ratios())
+    assert first == (
+        "mask_ratio 0.3 has the highest im, 0.4 (trial 1; 4 finished, of 4 trials): chosen "
+        "without target labels."
+    )
+    assert second == (
+        "Looked at afterwards: the test Dice of this choice is 62.0 % ± 2.8; the oracle would have "
+        "taken mask_ratio 0.5 (75.0 % ± 7.1, trial 2), so not knowing cost 13.0 ± 4.2 points; the "
+        "rank correlation of im and test Dice is 0.60 over 4 trials."
+    )
+    alike = ratios(dice=[[0.1], [0.9], [0.2], [0.3]])
+    assert "90.0 %, the highest of all trials" in sentences(alike)[1]
+    assert any("One seed a trial" in text for text in notices(alike))
+    assert not any("One seed a trial" in text for text in notices(ratios()))
+
+
+def test_what_is_open_or_failed_is_said(made_sweep):
+    sweep = made_sweep(
+        {"lr": [0.1, 0.2, 0.3]}, [0.1] * 3, states=["failed", "pruned", "running"], budget=5
+    )
+    assert sentences(sweep) == ["No trial has a value yet (1 pruned, 1 failed, 1 running of 5)."]
+    told = notices(sweep)
+    assert "3 of 5 trials are not finished; the choice may change." in told
+    assert "Trial 0 failed: the data are gone." in told
+
+
+def figures_of(out):
+    return {path.stem for path in (out / "figures").iterdir()}
+
+
+def test_a_sweep_over_one_number_has_its_curve(ratios, tmp_path):
+    files = write(ratios(), tmp_path / "report")
+    assert files[0] == tmp_path / "report" / "report.html" and all(f.is_file() for f in files)
+    assert figures_of(tmp_path / "report") == {
+        "history",
+        "curve_mask_ratio",
+        "curve_mask_ratio_afterwards",
+        "agreement",
+        "time_line",
+    }
+    tables = {path.name for path in (tmp_path / "report" / "tables").iterdir()}
+    for name in ("definition", "best", "price", "trials", "runs"):
+        assert {f"{name}.tex", f"{name}.csv", f"{name}.md"} <= tables
+    page = files[0].read_text()
+    assert "How much of it?" in page and "--set method.mask_ratio=0.3" in page
+    assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', page)
+    ids = set(re.findall(r'id="run-(\w+)"', page))
+    cited = {run for text in re.findall(r'data-runs="([^"]+)"', page) for run in text.split()}
+    assert cited == ids and len(ids) == 8
+    # Before the part that says so, nothing on the page comes from test labels but its summary.
+    known, after = page.split('<section id="afterwards">')
+    assert "never\n" in after or "never " in after.split("</div>")[0]
+    assert "test Dice" not in known.split('<section id="question">')[1]
+
+
+def test_a_sweep_over_many_parameters_has_all_its_charts(made_sweep, tmp_path):
+    values = [0.01 * (i + 1) for i in range(12)]
+    sweep = made_sweep(
+        {"a": values, "b": values[::-1][:6] + values[:6], "mask": ["x", EVIL] * 6},
+        [0.1 * ((5 * i) % 7) for i in range(12)],
+        costs=[float(20 - i) for i in range(12)],
+        states=["done"] * 11 + ["pruned"],
+        scales={"a": True, "b": False, "mask": None},
+        importances={"a": 0.6, "b": 0.3, "mask": 0.1},
+        seen=[(0, 0, 0.1), (11, 0, 0.05)],
+    )
+    out = tmp_path / "report"
+    page = write(sweep, out)[0].read_text()
+    assert figures_of(out) == {
+        "history",
+        "courses",
+        "slices",
+        "importances",
+        "contours",
+        "front_seconds",
+        "agreement",
+        "time_line",
+    }
+    assert "Pareto front" in page and "<img src=x" not in page and "A note." in page
+
+
+def test_what_few_trials_cannot_show_is_said(made_sweep, tmp_path):
+    sweep = made_sweep({"a": RATIOS, "b": RATIOS[::-1]}, [0.1, 0.2, 0.3, 0.4])
+    page = write(sweep, tmp_path / "report")[0].read_text()
+    assert "Contours are left out" in page and "contours" not in figures_of(tmp_path / "report")
+
+
+def test_what_the_oracle_chose_is_stamped_everywhere(ratios, tmp_path):
+    sweep, out = ratios(objective="oracle"), tmp_path / "report"
+    page = write(sweep, out)[0].read_text()
+    assert f"<title>{ORACLE_STAMP}" in page and f"<h1>{ORACLE_STAMP}" in page
+    sections = page.split("<section id=")[1:-1]
+    assert all(ORACLE_STAMP.strip() in section for section in sections)
+    for path in (out / "tables").glob("*.md"):
+        assert path.read_text().startswith("ORACLE"), path.name
+    for path in (out / "figures").glob("*.svg"):
+        assert "oracle (privileged)" in path.read_text() or path.stem == "time_line"
+    captions = re.findall(r"<figcaption>(.*?)<", page, re.DOTALL)
+    assert captions and all(caption.startswith(ORACLE_STAMP) for caption in captions)
+    assert "by labels of target test cases" in sentences(sweep)[0] and len(sentences(sweep)) == 1
+    assert notices(sweep)[0].startswith("ORACLE: ") and price(sweep) is not None
+    assert "afterwards/price" not in sweep_report.as_metrics(sweep)
+    assert "ORACLE" not in write(ratios(), tmp_path / "other")[0].read_text()
+
+
+def test_the_tracker_s_numbers_keep_the_two_apart(ratios):
+    assert sweep_report.as_metrics(ratios()) == pytest.approx(
+        {
+            "chosen/im": 0.4,
+            "afterwards/dice/chosen": 0.62,
+            "afterwards/dice/highest": 0.75,
+            "afterwards/price": 0.13,
+            "afterwards/rank_correlation": 0.6,
+        }
+    )
+
+
+def test_an_empty_sweep_has_a_page(made_sweep, tmp_path):
+    page = write(made_sweep({"lr": []}, [], budget=3), tmp_path / "report")[0].read_text()
+    assert "No trial has a value yet (none has begun of 3)." in page
+
+
+def test_a_directory_that_cannot_be_is_said(ratios, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--out"):
+        write(ratios(), tmp_path / "file" / "report")
+
+
+@pytest.mark.slow
+def test_the_page_works_in_a_browser(browser, ratios, tmp_path):
+    page = write(ratios(), tmp_path / "report")[0]
+    browser.open(page)
+    driver = browser.driver
+    driver.execute_script("document.querySelector('#table-best a[data-runs]').click()")
+    shown = driver.execute_script(
+        "return [...document.querySelectorAll('#table-runs tbody tr')]"
+        ".filter(r => !r.hidden).map(r => r.cells[0].textContent)"
+    )
+    assert shown == ["0001m0", "0001m1"]
+    assert browser.errors() == [] and browser.requests() == []
+    width = driver.execute_script(
+        "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    )
+    assert width[0] <= width[1]
