@@ -352,6 +352,9 @@ class SweepStudy:
         for trial in trials:
             if trial.state != TrialState.RUNNING or self._alive(trial):
                 continue
+            # Its worker may have told its value and let go since the trials were read.
+            if self.storage.get_trial(trial._trial_id).state != TrialState.RUNNING:
+                continue
             attempt = int(trial.user_attrs.get("attempt", 1))
             # The offer comes first: a process that dies in between is taken up here as well.
             if trial.number not in retried and attempt < ATTEMPTS and trial.params:
@@ -481,9 +484,17 @@ class SweepStudy:
 
 
 def counting(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """The trials that the budget counts: those that no later trial repeats."""
+    """The trials that the budget counts.
+
+    Left out are those that a later trial repeats, and those whose worker was killed before they
+    had a parameter.
+    """
     repeated = {t.user_attrs.get("retry_of") for t in trials}
-    return [trial for trial in trials if trial.number not in repeated]
+    return [
+        trial
+        for trial in trials
+        if trial.number not in repeated and (trial.params or trial.state != TrialState.FAIL)
+    ]
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:

@@ -72,7 +72,6 @@ def test_values_are_taken_by_name_and_type(document: Callable[[str], Table]) -> 
         ("in: 3\n", lambda t: t.table("in"), "line 1: 'in' must be a table of names and values"),
         ("a: 1\n", lambda t: list(t.tables("in")), "'in' is missing; add it."),
     ],
-    ids=str,
 )
 def test_a_mistake_is_one_sentence_with_its_line(
     document: Callable[[str], Table], text: str, ask: Callable[[Table], object], said: str

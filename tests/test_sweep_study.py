@@ -316,6 +316,34 @@ def test_a_worker_that_was_thought_dead_disturbs_nobody(opened: Callable[..., Sw
     assert states(slow) == {"COMPLETE": 1}
 
 
+def test_a_value_that_is_told_while_others_look_is_not_repeated(
+    opened: Callable[..., SweepStudy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, other = opened(trials=1), opened(trials=1)
+    claim = slow.claim()
+    assert claim is not None
+    look = SweepStudy._alive
+
+    def told_meanwhile(study: SweepStudy, trial: Any) -> bool:
+        slow.finish(claim, (1.0,), {})
+        claim._lock.close()
+        return look(study, trial)
+
+    monkeypatch.setattr(SweepStudy, "_alive", told_meanwhile)
+    assert other.claim() is None
+    assert [t.state.name for t in other.trials()] == ["COMPLETE"]
+
+
+def test_a_trial_that_never_had_a_parameter_does_not_count(
+    opened: Callable[..., SweepStudy],
+) -> None:
+    study = opened(trials=2)
+    study.storage.create_new_trial(study.study._study_id)  # and its worker is killed
+    work(opened(trials=2), value)
+    assert [t.state.name for t in study.trials()] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert states(study) == {"COMPLETE": 2}
+
+
 def test_a_held_trial_is_left_alone(opened: Callable[..., SweepStudy]) -> None:
     study, other = opened(trials=2), opened(trials=2)
     claim = study.claim()
