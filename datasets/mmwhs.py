@@ -77,7 +77,7 @@ class MMWHS(MMWHSLayout):
         Raises:
             DataError: the variable is not set.
         """
-        return super().default_root().with_name("mmwhs")
+        return super(MMWHS, MMWHS).default_root()
 
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
         """Check that every file is there; nothing can be generated.

@@ -15,7 +15,10 @@ _SPLITS = {
     "lge": {"train": range(21, 27), "val": range(27, 29), "test": range(29, 36)},
 }
 _FOLDERS = {"bssfp": "C0", "lge": "LGE"}
-_OBTAIN = "the data come with the VarDA release after registering for the MS-CMRSeg 2019 challenge"
+_OBTAIN = (
+    "the data come with the VarDA release, for those who register for the MS-CMRSeg 2019 challenge "
+    "and accept its terms"
+)
 
 
 class MSCMR(Dataset):

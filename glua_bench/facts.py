@@ -19,7 +19,7 @@ from glua_bench.errors import DataError
 from glua_bench.formats import VolumeFile, open_volume
 from glua_bench.parallel import side_by_side
 from glua_bench.task import Case, Dataset, Reading, Structure
-from glua_bench.volumes import extremes, foreground, frame, orient, read_label_volume
+from glua_bench.volumes import extremes, foreground, frame, intensities, orient, read_label_volume
 
 Three = tuple[float, float, float]
 # Where distributions of intensities are kept, in percent, from their minimum to their maximum.
@@ -217,12 +217,10 @@ def _image_facts(volume: _Volume) -> ImageFacts:
     """Facts of an image.
 
     Raises:
-        DataError: it is constant or not finite.
+        DataError: as for `extremes`.
     """
     file, stored = volume.file, volume.stored
     low, high = extremes(file, stored)
-    if low == high:
-        raise DataError(f"{file.path} has the same value everywhere: give the file with the image.")
     values, weights, fingerprint = _distribution(file, stored)
     box = np.array(foreground(file, volume.oriented))
     body = volume.oriented[tuple(slice(int(first), int(last) + 1) for first, last in box)]
@@ -240,7 +238,7 @@ def _image_facts(volume: _Volume) -> ImageFacts:
         gaps=_ints(gaps),
         few=tuple(float(v) for v in values) if len(values) <= _FEW else (),
         body=_floats((box.mean(1) - middle) * volume.oriented_spacing),
-        content=_digest(stored.shape, (_plain(file.scaled(plane)) for plane in _slices(stored))),
+        content=_digest(stored.shape, (_plain(file, plane) for plane in _slices(stored))),
         values=fingerprint,
     )
 
@@ -265,7 +263,7 @@ def _label_facts(
             profile[box[axis]] = mask.sum(axis=tuple(a for a in range(3) if a != axis))
             profiles[axis] += profile
             own.append(profile)
-        samples.append(_plain(volume.file.scaled(volume.oriented[box][mask])))
+        samples.append(_plain(volume.file, volume.oriented[box][mask]))
         level = float(np.median(samples[-1])) if readable else float("nan")
         structures.append(_structure(own, volume.oriented_spacing, level))
     whole, inside, blank = None, None, 0.0
@@ -327,10 +325,9 @@ def _slices(stored: np.ndarray) -> Iterator[np.ndarray]:
     return (stored[:, :, z] for z in range(stored.shape[2]))
 
 
-def _plain(values: np.ndarray) -> np.ndarray:
-    """Values as little-endian float32, so that equal ones have equal bytes."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.asarray(values).astype("<f4") + np.float32(0)  # -0 becomes 0
+def _plain(file: VolumeFile, stored: np.ndarray) -> np.ndarray:
+    """Intensities as little-endian float32, so that equal ones have equal bytes."""
+    return intensities(file, stored).astype("<f4") + np.float32(0)  # -0 becomes 0
 
 
 def _step(size: int) -> int:
@@ -354,12 +351,12 @@ def _distribution(file: VolumeFile, stored: np.ndarray) -> tuple[np.ndarray, np.
     """
     counted = _counted(stored)
     if counted is not None:
-        values, weights = _plain(file.scaled(counted[0])), counted[1]
+        values, weights = _plain(file, counted[0]), counted[1]
         total = int((_mixed(values) * weights.astype(np.uint64)).sum())
     else:
         step, kept, total = _step(stored.size), [], 0
         for z, plane in enumerate(_slices(stored)):
-            numbers = _plain(file.scaled(plane))
+            numbers = _plain(file, plane)
             total += int(_mixed(numbers).sum())
             if z % step == 0:
                 kept.append(numbers[::step, ::step].ravel())
@@ -421,7 +418,7 @@ def _ends_and_gaps(flat: np.ndarray) -> tuple[float, int]:
 def _levels(file: VolumeFile, stored: np.ndarray, above: float = -np.inf) -> tuple[float, ...]:
     """Intensities at `LEVELS` of a part of a volume, of voxels above a value if there are any."""
     step = _step(stored.size)
-    values = _plain(file.scaled(stored[::step, ::step, ::step])).ravel()
+    values = _plain(file, stored[::step, ::step, ::step]).ravel()
     chosen = values[values > above]
     found = np.percentile(chosen if chosen.size else values, LEVELS, method="inverted_cdf")
     return tuple(float(value) for value in found)

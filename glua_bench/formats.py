@@ -7,6 +7,7 @@ opening, voxels when they are asked for.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -23,6 +24,7 @@ import nibabel as nib
 import numpy as np
 from isal import igzip
 from isal.igzip_lib import IsalError
+from nibabel import imageglobals
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
@@ -50,6 +52,7 @@ _UNREADABLE = (
     HeaderDataError,
     OSError,
     EOFError,
+    OverflowError,
     ValueError,
     zlib.error,
     cast(type[Exception], IsalError),  # its stub takes the class for an instance
@@ -110,6 +113,8 @@ def open_volume(path: Path) -> VolumeFile:
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path} does not exist: check the data directory (--data-root).")
+    if not path.is_file():  # a pipe would be waited for
+        raise DataError(f"{path} is no file: give a volume, one file a case.")
     name = _ITK.get(path.suffix.lower())
     found = _open_nifti(path) if name is None else _open_itk(path, name)
     size = sum(file.stat().st_size for file in files_of(path))
@@ -142,7 +147,14 @@ def files_of(path: Path) -> tuple[Path, ...]:
         raise DataError(
             f"{path} cannot be read ({error.strerror}): check the data directory (--data-root)."
         ) from error
-    names = _nrrd_files(text) if _ITK[suffix] == "NrrdImageIO" else _meta_files(text, path)
+    if _ITK[suffix] == "NrrdImageIO":
+        names = _nrrd_files(text)
+    else:
+        # ITK writes as many numbers as a header says into a table for ten.
+        for said in re.findall(r"^NDims[ \t]*[=:][ \t]*(.*?)\s*$", text, re.MULTILINE):
+            if said not in ("2", "3", "4"):
+                raise DataError(f"{path} has NDims = {said[:20]}: give a 3-D volume.")
+        names = _meta_files(text, path)
     files = [path.parent / name for name in names]
     for file in files:
         if not file.is_file():
@@ -158,7 +170,8 @@ def files_of(path: Path) -> tuple[Path, ...]:
 
 def _open_nifti(path: Path) -> VolumeFile:
     try:
-        image: Any = nib.load(path)
+        with _repairs() as repairs:
+            image: Any = nib.load(path)
     except _UNREADABLE as error:
         raise DataError(
             f"{path} cannot be read as NIfTI ({_brief(error)}): replace it by an intact "
@@ -170,6 +183,13 @@ def _open_nifti(path: Path) -> VolumeFile:
     if kind.kind not in "iufb":
         raise DataError(f"{path} stores {kind} voxels: give one real number a voxel.")
     header, stored = image.header, cast(Any, image.dataobj)
+    # What nibabel guesses about the place of voxels may be wrong; its other repairs are harmless.
+    guessed = [r for r in repairs if "form_code" in r or "pixdim" in r and not header["sform_code"]]
+    if guessed:
+        raise DataError(
+            f"{path} has a header that does not say where its voxels lie ({guessed[0]}): repair "
+            "its sform and pixdim."
+        )
     return VolumeFile(
         path,
         _three(image.shape, path),
@@ -180,6 +200,22 @@ def _open_nifti(path: Path) -> VolumeFile:
         float(stored.inter),
         lambda: _read_nifti(stored),
     )
+
+
+@contextmanager
+def _repairs() -> Iterator[list[str]]:
+    """What nibabel says about a header that it repairs, instead of on the terminal."""
+    told: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        told.append(record.getMessage())
+        return False
+
+    imageglobals.logger.addFilter(keep)
+    try:
+        yield told
+    finally:
+        imageglobals.logger.removeFilter(keep)
 
 
 def _read_nifti(stored: Any) -> np.ndarray:
@@ -240,6 +276,10 @@ def _open_itk(path: Path, name: str) -> VolumeFile:
     affine = (np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps).astype(np.float32).astype(float) + 0.0
 
     def read() -> np.ndarray:
+        # ITK compares no checksum of MetaImage and not every one of NRRD: what it unpacks from
+        # damaged bytes may be anything, and another thing each time.
+        for file, start in _deflated(path):
+            _check_deflated(file, start)
         with _itk():
             image = reader.Execute()
         return np.asarray(_Pixels(sitk.GetArrayViewFromImage(image), image)).T
@@ -316,6 +356,43 @@ def _meta_files(text: str, path: Path) -> list[str]:
             f"{path} spreads its voxels over several files: convert it to a single .mha or .nii.gz."
         )
     return [value]
+
+
+def _deflated(path: Path) -> list[tuple[Path, int]]:
+    """The files of a volume whose voxels are deflated, with the byte where they begin."""
+    with path.open("rb") as stream:
+        header = stream.read(_HEADER_BYTES)
+    beside = files_of(path)[1:]
+    if _ITK[path.suffix.lower()] == "NrrdImageIO":
+        head = re.split(rb"\r?\n\r?\n", header, maxsplit=1)[0]
+        if not re.search(rb"^encoding:\s*gz(?:ip)?\s*$", head, re.MULTILINE | re.IGNORECASE):
+            return []
+        end = re.search(rb"\r?\n\r?\n", header)
+    else:
+        if not re.search(rb"^CompressedData[ \t]*[=:][ \t]*[Tt1]", header, re.MULTILINE):
+            return []
+        end = re.search(rb"^ElementDataFile.*\n", header, re.MULTILINE)
+    return [(file, 0) for file in beside] or [(path, end.end() if end else len(header))]
+
+
+def _check_deflated(path: Path, start: int) -> None:
+    """Unpack gzip or zlib content to nowhere.
+
+    Raises:
+        zlib.error: it is damaged, by its checksum.
+        EOFError: it is cut off.
+    """
+    packed = zlib.decompressobj(wbits=47)  # either of the two
+    with path.open("rb") as stream:
+        stream.seek(start)
+        while not packed.eof:
+            piece = packed.unconsumed_tail or stream.read(_PIECE)
+            if piece:
+                packed.decompress(piece, _HEADER_BYTES)
+                continue
+            packed.flush()
+            if not packed.eof:
+                raise EOFError("its compressed voxels end early")
 
 
 # -- small things ---------------------------------------------------------------------------------

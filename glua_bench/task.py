@@ -199,8 +199,8 @@ class Dataset(ABC):
         base = os.environ.get("GLUA_BENCH_DATA")
         if not base:
             raise DataError(
-                f"Dataset '{cls.name}' needs its files: give their directory with --data-root, "
-                f"or set GLUA_BENCH_DATA to the directory that holds '{cls.name}'."
+                f"Dataset '{cls.name}' needs {cls.needs}: give the directory of the files with "
+                f"--data-root, or set GLUA_BENCH_DATA to the directory that holds '{cls.name}'."
             )
         return Path(base) / cls.name
 

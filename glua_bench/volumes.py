@@ -42,6 +42,11 @@ _PIECE = 1 << 18
 _SLAB = 1 << 21
 _STRAY = 255  # a class index that stands for a label value that the dataset does not know
 _EPSILON = 1e-6
+# Intensities and ranges of them beyond which float32 overflows on the way to [-1, 1].
+_LARGEST, _LEAST_RANGE = 1e18, 1e-18
+# Voxel sides and lengths of volumes in mm, beyond which a header is damaged. They also bound what
+# resampling costs.
+_FINEST, _LONGEST = 1e-3, 10_000.0
 
 
 @dataclass(frozen=True)
@@ -430,11 +435,14 @@ def _read_classes(
             "resample the label onto the image."
         )
     if reading.orientation == "canonical":
-        codes = nib.aff2axcodes(file.affine), nib.aff2axcodes(affine)
+        codes = [
+            "".join(nib.orientations.ornt2axcodes(_orientation(own, place)))
+            for own, place in ((file.affine, path), (affine, image_path))
+        ]
         if codes[0] != codes[1]:
             raise DataError(
-                f"{path} lies as {''.join(map(str, codes[0]))} but its image {image_path} as "
-                f"{''.join(map(str, codes[1]))}: resample the label onto the image."
+                f"{path} lies as {codes[0]} but its image {image_path} as {codes[1]}: resample the "
+                "label onto the image."
             )
     known = {0: 0}
     known.update(dict.fromkeys(reading.ignored_values, 0))
@@ -484,7 +492,7 @@ def _look_up(part: np.ndarray, known: Mapping[int, int]) -> np.ndarray:
     return table.take(places, mode="clip")  # the fastest mode; no place is beyond the table
 
 
-def _values(file: VolumeFile, stored: np.ndarray) -> np.ndarray:
+def intensities(file: VolumeFile, stored: np.ndarray) -> np.ndarray:
     """Intensities of (part of) a stored array, float32; too large ones become infinite."""
     with np.errstate(over="ignore", invalid="ignore"):
         return file.scaled(stored).astype(np.float32, copy=False)
@@ -500,7 +508,8 @@ def extremes(file: VolumeFile, stored: np.ndarray) -> tuple[float, float]:
     """Lowest and highest intensity of a stored array.
 
     Raises:
-        DataError: a voxel is NaN or infinite.
+        DataError: a voxel is NaN or infinite, the intensities are too large to be computed with,
+            or they are all the same.
     """
     stored = stored.reshape(-1, order="F")
     found = []
@@ -508,17 +517,25 @@ def extremes(file: VolumeFile, stored: np.ndarray) -> tuple[float, float]:
         part = stored[piece]
         # Scaling keeps or turns the order, and both ends of a piece with a NaN are NaN.
         with np.errstate(invalid="ignore"):
-            ends = _values(file, np.array([part.min(), part.max()]))
+            ends = intensities(file, np.array([part.min(), part.max()]))
         found += [ends.min(), ends.max()]
     if not np.isfinite(found).all():
         bad = sum(
-            int(np.count_nonzero(~np.isfinite(_values(file, stored[piece]))))
+            int(np.count_nonzero(~np.isfinite(intensities(file, stored[piece]))))
             for piece in _pieces(stored)
         )
         raise DataError(
             f"{file.path} has {bad} voxels that are NaN or infinite: replace them in the file."
         )
-    return float(min(found)), float(max(found))
+    low, high = float(min(found)), float(max(found))
+    if max(-low, high) > _LARGEST:
+        raise DataError(
+            f"{file.path} has intensities from {low:.3g} to {high:.3g}: repair the header's slope "
+            "and intercept, or the voxels."
+        )
+    if high - low < _LEAST_RANGE:
+        raise DataError(f"{file.path} has the same value everywhere: give the file with the image.")
+    return low, high
 
 
 # -- frames ---------------------------------------------------------------------------------------
@@ -539,14 +556,7 @@ def frame(
     affine, path = file.affine, file.path
     file_axes, reverse = [0, 1, 2], [False, False, False]
     if reading.orientation == "canonical":
-        # io_orientation says for each file axis which canonical axis it feeds, and which way.
-        usable = np.isfinite(affine).all()
-        orientation = nib.io_orientation(affine) if usable else np.full((3, 2), np.nan)
-        if not np.isfinite(orientation).all():
-            raise DataError(
-                f"{path} has an affine without an orientation: repair the header's sform or qform."
-            )
-        for file_axis, (canonical, direction) in enumerate(orientation):
+        for file_axis, (canonical, direction) in enumerate(_orientation(affine, path)):
             file_axes[int(canonical)] = file_axis
             reverse[int(canonical)] = direction < 0
     header = nib.affines.voxel_sizes(affine) if reading.orientation == "canonical" else file.spacing
@@ -555,8 +565,14 @@ def frame(
         for oriented, stated in enumerate(reading.stated_spacing):
             if stated > 0:  # 0 leaves this axis to the header
                 spacing[file_axes[oriented]] = float(stated)
-    if not all(np.isfinite(length) and length > 0 for length in spacing):
-        raise DataError(f"{path} has voxel size {tuple(spacing)} mm: repair the header's pixdim.")
+    for length, count in zip(spacing, file.shape, strict=True):
+        # Written so that nan fails, too.
+        if not (length >= _FINEST and length * count <= _LONGEST):
+            size = " × ".join(f"{own:.3g}" for own in spacing)
+            raise DataError(
+                f"{path} has voxels of {size} mm, as no scan has: repair the header's pixdim and "
+                "affine."
+            )
     for axis in reading.flip:
         reverse[axis] = not reverse[axis]
     column_axis = 3 - reading.slice_axis - reading.row_axis
@@ -567,6 +583,23 @@ def frame(
         _triple([file_axes[axis] for axis in cut], int),
         _triple([reverse[axis] for axis in cut], bool),
     )
+
+
+def _orientation(affine: np.ndarray, path: Path) -> np.ndarray:
+    """For each file axis which canonical axis it feeds, and which way.
+
+    Raises:
+        DataError: the affine has no orientation.
+    """
+    found = np.full((3, 2), np.nan)
+    # What is not finite, or nearly so, has no singular values.
+    with contextlib.suppress(np.linalg.LinAlgError), np.errstate(all="ignore"):
+        found = nib.io_orientation(affine)
+    if not np.isfinite(found).all():
+        raise DataError(
+            f"{path} has an affine without an orientation: repair the header's sform or qform."
+        )
+    return found
 
 
 def apart(first: np.ndarray, second: np.ndarray, shape: Sequence[int]) -> float:
@@ -608,7 +641,7 @@ def _window(
 def foreground(file: VolumeFile, volume: np.ndarray) -> list[tuple[float, float]]:
     """Bounding box of the body in an oriented volume: first and last index per axis."""
     strides = [max(1, length // 64) for length in volume.shape]
-    coarse = _values(file, volume[tuple(slice(None, None, s) for s in strides)])
+    coarse = intensities(file, volume[tuple(slice(None, None, s) for s in strides)])
     whole = [(0.0, length - 1.0) for length in volume.shape]
     scene = coarse[coarse > coarse.min()]
     if not scene.size:
@@ -659,16 +692,14 @@ def _intensity_range(
 ) -> tuple[float, float]:
     """The intensities that become -1 and 1."""
     minimum, maximum = extremes
-    if minimum == maximum:
-        raise DataError(f"{file.path} has the same value everywhere: give the file with the image.")
     if reading.intensity_range is not None:
         return reading.intensity_range
     body = volume[tuple(slice(int(first), int(last) + 1) for first, last in box)]
     stride = max(1, int(np.ceil((body.size / _SAMPLE) ** (1 / 3))))
-    sample = _values(file, body[::stride, ::stride, ::stride])
+    sample = intensities(file, body[::stride, ::stride, ::stride])
     sample = sample[sample > minimum]
     low, high = np.percentile(sample, reading.percentiles) if sample.size else (minimum, maximum)
-    if not high > low:  # almost everything has one value, as in a drawn test image
+    if high - low < _LEAST_RANGE:  # almost everything has one value, as in a drawn test image
         low, high = minimum, maximum
     return float(low), float(high)
 
@@ -784,7 +815,7 @@ def _planes(file: VolumeFile, volume: np.ndarray, along: _Map) -> Iterator[tuple
         if taps[-1] >= stop:
             start, stop = int(taps[0]), max(int(taps[-1]) + 1, int(taps[0]) + step)
             del slab  # before the next one is made
-            slab = _values(file, np.ascontiguousarray(volume[start:stop]))
+            slab = intensities(file, np.ascontiguousarray(volume[start:stop]))
         plane.fill(0)
         for tap, weight in zip(taps, weights, strict=True):
             np.multiply(slab[tap - start], weight, out=share)

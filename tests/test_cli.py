@@ -226,6 +226,25 @@ def test_fingerprint_tells_whether_two_copies_are_the_same(
     refused(call(*where, phantom_root, "--against=nothing.json"), "--against")
 
 
+@pytest.mark.parametrize(
+    ("name", "owner", "file"),
+    [
+        ("mmwhs", "MM-WHS 2017 challenge", "ct_train_1001_image.nii.gz"),
+        ("mmwhs_literature", "MM-WHS 2017 challenge", "ct_train_1001_image.nii.gz"),
+        ("mmwhs_sifa", "SIFA", "ct_train_slice0.tfrecords"),
+        ("mscmr", "MS-CMRSeg 2019 challenge", "C0/patientN_C0.nii.gz"),
+    ],
+)
+def test_data_that_nobody_may_pass_on_say_where_they_are_to_be_had(
+    call: Call, tmp_path: Path, name: str, owner: str, file: str
+) -> None:
+    """Who has them, what has to be accepted, and which files are expected where."""
+    refused(call("data", "check", name), owner, "--data-root", "GLUA_BENCH_DATA")
+    (tmp_path / "empty").mkdir()
+    result = call("data", "prepare", name, "--data-root", tmp_path / "empty")
+    refused(result, owner, file, "accept", "terms", "--data-root", str(tmp_path / "empty"))
+
+
 @pytest.mark.slow
 def test_export_writes_data_and_a_run_s_predictions(call: Call, phantom_root: Path) -> None:
     where = ["--data-root", phantom_root]

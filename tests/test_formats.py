@@ -378,6 +378,89 @@ def test_itk_is_imported_for_its_own_formats_only(tmp_path):
     assert done.stdout.split() == ["False", "True"]
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_damaged_bytes_of_packed_voxels_are_never_taken_for_voxels(tmp_path, name):
+    """ITK compares no checksum of MetaImage, and not that of every damaged NRRD."""
+    data = np.random.default_rng(0).integers(0, 200, (14, 12, 10)).astype(np.int16)
+    path = write(tmp_path / name, data, pack=True)
+    held = files_of(path)[-1]
+    content = held.read_bytes()
+    start = 0 if held != path else len(content) * 2 // 3
+    np.testing.assert_array_equal(open_volume(path).voxels(), data)
+    rng = np.random.default_rng(1)
+    for place in rng.integers(start + 12, len(content), 25).tolist():
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        held.write_bytes(damaged)
+        with pytest.raises(DataError, match="damaged or truncated") as caught:
+            open_volume(path).voxels()
+        _one_sentence(caught.value, path)
+    held.write_bytes(content[:-3])
+    with pytest.raises(DataError, match="damaged or truncated"):
+        open_volume(path).voxels()
+
+
+@pytest.mark.parametrize("said", ["4294967296", "11", "-3", "x"])
+def test_a_number_of_axes_that_would_overrun_itk_is_a_sentence(tmp_path, said):
+    path = write(tmp_path / "v.mhd", VALUES)
+    path.write_text(path.read_text().replace("NDims = 3", f"NDims = {said}"))
+    with pytest.raises(DataError, match=f"NDims = {said}") as caught:
+        open_volume(path)
+    _one_sentence(caught.value, path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_is_no_file_is_a_sentence(tmp_path):
+    os.mkfifo(tmp_path / "v.nii.gz")
+    (tmp_path / "v.nrrd").mkdir()
+    for name in ("v.nii.gz", "v.nrrd"):
+        with pytest.raises(DataError, match="is no file") as caught:
+            open_volume(tmp_path / name)
+        _one_sentence(caught.value, tmp_path / name)
+
+
+def _header(path: Path, **fields: float) -> Path:
+    """A NIfTI file with other header fields."""
+    content = nib.Nifti1Image(VALUES, np.diag([2.0, 2.0, 3.0, 1.0])).to_bytes()
+    header = np.frombuffer(content[:348], nib.Nifti1Header.template_dtype).copy()
+    for name, value in fields.items():
+        header[name] = value
+    path.write_bytes(header.tobytes() + content[348:])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"sform_code": 99}, "sform_code 99 not valid"),
+        ({"qform_code": -3}, "qform_code -3 not valid"),
+        ({"pixdim": 0, "sform_code": 0}, "pixdim"),
+        ({"vox_offset": np.inf}, "cannot be read"),
+        ({"vox_offset": 1e30}, "damaged or truncated"),
+        ({"scl_slope": 1, "scl_inter": np.nan}, "cannot be read"),
+    ],
+)
+def test_a_header_that_has_to_be_guessed_is_a_sentence(tmp_path, capfd, fields, words):
+    path = _header(tmp_path / "v.nii", **fields)
+    with pytest.raises(DataError, match=words) as caught:
+        open_volume(path).voxels()
+    _one_sentence(caught.value, path)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("fields", [{"sizeof_hdr": 347}, {"pixdim": 0}, {"vox_offset": 360}])
+def test_harmless_repairs_of_a_header_are_quiet(tmp_path, capfd, fields):
+    """Where the sform says how voxels lie, pixdim does not matter."""
+    path = _header(tmp_path / "v.nii", **fields)
+    if "vox_offset" in fields:
+        content = path.read_bytes()
+        path.write_bytes(content[:352] + bytes(8) + content[352:])
+    found = open_volume(path)
+    np.testing.assert_array_equal(found.voxels(), VALUES)
+    np.testing.assert_array_equal(found.affine, np.diag([2.0, 2.0, 3.0, 1.0]))
+    assert capfd.readouterr() == ("", "")
+
+
 def _one_sentence(error: DataError, path: Path) -> None:
     text = str(error)
     assert str(path) in text

@@ -664,6 +664,51 @@ def test_unusable_label_is_one_sentence(tmp_path, kind):
         load_label(label, file, Reading(), placement, STRUCTURES)
 
 
+@pytest.mark.parametrize(
+    ("size", "voxels"),
+    [(0.0005, 1.0), (1e6, 1.0), (900.0, 1.0), (1.0, 1e20), (1.0, 1e-22)],
+)
+def test_headers_and_intensities_beyond_any_scan_are_one_sentence(tmp_path, size, voxels):
+    """They would cost memory without bounds, or end as NaN in the cache."""
+    image, raw = heart()
+    affine = np.diag([1.0, size, 1.0, 1.0])
+    file = write(
+        tmp_path / "a.nii.gz", image.astype(np.float32) * np.float32(voxels), affine=affine
+    )
+    with pytest.raises(DataError) as caught:
+        load_image(file, Reading(), Grid(16, 1.0, 1.0))
+    _one_sentence(caught.value, file)
+
+
+@pytest.mark.parametrize("voxels", [1e15, 1e-16])
+def test_unusual_but_possible_intensities_are_read(tmp_path, voxels):
+    image, _ = heart()
+    plain = load_image(write(tmp_path / "a.nii", image), Reading(), Grid(16, 1.0)).voxels
+    odd = write(tmp_path / "b.nii", image.astype(np.float32) * np.float32(voxels))
+    np.testing.assert_allclose(load_image(odd, Reading(), Grid(16, 1.0)).voxels, plain, atol=1e-3)
+
+
+def test_a_label_without_an_orientation_is_one_sentence(tmp_path):
+    image, raw = heart()
+    file, label = write(tmp_path / "a.nii", image), write(tmp_path / "b.nii", raw)
+    content = bytearray(label.read_bytes())
+    content[280:328] = np.full(12, np.nan, "<f4").tobytes()  # the three rows of the sform
+    label.write_bytes(content)
+    with pytest.raises(DataError, match="without an orientation") as caught:
+        read_label_volume(label, file, STRUCTURES, Reading())
+    _one_sentence(caught.value, label)
+
+
+def test_the_distance_of_two_affines_is_that_of_the_farthest_voxel():
+    first = np.diag([2.0, 2.0, 3.0, 1.0])
+    moved, longer = first.copy(), first.copy()
+    moved[:3, 3] = 3, 4, 0
+    longer[2, 2] = 3.5
+    assert volumes.apart(first, first, (5, 6, 7)) == 0
+    assert volumes.apart(first, moved, (5, 6, 7)) == pytest.approx(5)
+    assert volumes.apart(first, longer, (5, 6, 7)) == pytest.approx(0.5 * 6)
+
+
 def _one_sentence(error: UserError, path: Path) -> None:
     text = str(error)
     assert str(path) in text
