@@ -399,28 +399,10 @@ def compare(
     data_root: DataRoot = None,
     runs_root: RunsRoot = Path("runs"),
     device: Device = "auto",
-    devices: Annotated[
-        int, typer.Option(help="Processes of each run, one a GPU (or CPU).", min=1)
-    ] = 1,
     precision: Precision = None,
     plugin: Plugins = None,
     oracle: Oracle = False,
     mlflow: Mirrored = True,
-    executor: Annotated[
-        Where,
-        typer.Option(
-            help="Where workers are: local, processes of this machine; slurm, jobs of a cluster; "
-            "debug, one in this process."
-        ),
-    ] = Where.local,
-    slurm: Annotated[
-        Path | None,
-        typer.Option("--slurm", help="A YAML file of what a job asks for: docs/cluster.md."),
-    ] = None,
-    detach: Annotated[
-        bool,
-        typer.Option("--detach", help="Leave the jobs to SLURM; the same command looks at them."),
-    ] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Run methods side by side under one protocol, and print their table.
@@ -475,28 +457,10 @@ def ablate(
     data_root: DataRoot = None,
     runs_root: RunsRoot = Path("runs"),
     device: Device = "auto",
-    devices: Annotated[
-        int, typer.Option(help="Processes of each run, one a GPU (or CPU).", min=1)
-    ] = 1,
     precision: Precision = None,
     plugin: Plugins = None,
     oracle: Oracle = False,
     mlflow: Mirrored = True,
-    executor: Annotated[
-        Where,
-        typer.Option(
-            help="Where workers are: local, processes of this machine; slurm, jobs of a cluster; "
-            "debug, one in this process."
-        ),
-    ] = Where.local,
-    slurm: Annotated[
-        Path | None,
-        typer.Option("--slurm", help="A YAML file of what a job asks for: docs/cluster.md."),
-    ] = None,
-    detach: Annotated[
-        bool,
-        typer.Option("--detach", help="Leave the jobs to SLURM; the same command looks at them."),
-    ] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Run a method's declared variants and varied settings side by side, and print their table.
@@ -1408,7 +1372,7 @@ def main() -> None:
         _end(str(error), error.exit_code)
     except (KeyboardInterrupt, SystemExit) as stop:
         # Typer turns an interruption within a command into this code, and says nothing.
-        if isinstance(stop, SystemExit) and stop.code != 130:
+        if isinstance(stop, SystemExit) and (stop.code != 130 or isinstance(stop, _Told)):
             raise
         _end("interrupted; the same command resumes.", 130)
     except Interrupted as error:
@@ -1432,7 +1396,11 @@ def main() -> None:
         )
 
 
+class _Told(SystemExit):
+    """An end whose reason has been said."""
+
+
 def _end(message: str, code: int) -> None:
     sys.stdout.flush()
     print(f"glua-bench: error: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
+    raise _Told(code)
