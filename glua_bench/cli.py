@@ -163,6 +163,14 @@ def _with_descriptions(datasets: str, plugins: list[Path] | None) -> tuple[str, 
     return ",".join(names), files
 
 
+class Where(str, Enum):
+    """Where the workers of a sweep are."""
+
+    local = "local"
+    slurm = "slurm"
+    debug = "debug"
+
+
 class Kind(str, Enum):
     """What `list` can list."""
 
@@ -804,20 +812,48 @@ def sweep(
     data_root: DataRoot = None,
     runs_root: RunsRoot = Path("runs"),
     device: Device = "auto",
+    devices: Annotated[
+        int, typer.Option(help="Processes of each run, one a GPU (or CPU).", min=1)
+    ] = 1,
     precision: Precision = None,
     plugin: Plugins = None,
     oracle: Oracle = False,
     mlflow: Mirrored = True,
+    executor: Annotated[
+        Where,
+        typer.Option(
+            help="Where workers are: local, processes of this machine; slurm, jobs of a cluster; "
+            "debug, one in this process."
+        ),
+    ] = Where.local,
+    slurm: Annotated[
+        Path | None,
+        typer.Option("--slurm", help="A YAML file of what a job asks for: docs/cluster.md."),
+    ] = None,
+    detach: Annotated[
+        bool,
+        typer.Option("--detach", help="Leave the jobs to SLURM; the same command looks at them."),
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Search settings of a method by a score that needs no target label.
 
     The same command again goes on where it was, and does nothing for a finished sweep.
     """
+    if (slurm is not None) != (executor is Where.slurm):
+        raise ConfigError(
+            "--executor slurm and --slurm FILE.yaml belong together; give both or neither."
+        )
+    if detach and executor is not Where.slurm:
+        raise ConfigError("--detach leaves jobs to SLURM; add --executor slurm, or leave it out.")
     if dataset is not None:
         dataset, plugin = _with_descriptions(dataset, plugin)
+    from glua_bench.console import Progress
     from glua_bench.runs import RunRequest
     from glua_bench.sweeps import command, definition
+    from glua_bench.sweeps.slurm import read
+
+    resources = None if slurm is None else read(slurm, devices)
 
     told = definition.read(
         definition.find(file),
@@ -837,6 +873,7 @@ def sweep(
         data_root=data_root,
         runs_root=runs_root,
         device=device,
+        devices=devices,
         precision=precision,
         plugins=plugin or [],
         oracle=oracle,
@@ -851,7 +888,17 @@ def sweep(
         return
     study = command.open_study(told, base, storage, workers, fork, resume, say)
     try:
-        command.run_crew(study, base, storage, workers, sys.stdout)
+        if resources is not None:
+            if not command.run_jobs(
+                study, base, storage, workers, resources, detach, sys.stdout, say
+            ):
+                say("Next: the same command without --detach shows what they do.")
+                return
+        elif executor is Where.debug:
+            with listening():
+                command.run_worker(study, base, say, Progress())
+        else:
+            command.run_crew(study, base, storage, workers, sys.stdout)
     except KeyboardInterrupt:
         _end(
             f"interrupted; what is done is kept in {study.folder}, and the same command goes on.",
@@ -1325,10 +1372,12 @@ def main() -> None:
         _end(str(error), error.exit_code)
     except (KeyboardInterrupt, SystemExit) as stop:
         # Typer turns an interruption within a command into this code, and says nothing.
-        if isinstance(stop, SystemExit) and stop.code != 130:
+        if isinstance(stop, SystemExit) and (stop.code != 130 or isinstance(stop, _Told)):
             raise
         _end("interrupted; the same command resumes.", 130)
     except Interrupted as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return  # the first process of the run says it; an error here would kill that one
         _end(f"ended by {error}, after a checkpoint; the same command resumes.", 128 + error.number)
     except BrokenPipeError:
         # The reader of a pipe (e.g. head) has gone; Python must not complain at exit.
@@ -1347,7 +1396,11 @@ def main() -> None:
         )
 
 
+class _Told(SystemExit):
+    """An end whose reason has been said."""
+
+
 def _end(message: str, code: int) -> None:
     sys.stdout.flush()
     print(f"glua-bench: error: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
+    raise _Told(code)

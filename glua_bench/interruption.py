@@ -1,8 +1,8 @@
 """A polite end: what a scheduler or a user asks for is done after the step that is running.
 
-SIGTERM and SIGUSR1 are what schedulers send before a preemption or a time limit. They set a flag;
-the trainer looks at it after every step, writes a checkpoint and raises `Interrupted`, and the
-same command later goes on from there.
+SIGTERM, SIGUSR1 and SIGUSR2 are what schedulers send before a preemption or a time limit. They set
+a flag; the trainer looks at it after every step, writes a checkpoint and raises `Interrupted`, and
+the same command later goes on from there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _asked: list[int] = []
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -515,6 +516,8 @@ def make_fabric(request: RunRequest, config: RunConfig) -> Fabric:
         devices=request.devices,
         strategy="ddp" if request.devices > 1 else "auto",
         precision=config.precision,  # type: ignore[arg-type]
+        # A run starts its own processes, in a job of SLURM as well, where Fabric expects srun's.
+        plugins=[LightningEnvironment()],
     )
 
 

@@ -11,6 +11,7 @@ import fcntl
 import itertools
 import math
 import os
+import signal
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -30,10 +31,12 @@ from glua_bench.batches import Batches
 from glua_bench.config import RunConfig
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, RunFailure
+from glua_bench.interruption import Interrupted
 from glua_bench.method import Batch, Context, Method, Stage
 
 LOG_EVERY = 10  # steps between reading the losses back from the device
 CHECKPOINT_SECONDS = 30.0
+AGREE_EVERY = 10  # steps between questions whether one of several processes was asked to end
 
 
 class Log(Protocol):
@@ -302,13 +305,14 @@ class Trainer:
                     method.eval()
                     self.watch(step + 1)
                     method.train()
-            # Several processes would hear of it in different steps, and wait for each other.
-            ending = interruption.asked() and fabric.world_size == 1
+            ending = self._ending(step + 1)
             if ending or not last and time.monotonic() - self._saved_at >= self.checkpoint_seconds:
                 self.seconds[stage.name] = time.perf_counter() - began
                 self._save(index, stage, step + 1, optimizers)
                 if ending:
+                    fabric.barrier()  # the first process writes the checkpoint for all
                     interruption.end_if_asked()
+                    raise Interrupted(signal.SIGTERM)  # another process was asked
         self._flush(stage)
         if stage.finish is not None:
             seed_all(step_seed(config.seed, stage.name, total), fabric.device)
@@ -316,6 +320,20 @@ class Trainer:
             stage.finish(context)
         self.seconds[stage.name] = time.perf_counter() - began
         self._save(index + 1, stage, 0, {})
+
+    def _ending(self, step: int) -> bool:
+        """Whether this process was asked to end, or, now and then, any of several."""
+        asked = interruption.asked()
+        if self.fabric.world_size == 1:
+            return asked
+        # They hear of it in different steps, and would wait for each other: so all ask all, but
+        # not in every step, because the answer has to come back from the device.
+        if step % AGREE_EVERY:
+            return False
+        told = torch.tensor(float(asked), device=self.fabric.device)
+        count = self.fabric.all_reduce(told, reduce_op="sum")
+        assert isinstance(count, Tensor)
+        return bool(count > 0)
 
     def _watch_again(self, position: Mapping[str, Any]) -> None:
         """Show the candidates of the processes before this one, and take the last weights again."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,19 @@ from glua_bench.sweeps.definition import Definition
 from glua_bench.sweeps.launch import Crew, worker_words
 from glua_bench.sweeps.progress import Display, shown
 from glua_bench.sweeps.results import chosen_trial
-from glua_bench.sweeps.study import Claim, SweepStudy, counting, folder_of, free_name
+from glua_bench.sweeps.slurm import Jobs, Resources
+from glua_bench.sweeps.study import (
+    Claim,
+    SweepStudy,
+    counting,
+    folder_of,
+    free_name,
+    without_password,
+)
 from glua_bench.sweeps.trial import Outcome, See, execute, requests
 from glua_bench.sweeps.worker import Done, work
+
+STORAGE_VARIABLE = "GLUA_BENCH_STORAGE"  # what stands for --storage
 
 # What of a request a worker has to know; the definition gives the rest.
 CARRIED = (
@@ -57,6 +69,12 @@ def open_study(
     Raises:
         ConfigError: the study began with another definition, or there is none to resume.
     """
+    if base.devices > 1 and definition.pruner in ("median", "hyperband"):
+        raise ConfigError(
+            f"--devices {base.devices}: {definition.pruner} looks at the checkpoints of a run "
+            "while it trains, which works with one process; use pruner: none or wilcoxon, or one "
+            "device."
+        )
     name = free_name(base.runs_root, definition.name) if fork else definition.name
     if resume and not folder_of(base.runs_root, name).is_dir():
         raise ConfigError(
@@ -66,6 +84,9 @@ def open_study(
     # Before anything is written, so that what cannot run leaves no study behind.
     for request in requests(definition, base, first_values(definition)):
         planned = runs.plan(request, report)
+    copy = folder_of(base.runs_root, name) / "definition.json"
+    if copy.is_file():
+        _same_storage(json.loads(copy.read_text(encoding="utf-8")), storage, name)
     study = SweepStudy(definition, base.runs_root, storage, name, report, workers)
     study.remember(
         {
@@ -75,9 +96,24 @@ def open_study(
             "code": planned.code,
         }
     )
-    copy = study.folder / "definition.json"
-    copy.write_text(json.dumps({**asdict(definition), "file": str(definition.file)}, indent=1))
+    told = {**asdict(definition), "file": str(definition.file)}
+    told["storage"] = None if storage is None else without_password(storage)
+    copy.write_text(json.dumps(told, indent=1))
     return study
+
+
+def _same_storage(told: dict[str, Any], storage: str | None, name: str) -> None:
+    """Refuse to begin again in the journal what was begun in a database.
+
+    Raises:
+        ConfigError: the sweep began with a storage, and none is given.
+    """
+    known = told.pop("storage", None)
+    if known is not None and storage is None:
+        raise ConfigError(
+            f"The sweep '{name}' keeps its trials in {known}; give that by --storage or in "
+            "GLUA_BENCH_STORAGE."
+        )
 
 
 def described(definition: Definition) -> list[str]:
@@ -143,6 +179,7 @@ def join(
             f"There is no sweep '{name}' in {runs_root}; begin it by `glua-bench sweep`, or name "
             "the directory of its runs by --runs."
         ) from error
+    _same_storage(told, storage, name)
     space = tuple(
         definitions.Parameter(**{**p, "choices": tuple(p["choices"])}) for p in told.pop("space")
     )
@@ -175,12 +212,60 @@ def run_crew(
     study: SweepStudy, base: RunRequest, storage: str | None, workers: int, stream: Any
 ) -> None:
     """Start workers on this machine, and show what they do until the study is finished."""
-    counted = counting(study.trials())
-    if len(counted) >= study.definition.trials and all(t.state.is_finished() for t in counted):
+    if study.ended:
         return
-    words = worker_words(study, base.runs_root, base.plugins, storage)
-    with Display(study.definition, workers, stream) as display:
-        Crew(study, words, workers, lambda: display.show(study.trials())).run()
+    words = worker_words(study, base.runs_root, base.plugins)
+    with _inherited(storage), Display(study.definition, workers, stream) as display:
+        crew = Crew(study, words, workers, lambda: display.show(study.trials()), base.devices)
+        crew.run()
+
+
+def run_jobs(
+    study: SweepStudy,
+    base: RunRequest,
+    storage: str | None,
+    workers: int,
+    resources: Resources,
+    detach: bool,
+    stream: Any,
+    report: Callable[[str], None],
+) -> bool:
+    """Submit workers to SLURM; unless detached, show what they do until the study is finished.
+
+    Returns:
+        Whether the study is finished.
+    """
+    if study.ended:
+        return True
+    # A job begins in the directory of this command, but what is shared is named as a whole.
+    plugins = [file.absolute() for file in base.plugins]
+    words = worker_words(study, base.runs_root.absolute(), plugins)
+    with _inherited(storage):
+        jobs = Jobs(study, words, workers, resources, report=report)
+        if detach:
+            jobs.begin()
+            return False
+        with Display(study.definition, workers, stream) as display:
+            jobs.show = lambda: display.show(study.trials())
+            jobs.run()
+    return True
+
+
+@contextmanager
+def _inherited(storage: str | None) -> Iterator[None]:
+    """Tell workers the storage by their environment: all users of a machine see its commands."""
+    if storage is None:
+        yield
+        return
+    told = storage if "://" in storage else str(Path(storage).absolute())
+    before = os.environ.get(STORAGE_VARIABLE)
+    os.environ[STORAGE_VARIABLE] = told
+    try:
+        yield
+    finally:
+        del os.environ[STORAGE_VARIABLE]
+        if before is not None:
+            os.environ[STORAGE_VARIABLE] = before
 
 
 def conclude(study: SweepStudy) -> list[str]:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from glua_bench.errors import RunFailure
 from glua_bench.matrix import environment
 from glua_bench.sweeps.study import SweepStudy
@@ -42,12 +44,14 @@ class Crew:
         words: of the command that starts one, after `glua-bench`.
         count: how many.
         show: called again and again while they work.
+        devices: GPUs of each worker.
     """
 
     study: SweepStudy
     words: Sequence[str]
     count: int
     show: Callable[[], None] = lambda: None
+    devices: int = 1
     _workers: list[Worker] = field(default_factory=list)
 
     def run(self) -> None:
@@ -94,7 +98,7 @@ class Crew:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=worker_environment(index, self.count),
+                env=worker_environment(index, self.count, self.devices),
                 # Ctrl-C reaches this process alone, which asks the workers one by one.
                 start_new_session=True,
             )
@@ -114,9 +118,19 @@ class Crew:
                 worker.process.wait()
 
 
-def worker_environment(index: int, count: int) -> Mapping[str, str]:
-    """The environment of one of several workers: its GPU, or its share of the cores."""
+def worker_environment(index: int, count: int, devices: int = 1) -> Mapping[str, str]:
+    """The environment of one of several workers: its GPUs, or its share of the cores.
+
+    Args:
+        index: of the worker, from 0.
+        count: how many workers there are.
+        devices: GPUs of each worker.
+    """
     changed = environment(index, count)
+    gpus = torch.cuda.device_count()
+    if gpus and devices > 1:
+        own_gpus = (str((index * devices + place) % gpus) for place in range(min(devices, gpus)))
+        changed["CUDA_VISIBLE_DEVICES"] = ",".join(own_gpus)
     if hasattr(os, "sched_getaffinity") and "CUDA_VISIBLE_DEVICES" not in changed:
         cores = sorted(os.sched_getaffinity(0))
         own = cores[index % len(cores) :: count] if count <= len(cores) else cores
@@ -131,20 +145,15 @@ def pin() -> None:
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
 
 
-def worker_words(
-    study: SweepStudy, runs_root: Path, plugins: Sequence[Path], url: str | None
-) -> list[str]:
+def worker_words(study: SweepStudy, runs_root: Path, plugins: Sequence[Path]) -> list[str]:
     """The words behind `glua-bench` that start a worker of a study anywhere.
 
     Args:
         study: its name.
         runs_root: the directory of all runs.
         plugins: files with further methods, datasets or selectors.
-        url: of the storage; None where it is the journal in the sweep's directory.
     """
     words = ["worker", "--study", study.name, "--runs", str(runs_root)]
-    if url is not None:
-        words += ["--storage", url]
     for file in plugins:
         words += ["--plugin", str(file)]
     return words

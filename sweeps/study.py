@@ -70,6 +70,8 @@ def open_storage(url: str, workers: int = 1) -> optuna.storages.BaseStorage:
         path.parent.mkdir(parents=True, exist_ok=True)
         backend = JournalFileBackend(str(path), lock_obj=_JournalLock(path))  # type: ignore[arg-type]
         return optuna.storages.JournalStorage(backend)
+    if url.startswith("postgresql://"):  # which may be any driver; ours is this one
+        url = url.replace("://", "+psycopg://", 1)
     if url.startswith("sqlite"):
         path = Path(url.partition("///")[2])
         if workers > 1:
@@ -83,6 +85,7 @@ def open_storage(url: str, workers: int = 1) -> optuna.storages.BaseStorage:
                 f"--storage {url} lies on a network file system ({kind}), where SQLite loses "
                 "trials; give a PostgreSQL URL, or a path on a local disk."
             )
+    shown = without_password(url)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         try:
@@ -94,13 +97,13 @@ def open_storage(url: str, workers: int = 1) -> optuna.storages.BaseStorage:
             )
         except ImportError as error:
             raise ConfigError(
-                f"--storage {_shown(url)} needs a driver that is not installed ({_brief(error)}); "
-                "for PostgreSQL: pip install 'glua-bench[cluster]'."
+                f"--storage {shown} needs a driver that is not installed ({_brief(error)}); for "
+                "PostgreSQL: pip install 'glua-bench[cluster]'."
             ) from error
         except Exception as error:  # SQLAlchemy and its drivers raise many types
             raise ConfigError(
-                f"--storage {_shown(url)} cannot be opened ({_brief(error)}); check the server, "
-                "the name of the database and the password."
+                f"--storage {shown} cannot be opened ({_brief(error)}); check the server, the name "
+                "of the database and the password."
             ) from error
 
 
@@ -164,7 +167,7 @@ def file_system(path: Path) -> str:
     return kind
 
 
-def _shown(url: str) -> str:
+def without_password(url: str) -> str:
     """A URL without its password."""
     head, at, tail = url.rpartition("@")
     return f"{head.rpartition(':')[0]}:…@{tail}" if at and head.count(":") > 1 else url
@@ -262,9 +265,9 @@ class SweepStudy:
         self.name = name or definition.name
         self.folder = folder_of(runs_root, self.name)
         self.url = storage or journal(self.folder)
-        self.storage = open_storage(self.url, workers)
         self._host = socket.gethostname()
-        with exclusive(self.folder / "ask.lock"):
+        with exclusive(self.folder / "ask.lock"):  # of several, one makes the tables
+            self.storage = open_storage(self.url, workers)
             self.study = patiently(self._open, report)
 
     def _open(self) -> optuna.Study:
@@ -311,6 +314,13 @@ class SweepStudy:
         """All trials, in their order."""
         return patiently(lambda: self.study.get_trials(deepcopy=False), self.report)
 
+    @property
+    def ended(self) -> bool:
+        """Whether all trials that the budget allows have ended."""
+        counted = counting(self.trials())
+        enough = len(counted) >= self.definition.trials
+        return enough and all(trial.state.is_finished() for trial in counted)
+
     # -- taking a trial ---------------------------------------------------------------------------
 
     def claim(self) -> Claim | None:
@@ -319,29 +329,35 @@ class SweepStudy:
         What dead workers left behind is offered again first.
         """
         with exclusive(self.folder / "ask.lock"):
-            trials = patiently(self._reclaim, self.report)
-            counted = counting(trials)
-            waiting = [t for t in counted if t.state == TrialState.WAITING]
-            if not waiting and len(counted) >= self.definition.trials:
+            # As a whole: where the answer to a question was lost, its trial is found as dead.
+            trial = patiently(self._take, self.report)
+            if trial is None:
                 return None
-            # By a seed for each trial, two workers never draw the same, and whoever draws, the
-            # sequence is the same.
-            self.study.sampler = make_sampler(self.definition, len(trials))
-            trial = patiently(self._ask, self.report)
-            claim = Claim(
-                trial, trial.number, trial.params, int(trial.user_attrs.get("attempt", 1))
-            )
+            attempt = int(trial.user_attrs.get("attempt", 1))
+            claim = Claim(trial, trial.number, trial.params, attempt)
             claim._lock = self._hold(trial.number)
         self._beat(claim)
         return claim
 
-    def _ask(self) -> optuna.Trial:
+    def _take(self) -> optuna.Trial | None:
+        trials = self._reclaim()
+        counted = counting(trials)
+        waiting = any(t.state == TrialState.WAITING for t in counted)
+        if not waiting and len(counted) >= self.definition.trials:
+            return None
+        # By a seed for each trial, two workers never draw the same, and whoever draws, the
+        # sequence is the same.
+        self.study.sampler = make_sampler(self.definition, len(trials))
         with warnings.catch_warnings():
             # Of heartbeats without `optimize`: `_beat` sends them.
             warnings.filterwarnings("ignore", "Heartbeat of storage")
             trial = self.study.ask({p.name: distribution(p) for p in self.definition.space})
-        trial.set_user_attr("host", self._host)
+        if isinstance(self.storage, optuna.storages.RDBStorage):
+            # Without a first heartbeat a trial never becomes stale; and without a host nobody
+            # asks for one.
+            self.storage.record_heartbeat(trial._trial_id)
         trial.set_user_attr("process", os.getpid())
+        trial.set_user_attr("host", self._host)
         return trial
 
     def _reclaim(self) -> list[FrozenTrial]:
@@ -357,7 +373,7 @@ class SweepStudy:
                 continue
             attempt = int(trial.user_attrs.get("attempt", 1))
             # The offer comes first: a process that dies in between is taken up here as well.
-            if trial.number not in retried and attempt < ATTEMPTS and trial.params:
+            if trial.number not in retried and attempt < ATTEMPTS and _drawn(trial):
                 self._offer(trial, attempt + 1)
             self._end(trial, "its worker was killed")
             changed = True
@@ -365,7 +381,7 @@ class SweepStudy:
 
     def _offer(self, trial: FrozenTrial, attempt: int) -> None:
         own = {"attempt": attempt, "retry_of": trial.number}
-        self.study.enqueue_trial(dict(trial.params), user_attrs=own)
+        self.study.enqueue_trial(_drawn(trial), user_attrs=own)
 
     def _end(self, trial: FrozenTrial, reason: str) -> None:
         with suppress(optuna.exceptions.UpdateFinishedTrialError):
@@ -491,10 +507,13 @@ def counting(trials: list[FrozenTrial]) -> list[FrozenTrial]:
     """
     repeated = {t.user_attrs.get("retry_of") for t in trials}
     return [
-        trial
-        for trial in trials
-        if trial.number not in repeated and (trial.params or trial.state != TrialState.FAIL)
+        t for t in trials if t.number not in repeated and (t.state != TrialState.FAIL or _drawn(t))
     ]
+
+
+def _drawn(trial: FrozenTrial) -> dict[str, Any]:
+    """A trial's parameters, also where its worker was killed before it had taken them."""
+    return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:

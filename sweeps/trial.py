@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from glua_bench import runs
+import torch
+
+from glua_bench import interruption, runs
 from glua_bench.console import Progress
 from glua_bench.errors import RunFailure
+from glua_bench.matrix import ATTEMPTS, command
 from glua_bench.sweeps.definition import Definition
+from glua_bench.tracking import try_lock
+
+WAIT_SECONDS = 0.2  # between looks at the processes of a run
 
 See = Callable[[int, float], bool]
 
@@ -109,7 +121,10 @@ def execute(
         pruned = definition.pruner in ("median", "hyperband")
         watch = runs.Watch(definition.selector, watched) if pruned else None
         try:
-            runs.execute(planned, progress, watch=watch)
+            if base.devices > 1:
+                execute_apart(planned, progress)
+            else:
+                runs.execute(planned, progress, watch=watch)
         except runs.Stopped as stopped:
             raise Pruned({"runs": ids, "qualities": qualities}) from stopped
         summary = planned.directory.read_summary()
@@ -125,6 +140,84 @@ def execute(
     costs = {"seconds": sum(seconds) / len(seconds)}
     values = (mean, *(costs[name] for name in definition.objectives[1:]))
     return Outcome(values, {"runs": ids, "qualities": qualities})
+
+
+def execute_apart(
+    planned: runs.PlannedRun,
+    progress: Progress,
+    start: Callable[..., subprocess.Popen] = subprocess.Popen,
+) -> None:
+    """Run as `glua-bench run` does, in processes of its own.
+
+    Fabric starts the further processes of a run by the command line of the first one, so that one
+    must be `run` and not `worker`.
+
+    Args:
+        planned: the run, with several devices.
+        progress: told where it begins.
+        start: starts a process.
+
+    Raises:
+        RunFailure: the run failed, or its processes were killed again and again.
+        Interrupted: this process was asked to end; the run has written its checkpoint.
+    """
+    devices = planned.request.devices
+    changed = dict(os.environ)
+    changed["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // devices))
+    for _ in range(ATTEMPTS):
+        _wait_for_others(planned)
+        if planned.directory.done:
+            return
+        progress.line(f"run {planned.id} begins in {devices} processes")
+        with tempfile.TemporaryFile("w+") as errors:
+            process = start(
+                [sys.executable, "-m", "glua_bench", *command(planned.request)],
+                env=changed,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
+            )
+            code = _wait(process)
+            errors.seek(0)
+            said = errors.read().strip().splitlines() or ["no reason"]
+        if planned.directory.done:
+            return
+        interruption.end_if_asked()
+        if 0 < code < 128:
+            reason = planned.directory.failed or said[-1].removeprefix("glua-bench: error: ")
+            raise RunFailure(reason)
+    raise RunFailure(
+        f"The processes of {planned.directory.path} were killed {ATTEMPTS} times; look for a lack "
+        "of memory, and give the same command again."
+    )
+
+
+def _wait_for_others(planned: runs.PlannedRun) -> None:
+    """Wait until no process is at a run: those of a worker that was killed go on with it."""
+    path = planned.directory.path
+    while path.is_dir():
+        with try_lock(path / ".lock") as free:
+            if free:
+                return
+        interruption.end_if_asked()
+        time.sleep(WAIT_SECONDS)
+
+
+def _wait(process: subprocess.Popen) -> int:
+    """Wait for a run, and pass on that this process was asked to end; its exit code."""
+    told = False
+    try:
+        while process.poll() is None:
+            if interruption.asked() and not told:
+                process.send_signal(signal.SIGTERM)
+                told = True
+            time.sleep(WAIT_SECONDS)
+    except BaseException:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        raise
+    return int(process.returncode)
 
 
 def planned_stages(planned: runs.PlannedRun) -> tuple:

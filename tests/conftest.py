@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -206,6 +208,46 @@ def niivue() -> str:
         if os.environ.get("GLUA_BENCH_BROWSER") == "required":
             raise
         pytest.skip(str(error))
+
+
+# -- servers of a cluster -------------------------------------------------------------------------
+
+
+def no_server(what: str) -> None:
+    """Skips a test that needs a server, or fails it where GLUA_BENCH_CLUSTER=required."""
+    if os.environ.get("GLUA_BENCH_CLUSTER") == "required":
+        pytest.fail(f"GLUA_BENCH_CLUSTER=required, but {what}", pytrace=False)
+    pytest.skip(what)
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    """The URL of a module's own database, on the server that GLUA_BENCH_TEST_POSTGRES names."""
+    server = os.environ.get("GLUA_BENCH_TEST_POSTGRES")
+    if not server:
+        no_server("GLUA_BENCH_TEST_POSTGRES names no PostgreSQL; .ci/postgres starts one")
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+    url = sqlalchemy.make_url(server)
+    engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")
+    name = f"glua_bench_{uuid.uuid4().hex[:12]}"
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}"))
+    yield url.set(database=name).render_as_string(hide_password=False)
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text(f"DROP DATABASE {name} WITH (FORCE)"))
+    engine.dispose()
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The SLURM whose configuration GLUA_BENCH_TEST_SLURM names; no job of a test outlives it."""
+    configuration = os.environ.get("GLUA_BENCH_TEST_SLURM")
+    if not configuration:
+        no_server("GLUA_BENCH_TEST_SLURM names no slurm.conf; .ci/slurm starts a SLURM")
+    monkeypatch.setenv("SLURM_CONF", str(configuration))
+    monkeypatch.setenv("SUBMITIT_LOGGING_LEVEL", "WARNING")
+    yield
+    subprocess.run(["scancel", "--user", str(os.getuid())], check=True)
 
 
 # -- finished runs without training ---------------------------------------------------------------

@@ -180,9 +180,10 @@ def test_console_script():
 
 def test_every_library_is_declared():
     project = PYPROJECT["project"]
+    extras = project["optional-dependencies"]
     declared = {
         re.split(r"[<>=!~\[; ]", requirement)[0].lower().replace("-", "_")
-        for requirement in [*project["dependencies"], *project["optional-dependencies"]["test"]]
+        for requirement in [*project["dependencies"], *extras["test"], *extras["cluster"]]
     }
     packages = {
         "yaml": "pyyaml",
