@@ -319,6 +319,7 @@ def agreement(trials: pd.DataFrame, objective: str, chosen: int | None, rho: flo
     axes.scatter(
         best[objective], best["dice"], s=110, fc="none", ec=AFTERWARDS, label="highest test Dice"
     )
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel(objective)
     axes.set_ylabel("test Dice, looked at afterwards")
     if not math.isnan(rho):
