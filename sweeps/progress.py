@@ -120,18 +120,12 @@ class Display:
     def table(self, now: State, trials: list[FrozenTrial], rows: int = 8) -> Any:
         """The running trials and the best of those that are finished, few enough for a screen."""
         from rich.box import SIMPLE
+        from rich.console import Group
         from rich.table import Table
+        from rich.text import Text
 
         names = [parameter.name for parameter in self.definition.space]
-        table = Table(
-            title=f"{self.definition.name}: {now.line(best=False)}",
-            title_justify="left",
-            title_style="bold",
-            caption="Ctrl-C ends this and keeps what is done; … : not finished",
-            caption_justify="left",
-            box=SIMPLE,
-            pad_edge=False,
-        )
+        table = Table(box=SIMPLE, pad_edge=False)
         left = ("state", "time")
         for column in ("trial", "state", "time", *names, *self.definition.objectives):
             table.add_column(
@@ -157,7 +151,9 @@ class Display:
             )
             if running and trial is now.running[:rows][-1] and len(now.running) > rows:
                 table.add_row("", f"and {len(now.running) - rows} more")
-        return table
+        head = Text(f"{self.definition.name}: {now.line(best=False)}", style="bold")
+        hint = Text("Ctrl-C ends this and keeps what is done.", style="dim")
+        return Group(head, table, *([hint] if now.running else []))
 
 
 def _seconds(trial: FrozenTrial) -> float:

@@ -79,6 +79,7 @@ def test_the_best_is_marked_and_times_are_told(definition: Definition) -> None:
     # The best stands in the table, so the line above does not repeat it.
     assert "best 0.75" not in " ".join(lines) and "2/40 trials, 1 running" in lines[0]
     assert "Ctrl-C ends this" in lines[-1]
+    assert "Ctrl-C" not in " ".join(drawn(definition, trials[:2], 110))
 
 
 def test_two_hundred_workers_fit_on_a_screen(definition: Definition) -> None:
