@@ -438,7 +438,7 @@ def time_line(trials: pd.DataFrame) -> Figure:
                 fontsize=7,
                 color="#fefefe",
             )
-    axes.set_yticks(range(len(workers)), [f"worker {i + 1}" for i in range(len(workers))])
+    axes.set_yticks(range(len(workers)), workers)
     axes.set_ylim(len(workers) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(f"{name} since the first trial began")

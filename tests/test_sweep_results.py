@@ -91,7 +91,9 @@ def test_every_trial_has_its_row(searched, made_runs) -> None:
     assert list(table["counted"]) == [True, True, False, True, True]
     assert list(table["attempt"]) == [1, 1, 1, 1, 1]
     assert list(table["im"].dropna()) == [0.1, 0.3]
-    assert table["reason"][4] == "the data are gone" and table["worker"].nunique() == 1
+    assert table["reason"][4] == "the data are gone"
+    # By a number, since a report may be passed on.
+    assert set(table["worker"]) == {"worker 1"}
     params = searched.trials()[1].params
     assert {name: table[f"method.{name}"][1] for name in params} == params
     assert (table["ended"] >= table["began"]).all()
