@@ -959,7 +959,7 @@ def list_(
         bool, typer.Option("--verbose", "-v", help="Settings too (imports the methods).")
     ] = False,
 ) -> None:
-    """List methods, datasets and selectors: what each does, its paper, what it needs."""
+    """List methods, datasets, selectors and sweeps: what each does, its paper, what it needs."""
     import textwrap
 
     broken = 0
@@ -992,18 +992,31 @@ def list_(
         say()
     if broken:
         say(f"{broken} plugin(s) cannot be used; repair or uninstall them.")
-    say("Next: glua-bench run --method NAME --dataset NAME, or glua-bench run --help")
+    if kind is Kind.sweeps:
+        say("Next: glua-bench sweep NAME --dry-run, or glua-bench sweep --help")
+    else:
+        say("Next: glua-bench run --method NAME --dataset NAME, or glua-bench run --help")
 
 
 def _list_sweeps() -> None:
+    import textwrap
+
     from glua_bench.documents import read_document
     from glua_bench.sweeps.definition import shipped
 
     say("Sweeps")
     for name, file in shipped().items():
         text = read_document(file)
+        space, objective = text.take("space", object), text.take("objective", object)
+        judged = ", ".join(objective) if isinstance(objective, list) else objective
+        searched = space if isinstance(space, str) else ", ".join(space)
         say(f"  {name:<17} {text.take('title', str)}")
-        say(f"{'':20}of {text.take('method', str)}, by {text.take('objective', object)}; {file}")
+        told = (
+            f"{text.take('method', str)}: {searched}; judged by {judged}, "
+            f"{text.take('sampler', str, 'tpe')}"
+        )
+        say(textwrap.indent(textwrap.fill(told, 76), " " * 20))
+    say(f"  Files: {shipped()['example'].parent}; example.yaml is the one to copy.")
     say()
 
 

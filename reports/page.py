@@ -30,6 +30,7 @@ class Section:
         intro: what is in it, a sentence or two.
         blocks: tables and drawings, in order.
         warning: what a reader must know before it; "" for nothing.
+        command: what a reader may copy; "" for nothing.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Section:
     intro: str = ""
     blocks: list[dict[str, Any]] = field(default_factory=list)
     warning: str = ""
+    command: str = ""
 
 
 def make_folders(out: Path) -> None:

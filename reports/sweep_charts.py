@@ -319,6 +319,7 @@ def agreement(trials: pd.DataFrame, objective: str, chosen: int | None, rho: flo
     axes.scatter(
         best[objective], best["dice"], s=110, fc="none", ec=AFTERWARDS, label="highest test Dice"
     )
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel(objective)
     axes.set_ylabel("test Dice, looked at afterwards")
     if not math.isnan(rho):
@@ -437,7 +438,7 @@ def time_line(trials: pd.DataFrame) -> Figure:
                 fontsize=7,
                 color="#fefefe",
             )
-    axes.set_yticks(range(len(workers)), [f"worker {i + 1}" for i in range(len(workers))])
+    axes.set_yticks(range(len(workers)), workers)
     axes.set_ylim(len(workers) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(f"{name} since the first trial began")

@@ -175,7 +175,7 @@ def sentences(sweep: Sweep) -> list[str]:
     if len(sweep.objectives) > 1:
         costs = " and ".join(sweep.objectives[1:])
         found.append(
-            f"{len(sweep.front)} trials are on the front of {sweep.objective} and {costs}."
+            f"{len(sweep.front)} trials are on the Pareto front of {sweep.objective} and {costs}."
         )
     known = None if sweep.oracle else price(sweep)
     if known is not None:
@@ -342,10 +342,8 @@ class _Writer(PageWriter):
         if number is None:
             return section
         words = " ".join(f"--set method.{n}={v}" for n, v in sweep.settings(number).items())
-        section.intro = (
-            f"The trial with the highest {self.label}. To use it: glua-bench run --method "
-            f"{sweep.facts['method']} {words}"
-        )
+        section.intro = f"The trial with the highest {self.label}. To use it:"
+        section.command = f"glua-bench run --method {sweep.facts['method']} {words}"
         best = self.done.sort_values(self.label, ascending=False, kind="stable").head(MOST_SHOWN)
         caption = f"The {len(best)} best of {len(self.done)} finished trials by {self.label}."
         section.blocks.append(self.table(self._of_trials("best", caption, best)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -36,15 +37,19 @@ class State:
     best: FrozenTrial | None
     seconds_left: float
 
-    def line(self) -> str:
-        """The state in a line."""
+    def line(self, best: bool = True) -> str:
+        """The state in a line.
+
+        Args:
+            best: name the best trial, which a table shows by itself.
+        """
         done = self.finished + self.pruned + self.failed
         parts = [f"{done}/{self.total} trials"]
         parts += [
             f"{n} {word}" for n, word in ((self.pruned, "pruned"), (self.failed, "failed")) if n
         ]
         parts.append(f"{len(self.running)} running")
-        if self.best is not None and self.best.values:
+        if best and self.best is not None and self.best.values:
             parts.append(f"best {self.best.values[0]:.4g} ({shown(self.best.params)})")
         if done < self.total and self.seconds_left == self.seconds_left:
             parts.append(f"about {duration(self.seconds_left)} left")
@@ -113,23 +118,49 @@ class Display:
             self._said, self._at = counts, time.monotonic()
 
     def table(self, now: State, trials: list[FrozenTrial], rows: int = 8) -> Any:
-        """The running trials and the best of those that are finished."""
+        """The running trials and the best of those that are finished, few enough for a screen."""
+        from rich.box import SIMPLE
+        from rich.console import Group
         from rich.table import Table
+        from rich.text import Text
 
         names = [parameter.name for parameter in self.definition.space]
-        table = Table(title=f"{self.definition.name}: {now.line()}", title_justify="left")
-        for column in ("trial", "state", *names, *self.definition.objectives):
-            table.add_column(column, justify="left" if column == "state" else "right")
+        table = Table(box=SIMPLE, pad_edge=False)
+        left = ("state", "time")
+        for column in ("trial", "state", "time", *names, *self.definition.objectives):
+            table.add_column(
+                column,
+                justify="left" if column in left else "right",
+            )
         complete = [t for t in counting(trials) if t.state == TrialState.COMPLETE]
         complete.sort(key=lambda t: t.values[0], reverse=True)
-        for trial in [*now.running, *complete[:rows]]:
+        for trial in [*now.running[:rows], *complete[:rows]]:
             running = trial.state == TrialState.RUNNING
             values = list(trial.intermediate_values.values())[-1:] if running else trial.values
             cells = [f"{v:.4g}" + ("…" if running else "") for v in values]
             cells += [""] * (len(self.definition.objectives) - len(cells))
-            params = [_cell(trial.params.get(name)) for name in names]
-            table.add_row(str(trial.number), "running" if running else "done", *params, *cells)
-        return table
+            params = [_cell(trial.params.get(name), 3) for name in names]
+            state = "running" if running else "best" if trial is now.best else "done"
+            table.add_row(
+                str(trial.number),
+                state,
+                duration(_seconds(trial)),
+                *params,
+                *cells,
+                style={"running": "cyan", "best": "bold green"}.get(state),
+            )
+            if running and trial is now.running[:rows][-1] and len(now.running) > rows:
+                table.add_row("", f"and {len(now.running) - rows} more")
+        head = Text(f"{self.definition.name}: {now.line(best=False)}", style="bold")
+        hint = Text("Ctrl-C ends this and keeps what is done.", style="dim")
+        return Group(head, table, *([hint] if now.running else []))
+
+
+def _seconds(trial: FrozenTrial) -> float:
+    """How long a trial has taken, so far where it runs; nan where it has not begun."""
+    if trial.datetime_start is None:
+        return float("nan")
+    return ((trial.datetime_complete or datetime.now()) - trial.datetime_start).total_seconds()
 
 
 def shown(params: dict[str, Any]) -> str:
@@ -137,5 +168,7 @@ def shown(params: dict[str, Any]) -> str:
     return ", ".join(f"{name} {_cell(value)}" for name, value in params.items())
 
 
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+def _cell(value: Any, digits: int = 4) -> str:
+    if isinstance(value, float):
+        return f"{value:.{digits}g}"
+    return "" if value is None else str(value)

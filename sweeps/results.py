@@ -111,10 +111,12 @@ def trial_table(definition: Definition, trials: list[FrozenTrial]) -> pd.DataFra
 
     Returns:
         number, state, counted (whether the budget counts it: no later trial repeats it), attempt,
-        worker, began and ended (pandas times; NaT while it runs), reason (of a failure), then a
-        column for each parameter, "method." before its name, and one for each objective.
+        worker (by a number: a report names no machine), began and ended (pandas times; NaT while
+        it runs), reason (of a failure), then a column for each parameter, "method." before its
+        name, and one for each objective.
     """
     counted = {trial.number for trial in counting(trials)}
+    workers: dict[tuple[Any, Any], str] = {}
     rows = []
     for trial in trials:
         told = trial.user_attrs
@@ -125,7 +127,7 @@ def trial_table(definition: Definition, trials: list[FrozenTrial]) -> pd.DataFra
                 "state": STATES[trial.state],
                 "counted": trial.number in counted,
                 "attempt": int(told.get("attempt", 1)),
-                "worker": f"{told.get('host', '?')}:{told.get('process', '?')}",
+                "worker": _worker(trial, workers),
                 "began": trial.datetime_start,
                 "ended": trial.datetime_complete,
                 "reason": str(told.get("reason", "")),
@@ -142,6 +144,12 @@ def trial_table(definition: Definition, trials: list[FrozenTrial]) -> pd.DataFra
     for name in ("began", "ended"):
         table[name] = pd.to_datetime(table[name])
     return table
+
+
+def _worker(trial: FrozenTrial, known: dict[tuple[Any, Any], str]) -> str:
+    """A name for the process that was at a trial; "" where nobody was."""
+    key = trial.user_attrs.get("host"), trial.user_attrs.get("process")
+    return "" if None in key else known.setdefault(key, f"worker {len(known) + 1}")
 
 
 def run_table(definition: Definition, trials: list[FrozenTrial], runs_root: Path) -> pd.DataFrame:

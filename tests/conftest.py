@@ -408,7 +408,7 @@ def made_sweep() -> Callable[..., Any]:
                 "state": states,
                 "counted": counted or [True] * count,
                 "attempt": 1,
-                "worker": [f"host:{1 + i % 2}" for i in range(count)],
+                "worker": [f"worker {1 + i % 2}" for i in range(count)],
                 "began": [began + pd.Timedelta(minutes=i) for i in range(count)],
                 "ended": [began + pd.Timedelta(minutes=i + 1.8) for i in range(count)],
                 "reason": ["the data are gone" if s == "failed" else "" for s in states],

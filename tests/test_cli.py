@@ -575,3 +575,85 @@ def test_prepare_names_bad_files_after_the_good_ones(
     assert err.count("\n") == 1 and "Traceback" not in err
     code, out, _ = call(*arguments)
     assert code == 2 and "resuming after 5" in out
+
+
+# -- sweep ----------------------------------------------------------------------------------------
+
+SWEEP = """\
+name: rates
+title: Which rate?
+method: source_only
+dataset: phantom
+objective: source_val
+sampler: grid
+set: {segmenter.width: 4, segmenter.depth: 3, grid.size: 32, grid.spacing: 7, batch_size: 2}
+space:
+  lr: [0.001, 0.01, 0.1]
+"""
+
+
+def in_tracker(root: Path) -> tuple[list, list]:
+    """The parents and the children that the tracker shows of a sweep's runs."""
+    from glua_bench.tracking import mlflow_client, tracking_uri
+
+    client = mlflow_client(tracking_uri(root))
+    found = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    return (
+        [run for run in found if "glua_bench.sweep" in run.data.tags],
+        [run for run in found if "glua_bench.id" in run.data.tags],
+    )
+
+
+def test_a_sweep_ends_with_its_page_and_one_run_in_the_tracker(
+    call: Call, phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rates.yaml").write_text(SWEEP)
+    words = ["rates.yaml", "--steps=2", "--device=cpu", "--data-root", phantom_root]
+    code, out, err = call("sweep", *words, "--trials=2", "--workers=2")
+    assert code == 0, err
+    page = tmp_path / "runs" / "sweeps" / "rates" / "report" / "report.html"
+    assert "Report: runs/sweeps/rates/report/report.html" in out and page.is_file()
+    assert "Looked at afterwards: the test Dice of this choice is" in out
+    chosen = out.partition("--set method.lr=")[2].split()[0]
+    assert "Next:   glua-bench run --method source_only --dataset phantom --direction mr-ct " in out
+    assert "--seed 1 --preset quick --set segmenter.width=4" in out
+    assert "rank correlation" not in out  # of two trials
+    ((parent,), children) = in_tracker(tmp_path / "runs")
+    assert {c.data.tags["mlflow.parentRunId"] for c in children} == {parent.info.run_id}
+    assert sorted(c.data.tags["glua_bench.entry"] for c in children) == ["trial 0", "trial 1"]
+    tags = parent.data.tags
+    assert tags["glua_bench.chosen"] == f"method.lr={chosen}"
+    assert (tags["glua_bench.objective"], tags["glua_bench.oracle"]) == ("source_val", "false")
+    assert parent.info.status == "FINISHED" and "chosen/source_val" in parent.data.metrics
+
+    code, out, err = call("sweep", *words, "--resume")  # with the file's own budget
+    assert code == 0 and "trial" in out, err
+    ((same,), children) = in_tracker(tmp_path / "runs")
+    assert same.info.run_id == parent.info.run_id and len(children) == 3
+    assert {c.data.tags["mlflow.parentRunId"] for c in children} == {parent.info.run_id}
+    assert same.data.tags["glua_bench.trials"] == "3 done"
+
+    # The page alone, elsewhere; a tracker that is down costs a warning.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    code, out, err = call("report", "--sweep", "rates", "--out", "page")
+    assert code == 0 and (tmp_path / "page" / "report.html").is_file()
+    assert err.count("warning: MLflow at http://127.0.0.1:9 does not show") == 1
+    assert "Next:   open page/report.html" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--sweep", "none"], "There is no sweep 'none' in runs"),
+        (["--sweep", "none", "--where", "seed=1"], "leave --rows, --from-mlflow and --where"),
+    ],
+)
+def test_a_sweep_that_cannot_be_reported_is_one_sentence(call: Call, words, said) -> None:
+    refused(call("report", *words), said)
+
+
+def test_list_says_what_each_sweep_searches(call: Call) -> None:
+    code, out, _ = call("list", "sweeps")
+    assert code == 0 and "glua: mask_ratio; judged by im, grid" in out
+    assert "lambda_cycle, lambda_image" in out and "glua-bench sweep NAME" in out
+    assert all(len(line) < 100 for line in out.splitlines() if "Files" not in line)

@@ -144,6 +144,68 @@ def test_the_dataset_of_the_guide_says_what_is_missing(plugin, tmp_path):
         dataset.prepare()
 
 
+# -- sweeps.md ------------------------------------------------------------------------------------
+
+
+def rows_of(text: str, head: str) -> dict[str, str]:
+    """First cell → the rest, of the table with a head."""
+    body = text.split(f"| {head} |", 1)[1].split("\n\n")[0].splitlines()[2:]
+    return {row.split("|")[1].strip(): row.split("|", 2)[2] for row in body}
+
+
+def test_the_guide_explains_every_entry_of_a_sweep():
+    """What the reader of definitions takes is in the page's tables, and nothing else is."""
+    from glua_bench.sweeps import definition
+
+    source = Path(definition.__file__).read_text(encoding="utf-8")
+    taken = set(re.findall(r"\btext\.(?:take|texts|table|choice)\(\s*\"(\w+)\"", source))
+    taken |= set(re.findall(r"_positive\(text, \"(\w+)\"", source))
+    told = rows_of(page("sweeps.md"), "entry")
+    assert taken == {name for cell in told for name in re.findall(r"`(\w+)`", cell)}
+    written = " ".join(rows_of(page("sweeps.md"), "written"))
+    explained = page("sweeps.md").split("| written |")[1].split("Whole numbers")[0]
+    for name in re.findall(r"\bpart\.take\(\"(\w+)\"", source):
+        assert f"{name}: " in explained, name
+    assert "auto" in written and "[topk, soft]" in written
+
+
+def test_the_guide_names_every_sampler_pruner_and_objective():
+    from glua_bench.config import SELECTORS
+    from glua_bench.sweeps.definition import COSTS, PRUNERS, SAMPLERS
+
+    text = page("sweeps.md")
+    assert list(rows_of(text, "sampler")) == [f"`{name}`" for name in SAMPLERS]
+    assert list(rows_of(text, "pruner")) == [f"`{name}`" for name in PRUNERS if name != "none"]
+    judged = text.split("## What a trial is judged by")[1].split("\n## ")[0]
+    for name in SELECTORS:
+        assert (f"`{name}`" in judged) == (name != "last"), name
+    objective = rows_of(text, "entry")["`objective`"]
+    assert "`oracle`" in objective and all(cost in objective for cost in COSTS)
+
+
+def test_the_sweep_of_the_guide_can_be_used(tmp_path):
+    from glua_bench.sweeps.definition import read
+
+    (shown,) = re.findall(r"```yaml\n(.*?)```", page("sweeps.md"), re.S)
+    (tmp_path / "my_ratio.yaml").write_text(shown)
+    told = read(tmp_path / "my_ratio.yaml", oracle=False)
+    assert (told.name, told.trials, told.runs_per_trial) == ("my_ratio", 20, 3)
+
+
+def test_the_guide_s_commands_of_sweeps_exist():
+    from typer.main import get_command
+
+    from glua_bench.cli import app
+    from glua_bench.sweeps.definition import shipped
+
+    for line in commands_of("sweeps.md"):
+        program, name, *words = shlex.split(line, comments=True)
+        options = {o for p in get_command(app).commands[name].params for o in p.opts}
+        assert program == "glua-bench"
+        assert {word for word in words if word.startswith("--")} <= options, line
+        assert name != "sweep" or words[0] in shipped()
+
+
 # -- methods.md, protocol.md ----------------------------------------------------------------------
 
 

@@ -1,0 +1,96 @@
+"""sweeps/progress.py: the live table, on screens of any width and with any number of workers."""
+
+from __future__ import annotations
+
+import io
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from rich.console import Console
+
+from glua_bench.sweeps.definition import Definition, Parameter
+from glua_bench.sweeps.progress import Display, state
+
+WEIGHTS = ("lambda_global", "lambda_local")
+
+
+@pytest.fixture
+def definition() -> Definition:
+    return Definition(
+        file=Path("own.yaml"),
+        name="own",
+        title="",
+        method="glua",
+        dataset="phantom",
+        directions=("mr-ct",),
+        seeds=1,
+        preset="quick",
+        settings=(),
+        space=tuple(Parameter(name, low=0.0001, high=1.0, log=True) for name in WEIGHTS),
+        objectives=("im",),
+        sampler="tpe",
+        pruner="none",
+        trials=40,
+        seed=0,
+    )
+
+
+def trial(number: int, kind: TrialState, value: float | None = None) -> Any:
+    weight = optuna.distributions.FloatDistribution(0.0001, 1.0, log=True)
+    made = optuna.trial.create_trial(
+        state=TrialState.COMPLETE,
+        value=0.0,
+        params=dict.fromkeys(WEIGHTS, 0.00012345),
+        distributions=dict.fromkeys(WEIGHTS, weight),
+    )
+    made.number, made.state, made.values = number, kind, None if value is None else [value]
+    made.datetime_start = datetime.now() - timedelta(seconds=125)
+    done = kind != TrialState.RUNNING
+    made.datetime_complete = made.datetime_start + timedelta(seconds=65) if done else None
+    return made
+
+
+def drawn(definition: Definition, trials: list[Any], width: int) -> list[str]:
+    with Display(definition, 2, io.StringIO()) as display:
+        table = display.table(state(definition, trials, 2), trials)
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table)
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+def cells(lines: list[str], number: int) -> list[str]:
+    (found,) = (line.split() for line in lines if line.split()[:1] == [str(number)])
+    return found
+
+
+def test_the_best_is_marked_and_times_are_told(definition: Definition) -> None:
+    trials = [
+        trial(0, TrialState.COMPLETE, 0.25),
+        trial(1, TrialState.COMPLETE, 0.75),
+        trial(2, TrialState.RUNNING),
+    ]
+    lines = drawn(definition, trials, 110)
+    assert cells(lines, 1) == ["1", "best", "1:05", "0.000123", "0.000123", "0.75"]
+    assert cells(lines, 0)[1] == "done" and cells(lines, 2)[:3] == ["2", "running", "2:05"]
+    # The best stands in the table, so the line above does not repeat it.
+    assert "best 0.75" not in " ".join(lines) and "2/40 trials, 1 running" in lines[0]
+    assert "Ctrl-C ends this" in lines[-1]
+    assert "Ctrl-C" not in " ".join(drawn(definition, trials[:2], 110))
+
+
+def test_two_hundred_workers_fit_on_a_screen(definition: Definition) -> None:
+    trials = [trial(n, TrialState.RUNNING) for n in range(200)]
+    trials += [trial(n, TrialState.COMPLETE, n / 1000) for n in range(200, 300)]
+    lines = drawn(definition, trials, 110)
+    assert len(lines) < 24 and any("and 192 more" in line for line in lines)
+    assert cells(lines, 299)[1] == "best"
+
+
+def test_a_narrow_screen_has_a_line_for_each_trial(definition: Definition) -> None:
+    lines = drawn(definition, [trial(n, TrialState.COMPLETE, n / 10) for n in range(4)], 60)
+    assert max(map(len, lines)) <= 60
+    assert [cells(lines, n)[0] for n in range(4)] == ["0", "1", "2", "3"]
