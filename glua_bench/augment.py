@@ -20,6 +20,7 @@ SHIFT = 0.10  # of the side
 KNOTS = 6
 CURVE_SHARE = 0.8  # of images; the others stay as they are
 NOISE = 0.05
+CACHED = 1 << 17  # pixels that are moved at a time on a CPU
 
 
 def random_affine(count: int) -> Tensor:
@@ -47,8 +48,10 @@ def geometric(images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Ten
     # Every point of the output as (x, y, 1) in units of half the side, made once for all images.
     points = F.affine_grid(torch.eye(2, 3).to(images)[None], [1, 1, height, width], False)
     points = torch.cat([points, torch.ones_like(points[..., :1])], -1).view(1, -1, 3)
-    # On a CPU, few images at a time, whose steps stay within its cache and use memory again.
-    count = torch.get_num_threads() if images.device.type == "cpu" else len(images)
+    count = len(images)
+    if images.device.type == "cpu":
+        # Few at a time, so that what is between the steps stays in the processor's cache.
+        count = max(torch.get_num_threads(), CACHED // (height * width))
     for start in range(0, len(images), count):
         part = slice(start, start + count)
         maps = theta[part].mT

@@ -64,8 +64,11 @@ def test_images_are_moved_alike_with_and_without_labels() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_images_are_moved_by_parts_as_all_at_once(threads: int) -> None:
+def test_images_are_moved_by_parts_as_all_at_once(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """How many images are worked on together does not show, nor how many rows and columns."""
+    monkeypatch.setattr(augment, "CACHED", 0)
     labels = discs()[:, :48]
     images = torch.rand(8, 3, 48, 64) * 2 - 1
     before = torch.get_num_threads()
