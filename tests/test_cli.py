@@ -357,7 +357,7 @@ def test_a_spoilt_file_is_named_and_no_result_counts(
     result = call("run", "--method=source_only", "--dataset=phantom", "--data-root", root, *SMALL)
     refused(result, "mr_train_1001_")
     assert not list(Path("runs").rglob("done"))
-    code, out, err = call("data", "check", "phantom", "--data-root", root, "--preset=quick")
+    code, out, err = call("data", "check", "phantom", "--data-root", root)
     assert code == 2 and "mr_train_1001_" in out + err and "Traceback" not in err
 
 
@@ -453,7 +453,7 @@ def test_volumes_of_one_s_own_go_from_a_directory_to_a_result(
     assert code == 0 and "Next: glua-bench data check livers.yaml" in out, err
     assert "same person" in out and "ct: images, with * for the case's id: ct/*_image.nii.gz" in out
     code, out, err = call("data", "check", "livers.yaml")
-    assert code == 0 and "--dataset livers.yaml" in out, err
+    assert code == 0 and "Next: glua-bench data show livers.yaml" in out, err
     small = ["--steps=2", "--preset=quick", "--device=cpu", "--no-mlflow", "--set=batch_size=2"]
     code, out, err = call("run", "--method=source_only", "--dataset=livers.yaml", *small)
     assert code == 0 and "--dataset livers --direction ct-mr --plugin livers.yaml" in out, err
