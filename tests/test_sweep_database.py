@@ -258,6 +258,24 @@ def test_a_worker_that_dies_while_it_asks_loses_nothing(postgres: str, tmp_path:
 
 
 @pytest.mark.cluster
+def test_a_worker_elsewhere_that_dies_right_after_it_asked_is_found(
+    postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studies, "GRACE_SECONDS", 1)
+    near = opened(postgres, tmp_path, "mute", 1)
+    far = opened(postgres, tmp_path, "mute", 1)
+    monkeypatch.setattr(far, "_host", "another")
+    monkeypatch.setattr(far, "_beat", lambda claim: None)
+    lost = far.claim()
+    assert lost is not None and near.claim() is None
+    found = []
+    until(lambda: bool(found.append(near.claim()) or found[-1]), seconds=30)
+    assert found[-1].params == lost.params and found[-1].attempt == 2
+    with near.holding(found[-1]):
+        near.finish(found[-1], (0.5,), {})
+
+
+@pytest.mark.cluster
 def test_workers_that_open_an_empty_database_at_once_make_its_tables_once(
     postgres: str, tmp_path: Path
 ) -> None:
