@@ -24,8 +24,8 @@ from glua_bench.volumes import extremes, foreground, frame, intensities, orient,
 Three = tuple[float, float, float]
 # Where distributions of intensities are kept, in percent, from their minimum to their maximum.
 LEVELS = np.linspace(0, 100, 101)
-# The surroundings of the structures are their bounding box and its length again on each side.
-_MARGIN = 1.0
+# The surroundings of the structures are their bounding box and this share of it on each side.
+_MARGIN = 0.25
 # Distributions of what is not stored as small integers come from at most this many voxels.
 _SAMPLE = 2_000_000
 _FEW = 16

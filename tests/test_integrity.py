@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from glua_bench import suspicion
 from glua_bench.console import Progress
 from glua_bench.datasets.mscmr import MSCMR
 from glua_bench.datasets.phantom import Phantom, generate
@@ -278,6 +279,17 @@ def two_slices_lost(data: Cohort) -> None:
     change(files(data.root, "mr_1006")[0], put(0, slice(None), slice(9, 11)))
 
 
+@fault(("warning", "empty slices", "mr_1004"))
+def slices_lost_beside_the_heart(data: Cohort) -> None:
+    change(files(data.root, "mr_1004")[0], put(0, slice(None), slice(2, 4)))
+
+
+@fault(("warning", "empty slices", "ct_1001"))
+def mostly_padding(data: Cohort) -> None:
+    for path in files(data.root, "ct_1001"):
+        change(path, lambda v: np.pad(v, ((0, 0), (0, 0), (40, 0)), constant_values=v.min()))
+
+
 @fault(("problem", "same image", "ct_1002", "ct_1003"))
 def training_case_converted_into_the_test(data: Cohort) -> None:
     converted(data, "ct_1002", "ct_1003")
@@ -483,6 +495,21 @@ def test_a_scan_of_the_wrong_modality_is_known_by_its_intensities_alone(
     for old, new in pair:
         shutil.copy(old, new)
     assert found(cohort) == {("warning", "intensities", (f"{other}_1006",))}
+
+
+def test_a_narrow_scan_is_no_other_modality(cohort: Cohort) -> None:
+    """Its body is another part of the body, but the structures' surroundings are the same."""
+    for path in files(cohort.root, "mr_1001"):
+        volume = nib.load(path)
+        window = tuple(slice(length // 4, length - length // 4) for length in volume.shape)
+        nib.save(volume.slicer[window], path)
+    facts, findings = check_dataset(cohort, SILENT)
+    assert findings == []
+    body = suspicion._verdicts(
+        {d: [f for f in facts if f.case.domain == d] for d in ("mr", "ct")},
+        lambda one: one.image.levels if one.image is not None else (),
+    )
+    assert body[cohort.cases("mr")[0]] != ""  # from the body alone it would be one
 
 
 def test_scales_of_mr_may_differ_between_cases(cohort: Cohort) -> None:
