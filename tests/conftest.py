@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +20,14 @@ import pytest
 # Read when torch is imported, so it is said before any test imports it. Tests run in several
 # processes, and one thread each gives the same sums everywhere.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A shell lets what it starts in the background ignore SIGINT, and children inherit that: commands
+# that the tests interrupt would not hear it.
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    and threading.current_thread() is threading.main_thread()
+):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -81,8 +81,6 @@ def start(folder: Path, phantom_root: Path, *words: str) -> subprocess.Popen[str
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        # Where the tests run in the background of a shell, SIGINT is ignored, which is inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
