@@ -248,6 +248,7 @@ def crew(
     monkeypatch.setattr(launch, "LOOK_SECONDS", 0.05)
     package = tmp_path / "glua_bench"
     package.mkdir()
+    (package / "__init__.py").touch()
     (package / "__main__.py").write_text(program)
     monkeypatch.chdir(tmp_path)  # `python -m` looks here first
     return launch.Crew(SweepStudy(definition, tmp_path / "runs"), ["worker"], 2)
