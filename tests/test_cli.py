@@ -454,6 +454,7 @@ def test_volumes_of_one_s_own_go_from_a_directory_to_a_result(
     assert "same person" in out and "ct: images, with * for the case's id: ct/*_image.nii.gz" in out
     code, out, err = call("data", "check", "livers.yaml")
     assert code == 0 and "Next: glua-bench data show livers.yaml" in out, err
+    assert "no warnings" in out and "--dataset livers.yaml" in out
     small = ["--steps=2", "--preset=quick", "--device=cpu", "--no-mlflow", "--set=batch_size=2"]
     code, out, err = call("run", "--method=source_only", "--dataset=livers.yaml", *small)
     assert code == 0 and "--dataset livers --direction ct-mr --plugin livers.yaml" in out, err
