@@ -1120,7 +1120,9 @@ def check(
         say(f"Written: {out}")
     refuse_problems(findings, len(facts), f"'{dataset}' in {data.root}")
     say(f"All {len(facts)} cases in {data.root} can be used; {summary(findings)}.")
-    say(f"Next: glua-bench data show {dataset}{_root_option(data_root)}")
+    root = _root_option(data_root)
+    say(f"Next: glua-bench data show {dataset}{root}")
+    say(f"      glua-bench run --method source_only --dataset {dataset}{root}")
 
 
 @data_app.command()

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -454,6 +455,7 @@ def test_volumes_of_one_s_own_go_from_a_directory_to_a_result(
     assert "same person" in out and "ct: images, with * for the case's id: ct/*_image.nii.gz" in out
     code, out, err = call("data", "check", "livers.yaml")
     assert code == 0 and "Next: glua-bench data show livers.yaml" in out, err
+    assert "no warnings" in out and "--dataset livers.yaml" in out
     small = ["--steps=2", "--preset=quick", "--device=cpu", "--no-mlflow", "--set=batch_size=2"]
     code, out, err = call("run", "--method=source_only", "--dataset=livers.yaml", *small)
     assert code == 0 and "--dataset livers --direction ct-mr --plugin livers.yaml" in out, err
@@ -569,6 +571,7 @@ def test_prepare_names_bad_files_after_the_good_ones(
     call: Call, phantom_root: Path, tmp_path: Path
 ) -> None:
     root = damaged(phantom_root, tmp_path, "truncated")
+    time.sleep(2.1)  # the digest of a file that has just changed is not remembered
     arguments = ["data", "prepare", "phantom", "--data-root", root, "--jobs=2"]
     code, out, err = call(*arguments)
     assert code == 2 and "mr_train_1001_image.nii.gz is damaged" in out and "6/6" in out
