@@ -249,7 +249,7 @@ def postgres() -> Iterator[str]:
 
 
 @pytest.fixture
-def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """The SLURM whose configuration GLUA_BENCH_TEST_SLURM names; no job of a test outlives it."""
     configuration = os.environ.get("GLUA_BENCH_TEST_SLURM")
     if not configuration:
@@ -257,7 +257,12 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("SLURM_CONF", str(configuration))
     monkeypatch.setenv("SUBMITIT_LOGGING_LEVEL", "WARNING")
     yield
-    subprocess.run(["scancel", "--user", str(os.getuid())], check=True)
+    asking = ["squeue", "--noheader", "--user", str(os.getuid()), "--format=%i %Z"]
+    told = subprocess.run(asking, check=True, capture_output=True, text=True).stdout
+    for line in told.splitlines():
+        number, folder = line.strip().split(maxsplit=1)
+        if Path(folder).is_relative_to(tmp_path):  # jobs of others are none of a test's business
+            subprocess.run(["scancel", number], check=True)
 
 
 # -- finished runs without training ---------------------------------------------------------------

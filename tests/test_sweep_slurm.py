@@ -410,13 +410,25 @@ def test_an_interrupted_sweep_cancels_its_jobs_and_goes_on(slurm: None, tmp_path
 
 
 @pytest.mark.cluster
-@pytest.mark.xfail(reason="the jobs may end before the second command looks", strict=False)
 def test_detached_jobs_are_found_again(slurm: None, tmp_path: Path) -> None:
-    sweep = Sweep(tmp_path, trials=1, pause=0.2)
+    sweep = Sweep(tmp_path, trials=1, pause=0.0)
+    # A full node, so that the job cannot end before the second command looks.
+    full = ["sbatch", "--parsable", "--exclusive", "--output=/dev/null", "--wrap=sleep 600"]
+    other = subprocess.run(full, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    until(lambda: states_of(other.strip()) == ["RUNNING"])
     said = finished(sweep.start("--detach"), sweep)
     assert "Next: the same command without --detach" in said
-    assert sweep.job() in queue()
-    assert f"jobs {sweep.job()} of an earlier command go on" in finished(sweep.start(), sweep)
+    assert states_of(sweep.job()) == ["PENDING"]
+    process = sweep.start()
+    assert process.stdout is not None
+    for line in process.stdout:
+        if f"jobs {sweep.job()} of an earlier command go on" in line:
+            break
+    else:
+        pytest.fail("the second command says nothing of the jobs of the first")
+    subprocess.run(["scancel", other.strip()], check=True)
+    finished(process, sweep)
+    assert sweep.steps() == list(range(STEPS)), sweep.logs()
 
 
 @pytest.mark.cluster
@@ -429,6 +441,12 @@ def test_what_slurm_refuses_is_said(slurm: None, tmp_path: Path) -> None:
     assert process.returncode == 2
     last = output.strip().splitlines()[-1]
     assert last.startswith("glua-bench: error: SLURM takes no job (") and "partition" in last
+
+
+def states_of(number: str) -> list[str]:
+    """The state of a job, as long as it is in the queue."""
+    asking = ["squeue", "--noheader", "--jobs", number, "--format=%T"]
+    return subprocess.run(asking, capture_output=True, text=True).stdout.split()
 
 
 def queue() -> list[str]:
