@@ -113,7 +113,7 @@ def ours(folder: Path, in_memory: bool) -> Source:
                     first, moved = augment.geometric(first, classes)
                     assert moved is not None
                     classes, second = moved, augment.geometric(second)[0]
-                yield first, classes, second
+                yield first, classes.long(), second
         finally:
             loader.close()
 

@@ -70,7 +70,8 @@ def main() -> None:
         train, _, target = runs.stores(planned, SliceCache(), quiet)
         fabric = runs.make_fabric(planned.request, config)
         batches = Batches(train, target, config.batch_size, config.seed, fabric.device)
-        tensors = [Batch(*batches.load(0, step)) for step in range(options.steps)]
+        loaded = (batches.load(0, step) for step in range(options.steps))
+        tensors = [Batch(images, labels.long(), target) for images, labels, target in loaded]
         bare_times, harness_times, ratios, outside = [], [], [], []
         for _ in range(options.rounds):
             with tempfile.TemporaryDirectory() as folder, open("/dev/null", "w") as nowhere:

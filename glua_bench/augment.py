@@ -34,6 +34,11 @@ def random_affine(count: int) -> Tensor:
     )
 
 
+def centres(count: int) -> Tensor:
+    """Positions of pixels along a side from -1 to 1, (count,)."""
+    return (2 * torch.arange(count) + 1) / count - 1
+
+
 def geometric(images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Rotate (±15°), scale (±15 %) and shift (±10 %) each image, its label alike.
 
@@ -45,17 +50,16 @@ def geometric(images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Ten
     moved = torch.empty_like(images, memory_format=torch.contiguous_format)
     moved_labels = None if labels is None else torch.empty_like(labels)
     height, width = images.shape[-2:]
-    # Every point of the output as (x, y, 1) in units of half the side, made once for all images.
-    points = F.affine_grid(torch.eye(2, 3).to(images)[None], [1, 1, height, width], False)
-    points = torch.cat([points, torch.ones_like(points[..., :1])], -1).view(1, -1, 3)
+    # An affine map is a sum of what columns and what rows add, (N, 2, W) and (N, 2, H).
+    columns = theta[:, :, 0:1] * centres(width).to(images)
+    rows = theta[:, :, 1:2] * centres(height).to(images) + theta[:, :, 2:]
     count = len(images)
     if images.device.type == "cpu":
         # Few at a time, so that what is between the steps stays in the processor's cache.
         count = max(torch.get_num_threads(), CACHED // (height * width))
     for start in range(0, len(images), count):
         part = slice(start, start + count)
-        maps = theta[part].mT
-        grid = torch.bmm(points.expand(len(maps), -1, -1), maps).view(-1, height, width, 2)
+        grid = (columns[part, :, None, :] + rows[part, :, :, None]).permute(0, 2, 3, 1)
         # grid_sample pads with zero, so the images are lifted to have background there.
         lifted = F.grid_sample(images[part] + 1, grid, padding_mode="zeros", align_corners=False)
         torch.sub(lifted, 1, out=moved[part])

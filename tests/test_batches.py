@@ -99,7 +99,7 @@ def test_images_come_with_their_own_labels(
     source, target = stores
     images, labels, others = make().load(5, 0)
     assert images.shape == others.shape == (3, 1, 32, 32) and labels.shape == (3, 32, 32)
-    assert images.dtype == others.dtype == torch.float32 and labels.dtype == torch.int64
+    assert images.dtype == others.dtype == torch.float32 and labels.dtype == torch.uint8
     chosen = epoch_indices(0, "source", 5, 0, 3, len(source))
     assert np.array_equal(images.numpy(), source.images(chosen))
     assert np.array_equal(labels.numpy(), source.labels(chosen))
