@@ -87,7 +87,7 @@ def exclusive(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterato
         waiting: called where another process holds it, before waiting for that one.
 
     Raises:
-        RunFailure: the directory cannot be written.
+        RunFailure: the directory cannot be written, or its file system has no locks.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,6 +103,11 @@ def exclusive(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterato
         except BlockingIOError:
             waiting()
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise RunFailure(
+                f"{path} cannot be locked ({error.strerror}); mount its file system with locks "
+                "(flock), or choose another one by --runs or GLUA_BENCH_CACHE."
+            ) from error
         yield
 
 

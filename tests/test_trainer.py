@@ -746,6 +746,18 @@ def test_an_unwritable_directory_is_a_sentence(tmp_path: Path) -> None:
         pass
 
 
+def test_a_file_system_without_locks_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    refused = pytest.raises(RunFailure, match=r"lock cannot be locked .*\(flock\).*\.$")
+    with refused, exclusive(tmp_path / "lock"):
+        pytest.fail("nothing is held")
+
+
 # -- devices and precision ------------------------------------------------------------------------
 
 
