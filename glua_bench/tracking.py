@@ -727,6 +727,7 @@ class Comparison:
         settings: of the group; None takes what all runs share.
         facts: further tags of the group, by their names after "glua_bench.".
         complete: whether no further run is to come.
+        stopped: whether it was ended early, and may go on later.
     """
 
     title: str
@@ -736,6 +737,7 @@ class Comparison:
     settings: Mapping[str, Any] | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
     complete: bool = True
+    stopped: bool = False
 
     @property
     def dataset(self) -> str:
@@ -767,6 +769,14 @@ class Comparison:
     def seeds(self) -> list[int]:
         """Seeds, ascending."""
         return sorted({run.config.seed for _, run in self.members})
+
+    @property
+    def status(self) -> str:
+        """In the tracker's words; a growing group, a search, does not fail by some of its runs."""
+        if not self.complete:
+            return "KILLED" if self.stopped else "RUNNING"
+        enough = any if self.identity else all
+        return "FINISHED" if enough(run.done for _, run in self.members) else "FAILED"
 
     @property
     def name(self) -> str:
@@ -822,6 +832,7 @@ class MLflowMirror:
         self._warn = warn
         self._opened: MlflowClient | None = None
         self._experiments: dict[str, str] = {}
+        self._nested: set[tuple[str, str, str, str]] = set()
 
     @property
     def place(self) -> str:
@@ -948,9 +959,13 @@ class MLflowMirror:
         parent_id = parent.info.run_id
         for entry, run in members:
             if run.done or run.failed is not None:
+                shown = (parent_id, entry, run.id, self._state(run))
+                if shown in self._nested:  # of a group that grows, by this object
+                    continue
                 child, _ = self._upload(run)
                 client.set_tag(child, PARENT, parent_id)
                 client.set_tag(child, ENTRY, entry)
+                self._nested.add(shown)
         done = sum(run.done for _, run in members)
         tags = {
             "glua_bench.dataset": comparison.dataset,
@@ -983,9 +998,13 @@ class MLflowMirror:
         )
         for file in files:
             client.log_artifact(parent_id, str(file))
-        status = "FINISHED" if done == len(members) else "FAILED"
-        # So that a repetition does not look like a longer run, and a growing group like an end.
-        if comparison.complete and parent.info.status != status:
+        status = comparison.status
+        # So that a repetition does not look like a longer run.
+        if parent.info.status == status:
+            return
+        if status == "RUNNING":
+            client.update_run(parent_id, status)
+        else:
             client.set_terminated(parent_id, status, now)
 
     def _parent(self, comparison: Comparison) -> Run:

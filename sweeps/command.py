@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from glua_bench.runs import RunRequest
 from glua_bench.sweeps import definition as definitions
 from glua_bench.sweeps.definition import Definition
 from glua_bench.sweeps.launch import Crew, worker_words
-from glua_bench.sweeps.progress import Display, shown
+from glua_bench.sweeps.progress import Display, Tracked, shown
 from glua_bench.sweeps.results import chosen_trial
 from glua_bench.sweeps.slurm import Jobs, Resources
 from glua_bench.sweeps.study import (
@@ -188,7 +188,7 @@ def join(
         **{**told, "file": Path(told["file"]), **{key: tuple(told[key]) for key in lists}},
         space=space,
     )
-    study = SweepStudy(definition, runs_root, storage, name, report)
+    study = SweepStudy(definition, runs_root, storage, name, report, begun=True)
     carried = study.facts.get("request", {})
     values = {key: carried.get(key) for key in CARRIED}
     if values["data_root"] is not None:
@@ -203,7 +203,10 @@ def run_worker(
     """Take trials until there is none."""
 
     def run(claim: Claim, see: See) -> Outcome:
-        return execute(study.definition, base, claim.params, progress, see)
+        def begin(ids: list[str]) -> None:
+            study.note(claim, {"runs": ids})
+
+        return execute(study.definition, base, claim.params, progress, see, begin)
 
     return work(study, run, report)
 
@@ -215,9 +218,8 @@ def run_crew(
     if study.ended:
         return
     words = worker_words(study, base.runs_root, base.plugins)
-    with _inherited(storage), Display(study.definition, workers, stream) as display:
-        crew = Crew(study, words, workers, lambda: display.show(study.trials()), base.devices)
-        crew.run()
+    with _inherited(storage), _shown(study, base, workers, stream) as show:
+        Crew(study, words, workers, show, base.devices).run()
 
 
 def run_jobs(
@@ -245,10 +247,26 @@ def run_jobs(
         if detach:
             jobs.begin()
             return False
-        with Display(study.definition, workers, stream) as display:
-            jobs.show = lambda: display.show(study.trials())
+        with _shown(study, base, workers, stream) as jobs.show:
             jobs.run()
     return True
+
+
+@contextmanager
+def _shown(
+    study: SweepStudy, base: RunRequest, workers: int, stream: Any
+) -> Iterator[Callable[[], None]]:
+    """What shows the sweep on the terminal and, if the user wants it, in the tracker."""
+    tracked = Tracked(study, base.runs_root) if base.mlflow else None
+    with tracked or nullcontext(), Display(study.definition, workers, stream) as display:
+
+        def show() -> None:
+            trials = study.trials()
+            display.show(trials)
+            if tracked is not None:
+                tracked.look(trials)
+
+        yield show
 
 
 @contextmanager

@@ -1,18 +1,25 @@
-"""What a sweep shows while it runs: the best so far, who is at what, and the time that is left."""
+"""What a sweep shows while it runs, on the terminal and in the tracker."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
 from glua_bench.console import duration, is_terminal
+from glua_bench.errors import RunFailure
+from glua_bench.sweeps import results
 from glua_bench.sweeps.definition import Definition
-from glua_bench.sweeps.study import counting
+from glua_bench.sweeps.study import SweepStudy, counting
+from glua_bench.tracking import MLflowMirror
+
+END_PATIENCE_SECONDS = 10.0  # with a storage that is away when a sweep ends early
 
 
 @dataclass(frozen=True)
@@ -154,6 +161,57 @@ class Display:
         head = Text(f"{self.definition.name}: {now.line(best=False)}", style="bold")
         hint = Text("Ctrl-C ends this and keeps what is done.", style="dim")
         return Group(head, table, *([hint] if now.running else []))
+
+
+class Tracked:
+    """Keeps the tracker's view of a sweep up to date: one run, and below it those of trials.
+
+    Args:
+        study: of the sweep.
+        runs_root: the directory of all runs.
+        pause: seconds between two looks at least; ten times what a look took, if that is more.
+        mirror: of the runs; None makes one.
+    """
+
+    def __init__(
+        self,
+        study: SweepStudy,
+        runs_root: Path,
+        pause: float = 30.0,
+        mirror: MLflowMirror | None = None,
+    ) -> None:
+        self.study, self.runs_root, self.pause = study, runs_root, pause
+        self._mirror = mirror or MLflowMirror(runs_root)
+        self._ended, self._next, self._answers = 0, 0.0, True
+
+    def __enter__(self) -> Tracked:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        """What is left unfinished is shown as ended early; the next command goes on with it."""
+        if kind is not None:
+            self.study.patience = END_PATIENCE_SECONDS
+            with suppress(RunFailure):
+                self._show(stopped=True)
+
+    def look(self, trials: list[FrozenTrial]) -> None:
+        """Show what has ended since the last look; a tracker that is down is asked once."""
+        ended = sum(t.state.is_finished() for t in counting(trials))
+        began = time.monotonic()
+        if ended == self._ended or began < self._next:
+            return
+        self._show(stopped=False)
+        self._ended = ended
+        now = time.monotonic()
+        self._next = now + max(self.pause, 10 * (now - began))
+
+    def _show(self, stopped: bool) -> None:
+        if not self._answers:
+            return
+        group = results.group(self.study, self.runs_root, stopped)
+        if group is not None:
+            note = "The sweep is not finished; its report comes with its end."
+            self._answers = self._mirror.nest(group, {}, note=note)
 
 
 def _seconds(trial: FrozenTrial) -> float:

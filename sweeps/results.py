@@ -214,26 +214,30 @@ def seen_table(trials: list[FrozenTrial]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["trial", "step", "value"])
 
 
-def group(study: SweepStudy, runs_root: Path) -> Comparison | None:
+def group(study: SweepStudy, runs_root: Path, stopped: bool = False) -> Comparison | None:
     """The sweep as the tracker shows it: one run, and below it those of its trials.
 
     Args:
         study: of the sweep.
         runs_root: the directory of all runs.
+        stopped: whether nobody works on it now.
 
     Returns:
-        None where no trial has a run yet.
+        None where no trial has a run that has ended.
     """
-    definition, trials = study.definition, counting(study.trials())
+    definition, known = study.definition, study.trials()
+    trials = counting(known)
     members = [
         (f"trial {trial.number}", run)
         for trial in trials
         for name in trial.user_attrs.get("runs", ())
         if (run := _run(definition, runs_root, name)) is not None
+        and (run.done or run.failed is not None)
     ]
     if not members:
         return None
-    began = [t.datetime_start for t in trials if t.datetime_start is not None]
+    # Of all trials: a killed worker's first one is replaced, and the group stays the same.
+    began = [t.datetime_start for t in known if t.datetime_start is not None]
     chosen = chosen_trial(trials)
     told = facts(definition)
     states = [STATES[trial.state] for trial in trials]
@@ -252,6 +256,7 @@ def group(study: SweepStudy, runs_root: Path) -> Comparison | None:
             "trials": ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)),
         },
         complete=len(trials) >= definition.trials and all(t.state.is_finished() for t in trials),
+        stopped=stopped,
     )
 
 

@@ -54,16 +54,18 @@ def journal(folder: Path) -> str:
     return str(folder / "journal.log")
 
 
-def open_storage(url: str, workers: int = 1) -> optuna.storages.BaseStorage:
+def open_storage(url: str, workers: int = 1, begun: bool = False) -> optuna.storages.BaseStorage:
     """A journal file by its path, or a database by its URL.
 
     Args:
         url: as Optuna takes it, e.g. "postgresql://user@host/base"; else a path.
         workers: how many will use it at once, as far as is known.
+        begun: whether it served before, so that one that does not answer is away and not misnamed.
 
     Raises:
         ConfigError: the storage cannot serve so many, lies on a network file system that cannot
             lock it, lacks its driver, or cannot be reached.
+        sqlalchemy.exc.OperationalError: it has begun and does not answer.
     """
     if "://" not in url:
         path = Path(url)
@@ -101,6 +103,8 @@ def open_storage(url: str, workers: int = 1) -> optuna.storages.BaseStorage:
                 "PostgreSQL: pip install 'glua-bench[cluster]'."
             ) from error
         except Exception as error:  # SQLAlchemy and its drivers raise many types
+            if begun and isinstance(error, away_errors()):
+                raise
             raise ConfigError(
                 f"--storage {shown} cannot be opened ({_brief(error)}); check the server, the name "
                 "of the database and the password."
@@ -178,6 +182,13 @@ def _brief(error: BaseException) -> str:
     return (text[0] if text else type(error).__name__).rstrip(".")[:120]
 
 
+def away_errors() -> tuple[type[Exception], ...]:
+    """What a storage raises whose server does not answer."""
+    from sqlalchemy.exc import InterfaceError, OperationalError
+
+    return OperationalError, InterfaceError, optuna.exceptions.StorageInternalError
+
+
 def patiently(
     work: Callable[[], Value],
     report: Callable[[str], None] = lambda line: None,
@@ -195,13 +206,11 @@ def patiently(
     Raises:
         RunFailure: the server stayed away.
     """
-    from sqlalchemy.exc import InterfaceError, OperationalError
-
     began, pause, away = time.monotonic(), 0.5, False
     while True:
         try:
             value = work()
-        except (OperationalError, InterfaceError, optuna.exceptions.StorageInternalError) as error:
+        except away_errors() as error:
             if time.monotonic() - began > patience:
                 raise RunFailure(
                     f"The storage did not answer for {patience:.0f} s ({_brief(error)}); start it "
@@ -250,6 +259,7 @@ class SweepStudy:
         name: of the study; None takes the definition's.
         report: receives what the user should know.
         workers: how many will use the storage, as far as is known.
+        begun: whether the study is known to be there; a server that is away is then waited for.
     """
 
     def __init__(
@@ -260,14 +270,16 @@ class SweepStudy:
         name: str | None = None,
         report: Callable[[str], None] = lambda line: None,
         workers: int = 1,
+        begun: bool = False,
     ) -> None:
         self.definition, self.report = definition, report
+        self.patience = PATIENCE_SECONDS  # with questions; what is told waits as long in any case
         self.name = name or definition.name
         self.folder = folder_of(runs_root, self.name)
         self.url = storage or journal(self.folder)
         self._host = socket.gethostname()
         with exclusive(self.folder / "ask.lock"):  # of several, one makes the tables
-            self.storage = open_storage(self.url, workers)
+            self.storage = patiently(lambda: open_storage(self.url, workers, begun), report)
             self.study = patiently(self._open, report)
 
     def _open(self) -> optuna.Study:
@@ -308,11 +320,12 @@ class SweepStudy:
     @property
     def facts(self) -> dict[str, Any]:
         """What `remember` wrote; empty for a new study."""
-        return dict(patiently(lambda: self.study.user_attrs.get("facts"), self.report) or {})
+        known = patiently(lambda: self.study.user_attrs.get("facts"), self.report, self.patience)
+        return dict(known or {})
 
     def trials(self) -> list[FrozenTrial]:
         """All trials, in their order."""
-        return patiently(lambda: self.study.get_trials(deepcopy=False), self.report)
+        return patiently(lambda: self.study.get_trials(deepcopy=False), self.report, self.patience)
 
     @property
     def ended(self) -> bool:
@@ -407,7 +420,8 @@ class SweepStudy:
             stale = self.storage._get_stale_trial_ids(self.study._study_id)
             return trial._trial_id not in stale
         try:
-            with self._lock_file(trial.number).open("r") as file:
+            # For writing: file systems of a network lock no other file for one process alone.
+            with self._lock_file(trial.number).open("r+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
@@ -438,6 +452,15 @@ class SweepStudy:
         finally:
             claim._stop.set()
             claim._lock.close()
+
+    def note(self, claim: Claim, facts: Mapping[str, Any]) -> None:
+        """Write down what is known of a trial while it runs."""
+
+        def write() -> None:
+            for name, value in facts.items():
+                claim.trial.set_user_attr(name, value)
+
+        patiently(write, self.report)
 
     # -- ending a trial ---------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from glua_bench.tracking import try_lock
 WAIT_SECONDS = 0.2  # between looks at the processes of a run
 
 See = Callable[[int, float], bool]
+Begin = Callable[[list[str]], None]
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def execute(
     params: Mapping[str, Any],
     progress: Progress,
     see: See,
+    begin: Begin = lambda ids: None,
 ) -> Outcome:
     """Run what a configuration needs; what is done already is read.
 
@@ -91,6 +93,7 @@ def execute(
         params: setting → value.
         progress: what the user sees.
         see: told an intermediate step and value; returns whether the trial should end.
+        begin: told the ids of the trial's runs so far when one more begins.
 
     Returns:
         The values: of quality the mean over the runs, each at the checkpoint that the objective
@@ -106,6 +109,8 @@ def execute(
     ids: list[str] = []
     for request in requests(definition, base, params):
         planned = runs.plan(request)
+        ids.append(planned.id)
+        begin(list(ids))  # so that a run that fails is known as this trial's
         known = list(qualities.values())
 
         def watched(
@@ -126,12 +131,11 @@ def execute(
             else:
                 runs.execute(planned, progress, watch=watch)
         except runs.Stopped as stopped:
-            raise Pruned({"runs": ids, "qualities": qualities}) from stopped
+            raise Pruned({"runs": ids[:-1], "qualities": qualities}) from stopped
         summary = planned.directory.read_summary()
         quality = best(summary, definition.selector, planned.directory.path)
         key = f"{request.direction}, seed {request.seed}"
         qualities[key] = quality
-        ids.append(planned.id)
         own = {s.name for s in planned_stages(planned) if s.depends_on is None}
         seconds.append(sum(v for k, v in summary["stage_seconds"].items() if k in own))
         if definition.pruner == "wilcoxon" and see(len(ids) - 1, quality):

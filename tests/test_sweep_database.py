@@ -370,6 +370,24 @@ def test_a_server_that_is_away_delays_and_loses_nothing(postgres: str, tmp_path:
     assert said[-1] == "the storage answers again"
 
 
+@pytest.mark.cluster
+def test_a_worker_that_starts_while_the_server_is_away_waits(postgres: str, tmp_path: Path) -> None:
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+    url = sqlalchemy.make_url(postgres)
+    way = Way(url.port)
+    closed_url = url.set(port=way.port).render_as_string(hide_password=False)
+    begun = opened(closed_url, tmp_path, "later", 2)
+    way.close()
+    threading.Timer(1.5, way.open).start()
+    said: list[str] = []
+    study = SweepStudy(
+        begun.definition, tmp_path, closed_url, "later", report=said.append, begun=True
+    )
+    assert work(study, quick, poll=POLL).finished == 2
+    way.close()
+    assert "does not answer" in said[0] and said[1] == "the storage answers again"
+
+
 # -- what is said of a storage that cannot be used ------------------------------------------------
 
 

@@ -13,7 +13,9 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from glua_bench.sweeps.definition import Definition, Parameter
-from glua_bench.sweeps.progress import Display, state
+from glua_bench.sweeps.progress import Display, Tracked, state
+from glua_bench.sweeps.study import SweepStudy
+from glua_bench.tracking import MLflowMirror
 
 WEIGHTS = ("lambda_global", "lambda_local")
 
@@ -60,6 +62,59 @@ def drawn(definition: Definition, trials: list[Any], width: int) -> list[str]:
     console = Console(file=io.StringIO(), width=width)
     console.print(table)
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+class Recorder(MLflowMirror):
+    """A tracker that remembers what it is asked to show.
+
+    Args:
+        root: the directory of all runs.
+        answers: whether it is there.
+    """
+
+    def __init__(self, root: Path, answers: bool = True) -> None:
+        super().__init__(root)
+        self.answers, self.shown = answers, []
+
+    def nest(self, comparison: Any, *rest: Any, **more: Any) -> bool:
+        self.shown.append((comparison.status, comparison.facts["trials"]))
+        return self.answers
+
+
+def step(study: SweepStudy, made_runs: Any) -> None:
+    """One more trial that is finished."""
+    claim = study.claim()
+    assert claim is not None
+    with study.holding(claim):
+        study.finish(claim, (0.5,), {"runs": [made_runs.add("glua", 0.5, 0).id]})
+
+
+def test_the_tracker_follows_what_has_ended(definition: Definition, made_runs: Any) -> None:
+    study = SweepStudy(definition, made_runs.root)
+    tracker = Recorder(made_runs.root)
+    with pytest.raises(KeyboardInterrupt), Tracked(study, made_runs.root, 0, tracker) as tracked:
+        tracked.look(study.trials())
+        assert not tracker.shown  # no trial has ended
+        step(study, made_runs)
+        for _ in range(3):
+            tracked.look(study.trials())
+        tracked.pause = 3600
+        step(study, made_runs)
+        tracked.look(study.trials())
+        step(study, made_runs)
+        tracked.look(study.trials())  # not again at once
+        raise KeyboardInterrupt
+    assert tracker.shown == [("RUNNING", "1 done"), ("RUNNING", "2 done"), ("KILLED", "3 done")]
+
+
+def test_a_tracker_that_is_down_is_asked_once(definition: Definition, made_runs: Any) -> None:
+    study = SweepStudy(definition, made_runs.root)
+    tracker = Recorder(made_runs.root, answers=False)
+    with Tracked(study, made_runs.root, 0, tracker) as tracked:
+        for _ in range(3):
+            step(study, made_runs)
+            tracked.look(study.trials())
+    assert tracker.shown == [("RUNNING", "1 done")]
 
 
 def cells(lines: list[str], number: int) -> list[str]:

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from glua_bench.console import Progress
+from glua_bench.errors import RunFailure
 from glua_bench.reports.sweep_report import Sweep
 from glua_bench.runs import RunRequest
-from glua_bench.sweeps import results, trial
+from glua_bench.sweeps import command, results, trial
 from glua_bench.sweeps.definition import Definition, Parameter
 from glua_bench.sweeps.study import Claim, SweepStudy
 from glua_bench.sweeps.worker import work
@@ -140,6 +141,22 @@ def test_the_tracker_s_group_is_the_study_and_grows(searched, made_runs) -> None
     assert grown is not None and len(grown.members) == 7
     assert grown.id == group.id and grown.parameters() == group.parameters()
     assert grown.complete and grown.facts["chosen"] != group.facts["chosen"]
+    late = results.group(searched, made_runs.root, stopped=True)
+    assert late is not None and late.status == grown.status == "FINISHED"
+
+
+def test_the_group_stays_the_same_where_its_first_trial_is_repeated(made_runs) -> None:
+    study = SweepStudy(define(trials=2), made_runs.root)
+    claims = [claimed(study) for _ in range(2)]
+    runs = [made_runs.add("glua", 0.5, seed) for seed in range(2)]
+    study.finish(claims[1], (0.9,), facts({run.id: 0.9 for run in runs}))
+    first = results.group(study, made_runs.root, stopped=True)
+    study.give_back(claims[0])
+    claims[0]._lock.close()
+    again = results.group(study, made_runs.root)
+    assert first is not None and again is not None and first.id == again.id
+    assert first.began == again.began
+    assert (first.status, again.status) == ("KILLED", "RUNNING")
 
 
 def test_a_study_without_runs_has_no_group(made_runs) -> None:
@@ -219,3 +236,28 @@ def test_a_pruned_trial_names_the_runs_that_it_finished(
     assert done.pruned == 1 and made == ["run0", "run1"]
     assert only.user_attrs["runs"] == ["run0"]
     assert only.user_attrs["qualities"] == {"mr-ct, seed 0": 0.5}
+
+
+def test_a_failed_trial_names_the_run_that_failed(made_runs, monkeypatch) -> None:
+    """So that the tracker shows it below the sweep, where its reason is."""
+    made = [made_runs.add("glua", 0.5, seed) for seed in range(2)]
+    monkeypatch.setattr(
+        command.runs,
+        "plan",
+        lambda request: SimpleNamespace(id=made[request.seed].id, directory=made[request.seed]),
+    )
+
+    def execute(planned: Any, progress: Any, watch: Any) -> None:
+        if planned.id == made[1].id:
+            raise RunFailure("the loss is not finite")
+
+    monkeypatch.setattr(trial.runs, "execute", execute)
+    monkeypatch.setattr(trial, "best", lambda *_: 0.5)
+    monkeypatch.setattr(trial, "planned_stages", lambda planned: ())
+    study = SweepStudy(define(trials=1), made_runs.root)
+    base = RunRequest("glua", "phantom", runs_root=made_runs.root)
+    done = command.run_worker(study, base, lambda line: None, Progress(enabled=False))
+    (only,) = study.trials()
+    assert done.failed == 1 and only.user_attrs["runs"] == [run.id for run in made]
+    group = results.group(study, made_runs.root)
+    assert group is not None and [run.id for _, run in group.members] == [run.id for run in made]

@@ -468,6 +468,31 @@ def test_a_server_that_is_away_delays() -> None:
         patiently(never, patience=0, sleep=lambda seconds: None)
 
 
+def test_a_worker_waits_for_a_server_that_is_away_when_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new sweep does not: its URL may be misspelt."""
+    from sqlalchemy.exc import OperationalError
+
+    url, real = f"sqlite:///{tmp_path}/study.db", optuna.storages.RDBStorage.__init__
+    answers = iter([False, False, True])
+
+    def connect(*arguments: Any, **options: Any) -> None:
+        if not next(answers):
+            raise OperationalError("select", {}, Exception("connection refused"))
+        real(*arguments, **options)
+
+    told = define(trials=1)
+    SweepStudy(told, tmp_path, url)
+    lines: list[str] = []
+    monkeypatch.setattr(optuna.storages.RDBStorage, "__init__", connect)
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        SweepStudy(told, tmp_path, url, report=lines.append)
+    assert not lines
+    SweepStudy(told, tmp_path, url, report=lines.append, begun=True)
+    assert "connection refused" in lines[0] and lines[1] == "the storage answers again"
+
+
 # -- Optuna's parts -------------------------------------------------------------------------------
 
 

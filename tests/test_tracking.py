@@ -858,6 +858,34 @@ def test_a_group_that_grows_has_one_parent_that_says_what_it_is(root: Path) -> N
     assert [c.data.tags["mlflow.parentRunId"] for c in children] == [same.info.run_id] * 2
 
 
+def test_a_group_is_followed_while_it_grows(root: Path, monkeypatch: Any) -> None:
+    """It runs, was ended early, runs again and is finished; a run that failed is its child."""
+    members = two_runs(root)
+    members[0][1].fail("no reason")
+    mirror = MLflowMirror(root)
+    uploaded: list[str] = []
+    upload = mirror._upload
+    monkeypatch.setattr(mirror, "_upload", lambda run: (uploaded.append(run.id), upload(run))[1])
+
+    def shown(count: int, **how: bool) -> Any:
+        group = Comparison("sweep a", members[:count], 1000.0, "own", {}, {}, **how)
+        assert mirror.nest(group, {})
+        (parent,), children = parents_and_children(root)
+        assert len(children) == count
+        assert {c.data.tags["mlflow.parentRunId"] for c in children} == {parent.info.run_id}
+        return parent.info
+
+    assert shown(1, complete=False).status == "RUNNING"
+    stopped = shown(1, complete=False, stopped=True)
+    assert stopped.status == "KILLED" and stopped.end_time is not None
+    assert shown(1, complete=False).status == "RUNNING"
+    assert shown(2).status == "FINISHED"  # a search does not fail by some of its runs
+    assert uploaded == [run.id for _, run in members]  # each is looked up once
+    none = Comparison("sweep b", members[:1], 1000.0, "other", {}, {})
+    assert mirror.nest(none, {})
+    assert {p.info.status for p in parents_and_children(root)[0]} == {"FINISHED", "FAILED"}
+
+
 def test_syncing_keeps_runs_where_they_are_nested(root: Path, monkeypatch: Any) -> None:
     """Also those whose copy is replaced, here because they have succeeded since."""
     members = two_runs(root)
