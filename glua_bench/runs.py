@@ -900,6 +900,7 @@ def _train_and_score(
             "scores": mean.to_dict("records"),
         }
     )
+    trainer.last_path.unlink(missing_ok=True)  # a finished run does not go on from it
     return rows
 
 

@@ -196,6 +196,11 @@ class Trainer:
         count = min(self.config.candidates, total)
         return [round(total * (i + 1) / count) for i in range(count)]
 
+    @property
+    def last_path(self) -> Path:
+        """The state from which an interrupted training goes on."""
+        return self.checkpoints / "last.pt"
+
     def candidate_path(self, step: int) -> Path:
         """The file of a candidate."""
         return self.checkpoints / f"candidate_{step:07d}.pt"
@@ -440,12 +445,12 @@ class Trainer:
                 "seconds": self.seconds,
                 "reused": sorted(self.reused),
             }
-            save_atomically(state, self.checkpoints / "last.pt")
+            save_atomically(state, self.last_path)
         self._saved_at = time.monotonic()
 
     def _load(self) -> dict[str, Any]:
         """The position to start from; loads weights where there is a checkpoint."""
-        path = self.checkpoints / "last.pt"
+        path = self.last_path
         if not path.is_file():
             if self.fabric.is_global_zero:
                 self.log.rewind(self.stages[0].name, 0)

@@ -658,7 +658,7 @@ def test_it_keeps_the_checkpoints_that_a_selector_chose(
     assert judged <= set(chosen) and chosen["last"] == 3
     scores = planned.directory.read_summary()["selector_scores"]
     assert all(set(by_step) == {"2", "3"} for by_step in scores.values())
-    kept = {path.stem for path in planned.directory.checkpoints.glob("candidate_*.pt")}
+    kept = {path.stem for path in planned.directory.checkpoints.iterdir()}  # nothing to go on from
     assert kept == {f"candidate_{step:07d}" for step in chosen.values()}
 
 
