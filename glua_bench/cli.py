@@ -910,6 +910,8 @@ def sweep(
     say(f"Report: {page}")
     _say_browse(base)
     say(f"Next:   {command.next_command(study, base)}")
+    if not command.has_value(study):
+        raise typer.Exit(1)
 
 
 def _report_sweep(study: SweepStudy, base: RunRequest, out: Path) -> Path:

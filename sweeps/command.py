@@ -10,6 +10,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from optuna.trial import FrozenTrial
+
 from glua_bench import runs
 from glua_bench.console import Progress, duration
 from glua_bench.errors import ConfigError
@@ -293,7 +295,7 @@ def conclude(study: SweepStudy) -> list[str]:
     objectives = study.definition.objectives
     stamp = " (ORACLE: chosen by labels of test cases, no result)" if "oracle" in objectives else ""
     if not complete:
-        return [f"No trial of '{study.name}' has a value."]
+        return [f"No trial of '{study.name}' has a value{_why_none(trials)}."]
     if len(objectives) > 1:
         front = sorted(study.study.best_trials, key=lambda t: -t.values[0])
         named = ", ".join(objectives)
@@ -310,6 +312,17 @@ def conclude(study: SweepStudy) -> list[str]:
     ]
 
 
+def has_value(study: SweepStudy) -> bool:
+    """Whether any trial came to something."""
+    return chosen_trial(counting(study.trials())) is not None
+
+
+def _why_none(trials: list[FrozenTrial]) -> str:
+    """The reason of the last failure, as the end of a sentence."""
+    reasons = [str(t.user_attrs["reason"]) for t in trials if "reason" in t.user_attrs]
+    return f"; the last one failed: {reasons[-1].rstrip('.')}" if reasons else ""
+
+
 def words_of(params: Mapping[str, Any]) -> str:
     """The options that give these settings to a run."""
     return " ".join(f"--set method.{name}={value}" for name, value in params.items())
@@ -319,7 +332,7 @@ def next_command(study: SweepStudy, base: RunRequest) -> str:
     """The command that tries what was chosen with a seed that the search has not used."""
     definition, chosen = study.definition, chosen_trial(counting(study.trials()))
     if chosen is None:
-        return "the same command again, or `glua-bench sweep --help`"
+        return "repair what the trials fail by, and the same command with --fork"
     words = [
         f"glua-bench run --method {definition.method} --dataset {definition.dataset}",
         f"--direction {definition.directions[0]} --seed {definition.seeds}",

@@ -402,6 +402,16 @@ def _budget(text: Table, space: Sequence[Parameter], given: int | None) -> int:
 
 def _agree(text: Table, made: Definition, plugins: Sequence[Path]) -> None:
     """Refuse what contradicts itself."""
+    method: Any = Registry("method", plugins).load(made.method)
+    judge: Any = None
+    if made.selector != ORACLE:
+        judge = Registry("selector", plugins).load(made.selector)
+    if judge is not None and judge.uses_samples and not method.uses_target:
+        raise text.error(
+            f"'{made.selector}' judges by target images, and '{made.method}' sees none; use "
+            "source_val",
+            "objective",
+        )
     if made.sampler == "grid":
         for parameter in made.space:
             if not parameter.values():
@@ -426,12 +436,11 @@ def _agree(text: Table, made: Definition, plugins: Sequence[Path]) -> None:
         if made.sampler == "cmaes":
             raise text.error("cmaes has one objective; use nsga2 or tpe", "sampler")
     if made.pruner != "none":
-        if made.selector == ORACLE:
+        if judge is None:
             raise text.error(
                 "the oracle scores finished runs, so nothing is pruned by it; use none", "pruner"
             )
-        selector: Any = Registry("selector", plugins).load(made.selector)
-        if selector.uses_trajectory:
+        if judge.uses_trajectory:
             raise text.error(
                 f"'{made.selector}' compares all checkpoints of a run, so it cannot prune one that "
                 "is not finished; use another selector, or pruner: none",

@@ -387,3 +387,12 @@ def test_several_objectives_end_in_a_front(tmp_path: Path, definition: Definitio
 
 def test_nothing_is_concluded_of_nothing(tmp_path: Path, definition: Definition) -> None:
     assert concluded(tmp_path, definition, []) == ["No trial of 'own' has a value."]
+    study = SweepStudy(definition, tmp_path / "runs")
+    claim = study.claim()
+    assert claim is not None and not command.has_value(study)
+    with study.holding(claim):
+        study.fail(claim, "the disk is full.")
+    lines = command.conclude(study)
+    assert lines == ["No trial of 'own' has a value; the last one failed: the disk is full."]
+    base = RunRequest("glua", "phantom", runs_root=tmp_path / "runs")
+    assert "--fork" in command.next_command(study, base)

@@ -123,6 +123,13 @@ def test_a_mistake_is_one_sentence_with_its_line(
     assert message[-1] in ".?" and "\n" not in message
 
 
+def test_an_objective_by_target_images_needs_a_method_that_sees_them(tmp_path: Path) -> None:
+    text = "method: source_only\ndataset: phantom\nobjective: {}\ntrials: 2\nspace: auto\n"
+    with pytest.raises(ConfigError, match=r"own.yaml, line 3: 'im' judges by target images, and "):
+        make(tmp_path, text.format("im"))
+    assert make(tmp_path, text.format("source_val")).selector == "source_val"
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
