@@ -49,7 +49,8 @@ class Abdomen(Dataset):
         "BTCV (Landman et al., MICCAI 2015 challenge) and CHAOS (Kavur et al., Med Image Anal 2021)"
     )
     needs: ClassVar[str] = (
-        "registration for BTCV at Synapse, CHAOS_Train_Sets.zip from Zenodo, and both owners' terms"
+        "registration for BTCV (https://www.synapse.org/Synapse:syn3193805), CHAOS_Train_Sets.zip "
+        "(https://doi.org/10.5281/zenodo.3431873), and both owners' terms"
     )
     partition: ClassVar[str] = "literature"  # column of SPLIT_FILE
     # Okabe & Ito's palette, which stays distinct for colour-blind readers; values are BTCV's.

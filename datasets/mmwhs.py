@@ -49,7 +49,8 @@ class MMWHS(MMWHSLayout):
         "2019"
     )
     needs: ClassVar[str] = (
-        "registration for the MM-WHS 2017 challenge, and its 20 CT and 20 MR volumes with labels"
+        "registration for the MM-WHS 2017 challenge (https://zmiclab.github.io/zxh/0/mmwhs/), and "
+        "its 20 CT and 20 MR volumes with labels"
     )
     structures: ClassVar[tuple[Structure, ...]] = tuple(
         replace(s, values=(*s.values, STRAY)) if LA_BLOOD in s.values else s
@@ -65,7 +66,8 @@ class MMWHS(MMWHSLayout):
     obtain: ClassVar[str] = (
         " (20 CT and 20 MR volumes, ct_train_1001_image.nii.gz with ct_train_1001_label.nii.gz to "
         "mr_train_1020_image.nii.gz with mr_train_1020_label.nii.gz, which the organisers of the "
-        "MM-WHS 2017 challenge give to those who register and accept its terms of use)"
+        "MM-WHS 2017 challenge give to those who register and accept its terms of use: "
+        "https://zmiclab.github.io/zxh/0/mmwhs/)"
     )
     distance_note: ClassVar[str] = "mm by the files' headers"
     publishable: ClassVar[bool] = False

@@ -85,7 +85,10 @@ class MMWHSSIFA(Dataset):
         "MM-WHS 2017 (Zhuang et al., MedIA 2019) as pre-processed by Dou et al. (PnP-AdaNet, "
         "2018) and used by Chen et al. (SIFA, TMI 2020)"
     )
-    needs = "the pre-processed files that the SIFA repository links to (34 GB), and MM-WHS's terms"
+    needs = (
+        "the pre-processed files (34 GB) that the SIFA repository links to "
+        "(https://github.com/cchen-cc/SIFA), and MM-WHS's terms"
+    )
     structures = tuple(
         replace(structure, values=(label,))
         for label, structure in enumerate(MMWHSLayout.structures, start=1)

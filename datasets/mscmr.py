@@ -17,7 +17,7 @@ _SPLITS = {
 _FOLDERS = {"bssfp": "C0", "lge": "LGE"}
 _OBTAIN = (
     "the data come with the VarDA release, for those who register for the MS-CMRSeg 2019 challenge "
-    "and accept its terms"
+    "(https://zmiclab.github.io/zxh/0/mscmrseg19/) and accept its terms"
 )
 
 
@@ -49,7 +49,10 @@ class MSCMR(Dataset):
     reference = (
         "MS-CMRSeg 2019 as released with VarDA; cite Zhuang, TPAMI 2019, and Wu & Zhuang, TMI 2021"
     )
-    needs = "registration for the MS-CMRSeg 2019 challenge, and the VarDA release of its data"
+    needs = (
+        "registration for the MS-CMRSeg 2019 challenge "
+        "(https://zmiclab.github.io/zxh/0/mscmrseg19/), and the VarDA release of its data"
+    )
     structures = (
         Structure("MYO", "left ventricular myocardium", (200,), "#2a9d8f"),
         Structure("LV", "left ventricular cavity", (500,), "#e76f51"),
