@@ -38,16 +38,7 @@ class Small(Dataset):
         """Nothing to do."""
 
     def cases(self, domain):
-        found = []
-        for number in range(COUNT):
-            stem = self.root / f"{domain}{number}"
-            label = Path(f"{stem}_label.nii.gz")
-            bare = domain == "mr" and number == 0
-            found.append(
-                Case(f"{domain}_{number}", domain, Path(f"{stem}.nii.gz"),
-                     None if bare else label, "train", stem.name)
-            )  # fmt: skip
-        return tuple(found)
+        return cases_of(self.root, domain, COUNT)
 
     @classmethod
     def reading_of(cls, domain):
@@ -56,6 +47,20 @@ class Small(Dataset):
     @classmethod
     def structures_of(cls, domain):
         return (Structure("A", "a", (7 if domain == "mr" else 5,), "#000000"),)
+
+
+def cases_of(root: Path, domain: str, count: int) -> tuple[Case, ...]:
+    """One training case of the second domain has no label."""
+    found = []
+    for number in range(count):
+        stem = root / f"{domain}{number}"
+        label = Path(f"{stem}_label.nii.gz")
+        bare = domain == "mr" and number == 0
+        found.append(
+            Case(f"{domain}_{number}", domain, Path(f"{stem}.nii.gz"),
+                 None if bare else label, "train", stem.name)
+        )  # fmt: skip
+    return tuple(found)
 
 
 @pytest.fixture
@@ -255,3 +260,46 @@ def _children(pid: int) -> list[int]:
         if worker and int(fields[1]) == pid:
             found.append(int(stat.parent.name))
     return found
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_preparation as module
+module.COUNT = {count}
+module.prepare_cases(module.Small(Path({root!r})), module.GRID, module.quiet(), jobs=1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_volumes(tmp_path):
+    """The peak of a process that prepares 2 volumes, and of one that prepares 8."""
+    megabytes, (few, many) = 16, (1, 4)
+    rng = np.random.default_rng(0)
+    raw = rng.integers(-1000, 1000, (256, 256, megabytes * 8), np.int16)
+    peaks = []
+    for count in (few, many):
+        root = tmp_path / str(count)
+        root.mkdir()
+        for case in (c for d in ("ct", "mr") for c in cases_of(root, d, count)):
+            number = int(case.id[-1]) + 10 * (case.domain == "mr")
+            nib.save(nib.Nifti1Image(np.roll(raw, number), np.eye(4)), case.image)
+            if case.label is not None:
+                value = 5 if case.domain == "ct" else 7
+                label = np.where(raw > 900, value, 0).astype(np.uint8)
+                nib.save(nib.Nifti1Image(label, np.eye(4)), case.label)
+        code = PEAK.format(tests=str(Path(__file__).parent), count=count, root=str(root))
+        environment = {**os.environ, "GLUA_BENCH_CACHE": str(root / "cache")}
+        told = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        peaks.append(int(told.stdout) / 1024)
+    # Six volumes more, of which not even two stay.
+    assert peaks[1] - peaks[0] < 2 * megabytes, peaks

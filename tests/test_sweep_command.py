@@ -24,7 +24,7 @@ from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.runs import RunRequest
 from glua_bench.sweeps import command, launch
-from glua_bench.sweeps.definition import Definition, Parameter, read
+from glua_bench.sweeps.definition import Definition, Parameter, find, read, shipped
 from glua_bench.sweeps.progress import Display, state
 from glua_bench.sweeps.study import SweepStudy, counting
 from glua_bench.sweeps.trial import best, execute, requests
@@ -125,6 +125,27 @@ def test_a_sweep_from_start_to_choice_and_again(tmp_path: Path, phantom_root: Pa
     assert err.count("\n") == 1
     code, out, err = ended(start(tmp_path, phantom_root, "--fork", "--trials", "1"))
     assert code == 0 and (tmp_path / "runs" / "sweeps" / "own-2").is_dir(), err
+
+
+SMALL = ("grid.size=32", "grid.spacing=7", "grid.slice_spacing=16", "batch_size=2", "candidates=2")
+
+
+@pytest.mark.parametrize("name", list(shipped()))
+def test_every_definition_that_is_shipped_runs(name: str, base: RunRequest) -> None:
+    """Two of its trials, on small images and for two updates each."""
+    told = read(find(name), oracle=False, trials=2, seeds=1)
+    # The phantom of tests has fewer target cases than there are clusters to choose from.
+    space = tuple(p for p in told.space if p.name != "style_clusters")
+    told = replace(told, space=space)
+    glua = ["method.style_scales=2", "method.style_clusters=1"]
+    small = replace(
+        base, method=told.method, assignments=[*SMALL, *(glua if told.method == "glua" else [])]
+    )
+    study = command.open_study(told, small, None, 1, fork=False, resume=False, report=print)
+    done = command.run_worker(study, small, print, Progress(enabled=False))
+    assert (done.finished, done.failed) == (2, 0), [t.user_attrs for t in study.trials()]
+    assert command.conclude(study)[0].startswith(f"Chosen by {told.selector}: ")
+    assert study.ended and len({str(t.params) for t in study.trials()}) == 2
 
 
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(
