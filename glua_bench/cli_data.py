@@ -1,0 +1,235 @@
+"""The commands of `glua-bench data`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from glua_bench.cli_options import (
+    DataRoot,
+    DatasetName,
+    Plugins,
+    PresetName,
+    Processes,
+    RunsRoot,
+    root_option,
+    say,
+    with_descriptions,
+)
+from glua_bench.errors import ConfigError, DataError
+from glua_bench.registry import Registry
+
+if TYPE_CHECKING:
+    from glua_bench.task import Dataset
+
+data_app = typer.Typer(
+    help="Prepare, check or look at a dataset.", no_args_is_help=True, rich_markup_mode=None
+)
+
+
+def _dataset(name: str, root: Path | None, plugins: list[Path] | None) -> Dataset:
+    name, plugins = with_descriptions(name, plugins)
+    loaded: Dataset = Registry("dataset", plugins or []).load(name)(root)
+    loaded.prepare(say)
+    return loaded
+
+
+@data_app.command()
+def prepare(
+    dataset: DatasetName,
+    data_root: DataRoot = None,
+    preset: PresetName = "quick",
+    jobs: Processes = None,
+    plugin: Plugins = None,
+) -> None:
+    """Generate or find a dataset's files, and preprocess them into the cache."""
+    from glua_bench.cache import cache_root
+    from glua_bench.console import Progress
+    from glua_bench.preparation import prepare_cases
+
+    data = _dataset(dataset, data_root, plugin)
+    with Progress() as progress:
+        problems = prepare_cases(data, data.grid(preset), progress, jobs)
+    for domain in data.domains():
+        counts = ", ".join(f"{len(data.split(domain, s))} {s}" for s in ("train", "val", "test"))
+        bare = sum(case.label is None for case in data.cases(domain))
+        note = f"; {bare} without a label, target images only" if bare else ""
+        say(f"{domain}: {counts}{note}")
+    say(f"Files: {data.root}   cache: {cache_root()}")
+    for problem in problems:
+        say(f"PROBLEM: {problem}")
+    if problems:
+        raise DataError(
+            f"Not all cases of '{dataset}' in {data.root} could be prepared; repair or replace the "
+            "files named above and give the same command again, which does the rest."
+        )
+    say(f"Next: glua-bench data show {dataset}{root_option(data_root)}")
+
+
+@data_app.command()
+def check(
+    dataset: DatasetName,
+    data_root: DataRoot = None,
+    jobs: Processes = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also write what is found to this CSV file.")
+    ] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Read every file of a dataset; say what cannot be used, and what looks wrong.
+
+    The labels of all cases are read, of the target's too: that is no training, and nothing of it
+    reaches a run.
+    """
+    from glua_bench.console import Progress
+    from glua_bench.findings import write_findings
+    from glua_bench.integrity import check_dataset, refuse_problems, summary
+    from glua_bench.parallel import cores
+
+    data = _dataset(dataset, data_root, plugin)
+    with Progress() as progress:
+        facts, findings = check_dataset(data, progress, jobs or cores())
+    names = [structure.name for structure in data.structures]
+    say(
+        f"{'case':<14}{'split':<7}{'voxels':<16}{'mm':<20}"
+        + "".join(f"{n + ' ml':>10}" for n in names)
+    )
+    for one in facts:
+        line = f"{one.case.id:<14}{one.case.split:<7}"
+        if one.image is not None:
+            line += f"{'×'.join(map(str, one.image.shape)):<16}"
+            line += f"{'×'.join(f'{value:.2f}' for value in one.image.spacing):<20}"
+        if one.image is not None and one.label is not None:
+            line += "".join(f"{s.ml if s else 0:>10.1f}" for s in one.label.structures)
+        say(line.rstrip())
+    if findings:
+        say()
+    for found in findings:
+        say(f"{found.severity} ({found.check}): {found.text}")
+    if out is not None:
+        write_findings(out, findings)
+        say(f"Written: {out}")
+    refuse_problems(findings, len(facts), f"'{dataset}' in {data.root}")
+    say(f"All {len(facts)} cases in {data.root} can be used; {summary(findings)}.")
+    root = root_option(data_root)
+    say(f"Next: glua-bench data show {dataset}{root}")
+    say(f"      glua-bench run --method source_only --dataset {dataset}{root}")
+
+
+@data_app.command()
+def fingerprint(
+    dataset: DatasetName,
+    data_root: DataRoot = None,
+    jobs: Processes = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also write it, to FILE.json or FILE.yaml.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", help="A fingerprint: say what differs from it.")
+    ] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Sum a dataset up without a voxel, a name or a path; compare it with another's sum."""
+    from glua_bench import fingerprint as sums
+    from glua_bench.console import Progress
+    from glua_bench.facts import gather
+    from glua_bench.parallel import cores
+
+    if out is not None:
+        sums.format_of(out)  # before everything is read
+    known = sums.read(against) if against is not None else None
+    data = _dataset(dataset, data_root, plugin)
+    with Progress() as progress:
+        facts = gather(data, jobs or cores(), progress)
+    table = sums.fingerprint(data, facts)
+    for line in sums.describe(table):
+        say(line)
+    if out is not None:
+        sums.write(out, table)
+        say(f"Written: {out}")
+    if known is not None:
+        say()
+        names = {sums.case_digest(one): one.case.id for one in facts}
+        found = sums.differences(table, known, names)
+        for sentence in found:
+            say(sentence)
+        if found:
+            raise DataError(f"The data of '{dataset}' in {data.root} are not those of {against}.")
+        say(f"The same cases in the same splits as {against}.")
+
+
+@data_app.command(name="export")
+def export_data(
+    dataset: DatasetName,
+    to: Annotated[Path, typer.Option("--to", help="Directory of the export.")],
+    data_root: DataRoot = None,
+    number: Annotated[
+        int, typer.Option("--number", help="Of the first domain's dataset; the others count on.")
+    ] = 501,
+    link: Annotated[
+        bool, typer.Option("--link", help="Link images where they can stay as they are.")
+    ] = False,
+    run: Annotated[
+        str | None, typer.Option("--run", help="Also the predictions of this finished run.")
+    ] = None,
+    runs_root: RunsRoot = Path("runs"),
+    jobs: Processes = None,
+    plugin: Plugins = None,
+) -> None:
+    """Write a dataset, its splits and a run's predictions as nnU-Net keeps them."""
+    from glua_bench import nnunet
+    from glua_bench.console import Progress
+    from glua_bench.parallel import cores
+
+    data = _dataset(dataset, data_root, plugin)
+    found = None
+    if run is not None:
+        from glua_bench.prediction import find_run
+
+        found = find_run(run, runs_root)
+        if found.config.dataset != data.name:
+            raise ConfigError(
+                f"--run {run} is a run on '{found.config.dataset}', not on '{data.name}': give one "
+                "of this dataset."
+            )
+    with Progress() as progress:
+        made = nnunet.export(data, to, number, link, jobs or cores(), progress)
+        if found is not None:
+            target = found.config.target
+            folder = nnunet.folder_of(data, target, to, number).name
+            place = to / nnunet.PREDICTIONS / folder / f"{found.config.method}_{found.id}"
+            count = nnunet.export_predictions(
+                data, target, found.predictions, place, jobs or cores(), progress
+            )
+    for one in made:
+        note = f"; {one.left_out} without a label are left out" if one.left_out else ""
+        say(f"{one.folder}: {one.cases} cases, {one.mebibytes:.1f} MiB{note}")
+        if not (one.folder / "splits_final.json").is_file():
+            say("  no validation cases, so nnU-Net will draw splits of its own")
+    if found is not None:
+        say(f"{place}: predictions of {count} test cases")
+    if not data.publishable:
+        say("The owner's terms hold for the copies as well.")
+    say(f"Next: export nnUNet_raw={to / nnunet.RAW} nnUNet_preprocessed={to / nnunet.PREPROCESSED}")
+    say(f"      nnUNetv2_plan_and_preprocess -d {number} --verify_dataset_integrity")
+
+
+@data_app.command()
+def show(
+    dataset: DatasetName,
+    data_root: DataRoot = None,
+    preset: PresetName = "standard",
+    out: Annotated[Path, typer.Option(help="Directory of the pictures.")] = Path("figures"),
+    plugin: Plugins = None,
+) -> None:
+    """Draw each domain: slices with label contours, and how intensities are distributed."""
+    data = _dataset(dataset, data_root, plugin)
+    from glua_bench.reports.run_figures import draw_dataset
+
+    for file in draw_dataset(data, data.grid(preset), out):
+        say(f"Wrote {file}")
+    if not data.publishable:
+        say("These pictures show the data's owner's images: look at them, do not pass them on.")
+    say(f"Next: glua-bench run --method source_only --dataset {dataset}{root_option(data_root)}")

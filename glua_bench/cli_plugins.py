@@ -1,0 +1,176 @@
+"""The commands that show what there is and begin something new.
+
+`list`, `new-method`, `new-dataset`.
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from glua_bench.cli_options import Plugins, say
+from glua_bench.errors import ConfigError
+from glua_bench.registry import Registry
+
+Out = Annotated[Path, typer.Option("--out", help="Directory of the new files.")]
+
+
+class Kind(str, Enum):
+    """What `list` can list."""
+
+    methods = "methods"
+    datasets = "datasets"
+    selectors = "selectors"
+    sweeps = "sweeps"
+
+
+def list_(
+    kind: Annotated[Kind | None, typer.Argument(help="Only these.")] = None,
+    plugin: Plugins = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Settings too (imports the methods).")
+    ] = False,
+) -> None:
+    """List methods, datasets, selectors and sweeps: what each does, its paper, what it needs."""
+    import textwrap
+
+    broken = 0
+    for chosen in [kind] if kind is not None else list(Kind):
+        if chosen is Kind.sweeps:
+            _list_sweeps()
+            continue
+        singular = chosen.value[:-1]
+        entries = Registry(singular, plugin or []).entries()
+        say(chosen.value.capitalize())
+        for entry in entries:
+            if entry.error:
+                broken += 1
+                say(f"  {entry.name:<13} BROKEN ({entry.origin}): {entry.error}")
+                continue
+            say(f"  {entry.name:<13} {entry.summary}")
+            for label, key in (("paper", "reference"), ("needs", "needs")):
+                text = entry.attributes.get(key)
+                if text:
+                    say(
+                        textwrap.fill(
+                            f"{label}: {text}",
+                            96,
+                            initial_indent=" " * 16,
+                            subsequent_indent=" " * 23,
+                        )
+                    )
+            if verbose and singular == "method":
+                _list_settings(Registry(singular, plugin or []).load(entry.name))
+        say()
+    if broken:
+        say(f"{broken} plugin(s) cannot be used; repair or uninstall them.")
+    if kind is Kind.sweeps:
+        say("Next: glua-bench sweep NAME --dry-run, or glua-bench sweep --help")
+    else:
+        say("Next: glua-bench run --method NAME --dataset NAME, or glua-bench run --help")
+
+
+def _list_sweeps() -> None:
+    import textwrap
+
+    from glua_bench.documents import read_document
+    from glua_bench.sweeps.definition import shipped
+
+    say("Sweeps")
+    for name, file in shipped().items():
+        text = read_document(file)
+        space, objective = text.take("space", object), text.take("objective", object)
+        judged = ", ".join(objective) if isinstance(objective, list) else objective
+        searched = space if isinstance(space, str) else ", ".join(space)
+        say(f"  {name:<17} {text.take('title', str)}")
+        told = (
+            f"{text.take('method', str)}: {searched}; judged by {judged}, "
+            f"{text.take('sampler', str, 'tpe')}"
+        )
+        say(textwrap.indent(textwrap.fill(told, 76), " " * 20))
+    say(f"  Files: {shipped()['example'].parent}; example.yaml is the one to copy.")
+    say()
+
+
+def _list_settings(method: Any) -> None:
+    from dataclasses import fields
+
+    for spec in fields(method.Config):
+        meta = spec.metadata
+        allowed = ""
+        if meta.get("choices"):
+            allowed = f" [{', '.join(map(str, meta['choices']))}]"
+        elif meta.get("low") is not None:
+            allowed = f" [{meta['low']:g} to {meta['high']:g}]"
+        say(f"{'':16}method.{spec.name} = {spec.default}{allowed}  {meta.get('help', '')}")
+
+
+def new_method(
+    name: Annotated[str, typer.Argument(help="Of the method, e.g. my_method.")],
+    out: Out = Path("."),
+) -> None:
+    """Write a method that runs, with its settings, its card and its conformance test."""
+    from glua_bench import scaffold
+
+    file, test = scaffold.new_method(name, out)
+    say(f"Wrote {file} and {test}; it runs as it is, and is yours to change.")
+    say(f"Check: pytest {test}")
+    say(f"Next:  glua-bench run --plugin {file} --method {name} --dataset phantom")
+
+
+def new_dataset(
+    name: Annotated[str, typer.Argument(help="Of the dataset, e.g. my_data.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="The directory of your volumes.")
+    ] = None,
+    out: Out = Path("."),
+    domains: Annotated[
+        str | None,
+        typer.Option(help="Names of the domains, e.g. ct,mr: words in the files' paths."),
+    ] = None,
+    structures: Annotated[
+        str | None,
+        typer.Option(help="Structures and their raw label values, e.g. liver=1,spleen=4."),
+    ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Ask nothing: take what the files suggest.")
+    ] = False,
+    python: Annotated[
+        bool,
+        typer.Option("--python", help="Write a class with its test, for what YAML cannot say."),
+    ] = False,
+) -> None:
+    """Describe your own volumes for the other commands: asks, guesses, and writes NAME.yaml."""
+    from glua_bench import scaffold
+
+    names = tuple(part.strip() for part in (domains or "").split(",") if part.strip())
+    if names and len(names) < 2:
+        raise ConfigError(f"--domains {domains} does not name two domains; write e.g. ct,mr.")
+    given = None if structures is None else scaffold.parse_structures(structures)
+    if python:
+        if len(names) > 2:
+            raise ConfigError(f"--domains {domains} names more than two; give two with --python.")
+        pair = (names[0], names[1]) if names else ("ct", "mr")
+        file, test = scaffold.new_dataset(name, out, pair, given or {"organ": 1})
+        say(f"Wrote {file} and {test}; set splits, orientation and grids in it.")
+        say(f"Files: DIRECTORY/{{{pair[0]},{pair[1]}}}/PERSON_image.nii.gz and PERSON_label.nii.gz")
+        say(f"Next:  glua-bench data check {name} --plugin {file} --data-root DIRECTORY")
+        return
+    from glua_bench.console import ask
+
+    asked = not yes and sys.stdin.isatty()
+    if data is None:
+        if not asked:
+            raise ConfigError(
+                "new-dataset needs the directory of your volumes: give --data DIRECTORY, or "
+                "--python for a class to fill in."
+            )
+        data = ask("Directory of the volumes", ".", Path)
+    file = scaffold.new_description(name, out, data, partial(ask, asked=asked), names, given)
+    say(f"Wrote {file}: read it, and change what is not so.")
+    say(f"Next: glua-bench data check {file}")

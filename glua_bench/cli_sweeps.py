@@ -1,0 +1,210 @@
+"""The commands of a search: `sweep`, `worker`; and how its report is wired to it."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from glua_bench.cli_options import (
+    DataRoot,
+    Device,
+    DirectionNames,
+    DryRun,
+    Mirrored,
+    Oracle,
+    Plugins,
+    Precision,
+    RunPreset,
+    RunsRoot,
+    Steps,
+    Storage,
+    end,
+    say,
+    say_browse,
+    split_names,
+    warn,
+    with_descriptions,
+)
+from glua_bench.errors import ConfigError
+from glua_bench.interruption import listening
+
+if TYPE_CHECKING:
+    from glua_bench.runs import RunRequest
+    from glua_bench.sweeps.study import SweepStudy
+
+
+class Where(str, Enum):
+    """Where the workers of a sweep are."""
+
+    local = "local"
+    slurm = "slurm"
+    debug = "debug"
+
+
+def sweep(
+    file: Annotated[
+        str, typer.Argument(help="A sweep's YAML file, or the name of one: `list sweeps`.")
+    ],
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine, each with its GPU or cores.")
+    ] = 1,
+    trials: Annotated[int | None, typer.Option(min=1, help="In the place of the file's.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="In the place of the file's.")] = None,
+    directions: DirectionNames = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Of every trial, in the place of the file's.")
+    ] = None,
+    space: Annotated[
+        str | None, typer.Option(help="auto: every setting of the method that has a range.")
+    ] = None,
+    storage: Storage = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a sweep that has begun, or say it has not.")
+    ] = False,
+    fork: Annotated[
+        bool, typer.Option("--fork", help="Begin a new study beside one of the same name.")
+    ] = False,
+    preset: RunPreset = None,
+    steps: Steps = None,
+    data_root: DataRoot = None,
+    runs_root: RunsRoot = Path("runs"),
+    device: Device = "auto",
+    devices: Annotated[
+        int, typer.Option(help="Processes of each run, one a GPU (or CPU).", min=1)
+    ] = 1,
+    precision: Precision = None,
+    plugin: Plugins = None,
+    oracle: Oracle = False,
+    mlflow: Mirrored = True,
+    executor: Annotated[
+        Where,
+        typer.Option(
+            help="Where workers are: local, processes of this machine; slurm, jobs of a cluster; "
+            "debug, one in this process."
+        ),
+    ] = Where.local,
+    slurm: Annotated[
+        Path | None,
+        typer.Option("--slurm", help="A YAML file of what a job asks for: docs/cluster.md."),
+    ] = None,
+    detach: Annotated[
+        bool,
+        typer.Option("--detach", help="Leave the jobs to SLURM; the same command looks at them."),
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Search settings of a method by a score that needs no target label.
+
+    The same command again goes on where it was, and does nothing for a finished sweep.
+    """
+    if (slurm is not None) != (executor is Where.slurm):
+        raise ConfigError(
+            "--executor slurm and --slurm FILE.yaml belong together; give both or neither."
+        )
+    if detach and executor is not Where.slurm:
+        raise ConfigError("--detach leaves jobs to SLURM; add --executor slurm, or leave it out.")
+    if dataset is not None:
+        dataset, plugin = with_descriptions(dataset, plugin)
+    from glua_bench.console import Progress
+    from glua_bench.runs import RunRequest
+    from glua_bench.sweeps import command, definition
+    from glua_bench.sweeps.slurm import read
+
+    resources = None if slurm is None else read(slurm, devices)
+
+    told = definition.read(
+        definition.find(file),
+        oracle,
+        plugin or [],
+        trials=trials,
+        dataset=dataset,
+        directions=split_names(directions or ""),
+        seeds=seeds,
+        space=space,
+        preset=preset,
+    )
+    base = RunRequest(
+        told.method,
+        told.dataset,
+        steps=steps,
+        data_root=data_root,
+        runs_root=runs_root,
+        device=device,
+        devices=devices,
+        precision=precision,
+        plugins=plugin or [],
+        oracle=oracle,
+        mlflow=mlflow,
+    )
+    for line in command.described(told):
+        say(line)
+    if dry_run:
+        for line in command.planned(told, base, workers, say):
+            say(line)
+        say("Next: the same command without --dry-run.")
+        return
+    study = command.open_study(told, base, storage, workers, fork, resume, say)
+    try:
+        if resources is not None:
+            if not command.run_jobs(
+                study, base, storage, workers, resources, detach, sys.stdout, say
+            ):
+                say("Next: the same command without --detach shows what they do.")
+                return
+        elif executor is Where.debug:
+            with listening():
+                command.run_worker(study, base, say, Progress())
+        else:
+            command.run_crew(study, base, storage, workers, sys.stdout)
+    except KeyboardInterrupt:
+        end(
+            f"interrupted; what is done is kept in {study.folder}, and the same command goes on.",
+            130,
+        )
+    for line in command.conclude(study):
+        say(line)
+    page = report_sweep(study, base, study.folder / "report")
+    say(f"Report: {page}")
+    say_browse(base)
+    say(f"Next:   {command.next_command(study, base)}")
+    if not command.has_value(study):
+        raise typer.Exit(1)
+
+
+def report_sweep(study: SweepStudy, base: RunRequest, out: Path) -> Path:
+    """Write a sweep's report, and show the sweep in the tracker."""
+    from glua_bench.reports import sweep_report
+    from glua_bench.sweeps import results
+    from glua_bench.tracking import MLflowMirror
+
+    found = sweep_report.Sweep(**results.collect(study, base.runs_root))
+    files = sweep_report.write(found, out)
+    for sentence in sweep_report.sentences(found)[1:]:
+        say(sentence)
+    group = results.group(study, base.runs_root) if base.mlflow else None
+    if group is not None:
+        note = "\n\n".join([*sweep_report.notices(found), *sweep_report.sentences(found)])
+        shown = [file for file in files if file.suffix in (".csv", ".png", ".html")]
+        MLflowMirror(base.runs_root, warn).nest(group, sweep_report.as_metrics(found), shown, note)
+    return files[0]
+
+
+def worker(
+    study: Annotated[str, typer.Option(help="The sweep's name.")],
+    storage: Storage = None,
+    runs_root: RunsRoot = Path("runs"),
+    plugin: Plugins = None,
+) -> None:
+    """Work on a sweep that `sweep` has begun, here or on another machine, until it is finished."""
+    from glua_bench.console import Progress
+    from glua_bench.sweeps import command, launch
+
+    launch.pin()
+    joined, base = command.join(study, runs_root, storage, plugin or [], say)
+    with listening():
+        done = command.run_worker(joined, base, say, Progress(enabled=False))
+    say(f"'{study}' is finished: {done.finished} trials here, {done.pruned} pruned.")
