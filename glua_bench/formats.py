@@ -323,7 +323,7 @@ def _nrrd_files(text: str) -> list[str]:
     """Data files of a NRRD header, relative to it; none where the voxels follow the header."""
     lines = re.split(r"\r?\n", re.split(r"\r?\n\r?\n", text, maxsplit=1)[0])
     for number, line in enumerate(lines):
-        match = re.match(r"data ?file:\s*(.+?)\s*$", line, re.IGNORECASE)
+        match = re.match(r"data ?file:\s*(\S.*?)\s*$", line, re.IGNORECASE)
         if match and match[1].split()[0] == "LIST":
             return [name.strip() for name in lines[number + 1 :] if name.strip()]
         if match:

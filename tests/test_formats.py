@@ -329,6 +329,21 @@ def test_what_is_no_volume_is_one_sentence(tmp_path, capfd, kind, suffix):
     assert capfd.readouterr() == ("", "")  # what ITK's libraries would say
 
 
+@pytest.mark.parametrize("suffix", ["nhdr", "mhd"])
+def test_a_header_may_end_at_any_place_of_its_last_line(tmp_path, suffix):
+    """That line names the file of the voxels; one cut there names another file, or none."""
+    path = tmp_path / f"v.{suffix}"
+    sitk.WriteImage(itk(heart(np.float32)[0], np.eye(4)), str(path))
+    whole = path.read_bytes().rstrip(b"\n")
+    begins = whole.rindex(b"\n") + 1
+    for end in range(begins, len(whole)):
+        for rest in (b"", b" ", b"\n"):
+            path.write_bytes(whole[:end] + rest)
+            with pytest.raises(DataError) as caught:
+                load_image(path, Reading(), Grid(16, 1.0))
+            _one_sentence(caught.value, path)
+
+
 def test_complex_nrrd_is_one_sentence(tmp_path):
     path = tmp_path / "v.nrrd"
     data = itk(heart(np.float32)[0], np.eye(4))
