@@ -213,7 +213,8 @@ def _repairs() -> Iterator[list[str]]:
 
     imageglobals.logger.addFilter(keep)
     try:
-        yield told
+        with np.errstate(invalid="ignore"):  # NaN in a header, which is refused by what it means
+            yield told
     finally:
         imageglobals.logger.removeFilter(keep)
 

@@ -353,6 +353,17 @@ def test_complex_nrrd_is_one_sentence(tmp_path):
     _one_sentence(caught.value, path)
 
 
+@pytest.mark.filterwarnings("error")
+def test_nan_in_an_affine_is_a_sentence_without_a_warning(tmp_path):
+    """Of the kind that processors report when they convert it."""
+    content = bytearray(nib.Nifti1Image(VALUES, np.eye(4)).to_bytes())
+    content[296:300] = np.array([0x7FA00000], "<u4").tobytes()  # srow_y
+    (tmp_path / "v.nii").write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load_image(tmp_path / "v.nii", Reading(), Grid(16, 1.0))
+    _one_sentence(caught.value, tmp_path / "v.nii")
+
+
 @pytest.mark.parametrize("suffix", ["nii", "nii.gz"])
 def test_a_header_that_claims_too_much_is_told_before_memory_is_taken(tmp_path, suffix):
     content = bytearray(nib.Nifti1Image(VALUES, np.eye(4)).to_bytes())
