@@ -124,7 +124,7 @@ def test_incomplete_data_is_one_sentence(tmp_path, fault):
     with pytest.raises(DataError) as caught:
         MSCMR(root).prepare()
     text = str(caught.value)
-    assert str(root) in text and "MS-CMRSeg 2019" in text and "http" not in text
+    assert str(root) in text and "zmiclab.github.io/zxh/0/mscmrseg19" in text
     assert text.endswith(".") and "\n" not in text and ". " not in text
     if fault in ("label", "image"):
         assert f"patient22_LGE{suffix}.nii.gz" in text and "and 2 more" in text
