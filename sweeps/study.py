@@ -456,11 +456,7 @@ class SweepStudy:
     def note(self, claim: Claim, facts: Mapping[str, Any]) -> None:
         """Write down what is known of a trial while it runs."""
 
-        def write() -> None:
-            for name, value in facts.items():
-                claim.trial.set_user_attr(name, value)
-
-        patiently(write, self.report)
+        patiently(lambda: _write(claim, facts), self.report)
 
     # -- ending a trial ---------------------------------------------------------------------------
 
@@ -498,8 +494,7 @@ class SweepStudy:
             # Done again after a break, the first telling may have arrived; and a worker that was
             # thought dead finds its trial ended. Neither is an error.
             with suppress(optuna.exceptions.UpdateFinishedTrialError, ValueError):
-                for name, value in facts.items():
-                    claim.trial.set_user_attr(name, value)
+                _write(claim, facts)
                 self.study.tell(claim.trial, **told)
 
         patiently(tell, self.report)
@@ -520,6 +515,11 @@ class SweepStudy:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a value that a resumed trial reports again
             return patiently(report, self.report)
+
+
+def _write(claim: Claim, facts: Mapping[str, Any]) -> None:
+    for name, value in facts.items():
+        claim.trial.set_user_attr(name, value)
 
 
 def counting(trials: list[FrozenTrial]) -> list[FrozenTrial]:
