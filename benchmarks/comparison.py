@@ -4,8 +4,8 @@
     python benchmarks/comparison.py --runs runs --rows results/phantom_quick_baselines.parquet
     python benchmarks/comparison.py --table-of results/phantom_quick.parquet
 
-Prints the table of all finished runs below a directory, and writes their publishable rows to a
-file if asked; `--table-of` prints the table of such a file.
+Prints the table of all finished runs below a directory, or of the entries that `--entries` names,
+and writes their publishable rows to a file if asked; `--table-of` prints the table of such a file.
 """
 
 from __future__ import annotations
@@ -15,23 +15,30 @@ from pathlib import Path
 
 import pandas as pd
 
-from glua_bench.config import RunConfig
 from glua_bench.reports.comparison import collect, table
-from glua_bench.tracking import list_runs
+from glua_bench.tracking import RunDirectory, list_runs
 
 
-def entry_of(config: RunConfig) -> str:
-    """A run's name in the table."""
+def entry_of(run: RunDirectory) -> str:
+    """A run's name in the table: its method, and what is not as by default."""
+    config, said = run.config, run.read_environment()
     if config.scenario == "supervised":
         return "supervised"
-    return config.method + (" + photometric" if config.augmentation == "photometric" else "")
+    parts = [config.method]
+    if said["changed"]:
+        parts.append(said["variant"] or ", ".join(f"{k} = {v}" for k, v in said["changed"].items()))
+    if config.augmentation == "photometric":
+        parts.append("photometric")
+    return " + ".join(parts)
 
 
-def found(runs_root: Path) -> pd.DataFrame:
-    """The rows of all finished runs below a directory."""
-    runs = [run for run in list_runs(runs_root) if run.done]
+def found(runs_root: Path, entries: list[str]) -> pd.DataFrame:
+    """The rows of the finished runs below a directory; of those entries, if any are given."""
+    named = [(entry_of(run), run) for run in list_runs(runs_root) if run.done]
     return collect(
-        (entry_of(run.config), f"{run.config.dataset} {run.config.direction}", run) for run in runs
+        (entry, f"{run.config.dataset} {run.config.direction}", run)
+        for entry, run in named
+        if entry in entries or not entries
     )
 
 
@@ -45,13 +52,14 @@ def main() -> None:
     """Print the table, of runs or of a file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--entries", default="", help="names of entries, separated by semicolons")
     parser.add_argument("--rows", type=Path, help="write the publishable rows to this file")
     parser.add_argument("--table-of", type=Path, help="print the table of such a file, and stop")
     options = parser.parse_args()
     if options.table_of is not None:
         show(table(pd.read_parquet(options.table_of)))
         return
-    rows = found(options.runs)
+    rows = found(options.runs, [entry for entry in options.entries.split(";") if entry])
     if options.rows is not None:
         # Rows of real patients stay where they are.
         rows[rows["dataset"] == "phantom"].to_parquet(options.rows, index=False)

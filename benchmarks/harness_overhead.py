@@ -24,23 +24,28 @@ from glua_bench import runs
 from glua_bench.batches import Batches
 from glua_bench.cache import SliceCache
 from glua_bench.console import Progress
-from glua_bench.method import Batch, Context, Method
+from glua_bench.method import Batch, Context, Method, Stage
 from glua_bench.tracking import RunDirectory
 from glua_bench.trainer import Trainer
 
 
 def time_steps(method: Method) -> list[float]:
-    """Let a method note the seconds of each of its steps; the list that it notes them in."""
+    """Let a method note the seconds of each step of its stages; the list that it notes them in."""
     seconds: list[float] = []
-    step = method.step
 
-    def timed(batch: Batch, context: Context) -> dict[str, torch.Tensor]:
-        began = time.perf_counter()
-        values = step(batch, context)
-        seconds.append(time.perf_counter() - began)
-        return values
+    def timed(stage: Stage) -> Stage:
+        update = stage.step or method.step
 
-    method.step = timed  # type: ignore[method-assign]
+        def step(batch: Batch, context: Context) -> dict[str, torch.Tensor]:
+            began = time.perf_counter()
+            values = update(batch, context)
+            seconds.append(time.perf_counter() - began)
+            return values
+
+        return replace(stage, step=step)
+
+    stages = tuple(timed(stage) for stage in method.stages())
+    method.stages = lambda: stages  # type: ignore[method-assign]
     return seconds
 
 
@@ -85,17 +90,17 @@ def main() -> None:
                     )
                     trainer.fit()
                 log.close()
-                del method.step  # the timed one
+                del method.stages  # the timed ones
                 total = sum(trainer.seconds.values())
                 outside.append(total / sum(inside) - 1)
                 harness = total / options.steps
-                stage = trainer.stages[-1]
+                (stage,) = method.stages()  # the last stage of several would be timed alone
                 method.train()
-                optimizers = method.optimizers(stage)
+                optimizers = (stage.optimizers or method.optimizers)()
                 context = Context(stage, 0, options.steps, optimizers, batches.target_slices)
                 began = time.perf_counter()
                 for tensor_batch in tensors:
-                    method.step(tensor_batch, context)
+                    (stage.step or method.step)(tensor_batch, context)
                 bare = (time.perf_counter() - began) / options.steps
             bare_times.append(bare)
             harness_times.append(harness)

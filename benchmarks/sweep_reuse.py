@@ -47,7 +47,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--trials", type=int, default=12, help="trainings on each side")
     options = parser.parse_args()
-    (parameter,) = read(find("mask_ratio"), oracle=False).space
+    definition = read(find("mask_ratio"), oracle=False)
+    (parameter,), fixed = definition.space, definition.settings
     ratios = parameter.choices[: options.trials]
     shared = ("--steps", str(options.steps))
     with tempfile.TemporaryDirectory() as temporary:
@@ -63,8 +64,9 @@ def main() -> None:
         def alone(index: int) -> None:
             own = folder / f"run{index}"
             shutil.copytree(prepared, own / "cache")
-            setting = f"method.mask_ratio={ratios[index]}"
-            words = ("run", "--method", "glua", "--dataset", "phantom", "--set", setting)
+            settings = (*fixed, f"method.{parameter.name}={ratios[index]}")
+            words = ("run", "--method", "glua", "--dataset", "phantom")
+            words += tuple(word for setting in settings for word in ("--set", setting))
             changed = environment(index, options.workers)
             command(*words, *shared, folder=own, cache=own / "cache", changed=changed)
             shutil.rmtree(own)

@@ -43,7 +43,7 @@ Assignments = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Change a setting, e.g. method.mask_ratio=0.3, segmenter.name=timm:resnet18, "
+        help="Change a setting, e.g. method.lr=1e-3, segmenter.name=timm:resnet18, "
         "grid.size=96, batch_size=4, slices=3. Repeatable; `list methods -v` names them.",
     ),
 ]

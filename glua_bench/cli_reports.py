@@ -111,7 +111,7 @@ def report(
 
 def predict(
     images: Annotated[
-        list[Path], typer.Argument(help="NIfTI, NRRD or MetaImage, of either domain.")
+        list[Path], typer.Argument(help="NIfTI, NRRD or MetaImage, of the target domain.")
     ],
     run: RunName = None,
     model: Annotated[

@@ -269,7 +269,7 @@ def ablate(
         typer.Option(
             "--vary",
             metavar="NAME=V1,V2",
-            help="Also one run for each value of a setting, e.g. mask_ratio=0.1,0.3,0.5, all else "
+            help="Also one run for each value of a setting, e.g. lr=1e-4,1e-3,1e-2, all else "
             "as without it. Repeatable.",
         ),
     ] = None,

@@ -70,11 +70,18 @@ class SegmenterSpec:
     """The segmentation network, the same for every method of a comparison."""
 
     name: str = setting(
-        "unet", "'unet', or 'timm:<encoder>' for a timm encoder with a U-Net decoder"
+        "unet",
+        "'unet'; 'timm:<encoder>', a timm encoder with a U-Net decoder; 'deeplab' or "
+        "'deeplab:<resnet>', a dilated ResNet of timm",
     )
     width: int = setting(32, "channels at full resolution (doubled at each level)", low=4, high=256)
     depth: int = setting(5, "number of resolutions of the U-Net", low=3, high=7)
     pretrained: bool = setting(False, "load timm's weights for the encoder (needs a network)")
+    dilations: int = setting(
+        4,
+        "how many of deeplab's four dilated convolutions are summed; published code sums 2",
+        choices=(2, 4),
+    )
 
 
 @dataclass(frozen=True)
@@ -189,13 +196,16 @@ def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
 def changed_settings(config: RunConfig, method: Any) -> dict[str, Any]:
     """The method's settings that differ from its defaults under the run's preset.
 
+    A setting that the method does not have any more differs.
+
     Args:
         config: of the run.
         method: the class; its `Config` and `presets` give the defaults.
     """
     values = method.presets.get(config.preset, {})
     defaults = dataclasses.asdict(build_settings(method.Config, values, "method"))
-    return {name: v for name, v in config.method_config.items() if v != defaults[name]}
+    settings = config.method_config.items()
+    return {name: v for name, v in settings if name not in defaults or v != defaults[name]}
 
 
 def variant_name(config: RunConfig, method: Any) -> str:
@@ -296,7 +306,7 @@ def parse_overrides(assignments: list[str]) -> dict[str, dict[str, Any]]:
     """Sort `--set` texts by the group they address.
 
     Args:
-        assignments: e.g. ["method.mask_ratio=0.3", "steps=100", "segmenter.width=8"].
+        assignments: e.g. ["method.lr=0.001", "steps=100", "segmenter.width=8"].
 
     Returns:
         {"run": {...}, "method": {...}, "segmenter": {...}, "grid": {...}}.

@@ -20,6 +20,7 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -34,7 +35,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import nibabel as nib
 import numpy as np
@@ -55,8 +56,8 @@ from glua_bench.config import (
     identity,
 )
 from glua_bench.console import Progress
-from glua_bench.errors import ConfigError, DataError, PluginError
-from glua_bench.method import Batch, Context, Method, Stage
+from glua_bench.errors import ConfigError, DataError, PluginError, RunFailure
+from glua_bench.method import Batch, Cases, Context, Method, Role, Stage
 from glua_bench.registry import Registry
 from glua_bench.task import SPLITS, Case, Dataset, Grid, Reading, Structure
 from glua_bench.tracking import RunDirectory
@@ -67,6 +68,9 @@ STEPS = 3  # the budget of a training: a first step, one in between, and a last 
 BATCH = 2
 SIZE = 32  # the smallest slices that the harness accepts
 SEGMENTER = SegmenterSpec("unet", width=4, depth=3)
+DOMAINS: tuple[Role, ...] = get_args(Role)
+PRECISIONS = ("32-true", "bf16-mixed")  # in which every device can train
+FLAT_STEPS = 20  # of each stage on slices without a picture: enough for gradients to run away
 SMALL = 2  # what whole numbers of a method's settings shrink to, where their range allows it
 
 
@@ -420,6 +424,36 @@ def poison_labels(dataset: Dataset, cases: Iterable[Case], seed: int = 0) -> Non
         nib.save(nib.Nifti1Image(noise, image.affine), case.label)
 
 
+def flatten_slices(cases: Iterable[Case]) -> None:
+    """Replace slices with ones that show no picture, and their labels with background.
+
+    The first slice of each volume stays. The others become in turn, over all volumes: constant in
+    the middle of the volume's intensities; empty, i.e. its minimum; half minimum and half maximum;
+    and constant but for one pixel.
+
+    Args:
+        cases: whose files; only ever those of a copy. Their slices lie along the last axis.
+    """
+    kinds = itertools.cycle(("constant", "empty", "halves", "pixel"))
+    for case in cases:
+        image: Any = nib.load(case.image)
+        voxels = np.array(image.dataobj, np.float32)
+        low, high = voxels.min(), voxels.max()
+        middle = (low + high) / 2
+        width, height, depth = voxels.shape
+        for z, kind in zip(range(1, depth), kinds, strict=False):
+            voxels[..., z] = low if kind in ("empty", "halves") else middle
+            if kind == "halves":
+                voxels[: width // 2, :, z] = high
+            elif kind == "pixel":
+                voxels[width // 2, height // 2, z] = high
+        nib.save(nib.Nifti1Image(voxels, image.affine), case.image)
+        label: Any = nib.load(case.truth)
+        classes = np.array(label.dataobj, np.int16)
+        classes[..., 1:] = 0
+        nib.save(nib.Nifti1Image(classes, label.affine), case.truth)
+
+
 # -- the bench ------------------------------------------------------------------------------------
 
 
@@ -491,6 +525,7 @@ class Bench:
         self.dataset = TinyDataset(Path(self._folder.name) / "data")
         self.dataset.prepare()
         self._outcomes: dict[str, CheckResult] = {}
+        self._fabrics: dict[str, Fabric] = {}
 
     @property
     def subject(self) -> str:
@@ -537,10 +572,12 @@ class Bench:
             runs.stores(self.plan(self.dataset), SliceCache(), Progress(enabled=False))
         return path / "slices"
 
-    @functools.cached_property
-    def fabric(self) -> Fabric:
-        """One CPU."""
-        return runs.make_fabric(self.request(0, STEPS), self.config())
+    def fabric(self, precision: str) -> Fabric:
+        """One CPU, computing in a precision."""
+        if precision not in self._fabrics:
+            config = replace(self.config(), precision=precision)
+            self._fabrics[precision] = runs.make_fabric(self.request(0, STEPS), config)
+        return self._fabrics[precision]
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
@@ -553,9 +590,20 @@ class Bench:
         return self.train()
 
     def config(
-        self, settings: Mapping[str, Any] | None = None, seed: int = 0, steps: int = STEPS
+        self,
+        settings: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        steps: int = STEPS,
+        options: Mapping[str, Any] | None = None,
     ) -> RunConfig:
-        """A run on the tiny task, resolved as the command line resolves one."""
+        """A run on the tiny task, resolved as the command line resolves one.
+
+        Args:
+            settings: changes of the method's settings.
+            seed: the run's seed.
+            steps: the run's budget.
+            options: changes of the run's own options, e.g. its precision.
+        """
         request = self.request(seed, steps)
         config = runs.resolve(request, self.dataset, self.method)
         chosen = build_settings(self.method.Config, {**self.settings, **(settings or {})}, "method")
@@ -566,6 +614,7 @@ class Bench:
             batch_size=BATCH,
             candidates=2,
             slices=self.slices,
+            **(options or {}),
         )
 
     def request(self, seed: int, steps: int) -> runs.RunRequest:
@@ -589,11 +638,14 @@ class Bench:
         seed: int = 0,
         steps: int = STEPS,
         scored: bool = False,
+        options: Mapping[str, Any] | None = None,
     ) -> runs.PlannedRun:
         """A run that is ready to be executed; reads label files of tests only if `scored`."""
-        config = runs.with_slice_distance(self.config(settings, seed, steps), dataset)
+        config = runs.with_slice_distance(self.config(settings, seed, steps, options), dataset)
         runs.check_request(config, self.method)
         chosen = runs.roles(config, dataset)
+        cases = Cases(len(chosen["source_train"]), len(chosen["target_train"]))
+        config = runs.adjusted(config, self.build(config).check(cases) or {}, lambda line: None)
         train = [fingerprint(chosen["source_train"]), fingerprint(chosen["target_train"])]
         test = [fingerprint(chosen["source_val"]), fingerprint(chosen["test"])] if scored else []
         prints = runs.Fingerprints(digest(train, 16), digest(test, 16))
@@ -639,6 +691,8 @@ class Bench:
         checkpoints: Path | None = None,
         stop: Stop | None = None,
         inspect_step: Callable[[Batch, Context], None] | None = None,
+        options: Mapping[str, Any] | None = None,
+        even: bool = False,
     ) -> Training:
         """Train the method as `runs.execute` does, and watch every step.
 
@@ -651,6 +705,8 @@ class Bench:
             checkpoints: where checkpoints lie and are resumed from; None takes an empty one.
             stop: where to end early; a checkpoint is then written after every step.
             inspect_step: called with the batch and the context of every step.
+            options: changes of the run's own options, e.g. its precision.
+            even: give every stage the whole budget, whatever its share.
 
         Raises:
             _Interrupted: the training reached `stop`.
@@ -660,18 +716,19 @@ class Bench:
         dataset = self.dataset if dataset is None else dataset
         checkpoints = self.fresh("checkpoints") if checkpoints is None else checkpoints
         with quiet_machine(cache):
-            planned = self.plan(dataset, settings, seed, steps)
+            planned = self.plan(dataset, settings, seed, steps, options=options)
+            fabric = self.fabric(planned.config.precision)
             progress = Progress(enabled=False)
             train, _, target = runs.stores(planned, SliceCache(), progress)
             method = runs.build_method(planned.config, dataset, self.method)
             initial = _copy(method.state_dict())
-            watch = _Watch(method, stop, inspect_step)
-            batches = Batches(train, target, BATCH, seed, self.fabric.device)
+            watch = _Watch(method, stop, inspect_step, even)
+            batches = Batches(train, target, BATCH, seed, fabric.device)
             trainer = Trainer(
                 method,
                 planned.config,
                 batches,
-                self.fabric,
+                fabric,
                 checkpoints,
                 _NoLog(),
                 progress,
@@ -718,23 +775,44 @@ class _Watch:
         method: Method,
         stop: Stop | None,
         inspect_step: Callable[[Batch, Context], None] | None,
+        even: bool = False,
     ) -> None:
         self.calls: list[tuple[str, int]] = []
         self.problems: list[str] = []
         self.updates: Counter[tuple[str, str]] = Counter()
         self.hidden: dict[str, list[dict[str, Any]]] = {}
         self.served: list[bool] = []
-        self._method, self._step, self._optimizers = method, method.step, method.optimizers
-        self._stop, self._inspect = stop, inspect_step
+        self._method, self._stages = method, method.stages
+        self._stop, self._inspect, self._even = stop, inspect_step, even
         self._names: dict[str, list[str]] = {}
-        method.step = self._watched_step  # type: ignore[method-assign]
-        method.optimizers = self._watched_optimizers  # type: ignore[method-assign]
+        method.stages = self._watched_stages  # type: ignore[method-assign]
 
     def detach(self) -> None:
-        """Give the method its own functions back."""
-        del self._method.step, self._method.optimizers
+        """Give the method its own function back."""
+        del self._method.stages
 
-    def _watched_step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+    def _watched_stages(self) -> tuple[Stage, ...]:
+        return tuple(self._watched(stage) for stage in self._stages())
+
+    def _watched(self, stage: Stage) -> Stage:
+        update = stage.step or self._method.step
+        make = stage.optimizers or self._method.optimizers
+
+        def step(batch: Batch, context: Context) -> dict[str, Tensor]:
+            return self._watched_step(update, batch, context)
+
+        def optimizers() -> dict[str, Optimizer]:
+            return self._watched_optimizers(make, stage)
+
+        share = 1.0 if self._even else stage.share
+        return replace(stage, share=share, step=step, optimizers=optimizers)
+
+    def _watched_step(
+        self,
+        update: Callable[[Batch, Context], dict[str, Tensor]],
+        batch: Batch,
+        context: Context,
+    ) -> dict[str, Tensor]:
         here = (context.stage.name, context.step)
         stop = self._stop
         if stop is not None and here == (stop.stage, stop.step) and not stop.after:
@@ -743,7 +821,7 @@ class _Watch:
             self._inspect(batch, context)
         self.calls.append(here)
         self.served.append(batch.target_images is not None)
-        values = self._sound(self._step(batch, context), context.stage.name)
+        values = self._sound(update(batch, context), context.stage.name)
         self.hidden.setdefault(context.stage.name, []).append(_held_elsewhere(self._method))
         if stop is not None and here == (stop.stage, stop.step):
             raise _Interrupted
@@ -776,8 +854,10 @@ class _Watch:
             sound[name] = torch.zeros(())
         return sound
 
-    def _watched_optimizers(self, stage: Stage) -> dict[str, Optimizer]:
-        optimizers = self._optimizers(stage)
+    def _watched_optimizers(
+        self, make: Callable[[], dict[str, Optimizer]], stage: Stage
+    ) -> dict[str, Optimizer]:
+        optimizers = make()
         names = {id(p): name for name, p in self._method.named_parameters()}
 
         def count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -855,9 +935,9 @@ def _demand_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor], what: str) ->
 
 
 @torch.no_grad()
-def _predict(method: Method, images: Tensor) -> Tensor:
+def _predict(method: Method, images: Tensor, domain: Role = "target") -> Tensor:
     with quiet_machine():
-        return method.eval().predict(images)
+        return method.eval().predict(images, domain)
 
 
 # -- checks of a method ---------------------------------------------------------------------------
@@ -1013,7 +1093,7 @@ def _stages(bench: Bench) -> None:
             f"stage '{stage.name}' is shared (depends_on) but names no modules to keep",
         )
         _demand(stage.share > 0, f"stage '{stage.name}' has the share {stage.share}")
-        optimizers = method.optimizers(stage)
+        optimizers = (stage.optimizers or method.optimizers)()
         _demand(
             isinstance(optimizers, dict)
             and bool(optimizers)
@@ -1030,7 +1110,7 @@ def _optimizers(bench: Bench) -> None:
     trained: set[int] = set()
     for stage in method.stages():
         owner: dict[int, str] = {}
-        for key, optimizer in method.optimizers(stage).items():
+        for key, optimizer in (stage.optimizers or method.optimizers)().items():
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 name = names.get(id(parameter))
                 _demand(
@@ -1060,6 +1140,52 @@ def _trains(bench: Bench) -> None:
         _demand(bool(torch.isfinite(value).all()), f"'{name}' is not finite after training")
     changed = first_difference(bench.baseline.initial, bench.baseline.weights)
     _demand(changed is not None, "training changes no weight")
+
+
+_FLAT_ADVICE = (
+    "instance norm behind reflection padding multiplies gradients by 1/sqrt(eps) in every layer "
+    "where a map is constant: build networks with glua_bench.networks.instance_norm, which passes "
+    "no gradient there; and keep denominators, logarithms and roots away from 0"
+)
+
+
+@_register(METHOD_CHECKS, "trains")
+def _flat_slices(bench: Bench) -> None:
+    """Constant, empty and two-valued slices give finite losses, weights and predictions."""
+    data, cache = bench.copy_of_data(), bench.fresh("cache")
+    for domain in data.domains():
+        flatten_slices(data.split(domain, "train"))
+    with quiet_machine(cache):
+        train, _, _ = runs.stores(bench.plan(data), SliceCache(), Progress(enabled=False))
+        images = torch.from_numpy(train.images(range(len(train))))
+    for precision in PRECISIONS:
+        # Augmentation would move a border into the slices and add noise to them.
+        options = {"precision": precision, "augmentation": "none"}
+        where = f"with constant, empty and two-valued slices (precision {precision})"
+        try:
+            training = bench.train(
+                steps=FLAT_STEPS, dataset=data, cache=cache, options=options, even=True
+            )
+        except RunFailure as failure:
+            # What the trainer advises, e.g. lower learning rates, is for other causes.
+            what = str(failure).partition(", so the run was stopped")[0]
+            raise CheckFailure(f"{where}: {what} ({_FLAT_ADVICE})") from failure
+        except Exception as error:  # a plugin may raise anything
+            raise CheckFailure(
+                f"{where} it does not train: {type(error).__name__}: {error}"
+            ) from error
+        for name, value in training.weights.items():
+            _demand(
+                bool(torch.isfinite(value).all()),
+                f"{where} '{name}' is not finite after training ({_FLAT_ADVICE})",
+            )
+        for domain in DOMAINS:
+            with bench.fabric(precision).autocast():
+                logits = _predict(training.method, images, domain)
+            _demand(
+                bool(torch.isfinite(logits).all()),
+                f"{where} predictions of the {domain} are not finite ({_FLAT_ADVICE})",
+            )
 
 
 @_register(METHOD_CHECKS, "trains")
@@ -1109,21 +1235,20 @@ def _behind_predictions(method: Method, images: Tensor) -> list[str]:
     """Names of the trained parameters that predictions depend on."""
     named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
     with torch.enable_grad(), quiet_machine():
-        logits = method.eval().predict(images)
-        if not named or not logits.requires_grad:
+        answers = [method.eval().predict(images, domain) for domain in DOMAINS]
+        scalar = torch.stack([logits.float().square().sum() for logits in answers]).sum()
+        if not named or not scalar.requires_grad:
             return []
-        gradients = torch.autograd.grad(
-            logits.float().square().sum(), [p for _, p in named], allow_unused=True
-        )
+        gradients = torch.autograd.grad(scalar, [p for _, p in named], allow_unused=True)
     return [name for (name, _), g in zip(named, gradients, strict=True) if g is not None]
 
 
 @_register(METHOD_CHECKS, "trains")
 def _logits(bench: Bench) -> None:
-    """predict gives finite float logits (N, K, H, W), for one image as for many."""
+    """predict gives finite float logits (N, K, H, W) of both domains, for one image as for many."""
     classes = len(bench.dataset.structures) + 1
-    for count in (BATCH, 1, 5):
-        logits = _predict(bench.baseline.method, bench.images(count))
+    for count, domain in itertools.product((BATCH, 1, 5), DOMAINS):
+        logits = _predict(bench.baseline.method, bench.images(count), domain)
         wanted = (count, classes, SIZE, SIZE)
         _demand(isinstance(logits, Tensor), f"predict returned a {type(logits).__name__}")
         _demand(
@@ -1139,12 +1264,13 @@ def _predict_is_pure(bench: Bench) -> None:
     """In eval mode predict draws no random numbers and changes no weight."""
     method, images = bench.baseline.method, bench.images(3)
     before = _copy(method.state_dict())
-    with quiet_machine():
-        torch.manual_seed(1)
-        first = _predict(method, images)
-        torch.manual_seed(2)
-        second = _predict(method, images)
-    _demand(torch.equal(first, second), "predict gives two answers for the same images")
+    for domain in DOMAINS:
+        with quiet_machine():
+            torch.manual_seed(1)
+            first = _predict(method, images, domain)
+            torch.manual_seed(2)
+            second = _predict(method, images, domain)
+        _demand(torch.equal(first, second), "predict gives two answers for the same images")
     _demand_same(before, method.state_dict(), "after predict")
 
 
@@ -1152,18 +1278,19 @@ def _predict_is_pure(bench: Bench) -> None:
 def _features(bench: Bench) -> None:
     """features() gives finite maps, one for each image, that do not depend on the others."""
     method, images = bench.baseline.method, bench.images(3)
-    with torch.no_grad(), quiet_machine():
-        maps = method.eval().features(images)
-        alone = method.features(images[:1])
-    _demand(
-        isinstance(maps, Tensor) and maps.ndim == 4 and len(maps) == 3,
-        f"features are {tuple(getattr(maps, 'shape', ()))} for three images, not (3, D, h, w)",
-    )
-    _demand(bool(torch.isfinite(maps).all()), "features are not finite")
-    _demand(
-        bool(torch.allclose(maps[:1].float(), alone.float(), rtol=1e-3, atol=1e-4)),
-        "an image's features depend on the images beside it",
-    )
+    for domain in DOMAINS:
+        with torch.no_grad(), quiet_machine():
+            maps = method.eval().features(images, domain)
+            alone = method.features(images[:1], domain)
+        _demand(
+            isinstance(maps, Tensor) and maps.ndim == 4 and len(maps) == 3,
+            f"features are {tuple(getattr(maps, 'shape', ()))} for three images, not (3, D, h, w)",
+        )
+        _demand(bool(torch.isfinite(maps).all()), "features are not finite")
+        _demand(
+            bool(torch.allclose(maps[:1].float(), alone.float(), rtol=1e-3, atol=1e-4)),
+            "an image's features depend on the images beside it",
+        )
 
 
 @_register(METHOD_CHECKS, "trains")
@@ -1248,15 +1375,16 @@ def _checkpoint(bench: Bench) -> None:
     other = bench.build(bench.config(seed=1))
     other.load_state_dict(torch.load(file, weights_only=True))
     to_channels_last(other)  # as the trainer does; rounding follows from it
-    _demand(
-        torch.equal(_predict(trained, images), _predict(other, images)),
-        "predictions change when the weights are saved and loaded: what they depend on must be "
-        "parameters or buffers",
-    )
+    for domain in DOMAINS:
+        _demand(
+            torch.equal(_predict(trained, images, domain), _predict(other, images, domain)),
+            "predictions change when the weights are saved and loaded: what they depend on must "
+            "be parameters or buffers",
+        )
 
 
 # Attributes that torch itself keeps in every module; state in parameters and buffers is saved.
-_MODULE_ATTRIBUTES = {*vars(torch.nn.Module()), "step", "optimizers"}
+_MODULE_ATTRIBUTES = {*vars(torch.nn.Module()), "stages"}
 
 
 @_register(METHOD_CHECKS, "trains")

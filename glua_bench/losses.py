@@ -10,6 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def precise(x: Tensor) -> Tensor:
+    """At least single precision, whatever the mixed precision gave; double stays double."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def dice_loss(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -> Tensor:
     r"""Soft Dice loss, mean over the foreground classes that the batch shows.
 
@@ -25,7 +30,7 @@ def dice_loss(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -> Tensor:
     Returns:
         A scalar in [0, 1].
     """
-    probabilities = logits.float().softmax(1)[:, 1:]
+    probabilities = precise(logits).softmax(1)[:, 1:]
     reference = F.one_hot(labels, logits.shape[1]).permute(0, 3, 1, 2)[:, 1:].to(probabilities)
     overlap = (probabilities * reference).sum((0, 2, 3))
     size = probabilities.sum((0, 2, 3)) + reference.sum((0, 2, 3))
@@ -41,12 +46,45 @@ def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits: (N, K, H, W).
         labels: (N, H, W), class indices.
     """
-    return dice_loss(logits, labels) + F.cross_entropy(logits.float(), labels)
+    return dice_loss(logits, labels) + F.cross_entropy(precise(logits), labels)
+
+
+def squared_dice_loss(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -> Tensor:
+    r"""Soft Dice loss with squares in the denominator, mean over all classes.
+
+    1 - (2 Σ p r + s) / (Σ p² + Σ r² + s), sums over the batch (Milletari et al., 3DV 2016). The
+    background counts as a class, and so does a class that no label of the batch shows, whose loss
+    is close to 1.
+
+    Args:
+        logits: (N, K, H, W).
+        labels: (N, H, W), class indices.
+        smooth: s, added to numerator and denominator.
+
+    Returns:
+        A scalar in [0, 1].
+    """
+    probabilities = precise(logits).softmax(1)
+    reference = F.one_hot(labels, logits.shape[1]).permute(0, 3, 1, 2).to(probabilities)
+    overlap = (probabilities * reference).sum((0, 2, 3))
+    size = (probabilities.square() + reference.square()).sum((0, 2, 3))
+    return (1 - (2 * overlap + smooth) / (size + smooth)).mean()
+
+
+def balanced_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """½ cross-entropy + ½ `squared_dice_loss`: the segmentation loss of GLUA's authors.
+
+    Args:
+        logits: (N, K, H, W).
+        labels: (N, H, W), class indices.
+    """
+    cross_entropy = F.cross_entropy(precise(logits), labels)
+    return 0.5 * cross_entropy + 0.5 * squared_dice_loss(logits, labels)
 
 
 def self_information(logits: Tensor) -> Tensor:
     """-p log p / log K of each class: (N, K, H, W) → (N, K, H, W), with a sum of at most 1."""
-    logits = logits.float()
+    logits = precise(logits)
     return -logits.softmax(1) * logits.log_softmax(1) / math.log(logits.shape[1])
 
 
@@ -69,7 +107,7 @@ def lsgan_loss(
         if mask is not None:
             raise TypeError("a mask fits one map of scores, not several")
         return torch.stack([lsgan_loss(score, target) for score in scores]).mean()
-    squares = (scores.float() - target).square()
+    squares = (precise(scores) - target).square()
     if mask is None:
         return squares.mean()
     mask = mask.to(squares).expand_as(squares)

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch.optim import Optimizer
 
 from glua_bench.config import SegmenterSpec
 from glua_bench.task import Structure
+
+# The part that a domain plays in a direction.
+Role = Literal["source", "target"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,19 @@ class Cases:
 
 
 @dataclass(frozen=True)
+class Adjustment:
+    """A setting's value for the data at hand, and why it is not the one that was asked for.
+
+    Args:
+        value: what the run takes instead.
+        reason: in a clause, e.g. "training has 4 target cases".
+    """
+
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
 class Batch:
     """One step's images. There is no field for target labels.
 
@@ -101,7 +117,11 @@ class Stage:
         photometric: whether the photometric part of the policy applies in this stage. A stage
             that learns the domains' appearance must see it unchanged.
         decay: power of the polynomial decay of all learning rates; 0 keeps them constant.
+        hold: share of the stage, in [0, 1), during which learning rates stay constant before
+            they decay.
         finish: called once after the last step, e.g. to compute a style bank.
+        step: one update of this stage, as `Method.step`; None takes the method's.
+        optimizers: makes this stage's optimizers, as `Method.optimizers`; None takes the method's.
     """
 
     name: str = "train"
@@ -111,11 +131,19 @@ class Stage:
     translate: Callable[[Tensor], Tensor] | None = None
     photometric: bool = True
     decay: float = 0.0
+    hold: float = 0.0
     finish: Callable[[Context], None] | None = None
+    step: Callable[[Batch, Context], dict[str, Tensor]] | None = None
+    optimizers: Callable[[], dict[str, Optimizer]] | None = None
 
     def steps(self, budget: int) -> int:
         """Updates of this stage under a budget (at least one)."""
         return max(1, round(self.share * budget))
+
+    def rate(self, progress: float) -> float:
+        """Factor of the learning rates when a share `progress` of the stage is done."""
+        decaying = max(0.0, progress - self.hold) / (1 - self.hold)
+        return (1 - decaying) ** self.decay
 
 
 @dataclass
@@ -126,7 +154,7 @@ class Context:
         stage: the running stage.
         step: updates done in this stage.
         steps: updates that the stage has in all.
-        optimizers: by the names that `Method.optimizers` gave.
+        optimizers: by the names that the stage's or the method's `optimizers` gave.
         target_slices: iterates over all target training images in order, (N, S, H, W).
     """
 
@@ -135,7 +163,9 @@ class Context:
     steps: int
     optimizers: Mapping[str, Optimizer]
     target_slices: Callable[[], Iterator[Tensor]]
-    _backward: Callable[[Tensor], None] = field(default=lambda loss: loss.backward(), repr=False)
+    _backward: Callable[..., None] = field(
+        default=lambda loss, **options: loss.backward(**options), repr=False
+    )
     _average: Callable[[Optimizer], None] = field(default=lambda optimizer: None, repr=False)
 
     @property
@@ -143,9 +173,14 @@ class Context:
         """Share of the stage that is done, in [0, 1)."""
         return self.step / self.steps
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of a loss (scaled under mixed precision)."""
-        self._backward(loss)
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
+        """Accumulate gradients of a loss (scaled under mixed precision).
+
+        Args:
+            loss: a scalar.
+            retain_graph: keep the graph for another loss of the same forward pass.
+        """
+        self._backward(loss, retain_graph=retain_graph)
 
     def apply(self, name: str) -> None:
         """Step one optimizer on the accumulated gradients, averaged over processes."""
@@ -182,7 +217,7 @@ class Method(nn.Module, ABC):
     """One way to adapt. Reads top to bottom like the paper's algorithm box.
 
     The class docstring is the method's card: its first line is the one-line description in
-    `glua-bench list`, the rest gives source, equations, and what is reconstruction.
+    `glua-bench list`, the rest gives source, equations, and what is chosen here.
 
     Args:
         task: what is to be segmented, and with which segmenter.
@@ -207,37 +242,56 @@ class Method(nn.Module, ABC):
         """The ablation's rows: name → config changes."""
         return {}
 
-    def check(self, cases: Cases) -> None:
-        """Decline data that the method cannot serve, before anything is trained.
+    def check(self, cases: Cases) -> Mapping[str, Adjustment]:
+        """Decline data that the method cannot serve, or fit settings to it, before training.
 
         What settings and task alone decide is declined in `__init__`, by the same error.
+
+        Returns:
+            Setting → its value for these data and why; the harness says so and records the value.
 
         Raises:
             ConfigError: in one sentence, with the setting to change and its value.
         """
+        return {}
 
     def stages(self) -> Sequence[Stage]:
         """The phases of training, in order."""
         return (Stage(),)
 
     @abstractmethod
-    def optimizers(self, stage: Stage) -> dict[str, Optimizer]:
-        """The optimizers of a stage, by name."""
+    def optimizers(self) -> dict[str, Optimizer]:
+        """The optimizers, by name, of every stage that does not bring its own."""
 
     @abstractmethod
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
         """One update; returns the scalars to log. Non-finite values stop the run."""
 
     @abstractmethod
-    def predict(self, images: Tensor) -> Tensor:
-        """Segment images, (N, S, H, W) → logits (N, K, H, W) of the middle slices."""
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        """Segment images of one domain.
 
-    def features(self, images: Tensor) -> Tensor:
-        """What predictions are made of, for the selectors: (N, S, H, W) → (N, D, h, w).
+        Args:
+            images: (N, S, H, W) in [-1, 1].
+            domain: whose images they are; those of the source are translated as in training.
+
+        Returns:
+            Logits (N, K, H, W) of the middle slices.
+        """
+
+    def features(self, images: Tensor, domain: Role) -> Tensor:
+        """What predictions are made of, for the selectors.
 
         The map before the last layer, where a method has one; the logits, where it does not say.
+
+        Args:
+            images: (N, S, H, W) in [-1, 1].
+            domain: whose images they are.
+
+        Returns:
+            (N, D, h, w).
         """
-        return self.predict(images)
+        return self.predict(images, domain)
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:

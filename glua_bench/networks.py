@@ -8,6 +8,7 @@ own, mostly batch normalisation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +21,48 @@ from glua_bench.errors import ConfigError
 SLOPE = 0.2  # of LeakyReLU, throughout (field's usual value)
 
 
-def instance_norm(channels: int, affine: bool = False) -> nn.GroupNorm:
-    """Instance norm as group norm with one group a channel: the same values, faster on a CPU."""
-    return nn.GroupNorm(channels, channels, affine=affine)
+NORM_EPSILON = 1e-5  # of instance norm
+
+
+def normalised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Instance norm, and which maps vary at all.
+
+    A map that is constant, as those of a constant slice are behind reflection padding, normalises
+    to 0 whatever its value, but its gradient is multiplied by 1/√eps = 316, in every layer anew,
+    until it overflows. Such a map is told, so that the caller can let no gradient through it.
+
+    Args:
+        x: (N, C, H, W).
+
+    Returns:
+        The normalised maps (N, C, H, W), in single precision at least; and (N, C), 1 where the
+        variance is above a hundredth of eps and 0 elsewhere.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # as autocast treats every norm
+    count, channels = x.shape[:2]
+    pixels = x.shape[2] * x.shape[3]
+    maps, _, inverse = torch.native_group_norm(
+        x, None, None, count, channels, pixels, channels, NORM_EPSILON
+    )
+    varies = inverse < (1.01 * NORM_EPSILON) ** -0.5  # inverse = (variance + eps)^-½
+    return maps, varies.to(maps)
+
+
+class InstanceNorm(nn.Module):
+    """Instance norm without weights, which passes no gradient through constant maps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → the same shape; 0 where a map is constant."""
+        maps, varies = normalised(x)
+        return maps * varies[..., None, None]
+
+
+def instance_norm(channels: int, affine: bool = False) -> nn.Module:
+    """Instance norm; affine as group norm with one group a channel, which is faster on a CPU.
+
+    The affine form is for networks with zero padding, behind which no map is constant.
+    """
+    return nn.GroupNorm(channels, channels) if affine else InstanceNorm()
 
 
 class Segmented(NamedTuple):
@@ -84,7 +124,33 @@ class Decoder(nn.Module):
         return Segmented(self.head(x), tuple(features))
 
 
-class UNet(nn.Module):
+class Segmenter(nn.Module):
+    """A segmentation network in two halves, so that a method can act between them.
+
+    Attributes:
+        encoder_channels: channels of the maps of `encode`, fine to coarse.
+        feature_channels: channels of the `features` of `Segmented`, coarse to fine.
+        head: the last layer, which makes logits of the last feature map.
+    """
+
+    encoder_channels: list[int]
+    feature_channels: list[int]
+    head: nn.Module
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """(N, S, H, W) → maps, fine to coarse; the last one is the end of the encoder."""
+        raise NotImplementedError
+
+    def decode(self, maps: list[Tensor], size: Sequence[int]) -> Segmented:
+        """The encoder's maps → logits of the given size (H, W), and decoder maps."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Segmented:
+        """(N, S, H, W) → logits and decoder maps."""
+        return self.decode(self.encode(images), images.shape[-2:])
+
+
+class UNet(Segmenter):
     """Compact U-Net (Ronneberger et al., MICCAI 2015) with instance norm.
 
     Args:
@@ -102,18 +168,27 @@ class UNet(nn.Module):
             for level in range(depth)
         )
         self.decoder = Decoder(channels, classes)
-        self.feature_channels = self.decoder.channels
+        self.encoder_channels, self.feature_channels = channels, self.decoder.channels
 
-    def forward(self, images: Tensor) -> Segmented:
-        """(N, S, H, W) → logits and decoder maps."""
+    @property
+    def head(self) -> nn.Module:  # type: ignore[override]
+        """The 1×1 convolution to logits."""
+        return self.decoder.head
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """(N, S, H, W) → maps, fine to coarse."""
         maps: list[Tensor] = []
         for level, block in enumerate(self.encoder):
             images = block(F.max_pool2d(images, 2) if level else images)
             maps.append(images)
+        return maps
+
+    def decode(self, maps: list[Tensor], size: Sequence[int]) -> Segmented:
+        """The encoder's maps → logits and decoder maps."""
         return self.decoder(maps)
 
 
-class TimmSegmenter(nn.Module):
+class TimmSegmenter(Segmenter):
     """Any timm encoder that offers feature maps, with the U-Net decoder.
 
     Args:
@@ -159,15 +234,147 @@ class TimmSegmenter(nn.Module):
                 f"segmenter.name = 'timm:{encoder}' has feature maps at strides {reductions}; "
                 "choose an encoder whose strides double from map to map."
             )
-        self.decoder = Decoder(list(info.channels()), classes, stem=first)
+        self.encoder_channels = list(info.channels())
+        self.decoder = Decoder(self.encoder_channels, classes, stem=first)
         self.feature_channels = self.decoder.channels
 
-    def forward(self, images: Tensor) -> Segmented:
-        """(N, S, H, W) → logits and decoder maps."""
-        return self.decoder(self.encoder(images))
+    @property
+    def head(self) -> nn.Module:  # type: ignore[override]
+        """The 1×1 convolution to logits."""
+        return self.decoder.head
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """(N, S, H, W) → maps, fine to coarse."""
+        return list(self.encoder(images))
+
+    def decode(self, maps: list[Tensor], size: Sequence[int]) -> Segmented:
+        """The encoder's maps → logits and decoder maps."""
+        return self.decoder(maps)
 
 
-def build_segmenter(spec: SegmenterSpec, classes: int, slices: int = 1) -> UNet | TimmSegmenter:
+DILATIONS = (6, 12, 18, 24)  # of DeepLab's classifier
+DEEPLAB_STRIDE = 8
+DEEPLAB_STD = 0.01  # of the first weights of its convolutions
+
+
+class DeepLab(Segmenter):
+    """A dilated ResNet at an eighth of the resolution with DeepLab-v2's classifier.
+
+    The segmenter of AdaptSegNet and of GLUA (Chen et al., *DeepLab*, TPAMI 2018, without CRF and
+    scales). The last two stages of a timm ResNet keep the resolution and dilate by 2 and 4; in a
+    bottleneck the stride lies in the first convolution, and the pooling rounds up. The last block
+    stands alone behind the end of the encoder and has a projection of its own. Logits are the sum
+    of dilated 3×3 convolutions, enlarged bilinearly with corners aligned.
+
+    Args:
+        resnet: from timm; its blocks are changed in place.
+        classes: number of output classes K.
+        dilations: how many of the four convolutions of the classifier are summed. The published
+            code has all four and sums the first two, because it returns from within its loop.
+        pretrained: keep the ResNet's weights, and let the added projection begin as identity.
+    """
+
+    def __init__(
+        self, resnet: nn.Module, classes: int, dilations: int = 4, pretrained: bool = False
+    ) -> None:
+        super().__init__()
+        net: Any = resnet
+        self.conv1, self.bn1, self.act1 = net.conv1, net.bn1, net.act1
+        self.pool = nn.MaxPool2d(3, 2, padding=1, ceil_mode=True)
+        self.layer1, self.layer2, self.layer3 = net.layer1, net.layer2, net.layer3
+        *blocks, last = net.layer4
+        self.layer4, self.layer5 = nn.Sequential(*blocks), nn.Sequential(last)
+        for stage, dilation in ((self.layer2, 1), (self.layer3, 2), (net.layer4, 4)):
+            for block in stage:
+                dilate(block, dilation)
+        channels = net.feature_info[-1]["num_chs"]
+        before = channels if blocks else net.feature_info[-2]["num_chs"]
+        if last.downsample is None:
+            convolution = nn.Conv2d(channels, channels, 1, bias=False)
+            last.downsample = nn.Sequential(convolution, nn.BatchNorm2d(channels))
+            nn.init.dirac_(convolution.weight)
+        self.head = DilatedClassifier(channels, classes, dilations)
+        self.encoder_channels, self.feature_channels = [before], [before, channels]
+        if not pretrained:
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.normal_(module.weight, std=DEEPLAB_STD)
+                elif isinstance(module, nn.BatchNorm2d):
+                    nn.init.ones_(module.weight)
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """(N, S, H, W) → one map, (N, C, H / 8, W / 8), rounded up and one more where even."""
+        x = self.pool(self.act1(self.bn1(self.conv1(images))))
+        return [self.layer4(self.layer3(self.layer2(self.layer1(x))))]
+
+    def decode(self, maps: list[Tensor], size: Sequence[int]) -> Segmented:
+        """The encoder's map → logits, and the maps before and behind the last block."""
+        x = self.layer5(maps[-1])
+        logits = F.interpolate(self.head(x), size=tuple(size), mode="bilinear", align_corners=True)
+        return Segmented(logits, (maps[-1], x))
+
+
+class DilatedClassifier(nn.Module):
+    """A sum of 3×3 convolutions of several dilations: (N, C, h, w) → logits (N, K, h, w)."""
+
+    def __init__(self, channels: int, classes: int, summed: int = 4) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(channels, classes, 3, padding=dilation, dilation=dilation)
+            for dilation in DILATIONS
+        )
+        self.summed = summed
+        self.convolutions[summed:].requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits at the resolution of the map."""
+        return torch.stack([layer(x) for layer in self.convolutions[: self.summed]]).sum(0)
+
+
+def dilate(block: nn.Module, dilation: int) -> None:
+    """Dilate a timm block's 3×3 convolutions, and stride in the first one of a bottleneck."""
+    found: Any = block
+    for convolution in (found.conv1, found.conv2):
+        if convolution.kernel_size == (3, 3):
+            convolution.dilation = convolution.padding = (dilation, dilation)
+    if hasattr(block, "conv3"):
+        found.conv1.stride, found.conv2.stride = found.conv2.stride, (1, 1)
+
+
+def build_deeplab(
+    encoder: str, classes: int, dilations: int, pretrained: bool, slices: int
+) -> DeepLab:
+    """`DeepLab` on the timm ResNet of a name.
+
+    Raises:
+        ConfigError: timm has no such ResNet, or its weights cannot be loaded.
+    """
+    import timm  # takes a second; most runs do not need it
+    from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+    try:
+        resnet = timm.create_model(
+            encoder, pretrained=pretrained, in_chans=slices, num_classes=0, output_stride=8
+        )
+        if not isinstance(resnet, ResNet):
+            raise TypeError("it is not a ResNet")
+        stages: Any = [getattr(resnet, f"layer{number}") for number in range(1, 5)]
+        for block in (block for stage in stages for block in stage):
+            # Others, such as Res2Net's, have no convolutions to dilate, and pooling blocks round.
+            plain = isinstance(block, (BasicBlock, Bottleneck))
+            if not plain or isinstance(block.aa, nn.AvgPool2d):
+                raise TypeError("its blocks are not those of a plain ResNet")
+    except Exception as error:  # timm raises many types, from network errors to asserts
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(
+            f"segmenter.name = 'deeplab:{encoder}' cannot serve as a segmenter ({reason}); choose "
+            "a ResNet of timm, such as deeplab:resnet50"
+            f"{', or set segmenter.pretrained=false' if pretrained else ''}."
+        ) from error
+    return DeepLab(resnet, classes, dilations, pretrained)
+
+
+def build_segmenter(spec: SegmenterSpec, classes: int, slices: int = 1) -> Segmenter:
     """The segmenter that a configuration names; `forward` returns `Segmented`.
 
     Args:
@@ -176,16 +383,19 @@ def build_segmenter(spec: SegmenterSpec, classes: int, slices: int = 1) -> UNet 
         slices: S, of `task.slices`.
 
     Raises:
-        ConfigError: the name is neither "unet" nor "timm:<encoder>".
+        ConfigError: the name is none of "unet", "timm:<encoder>", "deeplab", "deeplab:<resnet>".
     """
     if spec.name == "unet":
         return UNet(classes, spec.width, spec.depth, slices)
-    kind, _, encoder = spec.name.partition(":")
+    kind, colon, encoder = spec.name.partition(":")
     if kind == "timm" and encoder:
         return TimmSegmenter(encoder, classes, spec.pretrained, slices)
+    if kind == "deeplab" and bool(colon) == bool(encoder):
+        name = encoder or "resnet101"
+        return build_deeplab(name, classes, spec.dilations, spec.pretrained, slices)
     raise ConfigError(
-        f"segmenter.name = '{spec.name}' is unknown; write unet, or timm:<encoder> "
-        "such as timm:resnet18."
+        f"segmenter.name = '{spec.name}' is unknown; write unet, timm:<encoder> such as "
+        "timm:resnet18, or deeplab, which may name a ResNet as in deeplab:resnet50."
     )
 
 
@@ -300,11 +510,12 @@ class UpsampleConv5(nn.Module):
 
 
 class AdaIN(nn.Module):
-    """Instance norm whose scale and shift come from a style vector (Huang & Belongie 2017)."""
+    """Instance norm with the scale and shift of a style (Huang & Belongie, ICCV 2017)."""
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """x (N, C, H, W); scale and shift (N, C)."""
-        return F.group_norm(x, x.shape[1]) * (1 + scale[..., None, None]) + shift[..., None, None]
+        """x (N, C, H, W); scale and shift (N, C). Constant maps pass no gradient."""
+        maps, varies = normalised(x)
+        return maps * ((1 + scale) * varies)[..., None, None] + shift[..., None, None]
 
 
 class StyleDecoder(nn.Module):
@@ -398,25 +609,37 @@ class MultiScaleDiscriminator(nn.Module):
         return scores
 
 
-class FeatureDiscriminator(nn.Module):
-    """Scores each location of a feature map: (N, C, h, w) → (N, 1, h, w).
+class FeatureDiscriminator(nn.Sequential):
+    """Scores each location of a feature map, (N, C, h, w) → (N, 1, h, w).
 
-    3×3 convolutions C → 128 → 64 → 32 → 1 with instance norm and LeakyReLU, the shape of
-    `feat_Dis` in DAR-UNet's code; `scale` shrinks the hidden widths.
+    Four 3×3 convolutions C → C/2 → C/4 → C/8 → 1 with LeakyReLU between them, no norm: GLUA's D1.
+
+    Args:
+        inputs: channels C of the map.
     """
 
-    def __init__(self, inputs: int, scale: float = 1.0) -> None:
-        super().__init__()
-        channels = [inputs] + [max(8, round(c * scale)) for c in (128, 64, 32)]
+    def __init__(self, inputs: int) -> None:
+        channels = [inputs, *(max(1, inputs // share) for share in (2, 4, 8))]
         layers: list[nn.Module] = []
         for a, b in zip(channels, channels[1:], strict=False):
-            layers += [
-                nn.Conv2d(a, b, 3, padding=1),
-                instance_norm(b),
-                nn.LeakyReLU(SLOPE, inplace=True),
-            ]
-        self.body = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, 3, padding=1))
+            layers += [nn.Conv2d(a, b, 3, padding=1), nn.LeakyReLU(SLOPE)]
+        super().__init__(*layers, nn.Conv2d(channels[-1], 1, 3, padding=1))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Unbounded scores of locations."""
-        return self.body(features)
+
+class OutputDiscriminator(nn.Sequential):
+    """Scores the softmax output in patches, (N, K, H, W) → (N, 1, H / 32, W / 32).
+
+    Five 4×4 convolutions with stride 2 to width × (1, 2, 4, 8) and 1 channels with LeakyReLU
+    between them, no norm: AdaptSegNet's discriminator and GLUA's D2.
+
+    Args:
+        classes: K.
+        width: channels after the first convolution; 64 in both.
+    """
+
+    def __init__(self, classes: int, width: int = 64) -> None:
+        channels = [classes, width, 2 * width, 4 * width, 8 * width]
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip(channels, channels[1:], strict=False):
+            layers += [nn.Conv2d(inputs, outputs, 4, 2, padding=1), nn.LeakyReLU(SLOPE)]
+        super().__init__(*layers, nn.Conv2d(channels[-1], 1, 4, 2, padding=1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from glua_bench import __version__, runs
 from glua_bench.cache import IMAGE_TYPE
-from glua_bench.config import RunConfig
+from glua_bench.config import RunConfig, build_settings
 from glua_bench.errors import ConfigError, PluginError, RunFailure, UserError
 from glua_bench.evaluation import predict_volumes
 from glua_bench.formats import SUFFIXES
@@ -111,7 +111,8 @@ def from_run(
         selector: whose checkpoint.
 
     Raises:
-        UserError: the selector has chosen none, or the checkpoint cannot be used.
+        UserError: the selector has chosen none, or the checkpoint cannot be used by the method as
+            it is now.
     """
     chosen = run.read_summary()["chosen_steps"]
     if selector not in chosen:
@@ -128,13 +129,15 @@ def from_run(
             f"The checkpoint {path} cannot be read ({type(error).__name__}); restore it, or run "
             "the same command in another --runs directory."
         ) from error
+    remedy = "use the version of the code that trained it (environment.json)"
+    _check_settings(run.config, plugins, f"The run {run.path}", remedy)
     method = _built(run.config, dataset.structures, plugins)
     try:
         method.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(
-            f"The checkpoint {path} does not fit method '{run.config.method}' as it is now; use "
-            "the version of the code that trained it (environment.json)."
+            f"The checkpoint {path} does not fit method '{run.config.method}' as it is now; "
+            f"{remedy}."
         ) from error
     return _model(
         method,
@@ -178,6 +181,9 @@ def from_directory(folder: Path, plugins: Sequence[Path] = (), device: str = "au
             f"{folder} is not an exported model ({type(error).__name__}: {error}); give a "
             "directory that `glua-bench export` wrote."
         ) from error
+    version = described.get("version", "of its time")
+    remedy = f"use the version of the code that exported it (glua-bench {version})"
+    _check_settings(config, plugins, str(folder), remedy)
     method = _built(config, structures, plugins)
     try:
         missing, unexpected = method.load_state_dict(weights, strict=False)
@@ -185,11 +191,36 @@ def from_directory(folder: Path, plugins: Sequence[Path] = (), device: str = "au
     except RuntimeError:  # shapes differ
         fits = False
     if not fits:
-        raise UserError(
-            f"{folder} does not fit method '{config.method}' as it is now; use glua-bench "
-            f"{described.get('version', 'of its time')}, which exported it."
-        )
+        raise UserError(f"{folder} does not fit method '{config.method}' as it is now; {remedy}.")
     return _model(method, config, structures, reading, publishable, device, folder)
+
+
+def _check_settings(config: RunConfig, plugins: Sequence[Path], source: str, remedy: str) -> None:
+    """Refuse a model of another version of its method, which had other settings.
+
+    Args:
+        config: of the run that trained it.
+        plugins: files in which its method may be found.
+        source: the model, as a sentence begins with it.
+        remedy: what to do, as a sentence ends with it.
+
+    Raises:
+        UserError: the method does not take one of the settings now.
+    """
+    method_class: type[Method] = Registry("method", plugins).load(config.method)
+    known = {spec.name for spec in fields(method_class.Config)}
+    for name, value in config.method_config.items():
+        now = "does not exist"
+        if name in known:
+            try:
+                build_settings(method_class.Config, {name: value}, "method")
+                continue
+            except ConfigError:
+                now = f"cannot be {value}"
+        raise UserError(
+            f"{source} was trained by another version of method '{config.method}' (its setting "
+            f"'{name}' {now} now); {remedy}."
+        )
 
 
 def _built(config: RunConfig, structures: tuple[Structure, ...], plugins: Sequence[Path]) -> Method:
@@ -241,7 +272,7 @@ def predict(
 
     Args:
         model: what segments.
-        files: images of the source or target modality, in any of `formats.SUFFIXES`.
+        files: images of the target domain, in any of `formats.SUFFIXES`.
         out: directory of `<name>_seg.nii.gz`.
         probabilities: also write `<name>_prob.nii.gz`, float32 with the classes as fourth axis.
         report: receives how many volumes are done.
@@ -270,7 +301,7 @@ def predict(
 
     @torch.no_grad()
     def logits(images: Tensor) -> Tensor:
-        return model.method.predict(images.to(memory_format=torch.channels_last))
+        return model.method.predict(images.to(memory_format=torch.channels_last), "target")
 
     predicted = predict_volumes(logits, volumes(), model.device)
     for done, (file, name, found) in enumerate(zip(files, names, predicted, strict=True), 1):
@@ -315,7 +346,8 @@ def volumes_table(predicted: Iterable[Predicted]) -> pd.DataFrame:
 def export(model: Model, run: RunDirectory, folder: Path, selector: str = "last") -> Path:
     """Write a directory that `from_directory` reads on a machine without the run.
 
-    Only the networks that predict are in it: no discriminators, and no pools of training images.
+    Only the networks that predict the target are in it: no discriminator that takes no part in
+    that, no style networks, and no pools of training images.
 
     Args:
         model: from `from_run`.
@@ -354,7 +386,7 @@ def export(model: Model, run: RunDirectory, folder: Path, selector: str = "last"
 
 
 def predicting_weights(model: Model) -> dict[str, Tensor]:
-    """State of the modules that take part in a prediction.
+    """State of the modules that take part in a prediction of the target.
 
     Raises:
         PluginError: with these alone, predictions are others.
@@ -370,7 +402,7 @@ def predicting_weights(model: Model) -> dict[str, Tensor]:
     images = images.to(model.device).contiguous(memory_format=torch.channels_last)
     try:
         with torch.no_grad():
-            expected = method.predict(images)
+            expected = method.predict(images, "target")
     finally:
         for hook in hooks:
             hook.remove()
@@ -382,7 +414,7 @@ def predicting_weights(model: Model) -> dict[str, Tensor]:
     }
     fresh = _fresh(model, kept)
     with torch.no_grad():
-        again = fresh.predict(images)
+        again = fresh.predict(images, "target")
     if not torch.equal(expected, again):
         raise PluginError(
             f"Predictions of method '{model.config.method}' depend on weights outside the modules "

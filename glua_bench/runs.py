@@ -39,10 +39,11 @@ from glua_bench.config import (
     variant_name,
 )
 from glua_bench.console import Progress
-from glua_bench.errors import ConfigError, RunFailure, UserError
+from glua_bench.errors import ConfigError, PluginError, RunFailure, UserError
 from glua_bench.evaluation import evaluate, mean_dice, summarise
-from glua_bench.method import Batch, Cases, Method, Stage, TaskInfo
+from glua_bench.method import Adjustment, Batch, Cases, Method, Role, Stage, TaskInfo
 from glua_bench.neighbours import Neighbourhood, common_distance, middle
+from glua_bench.networks import DEEPLAB_STRIDE
 from glua_bench.registry import Registry
 from glua_bench.selection import ROLES, Candidate, Samples, Selector, choose, sample_pixels
 from glua_bench.task import Case, Dataset, Grid, Structure, UnlabelledCase, parse_direction
@@ -214,6 +215,12 @@ def check_request(config: RunConfig, method_class: type[Method]) -> None:
                 f"grid.size = {config.grid.size} is not divisible by {factor}, which a U-Net of "
                 f"depth {config.segmenter.depth} needs; change grid.size or segmenter.depth."
             )
+    if config.segmenter.name.startswith("deeplab") and config.grid.size % DEEPLAB_STRIDE:
+        raise ConfigError(
+            f"grid.size = {config.grid.size} is not divisible by {DEEPLAB_STRIDE}, the stride of "
+            f"segmenter.name = '{config.segmenter.name}'; change grid.size or choose another "
+            "segmenter."
+        )
     if config.grid.size % 4 or config.grid.size < 32:
         raise ConfigError(f"grid.size = {config.grid.size} must be at least 32 and divisible by 4.")
 
@@ -242,8 +249,35 @@ def task_info(config: RunConfig, dataset: Task) -> TaskInfo:
     )
 
 
+def check_contract(method_class: type[Method]) -> None:
+    """Refuse a method whose functions cannot be called as the harness calls them.
+
+    Python would say so by a TypeError in the middle of a training; e.g. `predict` once had no
+    domain.
+
+    Raises:
+        PluginError: a function does not take what it is given.
+    """
+    for name in ("stages", "optimizers", "step", "predict", "features", "pictures", "check"):
+        given = list(inspect.signature(getattr(Method, name)).parameters)
+        own = inspect.signature(getattr(method_class, name))
+        try:
+            own.bind(*given)
+        except TypeError as error:
+            raise PluginError(
+                f"Method '{method_class.name}' defines {name}({', '.join(own.parameters)}), which "
+                f"glua-bench calls as {name}({', '.join(given)}); change its definition to that."
+            ) from error
+
+
 def build_method(config: RunConfig, dataset: Task, method_class: type[Method]) -> Method:
-    """The method with weights initialised from the run's seed."""
+    """The method with weights initialised from the run's seed.
+
+    Raises:
+        PluginError: its functions have other arguments than the contract says.
+        ConfigError: it declines a setting, or two of its stages share a name.
+    """
+    check_contract(method_class)
     torch.manual_seed(config.seed)
     settings = build_settings(method_class.Config, config.method_config, "method")
     method = method_class(task_info(config, dataset), settings)
@@ -286,7 +320,9 @@ def check_slices(config: RunConfig, method: Method) -> None:
     size = config.grid.size
     images = torch.zeros(1, config.slices, size, size)
     wanted = {"predict": (1, method.task.classes, size, size), "translate": tuple(images.shape)}
-    calls: list[tuple[str, Callable[[Tensor], Tensor]]] = [("predict", method.predict)]
+    calls: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+        ("predict", lambda stack: method.predict(stack, "target"))
+    ]
     calls += [("translate", s.translate) for s in method.stages() if s.translate is not None]
     for name, call in calls:
         try:
@@ -419,6 +455,17 @@ def _module_files(method_class: type[Method]) -> set[Path]:
     return files
 
 
+def adjusted(
+    config: RunConfig, changes: Mapping[str, Adjustment], report: Callable[[str], None]
+) -> RunConfig:
+    """The configuration with the settings that a method fits to its data, each told in a line."""
+    for name, change in changes.items():
+        asked = config.method_config[name]
+        report(f"method.{name} is {change.value} instead of {asked}: {change.reason}.")
+    values = {name: change.value for name, change in changes.items()}
+    return replace(config, method_config={**config.method_config, **values})
+
+
 def load_dataset(name: str, data_root: Path | None, plugins: Sequence[Path]) -> Dataset:
     """The dataset by name, on its directory."""
     loaded: Dataset = Registry("dataset", plugins).load(name)(data_root)
@@ -445,7 +492,11 @@ def plan(request: RunRequest, report: Callable[[str], None] = lambda line: None)
     dataset.prepare(report)
     chosen = roles(config, dataset)
     config = with_slice_distance(config, dataset)
-    method.check(Cases(len(chosen["source_train"]), len(chosen["target_train"])))
+    cases = Cases(len(chosen["source_train"]), len(chosen["target_train"]))
+    changes = method.check(cases) or {}
+    if changes:
+        config = adjusted(config, changes, report)
+        method = build_method(config, dataset, method_class)
     both = (config.source, config.target)
     prints = Fingerprints(
         train=digest(
@@ -758,16 +809,16 @@ class _Trained:
     batches: Batches
 
     @torch.no_grad()
-    def predict(self, images: Tensor) -> Tensor:
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
         """Logits under the run's precision."""
         with self.trainer.fabric.autocast():
-            return self.method.predict(images.to(memory_format=torch.channels_last))
+            return self.method.predict(images.to(memory_format=torch.channels_last), domain)
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor, domain: Role) -> Tensor:
         """The method's features under the run's precision."""
         with self.trainer.fabric.autocast():
-            return self.method.features(images.to(memory_format=torch.channels_last))
+            return self.method.features(images.to(memory_format=torch.channels_last), domain)
 
     @torch.no_grad()
     def translate(self, images: Tensor) -> Tensor:
@@ -829,7 +880,7 @@ def _train_and_score(
     config, dataset, directory = planned.config, planned.dataset, planned.directory
     trained = _train(planned, fabric, progress, watch)
     trainer = trained.trainer
-    predict = trained.predict
+    predict = partial(trained.predict, domain="target")
     scores = _selector_scores(planned, trained)
     chosen = {name: choose(by_step) for name, by_step in scores.items()}
     primary = config.selectors[0]
@@ -930,15 +981,20 @@ def _selector_scores(planned: PlannedRun, trained: _Trained) -> dict[str, dict[i
     }
 
 
+def _domain(role: str) -> Role:
+    """Whose images the slices of a role are, e.g. "source" of "source_val"."""
+    return "target" if role.startswith("target") else "source"
+
+
 def _samples(planned: PlannedRun, trained: _Trained) -> dict[str, Samples]:
     """Role → pixels of its slices, as the method answers them with the weights that it has."""
     torch.manual_seed(planned.config.seed)  # styles drawn alike for every candidate
     return {
         role: sample_pixels(
-            trained.predict,
-            trained.features,
+            partial(trained.predict, domain=_domain(role)),
+            partial(trained.features, domain=_domain(role)),
             store,
-            trained.translate if role != "target_train" else lambda images: images,
+            trained.translate if _domain(role) == "source" else lambda images: images,
             trained.trainer.fabric.device,
         )
         for role, store in zip(ROLES, (trained.train, trained.val, trained.target), strict=True)

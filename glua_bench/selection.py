@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from glua_bench.cache import ImageStore, LabelledStore
+from glua_bench.method import Role
 
 # Pixels that scores are computed of: so many slices, spread evenly, so many of each at random
 # places, the same for all candidates of a run and for all methods.
@@ -51,7 +52,8 @@ class Candidate:
 
     Args:
         step: updates of the segmenter behind it.
-        predict: (N, S, H, W) → logits (N, K, H, W), without gradients, on `device`.
+        predict: images (N, S, H, W) and whose they are, "source" or "target" → logits
+            (N, K, H, W), without gradients, on `device`.
         classes: K, background included.
         source_val: labelled slices of source subjects that training did not see; None where
             the scenario has none.
@@ -65,7 +67,7 @@ class Candidate:
     """
 
     step: int
-    predict: Callable[[Tensor], Tensor]
+    predict: Callable[[Tensor, Role], Tensor]
     classes: int
     source_val: LabelledStore | None
     translate: Callable[[Tensor], Tensor]

@@ -52,7 +52,8 @@ class SourceVal(Selector):
         for start in range(0, len(store), 32):
             indices = np.arange(start, min(start + 32, len(store)))
             images = torch.from_numpy(store.images(indices)).to(candidate.device)
-            predicted = candidate.predict(candidate.translate(images)).argmax(1).cpu().numpy()
+            logits = candidate.predict(candidate.translate(images), "source")
+            predicted = logits.argmax(1).cpu().numpy()
             counts += overlaps(predicted, store.labels(indices), candidate.classes)
         return pooled_dice(counts)
 

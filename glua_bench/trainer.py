@@ -211,7 +211,7 @@ class Trainer:
         """Train all stages, from the last checkpoint where there is one.
 
         Raises:
-            RunFailure: a loss is not finite, or a checkpoint cannot be written.
+            RunFailure: a loss or weight is not finite, or a checkpoint cannot be written.
             Interrupted: the process was asked to end; a checkpoint of the last step is written.
         """
         position = self._load()
@@ -289,6 +289,7 @@ class Trainer:
             partial(average_gradients, fabric) if fabric.world_size > 1 else lambda optimizer: None,
         )
         key = zlib.crc32(stage.name.encode())
+        update = stage.step or method.step
         method.train()
         self.progress.stage(stage.name, total, start)
         began = time.perf_counter() - self.seconds.get(stage.name, 0.0)
@@ -297,10 +298,10 @@ class Trainer:
             seed_all(step_seed(config.seed, stage.name, step, fabric.global_rank), fabric.device)
             for optimizer in optimizers.values():
                 for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * (1 - context.progress) ** stage.decay
+                    group["lr"] = group["initial_lr"] * stage.rate(context.progress)
             with fabric.autocast():
                 batch = self._augmented(Batch(*self.batches.load(key, step)), stage)
-                values = method.step(batch, context)
+                values = update(batch, context)
             values = {name: value.detach() for name, value in values.items()}
             self._pending.append((step + 1, values))
             self.progress.update(step + 1, values)
@@ -309,6 +310,7 @@ class Trainer:
             last = step + 1 == total
             if step + 1 in candidates:
                 self._flush(stage)
+                self._check_weights(stage, step + 1)
                 if fabric.is_global_zero:
                     save_atomically(method.state_dict(), self.candidate_path(step + 1))
                 if self.watch is not None:
@@ -384,7 +386,7 @@ class Trainer:
         return replace(batch, source_images=images, source_labels=labels, target_images=target)
 
     def _optimizers(self, stage: Stage, states: Mapping[str, Any]) -> dict[str, Optimizer]:
-        optimizers = self.method.optimizers(stage)
+        optimizers = (stage.optimizers or self.method.optimizers)()
         for name, optimizer in optimizers.items():
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
@@ -411,28 +413,38 @@ class Trainer:
             bad = [name for name, value in values.items() if not math.isfinite(value)]
             if bad:
                 self._pending.clear()
-                raise RunFailure(
+                raise self._not_finite(
                     f"The loss '{bad[0]}' is {values[bad[0]]} at step {step} of stage "
-                    f"'{stage.name}', so the run was stopped and its last good checkpoint kept in "
-                    f"{self.checkpoints}; lower the learning rates with --set method.NAME=VALUE "
-                    "(glua-bench run --help)."
+                    f"'{stage.name}'"
                 )
             if self.fabric.is_global_zero:
                 self.log.log(stage.name, step, values)
         self._pending.clear()
+
+    def _check_weights(self, stage: Stage, step: int) -> None:
+        parameters = [p for p in self.method.parameters() if p.is_floating_point()]
+        if not all(bool(torch.isfinite(p).all()) for p in parameters):
+            raise self._not_finite(
+                f"Weights are not finite after step {step} of stage '{stage.name}'"
+            )
+
+    def _not_finite(self, what: str) -> RunFailure:
+        """The end of a run whose losses or weights are not finite, with what is left of it."""
+        kept = [self.last_path, *map(self.candidate_path, reversed(self.candidate_steps()))]
+        good = next((path for path in kept if path.is_file()), None)
+        saved = "nothing was saved" if good is None else f"its last good checkpoint is {good}"
+        return RunFailure(
+            f"{what}, so the run was stopped ({saved}); lower the learning rates with --set "
+            "method.NAME=VALUE, or look for slices that break the method with `glua-bench data "
+            f"check {self.config.dataset}`."
+        )
 
     def _save(
         self, index: int, stage: Stage, step: int, optimizers: Mapping[str, Optimizer]
     ) -> None:
         """Write `last.pt` for a position whose losses and weights are finite."""
         self._flush(stage)
-        parameters = [p for p in self.method.parameters() if p.is_floating_point()]
-        if not all(bool(torch.isfinite(p).all()) for p in parameters):
-            raise RunFailure(
-                f"Weights are not finite after step {step} of stage '{stage.name}', so the run was "
-                f"stopped and its last good checkpoint kept in {self.checkpoints}; lower the "
-                "learning rates with --set method.NAME=VALUE."
-            )
+        self._check_weights(stage, step or stage.steps(self.config.steps))
         if self.fabric.is_global_zero:
             # Steps before the checkpoint are not repeated, so their losses must be on disk first.
             self.log.flush()

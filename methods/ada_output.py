@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import Adam, Optimizer
 
 from glua_bench.config import setting
 from glua_bench.errors import ConfigError
 from glua_bench.losses import segmentation_loss
-from glua_bench.method import Batch, Context, Stage, TaskInfo, frozen
+from glua_bench.method import Batch, Context, TaskInfo, frozen
 from glua_bench.methods.source_only import SegmentConfig, SourceOnly, segmenter_optimizer
-from glua_bench.networks import SLOPE
+from glua_bench.networks import OutputDiscriminator
 
 SMALLEST = 32  # pixels a side that five halvings need
 SOURCE, TARGET = 0.0, 1.0  # the discriminators' labels
@@ -37,11 +37,6 @@ class AdaOutputConfig(SegmentConfig):
     )
     lr_d: float = setting(
         1e-4, "learning rate of the discriminators", low=1e-6, high=1e-1, log=True
-    )
-    optimizer: str = setting(
-        "adamw",
-        "of the segmenter: adamw as in all methods here, or the paper's sgd",
-        choices=("adamw", "sgd"),
     )
 
 
@@ -97,27 +92,16 @@ class AdaOutput(SourceOnly):
             }
         )
 
-    def optimizers(self, stage: Stage) -> dict[str, Optimizer]:
+    def optimizers(self) -> dict[str, Optimizer]:
         """The segmenter's, and Adam with betas (0.9, 0.99) for each discriminator."""
-        optimizers: dict[str, Optimizer] = {"segmenter": self.segmenter_optimizer()}
+        heads = (self.aux_head,) if self.config.levels == 2 else ()
+        segmenter = segmenter_optimizer(self.segmenter, self.config, heads)
+        optimizers: dict[str, Optimizer] = {"segmenter": segmenter}
         for name, discriminator in self.discriminators.items():
             optimizers[f"d_{name}"] = Adam(
                 discriminator.parameters(), self.config.lr_d, (0.9, 0.99), fused=True
             )
         return optimizers
-
-    def segmenter_optimizer(self) -> Optimizer:
-        """AdamW, or SGD with ten times the rate for the heads."""
-        cfg = self.config
-        heads = list(self.segmenter.decoder.head.parameters())
-        if cfg.levels == 2:
-            heads += list(self.aux_head.parameters())
-        own = {id(p) for p in heads}
-        body = [p for p in self.segmenter.parameters() if id(p) not in own]
-        if cfg.optimizer == "adamw":
-            return segmenter_optimizer([*body, *heads], cfg)
-        groups = [{"params": body}, {"params": heads, "lr": 10 * cfg.lr}]
-        return SGD(groups, cfg.lr, momentum=0.9, weight_decay=cfg.weight_decay)
 
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
         """Logits of each level at full size, name → (N, K, H, W)."""
@@ -135,7 +119,7 @@ class AdaOutput(SourceOnly):
         """What the discriminators see of an output, (N, K, H, W)."""
         return logits.float().softmax(1)
 
-    def segmentation(self, outputs: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+    def segmentation_losses(self, outputs: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         """The segmentation losses of all levels, and their weighted sum as "total"."""
         losses = {name: segmentation_loss(output, labels) for name, output in outputs.items()}
         weights = {"main": 1.0, "aux": self.config.aux_weight}
@@ -146,7 +130,7 @@ class AdaOutput(SourceOnly):
         """One update of the segmenter, then one of each discriminator on the same outputs."""
         weights = {"main": self.config.lambda_main, "aux": self.config.lambda_aux}
         source, target = self.outputs(batch.source_images), self.outputs(batch.target)
-        segmentation = self.segmentation(source, batch.source_labels)
+        segmentation = self.segmentation_losses(source, batch.source_labels)
         real = {name: self.aligned(output.detach()) for name, output in source.items()}
         fake = {name: self.aligned(output) for name, output in target.items()}
         loss = segmentation.pop("total")
@@ -170,17 +154,3 @@ class AdaOutput(SourceOnly):
         if self.config.gan == "vanilla":
             return F.binary_cross_entropy_with_logits(scores, wanted)
         return F.mse_loss(scores, wanted)
-
-
-class OutputDiscriminator(nn.Sequential):
-    """Five 4×4 convolutions with stride 2 to width × (1, 2, 4, 8) and 1 channels, no norm.
-
-    (N, K, H, W) probabilities → (N, 1, H/32, W/32) scores.
-    """
-
-    def __init__(self, classes: int, width: int = 64) -> None:
-        channels = [classes, width, 2 * width, 4 * width, 8 * width]
-        layers: list[nn.Module] = []
-        for inputs, outputs in zip(channels, channels[1:], strict=False):
-            layers += [nn.Conv2d(inputs, outputs, 4, 2, padding=1), nn.LeakyReLU(SLOPE)]
-        super().__init__(*layers, nn.Conv2d(channels[-1], 1, 4, 2, padding=1))

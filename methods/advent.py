@@ -67,7 +67,8 @@ class Advent(AdaOutput):
         if self.config.form == "adversarial":
             return super().step(batch, context)
         weights = {"main": self.config.lambda_entropy, "aux": self.config.lambda_entropy_aux}
-        segmentation = self.segmentation(self.outputs(batch.source_images), batch.source_labels)
+        outputs = self.outputs(batch.source_images)
+        segmentation = self.segmentation_losses(outputs, batch.source_labels)
         loss = segmentation.pop("total")
         logs = {f"segmentation_{name}": value for name, value in segmentation.items()}
         for name, output in self.outputs(batch.target).items():

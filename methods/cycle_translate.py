@@ -78,18 +78,10 @@ class CycleTranslate(SourceOnly):
             modules=("cycle",),
             photometric=False,
             decay=1.0,
+            step=self.cycle.step,
+            optimizers=self.cycle.optimizers,
         )
         return (translation, Stage("segment", decay=0.9, translate=self.cycle.to_target))
-
-    def optimizers(self, stage: Stage) -> dict[str, Optimizer]:
-        """The stage's own."""
-        return self.cycle.optimizers() if stage.name == "translate" else super().optimizers(stage)
-
-    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-        """One update of the stage."""
-        if context.stage.name == "translate":
-            return self.cycle.step(batch, context)
-        return super().step(batch, context)
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Source images as target ones, back again, and target images as source ones."""

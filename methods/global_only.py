@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
-from torch.optim import Optimizer
 
-from glua_bench.method import Batch, Cases, Context, Stage, TaskInfo
+from glua_bench.losses import balanced_loss
+from glua_bench.method import Adjustment, Batch, Cases, Stage, TaskInfo
+from glua_bench.methods.alignment import PAPER_ALIGNMENT
 from glua_bench.methods.source_only import SegmentConfig, SourceOnly
-from glua_bench.methods.style import QUICK_STYLE, StyleConfig, StyleTransfer, check_size
+from glua_bench.methods.style import QUICK_STYLE, StyleConfig, build_style, style_stage
 
 
 @dataclass(frozen=True)
@@ -21,40 +23,42 @@ class GlobalConfig(SegmentConfig, StyleConfig):
 class GlobalOnly(SourceOnly):
     """Restyle source images as target ones, then train the segmenter on them.
 
-    Stage 1 trains the style transfer of `style.py`; stage 2 is `source_only` on source
-    images that are restyled anew in every step, in styles drawn from k-means clusters of the
-    target's style codes. The global half of GLUA's ablation; a reconstruction after DAR-UNet.
+    Step A of GLUA alone: Su et al., *Mind The Gap*, IEEE JBHI 2023 (arXiv 2205.11888). Stage 1
+    trains a style network, by default AD-GAN, which the authors' code names for this step
+    (`adgan.py`; re-implemented, and checked against its numbers). Stage 2 trains the segmenter on
+    restyled source images x̂ = G(E(x, source), target) by GLUA's loss,
+
+        L = ½ CE(S(x̂), y) + ½ Dice(S(x̂), y).
+
+    Images are restyled anew in every step, after their geometric augmentation; the authors restyle
+    once, and do not augment. `style=codes` is the style stage of DAR-UNet instead.
     """
 
     name = "global_only"
-    reference = "Su et al., arXiv 2205.11888 (global part; reconstruction)"
+    reference = "Su et al., IEEE JBHI 2023 (Step A alone)"
     needs = "source images and labels, target images"
     uses_target = True
     Config: ClassVar[type] = GlobalConfig
-    presets = {"quick": QUICK_STYLE}
+    presets = {"quick": QUICK_STYLE, "paper": PAPER_ALIGNMENT}
+    segmentation = staticmethod(balanced_loss)
 
     def __init__(self, task: TaskInfo, config: GlobalConfig) -> None:
         super().__init__(task, config)
-        check_size(task.size, config)
-        self.style = StyleTransfer(config, task.slices)
+        self.style: Any = build_style(config, task)
 
-    def check(self, cases: Cases) -> None:
-        """As many target cases as clusters of styles."""
-        self.style.check(cases)
+    @classmethod
+    def variants(cls) -> Mapping[str, Mapping[str, Any]]:
+        """Both ways to restyle."""
+        return {"AD-GAN": {}, "style codes (DAR-UNet)": {"style": "codes"}}
+
+    def check(self, cases: Cases) -> Mapping[str, Adjustment]:
+        """As the style stage."""
+        return self.style.check(cases)
 
     def stages(self) -> tuple[Stage, ...]:
         """Style, then segmentation on restyled images."""
-        return (self.style.stage(), Stage("segment", decay=0.9, translate=self.style.restyle))
-
-    def optimizers(self, stage: Stage) -> dict[str, Optimizer]:
-        """The stage's own."""
-        return self.style.optimizers() if stage.name == "style" else super().optimizers(stage)
-
-    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-        """One update of the stage."""
-        if context.stage.name == "style":
-            return self.style.step(batch, context)
-        return super().step(batch, context)
+        segment = Stage("segment", decay=0.9, translate=self.style.restyle)
+        return (style_stage(self.style, self.config), segment)
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """The source images, restyled."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from glua_bench.method import Batch, Context, TaskInfo
+from glua_bench.method import Batch, Context, Role, TaskInfo
 from glua_bench.methods.glua import GLUA, GLUAConfig
-from glua_bench.methods.local_only import aligned_step
 from glua_bench.methods.teacher import Teacher, TeacherConfig
 
 
@@ -24,11 +24,11 @@ class GLUASelfTraining(GLUA):
 
     Original, an entry of this benchmark and of no paper: L of `glua` + λ · L_cons of
     `teacher.py`, in one stage, so the segmenter gets as many updates as in every other method.
-    The teacher predicts. The stages of GLUA are a reconstruction, as there.
+    The teacher predicts.
     """
 
     name = "glua_self_training"
-    reference = "original; GLUA (reconstruction) with French et al., ICLR 2018"
+    reference = "original; GLUA with French et al., ICLR 2018"
     parts: ClassVar[tuple[str, ...]] = ("glua",)
     needs = "source images and labels, target images"
     uses_target = True
@@ -44,18 +44,25 @@ class GLUASelfTraining(GLUA):
         return {"GLUA, averaged": {"lambda_consistency": 0.0}, "GLUA + self-training": {}}
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-        """One update of the stage; in the second, also of the teacher."""
-        if context.stage.name == "style":
-            return self.style.step(batch, context)
-        more = self.teacher.loss(self.segmenter, batch.target)
-        logs = aligned_step(self.segmenter, self.alignment, batch, context, more)
+        """One update of the segmenter, one of the discriminators, and then the teacher's."""
+        logs = self.alignment.step(
+            self.segmenter, batch, context, self.segmentation, partial(self.consistency, batch)
+        )
         self.teacher.update(self.segmenter)
         return logs
 
-    def predict(self, images: Tensor) -> Tensor:
-        """The teacher's logits, (N, S, H, W) → (N, K, H, W)."""
-        return self.teacher.segmenter(images).logits
+    def consistency(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The teacher's loss on target images, which carry the gain in both networks."""
+        return self.teacher.loss(
+            self.segmenter,
+            batch.target,
+            lambda segmenter, x: self.alignment.see(segmenter, x, "target").segmented.logits,
+        )
 
-    def features(self, images: Tensor) -> Tensor:
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        """The teacher's logits, (N, S, H, W) → (N, K, H, W)."""
+        return self.alignment.see(self.teacher.segmenter, images, domain).segmented.logits
+
+    def features(self, images: Tensor, domain: Role) -> Tensor:
         """The teacher's last decoder map."""
-        return self.teacher.segmenter(images).features[-1]
+        return self.alignment.see(self.teacher.segmenter, images, domain).segmented.features[-1]

@@ -1,87 +1,82 @@
-"""Local alignment alone: masked feature alignment on unstyled source images."""
+"""Local alignment alone: target features with a gain, on unstyled source images."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from glua_bench.config import setting
-from glua_bench.losses import segmentation_loss
-from glua_bench.method import Batch, Context, Stage, TaskInfo
-from glua_bench.methods.alignment import QUICK_ALIGNMENT, AlignmentConfig, LocalAlignment
+from glua_bench.losses import balanced_loss
+from glua_bench.method import Batch, Context, Role, TaskInfo
+from glua_bench.methods.alignment import (
+    PAPER_ALIGNMENT,
+    QUICK_ALIGNMENT,
+    AlignmentConfig,
+    LocalAlignment,
+)
 from glua_bench.methods.source_only import SegmentConfig, SourceOnly
-from glua_bench.networks import Segmented
 
 
 @dataclass(frozen=True)
 class LocalConfig(SegmentConfig, AlignmentConfig):
-    """The segmenter's and the alignment's settings; only masked locations count."""
-
-    lambda_global: float = setting(
-        0.0, "weight of the unmasked alignment", low=0, high=10, log=True
-    )
+    """The segmenter's and the alignment's settings."""
 
 
 class LocalOnly(SourceOnly):
-    """Align the local features with the largest domain gap, without restyling.
+    """Align features and outputs by discriminators, and amplify where the domains differ.
 
-    L = L_seg(source) + λ_global · L_adv(f_t) + λ_local · L_adv(f_t; M) (`alignment.py`).
-    The local half of GLUA's ablation: λ_global is 0 here, so only masked locations count.
-    A reconstruction.
+    Step B of GLUA alone, on source images as they are: Su et al., *Mind The Gap*, IEEE JBHI 2023
+    (arXiv 2205.11888). Re-implementation, checked against the authors' published code at the level
+    of numbers. D1 scores features f at the end of the encoder, D2 the softmax output p, source → 0
+    and target → 1; target features carry a gain, in training and in prediction:
+
+        f̂_t = f_t · (1 + |tanh D1(f_t)|),
+        L = ½ CE(p_s, y_s) + ½ Dice(p_s, y_s) + 0.01 · (mean D1(f_t)² + mean D2(p_t)²).
+
+    The authors' segmenter is `segmenter.name=deeplab`, trained by SGD (`optimizer=sgd`, and preset
+    `paper`). Their code steps most of its weights three or four times an update, since it lists
+    them once for each module around them: `optimizer=sgd-repeated`; and sums two of the
+    classifier's four dilations: `segmenter.dilations=2`. Both are left out by default.
     """
 
     name = "local_only"
-    reference = "Su et al., arXiv 2205.11888 (local part; reconstruction)"
+    reference = "Su et al., IEEE JBHI 2023 (Step B alone)"
     needs = "source images and labels, target images"
     uses_target = True
-    Config = LocalConfig
-    presets = {"quick": QUICK_ALIGNMENT}
+    Config: ClassVar[type] = LocalConfig
+    presets = {"quick": QUICK_ALIGNMENT, "paper": PAPER_ALIGNMENT}
+    segmentation = staticmethod(balanced_loss)
 
     def __init__(self, task: TaskInfo, config: LocalConfig) -> None:
         super().__init__(task, config)
-        self.alignment = LocalAlignment(task, config, self.segmenter.feature_channels)
+        self.alignment = LocalAlignment(task, config, self.segmenter)
 
-    def optimizers(self, stage: Stage) -> dict[str, Optimizer]:
-        """The segmenter's and the feature discriminator's."""
-        return {**super().optimizers(stage), "alignment": self.alignment.optimizer()}
+    @classmethod
+    def variants(cls) -> Mapping[str, Mapping[str, Any]]:
+        """With all of it, and with nothing but the loss on the source."""
+        nothing = {"gain": "none", "lambda_feature": 0.0, "lambda_output": 0.0}
+        return {"Step B": {}, "nothing aligned": nothing}
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        """The segmenter's and that of both discriminators."""
+        return {**super().optimizers(), "alignment": self.alignment.optimizer()}
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-        """One update of the segmenter, then one of the discriminator."""
-        return aligned_step(self.segmenter, self.alignment, batch, context)
+        """One update of the segmenter, then one of both discriminators."""
+        return self.alignment.step(self.segmenter, batch, context, self.segmentation)
+
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        """(N, S, H, W) → logits (N, K, H, W), with the gain on target images."""
+        return self.alignment.see(self.segmenter, images, domain).segmented.logits
+
+    def features(self, images: Tensor, domain: Role) -> Tensor:
+        """The segmenter's last decoder map."""
+        return self.alignment.see(self.segmenter, images, domain).segmented.features[-1]
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Gap map and mask on target images."""
-        return self.alignment.pictures(self.segmenter(batch.target), self.task.size)
-
-
-def aligned_step(
-    segmenter: torch.nn.Module,
-    alignment: LocalAlignment,
-    batch: Batch,
-    context: Context,
-    more: tuple[Tensor, dict[str, Tensor]] | None = None,
-) -> dict[str, Tensor]:
-    """L_seg + L_align for the segmenter, then D's loss on the same features.
-
-    Args:
-        segmenter: the segmenter.
-        alignment: the alignment, with D.
-        batch: images of both domains.
-        context: of the step.
-        more: a further loss of the segmenter, and what to log of it.
-    """
-    count = len(batch.source_images)
-    # One pass for both domains: instance norm keeps the images of a batch apart. (Under the batch
-    # norm of a timm encoder the domains share their statistics.)
-    both = segmenter(torch.cat([batch.source_images, batch.target]))
-    source = Segmented(both.logits[:count], tuple(f[:count] for f in both.features))
-    target = Segmented(both.logits[count:], tuple(f[count:] for f in both.features))
-    segmentation = segmentation_loss(source.logits, batch.source_labels)
-    loss, logs = alignment.loss(target)
-    if more is not None:
-        loss, logs = loss + more[0], {**logs, **more[1]}
-    context.update("segmenter", segmentation + loss)
-    return {"segmentation": segmentation, **logs, **alignment.update(source, target, context)}
+        """What else is to be seen, and where target features are amplified."""
+        gain = self.alignment.pictures(self.segmenter, batch.target)
+        return {**super().pictures(batch), **gain}

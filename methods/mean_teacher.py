@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from glua_bench.losses import segmentation_loss
-from glua_bench.method import Batch, Context, TaskInfo
+from glua_bench.method import Batch, Context, Role, TaskInfo
 from glua_bench.methods.source_only import SegmentConfig, SourceOnly
 from glua_bench.methods.teacher import Teacher, TeacherConfig
 
@@ -47,14 +47,14 @@ class MeanTeacher(SourceOnly):
         self.teacher.update(self.segmenter)
         return {"segmentation": segmentation, **logs}
 
-    def predict(self, images: Tensor) -> Tensor:
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
         """The teacher's logits, (N, S, H, W) → (N, K, H, W)."""
         return self.teacher.segmenter(images).logits
 
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor, domain: Role) -> Tensor:
         """The teacher's last decoder map."""
         return self.teacher.segmenter(images).features[-1]
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """How sure the teacher is on target images, in [1 / K, 1]."""
-        return {"confidence": self.predict(batch.target).softmax(1).amax(1, keepdim=True)}
+        return {"confidence": self.predict(batch.target, "target").softmax(1).amax(1, keepdim=True)}

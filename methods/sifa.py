@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +14,8 @@ from torch.optim import Adam, Optimizer
 
 from glua_bench.config import setting
 from glua_bench.errors import ConfigError
-from glua_bench.losses import lsgan_loss
-from glua_bench.method import Batch, Context, Method, Stage, TaskInfo, frozen
+from glua_bench.losses import lsgan_loss, precise
+from glua_bench.method import Batch, Context, Method, Role, Stage, TaskInfo, frozen
 from glua_bench.methods.image_pool import ImagePool
 from glua_bench.methods.sifa_networks import (
     STRIDE,
@@ -22,6 +25,14 @@ from glua_bench.methods.sifa_networks import (
     Generator,
     Head,
 )
+
+# The authors' step runs the encoder eleven times, in its last two runs the lower level alone. Each
+# of the five passes here stands for some of these runs, by their places in that order: b and b̂
+# before the generator's update, b̂ after it, b and b̂ after the encoder's update.
+RUNS_LOW = ((1, 3), (2,), (4,), (5, 8, 10), (6, 7, 9, 11))
+RUNS_HIGH = ((1, 3), (2,), (4,), (5, 8), (6, 7, 9))
+# What is adversarial, in the order of its updates.
+ADVERSARIAL = ("generator", "d_b", "decoder", "d_a", "d_p", "d_p_low")
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,9 @@ class SIFAConfig:
     generator_blocks: int = setting(9, "residual blocks of the generator", low=1, high=18)
     decoder_dropout: float = setting(
         0.25, "share of features that the decoder's residual blocks drop", low=0, high=0.9
+    )
+    shared_adam: bool = setting(
+        True, "count the updates of all adversarial networks together in Adam's bias correction"
     )
     pool_size: int = setting(50, "batches of earlier fakes kept", low=1, high=1000)
     lambda_cycle: float = setting(10.0, "weight of both cycles", low=0, high=1000)
@@ -56,10 +70,11 @@ class SIFA(Method):
     """Synergistic image and feature alignment (v2): translate and segment by one encoder.
 
     Chen, Dou, Chen, Qin, Heng, *Unsupervised Bidirectional Cross-Modality Adaptation via Deeply
-    Synergistic Image and Feature Alignment for Medical Image Segmentation*, IEEE TMI 2020; the
-    authors' TensorFlow code (`cchen-cc/SIFA`) is the reference, and its outputs and losses are
-    reproduced in a test. With G the generator a → b, E the shared encoder, U the decoder,
-    b̂ = G(a), â = U(E(b)), least-squares adversarial losses, and 10 = `lambda_cycle`:
+    Synergistic Image and Feature Alignment for Medical Image Segmentation*, IEEE TMI 2020. A
+    re-implementation, checked against numbers of the authors' TensorFlow code (`cchen-cc/SIFA`):
+    outputs, losses, and all variables after one step of training agree. With G the generator
+    a → b, E the shared encoder, U the decoder, b̂ = G(a), â = U(E(b)), least-squares adversarial
+    losses, and 10 = `lambda_cycle`:
 
         cycles      C   = 10 |U(E(b̂)) - a| + 10 |G(â) - b|
         generator   G   : C + adv_B(b̂)
@@ -70,15 +85,17 @@ class SIFA(Method):
     where CE and Dice, SIFA's own, compare the prediction of b̂ with a's labels. D_A and D_B see
     fakes from pools; D_A's second output tells cycled from fake; D_P and D_P,low read logits.
 
-    The authors update G, D_B, encoder and heads, U, D_A, D_P, D_P,low, each on a new forward pass
-    of everything. Here a pass is repeated only where weights before it have changed. Passes of b
-    through E and U serve the updates of G (where â is detached) and of the encoder; those of b
-    and b̂ through the updated E, detached, serve U and the last three updates; b̂ is detached
-    from G outside G's own update. Losses and gradients are the published ones; the moving
-    averages of the batch norms, which the authors' passes update too, see five passes a step.
-    The decoder's residual blocks drop a quarter of their features, as the authors' graph does: its
-    setting turns dropout off everywhere else, but does not reach these. The segmenter is SIFA's
-    own encoder, not the one that other methods share.
+    The authors update G, D_B, encoder and heads, U, D_A, D_P, D_P,low, each on a new forward pass.
+    Here a pass is repeated only where weights before it have changed. Passes of b through E and U
+    serve the updates of G (where â is detached) and of the encoder; those of b and b̂ through the
+    updated E, detached, serve U and the last three updates; b̂ is detached from G outside G's own
+    update. Losses and gradients are the published ones, and the moving averages of the batch norms
+    count each pass as often as the authors' code repeats it.
+
+    Two habits of that code are kept, each behind a setting. The decoder's residual blocks drop a
+    quarter of their features (`decoder_dropout`), although dropout is turned off everywhere else.
+    One Adam serves the six adversarial networks, so its bias correction advances six times a step
+    (`shared_adam`). The segmenter is SIFA's own encoder, not the one that other methods share.
     """
 
     name = "sifa"
@@ -128,21 +145,14 @@ class SIFA(Method):
         """One stage with constant learning rates."""
         return (Stage("segment"),)
 
-    def optimizers(self, stage: Stage) -> dict[str, Optimizer]:
+    def optimizers(self) -> dict[str, Optimizer]:
         """Adam; β₁ is 0.5 for what is adversarial, and 0.9 for encoder and heads."""
-        adversarial = {
-            "generator": self.generator,
-            "decoder": self.decoder,
-            "d_a": self.d_a,
-            "d_b": self.d_b,
-            "d_p": self.d_p,
-            "d_p_low": self.d_p_low,
-        }
+        lr, of = self.config.lr, len(ADVERSARIAL) if self.config.shared_adam else 1
         optimizers: dict[str, Optimizer] = {
-            name: Adam(module.parameters(), self.config.lr, (0.5, 0.999), fused=True)
-            for name, module in adversarial.items()
+            name: TensorFlowAdam(self.get_submodule(name).parameters(), lr, 0.5, place % of, of)
+            for place, name in enumerate(ADVERSARIAL)
         }
-        optimizers["segmentation"] = Adam(self.segmentation_weights(), self.config.lr, fused=True)
+        optimizers["segmentation"] = TensorFlowAdam(self.segmentation_weights(), lr, 0.9)
         return optimizers
 
     def segmentation_weights(self) -> list[nn.Parameter]:
@@ -155,11 +165,11 @@ class SIFA(Method):
         a, b, labels = batch.source_images, batch.target, batch.source_labels
 
         with frozen(self.decoder):
-            latent_b, low_b = self.encoder(b)
+            latent_b, low_b = self.encode(b, 0)
             fake_a = self.decoder(latent_b, b)
         with frozen(self.encoder, self.decoder, self.d_b):
             fake_b = self.generator(a)
-            cycle_a = self.decoder(self.encoder(fake_b)[0], fake_b)
+            cycle_a = self.decoder(self.encode(fake_b, 1)[0], fake_b)
             cycle_b = self.generator(fake_a.detach())
             adv_b = lsgan_loss(self.d_b(fake_b), 1)
         cycles = self.cycles(a, cycle_a, b, cycle_b)
@@ -171,7 +181,7 @@ class SIFA(Method):
         with torch.no_grad():
             fake_b = self.generator(a)
         with frozen(self.generator, self.decoder, self.d_a, self.d_p, self.d_p_low):
-            latent, low = self.encoder(fake_b)
+            latent, low = self.encode(fake_b, 2)
             cycle_a, cycle_b = self.decoder(latent, fake_b), self.generator(fake_a)
             cycles = self.cycles(a, cycle_a, b, cycle_b)
             adv_a, adv_a_aux = (lsgan_loss(scores, 1) for scores in self.d_a(fake_a).unbind(1))
@@ -185,7 +195,7 @@ class SIFA(Method):
         context.update("segmentation", loss)
 
         with torch.no_grad():
-            (latent_b, low_b), (latent, low) = self.encoder(b), self.encoder(fake_b)
+            (latent_b, low_b), (latent, low) = self.encode(b, 3), self.encode(fake_b, 4)
         with frozen(self.generator, self.d_a):
             fake_a = self.decoder(latent_b, b)
             cycle_a, cycle_b = self.decoder(latent, fake_b), self.generator(fake_a)
@@ -219,6 +229,21 @@ class SIFA(Method):
             "d_p": loss_d_p,
             "d_p_low": loss_d_p_low,
         }
+
+    def encode(self, images: Tensor, turn: int) -> tuple[Tensor, Tensor]:
+        """A step's pass through E, counted in its moving averages as often as in the authors' code.
+
+        Args:
+            images: (N, S, H, W).
+            turn: of the pass among the step's five, from 0.
+        """
+        for level, runs in ((self.encoder.low, RUNS_LOW), (self.encoder.high, RUNS_HIGH)):
+            momentum = momenta(runs)[turn]
+            for layer in level.modules():
+                if isinstance(layer, nn.BatchNorm2d):
+                    layer.momentum = momentum
+        latent, low = self.encoder(images)
+        return latent, low
 
     def cycles(self, a: Tensor, cycle_a: Tensor, b: Tensor, cycle_b: Tensor) -> Tensor:
         """Both weighted cycle losses."""
@@ -256,18 +281,77 @@ class SIFA(Method):
             scores[1][:, 1], scores[2][:, 1]
         )
 
-    def predict(self, images: Tensor) -> Tensor:
-        """(N, S, H, W) → logits (N, K, H, W)."""
-        return self.head(self.encoder(images)[0])
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        """(N, S, H, W) → logits (N, K, H, W); source images are translated before."""
+        return self.head(self.features(images, domain))
 
-    def features(self, images: Tensor) -> Tensor:
-        """The latent that the head reads, with stride 8."""
-        return self.encoder(images)[0]
+    def features(self, images: Tensor, domain: Role) -> Tensor:
+        """The latent that the head reads, (N, 32 · `width_encoder`, H/8, W/8)."""
+        return self.encoder(self.generator(images) if domain == "source" else images)[0]
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Source images as target ones, and target images as source ones."""
         back = self.decoder(self.encoder(batch.target)[0], batch.target)
         return {"restyled": self.generator(batch.source_images), "target as source": back}
+
+
+class TensorFlowAdam(Adam):
+    """Adam as TensorFlow 1 has it: ε is added to √v before v's bias correction, not after it.
+
+    Several networks can share one count of updates, as if one optimizer stepped them in turn.
+
+    Args:
+        parameters: of one network.
+        lr: learning rate.
+        beta1: decay of the mean of gradients; that of their squares is 0.999, and ε is 1e-8.
+        place: of the network among those that share the count, from 0.
+        of: how many share it.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        beta1: float,
+        place: int = 0,
+        of: int = 1,
+    ) -> None:
+        group = {"params": list(parameters), "updates": 0}  # a group is part of a checkpoint
+        super().__init__([group], lr, (beta1, 0.999), fused=True)
+        self.place, self.of = place, of
+        # Let the scaler of float16 skip a whole step, or updates would be counted that are none.
+        self._step_supports_amp_scaling = False
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update, by torch's own at the rate and ε that make it TensorFlow's."""
+        (group,) = self.param_groups
+        lr, eps = group["lr"], group["eps"]
+        counted = self.of * group["updates"] + self.place + 1
+        group["updates"] += 1
+        own = correction(group["betas"], group["updates"])  # what torch applies
+        group["lr"] = lr * correction(group["betas"], counted) / own
+        group["eps"] = eps / math.sqrt(1 - group["betas"][1] ** group["updates"])
+        result = super().step(closure)
+        group["lr"], group["eps"] = lr, eps
+        return result
+
+
+def correction(betas: tuple[float, float], updates: int) -> float:
+    """Factor that Adam's bias corrections put before the learning rate."""
+    return math.sqrt(1 - betas[1] ** updates) / (1 - betas[0] ** updates)
+
+
+def momenta(runs: Sequence[Sequence[int]], momentum: float = 0.1) -> list[float]:
+    """Momenta of a step's passes by which moving averages become those of repeated passes.
+
+    Args:
+        runs: of each pass, in order, the places that it takes in the repeated ones, from 1.
+        momentum: of a repeated pass.
+    """
+    last = max(place for places in runs for place in places)
+    shares = [momentum * sum((1 - momentum) ** (last - p) for p in places) for places in runs]
+    # What a pass adds is kept by each later one in part: together, as much as their shares leave.
+    return [share / (1 - sum(shares[turn + 1 :])) for turn, share in enumerate(shares)]
 
 
 def half_real_fake(real: Tensor, fake: Tensor) -> Tensor:
@@ -292,8 +376,9 @@ def sifa_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         logits: (N, K, H, W).
         labels: (N, H, W), class indices.
     """
-    frequency = torch.bincount(labels.flatten(), minlength=logits.shape[1]) / labels.numel()
-    own = logits.float().softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
+    own = precise(logits).softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
+    counts = torch.bincount(labels.flatten(), minlength=logits.shape[1])
+    frequency = counts.to(own) / labels.numel()
     return -((1 - frequency)[labels] * own.clamp(0.005, 1).log()).mean()
 
 
@@ -304,7 +389,7 @@ def sifa_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits: (N, K, H, W).
         labels: (N, H, W), class indices.
     """
-    probabilities = logits.float().softmax(1)
+    probabilities = precise(logits).softmax(1)
     reference = F.one_hot(labels, logits.shape[1]).permute(0, 3, 1, 2).to(probabilities)
     overlap = (probabilities * reference).sum((0, 2, 3))
     size = probabilities.square().sum((0, 2, 3)) + reference.sum((0, 2, 3))

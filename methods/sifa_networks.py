@@ -39,7 +39,7 @@ def instance_norm(channels: int) -> nn.GroupNorm:
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """Batch norm; the moving averages keep 0.9 of their value in a step."""
+    """Batch norm; a pass leaves 0.9 of the moving averages, unless `SIFA.encode` says otherwise."""
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.1)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
 
 from glua_bench.config import setting
+from glua_bench.errors import ConfigError
 from glua_bench.losses import segmentation_loss
-from glua_bench.method import Batch, Context, Method, Stage, TaskInfo
-from glua_bench.networks import build_segmenter
+from glua_bench.method import Batch, Context, Method, Role, Stage, TaskInfo
+from glua_bench.networks import DeepLab, Segmenter, build_segmenter
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,12 @@ class SegmentConfig:
 
     lr: float = setting(2e-3, "learning rate of the segmenter", low=1e-6, high=1.0, log=True)
     weight_decay: float = setting(1e-4, "weight decay of the segmenter", low=0, high=1)
+    optimizer: str = setting(
+        "adamw",
+        "of the segmenter: adamw, or sgd with ten times the rate for the last layer, as published "
+        "for deeplab; sgd-repeated steps deeplab's weights as GLUA's code does, up to four times",
+        choices=("adamw", "sgd", "sgd-repeated"),
+    )
 
 
 class SourceOnly(Method):
@@ -35,34 +42,84 @@ class SourceOnly(Method):
     needs = "source images and labels"
     uses_target = False
     Config: ClassVar[type] = SegmentConfig
+    segmentation = staticmethod(segmentation_loss)
 
     def __init__(self, task: TaskInfo, config: SegmentConfig) -> None:
         super().__init__(task, config)
         self.segmenter = build_segmenter(task.segmenter, task.classes, task.slices)
+        if config.optimizer == "sgd-repeated" and not isinstance(self.segmenter, DeepLab):
+            raise ConfigError(
+                "method.optimizer = sgd-repeated is the quirk of a published training of deeplab, "
+                f"and segmenter.name is '{task.segmenter.name}'; set method.optimizer=sgd, or "
+                "segmenter.name=deeplab."
+            )
 
     def stages(self) -> tuple[Stage, ...]:
         """One stage with polynomial decay."""
         return (Stage("segment", decay=0.9),)
 
-    def optimizers(self, stage: Stage) -> dict[str, Optimizer]:
-        """AdamW."""
-        return {"segmenter": segmenter_optimizer(self.segmenter.parameters(), self.config)}
+    def optimizers(self) -> dict[str, Optimizer]:
+        """AdamW, if nothing else is set."""
+        return {"segmenter": segmenter_optimizer(self.segmenter, self.config)}
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
         """One update on source images."""
-        loss = segmentation_loss(self.segmenter(batch.source_images).logits, batch.source_labels)
+        loss = self.segmentation(self.segmenter(batch.source_images).logits, batch.source_labels)
         context.update("segmenter", loss)
         return {"segmentation": loss}
 
-    def predict(self, images: Tensor) -> Tensor:
-        """(N, S, H, W) → logits (N, K, H, W)."""
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        """(N, S, H, W) → logits (N, K, H, W), alike for both domains."""
         return self.segmenter(images).logits
 
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor, domain: Role) -> Tensor:
         """The segmenter's last decoder map."""
         return self.segmenter(images).features[-1]
 
 
-def segmenter_optimizer(parameters, config: SegmentConfig) -> Optimizer:  # type: ignore[no-untyped-def]
-    """The optimizer that every method of this package gives to its segmenter."""
-    return AdamW(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
+def segmenter_optimizer(
+    segmenter: Segmenter, config: SegmentConfig, further_heads: tuple[nn.Module, ...] = ()
+) -> Optimizer:
+    """The optimizer that every method of this package gives to its segmenter.
+
+    Args:
+        segmenter: the segmenter.
+        config: says which, with its rate and weight decay.
+        further_heads: last layers of the method's own, trained as the segmenter's.
+    """
+    heads = [p for head in (segmenter.head, *further_heads) for p in head.parameters()]
+    own = {id(p) for p in heads}
+    body = {n: p for n, p in segmenter.named_parameters() if id(p) not in own}
+    if config.optimizer == "adamw":
+        weights = [*body.values(), *heads]
+        return AdamW(weights, config.lr, weight_decay=config.weight_decay, fused=True)
+    groups: list[dict[str, object]] = [{"params": heads, "lr": 10 * config.lr}]
+    if config.optimizer == "sgd":
+        groups.append({"params": list(body.values())})
+        return SGD(groups, config.lr, momentum=0.9, weight_decay=config.weight_decay)
+    # The published code lists a weight once for each module around it, so once for each dot.
+    for repeats in sorted({name.count(".") for name in body}):
+        weights = [p for name, p in body.items() if name.count(".") == repeats]
+        groups.append({"params": weights, "repeats": repeats})
+    return RepeatedSGD(groups, config.lr, momentum=0.9, weight_decay=config.weight_decay)
+
+
+class RepeatedSGD(SGD):
+    """SGD that steps each group `repeats` times an update, on the same gradient.
+
+    What PyTorch's SGD does, one weight after the other, with weights that are listed several times,
+    as in GLUA's published code: the effective rate and the momentum grow with the listings. In the
+    first update each listing begins with a momentum of its own.
+    """
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update."""
+        groups = self.param_groups
+        fresh = {p for group in groups for p in group["params"] if p not in self.state}
+        for repeat in range(max(group.get("repeats", 1) for group in groups)):
+            self.param_groups = [g for g in groups if g.get("repeats", 1) > repeat]
+            for parameter in (p for group in self.param_groups for p in group["params"]):
+                if parameter in fresh:
+                    self.state.pop(parameter, None)
+            super().step()
+        self.param_groups = groups

@@ -1,256 +1,81 @@
-"""The global part: style transfer that keeps content, a component of `global_only` and `glua`.
+"""Step A of GLUA: restyle source images as target ones, a component of `global_only` and `glua`.
 
-Reconstruction after DAR-UNet (Yao et al., 2022), published by the research group of GLUA:
-what stands there is evidence for GLUA's first stage, not GLUA's own code, which is not
-public. Both domains share a content encoder and an AdaIN decoder; each has a style encoder.
-With c = E_c(x), s = E_s(x), x̂ = G(c, s) the generator minimises
-
-    λ_rec |x̂_aa - a| + λ_cyc |x̂_aba - a| + |E_c(x̂_ab) - c_a| + |E_s(x̂_ab) - s_b|
-    + LSGAN of images + LSGAN of content,      and the same with a and b exchanged.
+A way to restyle is a module of the form of `Restyler`, with settings whose names begin with its
+own; `STYLES` names them, and one setting chooses. The default is what the authors' code names.
 """
 
 from __future__ import annotations
 
-import copy
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from scipy.cluster.vq import kmeans2
-from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch import Tensor
+from torch.optim import Optimizer
 
 from glua_bench.config import setting
-from glua_bench.errors import ConfigError
-from glua_bench.losses import lsgan_loss, real_fake_loss
-from glua_bench.method import Batch, Cases, Context, Stage, frozen
-from glua_bench.networks import (
-    ContentEncoder,
-    MultiScaleDiscriminator,
-    PatchDiscriminator,
-    StyleDecoder,
-    StyleEncoder,
-)
+from glua_bench.method import Adjustment, Batch, Cases, Context, Stage, TaskInfo
+from glua_bench.methods.adgan import ADGAN, QUICK_ADGAN, ADGANConfig
+from glua_bench.methods.style_codes import QUICK_CODES, CodesConfig, StyleCodes
 
-CODES = 32  # style codes kept for each cluster
-SMALLEST = 16  # pixels that the four halvings of a patch discriminator need
+STYLES: Mapping[str, Any] = {"adgan": ADGAN, "codes": StyleCodes}
+
+
+class Restyler(Protocol):
+    """What trains itself to restyle source images, and then does it."""
+
+    hold: float  # share of the stage with constant learning rates
+    decay: float  # power of their polynomial decay after it
+
+    def check(self, cases: Cases) -> Mapping[str, Adjustment]:
+        """Settings to fit to so many cases."""
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        """The optimizers, by name."""
+
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        """One update; returns the scalars to log."""
+
+    def finish(self, context: Context) -> None:
+        """What is left to do after the last step."""
+
+    def restyle(self, images: Tensor) -> Tensor:
+        """Source images as target ones, (N, S, H, W) → the same shape in [-1, 1]."""
 
 
 @dataclass(frozen=True)
-class StyleConfig:
-    """Settings of the style stage; the defaults are the full size."""
+class StyleConfig(ADGANConfig, CodesConfig):
+    """Which way to restyle, its share of the budget, and the settings of all ways."""
 
+    style: str = setting(
+        "adgan", "how to restyle: AD-GAN, or style codes as DAR-UNet", choices=tuple(STYLES)
+    )
     style_share: float = setting(
         2.0, "updates of the style stage, as a multiple of the run's steps", low=0.001, high=100
     )
-    style_width: int = setting(
-        32, "channels of the style networks at full resolution", low=4, high=128
+
+
+QUICK_STYLE = {**QUICK_ADGAN, **QUICK_CODES, "style_share": 3.0}
+
+
+def build_style(config: StyleConfig, task: TaskInfo) -> Restyler:
+    """The module that `config.style` names; an `nn.Module`."""
+    restyler: Restyler = STYLES[config.style](config, task)
+    return restyler
+
+
+def style_stage(style: Restyler, config: StyleConfig) -> Stage:
+    """The stage that trains the method's module `style`; runs with equal settings share it."""
+    own = tuple(n for n in StyleConfig.__dataclass_fields__ if n.startswith(f"{config.style}_"))
+    return Stage(
+        "style",
+        config.style_share,
+        depends_on=("style", "style_share", *own),
+        modules=("style",),
+        photometric=False,
+        decay=style.decay,
+        hold=style.hold,
+        finish=style.finish,
+        step=style.step,
+        optimizers=style.optimizers,
     )
-    style_blocks: int = setting(4, "residual blocks of encoder and decoder", low=1, high=9)
-    style_scales: int = setting(3, "scales of the image discriminators", low=1, high=4)
-    style_batch: int = setting(4, "images per domain in a style step, at most", low=1, high=64)
-    style_lr: float = setting(1e-4, "learning rate of the generator", low=1e-6, high=1e-1, log=True)
-    style_lr_d: float = setting(
-        2e-4, "learning rate of the discriminators", low=1e-6, high=1e-1, log=True
-    )
-    style_decay: float = setting(
-        0.0, "power of the polynomial decay of both learning rates; 0 keeps them", low=0, high=3
-    )
-    style_rec: float = setting(10.0, "weight of self-reconstruction", low=0, high=100)
-    style_cycle: float = setting(10.0, "weight of cycle reconstruction", low=0, high=100)
-    style_gan: float = setting(1.0, "weight of the image GAN", low=0, high=100)
-    style_content_gan: float = setting(1.0, "weight of the content GAN", low=0, high=100)
-    style_clusters: int = setting(6, "k-means clusters of target styles", low=1, high=64)
-
-
-# What `quick` changes: a width that trains in minutes on two CPU cores, and weights at which
-# a small budget restyles at all (with 10/10 the reconstruction terms dominate it). The decay
-# lets the short training settle. Chosen on a phantom cohort of another seed than the reported.
-QUICK_STYLE = {
-    "style_width": 8,
-    "style_blocks": 3,
-    "style_lr": 1e-3,
-    "style_lr_d": 1e-3,
-    "style_decay": 0.9,
-    "style_rec": 3.0,
-    "style_cycle": 3.0,
-    "style_share": 3.0,
-}
-
-
-class Generator(nn.Module):
-    """Content encoder, both style encoders, and the decoder."""
-
-    def __init__(self, config: StyleConfig, slices: int) -> None:
-        super().__init__()
-        width, blocks = config.style_width, config.style_blocks
-        self.content = ContentEncoder(width, blocks, slices)
-        self.style_source = StyleEncoder(width, slices=slices)
-        self.style_target = StyleEncoder(width, slices=slices)
-        self.decode = StyleDecoder(width, blocks=blocks, slices=slices)
-
-
-def check_size(size: int, config: StyleConfig) -> None:
-    """Decline slices of which the coarsest discriminator would see nothing.
-
-    Args:
-        size: side of a slice in pixels.
-        config: its `style_scales` halve the slice, and each then takes four halvings.
-
-    Raises:
-        ConfigError: the slices are too small.
-    """
-    if size < SMALLEST * 2 ** (config.style_scales - 1):
-        raise ConfigError(
-            f"grid.size = {size} is too small for style_scales = {config.style_scales}, which "
-            f"need {SMALLEST * 2 ** (config.style_scales - 1)}; change grid.size, or set "
-            f"method.style_scales to {int(math.log2(size / SMALLEST)) + 1} or less."
-        )
-
-
-class StyleTransfer(nn.Module):
-    """Trains the style stage and restyles source images as target ones.
-
-    Args:
-        config: the settings.
-        slices: of an image; a stack of several is restyled as one, in one style.
-    """
-
-    bank: Tensor
-    bank_share: Tensor
-    updates: Tensor
-
-    def __init__(self, config: StyleConfig, slices: int = 1) -> None:
-        super().__init__()
-        self.config = config
-        self.generator = Generator(config, slices)
-        self.average = copy.deepcopy(self.generator).requires_grad_(False)  # EMA, used to restyle
-        width, scales = 2 * config.style_width, config.style_scales
-        self.d_source = MultiScaleDiscriminator(width, scales=scales, slices=slices)
-        self.d_target = MultiScaleDiscriminator(width, scales=scales, slices=slices)
-        self.d_content = PatchDiscriminator(self.generator.content.channels, width, layers=2)
-        self.register_buffer("bank", torch.zeros(config.style_clusters, CODES, 8))
-        self.register_buffer("bank_share", torch.ones(config.style_clusters))
-        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
-
-    def check(self, cases: Cases) -> None:
-        """Decline more clusters than target cases: some would hold slices of one case alone.
-
-        Raises:
-            ConfigError: there are fewer target cases than clusters.
-        """
-        if cases.target < self.config.style_clusters:
-            raise ConfigError(
-                f"method.style_clusters = {self.config.style_clusters} is more than training has "
-                f"target cases ({cases.target}); give at most {cases.target}."
-            )
-
-    def stage(self) -> Stage:
-        """The stage, cached: runs with equal style settings share one training."""
-        names = tuple(StyleConfig.__dataclass_fields__)
-        return Stage(
-            "style",
-            self.config.style_share,
-            depends_on=names,
-            modules=("style",),
-            photometric=False,
-            decay=self.config.style_decay,
-            finish=self.fill_bank,
-        )
-
-    def optimizers(self) -> dict[str, Optimizer]:
-        """Adam with betas (0.5, 0.9) for the generator and for all discriminators."""
-        discriminators = nn.ModuleList([self.d_source, self.d_target, self.d_content])
-        betas = (0.5, 0.9)
-        return {
-            "generator": Adam(self.generator.parameters(), self.config.style_lr, betas, fused=True),
-            "discriminators": Adam(
-                discriminators.parameters(), self.config.style_lr_d, betas, fused=True
-            ),
-        }
-
-    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-        """One update of the generator, then one of the discriminators on the same fakes."""
-        a = batch.source_images[: self.config.style_batch]
-        b = batch.target[: self.config.style_batch]
-        n, real = len(a), torch.cat([a, b])
-        g, cfg = self.generator, self.config
-
-        content = g.content(real)
-        style_a, style_b = g.style_source(a), g.style_target(b)
-        # One decoder call for aa, bb, ab, ba: instance norm keeps images of a batch apart.
-        images = g.decode(
-            torch.cat([content, content]), torch.cat([style_a, style_b, style_b, style_a])
-        )
-        same, fake = images[: 2 * n], images[2 * n :]
-        ab, ba = fake[:n], fake[n:]
-        content_again = g.content(fake)
-        style_again = torch.cat([g.style_source(ba), g.style_target(ab)])
-        cycle = g.decode(content_again, torch.cat([style_a, style_b]))
-
-        with frozen(self.d_source, self.d_target, self.d_content):
-            gan = lsgan_loss(self.d_target(ab), 1) + lsgan_loss(self.d_source(ba), 1)
-            content_gan = lsgan_loss(self.d_content(content), 0.5)  # neither domain's
-        reconstruction, cycled = F.l1_loss(same, real), F.l1_loss(cycle, real)
-        consistency = F.l1_loss(content_again, content.detach()) + F.l1_loss(
-            style_again, torch.cat([style_a, style_b]).detach()
-        )
-        loss = (
-            cfg.style_rec * reconstruction
-            + cfg.style_cycle * cycled
-            + consistency
-            + cfg.style_gan * gan
-            + cfg.style_content_gan * content_gan
-        )
-        context.update("generator", loss)
-        self.update_average()
-
-        fake, content = fake.detach(), content.detach()
-        d_loss = (
-            real_fake_loss(self.d_target, b, fake[:n])
-            + real_fake_loss(self.d_source, a, fake[n:])
-            + real_fake_loss(self.d_content, content[:n], content[n:])
-        )
-        context.update("discriminators", d_loss)
-        return {
-            "reconstruction": reconstruction,
-            "cycle": cycled,
-            "consistency": consistency,
-            "gan": gan,
-            "content_gan": content_gan,
-            "discriminators": d_loss,
-        }
-
-    @torch.no_grad()
-    def update_average(self) -> None:
-        """Exponential moving average 0.999, faster at the start so that it forgets the init."""
-        self.updates += 1
-        done = int(self.updates)
-        weight = 1 - min(0.999, (1 + done) / (10 + done))
-        torch._foreach_lerp_(
-            list(self.average.parameters()), list(self.generator.parameters()), weight
-        )
-
-    @torch.no_grad()
-    def fill_bank(self, context: Context) -> None:
-        """Cluster the target's style codes by k-means and keep codes of each cluster."""
-        codes = torch.cat([self.average.style_target(x) for x in context.target_slices()])
-        points = codes.float().cpu().numpy()
-        rng = np.random.default_rng(0)  # the codes differ by seed; the clustering need not
-        _, cluster = kmeans2(points, self.config.style_clusters, minit="++", seed=rng)
-        for index in range(self.config.style_clusters):
-            members = np.flatnonzero(cluster == index)
-            self.bank_share[index] = len(members) / len(points)
-            if len(members):
-                chosen = rng.choice(members, CODES)
-                self.bank[index] = codes[torch.from_numpy(chosen).to(codes.device)]
-
-    @torch.no_grad()
-    def restyle(self, images: Tensor) -> Tensor:
-        """Source images in styles drawn from the clusters by their share, (N, S, H, W)."""
-        drawn = torch.multinomial(self.bank_share.cpu(), len(images), replacement=True)
-        member = torch.randint(CODES, (len(images),))
-        styles = self.bank[drawn.to(images.device), member.to(images.device)]
-        return self.average.decode(self.average.content(images), styles.to(images.dtype))

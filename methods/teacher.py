@@ -12,7 +12,9 @@ Tarvainen and Valpola, NeurIPS 2017; confidence instead of a ramp: French et al.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,15 +49,26 @@ class Teacher(nn.Module):
     def __init__(self, segmenter: nn.Module, config: TeacherConfig) -> None:
         super().__init__()
         self.config = config
-        self.segmenter = copy.deepcopy(segmenter).requires_grad_(False)
+        self.segmenter: Any = copy.deepcopy(segmenter).requires_grad_(False)
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
-    def loss(self, student: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the student minimises on target images (N, S, H, W), and what to log of it."""
+    def loss(
+        self,
+        student: nn.Module,
+        images: Tensor,
+        logits: Callable[[Any, Tensor], Tensor] = lambda segmenter, x: segmenter(x).logits,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the student minimises on target images, and what to log of it.
+
+        Args:
+            student: the segmenter.
+            images: (N, S, H, W).
+            logits: of a segmenter, the student or the teacher, and target images.
+        """
         with torch.no_grad():
-            teacher = self.segmenter(images).logits.float().softmax(1)
+            teacher = logits(self.segmenter, images).float().softmax(1)
         sure = (teacher.amax(1) > self.config.confidence).float()
-        own = student(augment.tone_curves(images)).logits.float().softmax(1)
+        own = logits(student, augment.tone_curves(images)).float().softmax(1)
         consistency = (sure * (own - teacher).square().mean(1)).mean()
         # A teacher that is sure of the background alone teaches to find nothing.
         found = sure * (teacher.argmax(1) > 0)

@@ -118,7 +118,7 @@ BLOCKS: Mapping[tuple[str, str], Block] = {
 
 NOT_COMPARABLE = (
     "As published, on other splits, crops and units: context, not a comparison. Of GLUA no table "
-    "is known; `glua` here is a reconstruction."
+    "is known; `glua` here is a re-implementation."
 )
 
 

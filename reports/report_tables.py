@@ -312,6 +312,7 @@ def curves(results: Results, method: str, selector: str = "last") -> dict[str, p
     dice = per_case.groupby("run", observed=True).mean()
     found: dict[str, list[dict[str, Any]]] = {}
     settings = {run: json.loads(str(text)) for run, text in runs["settings"].items()}
+    configs = {run: json.loads(str(text)) for run, text in runs["config"].items()}
     numeric = {
         name
         for changes in settings.values()
@@ -320,13 +321,14 @@ def curves(results: Results, method: str, selector: str = "last") -> dict[str, p
     }
     for name in sorted(numeric):
         for run, changes in settings.items():
-            if set(changes) - {name}:
+            # A run of another version of the method may not have the setting.
+            if set(changes) - {name} or name not in configs[run]:
                 continue
             found.setdefault(name, []).append(
                 {
                     "task": str(runs.loc[run, "task"]),
                     "entry": str(runs.loc[run, "entry"]),
-                    "value": float(json.loads(str(runs.loc[run, "config"]))[name]),
+                    "value": float(configs[run][name]),
                     "seed": int(runs.loc[run, "seed"]),
                     "dice": float(dice[run]),
                     "changed": bool(changes),

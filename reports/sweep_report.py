@@ -341,7 +341,10 @@ class _Writer(PageWriter):
         number = sweep.chosen
         if number is None:
             return section
-        words = " ".join(f"--set method.{n}={v}" for n, v in sweep.settings(number).items())
+        said = sweep.facts.get("set for all", "").split(", ")
+        shared = [text for text in said if text.startswith("method.")]
+        own = [f"method.{n}={v}" for n, v in sweep.settings(number).items()]
+        words = " ".join(f"--set {text}" for text in (*shared, *own))
         section.intro = f"The trial with the highest {self.label}. To use it:"
         section.command = f"glua-bench run --method {sweep.facts['method']} {words}"
         best = self.done.sort_values(self.label, ascending=False, kind="stable").head(MOST_SHOWN)

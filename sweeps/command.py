@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -308,7 +308,7 @@ def conclude(study: SweepStudy) -> list[str]:
     return [
         f"Chosen by {objectives[0]}{stamp}: {shown(chosen.params)} "
         f"({objectives[0]} {chosen.values[0]:.4g}, trial {chosen.number} of {len(trials)})",
-        f"Use it: {words_of(chosen.params)}",
+        f"Use it: {words_of(chosen.params, study.definition.settings)}",
     ]
 
 
@@ -323,9 +323,16 @@ def _why_none(trials: list[FrozenTrial]) -> str:
     return f"; the last one failed: {reasons[-1].rstrip('.')}" if reasons else ""
 
 
-def words_of(params: Mapping[str, Any]) -> str:
-    """The options that give these settings to a run."""
-    return " ".join(f"--set method.{name}={value}" for name, value in params.items())
+def words_of(params: Mapping[str, Any], settings: Sequence[str] = ()) -> str:
+    """The options that give a choice to a run.
+
+    Args:
+        params: what was searched, and found.
+        settings: `--set` texts that all runs shared; of these, the choice may need the method's.
+    """
+    shared = [text for text in settings if text.startswith("method.")]
+    own = [f"method.{name}={value}" for name, value in params.items()]
+    return " ".join(f"--set {text}" for text in (*shared, *own))
 
 
 def next_command(study: SweepStudy, base: RunRequest) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from glua_bench.config import setting
-from glua_bench.method import Batch, Context, Method, Stage, TaskInfo
+from glua_bench.method import Batch, Context, Method, Role, TaskInfo
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Slow(Method):
         super().__init__(task, config)
         self.head = nn.Conv2d(task.slices, task.classes, 3, padding=1)
 
-    def optimizers(self, stage: Stage) -> dict[str, Optimizer]:
+    def optimizers(self) -> dict[str, Optimizer]:
         """One."""
         return {"head": SGD(self.head.parameters(), lr=self.config.lr)}
 
@@ -54,6 +54,6 @@ class Slow(Method):
         context.update("head", loss)
         return {"loss": loss}
 
-    def predict(self, images: Tensor) -> Tensor:
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
         """Logits."""
         return self.head(images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import yaml
 
 from glua_bench import cli
 
@@ -128,7 +130,7 @@ def test_run_then_again_then_sync(call: Call, phantom_root: Path) -> None:
     assert code == 0, err
     assert re.search(r"^ +local_only +phantom mr-ct +1 done$", shown, re.MULTILINE), shown
     (done,) = Path("runs").glob("phantom/local_only/*/done")
-    assert {p.name for p in (done.parent / "figures").iterdir()} == {"cases.png", "gap.png"}
+    assert {p.name for p in (done.parent / "figures").iterdir()} == {"cases.png", "pictures.png"}
     before = {p: p.stat().st_mtime_ns for p in done.parent.rglob("*")}
     code, again, _ = call(*command, *SMALL, "--no-mlflow")
     assert code == 0 and "already done" in again
@@ -523,9 +525,112 @@ def test_an_ablation_says_what_it_would_run(call: Call, phantom_root: Path) -> N
     )
     assert code == 0, err
     entries = re.findall(r"^ +(.+?) +phantom mr-ct +1 open", out, re.MULTILINE)
-    assert entries == ["source_only", "supervised", "default", "mask_ratio = 0.1", "mask = random"]
-    assert "'mask_ratio = 0.3' has the settings of 'default'" in out
+    bounds, variants = ["source_only", "supervised"], ["Step B", "nothing aligned"]
+    assert entries == [*bounds, *variants, "mask_ratio = 0.1", "mask = random"]
+    assert "'mask_ratio = 0.3' has the settings of 'Step B'" in out
     assert not Path("runs").exists()
+
+
+# -- models of another version of the code --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The directory of a run of local_only, and its exported model."""
+    from glua_bench import prediction
+    from glua_bench.console import Progress
+    from glua_bench.runs import RunRequest, execute, plan
+
+    folder = tmp_path_factory.mktemp("trained")
+    small = [word.removeprefix("--set=") for word in SMALL if word.startswith("--set=")]
+    planned = plan(
+        RunRequest(
+            "local_only",
+            "phantom",
+            preset="quick",
+            steps=2,
+            assignments=small,
+            data_root=phantom_root,
+            runs_root=folder / "runs",
+            device="cpu",
+            mlflow=False,
+        )
+    )
+    execute(planned, Progress(enabled=False))
+    model = prediction.from_run(planned.directory, device="cpu")
+    return planned.directory.path, prediction.export(model, planned.directory, folder / "model")
+
+
+# What changed since -> what is said of it. The first is what local_only had before it had a gain.
+SINCE = [
+    (
+        lambda was: {"mask": "topk", "lambda_global": 0.0, "lambda_local": 0.003, "lr": 0.002},
+        "(its setting 'lambda_global' does not exist now)",
+    ),
+    (lambda was: {**was, "mask": "learned"}, "(its setting 'mask' cannot be learned now)"),
+    (lambda was: {**was, "mask_ratio": 1.5}, "(its setting 'mask_ratio' cannot be 1.5 now)"),
+    (lambda was: {**was, "lr": [1, 2]}, "(its setting 'lr' cannot be [1, 2] now)"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), SINCE, ids=["gone", "choice", "range", "type"])
+def test_a_run_of_another_version_of_its_method_is_one_sentence(
+    change: Callable[[dict], dict],
+    said: str,
+    trained: tuple[Path, Path],
+    phantom_root: Path,
+    call: Call,
+) -> None:
+    """And no advice about settings, which nobody gave."""
+    run = Path("runs") / "phantom" / "local_only" / trained[0].name
+    shutil.copytree(trained[0], run)
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    written["method_config"] = change(written["method_config"])
+    (run / "config.yaml").write_text(yaml.safe_dump(written))
+    image = next(phantom_root.rglob("*ct*image.nii.gz"))
+    for command in (["predict", image, "--device=cpu"], ["export"]):
+        result = call(*command, "--run", run)
+        refused(result, f"The run {run} was trained by another version of method 'local_only' ")
+        refused(result, f"{said}; use the version of the code that trained it (environment.json).")
+        assert "did you mean" not in result[2] and "Known:" not in result[2]
+
+
+@pytest.mark.parametrize(("change", "said"), SINCE, ids=["gone", "choice", "range", "type"])
+def test_a_model_of_another_version_of_its_method_is_one_sentence(
+    change: Callable[[dict], dict],
+    said: str,
+    trained: tuple[Path, Path],
+    phantom_root: Path,
+    call: Call,
+) -> None:
+    shutil.copytree(trained[1], "model")
+    described = json.loads(Path("model/config.json").read_text())
+    described["run"]["method_config"] = change(described["run"]["method_config"])
+    Path("model/config.json").write_text(json.dumps(described))
+    image = next(phantom_root.rglob("*ct*image.nii.gz"))
+    result = call("predict", image, "--model", "model", "--device=cpu")
+    refused(result, "model was trained by another version of method 'local_only' ", said)
+    refused(result, "use the version of the code that exported it (glua-bench ")
+    assert "did you mean" not in result[2] and "Known:" not in result[2]
+
+
+def test_settings_that_are_new_since_take_their_defaults(
+    trained: tuple[Path, Path], phantom_root: Path, call: Call
+) -> None:
+    """A run of an older version whose weights still fit goes on predicting."""
+    run = Path("runs") / "phantom" / "local_only" / trained[0].name
+    shutil.copytree(trained[0], run)
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    del written["method_config"]["optimizer"], written["segmenter"]["dilations"]
+    (run / "config.yaml").write_text(yaml.safe_dump(written))
+    image = next(phantom_root.rglob("*ct*image.nii.gz"))
+    found = []
+    for number, path in enumerate((trained[0], run)):
+        code, _, err = call("predict", image, "--run", path, "--device=cpu", f"--out={number}")
+        assert code == 0, err
+        (labels,) = Path(str(number)).glob("*_seg.nii.gz")
+        found.append(np.asarray(nib.load(labels).dataobj))
+    assert np.array_equal(*found)
 
 
 # -- report ---------------------------------------------------------------------------------------

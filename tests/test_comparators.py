@@ -36,7 +36,7 @@ def build(method: type[Method], **config: Any) -> Any:
 
 def step(method: Any) -> dict[str, float]:
     (stage,) = method.stages()
-    context = Context(stage, 0, 10, method.optimizers(stage), lambda: iter(()))
+    context = Context(stage, 0, 10, method.optimizers(), lambda: iter(()))
     return {name: float(value.detach()) for name, value in method.step(batch(), context).items()}
 
 
@@ -171,8 +171,7 @@ def test_advents_discriminators_see_self_information() -> None:
 def test_the_direct_form_has_no_discriminator_and_adds_entropies() -> None:
     method = build(Advent, form="direct")
     assert len(method.discriminators) == 0
-    (stage,) = method.stages()
-    assert set(method.optimizers(stage)) == {"segmenter"}
+    assert set(method.optimizers()) == {"segmenter"}
     with torch.no_grad():
         own = batch()
         source, target = method.outputs(own.source_images), method.outputs(own.target)

@@ -7,6 +7,7 @@ import importlib
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +28,9 @@ from glua_bench.conformance import METHOD_CHECKS, TinyDataset
 from glua_bench.datasets.phantom import Phantom, generate
 from glua_bench.errors import PluginError
 from glua_bench.losses import segmentation_loss
-from glua_bench.method import Batch, Context, Method, Stage, TaskInfo
+from glua_bench.method import Batch, Context, Method, Role, Stage, TaskInfo
 from glua_bench.neighbours import middle
+from glua_bench.networks import instance_norm
 from glua_bench.registry import Registry
 from glua_bench.task import Case, Dataset, Grid
 
@@ -82,33 +84,42 @@ class Sound(Method):
 
     def stages(self) -> tuple[Stage, ...]:
         return (
-            Stage("stem", depends_on=("stem_lr",), modules=("stem",), photometric=False),
+            Stage(
+                "stem",
+                depends_on=("stem_lr",),
+                modules=("stem",),
+                photometric=False,
+                step=self.stem_step,
+                optimizers=self.stem_optimizers,
+            ),
             Stage("segment", decay=0.9),
         )
 
-    def optimizers(self, stage: Stage) -> dict[str, Optimizer]:
-        if stage.name == "stem":
-            return {"stem": SGD(self.stem.parameters(), self.config.stem_lr)}
+    def stem_optimizers(self) -> dict[str, Optimizer]:
+        return {"stem": SGD(self.stem.parameters(), self.config.stem_lr)}
+
+    def stem_step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        loss = self.stem_loss(batch)
+        context.update("stem", loss)
+        return {"loss": loss}
+
+    def optimizers(self) -> dict[str, Optimizer]:
         return {"head": SGD(self.head.parameters(), self.config.lr, momentum=0.9)}
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-        if context.stage.name == "stem":
-            loss = self.stem_loss(batch)
-            context.update("stem", loss)
-        else:
-            loss = self.loss(batch) * (2 if self.config.form == "double" else 1)
-            context.update("head", loss)
+        loss = self.loss(batch) * (2 if self.config.form == "double" else 1)
+        context.update("head", loss)
         return {"loss": loss}
 
     def stem_loss(self, batch: Batch) -> Tensor:
         return sum((self.stem(x) - x).square().mean() for x in (batch.source_images, batch.target))  # type: ignore[return-value]
 
     def loss(self, batch: Batch) -> Tensor:
-        source = segmentation_loss(self.predict(batch.source_images), batch.source_labels)
-        likely = self.predict(batch.target).softmax(1)
+        source = segmentation_loss(self.predict(batch.source_images, "source"), batch.source_labels)
+        likely = self.predict(batch.target, "target").softmax(1)
         return source - 0.1 * (likely * likely.clamp(min=1e-6).log()).sum(1).mean()
 
-    def predict(self, images: Tensor) -> Tensor:
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
         return self.head(self.stem(images))
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
@@ -182,18 +193,24 @@ SPOILED[-1] = ({"label_poison", "labels_absent"}, PeeksWhereItCan)
 @caught_by("logits")
 class HalfSize(Sound):
     def loss(self, batch: Batch) -> Tensor:
-        return segmentation_loss(super().predict(batch.source_images), batch.source_labels) + (
-            super().predict(batch.target).square().mean()
-        )
+        return segmentation_loss(
+            super().predict(batch.source_images, "source"), batch.source_labels
+        ) + (super().predict(batch.target, "target").square().mean())
 
-    def predict(self, images: Tensor) -> Tensor:
-        return super().predict(images)[:, :, ::2, ::2]
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        return super().predict(images, domain)[:, :, ::2, ::2]
+
+
+@caught_by("logits")
+class KnowsTheTargetAlone(HalfSize):
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        return Sound.predict(self, images, domain)[:, :, :: 1 if domain == "target" else 2]
 
 
 @caught_by("logits")
 class OneImageLost(Sound):
-    def predict(self, images: Tensor) -> Tensor:
-        return super().predict(images[: max(2, len(images) // 2 * 2)])
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        return super().predict(images[: max(2, len(images) // 2 * 2)], domain)
 
 
 @caught_by("trains")
@@ -204,11 +221,11 @@ class NotANumber(Sound):
 
 @caught_by("trains")
 class NothingLearnt(Sound):
-    def optimizers(self, stage: Stage) -> dict[str, Optimizer]:
-        found = super().optimizers(stage)
-        for optimizer in found.values():
-            optimizer.param_groups[0]["lr"] = 0.0
-        return found
+    def stem_optimizers(self) -> dict[str, Optimizer]:
+        return {"stem": SGD(self.stem.parameters(), 0.0)}
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"head": SGD(self.head.parameters(), 0.0)}
 
 
 @caught_by("resume", "hidden_state")
@@ -252,7 +269,7 @@ class PoolInAList(Sound):
 
     def loss(self, batch: Batch) -> Tensor:
         self.pool.append(batch.target)
-        return super().loss(batch) + 0.1 * self.predict(self.pool[0]).square().mean()
+        return super().loss(batch) + 0.1 * self.predict(self.pool[0], "target").square().mean()
 
 
 @caught_by("hidden_state", "resume", "checkpoint")
@@ -271,11 +288,14 @@ class AverageInADict(Sound):
 
     def loss(self, batch: Batch) -> Tensor:
         averaged = torch.func.functional_call(self.head, self.average, self.stem(batch.target))
-        return super().loss(batch) + (super().predict(batch.target) - averaged).square().mean()
+        return (
+            super().loss(batch)
+            + (super().predict(batch.target, "target") - averaged).square().mean()
+        )
 
-    def predict(self, images: Tensor) -> Tensor:
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
         if self.training:
-            return super().predict(images)
+            return super().predict(images, domain)
         return torch.func.functional_call(self.head, self.average, self.stem(images))
 
 
@@ -289,18 +309,25 @@ class Averaged(Sound):
         self.average = copy.deepcopy(self.head).requires_grad_(False)
         self.average_stem = copy.deepcopy(self.stem).requires_grad_(False)
 
-    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-        for _ in range(self.rounds if context.stage.name == "segment" else 1):
-            values = super().step(batch, context)
-        with torch.no_grad():
-            for own, other in ((self.average, self.head), (self.average_stem, self.stem)):
-                for a, b in zip(own.parameters(), other.parameters(), strict=True):
-                    a.lerp_(b, 0.5)
+    def stem_step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        values = super().stem_step(batch, context)
+        self.follow(self.average_stem, self.stem)
         return values
 
-    def predict(self, images: Tensor) -> Tensor:
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        for _ in range(self.rounds):
+            values = super().step(batch, context)
+        self.follow(self.average, self.head)
+        return values
+
+    @torch.no_grad()
+    def follow(self, average: nn.Module, trained: nn.Module) -> None:
+        for a, b in zip(average.parameters(), trained.parameters(), strict=True):
+            a.lerp_(b, 0.5)
+
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
         if self.training:
-            return super().predict(images)
+            return super().predict(images, domain)
         return self.average(self.average_stem(images))
 
 
@@ -334,16 +361,13 @@ class ForgottenNetwork(Sound):
 class MovedTwice(Sound):
     """One weight in two optimizers."""
 
-    def optimizers(self, stage: Stage) -> dict[str, Optimizer]:
-        found = super().optimizers(stage)
-        if stage.name == "segment":
-            found["again"] = SGD(self.head[0].parameters(), self.config.lr)
-        return found
+    def optimizers(self) -> dict[str, Optimizer]:
+        again = SGD(self.head[0].parameters(), self.config.lr)
+        return {**super().optimizers(), "again": again}
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
         values = super().step(batch, context)
-        if context.stage.name == "segment":
-            context.apply("again")
+        context.apply("again")
         return values
 
 
@@ -355,15 +379,12 @@ class StrangersWeights(Sound):
         super().__init__(task, config)
         self.strangers = [nn.Conv2d(task.slices, task.slices, 3, padding=1)]
 
-    def optimizers(self, stage: Stage) -> dict[str, Optimizer]:
-        found = super().optimizers(stage)
-        if stage.name == "segment":
-            weights = [*self.head.parameters(), *self.strangers[0].parameters()]
-            found["head"] = SGD(weights, self.config.lr, momentum=0.9)
-        return found
+    def optimizers(self) -> dict[str, Optimizer]:
+        weights = [*self.head.parameters(), *self.strangers[0].parameters()]
+        return {"head": SGD(weights, self.config.lr, momentum=0.9)}
 
-    def predict(self, images: Tensor) -> Tensor:
-        return super().predict(images + self.strangers[0](images))
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        return super().predict(images + self.strangers[0](images), domain)
 
 
 @caught_by("budget")
@@ -382,26 +403,26 @@ class ForgetsItsScale(Sound):
         return super().step(batch, context)
 
     def loss(self, batch: Batch) -> Tensor:
-        return segmentation_loss(super().predict(batch.source_images), batch.source_labels) + (
-            super().predict(batch.target).square().mean()
-        )
+        return segmentation_loss(
+            super().predict(batch.source_images, "source"), batch.source_labels
+        ) + (super().predict(batch.target, "target").square().mean())
 
-    def predict(self, images: Tensor) -> Tensor:
-        return super().predict(images) * self.scale
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        return super().predict(images, domain) * self.scale
 
 
 @caught_by("features")
 class MixedFeatures(Sound):
     """Features that are one vector for the whole batch."""
 
-    def features(self, images: Tensor) -> Tensor:
-        return self.predict(images).mean(0, keepdim=True).expand(len(images), -1, -1, -1)
+    def features(self, images: Tensor, domain: Role) -> Tensor:
+        return self.predict(images, domain).mean(0, keepdim=True).expand(len(images), -1, -1, -1)
 
 
 @caught_by("predict_is_pure")
 class GuessesAlways(Sound):
-    def predict(self, images: Tensor) -> Tensor:
-        return super().predict(nn.functional.dropout(images, 0.5, training=True))
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        return super().predict(nn.functional.dropout(images, 0.5, training=True), domain)
 
 
 @caught_by("predict_is_pure")
@@ -410,10 +431,45 @@ class LearnsFromTests(Sound):
         super().__init__(task, config)
         self.register_buffer("seen", torch.zeros(()))
 
-    def predict(self, images: Tensor) -> Tensor:
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
         if not self.training:
             self.seen += 1
-        return super().predict(images)
+        return super().predict(images, domain)
+
+
+@caught_by("flat_slices")
+class NormalisesConstants(Sound):
+    """Where a map is constant, gradients grow by 316 in each layer of one of its networks."""
+
+    norm: Callable[[int], nn.Module] = staticmethod(
+        lambda channels: nn.GroupNorm(channels, channels)
+    )
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(task, config)
+        layers: list[nn.Module] = []
+        for _ in range(24):
+            layers.append(nn.Conv2d(task.slices, task.slices, 3, padding=1, padding_mode="reflect"))
+            layers.append(self.norm(task.slices))
+        self.deep = nn.Sequential(*layers)
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        weights = [*self.head.parameters(), *self.deep.parameters()]
+        return {"head": SGD(weights, self.config.lr, momentum=0.9)}
+
+    def loss(self, batch: Batch) -> Tensor:
+        return super().loss(batch) + (self.deep(batch.target) - batch.target).square().mean()
+
+
+@caught_by("flat_slices")
+class StandardisesTests(Sound):
+    """Divides by the deviation of an image, and only where it does not train."""
+
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        if not self.training:
+            deviation, mean = torch.std_mean(images, (1, 2, 3), keepdim=True)
+            images = (images - mean) / deviation
+        return super().predict(images, domain)
 
 
 @caught_by("logs")
@@ -433,6 +489,12 @@ class LogsNowAndThen(Sound):
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
         values = super().step(batch, context)
         return values if context.step % 2 else {**values, "more": values["loss"]}
+
+
+@caught_by("stages")
+class OfAnEarlierContract(Sound):
+    def predict(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        return self.head(self.stem(images))
 
 
 @caught_by("stages")
@@ -464,10 +526,8 @@ class KeepsTooLittle(Sound):
         super().__init__(task, config)
         self.gain = nn.Parameter(torch.ones(()))
 
-    def optimizers(self, stage: Stage) -> dict[str, Optimizer]:
-        if stage.name == "stem":
-            return {"stem": SGD([*self.stem.parameters(), self.gain], self.config.stem_lr)}
-        return super().optimizers(stage)
+    def stem_optimizers(self) -> dict[str, Optimizer]:
+        return {"stem": SGD([*self.stem.parameters(), self.gain], self.config.stem_lr)}
 
     def stem_loss(self, batch: Batch) -> Tensor:
         return super().stem_loss(batch) + (self.gain * batch.target - 0.3).square().mean()
@@ -556,7 +616,7 @@ class NeverLooksAtTheTarget(Sound):
         return (self.stem(batch.source_images) - batch.source_images).square().mean()
 
     def loss(self, batch: Batch) -> Tensor:
-        return segmentation_loss(self.predict(batch.source_images), batch.source_labels)
+        return segmentation_loss(self.predict(batch.source_images, "source"), batch.source_labels)
 
 
 @caught_by("trains")
@@ -567,7 +627,11 @@ class AsksForNoTarget(Sound):
 @caught_by("source_labels_matter")
 class NeverLooksAtLabels(Sound):
     def loss(self, batch: Batch) -> Tensor:
-        return (self.predict(batch.target) - self.predict(batch.source_images)).square().mean()
+        return (
+            (self.predict(batch.target, "target") - self.predict(batch.source_images, "source"))
+            .square()
+            .mean()
+        )
 
 
 @caught_by("slices")
@@ -584,8 +648,8 @@ class LooksAtTheMiddleAlone(SeesOneSlice):
         images = (middle(x) for x in (batch.source_images, batch.target))
         return sum((self.stem(x) - x).square().mean() for x in images)  # type: ignore[return-value]
 
-    def predict(self, images: Tensor) -> Tensor:
-        return super().predict(middle(images))
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        return super().predict(middle(images), domain)
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         return {"stem": self.stem(middle(batch.source_images))}
@@ -613,10 +677,10 @@ class ShowsTwoOfThree(Sound):
 class FailsOnFour(Sound):
     """The depth of the test volume, and of no batch that the other checks predict."""
 
-    def predict(self, images: Tensor) -> Tensor:
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
         if len(images) == 4:
             raise RuntimeError("four images")
-        return super().predict(images)
+        return super().predict(images, domain)
 
 
 @pytest.mark.parametrize(("checks", "method"), SPOILED, ids=lambda v: getattr(v, "__name__", ""))
@@ -628,6 +692,61 @@ def test_each_mistake_is_caught_by_its_check_alone(checks: set[str], method: typ
 def test_every_check_of_a_method_was_seen_to_fail() -> None:
     elsewhere = {"card", "no_way_to_labels", "target_served"}
     assert set().union(*(checks for checks, _ in SPOILED)) | elsewhere == set(METHOD_CHECKS)
+
+
+def test_a_function_of_an_earlier_contract_is_named_with_its_new_form() -> None:
+    (result,) = conformance.run_checks(OfAnEarlierContract, only=["stages"])
+    assert "defines predict(self, images), which" in result.message
+    assert "calls as predict(self, images, domain); change its definition" in result.message
+
+
+def test_flat_slices_arrive_as_such_in_every_stage() -> None:
+    seen: dict[str, Counter[str]] = {}
+
+    def look(batch: Batch, context: Context) -> None:
+        for role, images in (("source", batch.source_images), ("target", batch.target)):
+            found = seen.setdefault(f"{context.stage.name} {role}", Counter())
+            found.update(map(kind_of, images.numpy()))
+        pictures = [kind_of(image) == "picture" for image in batch.source_images.numpy()]
+        assert not batch.source_labels[~torch.tensor(pictures)].any()
+
+    bench = conformance.Bench(Sound)
+    data = bench.copy_of_data()
+    for domain in data.domains():
+        conformance.flatten_slices(data.split(domain, "train"))
+    options = {"augmentation": "none"}
+    steps = conformance.FLAT_STEPS
+    bench.train(steps=steps, dataset=data, options=options, even=True, inspect_step=look)
+    assert set(seen) == {f"{s} {r}" for s in ("stem", "segment") for r in ("source", "target")}
+    for found in seen.values():  # five epochs
+        assert found == {"picture": 10, "constant": 10, "empty": 10, "halves": 5, "pixel": 5}
+    bench.close()
+
+
+def kind_of(image: np.ndarray) -> str:
+    """What a slice is, whose intensities lie in [-1, 1]."""
+    values, counts = np.unique(image, return_counts=True)
+    if len(values) == 1:
+        if values[0] != -1:
+            assert abs(values[0]) < 0.5
+        return "empty" if values[0] == -1 else "constant"
+    if len(values) == 2:
+        return "pixel" if min(counts) == 1 else "halves"
+    return "picture"
+
+
+def test_flat_slices_do_no_harm_behind_the_norm_of_this_package() -> None:
+    class Guarded(NormalisesConstants):
+        norm = staticmethod(instance_norm)
+
+    (failed,) = conformance.run_checks(NormalisesConstants, only=["flat_slices"])
+    assert "The loss 'loss' is nan at step" in failed.message
+    assert "glua_bench.networks.instance_norm" in failed.message
+    assert "learning rates" not in failed.message
+    (passed,) = conformance.run_checks(Guarded, only=["flat_slices"])
+    assert passed.passed, passed
+    (failed,) = conformance.run_checks(StandardisesTests, only=["flat_slices"])
+    assert "predictions of the source are not finite" in failed.message
 
 
 class NoName(Sound):
@@ -733,7 +852,9 @@ def test_target_images_served_unasked_are_found(monkeypatch: pytest.MonkeyPatch)
             return (self.stem(batch.source_images) - 0.1).square().mean()
 
         def loss(self, batch: Batch) -> Tensor:
-            return segmentation_loss(self.predict(batch.source_images), batch.source_labels)
+            return segmentation_loss(
+                self.predict(batch.source_images, "source"), batch.source_labels
+            )
 
     assert conformance.Bench(Plain).outcome("target_served").passed
     monkeypatch.setattr(runs, "stores", always)

@@ -160,10 +160,8 @@ def test_glua_runs_on_described_volumes_of_other_formats(described: Path, tmp_pa
     text = TEXT.replace("plain_*.nii.gz", "plain_*.nrrd")
     described.write_text(text.replace("inverted_*.nii.gz", "inverted_*.mha"))
     words = f"run --method glua --dataset {described} --runs {tmp_path / 'runs'} --steps 2"
-    words += (
-        " --device cpu --no-mlflow --preset quick --set batch_size=2 --set method.style_clusters=1"
-    )
-    words += " --set method.style_width=4 --set method.style_blocks=1"
+    words += " --device cpu --no-mlflow --preset quick --set batch_size=2"
+    words += " --set method.adgan_width=4 --set method.adgan_blocks=1"
     done = subprocess.run(
         [sys.executable, "-m", "glua_bench", *words.split()],
         capture_output=True,

@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from glua_bench.losses import dice_loss, lsgan_loss, real_fake_loss, segmentation_loss
+from glua_bench.losses import (
+    balanced_loss,
+    dice_loss,
+    lsgan_loss,
+    precise,
+    real_fake_loss,
+    segmentation_loss,
+    self_information,
+    squared_dice_loss,
+)
 
 CLASSES = 4
 
@@ -94,13 +103,132 @@ def test_segmentation_is_dice_and_cross_entropy() -> None:
     assert segmentation_loss(logits, labels).item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("loss", [segmentation_loss, balanced_loss])
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
-def test_half_precision_logits_give_a_full_precision_loss(kind: torch.dtype) -> None:
+def test_half_precision_logits_give_a_full_precision_loss(
+    kind: torch.dtype, loss: Callable[[Tensor, Tensor], Tensor]
+) -> None:
     logits, labels = example()
-    found = segmentation_loss(logits.to(kind), labels)
+    found = loss(logits.to(kind), labels)
     assert found.dtype == torch.float32
-    expected = segmentation_loss(logits.to(kind).float(), labels)
+    expected = loss(logits.to(kind).float(), labels)
     assert found.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def squared_dice_by_hand(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -> Tensor:
+    """One minus (2 Σ p r + s) / (Σ p² + Σ r² + s) over the batch, mean of all classes."""
+    probabilities = torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True)
+    terms = []
+    for index in range(logits.shape[1]):
+        p, r = probabilities[:, index], (labels == index).to(logits)
+        terms.append(1 - (2 * (p * r).sum() + smooth) / (p.square().sum() + r.sum() + smooth))
+    return torch.stack(terms).mean()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 3), st.lists(st.integers(0, 3), max_size=3))
+def test_squared_dice_is_the_formula_in_value_and_gradient(
+    seed: int, count: int, gone: list[int]
+) -> None:
+    logits, labels = example(seed, count)
+    for index in gone:
+        labels[labels == index] = 0
+    exact = logits.double().requires_grad_()
+    logits.requires_grad_()
+    found, expected = squared_dice_loss(logits, labels), squared_dice_by_hand(exact, labels)
+    found.backward()
+    expected.backward()
+    assert 0 <= found.item() <= 1
+    assert found.item() == pytest.approx(expected.item(), abs=1e-5)
+    torch.testing.assert_close(logits.grad.double(), exact.grad, atol=1e-5, rtol=1e-3)  # type: ignore[union-attr]
+
+
+def test_losses_of_two_pixels() -> None:
+    """p = (¾, ¼) where class 0 is right, and (½, ½) where class 1 is."""
+    logits = torch.tensor([[[[math.log(3.0), 0.0]], [[0.0, 0.0]]]])
+    labels = torch.tensor([[[0, 1]]])
+    # Class 0: 1 - 2 · 0.75 / (0.5625 + 0.25 + 1); class 1: 1 - 2 · 0.5 / (0.0625 + 0.25 + 1).
+    dice = ((1 - 1.5 / 1.8125) + (1 - 1.0 / 1.3125)) / 2
+    cross_entropy = -(math.log(0.75) + math.log(0.5)) / 2
+    assert dice == pytest.approx(0.2052545)
+    assert squared_dice_loss(logits, labels).item() == pytest.approx(dice, abs=1e-4)
+    found = balanced_loss(logits, labels).item()
+    assert found == pytest.approx(0.5 * cross_entropy + 0.5 * dice, abs=1e-4)
+    assert found == pytest.approx(0.3478346, abs=1e-4)
+
+
+def test_squared_dice_counts_background_and_absent_classes() -> None:
+    _, labels = example()
+    right = 30.0 * torch.nn.functional.one_hot(labels, CLASSES).permute(0, 3, 1, 2).float()
+    assert squared_dice_loss(right, labels).item() == pytest.approx(0, abs=1e-5)
+    assert squared_dice_loss(right.roll(1, dims=1), labels).item() == pytest.approx(1, abs=1e-5)
+    shown = labels.clone()
+    shown[shown == 3] = 0  # and predicted in some pixels
+    alone = squared_dice_loss(right, shown, smooth=0).item()
+    background = 1 - 2 * (labels == 0).sum() / ((labels == 0).sum() + (shown == 0).sum())
+    assert alone == pytest.approx((float(background) + 0 + 0 + 1) / 4, abs=1e-5)
+    assert dice_loss(right, shown).item() == pytest.approx(0, abs=1e-5)  # what other methods take
+
+
+def test_squared_dice_of_a_class_that_nobody_shows_or_predicts_is_finite() -> None:
+    logits, labels = example()
+    labels[:] = 0
+    logits[:, 3] = -1e4
+    logits.requires_grad_()
+    loss = squared_dice_loss(logits, labels)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()  # type: ignore[arg-type]
+
+
+def test_the_balanced_loss_is_half_of_each() -> None:
+    logits, labels = example()
+    exact = logits.double()
+    expected = cross_entropy_by_hand(exact, labels) + squared_dice_by_hand(exact, labels)
+    assert balanced_loss(logits, labels).item() == pytest.approx(expected.item() / 2, abs=1e-5)
+
+
+LOSSES = (dice_loss, segmentation_loss, squared_dice_loss, balanced_loss)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_double_precision_stays_double(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    logits, labels = example()
+    exact = logits.double()
+    logits = exact.clone().requires_grad_()
+    found = loss(logits, labels)
+    found.backward()
+    assert found.dtype == torch.float64 and logits.grad is not None
+    assert logits.grad.dtype == torch.float64
+    by_hand = {
+        "dice_loss": dice_by_hand,
+        "squared_dice_loss": squared_dice_by_hand,
+        "segmentation_loss": lambda x, y: dice_by_hand(x, y) + cross_entropy_by_hand(x, y),
+        "balanced_loss": lambda x, y: (
+            (cross_entropy_by_hand(x, y) + squared_dice_by_hand(x, y)) / 2
+        ),
+    }[loss.__name__]
+    assert found.item() == pytest.approx(by_hand(exact, labels).item(), abs=1e-13, rel=1e-13)
+
+
+def test_other_losses_keep_double_precision() -> None:
+    logits, _ = example()
+    assert self_information(logits.double()).dtype == torch.float64
+    assert lsgan_loss(logits.double(), 1).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_at_least_single_precision(kind: torch.dtype, expected: torch.dtype) -> None:
+    x = torch.ones(2, dtype=kind)
+    assert precise(x).dtype == expected
+    assert (precise(x) is x) == (kind == expected)
 
 
 # -- adversarial ----------------------------------------------------------------------------------

@@ -81,11 +81,11 @@ def test_an_ablation_is_what_the_method_declares(base: RunRequest) -> None:
     cells = ablation("glua", ["phantom"], [], 1, base)
     entries = [c.entry for c in cells]
     assert entries[:4] == ["source_only", "supervised", "local_only", "global_only"]
-    assert entries[-1] == "union (GLUA)" and len(cells) == 9
+    assert entries[-1] == "GLUA" and len(cells) == 12
     assert ablation("glua", ["phantom"], [], 1, base, bounds=False) == cells[2:]
-    unmasked = cells[4].request
-    assert unmasked.assignments[-2:] == ["method.mask=none", "method.lambda_local=0.0"]
-    assert unmasked.assignments[:-2] == base.assignments
+    first = cells[4].request
+    assert first.assignments[-2:] == ["method.gain=none", "method.lambda_output=0.0"]
+    assert first.assignments[:-2] == base.assignments
 
 
 def test_combinations_are_of_values_and_of_leaving_them() -> None:
@@ -144,17 +144,32 @@ def test_a_setting_is_varied_beside_its_reference(base: RunRequest) -> None:
 
 
 def test_a_value_that_a_variant_has_is_the_variant(base: RunRequest) -> None:
-    found = varied("glua", base, "lambda_global=0,1,0.003", "mask=topk,random")
-    assert list(found)[-3:] == [
-        "global + masked alignment only",
-        "union (GLUA)",
-        "lambda_global = 1.0",
+    vary = ("gain=none,constant,tanh", "lr_d=0.1,0.001", "mask=random,soft")
+    said: list[str] = []
+    found = varied("glua", base, *vary, report=said.append)
+    assert list(found)[-4:] == ["random mask (ours)", "GLUA", "lr_d = 0.1", "mask = soft"]
+    assert said == [
+        f"'{value}' has the settings of '{name}', which stands for it"
+        for value, name in (
+            ("gain = none", "Step A + D1 + D2"),
+            ("gain = constant", "gain constant"),
+            ("gain = tanh", "GLUA"),
+            ("lr_d = 0.001", "GLUA"),
+            ("mask = random", "random mask (ours)"),
+        )
     ]
-    alone = varied("glua", base, "lambda_global=0,1,0.003", "mask=topk,random", variants=False)
-    assert list(alone) == ["default", "lambda_global = 0.0", "lambda_global = 1.0", "mask = random"]
-    # 0.003 is the setting of the preset "quick" only.
-    other = varied("glua", replace(base, preset="standard"), "lambda_global=0.003", variants=False)
-    assert list(other) == ["default", "lambda_global = 0.003"]
+    alone = varied("glua", base, *vary, variants=False)
+    assert list(alone) == [
+        "default",
+        "gain = none",
+        "gain = constant",
+        "lr_d = 0.1",
+        "mask = random",
+        "mask = soft",
+    ]
+    # 0.001 is the setting of the preset "quick" only.
+    other = varied("glua", replace(base, preset="standard"), "lr_d=0.001", variants=False)
+    assert list(other) == ["default", "lr_d = 0.001"]
 
 
 def test_values_and_variants_combine(base: RunRequest) -> None:

@@ -580,7 +580,7 @@ def test_glua_runs_and_predicts_every_slice(tmp_path):
         preset="quick",
         direction="ct-mr",
         steps=2,
-        assignments=[*SMALL, "method.style_clusters=1"],
+        assignments=[*SMALL, "method.adgan_width=4"],
         data_root=root,
         runs_root=tmp_path / "runs",
         device="cpu",

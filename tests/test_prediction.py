@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from glua_bench import cli, prediction
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, PluginError, UserError
 from glua_bench.evaluation import predict_volumes
+from glua_bench.method import Role
 from glua_bench.neighbours import ALONE
 from glua_bench.runs import RunRequest, execute, plan
 from glua_bench.tracking import RunDirectory
@@ -32,13 +34,16 @@ class Made:
     root: Path
 
 
-def make(method: str, phantom_root: Path, root: Path, *sets: str) -> Made:
+def make(
+    method: str, phantom_root: Path, root: Path, *sets: str, plugins: Sequence[Path] = ()
+) -> Made:
     request = RunRequest(
         method,
         "phantom",
         preset="quick",
         steps=3,
         assignments=[*SMALL, "candidates=2", *sets],
+        plugins=list(plugins),
         data_root=phantom_root,
         runs_root=root,
         device="cpu",
@@ -184,6 +189,32 @@ def test_only_what_predicts_is_exported(phantom_root: Path, tmp_path: Path) -> N
     prediction.from_directory(tmp_path / "model", device="cpu")
 
 
+def test_new_volumes_are_the_targets_and_export_keeps_what_predicts_it(
+    phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a method that finds one structure in all pixels of the target, another in the source's."""
+    plugins = [Path(__file__).parent / "two_faced_method.py"]
+    made = make("two_faced", phantom_root, tmp_path / "runs", plugins=plugins)
+    model = prediction.from_run(made.run, plugins, device="cpu")
+    assert set(prediction.predicting_weights(model)) == {
+        "heads.target.weight",
+        "heads.target.bias",
+    }
+    prediction.export(model, made.run, tmp_path / "model")
+    value = model.structures[0].values[0]
+    for number, source in enumerate((["--run", made.run.path], ["--model", tmp_path / "model"])):
+        out = tmp_path / str(number)
+        words = ["predict", *made.images, *source, "--out", out, "--plugin", plugins[0]]
+        monkeypatch.setattr("sys.argv", ["glua-bench", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code
+        for image in made.images:
+            labels = nib.load(out / f"{prediction.name_of(image)}_seg.nii.gz")
+            found = set(np.unique(np.asarray(labels.dataobj)).tolist())
+            assert value in found and found <= {0, value}
+
+
 def test_weights_that_no_module_owns_are_found_out(made: Made) -> None:
     model = prediction.from_run(made.run, device="cpu")
 
@@ -192,8 +223,8 @@ def test_weights_that_no_module_owns_are_found_out(made: Made) -> None:
             super().__init__(*given)
             self.aside = nn.Linear(1, 1)
 
-        def predict(self, images: torch.Tensor) -> torch.Tensor:
-            return super().predict(images) * (1 + self.aside.weight.abs().sum())
+        def predict(self, images: torch.Tensor, domain: Role) -> torch.Tensor:
+            return super().predict(images, domain) * (1 + self.aside.weight.abs().sum())
 
     hidden = prediction._built(made.run.config, model.structures, [])
     hidden.__class__ = Hidden

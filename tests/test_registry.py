@@ -27,13 +27,13 @@ class Mine(Method):
     needs = "source images"
     strange = {[1]: 2} if False else {**{}}
 
-    def optimizers(self, stage):
+    def optimizers(self):
         return {}
 
     def step(self, batch, context):
         return {}
 
-    def predict(self, images):
+    def predict(self, images, domain):
         return images
 '''
 SELECTOR = '''

@@ -94,34 +94,48 @@ def test_an_ablation_lists_bounds_parts_and_variants_in_order(compared):
     for seed in range(3):
         compared.add("global_only", 0.55, seed)
         compared.add("glua", 0.58, seed, settings={"mask": "random"})
-        compared.add("glua", 0.57, seed, settings={"mask": "none", "lambda_local": 0.0})
+        compared.add("glua", 0.57, seed, settings={"gain": "none", "lambda_output": 0.0})
         for ratio in (0.1, 0.7):
             compared.add("glua", 0.5 + ratio / 10, seed, settings={"mask_ratio": ratio})
-        compared.add("glua", 0.4, seed, settings={"align_level": 1})
+        compared.add("glua", 0.4, seed, settings={"codes_blocks": 1})
     results = from_runs(compared.root)
     assert report_tables.ablated(results) == ["glua"]
     table = report_tables.ablation(results, "glua")
     assert list(table.rows) == [
         "source_only",
         "global_only",
-        "global + unmasked alignment",
-        "global + random mask",
-        "union (GLUA)",
-        "glua, align_level = 1",
+        "Step A + D1",
+        "random mask (ours)",
+        "GLUA",
+        "glua, codes_blocks = 1",
         "supervised (privileged)",
     ]
-    assert column(table, "Dice (%)", TASK)["union (GLUA)"] == pytest.approx(62)
-    assert column(table, "Dice (%)", TASK)["global + random mask"] == pytest.approx(58)
+    assert column(table, "Dice (%)", TASK)["GLUA"] == pytest.approx(62)
+    assert column(table, "Dice (%)", TASK)["random mask (ours)"] == pytest.approx(58)
     assert set(column(table, "seeds", TASK).values()) == {3}
 
     curves = report_tables.curves(results, "glua")
-    assert list(curves) == ["mask_ratio"]  # two values of align_level are no curve
+    assert list(curves) == ["mask_ratio"]  # two values of codes_blocks are no curve
     points = curves["mask_ratio"]
     assert sorted(points["value"].unique()) == [0.1, 0.3, 0.7] and len(points) == 9
     assert set(points.loc[~points["changed"], "value"]) == {0.3}
     shown = report_tables.curve("glua", "mask_ratio", points)
     assert list(shown.rows) == ["0.1", "0.3 (default)", "0.7"]
     assert column(shown, "Dice (%)", TASK)["0.7"] == pytest.approx(57)
+
+
+def test_runs_of_an_older_version_stand_beside_those_of_today(made_runs):
+    """Its settings may be gone; they make a curve of their own."""
+    made_runs.add("source_only", 0.2)
+    made_runs.add("glua", 0.6)
+    for weight in (0.1, 0.5, 0.9):
+        changed = {"lambda_local": weight}
+        older = {"changed": changed, "variant": ""}
+        made_runs.add("glua", weight, environment=older, method_config={"mask": "topk", **changed})
+    curves = report_tables.curves(from_runs(made_runs.root), "glua")
+    assert {name: list(points["value"]) for name, points in curves.items()} == {
+        "lambda_local": [0.1, 0.5, 0.9]
+    }
 
 
 def test_selectors_are_judged_by_the_oracle(made_runs):

@@ -22,20 +22,20 @@ def test_an_entry_is_called_by_what_differs_from_its_method(made_runs):
     made_runs.add("source_only", 0.3, augmentation="none")
     made_runs.add("glua", 0.6)
     made_runs.add("glua", 0.5, settings={"mask": "random"})
-    made_runs.add("glua", 0.5, settings={"mask_ratio": 0.1, "lambda_local": 0.5})
+    made_runs.add("glua", 0.5, settings={"mask_ratio": 0.1, "lambda_output": 0.5})
     found = from_runs(made_runs.root)
     assert entries(found) == [
         "glua",
+        "glua, lambda_output = 0.5, mask_ratio = 0.1",
         "glua, mask = random",
-        "glua, mask_ratio = 0.1, lambda_local = 0.5",
         "source_only",
         "source_only + photometric",
         "source_only, no augmentation",
         "supervised",
     ]
     by_entry = found.rows.drop_duplicates("run").set_index("entry")
-    assert by_entry.loc["glua, mask = random", "variant"] == "global + random mask"
-    assert by_entry.loc["glua", "variant"] == "union (GLUA)"
+    assert by_entry.loc["glua, mask = random", "variant"] == "random mask (ours)"
+    assert by_entry.loc["glua", "variant"] == "GLUA"
     assert json.loads(by_entry.loc["glua, mask = random", "settings"]) == {"mask": "random"}
     assert (by_entry["base"].loc[["glua", "glua, mask = random"]] == "glua").all()
     assert found.tasks == ["phantom mr-ct"] and len(found.directories) == 7

@@ -27,7 +27,7 @@ SMALL = ("segmenter.width=4", "segmenter.depth=3", "grid.size=32", "grid.spacing
         ("histogram_matching", {"cases.png", "restyled.png"}),
         ("mean_teacher", {"cases.png", "pictures.png"}),
         ("slaug", {"cases.png", "pictures.png"}),  # sees no target image
-        ("local_only", {"cases.png", "gap.png"}),
+        ("local_only", {"cases.png", "pictures.png"}),
     ],
 )
 @pytest.mark.parametrize("slices", [1, 3])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ from glua_bench.console import Progress
 from glua_bench.datasets.phantom import Phantom
 from glua_bench.errors import ConfigError, PluginError, RunFailure
 from glua_bench.evaluation import summarise
-from glua_bench.method import Method, Stage, TaskInfo
+from glua_bench.method import Method, Role, Stage, TaskInfo
 from glua_bench.methods.fda import exchange_amplitudes
 from glua_bench.methods.local_only import LocalOnly
-from glua_bench.methods.source_only import SourceOnly
+from glua_bench.methods.source_only import SegmentConfig, SourceOnly
 from glua_bench.neighbours import Neighbourhood, Stacks
 from glua_bench.reports.run_figures import draw_run
 from glua_bench.runs import RunRequest, execute, plan, resolve, roles
@@ -116,7 +116,7 @@ def test_options_win_over_presets_and_set_wins_over_options(
 
     plain = resolve(asked, dataset, Tuned)
     assert (plain.steps, plain.batch_size, plain.segmenter.width) == (11, 3, 5)
-    assert plain.method_config == {"lr": 0.25, "weight_decay": 0.5}
+    assert plain.method_config == asdict(SegmentConfig(lr=0.25, weight_decay=0.5))
     assert plain.grid == dataset.grid("quick") and plain.direction == dataset.directions[0]
 
     asked = replace(asked, steps=12, augmentation="none", precision="bf16-mixed")
@@ -128,7 +128,7 @@ def test_options_win_over_presets_and_set_wins_over_options(
     last = resolve(asked, dataset, Tuned)
     assert (last.steps, last.augmentation, last.precision) == (13, "photometric", "bf16-mixed")
     assert (last.segmenter.width, last.segmenter.depth) == (6, 4)
-    assert last.method_config == {"lr": 0.001, "weight_decay": 0.5}
+    assert last.method_config == asdict(SegmentConfig(lr=0.001, weight_decay=0.5))
     assert last.grid == replace(dataset.grid("quick"), size=48)
     assert preset["segmenter"]["width"] == 5  # type: ignore[index]
 
@@ -180,12 +180,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "(at encoder.low.1), which needs several; set batch_size to 4 or more.",
     ),
     "slices too small for the style stage": (
-        {"method": "glua"},
-        "grid.size = 32 is too small for style_scales = 3, which need 64",
-    ),
-    "more clusters than target cases": (
-        {"method": "global_only", "assignments": [*SMALL, "method.style_scales=2"]},
-        "method.style_clusters = 6 is more than training has target cases (1); give at most 1.",
+        {"method": "glua", "assignments": [*SMALL, "method.style=codes"]},
+        "grid.size = 32 is too small for codes_scales = 3, which need 64",
     ),
 }
 
@@ -208,7 +204,8 @@ def test_a_request_that_cannot_be_served_is_one_sentence(
     [
         (["batch_size=1"], {}),
         (["segmenter.name=timm:resnet10t"], {}),
-        (["method.style_clusters=1", "method.style_scales=2"], {"method": "glua"}),
+        (["method.adgan_width=4"], {"method": "glua"}),
+        (["method.style=codes", "method.codes_scales=2"], {"method": "glua"}),
         (["method.cycle_width=4", "method.cycle_width_d=4"], {"method": "cycle_translate"}),
     ],
 )
@@ -216,6 +213,175 @@ def test_what_a_method_can_serve_is_not_refused(
     sets: list[str], changes: dict[str, Any], phantom_root: Path, tmp_path: Path
 ) -> None:
     assert plan(ask(phantom_root, tmp_path / "runs", *sets, **changes)).stages
+
+
+# -- what a method fits to its data ---------------------------------------------------------------
+
+FITTING = '''
+from dataclasses import dataclass
+
+from glua_bench.config import setting
+from glua_bench.method import Adjustment, Method
+from glua_bench.methods.source_only import SegmentConfig, SourceOnly
+
+@dataclass(frozen=True)
+class FittingConfig(SegmentConfig):
+    clusters: int = setting(6, "at most as many as cases", low=1, high=64)
+
+class Fitting(SourceOnly, Method):
+    """Source only, with clusters of target cases."""
+
+    name = "fitting"
+    reference = "none"
+    needs = "nothing"
+    Config = FittingConfig
+
+    def check(self, cases):
+        if self.config.clusters <= cases.target:
+            return {}
+        return {"clusters": Adjustment(cases.target, f"training has {cases.target} target case(s)")}
+'''
+
+
+@pytest.fixture
+def fitting(tmp_path: Path) -> Path:
+    path = tmp_path / "fitting.py"
+    path.write_text(FITTING)
+    return path
+
+
+def test_a_fitted_setting_is_told_recorded_and_used(
+    fitting: Path, phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    asked = ask(phantom_root, tmp_path / "runs", method="fitting", plugins=[fitting])
+    planned = plan(asked, lines.append)
+    told = "method.clusters is 1 instead of 6: training has 1 target case(s)."
+    assert [line for line in lines if "clusters" in line] == [told]
+    assert planned.config.method_config["clusters"] == 1
+    built: list[int] = []
+    original = runs.build_method
+
+    def build(*given: Any) -> Method:
+        built.append(original(*given).config.clusters)
+        return original(*given)
+
+    monkeypatch.setattr(runs, "build_method", build)
+    execute(planned, QUIET)
+    assert built == [1]  # what trains has the value as well
+    recorded = RunDirectory.open(planned.directory.path).config
+    assert recorded.method_config["clusters"] == 1
+    assert planned.directory.read_environment()["changed"]["clusters"] == 1
+
+
+def test_the_id_is_that_of_the_fitted_setting(
+    fitting: Path, phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+
+    def planned(*sets: str) -> runs.PlannedRun:
+        asked = ask(phantom_root, tmp_path, *sets, method="fitting", plugins=[fitting])
+        return plan(asked, lines.append)
+
+    fitted, other = planned(), planned("method.clusters=4")
+    assert len(lines) == 2
+    said = planned("method.clusters=1")
+    assert len(lines) == 2  # what fits is not told
+    assert fitted.id == other.id == said.id
+    monkeypatch.setattr(said.method_class, "check", lambda self, cases: {})
+    assert planned().config.method_config["clusters"] == 6
+    assert planned().id != fitted.id
+
+
+def test_a_method_may_decline_what_it_cannot_fit(
+    fitting: Path, phantom_root: Path, tmp_path: Path
+) -> None:
+    declining = """
+    def check(self, cases):
+        from glua_bench.errors import ConfigError
+        raise ConfigError(f"method.clusters = 6 with {cases} cannot be; give more cases.")
+"""
+    fitting.write_text(FITTING.split("    def check")[0] + declining)
+    with pytest.raises(ConfigError) as error:
+        plan(ask(phantom_root, tmp_path / "runs", method="fitting", plugins=[fitting]))
+    assert "Cases(source=1, target=1)" in one_sentence(error)
+
+
+# -- the contract ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("definition", "called"),
+    [
+        ("optimizers(self, stage)", "optimizers(self)"),
+        ("predict(self, images)", "predict(self, images, domain)"),
+        ("features(self, images)", "features(self, images, domain)"),
+        ("step(self, batch)", "step(self, batch, context)"),
+        ("check(self)", "check(self, cases)"),
+    ],
+)
+def test_a_function_of_an_earlier_contract_is_one_sentence(
+    definition: str, called: str, plugin: Path, phantom_root: Path, tmp_path: Path
+) -> None:
+    plugin.write_text(f"{PLUGIN}\n    def {definition}:\n        raise AssertionError\n")
+    with pytest.raises(PluginError) as error:
+        plan(ask(phantom_root, tmp_path / "runs", method="plugged", plugins=[plugin]))
+    assert one_sentence(error) == (
+        f"Method 'plugged' defines {definition}, which glua-bench calls as {called}; change its "
+        "definition to that."
+    )
+
+
+def test_functions_may_take_more_than_they_are_given(
+    plugin: Path, phantom_root: Path, tmp_path: Path
+) -> None:
+    more = """
+    def optimizers(self, rate=1.0):
+        return super().optimizers()
+
+    def predict(self, *given, **named):
+        return super().predict(*given, **named)
+"""
+    plugin.write_text(PLUGIN + more)
+    assert plan(ask(phantom_root, tmp_path / "runs", method="plugged", plugins=[plugin])).stages
+
+
+# -- whose images are predicted -------------------------------------------------------------------
+
+
+def test_evaluation_asks_for_the_target_and_selectors_for_both(
+    phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a method that finds one structure in all pixels of the target, another in the source's."""
+    plugins = [Path(__file__).parent / "two_faced_method.py"]
+    asked = ask(phantom_root, tmp_path / "runs", method="two_faced", plugins=plugins)
+    planned = plan(asked)
+    classes: dict[bool, list[int]] = {True: [], False: []}  # with labels, and without
+    original = runs.sample_pixels
+
+    def sample_pixels(*given: Any) -> Any:
+        found = original(*given)
+        for part in (found.logits, found.features):
+            classes[found.labels is not None] += part.argmax(1).unique().tolist()
+        return found
+
+    monkeypatch.setattr(runs, "sample_pixels", sample_pixels)
+    execute(planned, QUIET)
+    # Logits and features of two candidates: of the target's slices, and of both source roles.
+    assert classes == {False: [1] * 4, True: [2] * 8}
+
+    (case,) = planned.dataset.split("ct", "test")
+    predicted = np.asarray(nib.load(planned.directory.predictions / f"{case.id}.nii.gz").dataobj)
+    value = planned.dataset.structures[0].values[0]
+    assert set(np.unique(predicted).tolist()) <= {0, value} and (predicted == value).any()
+
+    _, val, _ = runs.stores(planned, SliceCache(), QUIET)
+    assert val is not None
+    labels = val.labels(range(len(val)))
+    count = (labels == 2).sum()
+    expected = 2 * count / (labels.size + count) / len(np.unique(labels[labels > 0]))
+    scores = planned.directory.read_summary()["selector_scores"]["source_val"]
+    assert list(scores.values()) == pytest.approx([expected] * 2)
 
 
 # -- neighbouring slices --------------------------------------------------------------------------
@@ -230,8 +396,8 @@ class AsBefore(SourceOnly):
 
 
 class FewLogits(SourceOnly):
-    def predict(self, images: torch.Tensor) -> torch.Tensor:
-        return super().predict(images)[:, :2]
+    def predict(self, images: torch.Tensor, domain: Role) -> torch.Tensor:
+        return super().predict(images, domain)[:, :2]
 
 
 class TranslatesOne(SourceOnly):
@@ -384,10 +550,11 @@ def test_slices_that_are_no_neighbours_are_not_stacked(
 def test_a_stage_is_shared_by_runs_on_as_many_slices_alone(
     phantom_root: Path, tmp_path: Path
 ) -> None:
-    small = ("method.style_clusters=1", "method.style_scales=1", "method.style_width=4")
+    small = ("method.cycle_width=4", "method.cycle_width_d=4")
     places = set()
     for sets in ((), ("slices=3",), ("slices=3", "slice_distance=16"), ("slices=5",)):
-        planned = plan(ask(phantom_root, tmp_path / "runs", *small, *sets, method="glua"))
+        asked = ask(phantom_root, tmp_path / "runs", *small, *sets, method="cycle_translate")
+        planned = plan(asked)
         method = runs.build_method(planned.config, planned.dataset, planned.method_class)
         artefact = runs.artefacts(planned, method)(method.stages()[0])
         assert artefact is not None
@@ -571,7 +738,7 @@ def finished(
     phantom_root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[runs.PlannedRun, runs.Summary]:
     """One run from end to end, with its figures."""
-    planned = plan(ask(phantom_root, tmp_path_factory.mktemp("runs"), method="local_only"))
+    planned = plan(ask(phantom_root, tmp_path_factory.mktemp("runs"), method="fda"))
     return planned, execute(planned, QUIET, draw_run)
 
 
@@ -588,7 +755,7 @@ def test_a_run_leaves_all_its_files(finished: tuple[runs.PlannedRun, runs.Summar
         "summary.json",
         "done",
         "figures/cases.png",
-        "figures/gap.png",  # the method's own pictures
+        "figures/restyled.png",  # the method's own pictures
     ):
         assert (path / name).stat().st_size > 0, name
     assert not list(path.rglob(".writing-*")) and not list(path.rglob("*.tmp"))
@@ -629,7 +796,7 @@ def test_its_table_has_a_row_for_every_case_structure_and_selector(
     }
     assert set(zip(rows["case"], rows["structure"], rows["selector"], strict=True)) == expected
     assert len(rows) == len(expected)
-    assert (rows["run"] == planned.id).all() and (rows["method"] == "local_only").all()
+    assert (rows["run"] == planned.id).all() and (rows["method"] == "fda").all()
     assert (rows["direction"] == "mr-ct").all() and (rows["seed"] == 0).all()
     last = rows[rows["selector"] == "last"]
     assert (last["step"] == 3).all()

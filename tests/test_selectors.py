@@ -16,6 +16,7 @@ from torch import Tensor
 
 from glua_bench.cache import LabelledStore, SliceCache
 from glua_bench.conformance import TinyDataset
+from glua_bench.method import Role
 from glua_bench.registry import Registry
 from glua_bench.selection import Candidate, Samples
 from glua_bench.selectors import (
@@ -34,7 +35,7 @@ from glua_bench.selectors import (
     entropies,
 )
 
-Predict = Callable[[Tensor], Tensor]
+Predict = Callable[[Tensor, Role], Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +52,11 @@ def validation(tmp_path_factory: pytest.TempPathFactory) -> LabelledStore:
 
 
 def answers(labels: np.ndarray, classes: int = 3) -> Predict:
-    """Gives prepared labels in the order of the slices."""
+    """Gives prepared labels in the order of the slices, which must be said to be the source's."""
     waiting = iter(torch.from_numpy(labels))
 
-    def predict(images: Tensor) -> Tensor:
+    def predict(images: Tensor, domain: Role) -> Tensor:
+        assert domain == "source"
         asked = torch.stack([next(waiting) for _ in images])
         return F.one_hot(asked, classes).permute(0, 3, 1, 2).float()
 
@@ -101,7 +103,8 @@ def test_a_structure_that_no_slice_shows_does_not_count(validation: LabelledStor
 def test_images_are_translated_as_in_training(validation: LabelledStore) -> None:
     seen: list[Tensor] = []
 
-    def predict(images: Tensor) -> Tensor:
+    def predict(images: Tensor, domain: Role) -> Tensor:
+        assert domain == "source"
         seen.append(images)
         return images.repeat(1, 3, 1, 1)
 

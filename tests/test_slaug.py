@@ -38,7 +38,7 @@ def batch() -> Batch:
 
 def context_of(method: SLAug) -> Context:
     (stage,) = method.stages()
-    return Context(stage, 0, 10, method.optimizers(stage), lambda: iter(()))
+    return Context(stage, 0, 10, method.optimizers(), lambda: iter(()))
 
 
 def by_hand(images: np.ndarray, regions: np.ndarray, falling: list[float], seed: int) -> np.ndarray:

@@ -44,10 +44,9 @@ set:
   candidates: 2
   segmenter.width: 4
   segmenter.depth: 3
-  style_scales: 2
-  style_width: 4
-  style_blocks: 1
-  style_clusters: 1
+  mask: topk
+  adgan_width: 4
+  adgan_blocks: 1
 space:
   mask_ratio: [0.2, 0.5, 0.8]
 """
@@ -134,10 +133,7 @@ SMALL = ("grid.size=32", "grid.spacing=7", "grid.slice_spacing=16", "batch_size=
 def test_every_definition_that_is_shipped_runs(name: str, base: RunRequest) -> None:
     """Two of its trials, on small images and for two updates each."""
     told = read(find(name), oracle=False, trials=2, seeds=1)
-    # The phantom of tests has fewer target cases than there are clusters to choose from.
-    space = tuple(p for p in told.space if p.name != "style_clusters")
-    told = replace(told, space=space)
-    glua = ["method.style_scales=2", "method.style_clusters=1"]
+    glua = ["method.adgan_width=4", "method.codes_width=4", "method.codes_scales=2"]
     small = replace(
         base, method=told.method, assignments=[*SMALL, *(glua if told.method == "glua" else [])]
     )
@@ -215,7 +211,7 @@ def test_a_trial_s_value_is_the_mean_of_its_runs_and_a_watcher_may_end_it(
     small = replace(
         definition,
         method="source_only",
-        settings=tuple(s for s in definition.settings if "style" not in s),
+        settings=tuple(s for s in definition.settings if not s.startswith("method.")),
         space=(Parameter("lr", choices=(0.001, 0.01)),),
         objectives=("source_val", "seconds"),
         seeds=2,
@@ -386,7 +382,9 @@ def test_the_conclusion_names_the_choice(tmp_path: Path, definition: Definition)
     ratio = study.trials()[1].params["mask_ratio"]
     assert lines == [
         f"Chosen by im: mask_ratio {ratio:.4g} (im 0.75, trial 1 of 3)",
-        f"Use it: --set method.mask_ratio={ratio}",
+        # With what the sweep sets of the method, without which the choice may mean nothing.
+        "Use it: --set method.mask=topk --set method.adgan_width=4 --set method.adgan_blocks=1 "
+        f"--set method.mask_ratio={ratio}",
     ]
 
 

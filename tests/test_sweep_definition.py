@@ -62,7 +62,7 @@ def test_everything_that_may_be_said_is_taken(tmp_path: Path) -> None:
 def test_the_command_line_wins(tmp_path: Path) -> None:
     told = make(tmp_path, trials=9, seeds=1, directions=["ct-mr"], preset="paper", space="auto")
     assert (told.trials, told.seeds, told.directions, told.preset) == (9, 1, ("ct-mr",), "paper")
-    assert {p.name for p in told.space} >= {"mask_ratio", "mask", "lambda_local", "style_clusters"}
+    assert {p.name for p in told.space} >= {"mask_ratio", "mask", "lambda_output", "codes_clusters"}
 
 
 @pytest.mark.parametrize("name", list(shipped()))
@@ -182,12 +182,16 @@ def test_the_oracle_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_ranges_follow_from_the_settings_own(tmp_path: Path) -> None:
-    # The default under the preset quick is 0.003; the allowed range begins at zero.
-    assert automatic_parameter(GLUA, "quick", "lambda_global") == Parameter(
-        "lambda_global", low=0.0003, high=0.03, log=True
+    # The default is 0.01, and the allowed range begins at zero.
+    assert automatic_parameter(GLUA, "quick", "lambda_feature") == Parameter(
+        "lambda_feature", low=0.001, high=0.1, log=True
     )
-    assert automatic_parameter(GLUA, "quick", "mask").choices == ("topk", "soft", "random", "none")
-    clusters = automatic_parameter(GLUA, "paper", "style_clusters")
+    # Each preset has its own default.
+    for preset, low, high in (("quick", 1e-4, 1e-2), ("paper", 1e-5, 1e-3)):
+        rate = automatic_parameter(GLUA, preset, "lr_d")
+        assert rate.log and (rate.low, rate.high) == (pytest.approx(low), pytest.approx(high))
+    assert automatic_parameter(GLUA, "quick", "mask").choices == ("none", "topk", "soft", "random")
+    clusters = automatic_parameter(GLUA, "paper", "codes_clusters")
     assert clusters.whole and (clusters.low, clusters.high) == (1, 60)
     assert automatic_parameter(AdaOutput, "quick", "levels").choices == (1, 2)
     assert all(p.choices or p.low < p.high for p in automatic(AdaOutput, "quick"))

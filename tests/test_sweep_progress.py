@@ -17,7 +17,7 @@ from glua_bench.sweeps.progress import Display, Tracked, state
 from glua_bench.sweeps.study import SweepStudy
 from glua_bench.tracking import MLflowMirror
 
-WEIGHTS = ("lambda_global", "lambda_local")
+WEIGHTS = ("lambda_feature", "lambda_output")
 
 
 @pytest.fixture

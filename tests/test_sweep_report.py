@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -96,6 +97,7 @@ def test_a_sweep_over_one_number_has_its_curve(ratios, tmp_path):
         assert {f"{name}.tex", f"{name}.csv", f"{name}.md"} <= tables
     page = files[0].read_text()
     assert "How much of it?" in page and "--set method.mask_ratio=0.3" in page
+    assert "run --method glua --set method.mask_ratio=0.3" in page
     assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', page)
     ids = set(re.findall(r'id="run-(\w+)"', page))
     cited = {run for text in re.findall(r'data-runs="([^"]+)"', page) for run in text.split()}
@@ -104,6 +106,13 @@ def test_a_sweep_over_one_number_has_its_curve(ratios, tmp_path):
     known, after = page.split('<section id="afterwards">')
     assert "never\n" in after or "never " in after.split("</div>")[0]
     assert "test Dice" not in known.split('<section id="question">')[1]
+
+
+def test_what_a_sweep_sets_of_the_method_is_part_of_its_choice(ratios, tmp_path):
+    sweep = ratios()
+    facts = {**sweep.facts, "set for all": "steps=5, method.mask=topk"}
+    page = write(replace(sweep, facts=facts), tmp_path)[0].read_text()
+    assert "run --method glua --set method.mask=topk --set method.mask_ratio=0.3" in page
 
 
 def test_a_sweep_over_many_parameters_has_all_its_charts(made_sweep, tmp_path):

@@ -20,7 +20,7 @@ from glua_bench.sweeps.study import Claim, SweepStudy
 from glua_bench.sweeps.worker import work
 
 RATIO = Parameter("mask_ratio", choices=(0.1, 0.5, 0.9))
-WEIGHT = Parameter("lambda_local", low=0.001, high=1.0, log=True)
+WEIGHT = Parameter("lambda_output", low=0.001, high=1.0, log=True)
 KIND = Parameter("mask", choices=("topk", "soft"))
 
 
@@ -116,8 +116,8 @@ def test_runs_have_the_test_scores_of_the_objective_s_checkpoint(searched, made_
 def test_the_report_takes_what_is_collected(searched, made_runs) -> None:
     sweep = Sweep(**results.collect(searched, made_runs.root))
     assert sweep.chosen == 1 and sweep.name == "own" and sweep.title == "Why?"
-    assert sweep.parameters == {"mask_ratio": False, "lambda_local": True, "mask": None}
-    assert sweep.facts["searched: lambda_local"] == "0.001 to 1, logarithmic"
+    assert sweep.parameters == {"mask_ratio": False, "lambda_output": True, "mask": None}
+    assert sweep.facts["searched: lambda_output"] == "0.001 to 1, logarithmic"
     assert sweep.facts["searched: mask"] == "topk, soft"
     assert sweep.facts["runs a trial"].startswith("2 ") and not sweep.oracle
     assert "pruner" in sweep.facts and sweep.facts["set for all"] == "steps=5"
@@ -180,18 +180,18 @@ def filled(tmp_path: Path) -> Callable[..., SweepStudy]:
 
 
 def test_importances_find_what_matters(filled) -> None:
-    study = filled(16, lambda p: math.log10(p["lambda_local"]))
+    study = filled(16, lambda p: math.log10(p["lambda_output"]))
     shares, note = results.parameter_importances(study)
-    assert shares is not None and shares.index[0] == "lambda_local" and shares.iloc[0] > 0.8
+    assert shares is not None and shares.index[0] == "lambda_output" and shares.iloc[0] > 0.8
     assert shares.sum() == pytest.approx(1.0) and "16 finished trials" in note
 
 
 @pytest.mark.parametrize(
     ("count", "value", "changes", "said"),
     [
-        (3, lambda p: p["lambda_local"], {}, "3, and 12 are needed for 3 parameters"),
+        (3, lambda p: p["lambda_output"], {}, "3, and 12 are needed for 3 parameters"),
         (12, lambda p: 0.5, {}, "same value"),
-        (3, lambda p: p["lambda_local"], {"space": (WEIGHT,)}, "one parameter"),
+        (3, lambda p: p["lambda_output"], {"space": (WEIGHT,)}, "one parameter"),
     ],
 )
 def test_importances_that_say_nothing_are_not_given(filled, count, value, changes, said) -> None:

@@ -712,10 +712,10 @@ QUICK = replace(
         (
             {
                 "method": "glua",
-                "changed": {"mask": "none", "lambda_local": 0.5},
+                "changed": {"mask": "none", "lambda_output": 0.5},
                 "augmentation": "photometric",
             },
-            "glua + photometric, mask=none, lambda_local=0.5 | mr-ct | seed 7",
+            "glua + photometric, mask=none, lambda_output=0.5 | mr-ct | seed 7",
         ),
         (
             {"scenario": "supervised", "steps": 4, "augmentation": "none"},
