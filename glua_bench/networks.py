@@ -303,7 +303,7 @@ class DeepLab(Segmenter):
                     nn.init.ones_(module.weight)
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        """(N, S, H, W) → one map, (N, C, H / 8, W / 8), rounded up and one more where even."""
+        """(N, S, H, W) → one map, (N, C, h, w), an eighth of the image and up to one pixel more."""
         x = self.pool(self.act1(self.bn1(self.conv1(images))))
         return [self.layer4(self.layer3(self.layer2(self.layer1(x))))]
 

@@ -1,4 +1,4 @@
-"""Earlier fakes for a discriminator, a component of `sifa` and `cycle_translate`."""
+"""Earlier fakes for a discriminator, a component of AD-GAN, `sifa` and `cycle_translate`."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def picture_grid(
     rows: Mapping[str, np.ndarray],
     title: str = "",
     publishable: bool = True,
-    maps: Collection[str] = ("gap", "mask", "discrepancy", "weight"),
+    maps: Collection[str] = ("gain", "gap", "mask", "discrepancy", "weight"),
 ) -> Path:
     """Rows of pictures under each other: images in gray, maps over [0, 1] in colour.
 
@@ -219,52 +219,6 @@ def restyle_grid(
     """
     rows = {"source": source, "restyled": restyled, "target": target}
     return picture_grid(path, rows, title, publishable)
-
-
-def gap_map(
-    path: Path,
-    images: np.ndarray,
-    gaps: np.ndarray,
-    masks: np.ndarray,
-    title: str = "Where the domains differ, and where the local alignment counts",
-    publishable: bool = True,
-) -> Path:
-    """Images, their gap map over them, and the outline of the mask that follows from it.
-
-    Args:
-        path: the PNG to write.
-        images: (N, H, W) in [-1, 1].
-        gaps: (N, h, w) in [0, 1], as fine as the images or coarser.
-        masks: (N, h, w), true (or > 0.5) where the local alignment counts.
-        title: of the whole figure.
-        publishable: False stamps the figure as not for redistribution.
-
-    Returns:
-        The path.
-    """
-    columns = len(images)
-    figure = _figure(1.8 * columns + 1.2, 1.8 * 3 + 0.8)
-    axes = figure.subplots(3, columns, squeeze=False)
-    drawn = None
-    for column in range(columns):
-        image = images[column]
-        for row in range(3):
-            _gray(axes[row, column], image)
-        drawn = _map(axes[1, column], gaps[column], image.shape, alpha=0.6)
-        outline = np.kron(
-            masks[column] > 0.5,
-            np.ones(
-                (image.shape[0] // masks[column].shape[0], image.shape[1] // masks[column].shape[1])
-            ),
-        )
-        if outline.any() and not outline.all():
-            axes[2, column].contour(outline, [0.5], colors="white", linewidths=2.0)
-            axes[2, column].contour(outline, [0.5], colors="#d55e00", linewidths=1.0)
-    for row, name in enumerate(("image", "gap", "counted region")):
-        _row_name(axes[row, 0], name)
-    if drawn is not None:
-        _bar(figure, drawn, list(axes[1]))
-    return _save(figure, path, title, [], publishable)
 
 
 def domain_montage(
@@ -399,16 +353,13 @@ def _gray(axes: Any, image: np.ndarray, aspect: float = 1.0) -> None:
     _bare(axes)
 
 
-def _map(
-    axes: Any, values: np.ndarray, shape: tuple[int, ...] | None = None, alpha: float = 1.0
-) -> Any:
-    height, width = shape or values.shape
+def _map(axes: Any, values: np.ndarray) -> Any:
+    height, width = values.shape
     drawn = axes.imshow(
         values,
         cmap=SEQUENTIAL,
         vmin=0,
         vmax=1,
-        alpha=alpha,
         interpolation="nearest",
         extent=(-0.5, width - 0.5, height - 0.5, -0.5),
     )

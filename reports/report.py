@@ -29,7 +29,6 @@ from glua_bench.tracking import replacing, write_text
 
 RUN_PICTURES = {  # figures of a run that the page shows, and what they are
     "restyled": "source images, the same restyled or translated, and target images",
-    "gap": "gap map and the mask that follows from it",
     "pictures": "what the method shows of itself",
 }
 MOST_ENTRIES_DRAWN = 40  # rows of a chart; more cannot be told apart

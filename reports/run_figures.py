@@ -13,7 +13,6 @@ from glua_bench.cache import SliceCache
 from glua_bench.reports.figures import (
     Panel,
     domain_montage,
-    gap_map,
     overlay_montage,
     picture_grid,
     restyle_grid,
@@ -43,7 +42,7 @@ def draw_run(
         rows: results per case and structure of the primary selector.
         batch: source and target images.
         pictures: the method's own, name → (N, 1, H, W). `restyled` is shown between source and
-            target, `gap` and `mask` over the target images, everything else in a grid.
+            target, everything else in a grid.
     """
     _draw_cases(run, dataset, rows)
     plain = {name: values[:, 0].numpy() for name, values in pictures.items()}
@@ -55,14 +54,6 @@ def draw_run(
             source,
             plain.pop("restyled"),
             target,
-            publishable=dataset.publishable,
-        )
-    if target is not None and "gap" in plain and "mask" in plain:
-        gap_map(
-            run.figures / "gap.png",
-            target,
-            plain.pop("gap"),
-            plain.pop("mask"),
             publishable=dataset.publishable,
         )
     if plain:

@@ -15,7 +15,6 @@ from glua_bench.reports import figures
 from glua_bench.reports.figures import (
     Panel,
     domain_montage,
-    gap_map,
     overlay_montage,
     picture_grid,
     restyle_grid,
@@ -73,9 +72,6 @@ DRAWINGS: dict[str, Callable[..., Path]] = {
         path, {"source": stack(), "gap": np.full((3, 12, 12), 0.5)}, **named
     ),
     "restyled": lambda path, **named: restyle_grid(path, stack(), -stack(), stack(), **named),
-    "gap": lambda path, **named: gap_map(
-        path, stack(), np.full((3, 12, 12), 0.5), np.eye(12)[None].repeat(3, 0), **named
-    ),
     "domain": montage,
 }
 
@@ -165,15 +161,6 @@ def test_maps_are_in_colour_and_images_are_not(tmp_path: Path) -> None:
     gray = picture_grid(tmp_path / "a.png", {"source": stack(), "fake": (stack() + 1) / 2})
     color = picture_grid(tmp_path / "b.png", {"source": stack(), "gap": (stack() + 1) / 2})
     assert colourful(gray) == 0 and colourful(color) > 5000
-
-
-def test_the_mask_is_outlined_where_it_is(tmp_path: Path) -> None:
-    masks = np.zeros((1, 12, 12))
-    gaps = np.full((1, 12, 12), 0.5)
-    none = gap_map(tmp_path / "a.png", stack(1), gaps, masks)
-    masks[0, 3:9, 3:9] = 1
-    some = gap_map(tmp_path / "b.png", stack(1), gaps, masks)
-    assert pixels(some, "#d55e00") > pixels(none, "#d55e00") + 100
 
 
 def test_a_figure_that_cannot_be_drawn_leaves_the_old_one(
