@@ -860,16 +860,23 @@ class _Watch:
         optimizers = make()
         names = {id(p): name for name, p in self._method.named_parameters()}
 
-        def count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            for group in optimizer.param_groups:
-                self.updates.update(
-                    (stage.name, names[id(p)])
-                    for p in group["params"]
-                    if p.grad is not None and id(p) in names
-                )
+        # Not by torch's hooks of a step: those of a subclass that calls its parent's step run for
+        # both, if anybody has made an optimizer of the parent's class before.
+        def counted(optimizer: Optimizer, update: Callable[..., Any]) -> Callable[..., Any]:
+            def step(*args: Any, **kwargs: Any) -> Any:
+                result = update(*args, **kwargs)
+                for group in optimizer.param_groups:
+                    self.updates.update(
+                        (stage.name, names[id(p)])
+                        for p in group["params"]
+                        if p.grad is not None and id(p) in names
+                    )
+                return result
+
+            return step
 
         for optimizer in optimizers.values():
-            optimizer.register_step_post_hook(count)
+            optimizer.step = counted(optimizer, optimizer.step)  # type: ignore[method-assign]
         return optimizers
 
 

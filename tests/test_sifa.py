@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from glua_bench.config import SegmenterSpec
+from glua_bench.conformance import run_checks
 from glua_bench.errors import ConfigError
 from glua_bench.losses import lsgan_loss
 from glua_bench.method import Batch, Context, TaskInfo
@@ -437,3 +438,10 @@ def test_slices_that_the_stride_does_not_divide_are_refused() -> None:
         SIFA(task, SIFAConfig())
     with pytest.raises(ConfigError, match="width_encoder = 3"):
         build(width_encoder=3)
+
+
+def test_an_update_counts_once_also_beside_a_plain_adam() -> None:
+    """torch's hooks of a step ran twice for a subclass where a plain Adam had been made before."""
+    torch.optim.Adam([nn.Parameter(torch.zeros(1))])
+    (result,) = run_checks("sifa", only=["budget"])
+    assert result.passed, result.message
