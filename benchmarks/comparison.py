@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from glua_bench.config import PRESETS
 from glua_bench.reports.comparison import collect, table
 from glua_bench.tracking import RunDirectory, list_runs
 
@@ -22,13 +23,13 @@ from glua_bench.tracking import RunDirectory, list_runs
 def entry_of(run: RunDirectory) -> str:
     """A run's name in the table: its method, and what is not as by default."""
     config, said = run.config, run.read_environment()
-    if config.scenario == "supervised":
-        return "supervised"
-    parts = [config.method]
+    parts = ["supervised" if config.scenario == "supervised" else config.method]
     if said["changed"]:
         parts.append(said["variant"] or ", ".join(f"{k} = {v}" for k, v in said["changed"].items()))
     if config.augmentation == "photometric":
         parts.append("photometric")
+    if config.steps != PRESETS[config.preset]["steps"]:
+        parts.append(f"{config.steps} updates")
     return " + ".join(parts)
 
 

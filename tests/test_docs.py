@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -330,6 +331,47 @@ def test_the_ablation_in_the_readme_is_that_of_the_rows():
     table_ = markdown(report_tables.ablation(found, "glua"))
     lines = [line for line in table_.splitlines() if line.startswith("|")]
     assert block.splitlines() == lines, "take the table from `glua-bench report --rows`"
+
+
+def test_what_the_readme_says_of_the_gain_is_what_its_files_say():
+    spec = importlib.util.spec_from_file_location("gain", ROOT / "benchmarks" / "gain.py")
+    gain = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gain)
+    text = (ROOT / "README.md").read_text()
+    (paragraph,) = re.findall(r"^\*\*Does it help .*$", text, re.MULTILINE)
+    pairs = gain.differences(ROOT / "results" / "phantom_quick_ablation.parquet")
+    assert set(pairs["count"]) == {6}
+    for variant in ("gain constant", "Step A + D1 + D2"):
+        mean, spread = pairs.loc[variant, ["mean", "std"]]
+        assert f"{mean:.1f} ± {spread:.1f}" in paragraph
+    steps = pd.read_csv(ROOT / "results" / "phantom_quick_gain.csv").groupby("updates")
+    for part, said in (
+        ("26-150", "({:.2f} for source, {:.2f} for target features), where the gain is {:.2f}"),
+        ("301-500", "at {:.2f} and {:.2f} (gain {:.2f}, standard deviation {:.2f}, "),
+    ):
+        assert said.format(*steps.get_group(part)[list(gain.MEANS)].mean()) in paragraph
+    last = steps.get_group("301-500")
+    ends = last["gain_min"].min(), last["gain_max"].max()
+    assert "between {:.2f} and {:.2f})".format(*ends) in paragraph
+
+
+def test_the_budget_ladder_in_the_readme_is_that_of_the_rows():
+    rows = pd.read_parquet(ROOT / "results" / "phantom_ladder.parquet")
+    assert set(rows["dataset"]) == {"phantom"} and set(rows["seed"]) == {0}
+    dice = rows[rows["selector"] == "last"].groupby("entry")["dice"].mean()
+    (block,) = re.findall(
+        r"^\| updates \| 500 .*\n\|---.*\n((?:\|.*\n)+)",
+        (ROOT / "README.md").read_text(),
+        re.MULTILINE,
+    )
+    shown = {}
+    for line in block.splitlines():
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        entry = name.replace("`", "").removesuffix(" (privileged)")
+        for budget, cell in zip(("", " + 2000 updates", " + 8000 updates"), cells, strict=True):
+            if cell:
+                shown[entry + budget] = cell
+    assert shown == {entry: f"{value:.2f}" for entry, value in dice.items()}
 
 
 def test_what_selectors_give_away_in_the_readme_is_what_the_rows_say():
