@@ -34,7 +34,7 @@ def time_steps(method: Method) -> list[float]:
     seconds: list[float] = []
 
     def timed(stage: Stage) -> Stage:
-        update = stage.step or method.step
+        update, _ = stage.trained_by(method)
 
         def step(batch: Batch, context: Context) -> dict[str, torch.Tensor]:
             began = time.perf_counter()
@@ -96,11 +96,12 @@ def main() -> None:
                 harness = total / options.steps
                 (stage,) = method.stages()  # the last stage of several would be timed alone
                 method.train()
-                optimizers = (stage.optimizers or method.optimizers)()
+                update, make = stage.trained_by(method)
+                optimizers = make()
                 context = Context(stage, 0, options.steps, optimizers, batches.target_slices)
                 began = time.perf_counter()
                 for tensor_batch in tensors:
-                    (stage.step or method.step)(tensor_batch, context)
+                    update(tensor_batch, context)
                 bare = (time.perf_counter() - began) / options.steps
             bare_times.append(bare)
             harness_times.append(harness)

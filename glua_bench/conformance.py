@@ -57,7 +57,7 @@ from glua_bench.config import (
 )
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, DataError, PluginError, RunFailure
-from glua_bench.method import Batch, Cases, Context, Method, Role, Stage
+from glua_bench.method import Batch, Context, Method, Role, Stage
 from glua_bench.registry import Registry
 from glua_bench.task import SPLITS, Case, Dataset, Grid, Reading, Structure
 from glua_bench.tracking import RunDirectory
@@ -644,8 +644,7 @@ class Bench:
         config = runs.with_slice_distance(self.config(settings, seed, steps, options), dataset)
         runs.check_request(config, self.method)
         chosen = runs.roles(config, dataset)
-        cases = Cases(len(chosen["source_train"]), len(chosen["target_train"]))
-        config = runs.adjusted(config, self.build(config).check(cases) or {}, lambda line: None)
+        config = runs.adjusted(config, self.build(config), chosen)
         train = [fingerprint(chosen["source_train"]), fingerprint(chosen["target_train"])]
         test = [fingerprint(chosen["source_val"]), fingerprint(chosen["test"])] if scored else []
         prints = runs.Fingerprints(digest(train, 16), digest(test, 16))
@@ -795,8 +794,7 @@ class _Watch:
         return tuple(self._watched(stage) for stage in self._stages())
 
     def _watched(self, stage: Stage) -> Stage:
-        update = stage.step or self._method.step
-        make = stage.optimizers or self._method.optimizers
+        update, make = stage.trained_by(self._method)
 
         def step(batch: Batch, context: Context) -> dict[str, Tensor]:
             return self._watched_step(update, batch, context)
@@ -1100,7 +1098,7 @@ def _stages(bench: Bench) -> None:
             f"stage '{stage.name}' is shared (depends_on) but names no modules to keep",
         )
         _demand(stage.share > 0, f"stage '{stage.name}' has the share {stage.share}")
-        optimizers = (stage.optimizers or method.optimizers)()
+        optimizers = stage.trained_by(method)[1]()
         _demand(
             isinstance(optimizers, dict)
             and bool(optimizers)
@@ -1117,7 +1115,7 @@ def _optimizers(bench: Bench) -> None:
     trained: set[int] = set()
     for stage in method.stages():
         owner: dict[int, str] = {}
-        for key, optimizer in (stage.optimizers or method.optimizers)().items():
+        for key, optimizer in stage.trained_by(method)[1]().items():
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 name = names.get(id(parameter))
                 _demand(

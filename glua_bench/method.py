@@ -136,6 +136,12 @@ class Stage:
     step: Callable[[Batch, Context], dict[str, Tensor]] | None = None
     optimizers: Callable[[], dict[str, Optimizer]] | None = None
 
+    def trained_by(
+        self, method: Method
+    ) -> tuple[Callable[[Batch, Context], dict[str, Tensor]], Callable[[], dict[str, Optimizer]]]:
+        """The step and the optimizers of the stage: its own, or else the method's."""
+        return self.step or method.step, self.optimizers or method.optimizers
+
     def steps(self, budget: int) -> int:
         """Updates of this stage under a budget (at least one)."""
         return max(1, round(self.share * budget))

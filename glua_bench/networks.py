@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from glua_bench.config import SegmenterSpec
 from glua_bench.errors import ConfigError
+from glua_bench.losses import precise
 
 SLOPE = 0.2  # of LeakyReLU, throughout (field's usual value)
 
@@ -38,7 +39,7 @@ def normalised(x: Tensor) -> tuple[Tensor, Tensor]:
         The normalised maps (N, C, H, W), in single precision at least; and (N, C), 1 where the
         variance is above a hundredth of eps and 0 elsewhere.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))  # as autocast treats every norm
+    x = precise(x)  # as autocast treats every norm
     count, channels = x.shape[:2]
     pixels = x.shape[2] * x.shape[3]
     maps, _, inverse = torch.native_group_norm(
@@ -150,7 +151,22 @@ class Segmenter(nn.Module):
         return self.decode(self.encode(images), images.shape[-2:])
 
 
-class UNet(Segmenter):
+class DecodedSegmenter(Segmenter):
+    """A segmenter whose second half is a U-Net `Decoder`, as its attribute `decoder`."""
+
+    decoder: Decoder
+
+    @property
+    def head(self) -> nn.Module:  # type: ignore[override]
+        """The 1×1 convolution to logits."""
+        return self.decoder.head
+
+    def decode(self, maps: list[Tensor], size: Sequence[int]) -> Segmented:
+        """The encoder's maps → logits and decoder maps."""
+        return self.decoder(maps)
+
+
+class UNet(DecodedSegmenter):
     """Compact U-Net (Ronneberger et al., MICCAI 2015) with instance norm.
 
     Args:
@@ -170,11 +186,6 @@ class UNet(Segmenter):
         self.decoder = Decoder(channels, classes)
         self.encoder_channels, self.feature_channels = channels, self.decoder.channels
 
-    @property
-    def head(self) -> nn.Module:  # type: ignore[override]
-        """The 1×1 convolution to logits."""
-        return self.decoder.head
-
     def encode(self, images: Tensor) -> list[Tensor]:
         """(N, S, H, W) → maps, fine to coarse."""
         maps: list[Tensor] = []
@@ -183,12 +194,8 @@ class UNet(Segmenter):
             maps.append(images)
         return maps
 
-    def decode(self, maps: list[Tensor], size: Sequence[int]) -> Segmented:
-        """The encoder's maps → logits and decoder maps."""
-        return self.decoder(maps)
 
-
-class TimmSegmenter(Segmenter):
+class TimmSegmenter(DecodedSegmenter):
     """Any timm encoder that offers feature maps, with the U-Net decoder.
 
     Args:
@@ -238,18 +245,9 @@ class TimmSegmenter(Segmenter):
         self.decoder = Decoder(self.encoder_channels, classes, stem=first)
         self.feature_channels = self.decoder.channels
 
-    @property
-    def head(self) -> nn.Module:  # type: ignore[override]
-        """The 1×1 convolution to logits."""
-        return self.decoder.head
-
     def encode(self, images: Tensor) -> list[Tensor]:
         """(N, S, H, W) → maps, fine to coarse."""
         return list(self.encoder(images))
-
-    def decode(self, maps: list[Tensor], size: Sequence[int]) -> Segmented:
-        """The encoder's maps → logits and decoder maps."""
-        return self.decoder(maps)
 
 
 DILATIONS = (6, 12, 18, 24)  # of DeepLab's classifier
@@ -607,6 +605,45 @@ class MultiScaleDiscriminator(nn.Module):
             scores.append(discriminator(images))
             images = F.avg_pool2d(images, 3, 2, padding=1, count_include_pad=False)
         return scores
+
+
+class PatchGAN(nn.Module):
+    """Scores of 70 × 70 patches: 4×4 convolutions w-2w-4w-8w-K of strides 2, 2, 2, 1, 1.
+
+    Instance norm behind the second to the fourth, LeakyReLU between all; first weights from
+    N(0, 0.02). CycleGAN's discriminator, and with an output for each domain AD-GAN's.
+
+    Args:
+        width: channels w after the first convolution.
+        slices: channels of an image.
+        outputs: scores K of a patch.
+        bias: give biases to the convolutions before a norm, too, where they have no effect.
+    """
+
+    def __init__(
+        self, width: int = 64, slices: int = 1, outputs: int = 1, bias: bool = False
+    ) -> None:
+        super().__init__()
+        channels = [width, 2 * width, 4 * width, 8 * width]
+        layers: list[nn.Module] = [nn.Conv2d(slices, width, 4, 2, padding=1), nn.LeakyReLU(SLOPE)]
+        for a, b, stride in zip(channels, channels[1:], (2, 2, 1), strict=False):
+            layers.append(nn.Conv2d(a, b, 4, stride, padding=1, bias=bias))
+            layers += [instance_norm(b), nn.LeakyReLU(SLOPE)]
+        self.body = nn.Sequential(*layers, nn.Conv2d(channels[-1], outputs, 4, padding=1))
+        normal_weights(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, S, H, W) → scores (N, K, h, w)."""
+        return self.body(images)
+
+
+def normal_weights(network: nn.Module) -> None:
+    """Draw the weights of convolutions from N(0, 0.02), and set their biases to 0."""
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 class FeatureDiscriminator(nn.Sequential):

@@ -41,7 +41,7 @@ from glua_bench.config import (
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, PluginError, RunFailure, UserError
 from glua_bench.evaluation import evaluate, mean_dice, summarise
-from glua_bench.method import Adjustment, Batch, Cases, Method, Role, Stage, TaskInfo
+from glua_bench.method import Batch, Cases, Method, Role, Stage, TaskInfo
 from glua_bench.neighbours import Neighbourhood, common_distance, middle
 from glua_bench.networks import DEEPLAB_STRIDE
 from glua_bench.registry import Registry
@@ -456,9 +456,24 @@ def _module_files(method_class: type[Method]) -> set[Path]:
 
 
 def adjusted(
-    config: RunConfig, changes: Mapping[str, Adjustment], report: Callable[[str], None]
+    config: RunConfig,
+    method: Method,
+    chosen: Mapping[str, Sequence[Case | UnlabelledCase]],
+    report: Callable[[str], None] = lambda line: None,
 ) -> RunConfig:
-    """The configuration with the settings that a method fits to its data, each told in a line."""
+    """The configuration with the settings that a method fits to its data, each told in a line.
+
+    Args:
+        config: of the run.
+        method: built from it.
+        chosen: the cases of each role, as from `roles`.
+        report: receives the lines.
+
+    Raises:
+        ConfigError: the method declines the data.
+    """
+    cases = Cases(len(chosen["source_train"]), len(chosen["target_train"]))
+    changes = method.check(cases) or {}  # a check that only declines returns nothing
     for name, change in changes.items():
         asked = config.method_config[name]
         report(f"method.{name} is {change.value} instead of {asked}: {change.reason}.")
@@ -492,11 +507,9 @@ def plan(request: RunRequest, report: Callable[[str], None] = lambda line: None)
     dataset.prepare(report)
     chosen = roles(config, dataset)
     config = with_slice_distance(config, dataset)
-    cases = Cases(len(chosen["source_train"]), len(chosen["target_train"]))
-    changes = method.check(cases) or {}
-    if changes:
-        config = adjusted(config, changes, report)
-        method = build_method(config, dataset, method_class)
+    fitted = adjusted(config, method, chosen, report)
+    if fitted != config:
+        config, method = fitted, build_method(fitted, dataset, method_class)
     both = (config.source, config.target)
     prints = Fingerprints(
         train=digest(

@@ -276,7 +276,8 @@ class Trainer:
     def _train(self, index: int, stage: Stage, start: int, states: Mapping[str, Any]) -> None:
         method, config, fabric = self.method, self.config, self.fabric
         total = stage.steps(config.steps)
-        optimizers = self._optimizers(stage, states)
+        update, make = stage.trained_by(method)
+        optimizers = self._optimizers(make(), states)
         candidates = set(self.candidate_steps()) if index == len(self.stages) - 1 else set()
         context = Context(
             stage,
@@ -289,7 +290,6 @@ class Trainer:
             partial(average_gradients, fabric) if fabric.world_size > 1 else lambda optimizer: None,
         )
         key = zlib.crc32(stage.name.encode())
-        update = stage.step or method.step
         method.train()
         self.progress.stage(stage.name, total, start)
         began = time.perf_counter() - self.seconds.get(stage.name, 0.0)
@@ -385,8 +385,10 @@ class Trainer:
         labels = labels.long()  # as losses need them, eight bytes a pixel
         return replace(batch, source_images=images, source_labels=labels, target_images=target)
 
-    def _optimizers(self, stage: Stage, states: Mapping[str, Any]) -> dict[str, Optimizer]:
-        optimizers = (stage.optimizers or self.method.optimizers)()
+    def _optimizers(
+        self, optimizers: dict[str, Optimizer], states: Mapping[str, Any]
+    ) -> dict[str, Optimizer]:
+        """The optimizers with their initial rates, and their states of a checkpoint."""
         for name, optimizer in optimizers.items():
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])

@@ -27,7 +27,7 @@ from glua_bench.config import setting
 from glua_bench.losses import lsgan_loss
 from glua_bench.method import Adjustment, Batch, Cases, Context, TaskInfo, frozen
 from glua_bench.methods.image_pool import ImagePool
-from glua_bench.networks import SLOPE, AdaIN, instance_norm
+from glua_bench.networks import AdaIN, PatchGAN
 
 SOURCE, TARGET = 0, 1  # the domains y
 HIDDEN = 64  # units of the layers between a domain and its scales and shifts
@@ -165,7 +165,7 @@ class ADGAN(nn.Module):
     def restyle(self, images: Tensor) -> Tensor:
         """G(E(x, source), target), (N, S, H, W) → the same shape in [-1, 1]."""
         own = torch.full((len(images),), SOURCE, device=images.device)
-        return self.decoder(self.encoder(images, own), TARGET + 0 * own)
+        return self.decoder(self.encoder(images, own), torch.full_like(own, TARGET))
 
 
 class DomainAffine(nn.Module):
@@ -246,28 +246,15 @@ class Decoder(nn.Module):
         return torch.tanh(self.head(x))
 
 
-class DomainDiscriminator(nn.Module):
-    """Patch scores with one output per domain: 4×4 convolutions w-2w-4w-8w-2, instance norm.
-
-    Strides 2, 2, 2, 1, 1; no norm behind the first.
-    """
+class DomainDiscriminator(PatchGAN):
+    """Patch scores with one output per domain."""
 
     def __init__(self, width: int = 64, slices: int = 1) -> None:
-        super().__init__()
-        channels = [width, 2 * width, 4 * width, 8 * width]
-        layers: list[nn.Module] = [nn.Conv2d(slices, width, 4, 2, padding=1), nn.LeakyReLU(SLOPE)]
-        for inputs, outputs, stride in zip(channels, channels[1:], (2, 2, 1), strict=False):
-            layers.append(nn.Conv2d(inputs, outputs, 4, stride, padding=1))
-            layers += [instance_norm(outputs), nn.LeakyReLU(SLOPE)]
-        self.body = nn.Sequential(*layers, nn.Conv2d(channels[-1], 2, 4, padding=1))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        super().__init__(width, slices, outputs=2, bias=True)
 
-    def forward(self, images: Tensor, domains: Tensor) -> Tensor:
+    def forward(self, images: Tensor, domains: Tensor) -> Tensor:  # type: ignore[override]
         """Scores of each image for its domain, (N, S, H, W) and (N,) → (N, h, w)."""
-        scores = self.body(images)
+        scores = super().forward(images)
         return scores[torch.arange(len(scores), device=scores.device), domains]
 
 

@@ -13,7 +13,7 @@ from glua_bench.losses import lsgan_loss, real_fake_loss
 from glua_bench.method import Batch, Context, Stage, TaskInfo, frozen
 from glua_bench.methods.image_pool import ImagePool
 from glua_bench.methods.source_only import SegmentConfig, SourceOnly
-from glua_bench.networks import instance_norm
+from glua_bench.networks import PatchGAN, instance_norm, normal_weights
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class ResnetGenerator(nn.Module):
             nn.Conv2d(w, slices, 7, padding=3, padding_mode="reflect"),
             nn.Tanh(),
         )
-        initialise(self)
+        normal_weights(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, S, H, W) → (N, S, H, W) in [-1, 1]; H and W divisible by 4."""
@@ -182,33 +182,6 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
-class PatchGAN(nn.Module):
-    """Scores of 70 × 70 patches: 4×4 convolutions w-2w-4w-8w-1 of strides 2, 2, 2, 1, 1."""
-
-    def __init__(self, width: int = 64, slices: int = 1) -> None:
-        super().__init__()
-        channels = [width, 2 * width, 4 * width, 8 * width]
-        layers: list[nn.Module] = [nn.Conv2d(slices, width, 4, 2, padding=1), nn.LeakyReLU(0.2)]
-        for inputs, outputs, stride in zip(channels, channels[1:], (2, 2, 1), strict=False):
-            layers.append(nn.Conv2d(inputs, outputs, 4, stride, padding=1, bias=False))
-            layers += [instance_norm(outputs), nn.LeakyReLU(0.2)]
-        self.body = nn.Sequential(*layers, nn.Conv2d(channels[-1], 1, 4, padding=1))
-        initialise(self)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N, S, H, W) → scores (N, 1, h, w)."""
-        return self.body(images)
-
-
 def layer(convolution: nn.Conv2d | nn.ConvTranspose2d) -> tuple[nn.Module, ...]:
     """A convolution, instance norm and ReLU."""
     return convolution, instance_norm(convolution.out_channels), nn.ReLU(inplace=True)
-
-
-def initialise(network: nn.Module) -> None:
-    """Weights from N(0, 0.02), as the paper says; biases 0."""
-    for module in network.modules():
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)

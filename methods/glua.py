@@ -17,6 +17,8 @@ class GLUAConfig(GlobalConfig, LocalConfig):
     """The style stage's, the alignment's and the segmenter's settings."""
 
 
+# In this order the style network draws its first weights before the discriminators, as in
+# `global_only`, with which its trained stage is shared.
 class GLUA(LocalOnly, GlobalOnly):
     """Global-local union alignment: restyle the source, then align and amplify target features.
 

@@ -41,6 +41,7 @@ class Sweep:
         objectives: the quality first, then costs.
         oracle: whether the search read target labels.
         budget: trials that it may try.
+        shared: `--set` texts of the method that all trials have.
         trials: a row a trial.
         runs: a row a run of a finished trial.
         seen: values while trials ran.
@@ -55,6 +56,7 @@ class Sweep:
     objectives: Sequence[str]
     oracle: bool
     budget: int
+    shared: Sequence[str]
     trials: pd.DataFrame
     runs: pd.DataFrame
     seen: pd.DataFrame
@@ -341,10 +343,8 @@ class _Writer(PageWriter):
         number = sweep.chosen
         if number is None:
             return section
-        said = sweep.facts.get("set for all", "").split(", ")
-        shared = [text for text in said if text.startswith("method.")]
         own = [f"method.{n}={v}" for n, v in sweep.settings(number).items()]
-        words = " ".join(f"--set {text}" for text in (*shared, *own))
+        words = " ".join(f"--set {text}" for text in (*sweep.shared, *own))
         section.intro = f"The trial with the highest {self.label}. To use it:"
         section.command = f"glua-bench run --method {sweep.facts['method']} {words}"
         best = self.done.sort_values(self.label, ascending=False, kind="stable").head(MOST_SHOWN)

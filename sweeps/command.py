@@ -308,7 +308,7 @@ def conclude(study: SweepStudy) -> list[str]:
     return [
         f"Chosen by {objectives[0]}{stamp}: {shown(chosen.params)} "
         f"({objectives[0]} {chosen.values[0]:.4g}, trial {chosen.number} of {len(trials)})",
-        f"Use it: {words_of(chosen.params, study.definition.settings)}",
+        f"Use it: {words_of(chosen.params, study.definition.method_settings)}",
     ]
 
 
@@ -328,11 +328,10 @@ def words_of(params: Mapping[str, Any], settings: Sequence[str] = ()) -> str:
 
     Args:
         params: what was searched, and found.
-        settings: `--set` texts that all runs shared; of these, the choice may need the method's.
+        settings: `--set` texts that the choice needs besides.
     """
-    shared = [text for text in settings if text.startswith("method.")]
     own = [f"method.{name}={value}" for name, value in params.items()]
-    return " ".join(f"--set {text}" for text in (*shared, *own))
+    return " ".join(f"--set {text}" for text in (*settings, *own))
 
 
 def next_command(study: SweepStudy, base: RunRequest) -> str:
@@ -344,8 +343,7 @@ def next_command(study: SweepStudy, base: RunRequest) -> str:
         f"glua-bench run --method {definition.method} --dataset {definition.dataset}",
         f"--direction {definition.directions[0]} --seed {definition.seeds}",
         f"--preset {definition.preset}",
-        *(f"--set {text}" for text in definition.settings),
-        words_of(chosen.params),
+        words_of(chosen.params, definition.settings),
         *(f"--plugin {file}" for file in base.plugins),
     ]
     if base.steps is not None:

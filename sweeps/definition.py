@@ -103,6 +103,11 @@ class Definition:
         return self.objectives[0]
 
     @property
+    def method_settings(self) -> tuple[str, ...]:
+        """The `--set` texts of the method, which what was searched may need."""
+        return tuple(text for text in self.settings if text.startswith("method."))
+
+    @property
     def runs_per_trial(self) -> int:
         """Every direction with every seed."""
         return len(self.directions) * self.seeds

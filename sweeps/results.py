@@ -41,9 +41,10 @@ def collect(study: SweepStudy, runs_root: Path) -> dict[str, Any]:
     Returns:
         name; title; facts (what is searched, entry → text); parameters (name → whether its scale
         is logarithmic, None where its values are listed); objectives; oracle (whether the search
-        read target labels); trials, runs, seen (the tables of `trial_table`, `run_table` and
-        `seen_table`); importances (parameter → share of the objective's variance, or None), and
-        importances_note (why there are none, or what they are).
+        read target labels); shared (`--set` texts of the method that all trials have); trials,
+        runs, seen (the tables of `trial_table`, `run_table` and `seen_table`); importances
+        (parameter → share of the objective's variance, or None), and importances_note (why there
+        are none, or what they are).
     """
     definition, trials = study.definition, study.trials()
     importances, note = parameter_importances(study)
@@ -55,6 +56,7 @@ def collect(study: SweepStudy, runs_root: Path) -> dict[str, Any]:
         "objectives": definition.objectives,
         "oracle": definition.selector == ORACLE,
         "budget": definition.trials,
+        "shared": definition.method_settings,
         "trials": trial_table(definition, trials),
         "runs": run_table(definition, trials, runs_root),
         "seen": seen_table(trials),

@@ -458,6 +458,7 @@ def made_sweep() -> Callable[..., Any]:
             objectives=(objective, *(("seconds",) if costs else ())),
             oracle=objective == "oracle",
             budget=budget or count,
+            shared=(),
             trials=trials,
             runs=pd.DataFrame(runs, columns=columns),
             seen=pd.DataFrame(seen, columns=["trial", "step", "value"]),

@@ -19,7 +19,6 @@ from glua_bench.config import SegmenterSpec
 from glua_bench.method import Batch, Context, Stage, TaskInfo
 from glua_bench.methods.adgan import (
     ADGAN,
-    MODES,
     SOURCE,
     TARGET,
     ADGANConfig,
@@ -222,17 +221,23 @@ def test_single_terms_and_their_gradients(reference: Reference) -> None:
             assert deviation(reference[f"term_gradnorm/{name}/{short}"], norm) <= 1, (name, short)
 
 
-def test_another_training_is_seen(reference: Reference) -> None:
-    """The comparison can fail: each mode's losses or gradients are not those of the others."""
-    norms = {
-        (name, group): float(reference[f"gradnorm/{name}/{group}"])
-        for name in TRAININGS
-        for group in ("dec", "dis")
-    }
-    for group, pair in (("dec", ("adgan_adt", "adgan_no_adt")), ("dis", ("adgan_no_adt", "glua"))):
-        first, second = (norms[name, group] for name in pair)
-        assert abs(first - second) > 1e-3 * first
-    assert MODES["adt"].beta2 != MODES["glua"].beta2
+@pytest.mark.parametrize(
+    ("name", "mode", "network"),
+    [
+        ("adgan_adt", "no_adt", "dec"),  # in ADT the decoder learns from the reconstruction alone
+        ("adgan_no_adt", "adt", "dec"),
+        ("adgan_no_adt", "glua", "dis"),  # what is real differs
+        ("glua", "no_adt", "dis"),
+    ],
+)
+def test_another_training_is_seen(reference: Reference, name: str, mode: str, network: str) -> None:
+    """The comparison can fail: the gradients of one mode are not those of another."""
+    style = build(reference, mode)
+    context, _ = trained(style, reference)
+    parameters = style.get_submodule(NETWORKS[network]).parameters()
+    squares = [context.gradients[id(p)].square().sum() for p in parameters]
+    norm = torch.stack(squares).sum().sqrt()
+    assert deviation(reference[f"gradnorm/{name}/{network}"], norm) > 1000
 
 
 def test_a_network_of_other_sizes_is_told(reference: Reference) -> None:

@@ -571,9 +571,12 @@ SINCE = [
     (lambda was: {**was, "mask_ratio": 1.5}, "(its setting 'mask_ratio' cannot be 1.5 now)"),
     (lambda was: {**was, "lr": [1, 2]}, "(its setting 'lr' cannot be [1, 2] now)"),
 ]
+of_another_version = pytest.mark.parametrize(
+    ("change", "said"), SINCE, ids=["gone", "choice", "range", "type"]
+)
 
 
-@pytest.mark.parametrize(("change", "said"), SINCE, ids=["gone", "choice", "range", "type"])
+@of_another_version
 def test_a_run_of_another_version_of_its_method_is_one_sentence(
     change: Callable[[dict], dict],
     said: str,
@@ -595,7 +598,7 @@ def test_a_run_of_another_version_of_its_method_is_one_sentence(
         assert "did you mean" not in result[2] and "Known:" not in result[2]
 
 
-@pytest.mark.parametrize(("change", "said"), SINCE, ids=["gone", "choice", "range", "type"])
+@of_another_version
 def test_a_model_of_another_version_of_its_method_is_one_sentence(
     change: Callable[[dict], dict],
     said: str,

@@ -16,10 +16,9 @@ from glua_bench.method import Batch, Context, Stage, TaskInfo
 from glua_bench.methods.cycle_translate import (
     CycleConfig,
     CycleTranslate,
-    PatchGAN,
     ResnetGenerator,
 )
-from glua_bench.networks import InstanceNorm
+from glua_bench.networks import InstanceNorm, PatchGAN
 
 SMALL = {"cycle_width": 4, "cycle_blocks": 1, "cycle_width_d": 4, "cycle_pool": 2}
 

@@ -8,7 +8,6 @@ iterations, and the evaluation with the gain.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -574,16 +573,12 @@ def test_parameters_are_the_authors() -> None:
     assert count(OutputDiscriminator(5)) == 2_766_785
 
 
-def every_entry(reference: Reference) -> Iterator[str]:
-    yield from reference
-
-
 def test_no_entry_of_the_reference_is_left_out(reference: Reference) -> None:
     """Each is compared above, is an input, or says how the file was made."""
     compared = ("src", "tgt", "D", "loss", "grad", "grad_seg", "grad_total", "gradD", "part")
     compared += ("after1", "after1_authors", "after1_dedup", "after3_authors", "after3_dedup")
     compared += ("eval_init", "eval_after1_authors", "eval_after1_dedup", "traj3", "dice")
-    assert {n.split("/")[0] for n in every_entry(reference)} == {*compared, "input", "init", "meta"}
+    assert {n.split("/")[0] for n in reference} == {*compared, "input", "init", "meta"}
 
 
 def test_a_segmenter_without_an_encoder_is_told() -> None:

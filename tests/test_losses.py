@@ -47,20 +47,28 @@ def cross_entropy_by_hand(logits: Tensor, labels: Tensor) -> Tensor:
     return -likelihood.mean()
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 3), st.lists(st.integers(0, 3), max_size=3))
-def test_dice_is_the_formula_in_value_and_gradient(seed: int, count: int, gone: list[int]) -> None:
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def agree(loss: Loss, by_hand: Loss, seed: int, count: int, gone: list[int]) -> None:
+    """A Dice loss is in [0, 1] and, in value and gradient, the formula in double precision."""
     logits, labels = example(seed, count)
     for index in gone:
         labels[labels == index] = 0
     exact = logits.double().requires_grad_()
     logits.requires_grad_()
-    found, expected = dice_loss(logits, labels), dice_by_hand(exact, labels)
+    found, expected = loss(logits, labels), by_hand(exact, labels)
     found.backward()
     expected.backward()
     assert 0 <= found.item() <= 1
     assert found.item() == pytest.approx(expected.item(), abs=1e-5)
     torch.testing.assert_close(logits.grad.double(), exact.grad, atol=1e-5, rtol=1e-3)  # type: ignore[union-attr]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 3), st.lists(st.integers(0, 3), max_size=3))
+def test_dice_is_the_formula_in_value_and_gradient(seed: int, count: int, gone: list[int]) -> None:
+    agree(dice_loss, dice_by_hand, seed, count, gone)
 
 
 def test_dice_of_right_and_wrong_answers() -> None:
@@ -130,17 +138,7 @@ def squared_dice_by_hand(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -
 def test_squared_dice_is_the_formula_in_value_and_gradient(
     seed: int, count: int, gone: list[int]
 ) -> None:
-    logits, labels = example(seed, count)
-    for index in gone:
-        labels[labels == index] = 0
-    exact = logits.double().requires_grad_()
-    logits.requires_grad_()
-    found, expected = squared_dice_loss(logits, labels), squared_dice_by_hand(exact, labels)
-    found.backward()
-    expected.backward()
-    assert 0 <= found.item() <= 1
-    assert found.item() == pytest.approx(expected.item(), abs=1e-5)
-    torch.testing.assert_close(logits.grad.double(), exact.grad, atol=1e-5, rtol=1e-3)  # type: ignore[union-attr]
+    agree(squared_dice_loss, squared_dice_by_hand, seed, count, gone)
 
 
 def test_losses_of_two_pixels() -> None:

@@ -916,9 +916,8 @@ def test_there_are_at_most_as_many_clusters_as_target_cases(
 ) -> None:
     for method in (GlobalOnly, GLUA):
         built = build(method, style="codes", codes_clusters=3)
-        changes = built.check(Cases(source=5, target=target))
         if expected is None:
-            assert changes == {}
+            assert built.check(Cases(source=5, target=target)) == {}
             continue
         lines: list[str] = []
         config = RunConfig(
@@ -928,7 +927,8 @@ def test_there_are_at_most_as_many_clusters_as_target_cases(
             TinyDataset.grids["quick"],
             asdict(built.config),
         )
-        found = runs.adjusted(config, changes, lines.append)
+        chosen: Any = {"source_train": range(5), "target_train": range(target)}
+        found = runs.adjusted(config, built, chosen, lines.append)
         assert found.method_config == {**asdict(built.config), "codes_clusters": expected}
         assert len(lines) == 1
         assert lines[0].startswith(f"method.codes_clusters is {expected} instead of 3: more clust")
