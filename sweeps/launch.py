@@ -64,7 +64,8 @@ class Crew:
         finished, deaths = self._finished(), 0
         try:
             self._workers = [self._start(index) for index in range(self.count)]
-            while any(worker.process.poll() is None for worker in self._workers):
+            # Not while one is alive: all may be killed between two looks.
+            while any(worker.process.poll() != 0 for worker in self._workers):
                 self.show()
                 time.sleep(LOOK_SECONDS)
                 for index, worker in enumerate(self._workers):

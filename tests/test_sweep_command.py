@@ -308,6 +308,23 @@ def test_workers_that_die_again_and_again_end_the_sweep(
     assert all(worker.process.poll() is not None for worker in made._workers)
 
 
+def test_workers_that_all_die_between_two_looks_are_noticed(
+    tmp_path: Path, definition: Definition, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "DEATHS", 3)
+    made = crew(tmp_path, definition, "import os\nos.kill(os.getpid(), 9)\n", monkeypatch)
+    start = made._start
+
+    def dead(index: int) -> launch.Worker:
+        worker = start(index)
+        worker.process.wait()
+        return worker
+
+    monkeypatch.setattr(made, "_start", dead)
+    with pytest.raises(RunFailure, match="3 workers were killed and no trial was finished; see"):
+        made.run()
+
+
 # -- what is shown --------------------------------------------------------------------------------
 
 
