@@ -13,7 +13,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from glua_bench.datasets import mmwhs_layout, phantom, phantom_anatomy, phantom_physics
+from glua_bench.datasets import phantom, phantom_anatomy, phantom_physics
+from glua_bench.datasets.mmwhs_layout import MMWHSLayout
 from glua_bench.datasets.phantom import MANIFEST, STARTED, Phantom, generate, write_subject
 from glua_bench.errors import DataError
 from glua_bench.task import Grid
@@ -80,10 +81,13 @@ def test_cases_are_those_of_the_manifest_and_every_split_is_there(dataset: Phant
         assert all(case.image.is_file() and case.label.is_file() for case in cases)
 
 
-def test_the_whole_cohort_splits_14_2_4_and_nobody_appears_twice(dataset: Phantom) -> None:
+def test_the_whole_cohort_splits_14_2_20_and_nobody_appears_twice(dataset: Phantom) -> None:
     for domain in ("ct", "mr"):
-        splits = [dataset.split_of(domain, number) for number in mmwhs_layout.ALL_IDS]
-        assert [splits.count(split) for split in ("train", "val", "test")] == [14, 2, 4]
+        splits = [dataset.split_of(domain, number) for number in phantom.ALL_IDS]
+        assert [splits.count(split) for split in ("train", "val", "test")] == [14, 2, 20]
+        literature = MMWHSLayout.test_ids[domain]
+        assert set(literature) <= set(dataset.test_ids[domain])
+        assert set(dataset.test_ids[domain]) - set(literature) == set(range(1021, 1037))
     subjects = [case.subject for domain in ("ct", "mr") for case in dataset.cases(domain)]
     assert len(set(subjects)) == len(subjects)
 
@@ -201,6 +205,25 @@ def test_a_later_call_adds_ids(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.rglob(".*") if path.is_file()]  # no temporary files
 
 
+def test_a_cohort_of_four_test_cases_is_completed_and_a_chosen_one_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def write(root: Path, seed: int, domain: str, number: int, voxel_scale: float) -> None:
+        for name in (Phantom.label_path, Phantom.image_path):
+            name(root, domain, number).touch()
+
+    monkeypatch.setattr(phantom, "write_subject", write)
+    old = list(range(1001, 1021))
+    for chosen, after in ((old, list(phantom.ALL_IDS)), (old[:-1], old[:-1])):
+        place = tmp_path / str(len(chosen))
+        generate(place, ids=dict.fromkeys(phantom.DOMAINS, chosen), workers=1)
+        monkeypatch.setattr(phantom, "_cpus", lambda: 1)
+        Phantom(place).prepare()
+        for domain in phantom.DOMAINS:
+            assert list(Phantom(place).ids(domain)) == after
+            assert len(list(place.glob(f"{domain}_train/*.nii.gz"))) == 2 * len(after)
+
+
 # -- errors ---------------------------------------------------------------------------------------
 
 
@@ -259,7 +282,7 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_layout_errors_name_directory_and_domain(dataset: Phantom, tmp_path: Path) -> None:
-    class Elsewhere(mmwhs_layout.MMWHSLayout):
+    class Elsewhere(MMWHSLayout):
         """The layout with all ids, as the real release has them."""
 
         name = "elsewhere"
@@ -280,7 +303,7 @@ def test_layout_errors_name_directory_and_domain(dataset: Phantom, tmp_path: Pat
 
 def test_senseless_arguments_are_our_mistake(tmp_path: Path) -> None:
     for ids in ({"us": [1001]}, {"ct": [7]}):
-        with pytest.raises(ValueError, match="1001 to 1020"):
+        with pytest.raises(ValueError, match="1001 to 1036"):
             generate(tmp_path, ids=ids)
     with pytest.raises(ValueError, match="voxel_scale"):
         generate(tmp_path, voxel_scale=0.0)
