@@ -56,9 +56,7 @@ class Phantom(MMWHSLayout):
     needs: ClassVar[str] = "nothing (about 120 MB of disk, generated in under a minute)"
     distance_note: ClassVar[str] = "mm by the files' headers, which are exact"
     publishable: ClassVar[bool] = True
-    test_ids = {
-        domain: (*own, *MORE_TESTS) for domain, own in MMWHSLayout.test_ids.items()
-    }
+    test_ids = {domain: (*own, *MORE_TESTS) for domain, own in MMWHSLayout.test_ids.items()}
 
     def __init__(self, root: Path | None = None, seed: int = 0) -> None:
         super().__init__(self.default_root(seed) if root is None else Path(root))

@@ -82,6 +82,15 @@ DirectionNames = Annotated[
     ),
 ]
 Seeds = Annotated[int, typer.Option("--seeds", help="How many, from 0.")]
+Repeats = Annotated[
+    int,
+    typer.Option(
+        "--repeats",
+        min=0,
+        help="Train seed 0 this many times more, from initial weights that differ in their last "
+        "bits alone, and print how far results move.",
+    ),
+]
 Bounds = Annotated[
     bool,
     typer.Option(

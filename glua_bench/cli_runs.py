@@ -24,6 +24,7 @@ from glua_bench.cli_options import (
     Oracle,
     Plugins,
     Precision,
+    Repeats,
     RetryFailed,
     RunPreset,
     RunsRoot,
@@ -228,6 +229,7 @@ def compare(
     datasets: DatasetNames,
     directions: DirectionNames = None,
     seeds: Seeds = 3,
+    repeats: Repeats = 0,
     bounds: Bounds = True,
     jobs: Jobs = 1,
     retry_failed: RetryFailed = False,
@@ -255,7 +257,7 @@ def compare(
     datasets, plugin = with_descriptions(datasets, plugin)
     base = _shared_request(locals())
     asked = split_names(methods), split_names(datasets), split_names(directions or "")
-    cells = matrix.comparison(*asked, seeds, base, bounds)
+    cells = matrix.comparison(*asked, seeds, base, bounds, repeats)
     _run_matrix(f"compare {', '.join(asked[0])}", cells, jobs, retry_failed, dry_run, out)
 
 
@@ -264,6 +266,7 @@ def ablate(
     datasets: DatasetNames,
     directions: DirectionNames = None,
     seeds: Seeds = 3,
+    repeats: Repeats = 0,
     vary: Annotated[
         list[str] | None,
         typer.Option(
@@ -312,7 +315,9 @@ def ablate(
     datasets, plugin = with_descriptions(datasets, plugin)
     base = _shared_request(locals())
     asked = method, split_names(datasets), split_names(directions or "")
-    cells = matrix.ablation(*asked, seeds, base, combine, vary or [], variants, bounds, say)
+    cells = matrix.ablation(
+        *asked, seeds, base, combine, vary or [], variants, bounds, say, repeats
+    )
     title = f"ablate {method}" + (", combinations" if combine else "")
     _run_matrix(title, cells, jobs, retry_failed, dry_run, out)
 

@@ -101,6 +101,13 @@ class RunConfig:
     )
     preset: str = "quick"
     seed: int = setting(0, "seed of everything random", low=0, high=2**31 - 1)
+    perturbation: int = setting(
+        0,
+        "moves every initial weight to one of its two neighbours among floats, by this draw; 0 "
+        "leaves them",
+        low=0,
+        high=2**31 - 1,
+    )
     steps: int = setting(600, "updates of the segmenter", low=1, high=10_000_000)
     batch_size: int = setting(8, "images per domain and step", low=1, high=4096)
     slices: int = setting(

@@ -65,6 +65,7 @@ def comparison(
     seeds: int,
     base: RunRequest,
     bounds: bool = True,
+    repeats: int = 0,
 ) -> list[Cell]:
     """Every method on every direction of every dataset with every seed.
 
@@ -76,9 +77,10 @@ def comparison(
         seeds: how many, from 0.
         base: everything else that the runs share.
         bounds: begin with `source_only` and `supervised`, between which the gap lies.
+        repeats: further trainings of seed 0 that start from other last bits.
 
     Returns:
-        Seed by seed, so that whole comparisons are complete early.
+        Seed by seed, so that whole comparisons are complete early, then the repeats.
 
     Raises:
         UserError: a name or direction is unknown, or a name is given twice.
@@ -93,7 +95,7 @@ def comparison(
             changes |= {"method": "source_only", "scenario": "supervised"}
         Registry("method", base.plugins).entry(changes["method"])
         entries[name.replace(PHOTOMETRIC, " + photometric")] = changes
-    return _cells(entries, datasets, directions, seeds, base)
+    return _cells(entries, datasets, directions, seeds, base, repeats)
 
 
 def ablation(
@@ -107,6 +109,7 @@ def ablation(
     variants: bool = True,
     bounds: bool = True,
     report: Callable[[str], None] = lambda line: None,
+    repeats: int = 0,
 ) -> list[Cell]:
     """A method's declared variants and varied settings, on every direction with every seed.
 
@@ -129,9 +132,11 @@ def ablation(
             out (but not into combinations).
         bounds: begin with `source_only` and `supervised`, between which the gap lies.
         report: receives a line for each value that another entry stands for.
+        repeats: further trainings of seed 0 that start from other last bits.
 
     Returns:
-        Seed by seed: the bounds, the parts, the variants, the reference, the values in their order.
+        Seed by seed: the bounds, the parts, the variants, the reference, the values in their
+        order; then the repeats.
 
     Raises:
         UserError: the method is unknown, nothing is left to run, two entries have one name, or a
@@ -184,7 +189,7 @@ def ablation(
         for entry, changes in group.items():
             assignments = [*base.assignments, *(_assignment(k, v) for k, v in changes.items())]
             add(entry, replace(asked, assignments=assignments), optional)
-    return _cells(entries, datasets, directions, seeds, base)
+    return _cells(entries, datasets, directions, seeds, base, repeats)
 
 
 def _values(text: str, request: RunRequest) -> Iterator[tuple[str, Any]]:
@@ -239,9 +244,11 @@ def _cells(
     directions: Sequence[str],
     seeds: int,
     base: RunRequest,
+    repeats: int,
 ) -> list[Cell]:
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds} asks for no run; give 1 or more, 3 for intervals.")
+    starts = [(seed, 0) for seed in range(seeds)] + [(0, draw + 1) for draw in range(repeats)]
     tasks = []
     for name in dict.fromkeys(datasets):
         dataset: type[Dataset] = Registry("dataset", base.plugins).load(name)
@@ -254,16 +261,15 @@ def _cells(
                     f"or some of {', '.join(known)}."
                 )
             tasks.append((name, direction))
-    return [
-        Cell(
-            entry,
-            f"{dataset} {direction}",
-            replace(base, dataset=dataset, direction=direction, seed=seed, **changes),
-        )
-        for seed, (entry, changes), (dataset, direction) in itertools.product(
-            range(seeds), entries.items(), tasks
-        )
-    ]
+    cells = []
+    for (seed, draw), (entry, changes), (dataset, direction) in itertools.product(
+        starts, entries.items(), tasks
+    ):
+        request = replace(base, dataset=dataset, direction=direction, seed=seed, **changes)
+        if draw:
+            request.assignments = [*request.assignments, f"perturbation={draw}"]
+        cells.append(Cell(entry, f"{dataset} {direction}", request))
+    return cells
 
 
 def command(request: RunRequest) -> list[str]:

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import LightningEnvironment
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import glua_bench
@@ -164,6 +164,7 @@ def resolve(request: RunRequest, dataset: Dataset, method_class: type[Method]) -
     }
     values.update({name: value for name, value in options.items() if value is not None})
     settable = {
+        "perturbation",
         "steps",
         "batch_size",
         "augmentation",
@@ -282,7 +283,28 @@ def build_method(config: RunConfig, dataset: Task, method_class: type[Method]) -
     settings = build_settings(method_class.Config, config.method_config, "method")
     method = method_class(task_info(config, dataset), settings)
     stage_order(tuple(method.stages()))
+    if config.perturbation:
+        perturb(method, config.perturbation)
     return method
+
+
+@torch.no_grad()
+def perturb(module: nn.Module, draw: int) -> None:
+    """Move every weight to the next float above or below it, by chance.
+
+    Threads, processors and versions of libraries change last bits as much, and nobody controls
+    them: how far a result moves between draws is how far it moves between machines. Zeros stay,
+    since their neighbours are denormal and slow.
+
+    Args:
+        module: changed in place; the global random state is not.
+        draw: seed of the directions.
+    """
+    generator = torch.Generator().manual_seed(draw)
+    for weight in module.parameters():
+        up = torch.rand(weight.shape, generator=generator).to(weight.device) < 0.5
+        moved = torch.nextafter(weight, torch.where(up, torch.inf, -torch.inf).to(weight))
+        weight.copy_(torch.where(weight == 0, weight, moved))
 
 
 def check_batch(config: RunConfig, method: Method, devices: int) -> None:
@@ -610,6 +632,7 @@ def artefacts(planned: PlannedRun, method: Method) -> Callable[[Stage], Artefact
                 "precision": config.precision,
                 "devices": planned.request.devices,
                 "seed": config.seed,
+                "perturbation": config.perturbation,
                 "data": planned.fingerprints.train,
                 "code": stage_code(planned.method_class, method, stage, training_code),
             },

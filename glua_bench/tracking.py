@@ -1213,6 +1213,7 @@ def named_changes(config: RunConfig, method: Mapping[str, Any]) -> dict[str, Any
             "precision": RunConfig.precision,
             "candidates": RunConfig.candidates,
             "slices": RunConfig.slices,
+            "perturbation": RunConfig.perturbation,
             **preset,
             "segmenter": {**asdict(SegmenterSpec()), **preset.get("segmenter", {})},
         }

@@ -298,6 +298,7 @@ OTHER: Mapping[str, Any] = {
     "segmenter": SegmenterSpec("timm:other"),
     "scenario": "supervised",
     "seed": 1,
+    "perturbation": 1,
     "steps": 6,
     "batch_size": 7,
     "augmentation": "photometric",

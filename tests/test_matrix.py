@@ -77,6 +77,25 @@ def test_the_default_is_each_datasets_first_direction(base: RunRequest) -> None:
     assert [c.task for c in cells] == ["phantom mr-ct", "discs bright-dark"]
 
 
+def test_repeats_are_seed_0_with_other_last_bits(base: RunRequest) -> None:
+    for make in (
+        lambda repeats: comparison(["glua"], ["discs"], [], 2, base, repeats=repeats),
+        lambda repeats: ablation("glua", ["discs"], [], 2, base, repeats=repeats),
+    ):
+        plain, repeated = make(0), make(2)
+        assert repeated[: len(plain)] == plain
+        further = repeated[len(plain) :]
+        assert len(further) == len(plain)  # as many seeds as repeats
+        assert {c.request.seed for c in further} == {0}
+        draws = [c.request.assignments[-1] for c in further]
+        assert sorted(set(draws)) == ["perturbation=1", "perturbation=2"]
+        first = [c for c in plain if c.request.seed == 0]
+        for draw in range(2):
+            for known, cell in zip(first, further[draw * len(first) :], strict=False):
+                assert (cell.entry, cell.task) == (known.entry, known.task)
+                assert cell.request.assignments[:-1] == known.request.assignments
+
+
 def test_an_ablation_is_what_the_method_declares(base: RunRequest) -> None:
     cells = ablation("glua", ["phantom"], [], 1, base)
     entries = [c.entry for c in cells]

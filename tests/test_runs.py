@@ -547,19 +547,50 @@ def test_slices_that_are_no_neighbours_are_not_stacked(
     assert not MMWHSSIFA.neighbouring_slices
 
 
-def test_a_stage_is_shared_by_runs_on_as_many_slices_alone(
+def test_a_perturbation_moves_last_bits_alone_and_is_another_run(
+    phantom_root: Path, tmp_path: Path
+) -> None:
+    def built(*sets: str) -> tuple[runs.PlannedRun, Method]:
+        planned = plan(ask(phantom_root, tmp_path / "runs", *sets))
+        return planned, runs.build_method(planned.config, planned.dataset, planned.method_class)
+
+    (plain, first), (moved, second), (_, third) = (
+        built(*sets) for sets in ((), ("perturbation=1",), ("perturbation=2",))
+    )
+    assert plain.id != moved.id
+    assert any(
+        not torch.equal(a, b) for a, b in zip(second.parameters(), third.parameters(), strict=True)
+    )
+    ups, count = 0, 0
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        ulp = torch.nextafter(a.abs(), torch.tensor(torch.inf)) - a.abs()
+        # The float below a power of two is half as far away as the one above.
+        steps = ((b.double() - a.double()) / ulp.double())[a != 0]
+        assert set(steps.abs().unique().tolist()) <= {0.5, 1.0}
+        assert torch.equal(a == 0, b == 0)
+        ups, count = ups + int((steps > 0).sum()), count + steps.numel()
+    assert 0.45 < ups / count < 0.55
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    runs.perturb(first, 3)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_stage_is_shared_by_runs_on_as_many_slices_and_last_bits_alone(
     phantom_root: Path, tmp_path: Path
 ) -> None:
     small = ("method.cycle_width=4", "method.cycle_width_d=4")
     places = set()
-    for sets in ((), ("slices=3",), ("slices=3", "slice_distance=16"), ("slices=5",)):
+    sliced = (("slices=3",), ("slices=3", "slice_distance=16"), ("slices=5",))
+    for sets in ((), *sliced, ("perturbation=1",)):
         asked = ask(phantom_root, tmp_path / "runs", *small, *sets, method="cycle_translate")
         planned = plan(asked)
         method = runs.build_method(planned.config, planned.dataset, planned.method_class)
         artefact = runs.artefacts(planned, method)(method.stages()[0])
         assert artefact is not None
         places.add(artefact.path)
-    assert len(places) == 4
+    assert len(places) == 5
 
 
 @pytest.mark.parametrize(
