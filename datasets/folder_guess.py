@@ -16,6 +16,7 @@ import numpy as np
 
 from glua_bench.errors import DataError
 from glua_bench.formats import SUFFIXES, open_volume
+from glua_bench.volumes import label_integers
 
 LABEL_WORDS = {"label", "labels", "labelstr", "labelsts", "lab", "lbl", "seg", "segs"}
 LABEL_WORDS |= {"segmentation", "segmentations", "annotation", "annotations", "mask", "masks"}
@@ -148,7 +149,8 @@ def look(images: Mapping[str, Path], labels: Mapping[str, Path]) -> Look:
     values: set[int] = set()
     for path in _some(labels):
         volume = open_volume(path)
-        values |= {int(value) for value in np.unique(volume.scaled(volume.voxels()))}
+        found = np.unique(volume.scaled(volume.voxels()))
+        values |= set(label_integers(found, path).tolist())
     return Look(
         _triple(np.median(spacings, axis=0)),
         _triple(np.median(extents, axis=0)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from glua_bench.facts import CaseFacts, gather
 from glua_bench.findings import Finding, listed
 from glua_bench.suspicion import comparisons
 from glua_bench.task import Case, Dataset
-from glua_bench.volumes import apart
+from glua_bench.volumes import apart, label_integers
 
 # Corners of image and label may lie this share of the smallest voxel side apart.
 _APART = 0.1
@@ -64,7 +65,7 @@ def case_findings(facts: CaseFacts, dataset: Dataset) -> Iterator[Finding]:
     if image is not None and image.few:
         known = {0, *dataset.reading_of(case.domain).ignored_values}
         known |= {v for s in dataset.structures_of(case.domain) for v in s.values}
-        if set(image.few) <= known and facts.label_problem:
+        if facts.label_problem and _are_labels(image.few, known):
             yield Finding(
                 "swapped files",
                 own,
@@ -90,6 +91,14 @@ def case_findings(facts: CaseFacts, dataset: Dataset) -> Iterator[Finding]:
     canonical = dataset.reading_of(case.domain).orientation == "canonical"
     if image is not None and label is not None and canonical:
         yield from _placed_apart(facts)
+
+
+def _are_labels(values: Sequence[float], known: set[int]) -> bool:
+    """Whether an image's distinct values are label values."""
+    try:
+        return set(label_integers(np.array(values), Path()).tolist()) <= known
+    except DataError:
+        return False
 
 
 def _empty_slices(facts: CaseFacts) -> Iterator[Finding]:

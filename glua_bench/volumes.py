@@ -40,7 +40,9 @@ _SAMPLE = 2_000_000
 _PIECE = 1 << 18
 # Voxels of slices that are float32 at a time.
 _SLAB = 1 << 21
-_STRAY = 255  # a class index that stands for a label value that the dataset does not know
+_STRAY = 254  # a class index that stands for a label value that the dataset does not know
+# Label values may be off by this much from the integers that they are: storage rounds.
+_ROUNDED = 1e-3
 _EPSILON = 1e-6
 # Intensities and ranges of them beyond which float32 overflows on the way to [-1, 1].
 _LARGEST, _LEAST_RANGE = 1e18, 1e-18
@@ -452,16 +454,7 @@ def _read_classes(
     classes = np.zeros(stored.shape, np.uint8)
     strays: list[int] = []
     for piece in _pieces(stored):
-        part = file.scaled(stored[piece])
-        if part.dtype.kind == "f":
-            whole = np.rint(part)
-            if not np.isfinite(part).all() or np.abs(part - whole).max() > 1e-3:
-                raise DataError(
-                    f"{path} has label values that are no integers: "
-                    "save it without interpolation or scaling."
-                )
-            with np.errstate(invalid="ignore"):  # beyond 64 bits, and a stray in any case
-                part = whole.astype(np.int64)
+        part = label_integers(file.scaled(stored[piece]), path)
         classes[piece] = found = _look_up(part, known)
         strange = found == _STRAY
         if strange.any():
@@ -473,6 +466,41 @@ def _read_classes(
             "or list them in the dataset's structures or ignored_values."
         )
     return classes.reshape(shape, order="F")
+
+
+def label_integers(values: np.ndarray, path: Path) -> np.ndarray:
+    """Label values as the integers that they are.
+
+    Storage rounds: a slope of 0.1, or a resampling by nearest neighbour in single precision, leaves
+    2.9999993 where 3 is meant. What is within a thousandth of an integer is that integer; every
+    reader of label values asks here.
+
+    Args:
+        values: of any number type and shape, after scaling.
+        path: their file, for messages.
+
+    Returns:
+        integers of the same shape; those that do not fit into 64 bits become some that do.
+
+    Raises:
+        DataError: a value is not finite, or no integer.
+
+    Example:
+        >>> label_integers(np.array([0.0, 0.99998, 2.9999993]), Path("label.nii")).tolist()
+        [0, 1, 3]
+    """
+    if values.dtype.kind in "iu":
+        return values
+    if values.dtype.kind == "b":
+        return values.astype(np.uint8)
+    whole = np.rint(values)
+    if not np.isfinite(values).all() or (values.size and np.abs(values - whole).max() > _ROUNDED):
+        raise DataError(
+            f"{path} has label values that are no integers: "
+            "save it without interpolation or scaling."
+        )
+    with np.errstate(invalid="ignore"):  # beyond 64 bits, and no known value in any case
+        return whole.astype(np.int64)
 
 
 def _look_up(part: np.ndarray, known: Mapping[int, int]) -> np.ndarray:

@@ -95,6 +95,19 @@ def test_guesses_make_a_dataset_that_passes_every_check(
     assert "# What a paper has to cite." in file.read_text()
 
 
+def test_label_values_that_storage_rounded_lose_no_class(
+    tmp_path: Path, volumes: Callable[..., Path]
+) -> None:
+    data = volumes(same=False)
+    for file in data.glob("*/*_label.nii.gz"):
+        label: Any = nib.load(file)
+        values = np.asarray(label.dataobj, np.float32)
+        nib.save(nib.Nifti1Image(values * np.float32(0.99999), label.affine), file)
+    own = written(tmp_path, data)
+    assert [s.values for s in own.structures] == [(), (), ()]
+    assert [s.values for s in own.structures_of("ct")] == [(1,), (4,), (9,)]
+
+
 def test_a_person_is_on_one_side_in_all_domains(
     tmp_path: Path, volumes: Callable[..., Path]
 ) -> None:
