@@ -1828,7 +1828,7 @@ def _dataset_splits(dataset: Dataset) -> None:
         for domain, split in runs_needs:
             _demand(bool(dataset.split(domain, split)), f"'{domain}' has no case in '{split}'")
     ids: list[str] = []
-    files: list[Path] = []
+    files: set[tuple[Path, str]] = set()
     for domain in dataset.domains():
         cases = dataset.cases(domain)
         own = [case.id for case in cases]
@@ -1841,9 +1841,11 @@ def _dataset_splits(dataset: Dataset) -> None:
                 f"case {case.id} of the split '{case.split}' has no label",
             )
         ids += own
-        files += [file for case in cases for file in (case.image, case.label) if file]
+        # One label may serve several sequences of a person.
+        files |= {(case.image, case.id) for case in cases}
+        files |= {(case.label, case.subject) for case in cases if case.label}
     _demand(len(set(ids)) == len(ids), "two cases have the same id")
-    _demand(len(set(files)) == len(files), "two cases share a file")
+    _demand(len({file for file, _ in files}) == len(files), "two cases share a file")
 
 
 @_register(DATASET_CHECKS, "splits")
