@@ -66,7 +66,8 @@ def case_findings(facts: CaseFacts, dataset: Dataset) -> Iterator[Finding]:
     case, image, label = facts.case, facts.image, facts.label
     own = (case.id,)
     if image is not None and image.few:
-        known = {0, *dataset.reading_of(case.domain).ignored_values}
+        reading = dataset.reading_of(case.domain)
+        known = {0, *reading.ignored_values, *reading.unannotated_values}
         known |= {v for s in dataset.structures_of(case.domain) for v in s.values}
         if facts.label_problem and _are_labels(image.few, known):
             yield Finding(

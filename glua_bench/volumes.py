@@ -29,7 +29,7 @@ from scipy import ndimage, sparse
 
 from glua_bench.errors import DataError, RunFailure
 from glua_bench.formats import VolumeFile, open_volume
-from glua_bench.task import Grid, Reading, Structure
+from glua_bench.task import UNANNOTATED, Grid, Reading, Structure
 
 # A working pixel within 0.1 % of the file's pixel is taken as equal: over 256 pixels the drift
 # stays below a quarter of a pixel, and the image is not blurred by an interpolation.
@@ -206,12 +206,14 @@ def load_label(
     Args:
         path: the label file.
         image_path: the image that it belongs to, for messages.
-        reading: as for the image; `ignored_values` count as background.
+        reading: as for the image; `ignored_values` count as background, and `unannotated_values`
+            as a class of their own, `UNANNOTATED`.
         placement: what `load_image` gave for the image.
         structures: class i + 1 is `structures[i]`.
 
     Returns:
-        uint8 (Z, H, W), class indices, 0 where the grid reaches beyond the volume.
+        uint8 (Z, H, W), class indices or `UNANNOTATED`, 0 where the grid reaches beyond the
+        volume.
 
     Raises:
         DataError: as for `read_label_volume`.
@@ -249,11 +251,11 @@ def read_label_volume(
         path: the label file.
         image_path: the image that it belongs to; only its header is read.
         structures: class i + 1 is `structures[i]`.
-        reading: `ignored_values` count as background; its orientation decides whether the headers
-            of the two files have to agree.
+        reading: `ignored_values` count as background and `unannotated_values` as `UNANNOTATED`;
+            its orientation decides whether the headers of the two files have to agree.
 
     Returns:
-        uint8, class indices in the file's stored axes and shape.
+        uint8, class indices or `UNANNOTATED`, in the file's stored axes and shape.
 
     Raises:
         DataError: as for `open_volume`; or shapes or orientations of image and label differ, or a
@@ -448,6 +450,7 @@ def _read_classes(
             )
     known = {0: 0}
     known.update(dict.fromkeys(reading.ignored_values, 0))
+    known.update(dict.fromkeys(reading.unannotated_values, UNANNOTATED))
     for index, structure in enumerate(structures, start=1):
         known.update(dict.fromkeys(structure.values, index))
     stored = file.voxels().reshape(-1, order="F")
@@ -463,7 +466,7 @@ def _read_classes(
         shown = ", ".join(map(str, strays[:5])) + (", …" if len(strays) > 5 else "")
         raise DataError(
             f"{path} has label value(s) {shown} that the dataset does not know: relabel the file, "
-            "or list them in the dataset's structures or ignored_values."
+            "or list them in the dataset's structures, ignored_values or unannotated_values."
         )
     return classes.reshape(shape, order="F")
 

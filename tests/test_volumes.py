@@ -21,7 +21,7 @@ from scipy import ndimage
 from glua_bench import volumes
 from glua_bench.errors import DataError, RunFailure, UserError
 from glua_bench.formats import open_volume
-from glua_bench.task import Grid, Reading, Structure
+from glua_bench.task import UNANNOTATED, Grid, Reading, Structure
 from glua_bench.volumes import (
     Placement,
     load_image,
@@ -540,6 +540,28 @@ def test_label_values_merge_and_ignored_ones_vanish(tmp_path):
     classes = read_label_volume(label, file, STRUCTURES, Reading(ignored_values=(421,)))
     assert classes[0, 0, 0] == 2 and classes[1, 0, 0] == 0
     assert np.array_equal(classes == 1, raw == 205)
+
+
+def test_what_nobody_annotated_keeps_its_place_on_both_grids(tmp_path):
+    """It is a class like any other for the resampling, and no structure's neighbour gains by it."""
+    image, raw = heart()
+    file = write(tmp_path / "a.nii", image)
+    raw[: raw.shape[0] // 2, 3:] = 99
+    label = write(tmp_path / "l.nii", raw)
+    reading = Reading(unannotated_values=(99,))
+    classes = read_label_volume(label, file, STRUCTURES, reading)
+    assert classes.dtype == np.uint8 and np.array_equal(classes == UNANNOTATED, raw == 99)
+    for grid in (Grid(32, 1.0), Grid(16, 2.3, 1.7)):
+        placement = load_image(file, reading, grid).placement
+        labels = load_label(label, file, reading, placement, STRUCTURES)
+        # The same voxels as a structure of their own end at the same pixels.
+        own = [*STRUCTURES, Structure("U", "U", (99,), "")]
+        named = load_label(label, file, Reading(), placement, own)
+        assert np.array_equal(labels == UNANNOTATED, named == len(own))
+        assert np.array_equal(np.where(labels == UNANNOTATED, len(own), labels), named)
+        assert (labels == UNANNOTATED).any() and (labels == 1).any()
+    with pytest.raises(DataError, match="99 that the dataset does not know"):
+        read_label_volume(label, file, STRUCTURES, Reading())
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
