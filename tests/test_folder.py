@@ -31,13 +31,13 @@ domains:
   plain:
     images: images/plain_*.nii.gz
     labels: truth/truth_of_plain_*.nii.gz
-    ignore: [30]
+    background: [30]
     val: [2]
     test: [3]
   inverted:
     images: images/inverted_*.nii.gz
     labels: truth/truth_of_inverted_*.nii.gz
-    ignore: [30]
+    background: [30]
     val: [2]
     test: [3]
 """
@@ -97,9 +97,11 @@ def test_another_root_is_named_on_the_command_line(described: Path, tmp_path: Pa
 def test_domains_have_values_and_windows_of_their_own(described: Path) -> None:
     text = TEXT.replace(
         "    images: images/inverted", "    values: {DISC: 30}\n    images: images/inverted"
-    ).replace("    ignore: [30]\n    val: [2]\n    test: [3]\n  inv", "    val: [2]\n  inv")
+    ).replace("    background: [30]\n    val: [2]\n    test: [3]\n  inv", "    val: [2]\n  inv")
     described.write_text(
-        text.replace("ignore: [30]\n    val", "ignore: [10]\n    window: [0.1, 0.8]\n    val")
+        text.replace(
+            "background: [30]\n    val", "background: [10]\n    window: [0.1, 0.8]\n    val"
+        )
     )
     own = load(described)
     assert own.structures_of("inverted")[0].values == (30,)
