@@ -37,7 +37,12 @@ from glua_bench.datasets.folder_layouts import (
 )
 from glua_bench.errors import ConfigError, DataError
 from glua_bench.formats import SUFFIXES
-from glua_bench.scaffold import parse_structures, short_names, written_structures
+from glua_bench.scaffold import (
+    UNANNOTATED_NAME,
+    parse_structures,
+    short_names,
+    written_structures,
+)
 from glua_bench.task import Ask
 
 SOFT_TISSUE = "-125 275"  # HU; the window that is common for CT of the abdomen
@@ -92,7 +97,7 @@ def draft(
         raise DataError(f"{data} is no directory: name the one of your files with --data.")
     found = _nnunet(data, domains) or _patterns(data, domains, ask)
     looks = {domain.name: look(domain.images, domain.labels) for domain in found}
-    titles, values = _classes(found, looks, ask, structures)
+    titles, values, unannotated = _classes(found, looks, ask, structures)
     plane = ask(
         "Plane of the slices: axial, coronal or sagittal",
         _plane(looks),
@@ -108,9 +113,11 @@ def draft(
     blocks = []
     for domain in found:
         own = values[domain.name]
-        taken = {v for numbers in own.values() for v in numbers} | {*domain.unannotated}
-        rest = sorted(set(looks[domain.name].values) - taken)
+        named = {v for numbers in own.values() for v in numbers} | {*domain.unannotated}
+        rest = sorted(set(looks[domain.name].values) - named - {*unannotated[domain.name]})
         lines = {**domain.place, "values": _mapping(own)}
+        if unannotated[domain.name]:
+            lines["unannotated"] = f"{[*unannotated[domain.name]]}   # enters no loss and no score"
         if rest:
             lines["background"] = f"{rest}   # known label values that count as background"
         lines |= _intensity(domain.name, looks[domain.name], ask)
@@ -213,14 +220,14 @@ def _files(cases: Sequence[Found]) -> tuple[dict[str, Path], dict[str, Path]]:
 
 def _classes(
     found: Sequence[_Domain], looks: dict[str, Look], ask: Ask, given: Values | None
-) -> tuple[dict[str, str], dict[str, Values]]:
-    """Short name → title, and for each domain short name → raw values."""
+) -> tuple[dict[str, str], dict[str, Values], dict[str, tuple[int, ...]]]:
+    """Short name → title; for each domain short name → raw values; and what is unannotated."""
     answers: dict[str, Values] = {}
     titles: list[str] = []
     for domain in found:
         if given is not None or not domain.labels:
             answers[domain.name] = dict(given or {})
-            titles = titles or list(answers[domain.name])
+            titles = titles or _titles(answers[domain.name])
             continue
         values = [v for v in looks[domain.name].values if v not in domain.unannotated]
         if not values:
@@ -232,11 +239,12 @@ def _classes(
         text = written_structures(guess)
         question = (
             f"{domain.name}: the labels hold {', '.join(map(str, values))}; structures to segment, "
-            "as name=value by commas (tumour=1,2,3 merges), what is left out is background"
+            "as name=value by commas (tumour=1,2,3 merges; unannotated=255 enters no loss and no "
+            "score), what is left out is background"
         )
         read = partial(_structures, domain=domain.name, titles=tuple(titles))
         answers[domain.name] = ask(question, text, read)
-        titles = titles or list(answers[domain.name])
+        titles = titles or _titles(answers[domain.name])
     if not titles:
         raise DataError(
             f"No file of {' or '.join(d.name for d in found)} looks like a label: give the pattern "
@@ -251,7 +259,13 @@ def _classes(
             name: {short[title]: (answer or first)[title] for title in titles}
             for name, answer in answers.items()
         },
+        {name: (answer or first).get(UNANNOTATED_NAME, ()) for name, answer in answers.items()},
     )
+
+
+def _titles(answer: Values) -> list[str]:
+    """The structures of an answer."""
+    return [title for title in answer if title != UNANNOTATED_NAME]
 
 
 def _named(
@@ -268,7 +282,9 @@ def _named(
     if before is None:
         return {f"structure {value}": (value,) for value in values}
     # Other values than in the domain before: what is what, only the user can know.
-    return before if {v for own in before.values() for v in own} <= set(values) else {}
+    if not {v for title in _titles(before) for v in before[title]} <= set(values):
+        return {}
+    return {title: own for title, own in before.items() if set(own) <= set(values)}
 
 
 def _plane(looks: dict[str, Look]) -> str:
@@ -353,7 +369,9 @@ def _structures(answer: str, domain: str, titles: Sequence[str]) -> Values:
             f"which is which; answer the questions (without --yes), as in {titles[0]}=63."
         )
     found = parse_structures(answer, domain)
-    if titles and set(found) != set(titles):
+    if not _titles(found):
+        raise ConfigError(f"{domain}: '{answer}' names no structure; add one, such as liver=1.")
+    if titles and set(_titles(found)) != set(titles):
         raise ConfigError(
             f"{domain}: the structures must be {', '.join(titles)}, as in the domain before it; "
             "give each its value."

@@ -19,6 +19,9 @@ from glua_bench.task import Ask
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLORS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
 
+# The name of label values that are no structure, in `parse_structures`.
+UNANNOTATED_NAME = "unannotated"
+
 
 def new_method(name: str, folder: Path) -> tuple[Path, Path]:
     """Write `<name>.py` and `test_<name>.py` of a method.
@@ -62,6 +65,11 @@ def new_dataset(
             raise ConfigError(
                 f"--domains: '{domain}' cannot name a domain; use lower-case letters, digits and _."
             )
+    if UNANNOTATED_NAME in structures:
+        raise ConfigError(
+            f"--structures: '{UNANNOTATED_NAME}' is no structure; write unannotated_values into "
+            "the reading of the class instead."
+        )
     if first == second:
         raise ConfigError(f"--domains names '{first}' twice; name two domains, e.g. ct,mr.")
     short = short_names(list(structures))
@@ -123,6 +131,8 @@ def new_description(
 
 def parse_structures(text: str, asked: str = "--structures") -> dict[str, tuple[int, ...]]:
     """ "liver=1,tumour=2,3" → name in words → raw label values, those of a tumour 2 and 3.
+
+    The name "unannotated" stands for voxels that nobody annotated.
 
     Args:
         text: what the user wrote.

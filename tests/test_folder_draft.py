@@ -108,6 +108,36 @@ def test_label_values_that_storage_rounded_lose_no_class(
     assert [s.values for s in own.structures_of("ct")] == [(1,), (4,), (9,)]
 
 
+def test_an_answer_may_say_what_nobody_annotated(
+    tmp_path: Path, volumes: Callable[..., Path]
+) -> None:
+    questions: list[str] = []
+
+    def ask(question: str, guess: str, read: Callable[[str], Any]) -> Any:
+        asked = "name=value" in question
+        questions.extend([guess] * asked)
+        return read("liver=1,unannotated=9,spleen=4" if asked and len(questions) == 1 else guess)
+
+    own = written(tmp_path, volumes(), ask)
+    assert questions[1] == "liver=1,unannotated=9,spleen=4"
+    for domain in own.domains():
+        assert [s.title for s in own.structures_of(domain)] == ["liver", "spleen"]
+        reading = own.reading_of(domain)
+        assert (reading.unannotated_values, reading.ignored_values) == ((9,), ())
+    with pytest.raises(ConfigError, match="'unannotated=9' names no structure"):
+        written(tmp_path / "none", tmp_path / "vols", answers("unannotated=9"))
+
+
+def test_healthy_cases_hide_no_structure(tmp_path: Path, volumes: Callable[..., Path]) -> None:
+    data = volumes()
+    for file in sorted(data.glob("*/*_label.nii.gz")):
+        if not file.name.startswith("p3"):
+            label: Any = nib.load(file)
+            nib.save(nib.Nifti1Image(np.zeros(label.shape, np.int16), label.affine), file)
+    own = written(tmp_path, data, answers("liver=1,spleen=4"))
+    assert [s.values for s in own.structures_of("mr")] == [(1,), (4,)]
+
+
 def test_an_answer_may_merge_label_values(tmp_path: Path, volumes: Callable[..., Path]) -> None:
     own = written(tmp_path, volumes(), answers("organ=1,4"))
     assert [s.values for s in own.structures_of("mr")] == [(1, 4)]
