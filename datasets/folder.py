@@ -70,7 +70,7 @@ class Folder(Dataset):
         data: Path,
         ask: Ask,
         domains: tuple[str, ...] = (),
-        structures: dict[str, int] | None = None,
+        structures: Mapping[str, tuple[int, ...]] | None = None,
     ) -> str:
         """A description of the files in a directory, with guesses that the user confirms.
 
@@ -111,11 +111,13 @@ class Folder(Dataset):
         return cls.structures if cls.told is None else cls.told.domains[domain].structures
 
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
-        """Find the files; nothing is made.
+        """Find the files, and say what should be changed in the description; nothing is made.
 
         Raises:
             DataError: files are missing.
         """
+        for note in () if self.told is None else self.told.notes:
+            report(note)
         for domain in self.domains():
             cases = self.cases(domain)
             bare = sum(case.label is None for case in cases)

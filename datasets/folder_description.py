@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from glua_bench.datasets.folder_layouts import (
     by_nnunet,
     by_pattern,
     by_table,
+    nnunet_unannotated,
     nnunet_values,
     pattern_fault,
 )
@@ -49,6 +51,7 @@ class Domain:
         val: ids of validation cases.
         test: ids of test cases.
         place: where it is described, for messages.
+        notes: what a user should change there, in sentences.
     """
 
     find: Callable[[Path], list[Found]]
@@ -57,6 +60,7 @@ class Domain:
     val: tuple[str, ...]
     test: tuple[str, ...]
     place: Table
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Description:
         protocol: what differs from the harness's protocol; usually nothing.
         publishable: may pictures leave the machine?
         same_people: an id means the same person in all domains.
+        notes: what a user should change in the file, in sentences.
     """
 
     name: str
@@ -90,6 +95,7 @@ class Description:
     protocol: str
     publishable: bool
     same_people: bool
+    notes: tuple[str, ...]
 
 
 def describe(file: Path) -> Description:
@@ -134,6 +140,7 @@ def describe(file: Path) -> Description:
         text.take("protocol", str, ""),
         text.take("publishable", bool, False),
         text.take("same_people", bool, False),
+        tuple(note for domain in domains.values() for note in domain.notes),
     )
     text.finish()
     return described
@@ -187,6 +194,7 @@ def _domain(
         )
     find: Callable[[Path], list[Found]]
     named: Mapping[str, tuple[int, ...]] = {}
+    unannotated: tuple[int, ...] = ()
     if ways == ["images"]:
         pattern, labels = part.take("images", str), part.take("labels", str, None)
         fault = pattern_fault(pattern, labels)
@@ -200,16 +208,26 @@ def _domain(
         folder = Path(part.take("nnunet", str)).expanduser()
         channel, fold = part.take("channel", int, 0), part.take("fold", int, None)
         find = partial(_nnunet, folder=folder, channel=channel, fold=fold)
-        if "values" not in part and (root / folder / "dataset.json").is_file():
-            named = nnunet_values(root / folder)
-    own, rest = _domain_values(part, structures, named)
+        if (root / folder / "dataset.json").is_file():
+            named = {} if "values" in part else nnunet_values(root / folder)
+            unannotated = nnunet_unannotated(root / folder)
+    notes = []
+    if "ignore" in part:
+        notes.append(
+            f"{part.where('ignore')}: 'ignore' is called 'background' now; rename it, or call it "
+            "'unannotated' if nobody annotated those voxels."
+        )
+    unannotated = tuple(dict.fromkeys((*unannotated, *_listed(part, "unannotated"))))
+    own, background = _domain_values(part, structures, named, unannotated)
+    plane = replace(plane, ignored_values=background, unannotated_values=unannotated)
     told = Domain(
         find,
-        _reading(part, plane, rest),
+        _reading(part, plane),
         own,
         tuple(part.texts("val", [])),
         tuple(part.texts("test", [])),
         part,
+        tuple(notes),
     )
     both = sorted(set(told.val) & set(told.test))
     if both:
@@ -222,10 +240,28 @@ def _nnunet(root: Path, folder: Path, channel: int, fold: int | None) -> list[Fo
     return by_nnunet(root / folder, channel, fold)
 
 
+def _listed(part: Table, name: str) -> tuple[int, ...]:
+    """A list of label values, which may be missing."""
+    values = part.take(name, list, [])
+    if not all(type(v) is int for v in values):
+        raise part.error(f"'{name}' must be a list of label values", name)
+    return tuple(values)
+
+
 def _domain_values(
-    part: Table, structures: tuple[Structure, ...], named: Mapping[str, tuple[int, ...]]
+    part: Table,
+    structures: tuple[Structure, ...],
+    named: Mapping[str, tuple[int, ...]],
+    unannotated: tuple[int, ...],
 ) -> tuple[tuple[Structure, ...], tuple[int, ...]]:
-    """The classes with the domain's label values, and the values that count as background."""
+    """The classes with the domain's label values, and the values that count as background.
+
+    Args:
+        part: what is said of the domain.
+        structures: the classes.
+        named: names in `dataset.json` and their values.
+        unannotated: values that are neither.
+    """
     values = {s.name: s.values for s in structures if s.values}
     own = part.table("values")
     if own is not None:
@@ -244,20 +280,26 @@ def _domain_values(
         raise part.error(
             f"no label value is given for {missing[0]}; add it under 'values', here or in its class"
         )
-    ignored = [v for v in part.take("ignore", list, []) if type(v) is int]
-    if len(ignored) < len(part.take("ignore", list, [])):
-        raise part.error("'ignore' must be a list of label values", "ignore")
-    used = [v for s in structures for v in values[s.name]] + ignored
-    twice = sorted({v for v in used if used.count(v) > 1})
-    if twice:
-        raise part.error(f"the label value {twice[0]} has two meanings; give it one")
-    rest = [v for numbers in named.values() for v in numbers if v not in used]
-    return tuple(replace(s, values=values[s.name]) for s in structures), (*ignored, *rest)
+    background = (*_listed(part, "background"), *_listed(part, "ignore"))
+    meanings = {s.name: values[s.name] for s in structures}
+    meanings |= {"'background'": background, "'unannotated'": unannotated}
+    for (one, first), (other, second) in combinations(meanings.items(), 2):
+        shared = sorted(set(first) & set(second))
+        if shared:
+            raise part.error(
+                f"the label value {shared[0]} has two meanings, {one} and {other}, and a voxel has "
+                "one class; give each its own under 'values' (regions of nnU-Net that overlap, too)"
+            )
+    used = {v for numbers in meanings.values() for v in numbers}
+    rest = dict.fromkeys(v for numbers in named.values() for v in numbers if v not in used)
+    return (
+        tuple(replace(s, values=values[s.name]) for s in structures),
+        tuple(dict.fromkeys((*background, *rest))),
+    )
 
 
-def _reading(part: Table, plane: Reading, ignored: tuple[int, ...]) -> Reading:
-    """How a domain's files become arrays."""
-    reading = replace(plane, ignored_values=tuple(ignored))
+def _reading(part: Table, reading: Reading) -> Reading:
+    """How a domain's files become arrays, from how its slices lie and what its labels mean."""
     stored = part.table("stored")
     if stored is not None:
         axes = [stored.take("slices", int), stored.take("rows", int)]

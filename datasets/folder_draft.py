@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -31,17 +31,27 @@ from glua_bench.datasets.folder_layouts import (
     Found,
     by_nnunet,
     by_pattern,
+    nnunet_unannotated,
     nnunet_values,
     pattern_fault,
 )
 from glua_bench.errors import ConfigError, DataError
 from glua_bench.formats import SUFFIXES
-from glua_bench.scaffold import parse_structures, short_names
+from glua_bench.scaffold import (
+    UNANNOTATED_NAME,
+    parse_structures,
+    short_names,
+    written_structures,
+)
 from glua_bench.task import Ask
 
 SOFT_TISSUE = "-125 275"  # HU; the window that is common for CT of the abdomen
 _SHARES = {"test": 0.2, "val": 0.1}
 _SEED = 0  # of the draw of test and validation cases
+
+
+# Structure → raw label values.
+Values = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,8 @@ class _Domain:
         place: lines of the description that say where the files are.
         images: files of the images, by id.
         labels: files of the labels, by id.
-        named: structure → raw value, where the files tell.
+        named: structure → raw values, where the files tell.
+        unannotated: raw values of voxels that nobody annotated, where the files tell.
         test: ids that the files themselves set apart.
     """
 
@@ -61,12 +72,13 @@ class _Domain:
     place: dict[str, str]
     images: dict[str, Path]
     labels: dict[str, Path]
-    named: dict[str, int]
+    named: Values
+    unannotated: tuple[int, ...] = ()
     test: frozenset[str] = frozenset()
 
 
 def draft(
-    name: str, data: Path, ask: Ask, domains: Sequence[str], structures: dict[str, int] | None
+    name: str, data: Path, ask: Ask, domains: Sequence[str], structures: Values | None
 ) -> str:
     """The text of a description of the volumes in a directory.
 
@@ -75,7 +87,7 @@ def draft(
         data: the directory.
         ask: puts a question to the user.
         domains: words in the files' paths; empty lets the files suggest them.
-        structures: name in words → raw label value, the same in all domains; None asks.
+        structures: name in words → raw label values, the same in all domains; None asks.
 
     Raises:
         DataError: the directory holds no volumes, or not two domains.
@@ -85,7 +97,7 @@ def draft(
         raise DataError(f"{data} is no directory: name the one of your files with --data.")
     found = _nnunet(data, domains) or _patterns(data, domains, ask)
     looks = {domain.name: look(domain.images, domain.labels) for domain in found}
-    titles, values = _classes(found, looks, ask, structures)
+    titles, values, unannotated = _classes(found, looks, ask, structures)
     plane = ask(
         "Plane of the slices: axial, coronal or sagittal",
         _plane(looks),
@@ -101,10 +113,13 @@ def draft(
     blocks = []
     for domain in found:
         own = values[domain.name]
-        rest = sorted(set(looks[domain.name].values) - set(own.values()))
+        named = {v for numbers in own.values() for v in numbers} | {*domain.unannotated}
+        rest = sorted(set(looks[domain.name].values) - named - {*unannotated[domain.name]})
         lines = {**domain.place, "values": _mapping(own)}
+        if unannotated[domain.name]:
+            lines["unannotated"] = f"{[*unannotated[domain.name]]}   # enters no loss and no score"
         if rest:
-            lines["ignore"] = f"{rest}   # known label values that count as background"
+            lines["background"] = f"{rest}   # known label values that count as background"
         lines |= _intensity(domain.name, looks[domain.name], ask)
         lines |= {split: _listing(ids) for split, ids in splits[domain.name].items()}
         block = [f"  {domain.name}:", *(f"    {key}: {text}" for key, text in lines.items())]
@@ -142,12 +157,16 @@ def _nnunet(data: Path, names: Sequence[str]) -> list[_Domain]:
         if names and name not in names:
             continue
         cases = by_nnunet(folder)
+        regions = nnunet_values(folder)
+        shared = [v for values in regions.values() for v in values]
         made.append(
             _Domain(
                 name,
                 {"nnunet": json.dumps(folder.name)},
                 *_files(cases),
-                {k.lower(): v[0] for k, v in nnunet_values(folder).items() if len(v) == 1},
+                # Regions that overlap are no classes, so that their names tell nothing.
+                {k.lower(): v for k, v in regions.items() if len(set(shared)) == len(shared)},
+                nnunet_unannotated(folder),
                 frozenset(case.id for case in cases if case.split == "test"),
             )
         )
@@ -200,31 +219,32 @@ def _files(cases: Sequence[Found]) -> tuple[dict[str, Path], dict[str, Path]]:
 
 
 def _classes(
-    found: Sequence[_Domain], looks: dict[str, Look], ask: Ask, given: dict[str, int] | None
-) -> tuple[dict[str, str], dict[str, dict[str, int]]]:
-    """Short name → title, and for each domain short name → raw value."""
-    answers: dict[str, dict[str, int]] = {}
+    found: Sequence[_Domain], looks: dict[str, Look], ask: Ask, given: Values | None
+) -> tuple[dict[str, str], dict[str, Values], dict[str, tuple[int, ...]]]:
+    """Short name → title; for each domain short name → raw values; and what is unannotated."""
+    answers: dict[str, Values] = {}
     titles: list[str] = []
     for domain in found:
         if given is not None or not domain.labels:
             answers[domain.name] = dict(given or {})
-            titles = titles or list(answers[domain.name])
+            titles = titles or _titles(answers[domain.name])
             continue
-        values = looks[domain.name].values
+        values = [v for v in looks[domain.name].values if v not in domain.unannotated]
         if not values:
             raise DataError(
                 f"The labels of '{domain.name}' hold no value but 0, first "
                 f"{next(iter(domain.labels.values()))}: correct the pattern of the labels."
             )
         guess = _named(domain, found, values, answers)
-        text = ",".join(f"{title}={value}" for title, value in guess.items())
+        text = written_structures(guess)
         question = (
             f"{domain.name}: the labels hold {', '.join(map(str, values))}; structures to segment, "
-            "as name=value by commas, what is left out is background"
+            "as name=value by commas (tumour=1,2,3 merges; unannotated=255 enters no loss and no "
+            "score), what is left out is background"
         )
         read = partial(_structures, domain=domain.name, titles=tuple(titles))
         answers[domain.name] = ask(question, text, read)
-        titles = titles or list(answers[domain.name])
+        titles = titles or _titles(answers[domain.name])
     if not titles:
         raise DataError(
             f"No file of {' or '.join(d.name for d in found)} looks like a label: give the pattern "
@@ -239,24 +259,32 @@ def _classes(
             name: {short[title]: (answer or first)[title] for title in titles}
             for name, answer in answers.items()
         },
+        {name: (answer or first).get(UNANNOTATED_NAME, ()) for name, answer in answers.items()},
     )
+
+
+def _titles(answer: Values) -> list[str]:
+    """The structures of an answer."""
+    return [title for title in answer if title != UNANNOTATED_NAME]
 
 
 def _named(
     domain: _Domain,
     found: Sequence[_Domain],
     values: Sequence[int],
-    answers: dict[str, dict[str, int]],
-) -> dict[str, int]:
+    answers: Mapping[str, Values],
+) -> Values:
     """Names for the label values of a domain; none where nothing tells what they mean."""
     before = next((answer for answer in answers.values() if answer), None)
     if domain.named:
         wanted = before or set.intersection(*(set(d.named) for d in found if d.named))
         return {title: value for title, value in domain.named.items() if title in wanted}
     if before is None:
-        return {f"structure {value}": value for value in values}
+        return {f"structure {value}": (value,) for value in values}
     # Other values than in the domain before: what is what, only the user can know.
-    return before if set(before.values()) <= set(values) else {}
+    if not {v for title in _titles(before) for v in before[title]} <= set(values):
+        return {}
+    return {title: own for title, own in before.items() if set(own) <= set(values)}
 
 
 def _plane(looks: dict[str, Look]) -> str:
@@ -333,15 +361,17 @@ def _labels(
     return answer, by_pattern(data, images, answer, data)
 
 
-def _structures(answer: str, domain: str, titles: Sequence[str]) -> dict[str, int]:
-    """Name → value; the names are those of the domains before it."""
+def _structures(answer: str, domain: str, titles: Sequence[str]) -> Values:
+    """Name → values; the names are those of the domains before it."""
     if not answer:
         raise ConfigError(
             f"{domain}: its label values are not those of the domain before it, so nothing tells "
             f"which is which; answer the questions (without --yes), as in {titles[0]}=63."
         )
     found = parse_structures(answer, domain)
-    if titles and set(found) != set(titles):
+    if not _titles(found):
+        raise ConfigError(f"{domain}: '{answer}' names no structure; add one, such as liver=1.")
+    if titles and set(_titles(found)) != set(titles):
         raise ConfigError(
             f"{domain}: the structures must be {', '.join(titles)}, as in the domain before it; "
             "give each its value."
@@ -381,8 +411,9 @@ def _length(answer: str) -> float:
     return value
 
 
-def _mapping(values: dict[str, int]) -> str:
-    return "{" + ", ".join(f"{key}: {value}" for key, value in values.items()) + "}"
+def _mapping(values: Values) -> str:
+    texts = {key: own[0] if len(own) == 1 else list(own) for key, own in values.items()}
+    return "{" + ", ".join(f"{key}: {text}" for key, text in texts.items()) + "}"
 
 
 def _listing(ids: Sequence[str]) -> str:

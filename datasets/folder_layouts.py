@@ -252,32 +252,44 @@ def read_nnunet(folder: Path) -> dict:
 def nnunet_values(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name of each label of a nnU-Net folder → its raw values, without background and ignore.
 
+    Regions have several values each, and may share some.
+
     Raises:
-        DataError: `dataset.json` has no labels, or regions of several values that overlap.
+        DataError: `dataset.json` has no labels, or some that are no integers.
     """
+    labels = _nnunet_labels(folder)
+    return {
+        name: values
+        for name, values in labels.items()
+        if name.lower() not in ("background", "ignore") and values != (0,)
+    }
+
+
+def nnunet_unannotated(folder: Path) -> tuple[int, ...]:
+    """The raw values that a nnU-Net folder calls "ignore": nobody annotated those voxels.
+
+    Raises:
+        DataError: as for `nnunet_values`.
+    """
+    labels = _nnunet_labels(folder)
+    return tuple(v for name, values in labels.items() if name.lower() == "ignore" for v in values)
+
+
+def _nnunet_labels(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name of each label → its raw values, as `dataset.json` has them."""
     labels = read_nnunet(folder).get("labels")
     if not isinstance(labels, Mapping):
         raise DataError(f"{folder / 'dataset.json'} has no table 'labels': complete it.")
     made: dict[str, tuple[int, ...]] = {}
     for name, value in labels.items():
-        values = value if isinstance(value, list) else [value]
-        if not all(isinstance(v, int) or str(v).isdigit() for v in values):
-            # nnU-Net v1 has value → name.
-            if str(name).isdigit() and isinstance(value, str):
-                name, values = value, [int(name)]
-            else:
-                raise DataError(
-                    f"{folder / 'dataset.json'} has the label '{name}' of {value}: give integers."
-                )
-        numbers = tuple(int(v) for v in values)
-        if str(name).lower() not in ("background", "ignore") and numbers != (0,):
-            made[str(name)] = numbers
-    flat = [value for values in made.values() for value in values]
-    if len(set(flat)) < len(flat):
-        raise DataError(
-            f"{folder / 'dataset.json'} defines regions that overlap, which this harness does not "
-            "score: give each class its own values in the description."
-        )
+        if str(name).isdigit() and isinstance(value, str):  # nnU-Net v1 has value → name
+            name, value = value, int(name)
+        values = [str(v) for v in (value if isinstance(value, list) else [value])]
+        if not values or not all(re.fullmatch(r"\d+(\.0*)?", v) for v in values):
+            raise DataError(
+                f"{folder / 'dataset.json'} has the label '{name}' of {value}: give integers."
+            )
+        made[str(name)] = tuple(int(float(v)) for v in values)
     return made
 
 

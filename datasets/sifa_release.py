@@ -1,6 +1,6 @@
 """Slices and volumes as the pre-processed MM-WHS release of PnP-AdaNet and SIFA stores them.
 
-Nothing is rounded, clamped or folded here: what is not as the release has it is refused.
+Nothing is clamped or folded here: what is not as the release has it is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 
 from glua_bench.datasets.tfrecord import Values, read_examples
 from glua_bench.errors import DataError
+from glua_bench.volumes import label_integers
 
 # What its authors map to [-1, 1], in standard deviations of a volume.
 RANGES = {"ct": (-2.8, 3.2), "mr": (-1.8, 4.4)}
@@ -132,10 +133,11 @@ def _checked(values: np.ndarray, path: Path, what: str) -> np.ndarray:
         raise DataError(f"{path} has {what} values that are no finite numbers: download it again.")
     if what == "image":
         return values.astype(np.float32)
+    values = label_integers(values, path)
     strays = sorted(set(np.unique(values).tolist()) - _KNOWN)
     if strays:
         raise DataError(
-            f"{path} has label value(s) {', '.join(f'{value:g}' for value in strays[:5])} and the "
+            f"{path} has label value(s) {', '.join(map(str, strays[:5]))} and the "
             f"release has 0 to {UNDOCUMENTED} alone: give the release's file."
         )
     return values.astype(np.uint8)

@@ -135,7 +135,7 @@ def new_dataset(
     ] = None,
     structures: Annotated[
         str | None,
-        typer.Option(help="Structures and their raw label values, e.g. liver=1,spleen=4."),
+        typer.Option(help="Structures and their raw label values, e.g. liver=1,tumour=2,3."),
     ] = None,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Ask nothing: take what the files suggest.")
@@ -156,7 +156,7 @@ def new_dataset(
         if len(names) > 2:
             raise ConfigError(f"--domains {domains} names more than two; give two with --python.")
         pair = (names[0], names[1]) if names else ("ct", "mr")
-        file, test = scaffold.new_dataset(name, out, pair, given or {"organ": 1})
+        file, test = scaffold.new_dataset(name, out, pair, given or {"organ": (1,)})
         say(f"Wrote {file} and {test}; set splits, orientation and grids in it.")
         say(f"Files: DIRECTORY/{{{pair[0]},{pair[1]}}}/PERSON_image.nii.gz and PERSON_label.nii.gz")
         say(f"Next:  glua-bench data check {name} --plugin {file} --data-root DIRECTORY")

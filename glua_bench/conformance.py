@@ -337,6 +337,7 @@ class TinyDataset(Dataset):
 
     Subjects differ in place, size and noise. One further blob has a value that counts as
     background, and the ring has two values, so that a class table is needed to read the labels.
+    A value is kept for voxels that nobody annotated; no label has it.
     """
 
     name: ClassVar[str] = "conformance"
@@ -347,7 +348,7 @@ class TinyDataset(Dataset):
         Structure("RING", "ring", (20, 21), "#56b4e9"),
     )
     directions: ClassVar[tuple[str, ...]] = ("plain-inverted", "inverted-plain")
-    reading: ClassVar[Reading] = Reading(ignored_values=(30,))
+    reading: ClassVar[Reading] = Reading(ignored_values=(30,), unannotated_values=(40,))
     grids: ClassVar[Mapping[str, Grid]] = {preset: Grid(SIZE, 1.0) for preset in PRESETS}
     publishable: ClassVar[bool] = True
 
@@ -1724,6 +1725,41 @@ def _source_labels_matter(bench: Bench) -> None:
     )
 
 
+@_register(METHOD_CHECKS, "source_labels_matter")
+def _unannotated(bench: Bench) -> None:
+    """Source pixels that nobody annotated are trained on as no class, background included."""
+    last = bench.dataset.structures[-1].values[0]
+    trained = {}
+    for name, value in (("nothing", 40), ("background", 0), ("the last structure", last)):
+        data = bench.copy_of_data()
+        for case in data.split(bench.config().source, "train"):
+            label: Any = nib.load(case.truth)
+            classes = np.array(label.dataobj, np.int16)
+            classes[: classes.shape[0] // 2] = value
+            nib.save(nib.Nifti1Image(classes, label.affine), case.truth)
+        try:
+            trained[name] = bench.train(dataset=data).weights
+        except Exception as error:  # a plugin may raise anything
+            if name != "nothing":
+                raise
+            raise CheckFailure(
+                f"with labels that hold task.UNANNOTATED it does not train: "
+                f"{type(error).__name__}: {error} ({_UNANNOTATED_ADVICE})"
+            ) from error
+    for name, weights in trained.items():
+        if name != "nothing":
+            _demand(
+                first_difference(trained["nothing"], weights) is not None,
+                f"pixels that nobody annotated count as {name} ({_UNANNOTATED_ADVICE})",
+            )
+
+
+_UNANNOTATED_ADVICE = (
+    "take losses of glua_bench.losses, or leave pixels whose label is task.UNANNOTATED out of "
+    "every sum and mean of your own; losses.annotated tells them"
+)
+
+
 @_register(METHOD_CHECKS, "trains", "logs", "logits")
 def _whole_run(bench: Bench) -> None:
     """A run trains, selects, evaluates and is done; the same run again does nothing."""
@@ -1774,8 +1810,9 @@ def _check_structures(structures: Sequence[Structure], reading: Reading) -> None
         ("title", [s.title for s in structures]),
         ("colour", [s.color.lower() for s in structures]),
         (
-            "label value (ignored ones and 0 for background included)",
-            [v for s in structures for v in s.values] + [*reading.ignored_values, 0],
+            "label value (ignored and unannotated ones and 0 for background included)",
+            [v for s in structures for v in s.values]
+            + [*reading.ignored_values, *reading.unannotated_values, 0],
         ),
     ):
         twice = [value for value, count in Counter(values).items() if count > 1]
@@ -1828,7 +1865,7 @@ def _dataset_splits(dataset: Dataset) -> None:
         for domain, split in runs_needs:
             _demand(bool(dataset.split(domain, split)), f"'{domain}' has no case in '{split}'")
     ids: list[str] = []
-    files: list[Path] = []
+    files: set[tuple[Path, str]] = set()
     for domain in dataset.domains():
         cases = dataset.cases(domain)
         own = [case.id for case in cases]
@@ -1841,9 +1878,11 @@ def _dataset_splits(dataset: Dataset) -> None:
                 f"case {case.id} of the split '{case.split}' has no label",
             )
         ids += own
-        files += [file for case in cases for file in (case.image, case.label) if file]
+        # One label may serve several sequences of a person.
+        files |= {(case.image, case.id) for case in cases}
+        files |= {(case.label, case.subject) for case in cases if case.label}
     _demand(len(set(ids)) == len(ids), "two cases have the same id")
-    _demand(len(set(files)) == len(files), "two cases share a file")
+    _demand(len({file for file, _ in files}) == len(files), "two cases share a file")
 
 
 @_register(DATASET_CHECKS, "splits")

@@ -169,10 +169,13 @@ class Table:
             text: what is wrong and how it is repaired, without the final period.
             place: a key of this table, or a node; None takes the table itself.
         """
-        node = self._keys.get(place) if isinstance(place, str) else place
-        mark = (node or self.node).start_mark
         end = "" if text.endswith("?") else "."
-        return ConfigError(f"{self.file}, line {mark.line + 1}: {text}{end}")
+        return ConfigError(f"{self.where(place)}: {text}{end}")
+
+    def where(self, place: yaml.Node | str | None = None) -> str:
+        """The file and the line of a key of this table, or of a node; None takes the table."""
+        node = self._keys.get(place) if isinstance(place, str) else place
+        return f"{self.file}, line {(node or self.node).start_mark.line + 1}"
 
     def _plain(self, node: yaml.Node) -> Any:
         """The Python value of a node."""

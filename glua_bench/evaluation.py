@@ -18,7 +18,7 @@ from glua_bench.cache import CachedImage, SliceCache
 from glua_bench.console import Progress
 from glua_bench.metrics import case_metrics
 from glua_bench.neighbours import ALONE, Neighbourhood, Stacks
-from glua_bench.task import Case, Dataset, Grid
+from glua_bench.task import UNANNOTATED, Case, Dataset, Grid
 from glua_bench.volumes import read_label_volume, restore, save_labels
 
 Predict = Callable[[Tensor], Tensor]
@@ -128,6 +128,9 @@ def evaluate(
             values = [structure.values[0] for structure in structures]
             save_labels(predictions / f"{case.id}.nii.gz", labels, image.placement, values)
         reference = read_label_volume(case.truth, case.image, structures, reading)
+        # What nobody annotated can be neither right nor wrong, so that it is background in both.
+        unannotated = reference == UNANNOTATED
+        labels[unannotated] = reference[unannotated] = 0
         spacing = image.placement.spacing
         ml = float(np.prod(spacing)) / 1000
         scores = case_metrics(labels, reference, structures, spacing)

@@ -222,6 +222,7 @@ def _image_facts(volume: _Volume) -> ImageFacts:
     file, stored = volume.file, volume.stored
     low, high = extremes(file, stored)
     values, weights, fingerprint = _distribution(file, stored)
+    distinct = values[np.diff(values, prepend=np.nan) != 0]
     box = np.array(foreground(file, volume.oriented))
     body = volume.oriented[tuple(slice(int(first), int(last) + 1) for first, last in box)]
     middle = (np.array(volume.oriented.shape) - 1) / 2
@@ -236,7 +237,7 @@ def _image_facts(volume: _Volume) -> ImageFacts:
         negative=float(weights[values < 0].sum() / weights.sum()),
         flat=_floats(ends),
         gaps=_ints(gaps),
-        few=tuple(float(v) for v in values) if len(values) <= _FEW else (),
+        few=tuple(float(v) for v in distinct) if len(distinct) <= _FEW else (),
         body=_floats((box.mean(1) - middle) * volume.oriented_spacing),
         content=_digest(stored.shape, (_plain(file, plane) for plane in _slices(stored))),
         values=fingerprint,

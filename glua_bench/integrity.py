@@ -7,8 +7,9 @@ cases can tell is in `suspicion.py`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from glua_bench.facts import CaseFacts, gather
 from glua_bench.findings import Finding, listed
 from glua_bench.suspicion import comparisons
 from glua_bench.task import Case, Dataset
-from glua_bench.volumes import apart
+from glua_bench.volumes import apart, label_integers
 
 # Corners of image and label may lie this share of the smallest voxel side apart.
 _APART = 0.1
@@ -28,6 +29,8 @@ _SAME_SPACING = 0.01
 _PADDING = 0.5
 # Labelled voxels in such slices; a border may be touched.
 _BLANK = 0.01
+# A label without any structure is a healthy case, unless more of a domain's labels are like that.
+_MOST = 0.5
 # Findings after which an image's intensities say nothing new.
 _OF_IMAGES = ("image", "swapped files", "few values", "empty slices")
 
@@ -47,7 +50,8 @@ def check_dataset(
     findings = [found for one in facts for found in case_findings(one, dataset)]
     doubted = {f.cases[0] for f in findings if f.check in _OF_IMAGES}
     cases = [one.case for one in facts]
-    findings += [*shared_names(cases), *shared_subjects(cases), *shared_content(facts)]
+    findings += [*empty_labels(facts), *shared_names(cases)]
+    findings += [*shared_subjects(cases), *shared_content(facts)]
     findings += comparisons(facts, [s.name for s in dataset.structures], doubted)
     order = {case.id: place for place, case in enumerate(cases)}
     findings.sort(key=lambda f: (not f.problem, min((order[c] for c in f.cases), default=-1)))
@@ -62,9 +66,10 @@ def case_findings(facts: CaseFacts, dataset: Dataset) -> Iterator[Finding]:
     case, image, label = facts.case, facts.image, facts.label
     own = (case.id,)
     if image is not None and image.few:
-        known = {0, *dataset.reading_of(case.domain).ignored_values}
+        reading = dataset.reading_of(case.domain)
+        known = {0, *reading.ignored_values, *reading.unannotated_values}
         known |= {v for s in dataset.structures_of(case.domain) for v in s.values}
-        if set(image.few) <= known and facts.label_problem:
+        if facts.label_problem and _are_labels(image.few, known):
             yield Finding(
                 "swapped files",
                 own,
@@ -82,14 +87,19 @@ def case_findings(facts: CaseFacts, dataset: Dataset) -> Iterator[Finding]:
         yield Finding("image", own, facts.image_problem, problem=True)
     if facts.label_problem:
         yield Finding("label", own, facts.label_problem, problem=True)
-    if label is not None and label.whole is None:
-        text = f"{case.label} holds none of the dataset's structures: give the right label file."
-        yield Finding("label", own, text, problem=True)
     if image is not None:
         yield from _empty_slices(facts)
     canonical = dataset.reading_of(case.domain).orientation == "canonical"
     if image is not None and label is not None and canonical:
         yield from _placed_apart(facts)
+
+
+def _are_labels(values: Sequence[float], known: set[int]) -> bool:
+    """Whether an image's distinct values are label values."""
+    try:
+        return set(label_integers(np.array(values), Path()).tolist()) <= known
+    except DataError:
+        return False
 
 
 def _empty_slices(facts: CaseFacts) -> Iterator[Finding]:
@@ -135,11 +145,33 @@ def _placed_apart(facts: CaseFacts) -> Iterator[Finding]:
     )
 
 
+def empty_labels(facts: Sequence[CaseFacts]) -> Iterator[Finding]:
+    """Labels without any structure: healthy cases, or wrong files where most of a domain are so."""
+    labelled = [one for one in facts if one.label is not None]
+    for domain in dict.fromkeys(one.case.domain for one in labelled):
+        own = [one for one in labelled if one.case.domain == domain]
+        empty = [one.case for one in own if one.label is not None and one.label.whole is None]
+        most = len(empty) > _MOST * len(own)
+        for case in empty:
+            text = f"{case.label} holds none of the dataset's structures"
+            if most:
+                text += (
+                    f", like {len(empty)} of {len(own)} labels of {domain}: correct the label "
+                    "values of the dataset, or give the right files."
+                )
+            else:
+                text += ": make sure that it is a healthy case and not another file."
+            yield Finding("label without structures", (case.id,), text, problem=most)
+
+
 # -- what cases must not share --------------------------------------------------------------------
 
 
 def shared_names(cases: Sequence[Case]) -> Iterator[Finding]:
-    """Ids and files that several cases have in common."""
+    """Ids and files that several cases have in common.
+
+    One label may serve several sequences of a person, which lie on one grid.
+    """
     for name, same in _groups(cases, lambda case: case.id).items():
         files = listed(sorted(str(case.image) for case in same))
         yield Finding(
@@ -150,6 +182,8 @@ def shared_names(cases: Sequence[Case]) -> Iterator[Finding]:
         )
     uses = [(file, case) for case in cases for file in (case.image, case.label) if file is not None]
     for file, both in _groups(uses, lambda use: use[0]).items():
+        if _one_person(case for _, case in both) and all(file != case.image for _, case in both):
+            continue
         names = sorted({case.id for _, case in both})
         yield Finding(
             "same file",
@@ -199,7 +233,7 @@ def shared_content(facts: Sequence[CaseFacts]) -> Iterator[Finding]:
         names = tuple(sorted(one.case.id for one in same))
         if len(set(names)) == 1 or set(combinations(names, 2)) <= twins:
             continue
-        if len({one.case.label for one in same}) == 1:
+        if len({one.case.label for one in same}) == 1 or _one_person(one.case for one in same):
             continue
         yield Finding(
             "same label",
@@ -207,6 +241,14 @@ def shared_content(facts: Sequence[CaseFacts]) -> Iterator[Finding]:
             f"{listed(str(one.case.label) for one in same)} are the same label of different "
             "images: find out whose it is.",
         )
+
+
+def _one_person(cases: Iterable[Case]) -> bool:
+    """Whether different cases show the same subject."""
+    seen = list(cases)
+    return len({case.subject for case in seen}) == 1 and len({case.id for case in seen}) == len(
+        seen
+    )
 
 
 def _groups(items: Sequence, key: Callable) -> dict:

@@ -1,4 +1,9 @@
-"""Segmentation and adversarial losses."""
+"""Segmentation and adversarial losses.
+
+Pixels whose label is `UNANNOTATED` enter no segmentation loss: neither its sums nor its means, and
+their logits get no gradient. Where there are none, every factor below is exactly 1, so that values
+and gradients are those of the plain formulas to the last bit, without asking the device.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +14,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glua_bench.task import UNANNOTATED
+
 
 def precise(x: Tensor) -> Tensor:
     """At least single precision, whatever the mixed precision gave; double stays double."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def annotated(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where labels say something, and what they say, for losses of your own.
+
+    Args:
+        labels: (N, H, W), class indices or `UNANNOTATED`.
+
+    Returns:
+        boolean (N, H, W); and the labels with background in the place of `UNANNOTATED`, which
+        `gather` and `one_hot` take.
+    """
+    seen = labels != UNANNOTATED
+    return seen, labels * seen
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of the annotated pixels; 0 where there is none.
+
+    Args:
+        logits: (N, K, H, W).
+        labels: (N, H, W), class indices or `UNANNOTATED`.
+    """
+    mean = F.cross_entropy(precise(logits), labels, ignore_index=UNANNOTATED)
+    return torch.where((labels != UNANNOTATED).any(), mean, torch.zeros_like(mean))
+
+
+def class_maps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax and one-hot labels, both 0 at pixels that are not annotated.
+
+    Args:
+        logits: (N, K, H, W).
+        labels: (N, H, W), class indices or `UNANNOTATED`.
+
+    Returns:
+        two of (N, K, H, W), at least in single precision.
+    """
+    seen, classes = annotated(labels)
+    probabilities = precise(logits).softmax(1)
+    reference = F.one_hot(classes, logits.shape[1]).permute(0, 3, 1, 2).to(probabilities)
+    inside = seen.unsqueeze(1)
+    return probabilities * inside, reference * inside
 
 
 def dice_loss(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -> Tensor:
@@ -24,14 +73,13 @@ def dice_loss(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -> Tensor:
 
     Args:
         logits: (N, K, H, W).
-        labels: (N, H, W), class indices.
+        labels: (N, H, W), class indices or `UNANNOTATED`.
         smooth: added to numerator and denominator.
 
     Returns:
         A scalar in [0, 1].
     """
-    probabilities = precise(logits).softmax(1)[:, 1:]
-    reference = F.one_hot(labels, logits.shape[1]).permute(0, 3, 1, 2)[:, 1:].to(probabilities)
+    probabilities, reference = (maps[:, 1:] for maps in class_maps(logits, labels))
     overlap = (probabilities * reference).sum((0, 2, 3))
     size = probabilities.sum((0, 2, 3)) + reference.sum((0, 2, 3))
     present = (reference.sum((0, 2, 3)) > 0).float()
@@ -44,9 +92,9 @@ def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (N, K, H, W).
-        labels: (N, H, W), class indices.
+        labels: (N, H, W), class indices or `UNANNOTATED`.
     """
-    return dice_loss(logits, labels) + F.cross_entropy(precise(logits), labels)
+    return dice_loss(logits, labels) + cross_entropy(logits, labels)
 
 
 def squared_dice_loss(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -> Tensor:
@@ -58,14 +106,13 @@ def squared_dice_loss(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -> T
 
     Args:
         logits: (N, K, H, W).
-        labels: (N, H, W), class indices.
+        labels: (N, H, W), class indices or `UNANNOTATED`.
         smooth: s, added to numerator and denominator.
 
     Returns:
         A scalar in [0, 1].
     """
-    probabilities = precise(logits).softmax(1)
-    reference = F.one_hot(labels, logits.shape[1]).permute(0, 3, 1, 2).to(probabilities)
+    probabilities, reference = class_maps(logits, labels)
     overlap = (probabilities * reference).sum((0, 2, 3))
     size = (probabilities.square() + reference.square()).sum((0, 2, 3))
     return (1 - (2 * overlap + smooth) / (size + smooth)).mean()
@@ -76,10 +123,9 @@ def balanced_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (N, K, H, W).
-        labels: (N, H, W), class indices.
+        labels: (N, H, W), class indices or `UNANNOTATED`.
     """
-    cross_entropy = F.cross_entropy(precise(logits), labels)
-    return 0.5 * cross_entropy + 0.5 * squared_dice_loss(logits, labels)
+    return 0.5 * cross_entropy(logits, labels) + 0.5 * squared_dice_loss(logits, labels)
 
 
 def self_information(logits: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ class Batch:
     Args:
         source_images: (N, S, H, W) in [-1, 1], S neighbouring slices, of which the middle one is
             labelled; S = 1 is that slice alone.
-        source_labels: (N, H, W), class indices.
+        source_labels: (N, H, W), class indices, or `task.UNANNOTATED` where a label leaves open
+            what a pixel shows; such pixels must enter no loss, and those of `losses.py` see to it.
         target_images: (N, S, H, W) in [-1, 1]; None where the method declares no need.
     """
 

@@ -10,8 +10,8 @@ lower one. Below the directory of the export lie
     predictions/Dataset501_NAME_DOMAIN/METHOD_ID/
 
 so that nnU-Net runs once its environment variables name the first two. Classes are 1 to K in the
-dataset's order. Training and validation cases go to `imagesTr`; the one fold of
-`splits_final.json` tells them apart.
+dataset's order; what nobody annotated is K + 1, nnU-Net's "ignore". Training and validation cases
+go to `imagesTr`; the one fold of `splits_final.json` tells them apart.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, DataError, RunFailure
 from glua_bench.formats import VolumeFile, open_volume
 from glua_bench.parallel import side_by_side
-from glua_bench.task import Case, Dataset, Reading, Structure
+from glua_bench.task import UNANNOTATED, Case, Dataset, Reading, Structure
 from glua_bench.volumes import apart, frame, read_label_volume, save_volume
 
 ENDING = ".nii.gz"
@@ -251,6 +251,8 @@ def _finish(folder: Path, dataset: Dataset, domain: str, cases: Sequence[Case]) 
     names = {"background": 0}
     for index, structure in enumerate(dataset.structures, start=1):
         names[structure.name] = index
+    if dataset.reading_of(domain).unannotated_values:
+        names["ignore"] = len(names)  # which has to be the highest
     facts = {
         # "CT" makes nnU-Net normalise by the intensities of the whole dataset.
         "channel_names": {"0": "CT" if domain.casefold() == "ct" else domain},
@@ -277,6 +279,7 @@ def _export_case(job: _Job) -> None:
     affine, changed = _affine(file, job.reading)
     if not label.exists():
         classes = read_label_volume(job.case.truth, job.case.image, job.structures, job.reading)
+        classes[classes == UNANNOTATED] = len(job.structures) + 1
         save_volume(label, classes, affine, file.codes)
     if image.exists():
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import keyword
 import re
 import sys
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -17,6 +18,9 @@ from glua_bench.task import Ask
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLORS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
+
+# The name of label values that are no structure, in `parse_structures`.
+UNANNOTATED_NAME = "unannotated"
 
 
 def new_method(name: str, folder: Path) -> tuple[Path, Path]:
@@ -36,7 +40,10 @@ def new_method(name: str, folder: Path) -> tuple[Path, Path]:
 
 
 def new_dataset(
-    name: str, folder: Path, domains: tuple[str, str], structures: dict[str, int]
+    name: str,
+    folder: Path,
+    domains: tuple[str, str],
+    structures: Mapping[str, tuple[int, ...]],
 ) -> tuple[Path, Path]:
     """Write `<name>.py` and `test_<name>.py` of a dataset.
 
@@ -44,7 +51,7 @@ def new_dataset(
         name: of the dataset, lower-case letters, digits and _.
         folder: where; it is made.
         domains: names of both domains.
-        structures: name in words → raw label value.
+        structures: name in words → raw label values.
 
     Returns:
         The two files.
@@ -58,12 +65,17 @@ def new_dataset(
             raise ConfigError(
                 f"--domains: '{domain}' cannot name a domain; use lower-case letters, digits and _."
             )
+    if UNANNOTATED_NAME in structures:
+        raise ConfigError(
+            f"--structures: '{UNANNOTATED_NAME}' is no structure; write unannotated_values into "
+            "the reading of the class instead."
+        )
     if first == second:
         raise ConfigError(f"--domains names '{first}' twice; name two domains, e.g. ct,mr.")
     short = short_names(list(structures))
     lines = [
-        f'        Structure("{short[title]}", "{title}", ({value},), "{color}"),'
-        for (title, value), color in zip(structures.items(), COLORS * 9, strict=False)
+        f'        Structure("{short[title]}", "{title}", {values}, "{color}"),'
+        for (title, values), color in zip(structures.items(), COLORS * 9, strict=False)
     ]
     titles = ", ".join(structures)
     return _write(
@@ -85,7 +97,7 @@ def new_description(
     data: Path,
     ask: Ask,
     domains: tuple[str, ...] = (),
-    structures: dict[str, int] | None = None,
+    structures: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Path:
     """Write `<name>.yaml`, which describes the volumes in a directory, and read it back.
 
@@ -95,7 +107,7 @@ def new_description(
         data: the directory of the volumes.
         ask: puts questions to the user.
         domains: words in the files' paths; empty lets the files suggest them.
-        structures: name in words → raw label value; None asks.
+        structures: name in words → raw label values; None asks.
 
     Returns:
         The file.
@@ -117,8 +129,10 @@ def new_description(
     return file
 
 
-def parse_structures(text: str, asked: str = "--structures") -> dict[str, int]:
-    """ "liver=1,spleen=4" → name in words → raw label value.
+def parse_structures(text: str, asked: str = "--structures") -> dict[str, tuple[int, ...]]:
+    """ "liver=1,tumour=2,3" → name in words → raw label values, those of a tumour 2 and 3.
+
+    The name "unannotated" stands for voxels that nobody annotated.
 
     Args:
         text: what the user wrote.
@@ -127,20 +141,31 @@ def parse_structures(text: str, asked: str = "--structures") -> dict[str, int]:
     Raises:
         ConfigError: the text has another form, or names a structure or a value twice.
     """
-    found: dict[str, int] = {}
+    found: dict[str, tuple[int, ...]] = {}
+    title, used = "", {0}
     for part in text.split(","):
-        title, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (equals and re.fullmatch(r"[A-Za-z][A-Za-z0-9 _-]*", title)) or not value.isdigit():
+        name, equals, value = (piece.strip() for piece in part.rpartition("="))
+        if not (re.fullmatch(r"[A-Za-z][A-Za-z0-9 _-]*", name) if equals else title) or not (
+            re.fullmatch("[0-9]+", value)
+        ):
             raise ConfigError(
-                f"{asked}: '{part.strip()}' is not of the form name=value, such as liver=1."
+                f"{asked}: '{part.strip()}' is not of the form name=value, such as liver=1 or "
+                "tumour=1,2,3."
             )
-        if title in found or int(value) in found.values() or int(value) == 0:
+        if name in found or int(value) in used:
             raise ConfigError(
                 f"{asked}: '{part.strip()}' repeats a name or a value, or has the value 0, "
                 "which is background; give each structure its own."
             )
-        found[title] = int(value)
+        title = name or title
+        found[title] = (*found.get(title, ()), int(value))
+        used.add(int(value))
     return found
+
+
+def written_structures(structures: Mapping[str, tuple[int, ...]]) -> str:
+    """What `parse_structures` reads: "liver=1,tumour=2,3"."""
+    return ",".join(f"{title}={','.join(map(str, own))}" for title, own in structures.items())
 
 
 def short_names(titles: list[str]) -> dict[str, str]:

@@ -33,7 +33,7 @@ class Samples:
     Args:
         logits: (M, K).
         features: (M, D).
-        labels: (M,), class indices of source pixels; None for the target.
+        labels: (M,), class indices of source pixels, or `UNANNOTATED`; None for the target.
     """
 
     logits: Tensor

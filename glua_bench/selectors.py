@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glua_bench.selection import Candidate, Samples, Selector
+from glua_bench.task import UNANNOTATED
 
 SND_TEMPERATURE = 0.05
 # Inverse strengths of the regularisation that DEV's domain classifier chooses from.
@@ -177,8 +178,16 @@ class DeepEmbeddedValidation(Selector):
         weights = density_ratios(
             *(samples[r].features.numpy() for r in ("source_train", "source_val", "target_train"))
         )
-        errors = F.cross_entropy(validation.logits.double(), validation.labels, reduction="none")
-        return -dev_risk(weights, errors.numpy())
+        seen = (validation.labels != UNANNOTATED).numpy()
+        if not seen.any():
+            return float("nan")
+        errors = F.cross_entropy(
+            validation.logits.double(),
+            validation.labels,
+            reduction="none",
+            ignore_index=UNANNOTATED,
+        )
+        return -dev_risk(weights[seen], errors.numpy()[seen])
 
 
 class CheckpointAgreement(Selector):
@@ -210,10 +219,14 @@ def entropies(p: Tensor) -> Tensor:
 
 
 def overlaps(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """Overlap, size of the prediction and of the labels, for each class: (3, K)."""
+    """Overlap, size of the prediction and of the labels, for each class: (3, K).
+
+    Pixels that are `UNANNOTATED` in the labels are left out of all three.
+    """
     counts = np.zeros((3, classes))
+    seen = labels != UNANNOTATED
     for index in range(classes):
-        p, r = predicted == index, labels == index
+        p, r = (predicted == index) & seen, labels == index
         counts[:, index] = (p & r).sum(), p.sum(), r.sum()
     return counts
 

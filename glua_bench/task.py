@@ -18,6 +18,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from glua_bench.errors import ConfigError, DataError
 
 SPLITS = ("train", "val", "test")
+# The class index of what a label leaves open, in label arrays: it enters no loss and no score.
+UNANNOTATED = 255
 Answer = TypeVar("Answer")
 
 
@@ -54,6 +56,8 @@ class Reading:
         ignored_values: raw label values that are known and count as background.
         intensity_range: the intensities that map to -1 and 1 in every volume, for files whose
             values are comparable already; None takes each volume's own `percentiles`.
+        unannotated_values: raw label values of voxels that nobody annotated. They become the class
+            index `UNANNOTATED`, which losses and scores leave out.
     """
 
     orientation: str = "canonical"
@@ -64,16 +68,18 @@ class Reading:
     percentiles: tuple[float, float] = (0.5, 99.5)
     ignored_values: tuple[int, ...] = ()
     intensity_range: tuple[float, float] | None = None
+    unannotated_values: tuple[int, ...] = ()
 
     def identity(self) -> dict[str, Any]:
         """The fields, as the cache and a run's data fingerprint count them.
 
-        `intensity_range` is left out where it is not set, because it came later than the others:
-        what was cached without it stays valid.
+        `intensity_range` and `unannotated_values` are left out where they are not set, because they
+        came later than the others: what was cached without them stays valid.
         """
         fields = asdict(self)
-        if self.intensity_range is None:
-            del fields["intensity_range"]
+        for later in ("intensity_range", "unannotated_values"):
+            if not fields[later]:
+                del fields[later]
         return fields
 
 
@@ -238,7 +244,7 @@ class Dataset(ABC):
         data: Path,
         ask: Ask,
         domains: tuple[str, ...] = (),
-        structures: dict[str, int] | None = None,
+        structures: Mapping[str, tuple[int, ...]] | None = None,
     ) -> str:
         """The text of a description of somebody's files, for classes that name `described_by`.
 
@@ -247,7 +253,7 @@ class Dataset(ABC):
             data: the directory of the files.
             ask: puts a question to the user.
             domains: words in the files' paths; empty lets the files suggest them.
-            structures: name in words → raw label value, the same in all domains; None asks.
+            structures: name in words → raw label values, the same in all domains; None asks.
 
         Raises:
             DataError: the files show no task.

@@ -29,7 +29,7 @@ from scipy import ndimage, sparse
 
 from glua_bench.errors import DataError, RunFailure
 from glua_bench.formats import VolumeFile, open_volume
-from glua_bench.task import Grid, Reading, Structure
+from glua_bench.task import UNANNOTATED, Grid, Reading, Structure
 
 # A working pixel within 0.1 % of the file's pixel is taken as equal: over 256 pixels the drift
 # stays below a quarter of a pixel, and the image is not blurred by an interpolation.
@@ -40,7 +40,9 @@ _SAMPLE = 2_000_000
 _PIECE = 1 << 18
 # Voxels of slices that are float32 at a time.
 _SLAB = 1 << 21
-_STRAY = 255  # a class index that stands for a label value that the dataset does not know
+_STRAY = 254  # a class index that stands for a label value that the dataset does not know
+# Label values may be off by this much from the integers that they are: storage rounds.
+_ROUNDED = 1e-3
 _EPSILON = 1e-6
 # Intensities and ranges of them beyond which float32 overflows on the way to [-1, 1].
 _LARGEST, _LEAST_RANGE = 1e18, 1e-18
@@ -204,12 +206,14 @@ def load_label(
     Args:
         path: the label file.
         image_path: the image that it belongs to, for messages.
-        reading: as for the image; `ignored_values` count as background.
+        reading: as for the image; `ignored_values` count as background, and `unannotated_values`
+            as a class of their own, `UNANNOTATED`.
         placement: what `load_image` gave for the image.
         structures: class i + 1 is `structures[i]`.
 
     Returns:
-        uint8 (Z, H, W), class indices, 0 where the grid reaches beyond the volume.
+        uint8 (Z, H, W), class indices or `UNANNOTATED`, 0 where the grid reaches beyond the
+        volume.
 
     Raises:
         DataError: as for `read_label_volume`.
@@ -247,11 +251,11 @@ def read_label_volume(
         path: the label file.
         image_path: the image that it belongs to; only its header is read.
         structures: class i + 1 is `structures[i]`.
-        reading: `ignored_values` count as background; its orientation decides whether the headers
-            of the two files have to agree.
+        reading: `ignored_values` count as background and `unannotated_values` as `UNANNOTATED`;
+            its orientation decides whether the headers of the two files have to agree.
 
     Returns:
-        uint8, class indices in the file's stored axes and shape.
+        uint8, class indices or `UNANNOTATED`, in the file's stored axes and shape.
 
     Raises:
         DataError: as for `open_volume`; or shapes or orientations of image and label differ, or a
@@ -446,22 +450,14 @@ def _read_classes(
             )
     known = {0: 0}
     known.update(dict.fromkeys(reading.ignored_values, 0))
+    known.update(dict.fromkeys(reading.unannotated_values, UNANNOTATED))
     for index, structure in enumerate(structures, start=1):
         known.update(dict.fromkeys(structure.values, index))
     stored = file.voxels().reshape(-1, order="F")
     classes = np.zeros(stored.shape, np.uint8)
     strays: list[int] = []
     for piece in _pieces(stored):
-        part = file.scaled(stored[piece])
-        if part.dtype.kind == "f":
-            whole = np.rint(part)
-            if not np.isfinite(part).all() or np.abs(part - whole).max() > 1e-3:
-                raise DataError(
-                    f"{path} has label values that are no integers: "
-                    "save it without interpolation or scaling."
-                )
-            with np.errstate(invalid="ignore"):  # beyond 64 bits, and a stray in any case
-                part = whole.astype(np.int64)
+        part = label_integers(file.scaled(stored[piece]), path)
         classes[piece] = found = _look_up(part, known)
         strange = found == _STRAY
         if strange.any():
@@ -470,9 +466,44 @@ def _read_classes(
         shown = ", ".join(map(str, strays[:5])) + (", …" if len(strays) > 5 else "")
         raise DataError(
             f"{path} has label value(s) {shown} that the dataset does not know: relabel the file, "
-            "or list them in the dataset's structures or ignored_values."
+            "or list them in the dataset's structures, ignored_values or unannotated_values."
         )
     return classes.reshape(shape, order="F")
+
+
+def label_integers(values: np.ndarray, path: Path) -> np.ndarray:
+    """Label values as the integers that they are.
+
+    Storage rounds: a slope of 0.1, or a resampling by nearest neighbour in single precision, leaves
+    2.9999993 where 3 is meant. What is within a thousandth of an integer is that integer; every
+    reader of label values asks here.
+
+    Args:
+        values: of any number type and shape, after scaling.
+        path: their file, for messages.
+
+    Returns:
+        integers of the same shape; those that do not fit into 64 bits become some that do.
+
+    Raises:
+        DataError: a value is not finite, or no integer.
+
+    Example:
+        >>> label_integers(np.array([0.0, 0.99998, 2.9999993]), Path("label.nii")).tolist()
+        [0, 1, 3]
+    """
+    if values.dtype.kind in "iu":
+        return values
+    if values.dtype.kind == "b":
+        return values.astype(np.uint8)
+    whole = np.rint(values)
+    if not np.isfinite(values).all() or (values.size and np.abs(values - whole).max() > _ROUNDED):
+        raise DataError(
+            f"{path} has label values that are no integers: "
+            "save it without interpolation or scaling."
+        )
+    with np.errstate(invalid="ignore"):  # beyond 64 bits, and no known value in any case
+        return whole.astype(np.int64)
 
 
 def _look_up(part: np.ndarray, known: Mapping[int, int]) -> np.ndarray:

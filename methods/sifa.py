@@ -14,7 +14,7 @@ from torch.optim import Adam, Optimizer
 
 from glua_bench.config import setting
 from glua_bench.errors import ConfigError
-from glua_bench.losses import lsgan_loss, precise
+from glua_bench.losses import annotated, class_maps, lsgan_loss, precise
 from glua_bench.method import Batch, Context, Method, Role, Stage, TaskInfo, frozen
 from glua_bench.methods.image_pool import ImagePool
 from glua_bench.methods.sifa_networks import (
@@ -374,12 +374,17 @@ def sifa_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (N, K, H, W).
-        labels: (N, H, W), class indices.
+        labels: (N, H, W), class indices or `UNANNOTATED`.
     """
-    own = precise(logits).softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
-    counts = torch.bincount(labels.flatten(), minlength=logits.shape[1])
-    frequency = counts.to(own) / labels.numel()
-    return -((1 - frequency)[labels] * own.clamp(0.005, 1).log()).mean()
+    seen, classes = annotated(labels)
+    own = precise(logits).softmax(1).gather(1, classes.unsqueeze(1)).squeeze(1)
+    # Means over all pixels become means over the annotated ones; exactly 1 where these are all.
+    number = seen.sum().clamp(min=1).to(own)
+    more = torch.full_like(number, labels.numel()) / number
+    counts = torch.bincount(labels.flatten(), minlength=logits.shape[1])[: logits.shape[1]]
+    frequency = counts.to(own) / labels.numel() * more
+    losses = (1 - frequency)[classes] * own.clamp(0.005, 1).log() * seen
+    return -losses.mean() * more
 
 
 def sifa_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -387,10 +392,9 @@ def sifa_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (N, K, H, W).
-        labels: (N, H, W), class indices.
+        labels: (N, H, W), class indices or `UNANNOTATED`.
     """
-    probabilities = precise(logits).softmax(1)
-    reference = F.one_hot(labels, logits.shape[1]).permute(0, 3, 1, 2).to(probabilities)
+    probabilities, reference = class_maps(logits, labels)
     overlap = (probabilities * reference).sum((0, 2, 3))
     size = probabilities.square().sum((0, 2, 3)) + reference.sum((0, 2, 3))
     return 1 - (2 * overlap / (size + 1e-7)).mean()

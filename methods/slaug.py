@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glua_bench.config import setting
-from glua_bench.losses import segmentation_loss
+from glua_bench.losses import annotated, segmentation_loss
 from glua_bench.method import Batch, Context
 from glua_bench.methods.source_only import SegmentConfig, SourceOnly
 
@@ -96,11 +96,11 @@ def augment_locally(images: Tensor, labels: Tensor, classes: int) -> Tensor:
 
     Args:
         images: (N, S, H, W) in [-1, 1].
-        labels: (N, H, W), class indices.
+        labels: (N, H, W), class indices; `UNANNOTATED` pixels change with the background.
         classes: K, background included.
     """
     unit = (images + 1) / 2
-    regions = F.one_hot(labels, classes).permute(0, 3, 1, 2).bool()
+    regions = F.one_hot(annotated(labels)[1], classes).permute(0, 3, 1, 2).bool()
     falling = torch.tensor([1.0] + [0.5] * (classes - 1))
     changed = location_scale(unit, regions, falling)
     return 2 * torch.where(unit <= BACKGROUND, unit, changed) - 1

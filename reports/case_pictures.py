@@ -15,7 +15,7 @@ from glua_bench.reports.figures import Panel, side_by_side
 from glua_bench.reports.report_tables import title
 from glua_bench.reports.results import Results, plain
 from glua_bench.reports.run_figures import read_prediction, telling_slice
-from glua_bench.task import Dataset
+from glua_bench.task import UNANNOTATED, Dataset
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def compared_cases(
                     case_id,
                     note,
                     np.asarray(image.open(), dtype=np.float32),
-                    np.asarray(reference),
+                    np.where(reference == UNANNOTATED, 0, reference),
                     predictions,
                     {str(entry): float(dice.loc[entry, case_id]) for entry in runs},
                     image.placement.grid_spacing,
@@ -104,6 +104,8 @@ def telling_cases(dice: pd.DataFrame) -> dict[str, str]:
         Three cases, or as many as there are.
     """
     mean = dice.drop(index=UPPER, errors="ignore").mean()
+    # A healthy case in which nothing was found has no Dice, and is the worst of none.
+    mean = mean.dropna() if mean.notna().any() else mean
     order = [str(case) for case in mean.sort_values(ascending=False, kind="stable").index]
     notes: dict[str, str] = {}
     for note, position in (("best", 0), ("worst", -1), ("median", len(order) // 2)):

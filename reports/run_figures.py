@@ -17,7 +17,7 @@ from glua_bench.reports.figures import (
     picture_grid,
     restyle_grid,
 )
-from glua_bench.task import Case, Dataset, Grid, Structure
+from glua_bench.task import UNANNOTATED, Case, Dataset, Grid, Structure
 from glua_bench.tracking import RunDirectory
 from glua_bench.volumes import Placement, load_label
 
@@ -65,7 +65,9 @@ def draw_run(
 
 def _draw_cases(run: RunDirectory, dataset: Dataset, rows: pd.DataFrame) -> None:
     config = run.config
+    # A healthy case in which nothing was found has no Dice, and is the worst of none.
     dice = rows.groupby("case")["dice"].mean().sort_values(ascending=False)
+    dice = dice.dropna() if dice.notna().any() else dice
     chosen = {"best": 0, "median": len(dice) // 2, "worst": len(dice) - 1}
     test = {case.id: case for case in dataset.split(config.target, "test")}
     cache, panels = SliceCache(), []
@@ -126,8 +128,9 @@ def telling_slice(labels: np.ndarray) -> int:
     """The slice with the most structures, among those the one with the largest area.
 
     Args:
-        labels: (Z, H, W), class indices.
+        labels: (Z, H, W), class indices or `UNANNOTATED`.
     """
+    labels = np.where(labels == UNANNOTATED, 0, labels)
     structures = [len(np.unique(plane[plane > 0])) for plane in labels]
     areas = (labels > 0).sum((1, 2))
     return max(range(len(labels)), key=lambda z: (structures[z], areas[z]))
@@ -228,6 +231,7 @@ def _volumes(
             continue
         spacing = cache.image(case.unlabelled(), reading, grid).placement.grid_spacing
         labels = np.asarray(cache.label(case, reading, grid, structures).open())
-        counts = np.bincount(labels.ravel(), minlength=len(structures) + 1)[1:]
-        rows.append([float(count * np.prod(spacing) / 1000) for count in counts])
+        counts = np.bincount(labels.ravel(), minlength=len(structures) + 1)
+        own = counts[1 : len(structures) + 1]
+        rows.append([float(count * np.prod(spacing) / 1000) for count in own])
     return list(zip(*rows, strict=True))

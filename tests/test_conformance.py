@@ -634,6 +634,28 @@ class NeverLooksAtLabels(Sound):
         )
 
 
+@caught_by("unannotated")
+class NeedsAClassEverywhere(Sound):
+    def loss(self, batch: Batch) -> Tensor:
+        logits = self.predict(batch.source_images, "source")
+        return torch.nn.functional.cross_entropy(logits, batch.source_labels)
+
+
+@caught_by("unannotated")
+class TakesUnannotatedForBackground(Sound):
+    def loss(self, batch: Batch) -> Tensor:
+        labels = batch.source_labels
+        known = labels.where(labels < self.task.classes, 0)
+        return segmentation_loss(self.predict(batch.source_images, "source"), known)
+
+
+@caught_by("unannotated")
+class TakesUnannotatedForTheLastStructure(Sound):
+    def loss(self, batch: Batch) -> Tensor:
+        known = batch.source_labels.clamp(max=self.task.classes - 1)
+        return segmentation_loss(self.predict(batch.source_images, "source"), known)
+
+
 @caught_by("slices")
 class SeesOneSlice(Sound):
     """Was written before there were several."""

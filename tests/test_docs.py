@@ -116,7 +116,8 @@ def test_the_guide_explains_every_entry_of_a_description(write_livers, tmp_path)
     from glua_bench.datasets import folder_description
 
     source = Path(folder_description.__file__).read_text(encoding="utf-8")
-    taken = set(re.findall(r"\.(?:take|texts|numbers|table|tables|choice)\(\s*\"(\w+)\"", source))
+    calls = r"(?:\.(?:take|texts|numbers|table|tables|choice)\(\s*|_listed\(part, )\"(\w+)\""
+    taken = set(re.findall(calls, source))
     taken -= {"slices", "rows", "flip", "size"}  # within `stored` and `grids`
     taken |= {"values"}
     tables = page("adding-data.md").split("## A class")[0]

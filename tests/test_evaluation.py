@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -15,13 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glua_bench.cache import CachedLabel, SliceCache
+from glua_bench.conformance import TinyDataset
 from glua_bench.console import Progress
 from glua_bench.datasets.phantom import Phantom
 from glua_bench.errors import DataError
 from glua_bench.evaluation import evaluate, predict_volume, summarise
 from glua_bench.metrics import distance_penalty
 from glua_bench.neighbours import Neighbourhood
-from glua_bench.task import Case, Grid
+from glua_bench.task import UNANNOTATED, Case, Grid
+from glua_bench.volumes import load_label
 
 CPU = torch.device("cpu")
 GRID = Grid(96, 3.0, 4.0)
@@ -162,6 +166,81 @@ def test_a_missed_structure_costs_the_penalty_and_is_counted(dataset: Phantom, c
     assert (found["dice"] > 0.9).all() and not found["missed"].any()
     table = summarise(rows.assign(selector="last"))
     assert table["misses"].tolist() == [0, 1, 0, 0, 1]
+
+
+@pytest.fixture
+def partly(tmp_path: Path) -> tuple[type[TinyDataset], Case, np.ndarray]:
+    """A test case with half of its label overwritten by 99, and all slices' classes before."""
+    dataset = TinyDataset(tmp_path / "data")
+    dataset.prepare()
+    case = dataset.split("plain", "test")[0]
+    grid = dataset.grid("quick")
+    whole = SliceCache().label(case, dataset.reading, grid, dataset.structures).open()
+    whole = np.array(whole, np.int64)
+    label = nib.load(case.truth)
+    raw = np.asarray(label.dataobj).copy()
+    raw[:, : raw.shape[1] // 2] = 99
+    nib.save(nib.Nifti1Image(raw, label.affine), case.truth)
+    return type(dataset), case, whole
+
+
+def tiny_score(kind: type[TinyDataset], case: Case, answer: np.ndarray, **reading: object) -> Any:
+    class Own(kind):  # type: ignore[misc, valid-type]
+        """With a reading of its own."""
+
+    Own.reading = replace(kind.reading, **reading)  # type: ignore[arg-type]
+    own, answers = Own(case.image.parents[1]), iter(torch.from_numpy(answer))
+
+    def predict(images: Tensor) -> Tensor:
+        asked = torch.stack([next(answers) for _ in images])
+        return 20.0 * F.one_hot(asked, 3).permute(0, 3, 1, 2).float()
+
+    return evaluate(predict, own, [case], own.grid("quick"), SliceCache(), CPU, QUIET)
+
+
+def test_what_nobody_annotated_is_neither_right_nor_wrong(
+    partly: tuple[type[TinyDataset], Case, np.ndarray],
+) -> None:
+    kind, case, whole = partly
+    rows = tiny_score(kind, case, whole, unannotated_values=(99,))
+    assert rows["dice"].tolist() == [1.0, 1.0] and rows["assd"].tolist() == [0.0, 0.0]
+    raw = np.asarray(nib.load(case.truth).dataobj)
+    expected = [np.isin(raw, s.values).sum() / 1000 for s in kind.structures]
+    assert rows["reference_ml"].tolist() == rows["prediction_ml"].tolist() == expected
+    # Any other answer there has the same scores.
+    other = whole.copy()
+    placement = SliceCache().image(case.unlabelled(), kind.reading, Grid(32, 1.0)).placement
+    unannotated = load_label(
+        case.truth,
+        case.image,
+        replace(kind.reading, unannotated_values=(99,)),
+        placement,
+        kind.structures,
+    )
+    other[unannotated == UNANNOTATED] = 1
+    assert (other != whole).sum() > 100
+    again = tiny_score(kind, case, other, unannotated_values=(99,))
+    pd.testing.assert_frame_equal(again, rows)
+    # Taken for background, the right answer is wrong.
+    background = tiny_score(kind, case, whole, ignored_values=(30, 99))
+    assert (background["dice"] < 0.95).all()
+
+
+def test_a_healthy_case_has_no_dice_and_its_false_alarms_have_0(
+    partly: tuple[type[TinyDataset], Case, np.ndarray],
+) -> None:
+    kind, case, whole = partly
+    label = nib.load(case.truth)
+    nib.save(nib.Nifti1Image(np.zeros(label.shape, np.int16), label.affine), case.truth)
+    silent = tiny_score(kind, case, np.zeros_like(whole))
+    assert silent["dice"].isna().all() and silent["assd"].isna().all()
+    assert not silent["missed"].any() and not silent["false_alarm"].any()
+    alarmed = tiny_score(kind, case, whole)
+    assert alarmed["false_alarm"].all() and alarmed["dice"].tolist() == [0.0, 0.0]
+    assert (alarmed["assd"] == distance_penalty(label.shape, (1.0, 1.0, 1.0))).all()
+    both = pd.concat([silent, alarmed.assign(case="other")]).assign(selector="last")
+    mean = summarise(both).set_index("structure").loc["mean"]
+    assert mean["dice"] == 0.0 and mean["misses"] == 0
 
 
 def test_a_predictor_of_nothing_finds_nothing(dataset: Phantom, case: Case) -> None:

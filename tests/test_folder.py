@@ -14,8 +14,10 @@ import SimpleITK
 
 from glua_bench.cache import SliceCache
 from glua_bench.conformance import TinyDataset, run_dataset_checks
+from glua_bench.console import Progress
 from glua_bench.datasets.folder import Folder
 from glua_bench.errors import ConfigError, DataError, PluginError
+from glua_bench.integrity import check_dataset
 from glua_bench.registry import Registry
 from glua_bench.task import Dataset, Grid
 
@@ -31,13 +33,13 @@ domains:
   plain:
     images: images/plain_*.nii.gz
     labels: truth/truth_of_plain_*.nii.gz
-    ignore: [30]
+    background: [30]
     val: [2]
     test: [3]
   inverted:
     images: images/inverted_*.nii.gz
     labels: truth/truth_of_inverted_*.nii.gz
-    ignore: [30]
+    background: [30]
     val: [2]
     test: [3]
 """
@@ -97,9 +99,11 @@ def test_another_root_is_named_on_the_command_line(described: Path, tmp_path: Pa
 def test_domains_have_values_and_windows_of_their_own(described: Path) -> None:
     text = TEXT.replace(
         "    images: images/inverted", "    values: {DISC: 30}\n    images: images/inverted"
-    ).replace("    ignore: [30]\n    val: [2]\n    test: [3]\n  inv", "    val: [2]\n  inv")
+    ).replace("    background: [30]\n    val: [2]\n    test: [3]\n  inv", "    val: [2]\n  inv")
     described.write_text(
-        text.replace("ignore: [30]\n    val", "ignore: [10]\n    window: [0.1, 0.8]\n    val")
+        text.replace(
+            "background: [30]\n    val", "background: [10]\n    window: [0.1, 0.8]\n    val"
+        )
     )
     own = load(described)
     assert own.structures_of("inverted")[0].values == (30,)
@@ -173,3 +177,38 @@ def test_glua_runs_on_described_volumes_of_other_formats(described: Path, tmp_pa
     (saved,) = tmp_path.glob("runs/tiny/glua/*/predictions/inverted_3.nii.gz")
     reference = SimpleITK.ReadImage(described.parent / "data/truth/truth_of_inverted_3.mha")
     assert nib.load(saved).shape == reference.GetSize()
+
+
+def test_one_label_serves_two_sequences_of_the_same_people(tmp_path: Path) -> None:
+    """Both domains name the same label files; every check passes, and nobody is told as a copy."""
+    made = TinyDataset(tmp_path / "data")
+    made.prepare()
+    for case in made.cases("plain"):
+        other = case.image.with_name(case.image.name.replace("plain", "inverted"))
+        image = nib.load(case.image)
+        voxels = np.asarray(image.dataobj, np.float32)
+        nib.save(nib.Nifti1Image(np.where(voxels > 0.2, 1.1 - voxels, voxels), image.affine), other)
+    text = TEXT.replace("truth_of_inverted_", "truth_of_plain_").replace("name: tiny", "name: two")
+    file = tmp_path / "two.yaml"
+    file.write_text(text + "same_people: true\n")
+    own = Registry("dataset", [file]).load("two")()
+    _, findings = check_dataset(own, Progress(enabled=False))
+    assert not [f.text for f in findings if f.problem or f.check.startswith("same")]
+    results = {r.check: r for r in run_dataset_checks("two", plugins=[file])}
+    assert results["splits"].passed and results["files"].passed
+
+    file.write_text(text)
+    apart = Registry("dataset", [file]).load("two")()
+    _, findings = check_dataset(apart, Progress(enabled=False))
+    assert {f.check for f in findings if f.problem} == {"same file"}
+
+
+def test_the_old_word_for_background_is_told(described: Path) -> None:
+    described.write_text(TEXT.replace("background: [30]", "ignore: [30]"))
+    said: list[str] = []
+    own = load(described)
+    own.prepare(said.append)
+    assert [line.partition(": ")[2][:35] for line in said] == [
+        "'ignore' is called 'background' now"
+    ] * 2
+    assert own.reading_of("plain").ignored_values == (30,)

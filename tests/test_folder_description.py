@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ domains:
     table: mr.csv
     percentiles: [1, 99]
     values: {LIV: 63}
-    ignore: [7]
+    background: [7]
 """
 
 
@@ -80,6 +81,70 @@ def test_labels_of_nnunet_are_taken_by_name(tmp_path: Path) -> None:
     assert mr.reading.ignored_values == (9,)  # a label that the folder names and nobody asks for
 
 
+def nnunet_text(tmp_path: Path, labels: dict[str, Any], classes: str = "", own: str = "") -> str:
+    """A description whose second domain is a folder of nnU-Net with such labels."""
+    folder = tmp_path / "Dataset001_MR"
+    folder.mkdir(exist_ok=True)
+    (folder / "dataset.json").write_text(json.dumps({"labels": labels, "file_ending": ".nii.gz"}))
+    text = TEXT[: TEXT.index("    table:")] + f"    nnunet: Dataset001_MR\n{own}"
+    start, stop = text.index("  LIV:"), text.index("domains:")
+    return text[:start] + classes + text[stop:] if classes else text
+
+
+def test_ignore_of_nnunet_is_unannotated_and_not_background(tmp_path: Path) -> None:
+    labels = {"background": 0, "liver": 1, "spleen": 2, "pancreas": 3, "ignore": 4}
+    mr = describe(write(tmp_path, nnunet_text(tmp_path, labels))).domains["mr"]
+    assert mr.reading.unannotated_values == (4,) and mr.reading.ignored_values == (3,)
+    by_hand = "    values: {LIV: 1, SPL: [2, 3]}\n"
+    mr = describe(write(tmp_path, nnunet_text(tmp_path, labels, own=by_hand))).domains["mr"]
+    assert mr.reading.unannotated_values == (4,) and mr.reading.ignored_values == ()
+    for said in ("    values: {LIV: 1, SPL: 4}\n", "    background: [4]\n"):
+        with pytest.raises(
+            ConfigError, match="4 has two meanings, .* and 'unannotated', and a voxe"
+        ):
+            describe(write(tmp_path, nnunet_text(tmp_path, labels, own=said)))
+
+
+def test_what_nobody_annotated_is_listed(tmp_path: Path) -> None:
+    text = TEXT.replace("background: [7]", "background: [7]\n    unannotated: [255]")
+    told = describe(write(tmp_path, text))
+    reading = told.domains["mr"].reading
+    assert (reading.ignored_values, reading.unannotated_values) == ((7,), (255,))
+    assert told.notes == () and told.domains["ct"].reading.unannotated_values == ()
+
+
+def test_ignore_still_means_background_and_says_so(tmp_path: Path) -> None:
+    file = write(tmp_path, TEXT.replace("background: [7]", "ignore: [7]"))
+    told = describe(file)
+    assert told.domains["mr"].reading == describe(write(tmp_path, TEXT)).domains["mr"].reading
+    (note,) = told.notes
+    line = 1 + TEXT[: TEXT.index("background: [7]")].count("\n")
+    assert note.startswith(f"{file}, line {line}: 'ignore' is called 'background' now; rename it,")
+
+
+REGIONS = {"background": 0, "whole tumour": [1, 2, 3], "core": [2, 3], "enhancing": 3}
+WHOLE = "  WT: {title: whole tumour, values: 1}\n"
+
+
+def test_a_region_of_nnunet_is_the_union_of_its_values(tmp_path: Path) -> None:
+    mr = describe(write(tmp_path, nnunet_text(tmp_path, REGIONS, WHOLE))).domains["mr"]
+    assert [s.values for s in mr.structures] == [(1, 2, 3)] and mr.reading.ignored_values == ()
+    core = WHOLE.replace("whole tumour", "core")
+    mr = describe(write(tmp_path, nnunet_text(tmp_path, REGIONS, core))).domains["mr"]
+    assert [s.values for s in mr.structures] == [(2, 3)] and mr.reading.ignored_values == (1,)
+
+
+def test_regions_that_overlap_are_no_classes(tmp_path: Path) -> None:
+    both = WHOLE + "  TC: {title: core, values: 2}\n"
+    with pytest.raises(
+        ConfigError, match=r"value 2 has two meanings, WT and TC, .* under 'values'"
+    ):
+        describe(write(tmp_path, nnunet_text(tmp_path, REGIONS, both)))
+    apart = "    values: {WT: 1, TC: [2, 3]}\n"
+    mr = describe(write(tmp_path, nnunet_text(tmp_path, REGIONS, both, apart))).domains["mr"]
+    assert [s.values for s in mr.structures] == [(1,), (2, 3)]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
@@ -91,7 +156,7 @@ def test_labels_of_nnunet_are_taken_by_name(tmp_path: Path) -> None:
         ("values: 1}", "value: 1}", "line 6: unknown 'value' in 'LIV' in 'classes'; did you mean"),
         ("values: 1}", "values: 0}", "'values' must be a label value or a list of them, without 0"),
         ("values: 1}", "values: one}", "'values' must be a list, not 'one'"),
-        ("values: 1}", "values: 4}", "the label value 4 has two meanings; give it one"),
+        ("values: 1}", "values: 4}", "the label value 4 has two meanings, LIV and SPL, and a"),
         ("  LIV: {title: liver, values: 1}", "  LIV:", "'LIV' in 'classes' must be a table of"),
         ('"#112233"', '"red"', "'red' is no colour; write it as \"#rrggbb\", quoted."),
         ('"#112233"', "#112233", "expected ',' or '}'"),
@@ -106,14 +171,22 @@ def test_labels_of_nnunet_are_taken_by_name(tmp_path: Path) -> None:
         ),
         ("table: mr.csv", "table: mr.csv\n    images: '*.nii'", "and has images and table."),
         ("LIV: 63", "LVI: 63", "line 16: 'LVI' is none of the classes; did you mean 'LIV'?"),
-        ("LIV: 63", "LIV: 7", "the label value 7 has two meanings; give it one."),
-        ("ignore: [7]", "ignore: [x]", "'ignore' must be a list of label values."),
+        ("LIV: 63", "LIV: 7", "the label value 7 has two meanings, LIV and 'background', and"),
+        ("background: [7]", "ignore: [x]", "'ignore' must be a list of label values."),
         ("  mr:", "  m-r:", "'m-r' cannot name a domain; use lower-case letters, digits and _."),
         ("  mr:", "  ct:", "line 13: 'ct' is given twice; keep one."),
         ("name: own", "name: own\ndirections: [mr-pet]", "'mr-pet' is no direction; did you mean"),
-        ("ignore: [7]", "val: [1]\n    test: [2, 1]", "1 is in 'val' and in 'test'; keep one."),
-        ("ignore: [7]", "spacing: [1, 1, -1]", "'spacing' must be mm for each axis, 0 where the"),
-        ("ignore: [7]", "stored: {slices: 1, rows: 1}", "'slices' and 'rows' are two of the axes"),
+        ("background: [7]", "val: [1]\n    test: [2, 1]", "1 is in 'val' and in 'test'; keep one."),
+        (
+            "background: [7]",
+            "spacing: [1, 1, -1]",
+            "'spacing' must be mm for each axis, 0 where the",
+        ),
+        (
+            "background: [7]",
+            "stored: {slices: 1, rows: 1}",
+            "'slices' and 'rows' are two of the axes",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path: Path, old: str, new: str, said: str) -> None:

@@ -95,6 +95,56 @@ def test_guesses_make_a_dataset_that_passes_every_check(
     assert "# What a paper has to cite." in file.read_text()
 
 
+def test_label_values_that_storage_rounded_lose_no_class(
+    tmp_path: Path, volumes: Callable[..., Path]
+) -> None:
+    data = volumes(same=False)
+    for file in data.glob("*/*_label.nii.gz"):
+        label: Any = nib.load(file)
+        values = np.asarray(label.dataobj, np.float32)
+        nib.save(nib.Nifti1Image(values * np.float32(0.99999), label.affine), file)
+    own = written(tmp_path, data)
+    assert [s.values for s in own.structures] == [(), (), ()]
+    assert [s.values for s in own.structures_of("ct")] == [(1,), (4,), (9,)]
+
+
+def test_an_answer_may_say_what_nobody_annotated(
+    tmp_path: Path, volumes: Callable[..., Path]
+) -> None:
+    questions: list[str] = []
+
+    def ask(question: str, guess: str, read: Callable[[str], Any]) -> Any:
+        asked = "name=value" in question
+        questions.extend([guess] * asked)
+        return read("liver=1,unannotated=9,spleen=4" if asked and len(questions) == 1 else guess)
+
+    own = written(tmp_path, volumes(), ask)
+    assert questions[1] == "liver=1,unannotated=9,spleen=4"
+    for domain in own.domains():
+        assert [s.title for s in own.structures_of(domain)] == ["liver", "spleen"]
+        reading = own.reading_of(domain)
+        assert (reading.unannotated_values, reading.ignored_values) == ((9,), ())
+    with pytest.raises(ConfigError, match="'unannotated=9' names no structure"):
+        written(tmp_path / "none", tmp_path / "vols", answers("unannotated=9"))
+
+
+def test_healthy_cases_hide_no_structure(tmp_path: Path, volumes: Callable[..., Path]) -> None:
+    data = volumes()
+    for file in sorted(data.glob("*/*_label.nii.gz")):
+        if not file.name.startswith("p3"):
+            label: Any = nib.load(file)
+            nib.save(nib.Nifti1Image(np.zeros(label.shape, np.int16), label.affine), file)
+    own = written(tmp_path, data, answers("liver=1,spleen=4"))
+    assert [s.values for s in own.structures_of("mr")] == [(1,), (4,)]
+
+
+def test_an_answer_may_merge_label_values(tmp_path: Path, volumes: Callable[..., Path]) -> None:
+    own = written(tmp_path, volumes(), answers("organ=1,4"))
+    assert [s.values for s in own.structures_of("mr")] == [(1, 4)]
+    assert own.reading_of("mr").ignored_values == (9,)
+    assert "background: [9]" in (tmp_path / "livers.yaml").read_text()
+
+
 def test_a_person_is_on_one_side_in_all_domains(
     tmp_path: Path, volumes: Callable[..., Path]
 ) -> None:
@@ -131,27 +181,50 @@ def test_a_domain_without_labels_trains_and_is_not_tested_on(
     assert all(c.label for c in own.split("mr", "test")) and own.split("mr", "test")
 
 
-def test_folders_of_nnunet_are_described_by_their_names(
-    tmp_path: Path, volumes: Callable[..., Path]
-) -> None:
-    data = volumes()
+def nnunet_folders(root: Path, data: Path, labels: dict[str, object]) -> Path:
+    """Both domains as nnU-Net keeps them."""
     for number, domain in enumerate(("ct", "mr"), start=1):
-        folder = tmp_path / "raw" / f"Dataset00{number}_{domain.upper()}"
+        folder = root / f"Dataset00{number}_{domain.upper()}"
         for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
-            (folder / part).mkdir(parents=True)
+            (folder / part).mkdir(parents=True, exist_ok=True)
         for n in range(1, 7):
             end = "Ts" if n > 4 else "Tr"
             shutil.copy(
                 data / domain / f"p{n}_image.nii.gz", folder / f"images{end}/p{n}_0000.nii.gz"
             )
             shutil.copy(data / domain / f"p{n}_label.nii.gz", folder / f"labels{end}/p{n}.nii.gz")
-        labels = {"background": 0, "Liver": 1, "spleen": 4, "stray": 9}
         facts = {"labels": labels, "file_ending": ".nii.gz", "channel_names": {"0": domain}}
         (folder / "dataset.json").write_text(json.dumps(facts))
-    own = written(tmp_path, tmp_path / "raw")
+    return root
+
+
+def test_folders_of_nnunet_are_described_by_their_names(
+    tmp_path: Path, volumes: Callable[..., Path]
+) -> None:
+    labels = {"background": 0, "Liver": 1, "spleen": 4, "stray": 9}
+    own = written(tmp_path, nnunet_folders(tmp_path / "raw", volumes(), labels))
     assert [s.title for s in own.structures] == ["liver", "spleen", "stray"]
     assert [c.id for c in own.split("mr", "test")] == ["mr_p5", "mr_p6"]
     assert len(own.split("ct", "val")) == 1
+
+
+def test_ignore_of_nnunet_is_no_structure_and_no_background(
+    tmp_path: Path, volumes: Callable[..., Path]
+) -> None:
+    labels = {"background": 0, "organs": [1, 4], "ignore": 9}
+    own = written(tmp_path, nnunet_folders(tmp_path / "raw", volumes(), labels))
+    assert [(s.title, s.values) for s in own.structures_of("mr")] == [("organs", (1, 4))]
+    reading = own.reading_of("mr")
+    assert reading.unannotated_values == (9,) and reading.ignored_values == ()
+
+
+def test_regions_of_nnunet_that_overlap_are_proposed_by_value(
+    tmp_path: Path, volumes: Callable[..., Path]
+) -> None:
+    labels = {"background": 0, "whole": [1, 4, 9], "core": [4, 9]}
+    own = written(tmp_path, nnunet_folders(tmp_path / "raw", volumes(), labels))
+    assert [s.values for s in own.structures_of("mr")] == [(1,), (4,), (9,)]
+    assert [s.title for s in own.structures] == ["structure 1", "structure 4", "structure 9"]
 
 
 @pytest.mark.parametrize(

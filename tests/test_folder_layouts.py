@@ -11,6 +11,7 @@ from glua_bench.datasets.folder_layouts import (
     by_nnunet,
     by_pattern,
     by_table,
+    nnunet_unannotated,
     nnunet_values,
     pattern_fault,
 )
@@ -190,7 +191,10 @@ def test_nnunet_s_faults_are_told(tmp_path: Path) -> None:
             {"liver": (1,), "kidneys": (2, 3)},
         ),
         ({"0": "background", "1": "liver"}, {"liver": (1,)}),
-        ({"whole": [1, 2], "core": [2]}, "regions that overlap"),
+        ({"whole": [1, 2], "core": [2]}, {"whole": (1, 2), "core": (2,)}),
+        ({"0": "background", "1": "liver", "2": "ignore"}, {"liver": (1,)}),
+        ({"liver": 1.0}, {"liver": (1,)}),
+        ({"liver": 1.5}, "has the label 'liver' of 1.5: give integers"),
         ({"liver": "one"}, "has the label 'liver' of one: give integers"),
         (None, "has no table 'labels'"),
     ],
@@ -202,3 +206,17 @@ def test_nnunet_s_labels(tmp_path: Path, labels: object, expected: object) -> No
             nnunet_values(folder)
     else:
         assert nnunet_values(folder) == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ({"background": 0, "liver": 1, "ignore": 2}, (2,)),
+        ({"0": "background", "1": "liver", "2": "ignore"}, (2,)),
+        ({"background": 0, "liver": 1}, ()),
+    ],
+)
+def test_nnunet_s_ignore_is_known(
+    tmp_path: Path, labels: object, expected: tuple[int, ...]
+) -> None:
+    assert nnunet_unannotated(nnunet(tmp_path, labels=labels)) == expected

@@ -249,9 +249,29 @@ def interpolated_label(data: Cohort) -> None:
     change(files(data.root, "mr_1008")[1], put(204.6, slice(2, 4), slice(2, 4), slice(2, 4)))
 
 
-@fault(("problem", "label", "mr_1003"))
-def empty_label(data: Cohort) -> None:
+@fault(("warning", "label without structures", "mr_1003"))
+def healthy_case(data: Cohort) -> None:
     change(files(data.root, "mr_1003")[1], np.zeros_like)
+
+
+@fault(*(("warning", "label without structures", f"ct_{n}") for n in (1001, 1002, 1004, 1006)))
+def half_of_the_cases_healthy(data: Cohort) -> None:
+    for number in (1001, 1002, 1004, 1006):
+        change(files(data.root, f"ct_{number}")[1], np.zeros_like)
+
+
+@fault(*(("problem", "label without structures", f"ct_{n}") for n in range(1001, 1006)))
+def labels_of_most_cases_empty(data: Cohort) -> None:
+    for number in range(1001, 1006):
+        change(files(data.root, f"ct_{number}")[1], np.zeros_like)
+
+
+@fault(("problem", "swapped files", "mr_1007"))
+def image_and_label_swapped_and_rounded(data: Cohort) -> None:
+    image, label = files(data.root, "mr_1007")
+    image.rename(data.root / "x.nii.gz")
+    change(label, lambda v: v * np.float32(0.9999999), to=image)
+    (data.root / "x.nii.gz").rename(label)
 
 
 @fault(("warning", "structure missing", "mr_1003"))
@@ -558,6 +578,28 @@ def test_a_test_case_needs_a_label(cohort: Cohort) -> None:
         ("problem", "label", (f"{domain}_{number}",))
         for domain, number in (("ct", 1003), ("ct", 1008), ("mr", 1007))
     }
+
+
+def test_one_label_may_serve_the_sequences_of_a_person(cohort: Cohort) -> None:
+    """By one file, or by copies of it; the label of another person is still told."""
+    image, label = files(cohort.root, "mr_1002")
+    noise = np.random.default_rng(0)
+    later = []
+    for name, person in (("mr_t2", "mr_1002"), ("mr_t3", "mr_1002"), ("mr_t4", "somebody")):
+        own = cohort.root / f"{name}.nii.gz"
+        change(image, lambda v: v + noise.integers(0, 9, v.shape, v.dtype), to=own)
+        labels = label if name == "mr_t2" else cohort.root / f"{name}_label.nii.gz"
+        if labels != label:
+            shutil.copy(label, labels)
+        later.append(Case(name, "mr", own, labels, "train", person))
+    cohort.also = tuple(later[:2])
+    assert not found(cohort)
+    cohort.also = tuple(later)
+    assert found(cohort) == {("warning", "same label", ("mr_1002", "mr_t2", "mr_t3", "mr_t4"))}
+    cohort.also = (replace(later[0], subject="somebody"),)
+    assert found(cohort) == {("problem", "same file", ("mr_1002", "mr_t2"))}
+    cohort.also = (replace(later[0], image=image),)
+    assert found(cohort) == {("problem", "same file", ("mr_1002", "mr_t2"))}
 
 
 def test_one_structure_is_enough_to_find_odd_sizes_and_raises_no_alarm(cohort: Cohort) -> None:

@@ -7,12 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from glua_bench.losses import (
     balanced_loss,
+    cross_entropy,
     dice_loss,
     lsgan_loss,
     precise,
@@ -21,6 +23,12 @@ from glua_bench.losses import (
     self_information,
     squared_dice_loss,
 )
+from glua_bench.methods.sifa import (
+    sifa_cross_entropy,
+    sifa_dice_loss,
+    sifa_segmentation_loss,
+)
+from glua_bench.task import UNANNOTATED
 
 CLASSES = 4
 
@@ -227,6 +235,111 @@ def test_at_least_single_precision(kind: torch.dtype, expected: torch.dtype) -> 
     x = torch.ones(2, dtype=kind)
     assert precise(x).dtype == expected
     assert (precise(x) is x) == (kind == expected)
+
+
+# -- pixels that nobody annotated -----------------------------------------------------------------
+
+
+def plain_dice(logits: Tensor, labels: Tensor) -> Tensor:
+    """As before there were such pixels, operation by operation."""
+    probabilities = precise(logits).softmax(1)[:, 1:]
+    reference = F.one_hot(labels, CLASSES).permute(0, 3, 1, 2)[:, 1:].to(probabilities)
+    overlap = (probabilities * reference).sum((0, 2, 3))
+    size = probabilities.sum((0, 2, 3)) + reference.sum((0, 2, 3))
+    present = (reference.sum((0, 2, 3)) > 0).float()
+    loss = 1 - (2 * overlap + 1e-5) / (size + 1e-5)
+    return (loss * present).sum() / present.sum().clamp(min=1)
+
+
+def plain_squared_dice(logits: Tensor, labels: Tensor) -> Tensor:
+    probabilities = precise(logits).softmax(1)
+    reference = F.one_hot(labels, CLASSES).permute(0, 3, 1, 2).to(probabilities)
+    overlap = (probabilities * reference).sum((0, 2, 3))
+    size = (probabilities.square() + reference.square()).sum((0, 2, 3))
+    return (1 - (2 * overlap + 1e-5) / (size + 1e-5)).mean()
+
+
+def plain_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(precise(logits), labels)
+
+
+def plain_sifa_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    own = precise(logits).softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
+    counts = torch.bincount(labels.flatten(), minlength=CLASSES)
+    frequency = counts.to(own) / labels.numel()
+    return -((1 - frequency)[labels] * own.clamp(0.005, 1).log()).mean()
+
+
+def plain_sifa_dice(logits: Tensor, labels: Tensor) -> Tensor:
+    probabilities = precise(logits).softmax(1)
+    reference = F.one_hot(labels, CLASSES).permute(0, 3, 1, 2).to(probabilities)
+    overlap = (probabilities * reference).sum((0, 2, 3))
+    size = probabilities.square().sum((0, 2, 3)) + reference.sum((0, 2, 3))
+    return 1 - (2 * overlap / (size + 1e-7)).mean()
+
+
+PLAIN: dict[Loss, Loss] = {
+    dice_loss: plain_dice,
+    squared_dice_loss: plain_squared_dice,
+    cross_entropy: plain_cross_entropy,
+    segmentation_loss: lambda x, y: plain_dice(x, y) + plain_cross_entropy(x, y),
+    balanced_loss: lambda x, y: 0.5 * plain_cross_entropy(x, y) + 0.5 * plain_squared_dice(x, y),
+    sifa_cross_entropy: plain_sifa_cross_entropy,
+    sifa_dice_loss: plain_sifa_dice,
+    sifa_segmentation_loss: lambda x, y: plain_sifa_cross_entropy(x, y) + plain_sifa_dice(x, y),
+}
+each_loss = pytest.mark.parametrize("loss", PLAIN, ids=lambda loss: loss.__name__)
+
+
+@each_loss
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_where_everything_is_annotated_no_bit_changes(
+    loss: Loss, kind: torch.dtype, layout: torch.memory_format
+) -> None:
+    """Published results were trained by the plain formulas."""
+    for seed, (count, size) in enumerate([(1, 5), (2, 33), (3, 64)]):
+        logits, labels = example(seed, count, size)
+        results = []
+        for formula in (loss, PLAIN[loss]):
+            own = logits.to(kind, memory_format=layout).requires_grad_()
+            value = formula(own, labels)
+            value.backward()
+            results.append((value, own.grad))
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])  # type: ignore[arg-type]
+
+
+@each_loss
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.floats(0.05, 0.95))
+def test_a_loss_is_that_of_the_annotated_pixels_alone(loss: Loss, seed: int, share: float) -> None:
+    logits, labels = example(seed, 2, 8)
+    seen = torch.rand(labels.shape, generator=torch.Generator().manual_seed(seed)) > share
+    seen[0, 0, 0] = True
+    # The annotated pixels, as one image that is one pixel high.
+    kept = logits.double().permute(1, 0, 2, 3)[:, seen][None, :, None].requires_grad_()
+    whole = logits.double().requires_grad_()
+    found = loss(whole, torch.where(seen, labels, UNANNOTATED))
+    expected = loss(kept, labels[seen][None, None])
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)  # factors are single precision
+    found.backward()
+    expected.backward()
+    assert whole.grad is not None and kept.grad is not None
+    left_out = whole.grad.permute(1, 0, 2, 3)[:, ~seen]
+    assert not left_out.any() and left_out.numel()
+    torch.testing.assert_close(
+        whole.grad.permute(1, 0, 2, 3)[:, seen], kept.grad[0, :, 0], rtol=1e-5, atol=1e-9
+    )
+
+
+@each_loss
+def test_images_that_nobody_annotated_teach_nothing(loss: Loss) -> None:
+    logits, labels = example()
+    logits.requires_grad_()
+    value = loss(logits, torch.full_like(labels, UNANNOTATED))
+    value.backward()
+    assert torch.isfinite(value) and logits.grad is not None and not logits.grad.any()
 
 
 # -- adversarial ----------------------------------------------------------------------------------

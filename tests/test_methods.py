@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from glua_bench import networks, prediction, runs
+from glua_bench import losses, networks, prediction, runs
 from glua_bench.config import PRESETS, RunConfig, SegmenterSpec, build_settings
 from glua_bench.conformance import Bench, TinyDataset, first_difference, small_settings
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError
 from glua_bench.losses import balanced_loss, lsgan_loss
 from glua_bench.method import Batch, Cases, Context, Method, Stage, TaskInfo, frozen
+from glua_bench.methods import sifa
 from glua_bench.methods.adgan import ADGAN, MODES
 from glua_bench.methods.alignment import (
     CHANCE,
@@ -46,7 +47,7 @@ from glua_bench.methods.style import STYLES, StyleConfig, build_style, style_sta
 from glua_bench.methods.style_codes import StyleCodes
 from glua_bench.networks import Segmented, UNet
 from glua_bench.registry import Registry
-from glua_bench.task import Grid
+from glua_bench.task import UNANNOTATED, Grid
 
 SIZE = 32
 TASK = TaskInfo("tiny", TinyDataset.structures, SIZE, SegmenterSpec("unet", 4, 3), 2)
@@ -94,6 +95,41 @@ def spy(stage: Stage, optimizers: Callable[[], Any], **watched: nn.Module) -> Sp
     context = Spy(stage, 0, 10, (stage.optimizers or optimizers)(), target_slices)
     context.changes, context.watched = [], watched
     return context
+
+
+# -- pixels that nobody annotated -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_no_method_learns_from_pixels_that_nobody_annotated(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every loss that reads labels reads them as they are, and sends nothing back at such."""
+    gradients: list[tuple[Tensor, Tensor]] = []
+
+    def spied(loss: Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor, Tensor], Any]:
+        def inner(logits: Tensor, labels: Tensor) -> Any:
+            own = logits * 1
+            if own.requires_grad:
+                own.register_hook(lambda gradient: gradients.append((labels, gradient)))
+            return loss(own, labels)
+
+        return inner
+
+    for module in (losses, sifa):
+        for loss in ("class_maps", "cross_entropy", "sifa_cross_entropy"):
+            if hasattr(module, loss):
+                monkeypatch.setattr(module, loss, spied(getattr(module, loss)))
+    method, data = build(Registry("method").load(name)), batch()
+    labels = data.source_labels.clone()
+    labels[:, 4:20, 8:] = UNANNOTATED
+    stage = method.stages()[-1]
+    method.step(replace(data, source_labels=labels), spy(stage, method.optimizers))
+    assert gradients
+    for seen, gradient in gradients:
+        assert torch.equal(seen, labels)
+        inside = (seen == UNANNOTATED)[:, None].expand_as(gradient)
+        assert not gradient[inside].any() and gradient[~inside].any()
 
 
 # -- gap map and mask -----------------------------------------------------------------------------

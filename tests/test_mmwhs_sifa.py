@@ -270,7 +270,7 @@ FAULTS: dict[str, tuple[dict[str, bytes | None], str]] = {
     ),
     "label 1.5": (
         {"label_vol": octets(np.full((SIDE, SIDE, 3), 1.5, "<f4").tobytes())},
-        "label value(s) 1.5 ",
+        "label values that are no integers",
     ),
 }
 
@@ -282,6 +282,12 @@ def test_a_record_of_something_else_is_one_sentence(tmp_path, fault):
     with pytest.raises(DataError) as error:
         read_slice(file)
     sentence(error, file, named)
+
+
+def test_labels_that_storage_rounded_are_read_as_integers(tmp_path):
+    values = (np.full((SIDE, SIDE, 3), 3, "<f4") - np.float32(1e-6)).tobytes()
+    file = write_slice(tmp_path / "rounded.tfrecords", label_vol=octets(values))
+    assert np.unique(read_slice(file)[1]).tolist() == [3]
 
 
 def test_mutated_records_are_one_sentence_each(tmp_path):

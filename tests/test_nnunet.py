@@ -14,6 +14,7 @@ import SimpleITK as sitk
 
 from glua_bench.console import Progress
 from glua_bench.datasets.folder import Folder
+from glua_bench.datasets.folder_layouts import nnunet_unannotated
 from glua_bench.datasets.phantom import Phantom
 from glua_bench.errors import ConfigError, DataError, RunFailure
 from glua_bench.facts import gather
@@ -85,6 +86,24 @@ def test_images_are_the_owner_s_and_labels_are_classes(phantom_root: Path, tmp_p
             for read in ("GetSpacing", "GetOrigin", "GetDirection", "GetSize"):
                 first, second = (getattr(volume, read)() for volume in pair)
                 np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
+
+
+def test_what_nobody_annotated_is_nnunet_s_ignore(phantom_root: Path, tmp_path: Path) -> None:
+    class Open(Phantom):
+        """A value that was background is unannotated."""
+
+        reading = replace(Phantom.reading, ignored_values=(550, 850), unannotated_values=(600,))
+
+    data = Open(phantom_root)
+    count = len(data.structures)
+    for domain, folder in exported(data, tmp_path).items():
+        facts = json.loads((folder / "dataset.json").read_text())
+        assert facts["labels"]["ignore"] == max(facts["labels"].values()) == count + 1
+        assert nnunet_unannotated(folder) == (count + 1,)
+        case = data.split(domain, "test")[0]
+        written = np.asarray(nib.load(folder / "labelsTs" / f"{name_of(case)}.nii.gz").dataobj)
+        raw = np.asarray(nib.load(case.truth).dataobj)
+        assert np.array_equal(written == count + 1, raw == 600) and (raw == 600).any()
 
 
 def test_links_instead_of_copies(phantom_root: Path, tmp_path: Path) -> None:

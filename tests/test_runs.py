@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from glua_bench import config as configuration
 from glua_bench import runs
 from glua_bench.cache import ImageStore, SliceCache
 from glua_bench.config import changed_settings, variant_name
+from glua_bench.conformance import Bench, quiet_machine
 from glua_bench.console import Progress
 from glua_bench.datasets.phantom import Phantom
 from glua_bench.errors import ConfigError, PluginError, RunFailure
@@ -30,6 +32,7 @@ from glua_bench.methods.fda import exchange_amplitudes
 from glua_bench.methods.local_only import LocalOnly
 from glua_bench.methods.source_only import SegmentConfig, SourceOnly
 from glua_bench.neighbours import Neighbourhood, Stacks
+from glua_bench.registry import Registry
 from glua_bench.reports.run_figures import draw_run
 from glua_bench.runs import RunRequest, execute, plan, resolve, roles
 from glua_bench.task import Case, Grid, UnlabelledCase
@@ -1073,3 +1076,39 @@ def test_open_finds_the_run_again(finished: tuple[runs.PlannedRun, runs.Summary]
     planned, _ = finished
     found = RunDirectory.open(planned.directory.path)
     assert found.config == planned.config and found.id == planned.id and found.done
+
+
+# -- labels that leave something open -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["partly annotated", "healthy"])
+def test_a_run_goes_through_where_labels_say_little(what: str) -> None:
+    """All selectors judge, and every case is scored, whatever its label leaves open."""
+    selectors = tuple(entry.name for entry in Registry("selector").entries())
+    with closing(Bench(SourceOnly)) as bench, quiet_machine(bench.fresh("cache")):
+        data = bench.copy_of_data()
+        for case in (case for domain in data.domains() for case in data.cases(domain)):
+            label: Any = nib.load(case.truth)
+            raw = np.asarray(label.dataobj).copy()
+            if what == "healthy":
+                raw *= case.split == "train"
+            else:
+                raw[: len(raw) // 2] = data.reading.unannotated_values[0]
+            nib.save(nib.Nifti1Image(raw, label.affine), case.truth)
+        planned = bench.plan(data, scored=True, options={"selectors": selectors})
+        execute(planned, Progress(enabled=False))
+        rows = planned.directory.read_cases()
+        scores = json.loads((planned.directory.path / "summary.json").read_text())
+        (test,) = data.split(planned.config.target, "test")
+        raw = np.asarray(nib.load(test.truth).dataobj)
+    judged = {name for name, own in scores["selector_scores"].items() if all(own.values())}
+    last = rows[rows["selector"] == "last"].set_index("structure")
+    for structure in data.structures:
+        row = last.loc[structure.name]
+        assert row["reference_ml"] == np.isin(raw, structure.values).sum() / 1000
+        assert row["prediction_ml"] <= (raw != 40).sum() / 1000
+    if what == "healthy":
+        assert last["false_alarm"].tolist() == (last["prediction_ml"] > 0).tolist()
+        assert last["dice"].fillna(0).tolist() == [0.0, 0.0] and not last["missed"].any()
+    else:
+        assert {"source_val", "last"} <= judged and last["dice"].notna().all()

@@ -13,7 +13,7 @@ from glua_bench import conformance, scaffold
 from glua_bench.errors import ConfigError
 from glua_bench.registry import Registry
 
-STRUCTURES = {"liver": 1, "left kidney": 3, "left lung": 9}
+STRUCTURES = {"liver": (1,), "left kidney": (3,), "left lung": (9,)}
 
 
 def run_tests(test: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -73,6 +73,18 @@ def test_structures_have_names_and_colours_of_their_own(tmp_path: Path) -> None:
     assert [s.values for s in found] == [(n,) for n in range(1, 8)]
 
 
+def test_structures_merge_label_values(tmp_path: Path) -> None:
+    parsed = scaffold.parse_structures("tumour=1,2, 3,liver = 4")
+    assert parsed == {"tumour": (1, 2, 3), "liver": (4,)}
+    assert scaffold.written_structures(parsed) == "tumour=1,2,3,liver=4"
+    assert scaffold.parse_structures(scaffold.written_structures(parsed)) == parsed
+    file, _ = scaffold.new_dataset("organs", tmp_path, ("a", "b"), parsed)
+    found = Registry("dataset", [file]).load("organs").structures
+    assert [s.values for s in found] == [(1, 2, 3), (4,)]
+    with pytest.raises(ConfigError, match="write unannotated_values into the reading"):
+        scaffold.new_dataset("others", tmp_path, ("a", "b"), {**parsed, "unannotated": (9,)})
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -93,7 +105,21 @@ def test_names_that_cannot_be_used_are_refused(name: str, said: str, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "text", ["liver", "liver=x", "=1", "liver=1,liver=2", "a=1,b=1", "a=0", ""]
+    "text",
+    [
+        "liver",
+        "2,liver=1",
+        "a=1,2,1",
+        "a=1,b=2,1",
+        "a=1,x,2",
+        "a=1,=2",
+        "liver=x",
+        "=1",
+        "liver=1,liver=2",
+        "a=1,b=1",
+        "a=0",
+        "",
+    ],
 )
 def test_structures_of_another_form_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--structures"):
@@ -103,7 +129,7 @@ def test_structures_of_another_form_are_refused(text: str) -> None:
 @pytest.mark.parametrize("domains", [("ct", "ct"), ("CT", "mr"), ("ct-a", "mr")])
 def test_domains_that_cannot_be_used_are_refused(domains: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--domains"):
-        scaffold.new_dataset("livers", tmp_path, domains, {"liver": 1})
+        scaffold.new_dataset("livers", tmp_path, domains, {"liver": (1,)})
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:

@@ -33,7 +33,9 @@ from glua_bench.selectors import (
     density_ratios,
     dev_risk,
     entropies,
+    overlaps,
 )
+from glua_bench.task import UNANNOTATED
 
 Predict = Callable[[Tensor, Role], Tensor]
 
@@ -98,6 +100,34 @@ def test_a_structure_that_no_slice_shows_does_not_count(validation: LabelledStor
     wrong = np.where(labels == 0, 3, labels)
     found = SourceVal().score(candidate(validation, answers(wrong, 4), classes=4))
     assert found == pytest.approx(1.0)
+
+
+def test_what_nobody_annotated_counts_in_no_score() -> None:
+    rng = np.random.default_rng(0)
+    labels, predicted = rng.integers(0, 3, (2, 4, 9, 9))
+    seen = rng.random(labels.shape) < 0.6
+    found = overlaps(predicted, np.where(seen, labels, UNANNOTATED), 3)
+    assert np.array_equal(found, overlaps(predicted[seen], labels[seen], 3))
+
+    features = {r: torch.from_numpy(rng.normal(0, 1, (400, 2))).float() for r in ("s", "v", "t")}
+    logits = torch.from_numpy(rng.normal(0, 1, (400, 3))).float()
+    pixels = torch.from_numpy(rng.integers(0, 3, 400))
+    partly = torch.where(torch.arange(400) % 3 > 0, pixels, UNANNOTATED)
+
+    def dev(target: Tensor) -> float:
+        return DeepEmbeddedValidation().score(
+            with_samples(
+                Samples(logits, features["t"], None),
+                source_train=Samples(logits, features["s"], pixels),
+                source_val=Samples(logits, features["v"], target),
+            )
+        )
+
+    kept = (partly != UNANNOTATED).numpy()
+    weights = density_ratios(*(features[r].numpy() for r in ("s", "v", "t")))
+    errors = F.cross_entropy(logits.double()[kept], pixels[kept], reduction="none").numpy()
+    assert dev(partly) == pytest.approx(-dev_risk(weights[kept], errors))
+    assert math.isnan(dev(torch.full_like(pixels, UNANNOTATED)))
 
 
 def test_images_are_translated_as_in_training(validation: LabelledStore) -> None:

@@ -17,6 +17,7 @@ from glua_bench.losses import segmentation_loss
 from glua_bench.method import Batch, Context, TaskInfo
 from glua_bench.methods import slaug
 from glua_bench.methods.slaug import SLAug, SLAugConfig
+from glua_bench.task import UNANNOTATED
 
 CLASSES = len(TinyDataset.structures) + 1
 
@@ -88,6 +89,17 @@ def test_regions_are_recoloured_as_by_hand(seed: int) -> None:
     air = (own.source_images + 1) / 2 <= 0.01
     assert torch.equal(local[air], (own.source_images)[air])
     assert np.abs(((local.numpy() + 1) / 2 - expected)[~air.numpy()]).max() < 1e-4
+
+
+def test_what_nobody_annotated_is_recoloured_with_the_background() -> None:
+    own = batch()
+    partly = own.source_labels.clone()
+    partly[:, :8] = UNANNOTATED
+    made = []
+    for labels in (partly, torch.where(partly == UNANNOTATED, 0, partly)):
+        torch.manual_seed(3)
+        made.append(slaug.augment_locally(own.source_images, labels, CLASSES))
+    assert torch.equal(*made)
 
 
 def test_slices_of_an_image_share_its_curves_and_regions() -> None:

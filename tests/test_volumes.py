@@ -20,7 +20,8 @@ from scipy import ndimage
 
 from glua_bench import volumes
 from glua_bench.errors import DataError, RunFailure, UserError
-from glua_bench.task import Grid, Reading, Structure
+from glua_bench.formats import open_volume
+from glua_bench.task import UNANNOTATED, Grid, Reading, Structure
 from glua_bench.volumes import (
     Placement,
     load_image,
@@ -541,6 +542,28 @@ def test_label_values_merge_and_ignored_ones_vanish(tmp_path):
     assert np.array_equal(classes == 1, raw == 205)
 
 
+def test_what_nobody_annotated_keeps_its_place_on_both_grids(tmp_path):
+    """It is a class like any other for the resampling, and no structure's neighbour gains by it."""
+    image, raw = heart()
+    file = write(tmp_path / "a.nii", image)
+    raw[: raw.shape[0] // 2, 3:] = 99
+    label = write(tmp_path / "l.nii", raw)
+    reading = Reading(unannotated_values=(99,))
+    classes = read_label_volume(label, file, STRUCTURES, reading)
+    assert classes.dtype == np.uint8 and np.array_equal(classes == UNANNOTATED, raw == 99)
+    for grid in (Grid(32, 1.0), Grid(16, 2.3, 1.7)):
+        placement = load_image(file, reading, grid).placement
+        labels = load_label(label, file, reading, placement, STRUCTURES)
+        # The same voxels as a structure of their own end at the same pixels.
+        own = [*STRUCTURES, Structure("U", "U", (99,), "")]
+        named = load_label(label, file, Reading(), placement, own)
+        assert np.array_equal(labels == UNANNOTATED, named == len(own))
+        assert np.array_equal(np.where(labels == UNANNOTATED, len(own), labels), named)
+        assert (labels == UNANNOTATED).any() and (labels == 1).any()
+    with pytest.raises(DataError, match="99 that the dataset does not know"):
+        read_label_volume(label, file, STRUCTURES, Reading())
+
+
 @pytest.mark.parametrize("kind", [np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
 def test_labels_of_any_number_type(tmp_path, kind):
     image, raw = heart()
@@ -553,6 +576,43 @@ def test_labels_of_any_number_type(tmp_path, kind):
         write(tmp_path / "l.nii", data), write(tmp_path / "a.nii", image), structures, Reading()
     )
     assert np.array_equal(classes, np.select([raw == 205, raw == 500], [1, 2], 0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"), [(np.float32, -2e-5), (np.float64, 9e-4), (np.float64, -9e-4)]
+)
+def test_label_values_that_storage_rounded_are_the_integers_they_were(tmp_path, kind, error):
+    image, raw = heart()
+    file = write(tmp_path / "a.nii", image)
+    rounded = write(tmp_path / "l.nii", (raw + error * (raw > 0)).astype(kind))
+    assert np.any(open_volume(rounded).voxels() != raw)
+    exact = read_label_volume(write(tmp_path / "e.nii", raw), file, STRUCTURES, Reading())
+    assert np.array_equal(read_label_volume(rounded, file, STRUCTURES, Reading()), exact)
+    assert exact.max() == 2
+
+
+def test_label_values_scaled_by_a_header_are_integers(tmp_path):
+    """A slope of 1/3 in single precision makes 2.9999999 or so of 9."""
+    image, raw = heart()
+    classes = np.select([raw == 205, raw == 500], [1, 2], 0)
+    label = nib.Nifti1Image((classes * 3).astype(np.int16), np.eye(4))
+    label.header.set_slope_inter(1 / 3, 0)
+    nib.save(label, tmp_path / "l.nii")
+    structures = [Structure("A", "A", (1,), ""), Structure("B", "B", (2,), "")]
+    found = read_label_volume(
+        tmp_path / "l.nii", write(tmp_path / "a.nii", image), structures, Reading()
+    )
+    assert np.array_equal(found, classes)
+
+
+@pytest.mark.parametrize("value", [0.5, 1.002, np.nan, np.inf])
+def test_label_values_that_are_no_integers_are_refused(tmp_path, value):
+    image, raw = heart()
+    data = (raw > 0).astype(np.float64)
+    data[0, 0, 0] = value
+    label = write(tmp_path / "l.nii", data)
+    with pytest.raises(DataError, match=r"l\.nii has label values that are no integers"):
+        read_label_volume(label, write(tmp_path / "a.nii", image), STRUCTURES, Reading())
 
 
 def test_label_values_may_lie_far_apart(tmp_path):
