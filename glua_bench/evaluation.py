@@ -128,9 +128,8 @@ def evaluate(
             values = [structure.values[0] for structure in structures]
             save_labels(predictions / f"{case.id}.nii.gz", labels, image.placement, values)
         reference = read_label_volume(case.truth, case.image, structures, reading)
-        spacing = image.placement.spacing
-        ml = float(np.prod(spacing)) / 1000
-        scores = case_metrics(labels, reference, structures, spacing)
+        ml = image.placement.ml
+        scores = case_metrics(labels, reference, structures, image.placement.spacing)
         for index, (structure, score) in enumerate(zip(structures, scores, strict=True), start=1):
             rows.append(
                 {

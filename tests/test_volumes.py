@@ -344,7 +344,7 @@ def test_restore_refuses_another_grid(tmp_path):
 
 def test_placement_round_trips_as_json(tmp_path):
     affine = nib.affines.from_matvec(
-        np.array([[0.1, -0.9, 0.2], [1.3, 0.1, 0.1], [0.0, 0.2, 2.0]]), (3.3, -7.1, 0.123456789)
+        np.array([[0.6, -1.04, 0.0], [0.8, 0.78, 0.0], [0.0, 0.0, 2.0]]), (3.3, -7.1, 0.123456789)
     )
     placement = load_image(
         write(tmp_path / "a.nii", heart()[0], affine=affine), Reading(), Grid(21, 1.37, 3.1)
