@@ -322,8 +322,12 @@ _NIFTI_KINDS = [
 ]
 
 
-def _load_nifti(path: Path) -> Any:
-    """The image as nibabel sees it, of whatever format it is."""
+def load_nifti(path: Path) -> Any:
+    """A file as nibabel reads it, with a header mended where rounding is all that is wrong.
+
+    Raises:
+        Exception: of nibabel's, where the file cannot be read.
+    """
     sniff = None
     for kind in _NIFTI_KINDS:
         found, sniff = kind.path_maybe_image(path, sniff)
@@ -335,7 +339,7 @@ def _load_nifti(path: Path) -> Any:
 def _open_nifti(path: Path) -> VolumeFile:
     try:
         with _repairs() as repairs:
-            image: Any = _load_nifti(path)
+            image: Any = load_nifti(path)
     except _NoRotation as error:
         raise DataError(
             f"{path} has a qform whose quaternion has the length {error}, and that of a rotation "

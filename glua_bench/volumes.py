@@ -477,10 +477,11 @@ def _read_classes(
                 what = f"lies more than 45° askew of its image {image_path}"
             second = second_form(file.forms, shape), second_form(forms, shape)
             other = follows_other_form((file.affine, second[0]), (affine, second[1]), shape)
-            raise DataError(
-                f"{path} {what}: {other + ', so ' if other else ''}"
-                + ("make the headers of both agree." if other else "resample the label onto it.")
-            )
+            mend = f"{other}, so make the headers of both agree" if other else ""
+            for place, own in ((path, file.forms), (image_path, forms)):
+                if not any(own.codes):
+                    mend = f"{place} has no geometry in its header, so write it there"
+            raise DataError(f"{path} {what}: {mend or 'resample the label onto it'}.")
     known = {0: 0}
     known.update(dict.fromkeys(reading.ignored_values, 0))
     for index, structure in enumerate(structures, start=1):
@@ -676,7 +677,8 @@ def voxel_ml(affine: np.ndarray, spacing: Sequence[float], reading: Reading) -> 
 
 def same_place(first: np.ndarray, second: np.ndarray, shape: Sequence[int]) -> bool:
     """Whether two affines put each voxel of a volume at one place, within a share of its side."""
-    sides = np.linalg.norm(second[:3, :3], axis=0)
+    with np.errstate(all="ignore"):
+        sides = np.linalg.norm(second[:3, :3], axis=0)
     return bool(apart(first, second, shape) <= _APART * sides.min())  # False with nan
 
 
@@ -771,9 +773,10 @@ def doubts(file: VolumeFile, reading: Reading) -> tuple[tuple[str, str], ...]:
 def apart(first: np.ndarray, second: np.ndarray, shape: Sequence[int]) -> float:
     """How far two affines put the same voxel of a volume apart, in mm, at most."""
     corners = np.array(np.meshgrid(*([0, length - 1] for length in shape))).reshape(3, -1)
-    difference = (second - first)[:3]
-    moved = difference[:, :3] @ corners + difference[:, 3:]
-    return float(np.linalg.norm(moved, axis=0).max())
+    with np.errstate(all="ignore"):  # what is not finite in a header is nowhere: NaN or infinity
+        difference = (second - first)[:3]
+        moved = difference[:, :3] @ corners + difference[:, 3:]
+        return float(np.linalg.norm(moved, axis=0).max())
 
 
 def orient(
