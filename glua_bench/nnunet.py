@@ -41,6 +41,8 @@ ENDING = ".nii.gz"
 RAW, PREPROCESSED, PREDICTIONS = "nnUNet_raw", "nnUNet_preprocessed", "predictions"
 # What a folder was made of; a folder without it is somebody else's.
 RECORD = "glua-bench.json"
+# Raise it where the same data are written otherwise, so that an older export is not gone on with.
+EXPORT_VERSION = 2
 FIRST, LAST = 501, 999  # numbers below are those of published models
 
 
@@ -205,6 +207,7 @@ def _begin(folder: Path, dataset: Dataset, domain: str, cases: Sequence[Case], l
         )
     reading, structures = dataset.reading_of(domain), dataset.structures_of(domain)
     record = {
+        "version": EXPORT_VERSION,
         "dataset": dataset.name,
         "domain": domain,
         "links": link,

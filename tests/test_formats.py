@@ -27,7 +27,9 @@ from glua_bench.volumes import (
     load_label,
     read_label_volume,
     restore,
+    same_place,
     save_labels,
+    save_volume,
 )
 
 OTHERS = ("v.nrrd", "v.nhdr", "v.mha", "v.mhd")
@@ -558,6 +560,39 @@ def test_forty_micrometres_are_forty_micrometres(tmp_path):
     nib.save(image, tmp_path / "v.nii")
     assert open_volume(tmp_path / "v.nii").spacing == pytest.approx((0.04, 0.04, 0.05))
     assert sitk.ReadImage(str(tmp_path / "v.nii")).GetSpacing() == pytest.approx((0.04, 0.04, 0.05))
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 3), (3, 2), (0, 1), (1, 3)])
+def test_image_and_label_may_state_different_units(tmp_path, first, second):
+    """Places are compared in mm; numbers that are equal in different units are not."""
+    data, raw = heart()
+    image = nifti_in(tmp_path / "i.nii", data, AFFINE, first)
+    label = nifti_in(tmp_path / "l.nii", raw, AFFINE, second)
+    assert same_place(open_volume(label).affine, open_volume(image).affine, data.shape)
+    assert np.array_equal(read_label_volume(label, image, STRUCTURES, Reading()) == 1, raw == 205)
+    wrong = nib.load(label)
+    wrong.header["xyzt_units"] = first
+    nib.save(wrong, tmp_path / "w.nii")
+    assert not same_place(
+        open_volume(tmp_path / "w.nii").affine, open_volume(image).affine, data.shape
+    )
+
+
+@pytest.mark.parametrize(("unit", "code", "length"), [("um", 3, 1.0), ("m", 1, 1.0), ("cm", 2, 10)])
+def test_results_for_nrrd_state_its_unit_where_nifti_has_it(tmp_path, unit, code, length):
+    """With the numbers of the image, or in mm where NIfTI has no word for its unit."""
+    directions = "space directions: (0,0.2,0) (0.3,0,0) (0,0,-0.4)\nspace origin: (0.5,0.6,0.7)"
+    units = f'space units: "{unit}" "{unit}" "{unit}"'
+    path = nrrd_in(tmp_path / "v.nrrd", f"space: RAS\n{directions}\n{units}")
+    volume = open_volume(path)
+    save_volume(tmp_path / "o.nii", np.zeros(VALUES.shape, np.uint8), volume.forms)
+    written = nib.load(tmp_path / "o.nii")
+    own = np.array([[0, 0.3, 0, 0.5], [0.2, 0, 0, 0.6], [0, 0, -0.4, 0.7]]) * length
+    np.testing.assert_allclose(written.affine[:3], own, rtol=1e-6)
+    np.testing.assert_allclose(written.get_qform()[:3], own, atol=1e-5)
+    assert int(written.header["xyzt_units"]) == code
+    again = open_volume(tmp_path / "o.nii")
+    np.testing.assert_allclose(again.affine, volume.affine, rtol=1e-6)
 
 
 def nrrd_in(path: Path, fields: str) -> Path:

@@ -263,7 +263,12 @@ def test_nothing_else_is_overwritten(phantom_root: Path, copy: Path, tmp_path: P
         with pytest.raises(ConfigError, match="other files or settings"):
             exported(data, to, link=link)
     assert {path: path.read_bytes() for path in to.rglob("*") if path.is_file()} == before
-    (to / "nnUNet_raw" / "Dataset501_phantom_mr" / RECORD).write_text("{")
+    record = to / "nnUNet_raw" / "Dataset501_phantom_mr" / RECORD
+    older = {k: v for k, v in json.loads(record.read_text()).items() if k != "version"}
+    record.write_text(json.dumps(older))  # of a version that wrote other headers
+    with pytest.raises(ConfigError, match="other files or settings"):
+        exported(Phantom(phantom_root), to)
+    record.write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
         exported(Phantom(phantom_root), to)
 
