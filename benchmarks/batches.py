@@ -84,11 +84,13 @@ def ours(folder: Path, in_memory: bool) -> Source:
     from glua_bench import augment
     from glua_bench.batches import Batches
     from glua_bench.cache import CachedImage, CachedLabel, ImageStore, LabelledStore
+    from glua_bench.formats import Forms
     from glua_bench.volumes import Placement
 
     shape = (DEPTH, SIZE, SIZE)
     placement = Placement(
-        shape, ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)), (1, 1), (1, 1, 1),
+        shape, ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)),
+        Forms.of(np.eye(4), (1, 1)), (1, 1, 1), 0.001,
         (0, 1, 2), (False, False, False), (0, 0, 0), (1, 1, 1), shape,
     )  # fmt: skip
     images = {

@@ -281,6 +281,60 @@ def absurd_affine(rng: np.random.Generator, content: bytes) -> bytes:
 
 
 @of_header(NIFTI)
+def another_unit(rng: np.random.Generator, content: bytes) -> bytes:
+    """Codes that exist and codes that do not; in half of the files, numbers to go with them."""
+    header = _fields(content)
+    unit = int(rng.integers(0, 8))
+    header["xyzt_units"] = unit | int(rng.choice([0, 8, 16, 24, 64]))
+    if rng.random() < 0.5:
+        factor = {1: 1e-3, 3: 1e3}.get(unit, 1.0)
+        header["pixdim"][0][1:4] *= factor
+        for name in ("srow_x", "srow_y", "srow_z", "qoffset_x", "qoffset_y", "qoffset_z"):
+            header[name] *= np.float32(factor)
+    return _with(content, header)
+
+
+@of_header(NIFTI)
+def two_forms_or_none(rng: np.random.Generator, content: bytes) -> bytes:
+    """Any pair of codes, and a qform that lies as the sform does, beside it, or turned."""
+    header = _fields(content)
+    header["qform_code"], header["sform_code"] = rng.choice([0, 0, 1, 2, 4], 2)
+    choice = int(rng.integers(4))
+    header["pixdim"][0][0] = rng.choice([-1, 0, 1])
+    if choice == 1:
+        header["qoffset_x"] += np.float32(rng.normal(0, 30))
+    elif choice == 2:
+        turn = rng.normal(0, 1, 4)
+        turn /= np.linalg.norm(turn)
+        for name, value in zip(("quatern_b", "quatern_c", "quatern_d"), turn[1:], strict=True):
+            header[name] = value
+    elif choice == 3:
+        header["pixdim"][0][1:4] *= rng.choice([1, 1.0001, 1.02, 3], 3)
+    return _with(content, header)
+
+
+@of_header(NIFTI)
+def a_quaternion_of_another_length(rng: np.random.Generator, content: bytes) -> bytes:
+    header = _fields(content)
+    turn = rng.normal(0, 1, 3)
+    turn *= (1 + rng.choice([-1e-6, 1e-7, 1e-6, 1e-5, 9e-5, 2e-4, 1, 1e19])) / np.linalg.norm(turn)
+    for name, value in zip(("quatern_b", "quatern_c", "quatern_d"), turn, strict=True):
+        header[name] = value
+    header["qform_code"], header["sform_code"] = 1, rng.choice([0, 0, 1])
+    return _with(content, header)
+
+
+@of_header(NIFTI)
+def axes_that_lean(rng: np.random.Generator, content: bytes) -> bytes:
+    """A shear, from what rounding leaves to axes that nearly coincide."""
+    header = _fields(content)
+    lean = np.float32(10.0 ** rng.uniform(-5, 3))
+    one, other = rng.permutation(3)[:2]
+    header[f"srow_{'xyz'[one]}"][0][other] += lean
+    return _with(content, header)
+
+
+@of_header(NIFTI)
 def absurd_scaling(rng: np.random.Generator, content: bytes) -> bytes:
     header = _fields(content)
     odd = [np.nan, np.inf, -np.inf, 0, 1, -1, 1e-38, 1e-45, 1e30, 3e38]
@@ -359,6 +413,7 @@ _ODD_TEXT = (
     *("100000 100000 100000", "1e9 1e9 1e9", "nan nan nan", "(nan,0,0) (0,nan,0) (0,0,nan)"),
     *("LOCAL", "LIST", "nothing.raw", "/dev/zero", ".", "../..", "%d.raw 1 3 1", "%s%s%s%n"),
     *("gzip", "bzip2", "hex", "raw", "ascii", "big", "little", "MET_FLOAT", "MET_OTHER", "block"),
+    *("um", "cm", '"mm" "mm" "um"', "(1,0,0) (0,1,0) (0,0.5,1)", "1 0 0 0 1 0 0 0.5 1"),
     *("double", "int8", "unsigned char", "left-posterior-superior", "2", "3", "4", "7", "True"),
 )
 
@@ -372,6 +427,33 @@ def a_line_of_the_header_changed(rng: np.random.Generator, content: bytes) -> by
         name = lines[number].split(mark)[0]
         value = _ODD_TEXT[int(rng.integers(len(_ODD_TEXT)))].encode()
         lines[number] = name + mark + b" " + value
+    return b"\n".join(lines) + b"\n" + rest
+
+
+@of_header(TEXT)
+def a_unit_or_a_shear_stated(rng: np.random.Generator, content: bytes) -> bytes:
+    lines, rest = _lines(content)
+    unit = ("mm", "um", "\u00b5m", "cm", "m", "nm", "?", "", "inch", "%s")[int(rng.integers(10))]
+    lean = f"{10.0 ** rng.uniform(-5, 1):.6g}"
+    if content.startswith(b"NRRD"):
+        mixed = "mm" if rng.random() < 0.2 else unit
+        field = f'space units: "{unit}" "{unit}" "{mixed}"'
+        # One zero of the directions, where there is one, becomes the shear.
+        lines = [
+            line.replace(b",0)", f",{lean})".encode(), 1)
+            if line.startswith(b"space directions") and rng.random() < 0.5
+            else line
+            for line in lines
+        ]
+        lines.insert(int(rng.integers(1, len(lines))), field.encode("latin-1"))
+        return b"\n".join(lines) + b"\n" + rest
+    lines = [
+        line.replace(b" 0 ", f" {lean} ".encode(), 1)
+        if line.startswith(b"TransformMatrix") and rng.random() < 0.5
+        else line
+        for line in lines
+    ]
+    lines.insert(int(rng.integers(len(lines))), f"DistanceUnits = {unit}".encode())
     return b"\n".join(lines) + b"\n" + rest
 
 

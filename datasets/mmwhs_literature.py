@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import nibabel as nib
 import numpy as np
@@ -14,6 +14,7 @@ from glua_bench.cache import cache_root
 from glua_bench.datasets.mmwhs import MMWHS
 from glua_bench.datasets.placed import placed
 from glua_bench.errors import DataError
+from glua_bench.formats import load_nifti, open_volume
 from glua_bench.task import Case, Grid, Reading
 from glua_bench.volumes import read_label_volume
 
@@ -85,8 +86,7 @@ class MMWHSLiterature(MMWHS):
         labels = read_label_volume(case.truth, case.image, self.structures, self.reading)
         if not labels.any():
             raise DataError(f"{case.truth} holds none of the dataset's structures: replace it.")
-        header: Any = nib.load(case.image)
-        half = SIDE / 2 / nib.affines.voxel_sizes(header.affine)
+        half = SIDE / 2 / nib.affines.voxel_sizes(open_volume(case.image).affine)
         middle = np.argwhere(labels).mean(0)
         low = np.maximum(0, np.rint(middle - half)).astype(int)
         high = np.minimum(labels.shape, np.rint(middle + half)).astype(int)
@@ -94,7 +94,7 @@ class MMWHSLiterature(MMWHS):
         for source, target in ((case.truth, cropped.truth), (case.image, cropped.image)):
             try:
                 with placed(target) as unfinished:
-                    volume: Any = nib.load(source)
+                    volume = load_nifti(source)
                     nib.save(volume.slicer[box], unfinished)
             except (OSError, EOFError) as error:
                 raise DataError(

@@ -155,6 +155,8 @@ def predict(
         progress.stage("segment", len(images))
         for result in prediction.predict(loaded, images, out, probabilities, progress.update):
             results.append(result)
+            for doubt in result.doubts:
+                warn(doubt)
             if overlay:
                 from glua_bench.reports.run_figures import draw_prediction
 

@@ -57,6 +57,7 @@ from glua_bench.config import (
 )
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, DataError, PluginError, RunFailure
+from glua_bench.formats import open_volume
 from glua_bench.method import Batch, Context, Method, Role, Stage
 from glua_bench.registry import Registry
 from glua_bench.task import SPLITS, Case, Dataset, Grid, Reading, Structure
@@ -1913,8 +1914,7 @@ def _dataset_files(dataset: Dataset) -> None:
     for case in (case for domain in dataset.domains() for case in dataset.cases(domain)):
         if case.label is None:
             continue
-        image: Any = nib.load(case.image)
-        label: Any = nib.load(case.label)
+        image, label = open_volume(case.image), open_volume(case.label)
         _demand(
             image.shape == label.shape,
             f"image and label of {case.id} have the shapes {image.shape} and {label.shape}",

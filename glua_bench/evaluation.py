@@ -131,9 +131,8 @@ def evaluate(
         # What nobody annotated can be neither right nor wrong, so that it is background in both.
         unannotated = reference == UNANNOTATED
         labels[unannotated] = reference[unannotated] = 0
-        spacing = image.placement.spacing
-        ml = float(np.prod(spacing)) / 1000
-        scores = case_metrics(labels, reference, structures, spacing)
+        ml = image.placement.ml
+        scores = case_metrics(labels, reference, structures, image.placement.spacing)
         for index, (structure, score) in enumerate(zip(structures, scores, strict=True), start=1):
             rows.append(
                 {

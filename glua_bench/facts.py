@@ -19,7 +19,17 @@ from glua_bench.errors import DataError
 from glua_bench.formats import VolumeFile, open_volume
 from glua_bench.parallel import side_by_side
 from glua_bench.task import Case, Dataset, Reading, Structure
-from glua_bench.volumes import extremes, foreground, frame, intensities, orient, read_label_volume
+from glua_bench.volumes import (
+    doubts,
+    extremes,
+    foreground,
+    frame,
+    intensities,
+    orient,
+    read_label_volume,
+    second_form,
+    voxel_ml,
+)
 
 Three = tuple[float, float, float]
 # Where distributions of intensities are kept, in percent, from their minimum to their maximum.
@@ -56,6 +66,8 @@ class ImageFacts:
         shape: voxels per stored axis.
         spacing: mm per stored axis, as the dataset reads the file.
         affine: of the header, 4 rows of 4.
+        second: the affine of the header's other form, where it lies elsewhere; otherwise None.
+        doubts: finding and sentence of what the header leaves unsure.
         axes: stored axis of each of (Z, Y, X).
         extremes: lowest and highest intensity.
         levels: intensities at `LEVELS` of the body: of the voxels above the volume's minimum in the
@@ -73,6 +85,8 @@ class ImageFacts:
     shape: tuple[int, int, int]
     spacing: Three
     affine: tuple[tuple[float, ...], ...]
+    second: tuple[tuple[float, ...], ...] | None
+    doubts: tuple[tuple[str, str], ...]
     axes: tuple[int, int, int]
     extremes: tuple[float, float]
     levels: tuple[float, ...]
@@ -101,6 +115,8 @@ class LabelFacts:
 
     Args:
         affine: of the label's header, 4 rows of 4.
+        second: as `ImageFacts.second`.
+        doubts: as `ImageFacts.doubts`.
         structures: in the dataset's order; None where a structure has no voxel.
         whole: all structures as one; None where there are none.
         blank: share of the structures' voxels in slices of the image that have one value only.
@@ -111,6 +127,8 @@ class LabelFacts:
     """
 
     affine: tuple[tuple[float, ...], ...]
+    second: tuple[tuple[float, ...], ...] | None
+    doubts: tuple[tuple[str, str], ...]
     structures: tuple[StructureFacts | None, ...]
     whole: StructureFacts | None
     blank: float
@@ -201,8 +219,9 @@ class _Volume:
     """An image file with its voxels and axes; which slices are flat, per oriented axis."""
 
     def __init__(self, case: Case, reading: Reading) -> None:
-        self.file = open_volume(case.image)
+        self.file, self.reading = open_volume(case.image), reading
         self.affine, self.spacing, self.axes, self.flips = frame(self.file, reading)
+        self.ml = voxel_ml(self.affine, self.spacing, reading)
         self.stored = self.file.voxels()
         self.oriented = orient(self.stored, self.axes, self.flips)
         self.oriented_spacing = np.array([self.spacing[axis] for axis in self.axes])
@@ -231,6 +250,8 @@ def _image_facts(volume: _Volume) -> ImageFacts:
         shape=_ints(stored.shape),
         spacing=volume.spacing,
         affine=_rows(volume.affine),
+        second=_second(file),
+        doubts=doubts(file, volume.reading),
         axes=volume.axes,
         extremes=(low, high),
         levels=_levels(file, body, above=low),
@@ -266,11 +287,11 @@ def _label_facts(
             own.append(profile)
         samples.append(_plain(volume.file, volume.oriented[box][mask]))
         level = float(np.median(samples[-1])) if readable else float("nan")
-        structures.append(_structure(own, volume.oriented_spacing, level))
+        structures.append(_structure(own, volume, level))
     whole, inside, blank = None, None, 0.0
     around: tuple[float, ...] = ()
     if samples:
-        whole = _structure(profiles, volume.oriented_spacing, float("nan"))
+        whole = _structure(profiles, volume, float("nan"))
         total = profiles[0].sum()
         blank = max(
             float(p[flat].sum() / total) for p, flat in zip(profiles, volume.flat, strict=True)
@@ -281,8 +302,11 @@ def _label_facts(
         mean, deviation = float(together.mean(dtype=float)), float(together.std(dtype=float))
         inside = mean, deviation, low, middle, high
         around = _surroundings(volume, [box for box in boxes if box is not None])
+    file = open_volume(case.truth)
     return LabelFacts(
-        affine=_rows(open_volume(case.truth).affine),
+        affine=_rows(file.affine),
+        second=_second(file),
+        doubts=doubts(file, volume.reading),
         structures=tuple(structures),
         whole=whole,
         blank=blank,
@@ -303,19 +327,18 @@ def _surroundings(volume: _Volume, boxes: Sequence[tuple[slice, ...]]) -> tuple[
     return _levels(volume.file, volume.oriented[tuple(region)])
 
 
-def _structure(profiles: Sequence[np.ndarray], spacing: np.ndarray, level: float) -> StructureFacts:
+def _structure(profiles: Sequence[np.ndarray], volume: _Volume, level: float) -> StructureFacts:
     """Volume, centre and spread from the numbers of voxels in each slice along each axis."""
     total = profiles[0].sum()
     centres, spreads = [], []
-    for profile, length in zip(profiles, spacing, strict=True):
+    for profile, length in zip(profiles, volume.oriented_spacing, strict=True):
         places = (np.arange(len(profile)) - (len(profile) - 1) / 2) * length
         centre = float((profile * places).sum() / total)
         # A voxel has an extent, so that a structure in one slice is not infinitely thin.
         variance = float((profile * (places - centre) ** 2).sum() / total) + length**2 / 12
         centres.append(centre)
         spreads.append(variance**0.5)
-    ml = float(total * spacing.prod() / 1000)
-    return StructureFacts(ml, _floats(centres), _floats(spreads), level)
+    return StructureFacts(float(total * volume.ml), _floats(centres), _floats(spreads), level)
 
 
 # -- passes over the voxels -----------------------------------------------------------------------
@@ -440,3 +463,9 @@ def _ints(values: Iterable[int]) -> tuple[int, int, int]:
 
 def _rows(affine: np.ndarray) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(float(value) for value in row) for row in affine)
+
+
+def _second(file: VolumeFile) -> tuple[tuple[float, ...], ...] | None:
+    """Rows of the other form of a header, where it lies elsewhere."""
+    second = second_form(file.forms, file.shape)
+    return None if second is None else _rows(second)

@@ -1,8 +1,8 @@
 """Volumes as they lie on disk: NIfTI through nibabel, NRRD and MetaImage through SimpleITK.
 
 Whatever the format, an opened file has the same face: stored axes with the fastest first, an affine
-to RAS millimetres as nibabel gives it, and a scaling of the stored values. Headers are read on
-opening, voxels when they are asked for.
+to RAS millimetres as nibabel gives it, and a scaling of the stored values. Lengths become mm here,
+whatever unit a header states. Headers are read on opening, voxels when they are asked for.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
+from math import hypot, prod
 from pathlib import Path
 from threading import Lock
 from typing import Any, cast
@@ -47,6 +47,24 @@ _DEFLATE = 1032
 _STRONGER = (".bz2", ".zst")
 _PIECE = 1 << 18  # bytes at a time out of a compressed file
 _HEADER_BYTES = 1 << 20  # of a text header, which is read to find its data files
+# NIfTI's code of a unit of length → mm; a file that states none is in mm by convention.
+_NIFTI_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
+# Units in the words of NRRD and MetaImage → mm. "?" is how MetaImage states none.
+_WORDS_MM = {
+    **dict.fromkeys(("", "?", "mm", "millimeter", "millimeters", "millimetre", "millimetres"), 1.0),
+    **dict.fromkeys(("m", "meter", "meters", "metre", "metres"), 1000.0),
+    **dict.fromkeys(("cm", "centimeter", "centimeters", "centimetre", "centimetres"), 10.0),
+    **dict.fromkeys(("um", "\u03bcm", "micron", "microns"), 0.001),
+    **dict.fromkeys(("micrometer", "micrometers", "micrometre", "micrometres"), 0.001),
+    **dict.fromkeys(("nm", "nanometer", "nanometers", "nanometre", "nanometres"), 1e-6),
+}
+# NRRD's spaces that say which way the body lies; others are frames of a scanner or of a screen.
+_ANATOMICAL = re.compile(
+    r"(?:right|left)-(?:anterior|posterior)-(?:superior|inferior)(?:-time)?|[RL][AP][SI]T?",
+    re.IGNORECASE,
+)
+# A quaternion's b, c and d may be this much too long together, as rounding leaves them.
+_TOO_LONG = 1e-4
 _UNREADABLE = (
     ImageFileError,
     HeaderDataError,
@@ -60,6 +78,93 @@ _UNREADABLE = (
 
 
 @dataclass(frozen=True)
+class Forms:
+    """Where voxels lie in the words of a NIfTI header, to be written as they were read.
+
+    Args:
+        codes: of the qform and of the sform.
+        unit: NIfTI's code of the unit of every length here.
+        pixdim: the qform's handedness (1 or -1), and a voxel's sides.
+        quaternion: b, c and d of the qform's rotation.
+        offset: of the qform.
+        rows: the sform's three rows of four.
+    """
+
+    codes: tuple[int, int]
+    unit: int
+    pixdim: tuple[float, ...]
+    quaternion: tuple[float, ...]
+    offset: tuple[float, ...]
+    rows: tuple[float, ...]
+
+    @classmethod
+    def read(cls, header: Any) -> Forms:
+        """The forms of a header of nibabel's."""
+        return cls(
+            codes=(int(header["qform_code"]), int(header["sform_code"])),
+            unit=int(header["xyzt_units"]) & 7,
+            pixdim=_floats(header["pixdim"][:4]),
+            quaternion=_floats(header[f"quatern_{axis}"] for axis in "bcd"),
+            offset=_floats(header[f"qoffset_{axis}"] for axis in "xyz"),
+            rows=_floats(np.ravel([header[f"srow_{axis}"] for axis in "xyz"])),
+        )
+
+    @classmethod
+    def of(cls, affine: np.ndarray, codes: tuple[int, int], unit: int = 2) -> Forms:
+        """Both forms from one affine; the qform leaves a shear out, because it has no place for it.
+
+        Args:
+            affine: (4, 4), voxel indices to the unit, RAS.
+            codes: of the qform and of the sform.
+            unit: NIfTI's code; 2 is mm.
+        """
+        header = nib.Nifti1Header()
+        header["xyzt_units"] = unit
+        with np.errstate(all="ignore"):
+            header.set_sform(affine, codes[1])
+            try:
+                header.set_qform(affine, codes[0])
+            except (np.linalg.LinAlgError, HeaderDataError):  # there are no directions to rotate
+                header["qform_code"] = 0
+        return cls.read(header)
+
+    def write(self, header: Any) -> None:
+        """Put the forms into a header of nibabel's."""
+        header["qform_code"], header["sform_code"] = self.codes
+        header["xyzt_units"] = (int(header["xyzt_units"]) & ~7) | self.unit
+        header["pixdim"][:4] = self.pixdim
+        for axis, value in zip("bcd", self.quaternion, strict=True):
+            header[f"quatern_{axis}"] = value
+        for number, axis in enumerate("xyz"):
+            header[f"qoffset_{axis}"] = self.offset[number]
+            header[f"srow_{axis}"] = self.rows[4 * number : 4 * number + 4]
+
+    def in_mm(self) -> Forms:
+        """The same places in mm."""
+        mm = _NIFTI_MM[self.unit]
+        return replace(
+            self,
+            unit=2,
+            pixdim=(self.pixdim[0], *(mm * side for side in self.pixdim[1:])),
+            offset=tuple(mm * value for value in self.offset),
+            rows=tuple(mm * value for value in self.rows),
+        )
+
+    def qform(self) -> np.ndarray:
+        """The qform's affine in mm, whatever its code; NaN where the quaternion is no rotation."""
+        own, found = self.in_mm(), np.eye(4)
+        b, c, d = own.quaternion
+        rest = 1 - b * b - c * c - d * d
+        if not rest >= -_TOO_LONG:
+            return np.full((4, 4), np.nan)
+        turn = nib.quaternions.quat2mat([max(rest, 0.0) ** 0.5, b, c, d])
+        with np.errstate(all="ignore"):
+            found[:3, :3] = turn * np.array(own.pixdim[1:]) * (1, 1, own.pixdim[0])
+        found[:3, 3] = own.offset
+        return found
+
+
+@dataclass(frozen=True)
 class VolumeFile:
     """The header of a volume, and the way to its voxels.
 
@@ -67,8 +172,11 @@ class VolumeFile:
         path: the file that was opened.
         shape: voxels per stored axis, the fastest axis first.
         affine: float64 (4, 4), from voxel indices to mm, RAS.
-        spacing: mm per stored axis as the header gives it.
-        codes: NIfTI's qform and sform code; of other formats, both say "scanner".
+        spacing: mm per stored axis as the header gives it, beside the affine.
+        forms: what a NIfTI file on the same voxels says in its header; where the file is NIfTI, its
+            own words.
+        placed: whether the header says which way its axes run.
+        dimension: number of stored axes; those beyond the third have length 1.
         slope: of the values, `slope` · stored + `inter`.
         inter: see `slope`.
         read: reads the stored array.
@@ -78,7 +186,9 @@ class VolumeFile:
     shape: tuple[int, int, int]
     affine: np.ndarray
     spacing: tuple[float, float, float]
-    codes: tuple[int, int]
+    forms: Forms
+    placed: bool
+    dimension: int
     slope: float
     inter: float
     read: Callable[[], np.ndarray]
@@ -108,7 +218,8 @@ def open_volume(path: Path) -> VolumeFile:
 
     Raises:
         DataError: the file or its data file is missing, damaged, of another format, not 3-D (axes
-            of length 1 may follow), or holds more than one real number a voxel.
+            of length 1 may follow), holds more than one real number a voxel, or states a unit that
+            is none.
     """
     path = Path(path)
     if not path.exists():
@@ -127,6 +238,20 @@ def open_volume(path: Path) -> VolumeFile:
     return found
 
 
+def _in_mm(file: VolumeFile, mm: float) -> VolumeFile:
+    """A file whose lengths are in a unit of so many mm, with lengths in mm."""
+    if mm == 1:
+        return file
+    # In NIfTI's precision, so that a volume lies at the same place whichever unit states it.
+    affine = file.affine.copy()
+    affine[:3] = (affine[:3] * mm).astype(np.float32)
+    spacing = _triple((np.array(file.spacing) * mm).astype(np.float32))
+    forms = file.forms
+    if _NIFTI_MM[forms.unit] != mm:  # NIfTI has no word for the unit
+        forms = Forms.of(affine, forms.codes)
+    return replace(file, affine=affine, spacing=spacing, forms=forms)
+
+
 def files_of(path: Path) -> tuple[Path, ...]:
     """All files that a volume consists of: the given one, then those that hold its voxels.
 
@@ -140,13 +265,7 @@ def files_of(path: Path) -> tuple[Path, ...]:
         return (path, other) if other.exists() else (path,)
     if suffix not in _ITK:
         return (path,)
-    try:
-        with path.open("rb") as stream:
-            text = os.fsdecode(stream.read(_HEADER_BYTES))
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}): check the data directory (--data-root)."
-        ) from error
+    text = _text(path)
     if _ITK[suffix] == "NrrdImageIO":
         names = _nrrd_files(text)
     else:
@@ -168,10 +287,64 @@ def files_of(path: Path) -> tuple[Path, ...]:
 # -- NIfTI ----------------------------------------------------------------------------------------
 
 
+class _NoRotation(Exception):
+    """The only geometry of a header is a qform whose quaternion is no rotation; with its length."""
+
+
+class _Mending:
+    """Headers of nibabel's, with mended what is harmless and what nibabel guesses or refuses."""
+
+    @classmethod
+    def from_fileobj(cls, fileobj: Any, endianness: str | None = None, check: bool = True) -> Any:
+        header = super().from_fileobj(fileobj, endianness, check=False)  # type: ignore[misc]
+        if header["pixdim"][0] == 0:  # which the standard reads as 1
+            header["pixdim"][0] = 1
+        names = [f"quatern_{axis}" for axis in "bcd"]
+        length = hypot(*(float(header[name]) for name in names))
+        if 1 < length <= 1 + _TOO_LONG:
+            for name in names:
+                header[name] = float(header[name]) / length
+        elif header["qform_code"] and not header["sform_code"] and not length <= 1:
+            raise _NoRotation(f"{length:.6g}")
+        if check:
+            header.check_fix()
+        return header
+
+
+def _mending(kind: Any) -> Any:
+    """A class of nibabel's images whose headers are mended on reading."""
+    header = type(kind.header_class.__name__, (_Mending, kind.header_class), {})
+    return type(kind.__name__, (kind,), {"header_class": header})
+
+
+_NIFTI_KINDS = [
+    _mending(kind) for kind in (nib.Nifti1Pair, nib.Nifti1Image, nib.Nifti2Pair, nib.Nifti2Image)
+]
+
+
+def load_nifti(path: Path) -> Any:
+    """A file as nibabel reads it, with a header mended where rounding is all that is wrong.
+
+    Raises:
+        Exception: of nibabel's, where the file cannot be read.
+    """
+    sniff = None
+    for kind in _NIFTI_KINDS:
+        found, sniff = kind.path_maybe_image(path, sniff)
+        if found:
+            return kind.from_filename(path)
+    return nib.load(path)
+
+
 def _open_nifti(path: Path) -> VolumeFile:
     try:
         with _repairs() as repairs:
-            image: Any = nib.load(path)
+            image: Any = load_nifti(path)
+    except _NoRotation as error:
+        raise DataError(
+            f"{path} has a qform whose quaternion has the length {error}, and that of a rotation "
+            "is at most 1: repair the qform, or set the sform."
+        ) from error
     except _UNREADABLE as error:
         raise DataError(
             f"{path} cannot be read as NIfTI ({_brief(error)}): replace it by an intact "
@@ -190,16 +363,25 @@ def _open_nifti(path: Path) -> VolumeFile:
             f"{path} has a header that does not say where its voxels lie ({guessed[0]}): repair "
             "its sform and pixdim."
         )
-    return VolumeFile(
+    forms = Forms.read(header)
+    if forms.unit not in _NIFTI_MM:
+        raise DataError(
+            f"{path} has xyzt_units {int(header['xyzt_units'])}, which is no unit of NIfTI's: "
+            "repair it, 2 for mm."
+        )
+    file = VolumeFile(
         path,
         _three(image.shape, path),
         np.asarray(image.affine, float),
         _triple(header.get_zooms()),
-        (int(header["qform_code"]), int(header["sform_code"])),
+        forms,
+        any(forms.codes),
+        len(image.shape),
         float(stored.slope),
         float(stored.inter),
         lambda: _read_nifti(stored),
     )
+    return _in_mm(file, _NIFTI_MM[forms.unit])
 
 
 @contextmanager
@@ -285,7 +467,45 @@ def _open_itk(path: Path, name: str) -> VolumeFile:
             image = reader.Execute()
         return np.asarray(_Pixels(sitk.GetArrayViewFromImage(image), image)).T
 
-    return VolumeFile(path, shape, affine, _triple(spacing), (1, 1), 1.0, 0.0, read)
+    placed, mm = _stated(path)
+    unit = next((code for code in (1, 2, 3) if _NIFTI_MM[code] == mm), 2)
+    forms = Forms.of(affine, (1, 1), unit)
+    file = VolumeFile(
+        path, shape, affine, _triple(spacing), forms, placed, dimension, 1.0, 0.0, read
+    )
+    return _in_mm(file, mm)
+
+
+def _stated(path: Path) -> tuple[bool, float]:
+    """What a text header says and ITK does not tell: whether axes are named, and the unit in mm.
+
+    Raises:
+        DataError: the unit is unknown, or not one for all axes.
+    """
+    text = _text(path)
+    if _ITK[path.suffix.lower()] == "NrrdImageIO":
+        head = _nrrd_head(text)
+        lines = re.findall(r"(?m)^([^:#\r\n]+): *(.*?)\s*$", head)
+        fields = {name.lower(): value for name, value in lines}
+        placed = bool(_ANATOMICAL.fullmatch(fields.get("space", "")))
+        placed &= "space directions" in fields
+        # Units of a space count for its axes; those of other axes stand beside `spacings`.
+        units = fields.get("space units") or fields.get("units", "")
+        words = re.findall(r'"([^"]*)"', units) or units.split()
+    else:
+        head = text.split("ElementDataFile", 1)[0]
+        fields = dict(re.findall(r"(?m)^(\w+)[ \t]*[=:][ \t]*(.*?)\s*$", head))
+        placed = any(name in fields for name in ("TransformMatrix", "Rotation", "Orientation"))
+        words = [fields.get("DistanceUnits", "")]
+    # A micro sign in Latin-1, or one of the two in UTF-8.
+    found = {word.replace("\udcb5", "\u03bc").strip().casefold() for word in words[:3]}
+    sizes = {_WORDS_MM.get(word, 0.0) for word in found} or {1.0}
+    if len(sizes) > 1 or 0.0 in sizes:
+        raise DataError(
+            f"{path} states its lengths in {' and '.join(sorted(map(repr, found)))[:60]}: state "
+            "one unit for all axes, such as mm, in the header."
+        )
+    return placed, sizes.pop()
 
 
 class _Pixels:
@@ -320,9 +540,29 @@ def _itk() -> Iterator[None]:
             os.close(nowhere)
 
 
+def _text(path: Path) -> str:
+    """The beginning of a file with a text header.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            return os.fsdecode(stream.read(_HEADER_BYTES))
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}): check the data directory (--data-root)."
+        ) from error
+
+
+def _nrrd_head(text: str) -> str:
+    """The header of a NRRD file, without what follows it."""
+    return re.split(r"\r?\n\r?\n", text, maxsplit=1)[0]
+
+
 def _nrrd_files(text: str) -> list[str]:
     """Data files of a NRRD header, relative to it; none where the voxels follow the header."""
-    lines = re.split(r"\r?\n", re.split(r"\r?\n\r?\n", text, maxsplit=1)[0])
+    lines = re.split(r"\r?\n", _nrrd_head(text))
     for number, line in enumerate(lines):
         match = re.match(r"data ?file:\s*(\S.*?)\s*$", line, re.IGNORECASE)
         if match and match[1].split()[0] == "LIST":
@@ -406,6 +646,10 @@ def _three(shape: tuple[int, ...], path: Path) -> tuple[int, int, int]:
             f"{path} has shape {tuple(shape)}: give a 3-D volume (one file per time point)."
         )
     return int(shape[0]), int(shape[1]), int(shape[2])
+
+
+def _floats(values: Any) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
 
 
 def _triple(values: Any) -> tuple[float, float, float]:

@@ -19,12 +19,8 @@ from glua_bench.facts import CaseFacts, gather
 from glua_bench.findings import Finding, listed
 from glua_bench.suspicion import comparisons
 from glua_bench.task import Case, Dataset
-from glua_bench.volumes import apart, label_integers
+from glua_bench.volumes import SAME_SIDES, apart, follows_other_form, label_integers, same_place
 
-# Corners of image and label may lie this share of the smallest voxel side apart.
-_APART = 0.1
-# Voxel sides that differ by less are the same; headers round them.
-_SAME_SPACING = 0.01
 # Slices without an image: that many of an axis at its ends may be padding.
 _PADDING = 0.5
 # Labelled voxels in such slices; a border may be touched.
@@ -90,6 +86,11 @@ def case_findings(facts: CaseFacts, dataset: Dataset) -> Iterator[Finding]:
     if image is not None:
         yield from _empty_slices(facts)
     canonical = dataset.reading_of(case.domain).orientation == "canonical"
+    told = image.doubts if image is not None else ()
+    # What a label has from its image is told once.
+    told += tuple(d for d in label.doubts if d[0] not in dict(told)) if label is not None else ()
+    for check, text in told:
+        yield Finding(check, own, text)
     if image is not None and label is not None and canonical:
         yield from _placed_apart(facts)
 
@@ -124,16 +125,20 @@ def _placed_apart(facts: CaseFacts) -> Iterator[Finding]:
     assert facts.image is not None and facts.label is not None
     case = facts.case
     image, label = np.array(facts.image.affine), np.array(facts.label.affine)
-    distance = apart(image, label, facts.image.shape)
-    sides = [np.linalg.norm(affine[:3, :3], axis=0) for affine in (image, label)]
-    least = _APART * sides[0].min()
-    if distance <= least:
+    shape = facts.image.shape
+    if same_place(label, image, shape):
         return
+    distance = apart(image, label, shape)
+    seconds = [None if s is None else np.array(s) for s in (facts.label.second, facts.image.second)]
+    other = follows_other_form((label, seconds[0]), (image, seconds[1]), shape)
+    sides = [np.linalg.norm(affine[:3, :3], axis=0) for affine in (image, label)]
     image[:3, 3] = label[:3, 3] = 0  # what remains is the angle
-    if np.abs(sides[1] / sides[0] - 1).max() > _SAME_SPACING:
+    if other:
+        what = f"lies {distance:.3g} mm beside its image ({other})"
+    elif np.abs(sides[1] / sides[0] - 1).max() > SAME_SIDES:
         mm = ["×".join(f"{side:.3g}" for side in own) for own in sides]
         what = f"has voxels of {mm[1]} mm and its image of {mm[0]} mm"
-    elif apart(image, label, facts.image.shape) > least:
+    elif not same_place(label, image, shape):
         what = "lies at another angle than its image"
     else:
         what = f"lies {distance:.3g} mm beside its image"

@@ -26,23 +26,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
 from glua_bench import __version__
 from glua_bench.cache import file_digest
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, DataError, RunFailure
-from glua_bench.formats import VolumeFile, open_volume
+from glua_bench.formats import Forms, VolumeFile, open_volume
 from glua_bench.parallel import side_by_side
 from glua_bench.task import UNANNOTATED, Case, Dataset, Reading, Structure
-from glua_bench.volumes import apart, frame, read_label_volume, save_volume
+from glua_bench.volumes import SAME_SIDES, frame, read_label_volume, save_volume
 
 ENDING = ".nii.gz"
 RAW, PREPROCESSED, PREDICTIONS = "nnUNet_raw", "nnUNet_preprocessed", "predictions"
 # What a folder was made of; a folder without it is somebody else's.
 RECORD = "glua-bench.json"
-_SAME_PLACE = 0.05  # of a voxel's side
+# Raise it where the same data are written otherwise, so that an older export is not gone on with.
+EXPORT_VERSION = 2
 FIRST, LAST = 501, 999  # numbers below are those of published models
 
 
@@ -81,8 +81,8 @@ def export(
 
     A file appears complete or not at all; a call that ended early goes on when it is given again,
     and nothing that is there is overwritten. Images are copied (or linked) byte by byte where
-    nnU-Net reads them as this harness does: NIfTI, compressed, with the spacing of the header and
-    one geometry in it. Others are written anew.
+    nnU-Net reads them as this harness does: NIfTI, compressed, in mm, with voxels of the size that
+    counts here. Others are written anew.
 
     Args:
         dataset: a prepared one.
@@ -207,6 +207,7 @@ def _begin(folder: Path, dataset: Dataset, domain: str, cases: Sequence[Case], l
         )
     reading, structures = dataset.reading_of(domain), dataset.structures_of(domain)
     record = {
+        "version": EXPORT_VERSION,
         "dataset": dataset.name,
         "domain": domain,
         "links": link,
@@ -276,19 +277,20 @@ def _export_case(job: _Job) -> None:
     image = job.folder / f"images{part}" / f"{name}_0000{ENDING}"
     label = job.folder / f"labels{part}" / f"{name}{ENDING}"
     file = open_volume(job.case.image)
-    affine, changed = _affine(file, job.reading)
+    forms = _forms(file, job.reading)
     if not label.exists():
         classes = read_label_volume(job.case.truth, job.case.image, job.structures, job.reading)
         classes[classes == UNANNOTATED] = len(job.structures) + 1
-        save_volume(label, classes, affine, file.codes)
+        save_volume(label, classes, forms)
     if image.exists():
         return
-    if changed or not _plain(file):
+    whole = file.path.name.endswith(ENDING) and file.dimension == 3
+    if forms != file.forms or not whole:
         stored = file.voxels()
         if (file.slope, file.inter) == (1, 0):
-            save_volume(image, _native(stored), affine, file.codes)
+            save_volume(image, _native(stored), forms)
         else:
-            save_volume(image, file.scaled(stored).astype(np.float32), affine, file.codes)
+            save_volume(image, file.scaled(stored).astype(np.float32), forms)
     elif job.link:
         _put(image, lambda path: path.symlink_to(job.case.image.resolve()))
     else:
@@ -301,30 +303,22 @@ def _export_prediction(job: _Job) -> None:
     if not target.exists():
         file = open_volume(job.case.image)
         classes = read_label_volume(job.case.truth, job.case.image, job.structures, job.reading)
-        save_volume(target, classes, _affine(file, job.reading)[0], file.codes)
+        save_volume(target, classes, _forms(file, job.reading))
 
 
-def _affine(file: VolumeFile, reading: Reading) -> tuple[np.ndarray, bool]:
-    """The affine with the spacing that the dataset takes for right, and whether that changes it."""
+def _forms(file: VolumeFile, reading: Reading) -> Forms:
+    """The header's geometry in mm, as every program is to read it.
+
+    Both forms stay as they are where their voxels have the size that this harness takes; otherwise
+    there is one, with that size.
+    """
     affine, spacing, _, _ = frame(file, reading)
-    if reading.stated_spacing is None:
-        return affine, False
+    own = file.forms.in_mm() if file.forms.unit else file.forms
+    if (np.abs(np.array(own.pixdim[1:]) / spacing - 1) < SAME_SIDES).all():
+        return own
     stated = affine.copy()
     stated[:3, :3] *= np.array(spacing) / np.linalg.norm(affine[:3, :3], axis=0)
-    return stated, True
-
-
-def _plain(file: VolumeFile) -> bool:
-    """Whether other programs read the file as this one does: compressed NIfTI with one geometry."""
-    if not file.path.name.endswith(ENDING):
-        return False
-    image: Any = nib.load(file.path)
-    if image.ndim != 3 or image.header.get_xyzt_units()[0] not in ("mm", "unknown"):
-        return False
-    forms = [form for form in (image.get_qform(coded=True), image.get_sform(coded=True)) if form[1]]
-    # A quaternion may be off by a hundredth of a millimetre.
-    side = np.linalg.norm(file.affine[:3, :3], axis=0).min()
-    return all(apart(form[0], file.affine, file.shape) < _SAME_PLACE * side for form in forms)
+    return Forms.of(stated, file.forms.codes)
 
 
 def _native(stored: np.ndarray) -> np.ndarray:

@@ -20,14 +20,21 @@ from glua_bench.cache import IMAGE_TYPE
 from glua_bench.config import RunConfig, build_settings
 from glua_bench.errors import ConfigError, PluginError, RunFailure, UserError
 from glua_bench.evaluation import predict_volumes
-from glua_bench.formats import SUFFIXES
+from glua_bench.formats import SUFFIXES, open_volume
 from glua_bench.method import Method
 from glua_bench.neighbours import Neighbourhood, Stacks
 from glua_bench.registry import Registry
 from glua_bench.task import Dataset, Reading, Structure
 from glua_bench.tracking import RunDirectory, list_runs
 from glua_bench.trainer import to_channels_last
-from glua_bench.volumes import load_image, restore, restore_probabilities, save_labels, save_maps
+from glua_bench.volumes import (
+    doubts,
+    load_image,
+    restore,
+    restore_probabilities,
+    save_labels,
+    save_maps,
+)
 
 WEIGHTS, CONFIG, CARD, LICENSE = "model.safetensors", "config.json", "README.md", "LICENSE"
 
@@ -65,6 +72,7 @@ class Predicted:
         slices: the image on the working grid, float32 (Z, H, W).
         classes: the most probable class of each of its pixels, uint8 (Z, H, W).
         ml: structure → volume.
+        doubts: what its header leaves unsure about where its voxels lie, a sentence each.
     """
 
     file: Path
@@ -72,6 +80,7 @@ class Predicted:
     slices: np.ndarray
     classes: np.ndarray
     ml: dict[str, float]
+    doubts: tuple[str, ...] = ()
 
 
 # -- where a model comes from --------------------------------------------------------------------
@@ -311,9 +320,8 @@ def predict(
         if probabilities:
             maps = restore_probabilities(found, image.placement)
             save_maps(out / f"{name}_prob.nii.gz", maps, image.placement)
-        voxel = float(np.prod(image.placement.spacing)) / 1000
         ml = {
-            structure.name: float((labels == index).sum()) * voxel
+            structure.name: float((labels == index).sum()) * image.placement.ml
             for index, structure in enumerate(model.structures, start=1)
         }
         yield Predicted(
@@ -322,6 +330,7 @@ def predict(
             image.voxels,
             found.argmax(0).astype(np.uint8),
             ml,
+            tuple(text for _, text in doubts(open_volume(file), model.reading)),
         )
         report(done)
 

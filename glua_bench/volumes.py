@@ -20,6 +20,7 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import numpy as np
 from scipy import ndimage, sparse
 
 from glua_bench.errors import DataError, RunFailure
-from glua_bench.formats import VolumeFile, open_volume
+from glua_bench.formats import NIFTI, Forms, VolumeFile, open_volume
 from glua_bench.task import UNANNOTATED, Grid, Reading, Structure
 
 # A working pixel within 0.1 % of the file's pixel is taken as equal: over 256 pixels the drift
@@ -49,6 +50,14 @@ _LARGEST, _LEAST_RANGE = 1e18, 1e-18
 # Voxel sides and lengths of volumes in mm, beyond which a header is damaged. They also bound what
 # resampling costs.
 _FINEST, _LONGEST = 1e-3, 10_000.0
+# Two affines that put no voxel further apart than this share of a voxel's side are the same.
+_APART = 0.1
+# Voxel sides that differ by less are the same; headers round them.
+SAME_SIDES = 0.01
+# The cosine of two axes from which on they are sheared: distances are off by half of it, at most.
+_SHEAR = 0.01
+# What float32 leaves unsure of the square of a quaternion's fourth number; nibabel's own limit.
+_QUATERNION = 3.6e-7
 
 
 @dataclass(frozen=True)
@@ -62,9 +71,10 @@ class Placement:
     Args:
         file_shape: voxels per axis of the stored array.
         affine: voxel-to-world matrix of the file, 4 rows of 4.
-        codes: qform and sform code of the header.
+        forms: what the file's header says, to be written into what belongs to it.
         spacing: mm per axis of the *file's stored array*, for metrics on the original grid; a
             spacing that the dataset states has replaced the header's.
+        ml: millilitres of a voxel of the file.
         axes: file axis of each working axis.
         flips: whether each working axis runs against its file axis.
         offset: oriented index of the first working voxel, per working axis.
@@ -74,8 +84,9 @@ class Placement:
 
     file_shape: tuple[int, int, int]
     affine: tuple[tuple[float, float, float, float], ...]
-    codes: tuple[int, int]
+    forms: Forms
     spacing: tuple[float, float, float]
+    ml: float
     axes: tuple[int, int, int]
     flips: tuple[bool, bool, bool]
     offset: tuple[float, float, float]
@@ -96,6 +107,11 @@ class Placement:
         )
         return a, b, c
 
+    @property
+    def grid_ml(self) -> float:
+        """Millilitres of a working voxel."""
+        return self.ml * prod(self.step)
+
     def to_json(self) -> str:
         """The placement as JSON text; `from_json` gives back an equal object."""
         return json.dumps(asdict(self), sort_keys=True)
@@ -108,9 +124,10 @@ class Placement:
             ValueError: the text is not a placement.
         """
         try:
-            fields = json.loads(text)
-            return cls(**{name: _tuples(value) for name, value in fields.items()})
-        except (TypeError, AttributeError) as error:
+            fields = {name: _tuples(value) for name, value in json.loads(text).items()}
+            forms = {name: _tuples(value) for name, value in fields["forms"].items()}
+            return cls(**{**fields, "forms": Forms(**forms)})
+        except (TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"Not a placement: {error}.") from error
 
 
@@ -170,8 +187,9 @@ def load_image(path: Path, reading: Reading, grid: Grid) -> GridImage:
     placement = Placement(
         file_shape=file.shape,
         affine=tuple(_quadruple(row) for row in affine),
-        codes=file.codes,
+        forms=file.forms,
         spacing=spacing,
+        ml=voxel_ml(affine, spacing, reading),
         axes=axes,
         flips=flips,
         offset=_triple(offset, float),
@@ -219,7 +237,13 @@ def load_label(
         DataError: as for `read_label_volume`.
     """
     classes = _read_classes(
-        path, image_path, placement.file_shape, np.array(placement.affine), structures, reading
+        path,
+        image_path,
+        placement.file_shape,
+        np.array(placement.affine),
+        placement.forms,
+        structures,
+        reading,
     )
     volume = orient(classes, placement.axes, placement.flips)
     maps = _maps_to_grid(placement)
@@ -262,7 +286,9 @@ def read_label_volume(
             value is no integer or not in the dataset's table.
     """
     image = open_volume(image_path)
-    return _read_classes(path, image_path, image.shape, image.affine, structures, reading)
+    return _read_classes(
+        path, image_path, image.shape, image.affine, image.forms, structures, reading
+    )
 
 
 def restore(probabilities: np.ndarray, placement: Placement) -> np.ndarray:
@@ -338,8 +364,9 @@ def save_labels(
 ) -> None:
     """Write class indices as a NIfTI label file that overlays the original image.
 
-    The file carries the dataset's own label values and the image's affine and header codes. It
-    appears complete or not at all.
+    The file carries the dataset's own label values and the image's geometry: both forms with their
+    codes, the voxel size and the unit, number by number. So whatever a program makes of them, it
+    makes of both files. It appears complete or not at all.
 
     Args:
         path: ends in .nii.gz (or .nii).
@@ -357,7 +384,7 @@ def save_labels(
     if labels.size and int(labels.max()) >= len(table):
         raise ValueError(f"Class {int(labels.max())} has no raw value among {list(values)}.")
     kind = np.result_type(*(np.min_scalar_type(int(value)) for value in table))
-    save_volume(path, table.astype(kind)[labels], np.array(placement.affine), placement.codes)
+    save_volume(path, table.astype(kind)[labels], placement.forms)
 
 
 def save_maps(path: Path, maps: np.ndarray, placement: Placement) -> None:
@@ -374,25 +401,25 @@ def save_maps(path: Path, maps: np.ndarray, placement: Placement) -> None:
     """
     if maps.shape[:3] != placement.file_shape:
         raise ValueError(f"Maps of shape {maps.shape} do not fit {placement.file_shape}.")
-    save_volume(path, maps, np.array(placement.affine), placement.codes)
+    save_volume(path, maps, placement.forms)
 
 
-def save_volume(path: Path, voxels: np.ndarray, affine: np.ndarray, codes: tuple[int, int]) -> None:
+def save_volume(path: Path, voxels: np.ndarray, forms: Forms) -> None:
     """Write voxels as NIfTI; the file appears complete or not at all.
 
     Args:
         path: ends in .nii.gz (or .nii).
         voxels: in the axes and the number type to store.
-        affine: float (4, 4), to mm.
-        codes: qform and sform code.
+        forms: the header's geometry.
 
     Raises:
         RunFailure: the disk is full or the directory cannot be written.
     """
-    image = nib.Nifti1Image(voxels, affine)
-    image.header.set_xyzt_units("mm")
-    image.set_qform(image.affine, codes[0])
-    image.set_sform(image.affine, codes[1])
+    header = nib.Nifti1Header()
+    header.set_data_dtype(voxels.dtype)
+    header.set_data_shape(voxels.shape)
+    forms.write(header)
+    image = nib.Nifti1Image(voxels, None, header)
     path = Path(path)
     suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
     temporary = path.parent / f".{path.name}-{uuid.uuid4().hex}{suffix}"
@@ -428,6 +455,7 @@ def _read_classes(
     image_path: Path,
     shape: tuple[int, int, int],
     affine: np.ndarray,
+    forms: Forms,
     structures: Sequence[Structure],
     reading: Reading,
 ) -> np.ndarray:
@@ -438,16 +466,26 @@ def _read_classes(
             f"{path} has shape {file.shape} but its image {image_path} has {shape}: "
             "resample the label onto the image."
         )
-    if reading.orientation == "canonical":
-        codes = [
-            "".join(nib.orientations.ornt2axcodes(_orientation(own, place)))
-            for own, place in ((file.affine, path), (affine, image_path))
+    if reading.orientation == "canonical" and not same_place(file.affine, affine, shape):
+        turns = [
+            _orientation(own, place) for own, place in ((file.affine, path), (affine, image_path))
         ]
-        if codes[0] != codes[1]:
-            raise DataError(
-                f"{path} lies as {codes[0]} but its image {image_path} as {codes[1]}: resample the "
-                "label onto the image."
-            )
+        # Axis by axis, because names of axes change at 45°, where rounding decides on them.
+        sides = [np.linalg.norm(own[:3, :3], axis=0) for own in (file.affine, affine)]
+        between = np.eye(4)
+        between[:3, :3] = (affine[:3, :3] / sides[1]).T @ (file.affine[:3, :3] / sides[0])
+        if (_orientation(between, path) != [[0, 1], [1, 1], [2, 1]]).any():
+            names = ["".join(nib.orientations.ornt2axcodes(turn)) for turn in turns]
+            what = f"lies as {names[0]} but its image {image_path} as {names[1]}"
+            if names[0] == names[1]:
+                what = f"lies more than 45° askew of its image {image_path}"
+            second = second_form(file.forms, shape), second_form(forms, shape)
+            other = follows_other_form((file.affine, second[0]), (affine, second[1]), shape)
+            mend = f"{other}, so make the headers of both agree" if other else ""
+            for place, own in ((path, file.forms), (image_path, forms)):
+                if not any(own.codes):
+                    mend = f"{place} has no geometry in its header, so write it there"
+            raise DataError(f"{path} {what}: {mend or 'resample the label onto it'}.")
     known = {0: 0}
     known.update(dict.fromkeys(reading.ignored_values, 0))
     known.update(dict.fromkeys(reading.unannotated_values, UNANNOTATED))
@@ -587,6 +625,7 @@ def frame(
     affine, path = file.affine, file.path
     file_axes, reverse = [0, 1, 2], [False, False, False]
     if reading.orientation == "canonical":
+        _refuse_shear(affine, path)
         for file_axis, (canonical, direction) in enumerate(_orientation(affine, path)):
             file_axes[int(canonical)] = file_axis
             reverse[int(canonical)] = direction < 0
@@ -600,9 +639,10 @@ def frame(
         # Written so that nan fails, too.
         if not (length >= _FINEST and length * count <= _LONGEST):
             size = " × ".join(f"{own:.3g}" for own in spacing)
+            unit = {1: " (its unit is the metre)", 3: " (its unit is the micrometre)"}
             raise DataError(
-                f"{path} has voxels of {size} mm, as no scan has: repair the header's pixdim and "
-                "affine."
+                f"{path} has voxels of {size} mm{unit.get(file.forms.unit, '')}, as no scan has: "
+                "repair the header's pixdim, affine and unit."
             )
     for axis in reading.flip:
         reverse[axis] = not reverse[axis]
@@ -633,12 +673,141 @@ def _orientation(affine: np.ndarray, path: Path) -> np.ndarray:
     return found
 
 
+def _refuse_shear(affine: np.ndarray, path: Path) -> None:
+    """Axes that are not perpendicular: neither distances nor volumes follow from voxel sides.
+
+    Raises:
+        DataError: two axes are further from a right angle than rounding leaves them.
+    """
+    with np.errstate(all="ignore"):  # what has no directions has its own sentence
+        directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+        cosines = np.abs(np.triu(directions.T @ directions, 1))
+        most = float(cosines.max())
+    if np.isfinite(most) and _SHEAR < most < 1:
+        raise DataError(
+            f"{path} has axes at an angle of {np.degrees(np.arccos(most)):.1f}° instead of "
+            "90°, as a tilted CT gantry leaves them: resample image and label onto straight axes "
+            "(nibabel.processing.resample_to_output; order=0 for the label)."
+        )
+
+
+def voxel_ml(affine: np.ndarray, spacing: Sequence[float], reading: Reading) -> float:
+    """Millilitres of a voxel: by the affine's determinant, with the spacing that counts.
+
+    Args:
+        affine: (4, 4), to mm; counts where the reading trusts it.
+        spacing: mm per stored axis, as `frame` gives it.
+        reading: of the dataset.
+    """
+    ml = prod(spacing) / 1000
+    if reading.orientation != "canonical":
+        return ml
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    return ml * float(abs(np.linalg.det(directions)))
+
+
+def same_place(first: np.ndarray, second: np.ndarray, shape: Sequence[int]) -> bool:
+    """Whether two affines put each voxel of a volume at one place, within a share of its side."""
+    with np.errstate(all="ignore"):
+        sides = np.linalg.norm(second[:3, :3], axis=0)
+    return bool(apart(first, second, shape) <= _APART * sides.min())  # False with nan
+
+
+def second_form(forms: Forms, shape: Sequence[int]) -> np.ndarray | None:
+    """The qform's affine in mm, where it puts voxels elsewhere than the sform, which is read.
+
+    NaN where the qform is no rotation; None where there is one geometry only.
+    """
+    if not all(forms.codes):
+        return None
+    rows, qform = np.eye(4), forms.qform()
+    rows[:3] = np.reshape(forms.in_mm().rows, (3, 4))
+    if same_place(qform, rows, shape):
+        return None
+    # Of turns by 180°, a quaternion in float32 says the angle less sharply than rows of a matrix.
+    rest = max(0.0, 1 - sum(value * value for value in forms.quaternion))
+    unsure = 2 * ((rest + _QUATERNION) ** 0.5 - rest**0.5)
+    extent = np.linalg.norm(rows[:3, :3], axis=0) * shape
+    if apart(qform, rows, shape) <= unsure * np.linalg.norm(extent):
+        return None
+    return qform
+
+
+def follows_other_form(
+    label: tuple[np.ndarray, np.ndarray | None],
+    image: tuple[np.ndarray, np.ndarray | None],
+    shape: Sequence[int],
+) -> str:
+    """That a label lies on its image by a form of a header that is not read, as words; or "".
+
+    Args:
+        label: its affine, and that of its `second_form`.
+        image: the same of its image.
+        shape: of both.
+    """
+    if image[1] is not None and same_place(label[0], image[1], shape):
+        return "it follows the qform of its image, which is read by its sform"
+    if label[1] is not None and same_place(label[1], image[0], shape):
+        return "by its qform it lies on its image, and it is read by its sform"
+    return ""
+
+
+def doubts(file: VolumeFile, reading: Reading) -> tuple[tuple[str, str], ...]:
+    """What a header leaves unsure about where its voxels lie, in the words of `data check`.
+
+    Args:
+        file: one that `frame` takes.
+        reading: of its dataset; a stored orientation asks no header.
+
+    Returns:
+        The name of a finding and its sentence; at most one, the gravest.
+    """
+    if reading.orientation != "canonical":
+        return ()
+    path = file.path
+    with np.errstate(all="ignore"):
+        sides = nib.affines.voxel_sizes(file.affine)
+        ratio = np.array(file.spacing) / sides
+    second = second_form(file.forms, file.shape)
+    if not file.placed:
+        axes = "".join(nib.orientations.ornt2axcodes(_orientation(file.affine, path)))
+        return (
+            (
+                "no geometry",
+                f"{path} does not say which way its axes run, and they are taken as {axes}: look "
+                "whether that is right, and write it into the header.",
+            ),
+        )
+    if second is not None:
+        distance = apart(second, file.affine, file.shape)
+        what = f"lie up to {distance:.3g} mm apart" if distance >= 0 else "are not both rotations"
+        return (
+            (
+                "two geometries",
+                f"{path} has a qform and an sform that {what}; the sform counts here, and other "
+                "programs may take the qform: make the two equal.",
+            ),
+        )
+    if reading.stated_spacing is None and not (np.abs(ratio - 1) < SAME_SIDES).all():
+        mm = ["×".join(f"{side:.3g}" for side in own) for own in (file.spacing, sides)]
+        field = "pixdim" if file.path.name.lower().endswith(NIFTI) else "spacing"
+        return (
+            (
+                "voxel size",
+                f"{path} has voxels of {mm[0]} mm by its {field} and of {mm[1]} mm by its affine, "
+                "which counts here and not in every program: make the two equal.",
+            ),
+        )
+    return ()
+
+
 def apart(first: np.ndarray, second: np.ndarray, shape: Sequence[int]) -> float:
     """How far two affines put the same voxel of a volume apart, in mm, at most."""
     corners = np.array(np.meshgrid(*([0, length - 1] for length in shape))).reshape(3, -1)
-    difference = (second - first)[:3]
-    moved = difference[:, :3] @ corners + difference[:, 3:]
-    return float(np.linalg.norm(moved, axis=0).max())
+    with np.errstate(all="ignore"):  # what is not finite in a header is nowhere: NaN or infinity
+        difference = (second - first)[:3]
+        moved = difference[:, :3] @ corners + difference[:, 3:]
+        return float(np.linalg.norm(moved, axis=0).max())
 
 
 def orient(

@@ -229,9 +229,8 @@ def _volumes(
     for case in dataset.cases(domain):
         if case.label is None:
             continue
-        spacing = cache.image(case.unlabelled(), reading, grid).placement.grid_spacing
+        ml = cache.image(case.unlabelled(), reading, grid).placement.grid_ml
         labels = np.asarray(cache.label(case, reading, grid, structures).open())
         counts = np.bincount(labels.ravel(), minlength=len(structures) + 1)
-        own = counts[1 : len(structures) + 1]
-        rows.append([float(count * np.prod(spacing) / 1000) for count in own])
+        rows.append([float(count * ml) for count in counts[1 : len(structures) + 1]])
     return list(zip(*rows, strict=True))

@@ -27,7 +27,9 @@ from glua_bench.volumes import (
     load_label,
     read_label_volume,
     restore,
+    same_place,
     save_labels,
+    save_volume,
 )
 
 OTHERS = ("v.nrrd", "v.nhdr", "v.mha", "v.mhd")
@@ -492,3 +494,285 @@ def _one_sentence(error: DataError, path: Path) -> None:
     assert str(path) in text
     assert text.endswith(".") and "\n" not in text and ":" in text
     assert ". " not in text.replace(str(path), "")
+
+
+# -- what a header means --------------------------------------------------------------------------
+
+
+def same(one: sitk.Image, other: sitk.Image) -> bool:
+    """Whether SimpleITK puts both at one place, to the last digit."""
+    return all(
+        getattr(one, read)() == getattr(other, read)()
+        for read in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection")
+    )
+
+
+# A turn by 0.3 about the first axis, voxels of 2 × 2 × 4 mm.
+AFFINE = nib.affines.from_matvec(
+    Rotation.from_euler("x", 0.3).as_matrix() @ np.diag([2.0, 2.0, 4.0]), (8.0, -16.0, 32.0)
+)
+
+
+def nifti_in(path: Path, data: np.ndarray, affine: np.ndarray, unit: int) -> Path:
+    """NIfTI with an affine in mm, written in another unit."""
+    length = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}[unit]
+    own = affine.copy()
+    own[:3] /= length
+    image = nib.Nifti1Image(data, own)
+    image.set_qform(own, 1)
+    image.set_sform(own, 1)
+    image.header["xyzt_units"] = unit | 16  # and milliseconds
+    nib.save(image, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["nii", "nii.gz"])
+@pytest.mark.parametrize("unit", [0, 1, 3])
+def test_nifti_is_in_mm_whatever_its_unit(tmp_path, unit, suffix):
+    """The same slices, places and volumes as in mm; written in the unit and numbers of the image.
+
+    SimpleITK applies the unit and nibabel does not, and by both the labels lie on their image.
+    """
+    data, raw = heart()
+    found = []
+    for name, own in (("mm", 2), ("other", unit)):
+        image = nifti_in(tmp_path / f"{name}.{suffix}", data, AFFINE, own)
+        label = nifti_in(tmp_path / f"{name}_label.{suffix}", raw, AFFINE, own)
+        loaded = load_image(image, Reading(), Grid(24, 2.0, 4.0))
+        labels = load_label(label, image, Reading(), loaded.placement, STRUCTURES)
+        np.testing.assert_allclose(loaded.placement.affine, AFFINE, atol=1e-5)
+        np.testing.assert_allclose(open_volume(image).spacing, (2, 2, 4), rtol=1e-6)
+        np.testing.assert_allclose(sitk.ReadImage(str(image)).GetSpacing(), (2, 2, 4), rtol=1e-6)
+        out = tmp_path / f"{name}_out.nii.gz"
+        save_labels(out, np.zeros(raw.shape, np.uint8), loaded.placement, [205, 500])
+        assert np.array_equal(nib.load(out).affine, nib.load(image).affine)
+        assert int(nib.load(out).header["xyzt_units"]) == own
+        assert same(sitk.ReadImage(str(out)), sitk.ReadImage(str(image)))
+        found.append((loaded.voxels, labels, loaded.placement.ml))
+    np.testing.assert_allclose(found[0][0], found[1][0], atol=1e-4)
+    assert np.array_equal(found[0][1], found[1][1]) and found[0][1].any()
+    assert found[0][2] == pytest.approx(0.016) and found[1][2] == pytest.approx(0.016)
+
+
+def test_forty_micrometres_are_forty_micrometres(tmp_path):
+    image = nib.Nifti1Image(VALUES, np.diag([40.0, 40.0, 50.0, 1.0]))
+    image.header.set_xyzt_units("micron")
+    nib.save(image, tmp_path / "v.nii")
+    assert open_volume(tmp_path / "v.nii").spacing == pytest.approx((0.04, 0.04, 0.05))
+    assert sitk.ReadImage(str(tmp_path / "v.nii")).GetSpacing() == pytest.approx((0.04, 0.04, 0.05))
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 3), (3, 2), (0, 1), (1, 3)])
+def test_image_and_label_may_state_different_units(tmp_path, first, second):
+    """Places are compared in mm; numbers that are equal in different units are not."""
+    data, raw = heart()
+    image = nifti_in(tmp_path / "i.nii", data, AFFINE, first)
+    label = nifti_in(tmp_path / "l.nii", raw, AFFINE, second)
+    assert same_place(open_volume(label).affine, open_volume(image).affine, data.shape)
+    assert np.array_equal(read_label_volume(label, image, STRUCTURES, Reading()) == 1, raw == 205)
+    wrong = nib.load(label)
+    wrong.header["xyzt_units"] = first
+    nib.save(wrong, tmp_path / "w.nii")
+    assert not same_place(
+        open_volume(tmp_path / "w.nii").affine, open_volume(image).affine, data.shape
+    )
+
+
+@pytest.mark.parametrize(("unit", "code", "length"), [("um", 3, 1.0), ("m", 1, 1.0), ("cm", 2, 10)])
+def test_results_for_nrrd_state_its_unit_where_nifti_has_it(tmp_path, unit, code, length):
+    """With the numbers of the image, or in mm where NIfTI has no word for its unit."""
+    directions = "space directions: (0,0.2,0) (0.3,0,0) (0,0,-0.4)\nspace origin: (0.5,0.6,0.7)"
+    units = f'space units: "{unit}" "{unit}" "{unit}"'
+    path = nrrd_in(tmp_path / "v.nrrd", f"space: RAS\n{directions}\n{units}")
+    volume = open_volume(path)
+    save_volume(tmp_path / "o.nii", np.zeros(VALUES.shape, np.uint8), volume.forms)
+    written = nib.load(tmp_path / "o.nii")
+    own = np.array([[0, 0.3, 0, 0.5], [0.2, 0, 0, 0.6], [0, 0, -0.4, 0.7]]) * length
+    np.testing.assert_allclose(written.affine[:3], own, rtol=1e-6)
+    np.testing.assert_allclose(written.get_qform()[:3], own, atol=1e-5)
+    assert int(written.header["xyzt_units"]) == code
+    again = open_volume(tmp_path / "o.nii")
+    np.testing.assert_allclose(again.affine, volume.affine, rtol=1e-6)
+
+
+def nrrd_in(path: Path, fields: str) -> Path:
+    text = NRRD.format(kind="short", space=fields, encoding="raw", endian="little", file="")
+    path.write_bytes(text.replace("\n\n\n", "\n\n").encode("latin-1") + VALUES.tobytes("F"))
+    return path
+
+
+UNITS = {"mm": 1.0, "um": 1e-3, "\u00b5m": 1e-3, "micron": 1e-3, "cm": 10.0, "m": 1000.0, "": 1.0}
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_nrrd_is_in_mm_whatever_its_unit(tmp_path, unit):
+    """`space units` of a space, and `units` of axes without one."""
+    directions = f"space: RAS\n{DIRECTIONS}\nspace units: " + f'"{unit}" ' * 3
+    first = open_volume(nrrd_in(tmp_path / "a.nrrd", directions.strip()))
+    expected = np.array([[0, 3, 0, 5], [2, 0, 0, 6], [0, 0, -4, 7]]) * UNITS[unit]
+    np.testing.assert_allclose(first.affine[:3], expected, rtol=1e-6)
+    assert first.spacing == pytest.approx(np.array([2, 3, 4]) * UNITS[unit])
+    second = open_volume(
+        nrrd_in(tmp_path / "b.nrrd", f'spacings: 2 3 4\nunits: "{unit}" "{unit}" "{unit}"')
+    )
+    assert second.spacing == pytest.approx(np.array([2, 3, 4]) * UNITS[unit])
+    assert first.placed and not second.placed
+    assert np.array_equal(first.voxels(), VALUES)
+
+
+@pytest.mark.parametrize("unit", ["mm", "um", "cm", "?", None])
+def test_metaimage_is_in_mm_whatever_its_unit(tmp_path, unit):
+    """MetaIO's field, which ITK keeps and does not apply."""
+    line = f"DistanceUnits = {unit}\n" if unit else ""
+    (tmp_path / "v.mha").write_bytes(
+        META.replace("DimSize", f"{line}DimSize").encode() + b"LOCAL\n" + VALUES.tobytes("F")
+    )
+    found = open_volume(tmp_path / "v.mha")
+    length = {"um": 1e-3, "cm": 10.0}.get(unit, 1.0)
+    assert found.spacing == pytest.approx(np.array([2, 3, 4]) * length)
+    expected = np.array([[0, 3, 0, -5], [-2, 0, 0, -6], [0, 0, 4, 7]])
+    np.testing.assert_allclose(np.abs(found.affine[:3]), np.abs(expected) * length, rtol=1e-6)
+    assert found.placed
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("v.nrrd", f'space: RAS\n{DIRECTIONS}\nspace units: "mm" "mm" "um"'),
+        ("v.nrrd", f'space: RAS\n{DIRECTIONS}\nspace units: "furlong" "furlong" "furlong"'),
+        ("v.mha", "DistanceUnits = inch\n"),
+        ("v.nii", 5),
+        ("v.nii", 7 | 8),
+    ],
+)
+def test_a_unit_that_is_none_is_a_sentence(tmp_path, name, content):
+    path = tmp_path / name
+    if name == "v.nrrd":
+        nrrd_in(path, content)
+    elif name == "v.mha":
+        text = META.replace("DimSize", f"{content}DimSize")
+        path.write_bytes(text.encode() + b"LOCAL\n" + VALUES.tobytes("F"))
+    else:
+        _header(path, xyzt_units=content)
+    with pytest.raises(DataError, match="unit") as caught:
+        open_volume(path)
+    _one_sentence(caught.value, path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "placed"),
+    [
+        (f"space: RAS\n{DIRECTIONS}", True),
+        (f"space: left-posterior-superior\n{DIRECTIONS}", True),
+        ("spacings: 2 3 4", False),
+        (f"space dimension: 3\n{DIRECTIONS}", False),
+        (f"space: scanner-xyz\n{DIRECTIONS}", False),
+    ],
+)
+def test_nrrd_without_a_space_of_the_body_is_known(tmp_path, fields, placed):
+    assert open_volume(nrrd_in(tmp_path / "v.nrrd", fields)).placed is placed
+
+
+def test_nifti_and_metaimage_without_directions_are_known(tmp_path):
+    assert not open_volume(_header(tmp_path / "v.nii", sform_code=0, qform_code=0)).placed
+    assert open_volume(_header(tmp_path / "w.nii", sform_code=0, qform_code=1)).placed
+    text = META.replace("TransformMatrix = 0 -1 0 1 0 0 0 0 1\n", "")
+    (tmp_path / "v.mha").write_bytes(text.encode() + b"LOCAL\n" + VALUES.tobytes("F"))
+    assert not open_volume(tmp_path / "v.mha").placed
+
+
+def quaternion(path: Path, length: float, sform_code: int = 0) -> Path:
+    """A NIfTI file with a qform whose b, c and d have this length together."""
+    b, c, d = np.array([2.0, 3.0, 6.0]) / 7 * length
+    return _header(path, qform_code=1, sform_code=sform_code, quatern_b=b, quatern_c=c, quatern_d=d)
+
+
+@pytest.mark.parametrize("over", [-1e-6, 0.0, 1e-6, 3e-5])
+def test_quaternions_within_rounding_are_read_as_itk_reads_them(tmp_path, over):
+    """nibabel refuses them from 2e-7 on; what is written for the file, it opens."""
+    path = quaternion(tmp_path / "v.nii", 1 + over)
+    found, theirs = open_volume(path), sitk.ReadImage(str(path))
+    lps = np.reshape(theirs.GetDirection(), (3, 3)) * theirs.GetSpacing()
+    np.testing.assert_allclose(found.affine[:3, :3], np.diag([-1, -1, 1]) @ lps, atol=5e-3)
+    placement = load_image(path, Reading(), Grid(8, 2.0)).placement
+    save_labels(tmp_path / "o.nii", np.zeros(VALUES.shape, np.uint8), placement, [205, 500])
+    np.testing.assert_allclose(nib.load(tmp_path / "o.nii").affine, found.affine, atol=1e-5)
+    written = sitk.ReadImage(str(tmp_path / "o.nii"))
+    np.testing.assert_allclose(written.GetDirection(), theirs.GetDirection(), atol=2e-3)
+
+
+@pytest.mark.parametrize("length", [1.01, 2.0, np.inf, np.nan])
+def test_a_quaternion_that_is_no_rotation_is_a_sentence_of_ours(tmp_path, length):
+    path = quaternion(tmp_path / "v.nii", length)
+    with pytest.raises(DataError, match="repair the qform, or set the sform") as caught:
+        open_volume(path)
+    _one_sentence(caught.value, path)
+    assert "w2" not in str(caught.value)
+    # Beside an sform it is not asked.
+    beside = open_volume(quaternion(tmp_path / "w.nii", length, sform_code=1))
+    np.testing.assert_array_equal(beside.affine, np.diag([2.0, 2.0, 3.0, 1.0]))
+
+
+def test_a_handedness_of_zero_is_one(tmp_path):
+    """The standard says so; nibabel takes it for a guess."""
+    path = _header(tmp_path / "v.nii", sform_code=0, qform_code=1, pixdim=[0, 2, 2, 3, 0, 0, 0, 0])
+    np.testing.assert_array_equal(open_volume(path).affine, np.diag([2.0, 2.0, 3.0, 1.0]))
+    assert sitk.ReadImage(str(path)).GetSpacing() == (2, 2, 3)
+
+
+def sheared(path: Path, degrees: float) -> Path:
+    """A volume whose third axis leans by an angle."""
+    lean = np.tan(np.radians(degrees))
+    affine = np.diag([2.0, 2.0, 3.0, 1.0])
+    affine[1, 2] = 3 * lean
+    if path.suffix == ".nii":
+        image = nib.Nifti1Image(VALUES, affine)
+        image.set_sform(affine, 1)
+        nib.save(image, path)
+    elif path.suffix == ".nrrd":
+        directions = f"(2,0,0) (0,2,0) (0,{3 * lean},3)"
+        nrrd_in(path, f"space: RAS\nspace directions: {directions}\nspace origin: (0,0,0)")
+    else:
+        # As many digits as writers give it; the third direction has length 1.
+        y, z = np.sin(np.radians(degrees)), np.cos(np.radians(degrees))
+        text = META.replace("0 -1 0 1 0 0 0 0 1", f"1 0 0 0 1 0 0 {y:.9f} {z:.9f}")
+        text = text.replace("2 3 4\nDimSize", f"2 2 {3 / z:.9f}\nDimSize")
+        path.write_bytes(text.encode() + b"LOCAL\n" + VALUES.tobytes("F"))
+    return path
+
+
+@pytest.mark.parametrize("name", ["v.nii", "v.nrrd", "v.mha"])
+def test_a_shear_is_a_sentence_that_names_the_way_out(tmp_path, name):
+    path = sheared(tmp_path / name, 30)
+    with pytest.raises(DataError, match="60.0° instead of 90°.*resample_to_output") as caught:
+        load_image(path, Reading(), Grid(8, 2.0))
+    _one_sentence(caught.value, path)
+    # Where the header is known to be wrong, nothing is asked of it.
+    load_image(path, Reading("stored", stated_spacing=(2.0, 2.0, 3.0)), Grid(8, 2.0))
+
+
+@pytest.mark.parametrize("name", ["v.nii", "v.nrrd", "v.mha"])
+def test_what_rounding_leaves_of_a_shear_is_read_with_the_right_volume(tmp_path, name):
+    placement = load_image(sheared(tmp_path / name, 0.5), Reading(), Grid(8, 2.0)).placement
+    exact = 2 * 2 * 3 / 1000  # whatever the third axis leans
+    assert placement.ml == pytest.approx(exact, rel=1e-7)
+    assert np.prod(placement.spacing) / 1000 > exact * (1 + 3e-5)
+    assert placement.grid_ml == pytest.approx(exact * np.prod(placement.step))
+
+
+def test_a_stated_spacing_gives_the_volume(tmp_path):
+    path = write(tmp_path / "v.nii", VALUES, np.diag([1.25, 1.25, 8.0, 1.0]))
+    for reading in (
+        Reading("stored", stated_spacing=(0.74, 0.74, 0.0)),
+        Reading("canonical", stated_spacing=(0.74, 0.74, 0.0)),
+    ):
+        placement = load_image(path, reading, Grid(8, 1.0)).placement
+        assert placement.ml == pytest.approx(0.74 * 0.74 * 8 / 1000, rel=1e-6)
+
+
+def test_resampling_as_the_sentence_says_mends_a_shear(tmp_path):
+    from nibabel.processing import resample_to_output
+
+    resampled = resample_to_output(nib.load(sheared(tmp_path / "v.nii", 30)), order=0)
+    nib.save(resampled, tmp_path / "w.nii")
+    load_image(tmp_path / "w.nii", Reading(), Grid(8, 2.0))

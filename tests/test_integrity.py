@@ -239,6 +239,103 @@ def label_header_at_an_angle(data: Cohort) -> None:
     change(files(data.root, "mr_1001")[1], affine=rotated)
 
 
+def header(
+    path: Path,
+    qform: np.ndarray | None = None,
+    codes: tuple[int, int] | None = None,
+    **fields: object,
+) -> None:
+    """Change what a header says, and no voxel."""
+    image = nib.load(path)
+    if qform is not None:
+        image.set_qform(qform, 1)
+    if codes is not None:
+        image.header["qform_code"], image.header["sform_code"] = codes
+    for name, value in fields.items():
+        image.header[name] = value
+    plain = nib.Nifti1Image(np.asarray(image.dataobj), None, image.header)
+    nib.save(plain, path)
+
+
+def quarter(path: Path) -> np.ndarray:
+    """The affine of a file, turned by 90° about the third axis of the body."""
+    affine = nib.load(path).affine.copy()
+    affine[:3] = [[0, 1, 0], [-1, 0, 0], [0, 0, 1]] @ affine[:3]
+    return affine
+
+
+@fault(("warning", "two geometries", "ct_1004"))
+def qform_and_sform_that_differ(data: Cohort) -> None:
+    for path in files(data.root, "ct_1004"):
+        header(path, qform=moved(0, 40, 0)(nib.load(path).affine.copy()))
+
+
+@fault(("warning", "two geometries", "ct_1004"))
+def two_geometries_in_the_label_alone(data: Cohort) -> None:
+    path = files(data.root, "ct_1004")[1]
+    header(path, qform=quarter(path))
+
+
+@fault(("warning", "two geometries", "mr_1003"), ("warning", "label geometry", "mr_1003"))
+def label_that_follows_the_qform_of_its_image(data: Cohort) -> None:
+    image, label = files(data.root, "mr_1003")
+    beside = moved(0, 0, 35)(nib.load(image).affine.copy())
+    header(image, qform=beside)
+    header(label, qform=beside, codes=(1, 0))
+
+
+@fault(("problem", "label", "mr_1003"), ("warning", "two geometries", "mr_1003"))
+def label_that_follows_a_turned_qform(data: Cohort) -> None:
+    image, label = files(data.root, "mr_1003")
+    turned = quarter(image)
+    header(image, qform=turned)
+    header(label, qform=turned, codes=(1, 0))
+
+
+@fault(("warning", "no geometry", "ct_1007"), ("problem", "label", "ct_1007"))
+def no_geometry_in_the_image(data: Cohort) -> None:
+    header(files(data.root, "ct_1007")[0], codes=(0, 0))
+
+
+@fault(("warning", "no geometry", "mr_1005"), ("warning", "orientation", "mr_1005"))
+def no_geometry_in_image_and_label(data: Cohort) -> None:
+    for path in files(data.root, "mr_1005"):
+        header(path, codes=(0, 0))
+
+
+@fault(("warning", "voxel size", "ct_1002"))
+def pixdim_against_the_sform(data: Cohort) -> None:
+    path = files(data.root, "ct_1002")[0]
+    header(path, codes=(0, 1), pixdim=[1, 1, 1, 5, 0, 0, 0, 0])
+
+
+@fault(("problem", "image", "ct_1006"))
+def gantry_tilt_left_in_the_header(data: Cohort) -> None:
+    lean = np.eye(4)
+    lean[1, 2] = np.tan(np.radians(20))
+    both(data.root, "ct_1006", affine=lambda affine: lean @ affine)
+
+
+@fault()
+def a_header_in_micrometres(data: Cohort) -> None:
+    for path in files(data.root, "mr_1006"):
+        image = nib.load(path)
+        small = nib.Nifti1Image(np.asarray(image.dataobj), scaled_world(1000) @ image.affine)
+        small.header.set_xyzt_units("micron")
+        nib.save(small, path)
+
+
+@fault(("warning", "size", "mr_1006"))
+def a_header_in_micrometres_that_says_millimetres(data: Cohort) -> None:
+    for path in files(data.root, "mr_1006"):
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), scaled_world(20) @ image.affine), path)
+
+
+def scaled_world(factor: float) -> np.ndarray:
+    return np.diag([factor, factor, factor, 1.0])
+
+
 @fault(("problem", "label", "ct_1001"))
 def unknown_label_value(data: Cohort) -> None:
     change(files(data.root, "ct_1001")[1], put(7, slice(2, 4), slice(2, 4), slice(2, 4)))
@@ -460,6 +557,40 @@ def test_a_planted_fault_is_found(cohort: Cohort, name: str) -> None:
     plant, expected = FAULTS[name]
     plant(cohort)
     assert found(cohort) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "check", "words"),
+    [
+        ("qform and sform that differ", "two geometries", "lie up to 40 mm apart; the sform"),
+        ("label that follows the qform of its image", "label geometry",
+         "lies 35 mm beside its image (it follows the qform of its image, which is read by its"),
+        ("label that follows a turned qform", "label", "it follows the qform of its image"),
+        ("no geometry in image and label", "no geometry", "they are taken as LAS"),
+        ("pixdim against the sform", "voxel size", "voxels of 1×1×5 mm by its pixdim"),
+        ("gantry tilt left in the header", "image", "° instead of 90°"),
+    ],
+)  # fmt: skip
+def test_a_finding_says_what_the_header_says(
+    cohort: Cohort, name: str, check: str, words: str
+) -> None:
+    FAULTS[name][0](cohort)
+    told = [f.text for f in check_dataset(cohort, SILENT)[1] if f.check == check]
+    assert len(told) == 1 and words in told[0]
+
+
+def test_volumes_are_those_of_the_unit(cohort: Cohort) -> None:
+    before = {one.case.id: one for one in check_dataset(cohort, SILENT)[0]}["mr_1006"]
+    FAULTS["a header in micrometres"][0](cohort)
+    after = {one.case.id: one for one in check_dataset(cohort, SILENT)[0]}["mr_1006"]
+    assert after.image.spacing == pytest.approx(before.image.spacing)
+    ml = [[s.ml for s in one.label.structures] for one in (before, after)]
+    assert ml[0] == pytest.approx(ml[1]) and min(ml[0]) > 0
+    path = files(cohort.root, "mr_1006")[1]
+    image = nib.load(path)
+    voxel = abs(np.linalg.det(image.affine[:3, :3])) / 1e9 / 1000
+    count = np.isin(np.asarray(image.dataobj), Phantom.structures[0].values).sum()
+    assert ml[1][0] == pytest.approx(count * voxel, rel=1e-5)
 
 
 # -- scanners -------------------------------------------------------------------------------------

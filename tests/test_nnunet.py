@@ -165,7 +165,7 @@ def test_a_stated_spacing_is_written_into_the_headers(phantom_root: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "what", ["two geometries", "scaled", "micrometres", "uncompressed", "nrrd"]
+    "what", ["two geometries", "voxel sizes", "scaled", "micrometres", "uncompressed", "nrrd"]
 )
 def test_images_of_another_kind_are_written_anew(copy: Path, tmp_path: Path, what: str) -> None:
     """Values and the geometry that this harness uses stay."""
@@ -183,7 +183,11 @@ def test_images_of_another_kind_are_written_anew(copy: Path, tmp_path: Path, wha
         nib.save(scaled, path)
         voxels = voxels * 0.5
     elif what == "micrometres":
-        volume.header.set_xyzt_units("micron")
+        small = nib.Nifti1Image(voxels, np.diag([1000, 1000, 1000, 1]) @ affine)
+        small.header.set_xyzt_units("micron")
+        nib.save(small, path)
+    elif what == "voxel sizes":  # the sform counts here, pixdim for nnU-Net
+        volume.header["pixdim"][1:4] = 1, 1, 5
         nib.save(volume, path)
     else:
         target = path.with_name("ct_train_1001_image." + {"nrrd": "nrrd"}.get(what, "nii"))
@@ -206,6 +210,39 @@ def test_images_of_another_kind_are_written_anew(copy: Path, tmp_path: Path, wha
     np.testing.assert_allclose(written.affine, affine, atol=1e-4)
     np.testing.assert_allclose(written.get_qform(), written.get_sform(), atol=1e-4)
     assert written.header.get_xyzt_units()[0] != "micron"
+    # nnU-Net reads with SimpleITK, whose voxel sizes are those of pixdim.
+    label = folder / "labelsTr" / "1001.nii.gz"
+    for file in (made, label):
+        read = sitk.ReadImage(str(file))
+        np.testing.assert_allclose(read.GetSpacing(), nib.affines.voxel_sizes(affine), rtol=1e-5)
+        np.testing.assert_allclose(nib.load(file).affine, affine, atol=1e-4)
+
+
+def test_two_geometries_stay_where_voxel_sizes_agree(copy: Path, tmp_path: Path) -> None:
+    """Image, label and prediction carry both forms, so that they lie on each other by either."""
+    path = Phantom.image_path(copy, "ct", 1003)
+    volume = nib.load(path)
+    turned = volume.affine.copy()
+    turned[:3] = [[0, 1, 0], [-1, 0, 0], [0, 0, 1]] @ turned[:3]
+    volume.set_qform(turned, 2)
+    nib.save(volume, path)
+    data = Phantom(copy)
+    folder = exported(data, tmp_path / "out")["ct"]
+    (case,) = data.split("ct", "test")
+    predictions = tmp_path / "run"
+    predictions.mkdir()
+    shutil.copy(case.truth, predictions / f"{case.id}.nii.gz")
+    export_predictions(data, "ct", predictions, tmp_path / "predicted", 1, SILENT)
+    image = folder / "imagesTs" / "1003_0000.nii.gz"
+    assert image.read_bytes() == path.read_bytes()
+    for file in (folder / "labelsTs" / "1003.nii.gz", tmp_path / "predicted" / "1003.nii.gz"):
+        header = nib.load(file).header
+        assert (int(header["qform_code"]), int(header["sform_code"])) == (2, 1)
+        assert np.array_equal(header.get_qform(), nib.load(path).get_qform())
+        assert np.array_equal(header.get_sform(), nib.load(path).get_sform())
+        first, second = sitk.ReadImage(str(image)), sitk.ReadImage(str(file))
+        for read in ("GetSpacing", "GetOrigin", "GetDirection"):
+            assert getattr(first, read)() == getattr(second, read)()
 
 
 # -- again, and over something else ----------------------------------------------------------------
@@ -245,7 +282,12 @@ def test_nothing_else_is_overwritten(phantom_root: Path, copy: Path, tmp_path: P
         with pytest.raises(ConfigError, match="other files or settings"):
             exported(data, to, link=link)
     assert {path: path.read_bytes() for path in to.rglob("*") if path.is_file()} == before
-    (to / "nnUNet_raw" / "Dataset501_phantom_mr" / RECORD).write_text("{")
+    record = to / "nnUNet_raw" / "Dataset501_phantom_mr" / RECORD
+    older = {k: v for k, v in json.loads(record.read_text()).items() if k != "version"}
+    record.write_text(json.dumps(older))  # of a version that wrote other headers
+    with pytest.raises(ConfigError, match="other files or settings"):
+        exported(Phantom(phantom_root), to)
+    record.write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
         exported(Phantom(phantom_root), to)
 

@@ -120,6 +120,58 @@ def test_a_run_predicts_its_test_cases_as_it_did(made: Made, tmp_path: Path) -> 
     assert list(table.columns) == ["file", "structure", "ml"] and len(table) == 8
 
 
+def test_new_volumes_whatever_their_header_says(
+    made: Made,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The unit and the forms are the image's, ml those of the unit, and doubts are told."""
+    plain = nib.load(made.images[0])
+    voxels, affine = np.asarray(plain.dataobj), plain.affine
+
+    small = nib.Nifti1Image(voxels, np.diag([1000, 1000, 1000, 1]) @ affine)
+    small.header.set_xyzt_units("micron")
+    turned = affine.copy()
+    turned[:3] = [[0, 1, 0], [-1, 0, 0], [0, 0, 1]] @ turned[:3]
+    two = nib.Nifti1Image(voxels, affine)
+    two.set_qform(turned, 1)
+    none = nib.Nifti1Image(voxels, None)
+    none.header.set_zooms(nib.affines.voxel_sizes(affine))
+    files = []
+    for name, image in (("plain", plain), ("small", small), ("two", two), ("none", none)):
+        files.append(tmp_path / f"{name}.nii.gz")
+        nib.save(image, files[-1])
+
+    model = prediction.from_run(made.run, device="cpu")
+    out = tmp_path / "out"
+    first, second, third, fourth = prediction.predict(model, files, out, probabilities=True)
+    assert second.ml == pytest.approx(first.ml, rel=1e-4)
+    assert np.array_equal(first.classes, second.classes)
+    labels = np.asarray(nib.load(first.labels).dataobj)
+    assert sum(first.ml.values()) == pytest.approx(
+        np.count_nonzero(labels) * abs(np.linalg.det(affine[:3, :3])) / 1000, rel=1e-6
+    )
+    assert first.doubts == second.doubts == ()
+    assert len(third.doubts) == 1 and "a qform and an sform" in third.doubts[0]
+    assert len(fourth.doubts) == 1 and "does not say which way its axes run" in fourth.doubts[0]
+    names = ["qform_code", "sform_code", "xyzt_units", "quatern_d", "qoffset_x", "srow_x", "srow_y"]
+    for file in files:
+        image = nib.load(file).header
+        for ending in ("seg", "prob"):
+            written = nib.load(out / f"{prediction.name_of(file)}_{ending}.nii.gz").header
+            assert [written[n].tolist() for n in names] == [image[n].tolist() for n in names]
+            assert np.array_equal(written["pixdim"][:4], image["pixdim"][:4])
+
+    words = ["predict", files[3], "--run", made.run.path, "--out", tmp_path / "c"]
+    monkeypatch.setattr("sys.argv", ["glua-bench", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    heard = capsys.readouterr()
+    assert "does not say which way its axes run" in heard.out + heard.err
+
+
 def test_files_of_one_name_are_refused(made: Made, tmp_path: Path) -> None:
     model = prediction.from_run(made.run, device="cpu")
     with pytest.raises(UserError, match="Two of the given files"):

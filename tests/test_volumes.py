@@ -3,11 +3,13 @@
 import errno
 import gzip
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nibabel.orientations import (
@@ -17,18 +19,22 @@ from nibabel.orientations import (
     ornt_transform,
 )
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 from glua_bench import volumes
 from glua_bench.errors import DataError, RunFailure, UserError
-from glua_bench.formats import open_volume
+from glua_bench.formats import Forms, open_volume
+from glua_bench.metrics import case_metrics
 from glua_bench.task import UNANNOTATED, Grid, Reading, Structure
 from glua_bench.volumes import (
     Placement,
+    frame,
     load_image,
     load_label,
     read_label_volume,
     restore,
     save_labels,
+    save_maps,
     slice_distance,
 )
 
@@ -345,7 +351,7 @@ def test_restore_refuses_another_grid(tmp_path):
 
 def test_placement_round_trips_as_json(tmp_path):
     affine = nib.affines.from_matvec(
-        np.array([[0.1, -0.9, 0.2], [1.3, 0.1, 0.1], [0.0, 0.2, 2.0]]), (3.3, -7.1, 0.123456789)
+        np.array([[0.6, -1.04, 0.0], [0.8, 0.78, 0.0], [0.0, 0.0, 2.0]]), (3.3, -7.1, 0.123456789)
     )
     placement = load_image(
         write(tmp_path / "a.nii", heart()[0], affine=affine), Reading(), Grid(21, 1.37, 3.1)
@@ -789,3 +795,269 @@ def test_thin_walls_survive_a_coarser_grid(tmp_path):
     )
     share = np.count_nonzero(labels == 1) * 4 / np.count_nonzero(raw)
     assert 0.8 < share < 1.2
+
+
+# -- two forms, and what is near enough -----------------------------------------------------------
+
+
+def turned_by(degrees: float, spacing=(1.0, 1.0, 1.0), offset=(0.0, 0.0, 0.0)) -> np.ndarray:
+    """An affine turned about the third axis."""
+    turn = Rotation.from_euler("z", degrees, degrees=True).as_matrix()
+    return nib.affines.from_matvec(turn @ np.diag(spacing), offset)
+
+
+def forms(path: Path, data: np.ndarray, qform, sform, codes=(1, 1)) -> Path:
+    """A file with both forms; the voxel size is that of the qform."""
+    image = nib.Nifti1Image(data, sform if codes[1] else qform)
+    image.set_qform(qform, codes[0])
+    image.set_sform(sform, codes[1])
+    nib.save(image, path)
+    return path
+
+
+def fields(path: Path) -> dict[str, list]:
+    """What a header says about where its voxels lie, number by number."""
+    header = nib.load(path).header
+    names = ["qform_code", "sform_code", "xyzt_units"]
+    names += [f"quatern_{a}" for a in "bcd"] + [f"qoffset_{a}" for a in "xyz"]
+    found = {name: header[name].tolist() for name in names + [f"srow_{a}" for a in "xyz"]}
+    return {**found, "pixdim": header["pixdim"][:4].tolist()}
+
+
+@pytest.mark.parametrize("codes", [(1, 1), (1, 2), (2, 1), (1, 4), (0, 1), (1, 0), (0, 0)])
+def test_both_forms_are_written_as_they_were_read(tmp_path, codes):
+    """Whichever a viewer takes, labels and probabilities lie on their image."""
+    image, raw = heart()
+    qform, sform = turned_by(20, offset=(5, 6, 7)), np.diag([-1.0, 1, 1, 1])
+    path = forms(tmp_path / "a.nii.gz", image, qform, sform, codes)
+    placement = load_image(path, Reading(), Grid(32, 1.0)).placement
+    read = nib.load(path).affine
+    np.testing.assert_allclose(np.array(placement.affine), read, atol=1e-6)
+    save_labels(tmp_path / "l.nii.gz", np.zeros(raw.shape, np.uint8), placement, [205, 500])
+    save_maps(tmp_path / "m.nii.gz", np.zeros((*raw.shape, 2), np.float32), placement)
+    assert fields(tmp_path / "l.nii.gz") == fields(tmp_path / "m.nii.gz") == fields(path)
+    assert nib.load(tmp_path / "m.nii.gz").shape == (*raw.shape, 2)
+    first, second = (sitk.ReadImage(str(tmp_path / name)) for name in ("a.nii.gz", "l.nii.gz"))
+    for read in ("GetSpacing", "GetOrigin", "GetDirection"):
+        assert getattr(first, read)() == getattr(second, read)()
+
+
+@pytest.mark.parametrize("angle", [45 - 1e-5, 45, 45 + 1e-5, 135, -45])
+def test_names_of_axes_do_not_count_where_affines_agree(tmp_path, angle):
+    """At 45°, a hair's breadth changes which way an axis is said to run."""
+    image, raw = heart()
+    file = write(tmp_path / "a.nii", image, affine=turned_by(angle))
+    for number, step in enumerate((-5e-5, 0, 5e-5)):
+        near = turned_by(angle + step)
+        label = write(tmp_path / f"l{number}.nii", raw, affine=near)
+        assert 0 <= volumes.apart(turned_by(angle), near, raw.shape) < 5e-5
+        classes = read_label_volume(label, file, STRUCTURES, Reading())
+        assert np.array_equal(classes == 1, raw == 205)
+    # The names alone would have refused one of them.
+    codes = {nib.aff2axcodes(turned_by(45 + step, offset=(0, 0, 0))) for step in (-5e-5, 5e-5)}
+    assert len(codes) == 2
+
+
+@pytest.mark.parametrize(
+    ("angle", "refused"), [(10, False), (40, False), (50, True), (90, True), (180, True)]
+)
+def test_a_label_is_refused_where_an_axis_runs_along_another_one(tmp_path, angle, refused):
+    """By the angle between the two, wherever the image itself lies."""
+    image, raw = heart()
+    for own in (0, 20, 44):
+        file = write(tmp_path / "a.nii", image, affine=turned_by(own, (1, 1, 4)))
+        label = write(tmp_path / "l.nii", raw, affine=turned_by(own + angle, (1, 1, 4)))
+        if not refused:
+            read_label_volume(label, file, STRUCTURES, Reading())
+            continue
+        with pytest.raises(DataError, match="resample the label|45°") as caught:
+            read_label_volume(label, file, STRUCTURES, Reading())
+        _one_sentence(caught.value, label)
+
+
+def test_a_label_that_follows_the_other_form_is_told_as_that(tmp_path):
+    image, raw = heart()
+    sform, qform = np.diag([1.0, 1, 1, 1]), np.diag([-1.0, 1, 1, 1])
+    both = forms(tmp_path / "a.nii", image, qform, sform)
+    only = forms(tmp_path / "l.nii", raw, qform, qform, (1, 0))
+    with pytest.raises(DataError, match="follows the qform of its image, which is read by its sf"):
+        read_label_volume(only, both, STRUCTURES, Reading())
+    other = forms(tmp_path / "b.nii", image, sform, sform)
+    torn = forms(tmp_path / "m.nii", raw, sform, qform)
+    with pytest.raises(DataError, match="by its qform it lies on its image") as caught:
+        read_label_volume(torn, other, STRUCTURES, Reading())
+    _one_sentence(caught.value, torn)
+    third = forms(tmp_path / "n.nii", raw, np.diag([1.0, -1, 1, 1]), np.diag([1.0, -1, 1, 1]))
+    with pytest.raises(DataError, match="resample the label") as caught:
+        read_label_volume(third, both, STRUCTURES, Reading())
+    assert "qform" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bare", ["image", "label"])
+def test_a_file_without_a_geometry_is_named_where_the_other_has_one(tmp_path, bare):
+    """It would be taken as LAS; resampling the label would not mend it."""
+    image, raw = heart()
+    files = {
+        name: forms(tmp_path / f"{name}.nii", data, np.eye(4), np.eye(4), (0, 0))
+        if name == bare
+        else write(tmp_path / f"{name}.nii", data)
+        for name, data in (("image", image), ("label", raw))
+    }
+    with pytest.raises(DataError, match=f"{bare}.nii has no geometry in its header") as caught:
+        read_label_volume(files["label"], files["image"], STRUCTURES, Reading())
+    _one_sentence(caught.value, files["label"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    turn=st.one_of(
+        st.tuples(*[st.floats(-np.pi, np.pi)] * 3),
+        # Half turns with a little more: there a quaternion is least sharp.
+        st.tuples(st.sampled_from([0.0, np.pi]), st.just(np.pi), st.floats(-2e-3, 2e-3)),
+    ),
+    spacing=st.tuples(*[st.floats(0.3, 8)] * 3),
+    offset=st.tuples(*[st.floats(-900, 900)] * 3),
+    shape=st.sampled_from([(512, 512, 300), (20, 30, 8)]),
+    mirrored=st.booleans(),
+    unit=st.sampled_from([2, 3]),
+)
+def test_one_geometry_in_both_forms_is_not_taken_for_two(
+    turn, spacing, offset, shape, mirrored, unit
+):
+    """Rounding of the quaternion in the file makes no second geometry, a moved voxel does."""
+    directions = Rotation.from_euler("xyz", turn).as_matrix() @ np.diag(
+        [-1 if mirrored else 1, 1, 1]
+    )
+    affine = nib.affines.from_matvec(directions @ np.diag(spacing), offset)
+    header = nib.Nifti1Header()
+    Forms.of(affine, (1, 1), unit).write(header)
+    stored = Forms.read(header)
+    assert volumes.second_form(stored, shape) is None
+    length = 0.001 if unit == 3 else 1.0
+    np.testing.assert_allclose(stored.qform()[:3, 3], np.array(offset) * length, 1e-6, 1e-9)
+    moved = replace(stored, offset=(stored.offset[0] + 3 + max(spacing), *stored.offset[1:]))
+    assert volumes.second_form(moved, shape) is not None
+
+
+# -- the whole way, whatever the header -----------------------------------------------------------
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    angles=st.one_of(st.just((0.0, 0.0, 0.0)), st.tuples(*[st.floats(-3.1, 3.1)] * 3)),
+    spacing=st.tuples(*[st.floats(0.5, 3.0)] * 3),
+    offset=st.tuples(*[st.floats(-300, 300)] * 3),
+    codes=st.sampled_from([(1, 1), (0, 1), (1, 0), (0, 0), (1, 2), (2, 4)]),
+    unit=st.sampled_from([0, 1, 2, 3]),
+    axes=st.permutations([0, 1, 2]),
+    signs=st.tuples(*[st.sampled_from([1, -1])] * 3),
+    suffix=st.sampled_from([".nii", ".nii.gz", ".nrrd", ".mha"]),
+    second=st.booleans(),
+)
+def test_a_perfect_prediction_lies_on_its_image_and_scores_one(
+    tmp_path, angles, spacing, offset, codes, unit, axes, signs, suffix, second
+):
+    """The label through the working grid and back, for any affine, unit, codes, order and format.
+
+    The grid has the file's own pixels in the plane and holds all of it, so nothing may change.
+    """
+    image, raw = heart((14, 12, 10))
+    turn = Rotation.from_euler("xyz", angles).as_matrix()
+    turn = turn @ (np.eye(3)[:, axes] * signs)
+    length = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}[unit]
+    own = nib.affines.from_matvec(turn @ np.diag(spacing), offset)
+    own[:3] /= length
+    files = [tmp_path / f"{name}{suffix}" for name in ("image", "label")]
+    for path, data in zip(files, (image.astype(np.float32), raw), strict=True):
+        if ".nii" in suffix:
+            volume = nib.Nifti1Image(data, None)
+            other = turned_by(30, spacing)
+            other[:3] /= length
+            volume.header["xyzt_units"] = unit
+            volume.header.set_zooms(np.array(spacing) / length)
+            if codes[0]:
+                volume.set_qform(other if second else own, codes[0])
+            if codes[1]:
+                volume.set_sform(own, codes[1])
+            nib.save(volume, path)
+        else:
+            unit, length = 2, 1.0
+            own = nib.affines.from_matvec(turn @ np.diag(spacing), offset)
+            lps = np.diag([-1, -1, 1, 1]) @ own
+            volume = sitk.GetImageFromArray(np.ascontiguousarray(data.T))
+            volume.SetSpacing(spacing)
+            volume.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+            volume.SetOrigin(lps[:3, 3].tolist())
+            sitk.WriteImage(volume, str(path))
+
+    # Slices are cut across the last axis of the body, whichever of the file it is.
+    placed = frame(open_volume(files[0]), Reading())
+    in_plane = [placed[1][axis] for axis in placed[2][1:]]
+    grid = Grid(int(np.ceil(14 * max(in_plane) / min(in_plane))) + 2, min(in_plane))
+    reading = Reading()
+    loaded = load_image(files[0], reading, grid)
+    labels = load_label(files[1], files[0], reading, loaded.placement, STRUCTURES)
+    restored = restore(onehot(labels), loaded.placement)
+    reference = read_label_volume(files[1], files[0], STRUCTURES, reading)
+    out = tmp_path / "out.nii.gz"
+    save_labels(out, restored, loaded.placement, [205, 500])
+
+    # On its image in both libraries, to float precision.
+    first, saved = sitk.ReadImage(str(files[0])), sitk.ReadImage(str(out))
+    assert first.GetSize() == saved.GetSize()
+    tolerance = {"rtol": 1e-6, "atol": 1e-5} if ".nii" in suffix else {"rtol": 1e-4, "atol": 1e-3}
+    for read in ("GetSpacing", "GetOrigin", "GetDirection"):
+        np.testing.assert_allclose(getattr(saved, read)(), getattr(first, read)(), **tolerance)
+    if ".nii" in suffix:
+        assert np.array_equal(nib.load(out).affine, nib.load(files[0]).affine)
+        assert fields(out) == fields(files[0])
+    else:
+        np.testing.assert_allclose(nib.load(out).affine, own, atol=1e-3)
+
+    # Voxels of the right size, by arithmetic.
+    assert loaded.placement.ml == pytest.approx(np.prod(spacing) / 1000, rel=1e-5)
+    np.testing.assert_allclose(sorted(loaded.placement.spacing), sorted(spacing), rtol=1e-5)
+
+    # And the scores, by the metrics that evaluation uses.
+    if loaded.placement.step == (1.0, 1.0, 1.0):
+        assert np.array_equal(restored, reference)
+    for score in case_metrics(restored, reference, STRUCTURES, loaded.placement.spacing):
+        if loaded.placement.step == (1.0, 1.0, 1.0):
+            assert score["dice"] == 1 and score["assd"] == score["hd95"] == 0
+        else:
+            assert score["dice"] > 0.9
+
+
+@PROPERTY
+@given(
+    angles=st.tuples(*[st.floats(-3.1, 3.1)] * 3),
+    side=st.floats(0.5, 3.0),
+    depth=st.floats(0.5, 8.0),
+    unit=st.sampled_from([0, 1, 2, 3]),
+    codes=st.sampled_from([(1, 1), (0, 1), (1, 0), (0, 0)]),
+)
+def test_square_pixels_come_back_exactly(tmp_path, angles, side, depth, unit, codes):
+    """At the file's own pixel, Dice is 1 and ASSD 0 whatever the header."""
+    image, raw = heart((14, 12, 10))
+    # Near an axis, so that slices are cut across the third one.
+    turn = Rotation.from_euler("xyz", np.array(angles) / 8).as_matrix()
+    length = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}[unit]
+    own = nib.affines.from_matvec(turn @ np.diag([side, side, depth]) / length, (1, 2, 3))
+    files = [tmp_path / "image.nii", tmp_path / "label.nii"]
+    for path, data in zip(files, (image, raw), strict=True):
+        volume = nib.Nifti1Image(data, own)
+        volume.set_qform(own, codes[0])
+        volume.set_sform(own, codes[1])
+        volume.header["xyzt_units"] = unit
+        nib.save(volume, path)
+    loaded = load_image(files[0], Reading(), Grid(16, side))
+    assert loaded.placement.step == (1.0, 1.0, 1.0)
+    labels = load_label(files[1], files[0], Reading(), loaded.placement, STRUCTURES)
+    restored = restore(onehot(labels), loaded.placement)
+    reference = read_label_volume(files[1], files[0], STRUCTURES, Reading())
+    assert np.array_equal(reference == 2, raw == 500)
+    for score in case_metrics(restored, reference, STRUCTURES, loaded.placement.spacing):
+        assert score["dice"] == 1 and score["assd"] == score["hd95"] == 0
+    assert loaded.placement.ml == pytest.approx(side * side * depth / 1000, rel=1e-5)
