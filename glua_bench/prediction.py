@@ -556,7 +556,9 @@ def card(model: Model, run: RunDirectory, selector: str) -> str:
         "Segments slices of "
         + ", ".join(f"{s.title} ({s.name})" for s in model.structures)
         + f" in images of the domains of {config.dataset}. Written by glua-bench {__version__}; "
-        "`glua-bench predict --model DIRECTORY IMAGE...` uses it. For research, not for diagnosis.",
+        "`glua-bench predict --model DIRECTORY IMAGE...` uses it. Images are read as "
+        f"{config.target}, or with `--domain {config.source}` as {config.source}. "
+        "For research, not for diagnosis.",
         "",
         "## Method",
         "",

@@ -253,7 +253,7 @@ def test_a_model_knows_two_domains(made: Made, tmp_path: Path) -> None:
     told = json.loads((folder / "config.json").read_text())
     target = told.pop("domains")["ct"]
     target.pop("usual")
-    (folder / "config.json").write_text(json.dumps({**told, **target}))  # as before version 0.2
+    (folder / "config.json").write_text(json.dumps({**told, **target}))  # as it once was
     old = prediction.from_directory(folder, device="cpu")
     assert old.domain(None) == old.domain("ct") == "ct"
     assert old.data.domains["ct"].reading == model.data.domains["ct"].reading
