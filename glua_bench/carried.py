@@ -8,6 +8,7 @@ images. Nothing of it is computed from a label.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ import numpy as np
 
 from glua_bench.cache import cache_root, file_digest
 from glua_bench.config import digest
-from glua_bench.errors import UserError
+from glua_bench.errors import RunFailure, UserError
 from glua_bench.facts import Intensities, read_intensities
 from glua_bench.formats import open_volume
 from glua_bench.suspicion import Usual, usual
@@ -90,7 +91,6 @@ def facts_of(
 
     Raises:
         DataError: an image cannot be read.
-        RunFailure: the cache cannot be written.
     """
     domains = {}
     for name in names:
@@ -111,7 +111,8 @@ def _intensities(image: Path, reading: Reading) -> Intensities:
         return Intensities(tuple(told["levels"]), told["negative"])
     except (OSError, ValueError, KeyError, TypeError):
         found = read_intensities(open_volume(image), reading)
-        write_text(memory, json.dumps(asdict(found)))
+        with contextlib.suppress(RunFailure):  # a cache that others filled may be read-only
+            write_text(memory, json.dumps(asdict(found)))
         return found
 
 

@@ -348,6 +348,9 @@ def test_few_images_are_read_once(trained: Livers, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(carried, "read_intensities", lambda *_: pytest.fail("read again"))
     images = [case for domain in ("ct", "mr") for case in dataset.split(domain, "train")]
     assert carried.facts_of(dataset, ("ct", "mr"), images) == kept
+    monkeypatch.undo()
+    monkeypatch.setenv("GLUA_BENCH_CACHE", "/proc/nowhere")  # which nobody can write
+    assert carried.facts_of(dataset, ("ct", "mr"), images) == kept
     asked: list[Path] = []
     known = kept and read_intensities_of(volume(1, "ct")[0])
     monkeypatch.setattr(carried, "_intensities", lambda file, _: asked.append(file) or known)
