@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from glua_bench.cache import file_digest
-from glua_bench.datasets.dicom_series import read_series
 from glua_bench.datasets.placed import placed
+from glua_bench.dicom_series import read_series
 from glua_bench.errors import DataError
 
 # Raise with every change that alters a voxel or an affine of a converted file.

@@ -7,7 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from glua_bench.datasets.folder_description import PLANES, Description, Domain, describe
+from glua_bench.datasets.folder_description import (
+    PLANES,
+    Description,
+    Domain,
+    carried,
+    describe,
+)
 from glua_bench.datasets.folder_layouts import Found
 from glua_bench.documents import nearest
 from glua_bench.errors import DataError
@@ -99,6 +105,10 @@ class Folder(Dataset):
     def __reduce__(self) -> tuple[Any, ...]:
         """A described class has no name to be imported by, so another process reads the file."""
         return _restored, (self.file, self.root)
+
+    def carried(self) -> Mapping[str, str]:
+        """The description with its tables, for files where they lie now."""
+        return {} if self.file is None else carried(self.file, self.root)
 
     @classmethod
     def reading_of(cls, domain: str) -> Reading:

@@ -146,6 +146,33 @@ def describe(file: Path) -> Description:
     return described
 
 
+def carried(file: Path, root: Path) -> dict[str, str]:
+    """A description and its tables as texts that may lie anywhere, comments left out.
+
+    Args:
+        file: the description, which `describe` has read.
+        root: where its files lie, which the new text names in full.
+
+    Returns:
+        `dataset.yaml`, and `dataset_DOMAIN.csv` for each domain that has a table.
+
+    Raises:
+        ConfigError: the description or a table cannot be read any more.
+    """
+    text = read_document(file)
+    made: dict[str, str] = {}
+    for name, part in text.tables("domains"):
+        if "table" in part:
+            table = file.parent / Path(part.take("table", str)).expanduser()
+            try:
+                made[f"dataset_{name}.csv"] = table.read_text(encoding="utf-8-sig")
+            except (OSError, UnicodeDecodeError) as error:
+                raise part.error(f"{table} cannot be read; restore it", "table") from error
+            part.put("table", f"dataset_{name}.csv")
+    text.put("root", str(root.absolute()))
+    return {"dataset.yaml": text.text(), **made}
+
+
 def _structures(text: Table) -> tuple[Structure, ...]:
     """The classes; values that a domain gives replace theirs."""
     made: list[Structure] = []

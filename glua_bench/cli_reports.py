@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from glua_bench.cli_options import DataRoot, Device, Plugins, RunsRoot, Storage, say, warn
 from glua_bench.cli_sweeps import report_sweep
-from glua_bench.errors import ConfigError, DataError
+from glua_bench.errors import ConfigError
+
+if TYPE_CHECKING:
+    from glua_bench.prediction import Model
 
 RunName = Annotated[
     str | None,
@@ -111,15 +114,30 @@ def report(
 
 def predict(
     images: Annotated[
-        list[Path], typer.Argument(help="NIfTI, NRRD or MetaImage, of the target domain.")
+        list[Path],
+        typer.Argument(
+            help="NIfTI, NRRD or MetaImage; or folders of them, of a DICOM series, or nnU-Net's "
+            "imagesTs."
+        ),
     ],
     run: RunName = None,
     model: Annotated[
         Path | None, typer.Option("--model", help="A directory that `export` wrote.")
     ] = None,
+    domain: Annotated[
+        str | None,
+        typer.Option(
+            "--domain",
+            help="Whose images they are, e.g. ct: the source's or the target's name; default: the "
+            "target's.",
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="Directory of the results.")] = Path(
         "predicted"
     ),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace results that are there already.")
+    ] = False,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Also write the classes' probabilities.")
     ] = False,
@@ -132,53 +150,79 @@ def predict(
     plugin: Plugins = None,
 ) -> None:
     """Segment new volumes with a finished run or an exported model."""
-    from glua_bench import prediction
+    from glua_bench import inputs, prediction
     from glua_bench.console import Progress
 
     if (run is None) == (model is None):
         raise ConfigError("Give either --run or --model, which say what segments.")
-    missing = [image for image in images if not image.is_file()]
-    if missing:
-        raise DataError(f"The image {missing[0]} does not exist; check the names of the images.")
+    given = inputs.find(images)
+    there = [p for p in prediction.outputs(given.images, out, probabilities, overlay) if p.exists()]
+    if there and not overwrite:
+        raise ConfigError(
+            f"{there[0]} is there already; choose another --out, or give --overwrite to replace "
+            f"the {len(there)} file(s) of an earlier prediction."
+        )
     if model is not None:
         loaded = prediction.from_directory(model, plugin or [], device)
     else:
         found = prediction.find_run(str(run), runs_root)
         loaded = prediction.from_run(found, plugin or [], device, selector)
-    config = loaded.config
+    config, name = loaded.config, loaded.domain(domain)
     say(
         f"{config.method}, trained on {config.dataset} {config.direction}"
         + (", PRIVILEGED (trained on target labels)" if config.privileged else "")
     )
+    say(_read_as(loaded, name))
+    if given.left:
+        files = ", ".join(file.name for file in given.left[:3])
+        more = f" and {len(given.left) - 3} more" if len(given.left) > 3 else ""
+        say(f"Passed over, being labels by their names: {files}{more}.")
     results = []
-    with Progress() as progress:
-        progress.stage("segment", len(images))
-        for result in prediction.predict(loaded, images, out, probabilities, progress.update):
-            results.append(result)
-            for doubt in result.doubts:
-                warn(doubt)
-            if overlay:
-                from glua_bench.reports.run_figures import draw_prediction
+    try:
+        with Progress() as progress:
+            progress.stage("segment", len(given.images))
+            for result in prediction.predict(
+                loaded, given.images, out, name, probabilities, progress.update, warn
+            ):
+                results.append(result)
+                if overlay:
+                    from glua_bench.reports.run_figures import draw_prediction
 
-                name = prediction.name_of(result.file)
-                draw_prediction(
-                    out / f"{name}.png",
-                    result.slices,
-                    result.classes,
-                    loaded.structures,
-                    name,
-                    loaded.publishable,
-                )
-    table = prediction.volumes_table(results)
-    table.to_csv(out / "volumes.csv", index=False)
+                    draw_prediction(
+                        out / f"{result.name}.png",
+                        result.slices,
+                        result.classes,
+                        loaded.structures,
+                        result.name,
+                        loaded.data.publishable,
+                    )
+    finally:  # what is segmented before an image that cannot be used has its volumes, too
+        if results:
+            table = prediction.volumes_table(results)
+            table.to_csv(out / prediction.VOLUMES, index=False)
     say()
     for result in results:
         volumes = ", ".join(f"{name} {ml:.1f} ml" for name, ml in result.ml.items())
         say(f"{result.labels}: {volumes}")
-    say(f"Volumes: {out / 'volumes.csv'}")
-    if overlay and not loaded.publishable:
+    say(f"Volumes: {out / prediction.VOLUMES}")
+    if overlay and not loaded.data.publishable:
         say("The pictures may show the data's owner's images: look at them, do not pass them on.")
     say("Next:    open an image with its _seg file in a viewer, and look before you count on it.")
+
+
+def _read_as(model: Model, domain: str) -> str:
+    """As what images are read, in a sentence."""
+    role, config = model.role(domain), model.config
+    if role == "target":
+        return f"Images are read as {domain}, the target domain."
+    if config.privileged:
+        return (
+            f"Images are read as {domain}, the source domain, of which this run has seen no image."
+        )
+    translated = model.translates()
+    return f"Images are read as {domain}, the source domain" + (
+        ", and translated as in training." if translated else "."
+    )
 
 
 def export(

@@ -162,6 +162,20 @@ class Table:
                 hint = nearest(name, sorted(self._taken))
                 raise self.error(f"unknown '{name}'{self._inside()}; {hint}", name)
 
+    def put(self, name: str, value: str) -> None:
+        """Give a key another text, or add it. `text` writes it."""
+        node = yaml.ScalarNode("tag:yaml.org,2002:str", value)
+        if name in self._nodes:
+            pairs = [(key, node if key.value == name else old) for key, old in self.node.value]
+        else:
+            pairs = [*self.node.value, (yaml.ScalarNode(node.tag, name), node)]
+        self.node.value[:] = pairs
+        self._nodes[name] = node
+
+    def text(self) -> str:
+        """The mapping as YAML, values as they were written; comments and layout are lost."""
+        return yaml.serialize(self.node, Dumper=yaml.SafeDumper, allow_unicode=True)
+
     def error(self, text: str, place: yaml.Node | str | None = None) -> ConfigError:
         """A complaint with the file and the line.
 

@@ -156,6 +156,19 @@ class CaseFacts:
     label_problem: str = ""
 
 
+@dataclass(frozen=True)
+class Intensities:
+    """How the intensities of one image are distributed.
+
+    Args:
+        levels: as of `ImageFacts`.
+        negative: share of the voxels below 0.
+    """
+
+    levels: tuple[float, ...]
+    negative: float
+
+
 def gather(dataset: Dataset, jobs: int, progress: Progress) -> list[CaseFacts]:
     """The facts of every case of every domain, in the dataset's order.
 
@@ -213,6 +226,26 @@ def read_facts(case: Case, reading: Reading, structures: Sequence[Structure]) ->
             # What keeps the image from being read is told once.
             label_problem = "" if str(error) == image_problem else str(error)
     return CaseFacts(case, image, label, image_problem, label_problem)
+
+
+def read_intensities(file: VolumeFile, reading: Reading) -> Intensities:
+    """The distribution alone, of an image that need not be a case.
+
+    Args:
+        file: the opened image.
+        reading: of the domain that it may belong to.
+
+    Raises:
+        DataError: as for `extremes`, or the header has no usable geometry.
+    """
+    _, _, axes, flips = frame(file, reading)
+    stored = file.voxels()
+    low, _ = extremes(file, stored)
+    volume = orient(stored, axes, flips)
+    box = foreground(file, volume)
+    body = volume[tuple(slice(int(first), int(last) + 1) for first, last in box)]
+    below = sum(int((intensities(file, plane) < 0).sum()) for plane in _slices(stored))
+    return Intensities(_levels(file, body, above=low), below / stored.size)
 
 
 class _Volume:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,23 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from glua_bench import __version__, runs
+from glua_bench import __version__, carried, runs
 from glua_bench.cache import IMAGE_TYPE
+from glua_bench.carried import Carried
 from glua_bench.config import RunConfig, build_settings
 from glua_bench.errors import ConfigError, PluginError, RunFailure, UserError
 from glua_bench.evaluation import predict_volumes
-from glua_bench.formats import SUFFIXES, open_volume
-from glua_bench.method import Method
+from glua_bench.facts import read_intensities
+from glua_bench.inputs import Given
+from glua_bench.method import Method, Role
 from glua_bench.neighbours import Neighbourhood, Stacks
 from glua_bench.registry import Registry
-from glua_bench.task import Dataset, Reading, Structure
+from glua_bench.suspicion import resemblance
+from glua_bench.task import Dataset, Structure
 from glua_bench.tracking import RunDirectory, list_runs
 from glua_bench.trainer import to_channels_last
 from glua_bench.volumes import (
+    GridImage,
     doubts,
     load_image,
     restore,
@@ -36,7 +41,10 @@ from glua_bench.volumes import (
     save_maps,
 )
 
+ROLES: tuple[Role, ...] = ("target", "source")
 WEIGHTS, CONFIG, CARD, LICENSE = "model.safetensors", "config.json", "README.md", "LICENSE"
+
+VOLUMES = "volumes.csv"
 
 
 @dataclass(frozen=True)
@@ -46,20 +54,48 @@ class Model:
     Args:
         method: in eval mode, on `device`.
         config: of the run that trained it.
-        structures: class i + 1 is `structures[i]`.
-        reading: how files become arrays.
-        publishable: whether pictures of its data may be passed on.
+        data: the domains whose images it can read; one alone in models of an older version.
         device: where it predicts.
         source: what it was read from, for messages.
     """
 
     method: Method
     config: RunConfig
-    structures: tuple[Structure, ...]
-    reading: Reading
-    publishable: bool
+    data: Carried
     device: torch.device
     source: Path
+
+    @property
+    def structures(self) -> tuple[Structure, ...]:
+        """Class i + 1 is `structures[i]`, with the target's label values."""
+        return self.data.domains[self.config.target].structures
+
+    def role(self, domain: str) -> Role:
+        """What a domain is to the run."""
+        return "target" if domain == self.config.target else "source"
+
+    def translates(self) -> bool:
+        """Whether images of the source are translated before they are predicted."""
+        return _translation(self.method) is not None
+
+    def domain(self, name: str | None) -> str:
+        """The domain as which images are read; None takes the target.
+
+        Raises:
+            ConfigError: the model knows no such domain.
+        """
+        config = self.config
+        if name is None or name in self.data.domains:
+            return name or config.target
+        if name == config.source:
+            raise ConfigError(
+                f"--domain {name}: {self.source} was exported by an older version of glua-bench, "
+                f"for images of {config.target} alone; export its run again."
+            )
+        raise ConfigError(
+            f"--domain {name}: {self.source} reads images of {config.source}, its source domain, "
+            f"and of {config.target}, its target domain; give one of these."
+        )
 
 
 @dataclass(frozen=True)
@@ -68,19 +104,19 @@ class Predicted:
 
     Args:
         file: the image.
+        name: of its results.
         labels: where its label volume was written.
         slices: the image on the working grid, float32 (Z, H, W).
         classes: the most probable class of each of its pixels, uint8 (Z, H, W).
         ml: structure → volume.
-        doubts: what its header leaves unsure about where its voxels lie, a sentence each.
     """
 
     file: Path
+    name: str
     labels: Path
     slices: np.ndarray
     classes: np.ndarray
     ml: dict[str, float]
-    doubts: tuple[str, ...] = ()
 
 
 # -- where a model comes from --------------------------------------------------------------------
@@ -115,7 +151,8 @@ def from_run(
 
     Args:
         run: the run.
-        plugins: files in which its method or dataset may be found.
+        plugins: files in which its method may be found, and its dataset if the run is of an older
+            version, which carried nothing of it.
         device: "auto", "cpu" or "cuda".
         selector: whose checkpoint.
 
@@ -129,7 +166,11 @@ def from_run(
             f"--selector {selector} has chosen no checkpoint of {run.path}; use one of "
             f"{', '.join(chosen)}."
         )
-    dataset: type[Dataset] = Registry("dataset", plugins).load(run.config.dataset)
+    config = run.config
+    data = carried.read(run.path)
+    if data is None:
+        dataset: type[Dataset] = Registry("dataset", plugins).load(config.dataset)
+        data = carried.facts_of(dataset, (config.source, config.target))
     path = run.checkpoints / f"candidate_{chosen[selector]:07d}.pt"
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -140,7 +181,7 @@ def from_run(
         ) from error
     remedy = "use the version of the code that trained it (environment.json)"
     _check_settings(run.config, plugins, f"The run {run.path}", remedy)
-    method = _built(run.config, dataset.structures, plugins)
+    method = _built(config, data.domains[config.target].structures, plugins)
     try:
         method.load_state_dict(weights)
     except RuntimeError as error:
@@ -148,15 +189,7 @@ def from_run(
             f"The checkpoint {path} does not fit method '{run.config.method}' as it is now; "
             f"{remedy}."
         ) from error
-    return _model(
-        method,
-        run.config,
-        dataset.structures_of(run.config.target),
-        dataset.reading_of(run.config.target),
-        dataset.publishable,
-        device,
-        run.path,
-    )
+    return _model(method, config, data, device, run.path)
 
 
 def from_directory(folder: Path, plugins: Sequence[Path] = (), device: str = "auto") -> Model:
@@ -176,16 +209,13 @@ def from_directory(folder: Path, plugins: Sequence[Path] = (), device: str = "au
     try:
         described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         weights = load_file(folder / WEIGHTS)
-        structures = tuple(
-            Structure(**{**s, "values": tuple(s["values"])}) for s in described["structures"]
-        )
-        read: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in described["reading"].items()
-        }
-        reading = Reading(**read)
         config = RunConfig.from_dict(described["run"])
-        publishable, expected = bool(described["publishable"]), set(described["weights"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if "domains" not in described:  # an older version wrote down the target alone
+            own = {"reading": described["reading"], "structures": described["structures"]}
+            described["domains"] = {config.target: {**own, "usual": None}}
+        data, expected = Carried.from_dict(described), set(described["weights"])
+        structures = data.domains[config.target].structures
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"{folder} is not an exported model ({type(error).__name__}: {error}); give a "
             "directory that `glua-bench export` wrote."
@@ -201,7 +231,7 @@ def from_directory(folder: Path, plugins: Sequence[Path] = (), device: str = "au
         fits = False
     if not fits:
         raise UserError(f"{folder} does not fit method '{config.method}' as it is now; {remedy}.")
-    return _model(method, config, structures, reading, publishable, device, folder)
+    return _model(method, config, data, device, folder)
 
 
 def _check_settings(config: RunConfig, plugins: Sequence[Path], source: str, remedy: str) -> None:
@@ -249,19 +279,11 @@ class _Task:
     structures: tuple[Structure, ...]
 
 
-def _model(
-    method: Method,
-    config: RunConfig,
-    structures: tuple[Structure, ...],
-    reading: Reading,
-    publishable: bool,
-    device: str,
-    source: Path,
-) -> Model:
+def _model(method: Method, config: RunConfig, data: Carried, device: str, source: Path) -> Model:
     where = torch.device(runs.choose_device(device))
     method = method.to(where).eval()
     to_channels_last(method)  # as the trainer does; rounding follows from it
-    return Model(method, config, structures, reading, publishable, where, source)
+    return Model(method, config, data, where, source)
 
 
 # -- prediction ----------------------------------------------------------------------------------
@@ -269,76 +291,141 @@ def _model(
 
 def predict(
     model: Model,
-    files: Sequence[Path],
+    images: Sequence[Given],
     out: Path,
+    domain: str | None = None,
     probabilities: bool = False,
     report: Callable[[int], None] = lambda done: None,
-) -> Iterable[Predicted]:
+    warn: Callable[[str], None] = lambda text: None,
+) -> Iterator[Predicted]:
     """Segment volumes, one after the other; slices of several share a batch.
 
     Each volume is preprocessed as in the run, from the image alone, and its labels are written
-    on its own voxels, with its affine and the dataset's label values.
+    on its own voxels, with its affine and the domain's label values. Images of the source domain
+    are translated as in training where the method does that.
 
     Args:
         model: what segments.
-        files: images of the target domain, in any of `formats.SUFFIXES`.
+        images: from `inputs.find`.
         out: directory of `<name>_seg.nii.gz`.
+        domain: whose images they are, the source's or the target's name; None takes the target.
         probabilities: also write `<name>_prob.nii.gz`, float32 with the classes as fourth axis.
         report: receives how many volumes are done.
+        warn: receives a sentence for each image that looks like one of another domain, or whose
+            header leaves unsure where its voxels lie.
 
     Raises:
-        UserError: two files have one name, or a file cannot be used.
+        ConfigError: the model knows no such domain.
+        DataError: an image cannot be used.
         RunFailure: the disk is full or the directory cannot be written.
     """
-    names = [name_of(file) for file in files]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(
-                f"Two of the given files are called {name}, and their results would overwrite "
-                "each other; segment them into different --out directories."
-            )
-    values = [structure.values[0] for structure in model.structures]
-    loaded = (load_image(file, model.reading, model.config.grid) for file in files)
-    waiting: list[Any] = []
+    name = model.domain(domain)
+    values = [structure.values[0] for structure in model.data.domains[name].structures]
+    waiting: list[GridImage] = []
     neighbourhood = Neighbourhood.of(model.config)
 
-    def volumes() -> Iterable[Stacks]:
-        for image in loaded:
-            waiting.append(image)
-            rounded = image.voxels.astype(IMAGE_TYPE)  # as training's slices are
-            yield neighbourhood.stacks(rounded, image.placement.grid_spacing[0])
+    def stacks(image: Given) -> Stacks:
+        loaded = _load(model, image, name, warn)
+        waiting.append(loaded)
+        rounded = loaded.voxels.astype(IMAGE_TYPE)  # as training's slices are
+        return neighbourhood.stacks(rounded, loaded.placement.grid_spacing[0])
 
-    @torch.no_grad()
-    def logits(images: Tensor) -> Tensor:
-        return model.method.predict(images.to(memory_format=torch.channels_last), "target")
-
-    predicted = predict_volumes(logits, volumes(), model.device)
-    for done, (file, name, found) in enumerate(zip(files, names, predicted, strict=True), 1):
+    role = model.role(name)
+    volumes = map(stacks, images)
+    found_in = _classes(model, role, volumes)
+    for done, (given, found) in enumerate(zip(images, found_in, strict=True), 1):
         image = waiting.pop(0)
         labels = restore(found, image.placement)
-        save_labels(out / f"{name}_seg.nii.gz", labels, image.placement, values)
+        path = out / f"{given.name}_seg.nii.gz"
+        save_labels(path, labels, image.placement, values)
         if probabilities:
             maps = restore_probabilities(found, image.placement)
-            save_maps(out / f"{name}_prob.nii.gz", maps, image.placement)
+            save_maps(out / f"{given.name}_prob.nii.gz", maps, image.placement)
         ml = {
             structure.name: float((labels == index).sum()) * image.placement.ml
             for index, structure in enumerate(model.structures, start=1)
         }
-        yield Predicted(
-            file,
-            out / f"{name}_seg.nii.gz",
-            image.voxels,
-            found.argmax(0).astype(np.uint8),
-            ml,
-            tuple(text for _, text in doubts(open_volume(file), model.reading)),
-        )
+        classes = found.argmax(0).astype(np.uint8)
+        yield Predicted(given.path, given.name, path, image.voxels, classes, ml)
         report(done)
 
 
-def name_of(file: Path) -> str:
-    """A file's name without the suffix of its format, e.g. .nii.gz."""
-    suffix = next((s for s in SUFFIXES if file.name.lower().endswith(s)), "")
-    return file.name[: len(file.name) - len(suffix)]
+def _load(model: Model, image: Given, domain: str, warn: Callable[[str], None]) -> GridImage:
+    """An image on the working grid; warns where its header or its intensities leave doubts."""
+    known = model.data.domains
+    file = image.open()
+    for _, doubt in doubts(file, known[domain].reading):
+        warn(doubt)
+    voxels = file.voxels()
+    file = replace(file, read=lambda: voxels)  # which are looked at twice
+    loaded = load_image(file, known[domain].reading, model.config.grid)
+    usual = {name: own.usual for name, own in known.items()}
+    what, like = resemblance(read_intensities(file, known[domain].reading), domain, usual)
+    if what:
+        advice = (
+            f"give --domain {like} if it is an image of {like}"
+            if like
+            else f"make sure that it is an image of {domain}, in the units of the others"
+        )
+        warn(f"The intensity of {image.path} {what}, as which it is read; {advice}.")
+    return loaded
+
+
+def _classes(model: Model, role: Role, volumes: Iterable[Stacks]) -> Iterator[np.ndarray]:
+    """Probabilities of each volume, float32 (K, Z, H, W)."""
+
+    @torch.no_grad()
+    def logits(images: Tensor) -> Tensor:
+        with _precision(model):
+            return _answer(model.method, images, role)
+
+    if role == "target":
+        yield from predict_volumes(logits, volumes, model.device)
+        return
+    # A translation may draw styles: it draws the same for a volume, whatever comes before it.
+    for volume in volumes:
+        with _seeded(model.device, model.config.seed):
+            found = list(predict_volumes(logits, [volume], model.device))
+        yield from found
+
+
+@contextlib.contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Random numbers from a seed, without a change of what is drawn afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _answer(method: Method, images: Tensor, role: Role) -> Tensor:
+    """Logits of images of a role; those of the source are translated before, as in training."""
+    translate = _translation(method) if role == "source" else None
+    images = images.to(memory_format=torch.channels_last)
+    if translate is not None:
+        images = translate(images).to(memory_format=torch.channels_last)
+    return method.predict(images, role)
+
+
+def _translation(method: Method) -> Callable[[Tensor], Tensor] | None:
+    """What the last stage makes of source images; None where it takes them as they are."""
+    return tuple(method.stages())[-1].translate
+
+
+def _precision(model: Model) -> contextlib.AbstractContextManager[Any]:
+    """The arithmetic in which the run trained and scored; 16 bits on a CPU it cannot have."""
+    kinds = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    kind = kinds.get(model.config.precision)
+    if kind is None or (kind is torch.float16 and model.device.type == "cpu"):
+        return contextlib.nullcontext()
+    return torch.autocast(model.device.type, dtype=kind)
+
+
+def outputs(
+    images: Iterable[Given], out: Path, probabilities: bool = False, overlay: bool = False
+) -> list[Path]:
+    """The files that a prediction with its table and pictures writes."""
+    ends = ["_seg.nii.gz"] + ["_prob.nii.gz"] * probabilities + [".png"] * overlay
+    return [out / f"{image.name}{end}" for image in images for end in ends] + [out / VOLUMES]
 
 
 def volumes_table(predicted: Iterable[Predicted]) -> pd.DataFrame:
@@ -355,8 +442,10 @@ def volumes_table(predicted: Iterable[Predicted]) -> pd.DataFrame:
 def export(model: Model, run: RunDirectory, folder: Path, selector: str = "last") -> Path:
     """Write a directory that `from_directory` reads on a machine without the run.
 
-    Only the networks that predict the target are in it: no discriminator that takes no part in
-    that, no style networks, and no pools of training images.
+    Only the networks that predict the domains are in it, with what translates the source's images
+    on their way: no discriminator that takes no part in that, and no pools of training images.
+    What it holds of the data are label values, readings, and medians over training images of how
+    their intensities are distributed; no name of a file or a case.
 
     Args:
         model: from `from_run`.
@@ -377,9 +466,7 @@ def export(model: Model, run: RunDirectory, folder: Path, selector: str = "last"
     described = {
         "version": __version__,
         "run": model.config.to_dict(),
-        "structures": [asdict(structure) for structure in model.structures],
-        "reading": asdict(model.reading),
-        "publishable": model.publishable,
+        **model.data.to_dict(),
         "weights": sorted(weights),
     }
     licence = next(f for f in distribution("glua-bench").files or () if f.name == "LICENSE")
@@ -395,11 +482,18 @@ def export(model: Model, run: RunDirectory, folder: Path, selector: str = "last"
 
 
 def predicting_weights(model: Model) -> dict[str, Tensor]:
-    """State of the modules that take part in a prediction of the target.
+    """State of the modules that take part in a prediction of the target or the source.
 
     Raises:
         PluginError: with these alone, predictions are others.
     """
+    kept: dict[str, Tensor] = {}
+    for role in ROLES:
+        kept.update(_weights_of(model, role))
+    return kept
+
+
+def _weights_of(model: Model, role: Role) -> dict[str, Tensor]:
     method = model.method
     called: set[str] = set()
     hooks = [
@@ -408,31 +502,43 @@ def predicting_weights(model: Model) -> dict[str, Tensor]:
     ]
     shape = (2, model.config.slices, model.config.grid.size, model.config.grid.size)
     images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    images = images.to(model.device).contiguous(memory_format=torch.channels_last)
+    images = images.to(model.device)
     try:
-        with torch.no_grad():
-            expected = method.predict(images, "target")
+        expected = _drawn_alike(method, images, role)
     finally:
         for hook in hooks:
             hook.remove()
+    # A module may use others without being called itself, and read tensors of its own on the way,
+    # as a style bank does. They are kept only where it is so: they may be anything.
+    around = {name[:end] for name in called for end in _dots(name)}
     own = {name for name, _ in method.named_parameters(recurse=False)}  # read by the method itself
-    kept = {
-        name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in method.state_dict().items()
-        if name.rpartition(".")[0] in called or name in own
-    }
-    fresh = _fresh(model, kept)
-    with torch.no_grad():
-        again = fresh.predict(images, "target")
-    if not torch.equal(expected, again):
-        raise PluginError(
-            f"Predictions of method '{model.config.method}' depend on weights outside the modules "
-            "that it calls, so it cannot be exported; call its networks as modules."
-        )
-    return kept
+    for modules in (called, called | around):
+        kept = {
+            name: tensor.detach().cpu().contiguous().clone()
+            for name, tensor in method.state_dict().items()
+            if name.rpartition(".")[0] in modules or name in own
+        }
+        if torch.equal(expected, _drawn_alike(_fresh(model, kept), images, role)):
+            return kept
+    raise PluginError(
+        f"Predictions of the {role} by method '{model.config.method}' depend on weights outside "
+        "the modules that it calls, so it cannot be exported; call its networks as modules."
+    )
 
 
-def _fresh(model: Model, weights: dict[str, Tensor]) -> Method:
+@torch.no_grad()
+def _drawn_alike(method: Method, images: Tensor, role: Role) -> Tensor:
+    """Logits, with the same random numbers at every call."""
+    with _seeded(images.device, 0):
+        return _answer(method, images, role)
+
+
+def _dots(name: str) -> list[int]:
+    """Where the names of the modules around a module end."""
+    return [place for place, letter in enumerate(name) if letter == "."]
+
+
+def _fresh(model: Model, weights: Mapping[str, Tensor]) -> Method:
     """Another method of the same class, of another seed, with the given weights."""
     config = RunConfig.from_dict({**model.config.to_dict(), "seed": model.config.seed + 1})
     task = _Task(config.dataset, model.structures)
@@ -453,7 +559,9 @@ def card(model: Model, run: RunDirectory, selector: str) -> str:
         "Segments slices of "
         + ", ".join(f"{s.title} ({s.name})" for s in model.structures)
         + f" in images of the domains of {config.dataset}. Written by glua-bench {__version__}; "
-        "`glua-bench predict --model DIRECTORY IMAGE...` uses it. For research, not for diagnosis.",
+        "`glua-bench predict --model DIRECTORY IMAGE...` uses it. Images are read as "
+        f"{config.target}, or with `--domain {config.source}` as {config.source}. "
+        "For research, not for diagnosis.",
         "",
         "## Method",
         "",

@@ -92,6 +92,9 @@ class Registry:
             )
         self._entries[entry.name] = entry
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
     def readers(self, suffix: str) -> list[Entry]:
         """The entries whose classes read descriptions with such an ending."""
         return [e for e in self.entries() if suffix in e.attributes.get("described_by", ())]

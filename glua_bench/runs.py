@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import glua_bench
+from glua_bench import carried, tracking
 from glua_bench import config as configuration
-from glua_bench import tracking
 from glua_bench.batches import Batches
 from glua_bench.cache import ImageStore, LabelledStore, SliceCache, cache_root, fingerprint
 from glua_bench.config import (
@@ -761,6 +761,7 @@ def execute(
             planned.stages,
         )
         try:
+            _carry(planned)
             cases = _train_and_score(planned, fabric, progress, began, draw, watch)
         except Stopped:
             raise
@@ -776,6 +777,15 @@ def execute(
     ):
         warnings.append("the MLflow mirror is behind; `glua-bench sync` replays it")
     return Summary(False, time.perf_counter() - began, summarise(cases), warnings)
+
+
+def _carry(planned: PlannedRun) -> None:
+    """Keep what others need of the dataset, with intensities of the images that are trained on."""
+    config, dataset = planned.config, planned.dataset
+    chosen = roles(config, dataset)
+    images = [*chosen["source_train"], *chosen["target_train"]]
+    facts = carried.facts_of(dataset, (config.source, config.target), images)
+    carried.write(planned.directory.path, facts, dataset.carried())
 
 
 def _done_before(planned: PlannedRun) -> Summary:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations, permutations, product
 from typing import NamedTuple
 
 import numpy as np
 
-from glua_bench.facts import CaseFacts, ImageFacts, LabelFacts, StructureFacts
+from glua_bench.facts import CaseFacts, ImageFacts, Intensities, LabelFacts, StructureFacts
 from glua_bench.findings import Finding, listed
 from glua_bench.task import Case
 
@@ -269,11 +270,7 @@ def odd_intensities(domains: Domains) -> Iterator[Finding]:
             what = found.get(case, "")
             if case in close and close[case] != what:
                 what = ""
-            if not what and usual < _NO_NEGATIVES and image.negative > _NEGATIVES:
-                share = f"{image.negative:.0%} of the voxels"
-                what = f"is below 0 in {share}, and in no other image of {domain}"
-            elif not what and usual > _NEGATIVES and image.negative < _NO_NEGATIVES:
-                what = f"is nowhere below 0, as it is in other images of {domain}"
+            what = what or _odd_sign(image.negative, usual, domain)
             if what:
                 yield Finding(
                     "intensities",
@@ -305,14 +302,100 @@ def _verdicts(domains: Domains, levels: Callable[[CaseFacts], Sequence[float]]) 
                 for other in curves
                 if other != domain and len(curves[other]) >= LEAST
             }
-            nearest = min(elsewhere, key=elsewhere.__getitem__, default=domain)
-            near = elsewhere.get(nearest, np.inf) < _NEARER * own
-            verdicts[one.case] = ""
-            if near and own > _USUAL * usual:
-                verdicts[one.case] = f"is distributed as in {nearest}, and not as in {domain}"
-            elif own > max(_UNLIKE * usual, _UNLIKE_LEAST):
-                verdicts[one.case] = f"is distributed otherwise than in other images of {domain}"
+            verdicts[one.case] = _odd_distribution(own, usual, elsewhere, domain)[0]
     return verdicts
+
+
+def _odd_distribution(
+    own: float, usual: float, elsewhere: Mapping[str, float], domain: str
+) -> tuple[str, str]:
+    """What is odd about a distribution, and which other domain has such; "" for nothing and none.
+
+    Args:
+        own: its distance from those of its domain.
+        usual: such a distance of other images of the domain.
+        elsewhere: other domain → its distance from those.
+        domain: the domain's name.
+    """
+    nearest = min(elsewhere, key=elsewhere.__getitem__, default=domain)
+    near = elsewhere.get(nearest, np.inf) < _NEARER * own
+    if near and own > _USUAL * usual:
+        return f"is distributed as in {nearest}, and not as in {domain}", nearest
+    if own > max(_UNLIKE * usual, _UNLIKE_LEAST):
+        return f"is distributed otherwise than in other images of {domain}", ""
+    return "", ""
+
+
+def _odd_sign(share: float, usual: float, domain: str) -> str:
+    """What is odd about an image's share of voxels below 0; "" for nothing."""
+    if usual < _NO_NEGATIVES and share > _NEGATIVES:
+        return f"is below 0 in {share:.0%} of the voxels, and in no other image of {domain}"
+    if usual > _NEGATIVES and share < _NO_NEGATIVES:
+        return f"is nowhere below 0, as it is in other images of {domain}"
+    return ""
+
+
+@dataclass(frozen=True)
+class Usual:
+    """How the intensities of a domain's images are distributed, without any single image.
+
+    Args:
+        curve: the median of their distributions, percentiles 1 to 99 between 0 and 1.
+        spread: the usual distance between two of them.
+        negative: the median share of voxels below 0.
+    """
+
+    curve: tuple[float, ...]
+    spread: float
+    negative: float
+
+
+def usual(images: Sequence[Intensities]) -> Usual | None:
+    """The sum of a domain's images; None where they are too few to tell what is usual."""
+    if len(images) <= LEAST:
+        return None
+    curves = np.array([_curve(image.levels) for image in images])
+    apart = np.abs(curves[:, None] - curves[None]).mean(2)
+    far = [float(np.median(np.delete(row, index))) for index, row in enumerate(apart)]
+    return Usual(
+        tuple(float(value) for value in np.median(curves, 0)),
+        float(np.median(far)),
+        float(np.median([image.negative for image in images])),
+    )
+
+
+def resemblance(
+    image: Intensities, domain: str, known: Mapping[str, Usual | None]
+) -> tuple[str, str]:
+    """Does an image fit the domain as which it is read, by the rules of `odd_intensities`?
+
+    Args:
+        image: its distribution.
+        domain: the domain's name.
+        known: what is usual in each domain, None where that is not known.
+
+    Returns:
+        What is odd, "" for nothing; and the other domain that it looks like, "" for none.
+    """
+    own = known.get(domain)
+    if own is None:
+        return "", ""
+    others = {name: one for name, one in known.items() if one is not None and name != domain}
+    curve = _curve(image.levels)
+    apart = {
+        name: float(np.abs(curve - one.curve).mean())
+        for name, one in {domain: own, **others}.items()
+    }
+    what, like = _odd_distribution(apart.pop(domain), own.spread, apart, domain)
+    sign = "" if what else _odd_sign(image.negative, own.negative, domain)
+    if sign:
+        fitting = [
+            name
+            for name, one in others.items()
+            if not _odd_sign(image.negative, one.negative, name)
+        ]
+        like = min(fitting, key=apart.__getitem__, default="")
+    return what or sign, like
 
 
 def odd_fits(domains: Domains) -> set[str]:

@@ -237,6 +237,15 @@ class Dataset(ABC):
         """
         raise NotImplementedError(f"'{cls.name}' names endings in described_by and reads no file")
 
+    def carried(self) -> Mapping[str, str]:
+        """The description, to be kept with a run, for datasets that a file describes.
+
+        Returns:
+            Names of files and their texts: `dataset.yaml`, which `described` reads wherever it
+            lies, and what it names beside itself. Nothing for all other datasets.
+        """
+        return {}
+
     @classmethod
     def draft(
         cls,

@@ -43,8 +43,8 @@ FLUSH_SECONDS = 2.0
 TIME = "%Y-%m-%dT%H:%M:%S%z"  # how a time is written in JSON
 ARTIFACTS = "mlartifacts"  # directory of the default tracker's files, among the runs
 SCORES = ("dice", "assd", "hd95", "misses")
-# What a copy holds of a directory, besides what is `DRAWN`, `cases.csv` and the list of digests.
-# Not the weights, which are large.
+# What a copy holds of a directory, besides what is `DRAWN` or `CARRIED`, `cases.csv` and the list
+# of digests. Not the weights, which are large.
 COPIED = (
     "config.yaml",
     "environment.json",
@@ -53,6 +53,7 @@ COPIED = (
     "metrics.parquet",
     "done",
 )
+CARRIED = r"dataset(_\w+)?\.(json|yaml|csv)"  # what a run keeps of its dataset; copied, too
 DRAWN = r"figures/\w[\w.+-]*\.png|predictions/\w[\w.+-]*\.nii\.gz"  # copied, too
 DIGESTS = "files.json"  # artifact: name of each copied file → its digest
 LAYOUT = 2  # of a copy; raised when copies change, so that `sync` replaces the older ones
@@ -1155,6 +1156,7 @@ class _Upload:
     def _artifacts(self) -> None:
         path = self.run.path
         files = [path / name for name in (*COPIED, "failed") if (path / name).is_file()]
+        files += [file for file in path.iterdir() if re.fullmatch(CARRIED, file.name)]
         # The pictures of a report are drawn of predictions; the images lie with the data.
         drawn = [*self.run.figures.glob("*.png"), *self.run.predictions.glob("*.nii.gz")]
         with tempfile.TemporaryDirectory() as directory:
@@ -1467,7 +1469,8 @@ def _download(client: MlflowClient, run_id: str, folder: Path) -> None:
     drawn = [name for name in digests if re.fullmatch(DRAWN, name)]
     for name in ("figures", "predictions"):
         (folder / name).mkdir()
-    for name in (*COPIED, *drawn):
+    carried = [name for name in digests if re.fullmatch(CARRIED, name)]
+    for name in (*COPIED, *carried, *drawn):
         fetch(name, folder / name)
         if _file_digest(folder / name) != digests.get(name):
             raise UserError(f"its artifact {name} is damaged")

@@ -144,7 +144,7 @@ class GridImage:
     placement: Placement
 
 
-def load_image(path: Path, reading: Reading, grid: Grid) -> GridImage:
+def load_image(path: Path | VolumeFile, reading: Reading, grid: Grid) -> GridImage:
     """Read an image volume onto the working grid, in [-1, 1].
 
     Every slice of the volume is kept. In the plane, the window of `grid.size` pixels is centred on
@@ -156,7 +156,8 @@ def load_image(path: Path, reading: Reading, grid: Grid) -> GridImage:
     above the volume's minimum (scanners pad with a constant).
 
     Args:
-        path: a NIfTI, NRRD or MetaImage file, 3-D (or with further axes of length 1).
+        path: a NIfTI, NRRD or MetaImage file, 3-D (or with further axes of length 1), or what
+            `open_volume` made of one.
         reading: how the dataset's arrays lie.
         grid: the working grid.
 
@@ -168,7 +169,7 @@ def load_image(path: Path, reading: Reading, grid: Grid) -> GridImage:
         >>> image.voxels.shape  # doctest: +SKIP
         (177, 256, 256)
     """
-    file = open_volume(path)
+    file = path if isinstance(path, VolumeFile) else open_volume(path)
     affine, spacing, axes, flips = frame(file, reading)
     stored = file.voxels()
     ends = extremes(file, stored)

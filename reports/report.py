@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from glua_bench import carried
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.registry import Registry
 from glua_bench.reports import (
@@ -352,7 +353,7 @@ class _Writer(PageWriter):
     def _dataset(self, name: str) -> Dataset | None:
         if name not in self._datasets:
             try:
-                loaded: Any = Registry("dataset", self.options.plugins).load(name)
+                loaded: Any = self._registry(name).load(name)
                 dataset: Dataset = loaded(self.options.data_root)
                 dataset.prepare(self.report)
                 self._datasets[name] = dataset
@@ -360,6 +361,16 @@ class _Writer(PageWriter):
                 self.notices.append(f"No pictures of {name}: {error}")
                 self._datasets[name] = None
         return self._datasets[name]
+
+    def _registry(self, name: str) -> Registry:
+        """Of data sets, with the description of one that only the runs still know."""
+        registry = Registry("dataset", self.options.plugins)
+        if name not in registry:
+            runs = self.results.directories.values()
+            own = [run.path for run in runs if run.config.dataset == name]
+            kept = [file for file in map(carried.description, own) if file is not None]
+            registry = Registry("dataset", [*self.options.plugins, *kept[:1]])
+        return registry
 
 
 # -- the page ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""datasets/dicom_series.py: every voxel where the header says, and what is refused.
+"""dicom_series.py: every voxel where the header says, and what is refused.
 
 Slices are drawn in the patient's coordinates, by the formula of the DICOM standard (PS3.3,
 C.7.6.2.1.1), and compared with a second reader.
@@ -24,7 +24,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from glua_bench.datasets.dicom_series import Series, read_series
+from glua_bench.dicom_series import Series, read_series
 from glua_bench.errors import DataError
 
 Write = Callable[..., list[Path]]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from two_faced_method import CLASSES
 
-from glua_bench import cli, prediction
+from glua_bench import cli, inputs, prediction
+from glua_bench.cli_reports import _read_as
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, PluginError, UserError
 from glua_bench.evaluation import predict_volumes
@@ -23,6 +26,7 @@ from glua_bench.method import Role
 from glua_bench.neighbours import ALONE
 from glua_bench.runs import RunRequest, execute, plan
 from glua_bench.tracking import RunDirectory
+from glua_bench.volumes import load_image, restore
 
 SMALL = ("segmenter.width=4", "segmenter.depth=3", "grid.size=32", "grid.spacing=7", "batch_size=2")
 
@@ -34,30 +38,62 @@ class Made:
     root: Path
 
 
-def make(
-    method: str, phantom_root: Path, root: Path, *sets: str, plugins: Sequence[Path] = ()
-) -> Made:
-    request = RunRequest(
+def request_of(method: str, phantom_root: Path, root: Path, *sets: str) -> RunRequest:
+    return RunRequest(
         method,
         "phantom",
         preset="quick",
         steps=3,
         assignments=[*SMALL, "candidates=2", *sets],
-        plugins=list(plugins),
         data_root=phantom_root,
         runs_root=root,
         device="cpu",
         mlflow=False,
     )
+
+
+def make(
+    method: str, phantom_root: Path, root: Path, *sets: str, plugins: Sequence[Path] = ()
+) -> Made:
+    request = replace(request_of(method, phantom_root, root, *sets), plugins=list(plugins))
     planned = plan(request)
     execute(planned, Progress(enabled=False))
     test = planned.dataset.split("ct", "test") + planned.dataset.split("mr", "test")
     return Made(planned.directory, [case.image for case in test], root)
 
 
+def given(images: Sequence[Path]) -> tuple[inputs.Given, ...]:
+    return inputs.find(images).images
+
+
 @pytest.fixture(scope="module")
 def made(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     return make("mean_teacher", phantom_root, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def two_faced(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    plugins = [Path(__file__).parent / "two_faced_method.py"]
+    return make("two_faced", phantom_root, tmp_path_factory.mktemp("runs"), plugins=plugins)
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """A command's exit code, and what it prints on stdout and stderr."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["glua-bench", *map(str, words)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
 
 
 # -- batches across volumes -----------------------------------------------------------------------
@@ -98,7 +134,7 @@ def test_a_volume_is_given_back_before_all_others_are_read() -> None:
 
 def test_a_run_predicts_its_test_cases_as_it_did(made: Made, tmp_path: Path) -> None:
     model = prediction.from_run(made.run, device="cpu")
-    results = list(prediction.predict(model, made.images, tmp_path, probabilities=True))
+    results = list(prediction.predict(model, given(made.images), tmp_path, probabilities=True))
     own = nib.load(made.run.predictions / "ct_1003.nii.gz")
     for image, result in zip(made.images, results, strict=True):
         original, saved = nib.load(image), nib.load(result.labels)
@@ -106,7 +142,7 @@ def test_a_run_predicts_its_test_cases_as_it_did(made: Made, tmp_path: Path) -> 
         assert np.array_equal(saved.affine, original.affine)
         if "ct_" in image.name:
             assert np.array_equal(np.asarray(saved.dataobj), np.asarray(own.dataobj))
-        maps = nib.load(tmp_path / f"{prediction.name_of(image)}_prob.nii.gz")
+        maps = nib.load(tmp_path / f"{inputs.stem(image)}_prob.nii.gz")
         assert maps.shape == (*original.shape, 5)
         p = np.asarray(maps.dataobj)
         assert np.allclose(p.sum(-1), 1, atol=1e-4)
@@ -120,12 +156,7 @@ def test_a_run_predicts_its_test_cases_as_it_did(made: Made, tmp_path: Path) -> 
     assert list(table.columns) == ["file", "structure", "ml"] and len(table) == 8
 
 
-def test_new_volumes_whatever_their_header_says(
-    made: Made,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_new_volumes_whatever_their_header_says(made: Made, tmp_path: Path, call: Call) -> None:
     """The unit and the forms are the image's, ml those of the unit, and doubts are told."""
     plain = nib.load(made.images[0])
     voxels, affine = np.asarray(plain.dataobj), plain.affine
@@ -145,37 +176,31 @@ def test_new_volumes_whatever_their_header_says(
 
     model = prediction.from_run(made.run, device="cpu")
     out = tmp_path / "out"
-    first, second, third, fourth = prediction.predict(model, files, out, probabilities=True)
+    told: list[str] = []
+    first, second, third, fourth = prediction.predict(
+        model, given(files), out, "ct", probabilities=True, warn=told.append
+    )
     assert second.ml == pytest.approx(first.ml, rel=1e-4)
     assert np.array_equal(first.classes, second.classes)
     labels = np.asarray(nib.load(first.labels).dataobj)
     assert sum(first.ml.values()) == pytest.approx(
         np.count_nonzero(labels) * abs(np.linalg.det(affine[:3, :3])) / 1000, rel=1e-6
     )
-    assert first.doubts == second.doubts == ()
-    assert len(third.doubts) == 1 and "a qform and an sform" in third.doubts[0]
-    assert len(fourth.doubts) == 1 and "does not say which way its axes run" in fourth.doubts[0]
+    told = [text for text in told if "intensity" not in text]
+    assert len(told) == 2
+    assert "two.nii.gz" in told[0] and "a qform and an sform" in told[0]
+    assert "none.nii.gz" in told[1] and "does not say which way its axes run" in told[1]
     names = ["qform_code", "sform_code", "xyzt_units", "quatern_d", "qoffset_x", "srow_x", "srow_y"]
     for file in files:
         image = nib.load(file).header
         for ending in ("seg", "prob"):
-            written = nib.load(out / f"{prediction.name_of(file)}_{ending}.nii.gz").header
+            written = nib.load(out / f"{inputs.stem(file)}_{ending}.nii.gz").header
             assert [written[n].tolist() for n in names] == [image[n].tolist() for n in names]
             assert np.array_equal(written["pixdim"][:4], image["pixdim"][:4])
 
-    words = ["predict", files[3], "--run", made.run.path, "--out", tmp_path / "c"]
-    monkeypatch.setattr("sys.argv", ["glua-bench", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert not ended.value.code
-    heard = capsys.readouterr()
-    assert "does not say which way its axes run" in heard.out + heard.err
-
-
-def test_files_of_one_name_are_refused(made: Made, tmp_path: Path) -> None:
-    model = prediction.from_run(made.run, device="cpu")
-    with pytest.raises(UserError, match="Two of the given files"):
-        list(prediction.predict(model, [made.images[0]] * 2, tmp_path))
+    code, out_text, err = call("predict", files[3], "--run", made.run.path, "--out", tmp_path / "c")
+    assert code == 0 and "does not say which way its axes run" in err
+    assert out_text
 
 
 # -- export ---------------------------------------------------------------------------------------
@@ -197,8 +222,8 @@ def test_an_exported_model_predicts_alike_without_run_and_data(made: Made, tmp_p
     elsewhere = tmp_path / "elsewhere"
     shutil.move(folder, elsewhere)
     loaded = prediction.from_directory(elsewhere, device="cpu")
-    first = list(prediction.predict(model, made.images, tmp_path / "a"))
-    second = list(prediction.predict(loaded, made.images, tmp_path / "b"))
+    first = list(prediction.predict(model, given(made.images), tmp_path / "a"))
+    second = list(prediction.predict(loaded, given(made.images), tmp_path / "b"))
     for a, b in zip(first, second, strict=True):
         assert a.labels.read_bytes() == b.labels.read_bytes() or np.array_equal(
             nib.load(a.labels).dataobj, nib.load(b.labels).dataobj
@@ -222,7 +247,7 @@ def test_a_model_of_several_slices_predicts_new_volumes_as_its_run_did(
     assert loaded.config.slices == 3 and loaded.config.slice_distance == distance
     own = nib.load(made.run.predictions / "ct_1003.nii.gz")
     for name, used in (("run", model), ("export", loaded)):
-        first, second = prediction.predict(used, made.images, tmp_path / name)
+        first, second = prediction.predict(used, given(made.images), tmp_path / name)
         assert np.array_equal(nib.load(first.labels).dataobj, own.dataobj)
         assert nib.load(second.labels).shape == nib.load(made.images[1]).shape
 
@@ -235,36 +260,111 @@ def test_only_what_predicts_is_exported(phantom_root: Path, tmp_path: Path) -> N
     model = prediction.from_run(made.run, device="cpu")
     assert any(name.startswith("pool_a") for name in model.method.state_dict())
     weights = prediction.predicting_weights(model)
-    assert {name.split(".")[0] for name in weights} == {"encoder", "head"}
+    assert {name.split(".")[0] for name in weights} == {"encoder", "head", "generator"}
     assert any("running_mean" in name for name in weights)
     prediction.export(model, made.run, tmp_path / "model")
     prediction.from_directory(tmp_path / "model", device="cpu")
 
 
-def test_new_volumes_are_the_targets_and_export_keeps_what_predicts_it(
-    phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("domain", [None, "ct", "mr"])
+def test_a_domain_is_predicted_as_such_and_export_keeps_what_predicts_it(
+    domain: str | None, two_faced: Made, tmp_path: Path, call: Call
 ) -> None:
     """By a method that finds one structure in all pixels of the target, another in the source's."""
     plugins = [Path(__file__).parent / "two_faced_method.py"]
-    made = make("two_faced", phantom_root, tmp_path / "runs", plugins=plugins)
-    model = prediction.from_run(made.run, plugins, device="cpu")
-    assert set(prediction.predicting_weights(model)) == {
-        "heads.target.weight",
-        "heads.target.bias",
+    model = prediction.from_run(two_faced.run, plugins, device="cpu")
+    assert {name.rpartition(".")[0] for name in prediction.predicting_weights(model)} == {
+        "heads.target",
+        "heads.source",
     }
-    prediction.export(model, made.run, tmp_path / "model")
-    value = model.structures[0].values[0]
-    for number, source in enumerate((["--run", made.run.path], ["--model", tmp_path / "model"])):
-        out = tmp_path / str(number)
-        words = ["predict", *made.images, *source, "--out", out, "--plugin", plugins[0]]
-        monkeypatch.setattr("sys.argv", ["glua-bench", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert not ended.value.code
-        for image in made.images:
-            labels = nib.load(out / f"{prediction.name_of(image)}_seg.nii.gz")
+    prediction.export(model, two_faced.run, tmp_path / "model")
+    role = "source" if domain == "mr" else "target"
+    value = model.structures[CLASSES[role] - 1].values[0]
+    words = ["--plugin", plugins[0], *([] if domain is None else ["--domain", domain])]
+    for source in (["--run", two_faced.run.path], ["--model", tmp_path / "model"]):
+        out = tmp_path / source[0]
+        code, said, _ = call("predict", *two_faced.images, *source, "--out", out, *words)
+        assert code == 0
+        assert f"Images are read as {domain or 'ct'}, the {role} domain." in said
+        for image in two_faced.images:
+            labels = nib.load(out / f"{inputs.stem(image)}_seg.nii.gz")
             found = set(np.unique(np.asarray(labels.dataobj)).tolist())
             assert value in found and found <= {0, value}
+
+
+def test_a_model_knows_two_domains(made: Made, tmp_path: Path) -> None:
+    model = prediction.from_run(made.run, device="cpu")
+    with pytest.raises(ConfigError, match="--domain us: .* of mr, its source domain, and of ct, "):
+        prediction.predict(model, given(made.images), tmp_path, "us").__next__()
+    folder = prediction.export(model, made.run, tmp_path / "model")
+    told = json.loads((folder / "config.json").read_text())
+    target = told.pop("domains")["ct"]
+    target.pop("usual")
+    (folder / "config.json").write_text(json.dumps({**told, **target}))  # as it once was
+    old = prediction.from_directory(folder, device="cpu")
+    assert old.domain(None) == old.domain("ct") == "ct"
+    assert old.data.domains["ct"].reading == model.data.domains["ct"].reading
+    with pytest.raises(ConfigError, match="--domain mr: .* older version .* images of ct alone"):
+        old.domain("mr")
+
+
+@pytest.mark.parametrize("style", ["adgan", "codes"])
+def test_images_of_the_source_are_translated_as_in_training(
+    style: str, phantom_root: Path, tmp_path: Path
+) -> None:
+    """Also by a model without its run, and whatever is segmented before."""
+    sets = [f"method.style={style}", "method.adgan_width=4", "method.codes_scales=1"]
+    made = make("global_only", phantom_root, tmp_path / "runs", *sets)
+    model = prediction.from_run(made.run, device="cpu")
+    (mr,) = (image for image in made.images if "mr_" in image.name)
+    loaded = prediction.from_directory(
+        prediction.export(model, made.run, tmp_path / "model"), device="cpu"
+    )
+    image = load_image(mr, model.data.domains["mr"].reading, made.run.config.grid)
+    slices = torch.from_numpy(image.voxels.astype(np.float16).astype(np.float32))[:, None]
+    found = []
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(made.run.config.seed)
+        translate = list(model.method.stages())[-1].translate
+        assert translate is not None
+        for batch in slices.split(32):
+            logits = model.method.predict(translate(batch), "source")
+            found.append(logits.softmax(1).numpy())
+    expected = restore(np.concatenate(found).swapaxes(0, 1), image.placement)
+    values = np.array([0, *(s.values[0] for s in model.structures)])
+    for number, (used, files) in enumerate(((model, [mr]), (loaded, [*made.images[:1], mr]))):
+        *_, last = prediction.predict(used, given(files), tmp_path / str(number), "mr")
+        labels = np.asarray(nib.load(last.labels).dataobj)
+        assert np.mean(labels == values[expected]) > 0.9999  # rounding may tip a voxel
+    first, second = (nib.load(f) for f in sorted(tmp_path.glob("[01]/*mr_*_seg.nii.gz")))
+    assert np.array_equal(first.dataobj, second.dataobj)
+
+
+def test_a_run_in_half_precision_predicts_its_test_cases_as_it_did(
+    phantom_root: Path, tmp_path: Path
+) -> None:
+    made = make("source_only", phantom_root, tmp_path / "runs", "precision=bf16-mixed")
+    own = nib.load(made.run.predictions / "ct_1003.nii.gz")
+    model = prediction.from_run(made.run, device="cpu")
+    (result,) = prediction.predict(model, given(made.images[:1]), tmp_path)
+    assert np.array_equal(nib.load(result.labels).dataobj, own.dataobj)
+
+
+def test_the_upper_bound_predicts_both_domains(phantom_root: Path, tmp_path: Path) -> None:
+    """Of the source it has seen nothing, and says so."""
+    request = replace(request_of("source_only", phantom_root, tmp_path), scenario="supervised")
+    planned = plan(request)
+    execute(planned, Progress(enabled=False))
+    own = nib.load(planned.directory.predictions / "ct_1003.nii.gz")
+    model = prediction.from_run(planned.directory, device="cpu")
+    image = given([planned.dataset.split("ct", "test")[0].image])
+    for domain in ("ct", "mr"):
+        (result,) = prediction.predict(model, image, tmp_path / domain, domain)
+        labels = np.asarray(nib.load(result.labels).dataobj)
+        assert labels.shape == own.shape
+        # The phantom has one reading, and the method one way.
+        assert np.array_equal(labels, own.dataobj)
+    assert _read_as(model, "mr").endswith("of which this run has seen no image.")
 
 
 def test_weights_that_no_module_owns_are_found_out(made: Made) -> None:
@@ -284,9 +384,7 @@ def test_weights_that_no_module_owns_are_found_out(made: Made) -> None:
     spoiled = prediction.Model(
         hidden.eval(),
         model.config,
-        model.structures,
-        model.reading,
-        True,
+        model.data,
         model.device,
         model.source,
     )
@@ -343,37 +441,98 @@ def test_a_run_that_is_not_finished_cannot_predict(made: Made, tmp_path: Path) -
 
 
 def test_the_commands_write_labels_volumes_and_pictures(
-    made: Made,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    made: Made, tmp_path: Path, call: Call
 ) -> None:
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["glua-bench", *map(str, words)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        return code, *capsys.readouterr()
-
     out, model = tmp_path / "out", tmp_path / "model"
     named = ("--run", made.run.id, "--runs", made.root)
     code, said, _ = call("export", *named, "--out", model)
     assert code == 0 and f"predict --model {model}" in said
     code, said, _ = call("predict", *made.images, "--model", model, "--overlay", "--out", out)
     assert code == 0 and "MYO" in said and "ml" in said
-    name = prediction.name_of(made.images[0])
+    name = inputs.stem(made.images[0])
     assert (out / f"{name}_seg.nii.gz").is_file() and (out / f"{name}.png").stat().st_size > 5000
     assert len(pd.read_csv(out / "volumes.csv")) == 8
     for words, text in (
         (["predict", made.images[0]], "either --run or --model"),
         (["predict", "none.nii.gz", *named], "none.nii.gz does not exist"),
         (["predict", made.images[0], "--model", tmp_path], "not an exported model"),
+        (["predict", made.images[0], *named, "--domain", "us", "--out", model], "--domain us: "),
         (["export"], "--run is missing"),
     ):
         code, _, err = call(*words)
         assert code == 2 and text in err and "Traceback" not in err
+
+
+def test_results_that_are_there_are_not_replaced_unasked(
+    made: Made, tmp_path: Path, call: Call
+) -> None:
+    words = ("predict", made.images[0], "--run", made.run.path, "--out", tmp_path)
+    (mine := tmp_path / f"{inputs.stem(made.images[0])}_seg.nii.gz").write_bytes(b"corrected")
+    code, _, err = call(*words)
+    assert code == 2 and f"{mine} is there already" in err and "--overwrite" in err
+    assert mine.read_bytes() == b"corrected" and not (tmp_path / "volumes.csv").exists()
+    assert call(*words, "--overwrite")[0] == 0
+    assert nib.load(mine).shape == nib.load(made.images[0]).shape
+    code, _, err = call("predict", made.images[1], *words[2:])
+    assert code == 2 and "volumes.csv is there already" in err
+
+
+def test_volumes_before_a_bad_image_are_kept(made: Made, tmp_path: Path, call: Call) -> None:
+    bad = tmp_path / "bad.nii.gz"
+    bad.write_bytes(b"no image")
+    words = ("--run", made.run.path, "--out", tmp_path / "out")
+    code, _, err = call("predict", *made.images, bad, *words)
+    assert code == 2 and f"{bad} cannot be read" in err
+    table = pd.read_csv(tmp_path / "out" / "volumes.csv")
+    assert set(table["file"]) <= set(map(str, made.images)) and len(table)
+
+
+def test_folders_and_files_of_one_name_are_segmented_beside_each_other(
+    made: Made, tmp_path: Path, call: Call
+) -> None:
+    image = made.images[0]
+    for folder, name in (("one", "scan"), ("two", "scan"), ("imagesTs", "liver_7_0000")):
+        (tmp_path / folder).mkdir()
+        shutil.copy(image, tmp_path / folder / f"{name}.nii.gz")
+    shutil.copy(image, tmp_path / "one" / "scan_label.nii.gz")
+    (tmp_path / "two" / "._scan.nii.gz").write_bytes(b"a companion of macOS")
+    folders = [tmp_path / name for name in ("one", "two", "imagesTs")]
+    out = tmp_path / "out"
+    code, said, _ = call("predict", *folders, "--run", made.run.path, "--out", out, "--overlay")
+    assert code == 0 and "Passed over, being labels by their names: scan_label.nii.gz." in said
+    names = ["liver_7", "one_scan", "two_scan"]
+    assert sorted(f.name for f in out.glob("*_seg.nii.gz")) == [f"{n}_seg.nii.gz" for n in names]
+    assert sorted(f.name for f in out.glob("*.png")) == [f"{name}.png" for name in names]
+    assert pd.read_csv(out / "volumes.csv")["file"].nunique() == 3
+
+
+def test_labels_of_a_series_lie_on_it(
+    made: Made, tmp_path: Path, dicom_slice: Callable[..., Any], call: Call
+) -> None:
+    """As SimpleITK reads the series, and as a NIfTI file of the same voxels is segmented."""
+    import pydicom
+    import SimpleITK as sitk
+
+    voxels = np.asarray(nib.load(made.images[0]).dataobj)[::2, ::2, ::4]
+    plane = ((1, 0, 0), (0, -0.6, 0.8))
+    (tmp_path / "series").mkdir()
+    for z in range(voxels.shape[2]):
+        place = np.array([10, -20, 30]) + np.cross(*plane) * 4.5 * z
+        one = dicom_slice(voxels[:, :, z].T, place, plane, (3.0, 3.5))
+        file = tmp_path / "series" / f"{97 * z % 89:03d}.dcm"
+        pydicom.dcmwrite(file, one, enforce_file_format=True)
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path / "series")))
+    itk = reader.Execute()
+    sitk.WriteImage(itk, str(tmp_path / "converted.nii.gz"))
+    words = (tmp_path / "series", tmp_path / "converted.nii.gz", "--run", made.run.path)
+    assert call("predict", *words, "--out", tmp_path / "out")[0] == 0
+    labels = sitk.ReadImage(str(tmp_path / "out" / "series_seg.nii.gz"))
+    assert labels.GetSize() == itk.GetSize()
+    for get in ("GetSpacing", "GetOrigin", "GetDirection"):
+        assert np.allclose(getattr(labels, get)(), getattr(itk, get)(), atol=1e-4)
+    other = sitk.ReadImage(str(tmp_path / "out" / "converted_seg.nii.gz"))
+    assert np.array_equal(sitk.GetArrayFromImage(labels), sitk.GetArrayFromImage(other))
 
 
 def test_every_format_gives_the_same_segmentation(made: Made, tmp_path: Path) -> None:
@@ -383,8 +542,8 @@ def test_every_format_gives_the_same_segmentation(made: Made, tmp_path: Path) ->
     sitk.WriteImage(sitk.ReadImage(str(made.images[0])), str(image))
     model = prediction.from_run(made.run)
     for file, folder in ((made.images[0], "nifti"), (image, "meta")):
-        list(prediction.predict(model, [file], tmp_path / folder))
-    name = prediction.name_of(made.images[0])
+        list(prediction.predict(model, given([file]), tmp_path / folder))
+    name = inputs.stem(made.images[0])
     first = nib.load(tmp_path / "nifti" / f"{name}_seg.nii.gz")
     second = nib.load(tmp_path / "meta" / "other_seg.nii.gz")
     assert np.array_equal(np.asarray(first.dataobj), np.asarray(second.dataobj))

@@ -1003,6 +1003,17 @@ def test_what_was_mirrored_is_fetched_byte_for_byte(root: Path, tmp_path: Path) 
     assert {path: path.stat().st_mtime_ns for path in into.rglob("*")} == before
 
 
+def test_what_a_run_keeps_of_its_dataset_travels(root: Path, tmp_path: Path) -> None:
+    run = started(root)
+    kept = {"dataset.json": "{}", "dataset.yaml": "name: mine", "dataset_ct.csv": "image,label"}
+    for name, text in {**kept, "dataset.py": "no", "notes_ct.csv": "no"}.items():
+        (run.path / name).write_text(text)
+    assert MLflowMirror(root).mirror(complete(run))
+    (fetched,) = fetch_runs(tracking_uri(root), tmp_path / "fetched")
+    texts = {path.name: path.read_text() for path in fetched.path.glob("*ataset*")}
+    assert texts == kept and not (fetched.path / "notes_ct.csv").exists()
+
+
 @pytest.mark.parametrize("name", [*tracking.COPIED, tracking.DIGESTS, "figures/cases.png"])
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_damaged_copy_is_left_out_and_named(

@@ -110,6 +110,40 @@ def read_series(files: Sequence[Path]) -> Series:
     )
 
 
+def is_dicom(file: Path) -> bool:
+    """Whether a file is DICOM by its first bytes, or by its name; an index (DICOMDIR) is none."""
+    if file.name.upper() == "DICOMDIR":
+        return False
+    if file.suffix.lower() in (".dcm", ".ima"):
+        return True
+    try:
+        with file.open("rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}): check the file.") from error
+
+
+def series_of(files: Sequence[Path]) -> list[tuple[str, list[Path]]]:
+    """Files by their series, as their headers tell it.
+
+    Args:
+        files: DICOM files, in any order.
+
+    Returns:
+        Description of the series and its files, in the order of their first files.
+
+    Raises:
+        DataError: a file cannot be read as DICOM.
+    """
+    found: dict[str, tuple[str, list[Path]]] = {}
+    for file in files:
+        header = _header(file, _bytes(file), pixels=False)
+        title = str(_value(header, file, "SeriesDescription") or "")
+        key = str(_value(header, file, "SeriesInstanceUID") or "")
+        found.setdefault(key, (title, []))[1].append(file)
+    return list(found.values())
+
+
 # -- the stack ------------------------------------------------------------------------------------
 
 
@@ -168,13 +202,7 @@ def _step(slices: Sequence[_Slice], normal: np.ndarray) -> float:
 
 def _read(file: Path) -> _Slice:
     """A slice with its place."""
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{file} cannot be read ({error.strerror}): check the file and its permissions."
-        ) from error
-    header = _header(file, content)
+    header = _header(file, _bytes(file))
     if (
         _value(header, file, "PhotometricInterpretation") != "MONOCHROME2"
         or _value(header, file, "SamplesPerPixel") != 1
@@ -211,11 +239,20 @@ def _read(file: Path) -> _Slice:
     )
 
 
-def _header(file: Path, content: bytes) -> pydicom.FileDataset:
-    """The parsed file; pixels are still encoded."""
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{file} cannot be read ({error.strerror}): check the file and its permissions."
+        ) from error
+
+
+def _header(file: Path, content: bytes, pixels: bool = True) -> pydicom.FileDataset:
+    """The parsed file; pixels are still encoded, or left out."""
     try:
         with _quiet():
-            return pydicom.dcmread(io.BytesIO(content))
+            return pydicom.dcmread(io.BytesIO(content), stop_before_pixels=not pixels)
     except InvalidDicomError as error:
         raise DataError(f"{file} is no DICOM file: fetch the series again.") from error
     # The parser lets through whatever broken bytes lead to: struct.error, KeyError, and more.
