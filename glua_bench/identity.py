@@ -175,7 +175,7 @@ def _found(name: str) -> _Module | None:
         spec = module_spec(name)
     except Exception:  # finders of other packages may raise anything
         return None
-    if spec is None or not spec.has_location or spec.origin is None:
+    if not spec.has_location or spec.origin is None:
         return None
     path = Path(spec.origin)
     is_package = spec.submodule_search_locations is not None

@@ -260,28 +260,31 @@ def _describe_file(kind: str, path: Path) -> list[Entry]:
     return found
 
 
-def module_spec(name: str) -> ModuleSpec | None:
-    """Where a module lies, found without importing any package on the way; None for nowhere."""
+def module_spec(name: str) -> ModuleSpec:
+    """Where a module lies, found without importing any package on the way.
+
+    Raises:
+        ModuleNotFoundError: there is none of that name.
+    """
     above, _, _ = name.rpartition(".")
     if not above:
-        return importlib.util.find_spec(name)
-    package = module_spec(above)
-    if package is None or package.submodule_search_locations is None:
-        return None
-    # Sub-packages may be mapped elsewhere (as ours are), so each level asks the finders.
-    for finder in sys.meta_path:
-        find = getattr(finder, "find_spec", None)
-        found: ModuleSpec | None = find(name, package.submodule_search_locations) if find else None
-        if found is not None:
-            return found
-    return None
+        found = importlib.util.find_spec(name)
+    else:
+        package = module_spec(above)
+        if package.submodule_search_locations is None:
+            raise ModuleNotFoundError(f"'{above}' is not a package")
+        # Sub-packages may be mapped elsewhere (as ours are), so each level asks the finders.
+        finders = [f for finder in sys.meta_path if (f := getattr(finder, "find_spec", None))]
+        asked = (find(name, package.submodule_search_locations) for find in finders)
+        found = next((spec for spec in asked if spec is not None), None)
+    if found is None:
+        raise ModuleNotFoundError(f"No module named '{name}'")
+    return found
 
 
 def _locate(module_name: str) -> Path:
     """The source file of a module."""
     spec = module_spec(module_name)
-    if spec is None:
-        raise ModuleNotFoundError(f"No module named '{module_name}'")
     if spec.origin is None:
         raise ModuleNotFoundError(f"'{module_name}' has no source file")
     return Path(spec.origin)

@@ -11,7 +11,8 @@ from typing import Any
 Import = tuple[int, str, tuple[str, ...]]
 
 _SILENT = ("ctx", "kind", "type_comment")  # fields that say nothing, or that layout decides
-_VALUES = (ast.Constant, ast.MatchSingleton)  # where None is a value
+_EMPTY: tuple[Any, ...] = (None, [])  # what older versions of Python leave out, or newer ones
+_IMPORTING = (ast.Import, ast.ImportFrom, ast.Call)
 
 
 def normal_form(source: bytes) -> tuple[str, tuple[Import, ...]]:
@@ -37,31 +38,35 @@ def normal_form(source: bytes) -> tuple[str, tuple[Import, ...]]:
             text.append(item)
         elif isinstance(item, list):
             stack.append("]")
-            stack += reversed([_item(value) for value in item if not _idle(value)])
+            stack += [_item(value) for value in reversed(item) if not _idle(value)]
             text.append("[")
         else:
-            imports += _imports(item)
+            kind = type(item)
+            if kind in _IMPORTING:
+                imports += _imports(item)
+            elif kind is ast.JoinedStr:
+                item = ast.JoinedStr(_joined(item.values))
             stack.append(")")
             for name in reversed(item._fields):
                 value = getattr(item, name, None)
-                if name in _SILENT or (
-                    (value is None or value == []) and not isinstance(item, _VALUES)
-                ):
-                    continue
-                if isinstance(item, ast.JoinedStr):
-                    value = _joined(value)
-                stack += [_item(value), f"{name}="]
-            text.append(f"{type(item).__name__}(")
+                if name not in _SILENT and value not in _EMPTY:
+                    stack += (_item(value), name)
+            text.append(f"{kind.__name__}(")
     return " ".join(text), tuple(imports)
 
 
 def _item(value: Any) -> Any:
-    """A node or a list as it is, anything else as text that no version of Python changes."""
+    """A node or a list as it is; what has no parts, as text that no version of Python changes."""
+    kind = type(value)
+    if kind is ast.Name:
+        return f"Name({ascii(value.id)})"
+    if kind in (ast.Constant, ast.MatchSingleton):
+        return f"{kind.__name__}({_item(value.value)})"
     if isinstance(value, (ast.AST, list)):
         return value
-    if type(value) is int:  # decimal digits are limited in number
+    if kind is int:  # decimal digits are limited in number
         return hex(value)
-    return f"{type(value).__name__}:{ascii(value)}"
+    return f"{kind.__name__}:{ascii(value)}"
 
 
 def _idle(value: Any) -> bool:

@@ -176,7 +176,7 @@ async def g(a, /, b=None, *c, d: int = 1_000, **e) -> None:
     else: (y := lambda *, k=0xffff_ffff_ffff_ffff: {**e, k: {a for a in b if a}})
 '''
     found = sha256(form(source).encode()).hexdigest()
-    assert found == "28ec4a595d649989b28e712886eb096d4c36ff65b8b78adcd80b6f64ecb304d6"
+    assert found == "8d46ab8403c9c6cf40c7f618e723eeade92d8e47a1286438543c58d432ad84f7"
 
 
 # -- which modules count --------------------------------------------------------------------------
