@@ -18,21 +18,21 @@ import importlib.machinery
 import inspect
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import CellType
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 import glua_bench
 from glua_bench.config import digest
 from glua_bench.errors import PluginError
-from glua_bench.method import Method, Stage
 from glua_bench.registry import GROUPS, PLUGIN_FILE, module_spec
 from glua_bench.syntax import Import, normal_form
+
+if TYPE_CHECKING:
+    from glua_bench.method import Method, Stage
 
 PACKAGE = "glua_bench"
 # Where trainings start. A dataset's code is not reached: it counts by what it hands over, which
@@ -63,7 +63,8 @@ def code_version(*parts: Any, scoring: bool = False) -> str:
         scoring: count what scores the weights, too.
     """
     homes = {home for part in parts for home in _homes(part)}
-    return f"{glua_bench.__version__}+{_version(tuple(sorted(homes)), scoring)}"
+    harness = (*TRAINING, *SCORING) if scoring else TRAINING
+    return f"{glua_bench.__version__}+{code_digest(harness, tuple(sorted(homes)))}"
 
 
 def stage_key(method: Method, stage: Stage) -> dict[str, Any]:
@@ -93,15 +94,14 @@ def stage_key(method: Method, stage: Stage) -> dict[str, Any]:
     return {"stages": stages, "code": code_version(*parts)}
 
 
-def reached(homes: Iterable[str] = (), scoring: bool = False) -> list[tuple[str, Path]]:
+def reached(harness: Sequence[str], homes: Iterable[str] = ()) -> list[tuple[str, Path]]:
     """The modules whose code counts, with their files, sorted.
 
     Args:
-        homes: names of modules that count besides the harness.
-        scoring: count what scores, too.
+        harness: names of the harness's modules to start from.
+        homes: names of other modules to start from.
     """
-    left_out = {*NO_RESULT, *(() if scoring else SCORING)}
-    harness = [*TRAINING, *(SCORING if scoring else ())]
+    left_out = {*NO_RESULT, *SCORING} - set(harness)
     found: dict[Path, str] = {}
     libraries: set[str] = set()
     # The harness comes first, since whatever it imports from elsewhere is a library.
@@ -125,11 +125,11 @@ def reached(homes: Iterable[str] = (), scoring: bool = False) -> list[tuple[str,
 
 
 @functools.cache
-def _version(homes: tuple[str, ...], scoring: bool) -> str:
-    # Sorted by digest where two modules have one name, never by where they lie.
-    return digest(
-        sorted([label, _read(path).digest] for label, path in reached(homes, scoring)), 10
-    )
+def code_digest(harness: tuple[str, ...], homes: tuple[str, ...] = ()) -> str:
+    """A digest of the code of what `reached` finds, computed once in a process."""
+    counted = [[label, _read(path).digest] for label, path in reached(harness, homes)]
+    # Where two modules have one name, their code decides the order, never where they lie.
+    return digest(sorted(counted), 10)
 
 
 # -- modules --------------------------------------------------------------------------------------
@@ -308,6 +308,8 @@ def _described(value: Any, parts: list[Any]) -> Any:
         return [value.__qualname__, _described(given, parts)]
     if inspect.isbuiltin(value):
         return value.__qualname__
+    from torch import nn  # not above: who only reads files does not need it
+
     kind = value if isinstance(value, type) else type(value)
     # A container of networks tells nothing of them.
     inner = {type(part) for part in value.modules()} if isinstance(value, nn.Module) else set()

@@ -19,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glua_bench import identity
+from glua_bench.cache import READING
 from glua_bench.conformance import Bench
-from glua_bench.identity import NO_RESULT, SCORING, reached, stage_key
+from glua_bench.identity import NO_RESULT, SCORING, TRAINING, reached, stage_key
 from glua_bench.method import Method, Stage
 from glua_bench.methods.cycle_translate import CycleTranslate
 from glua_bench.methods.global_only import GlobalOnly
@@ -28,6 +29,7 @@ from glua_bench.methods.glua import GLUA
 from glua_bench.registry import Registry
 from glua_bench.syntax import normal_form
 
+ALL = TRAINING + SCORING
 PLUGIN = """
 from glua_bench.methods.source_only import SourceOnly
 
@@ -149,7 +151,7 @@ def test_constants_count_by_type_and_value(a: Any, b: Any) -> None:
 
 def test_files_written_anew_are_the_same_code() -> None:
     """Python's own printer drops comments and layout, and no code."""
-    files = [path for _, path in reached(scoring=True)]
+    files = [path for _, path in reached(ALL)]
     for path in [*files, Path(__file__)]:
         source = path.read_bytes()
         again = ast.unparse(ast.parse(source)).encode()
@@ -185,7 +187,7 @@ async def g(a, /, b=None, *c, d: int = 1_000, **e) -> None:
 @pytest.mark.parametrize("name", [entry.name for entry in Registry("method").entries()])
 def test_what_counts_is_the_harness_and_the_methods_own(name: str) -> None:
     method = Registry("method").load(name)
-    training, scored = dict(reached(homes(method))), dict(reached(homes(method), scoring=True))
+    training, scored = dict(reached(TRAINING, homes(method))), dict(reached(ALL, homes(method)))
     assert set(scored) - set(training) == set(SCORING)
     assert method.__module__ in training and not set(NO_RESULT) & set(scored)
     for part in ("cli", "conformance", "datasets", "matrix", "reports", "sweeps"):
@@ -203,7 +205,14 @@ def test_what_counts_is_the_harness_and_the_methods_own(name: str) -> None:
 def test_what_is_left_out_would_count_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     left_out = set(NO_RESULT)
     monkeypatch.setattr(identity, "NO_RESULT", {})
-    assert left_out <= {name for name, _ in reached()}
+    assert left_out <= {name for name, _ in reached(TRAINING)}
+
+
+def test_slices_are_those_of_the_code_that_reads_files() -> None:
+    read = {name for name, _ in reached(READING)}
+    assert {f"glua_bench.{name}" for name in ("formats", "task", "volumes")} <= read
+    assert not [name for name in read if name.startswith("glua_bench.methods")]
+    assert read < {name for name, _ in reached(TRAINING)}
 
 
 USED = """
@@ -211,7 +220,7 @@ import json, sys, threading
 from pathlib import Path
 
 from glua_bench.console import Progress
-from glua_bench.identity import reached
+from glua_bench.identity import SCORING, TRAINING, reached
 from glua_bench.runs import RunRequest, execute, plan
 
 phantom, plugin, found = sys.argv[1:]
@@ -246,7 +255,7 @@ for name, more in {
     ours = {f for f, n in names.items() if n.startswith("glua_bench")} | {
         str(path) for path in Path(plugin).parent.iterdir()
     }
-    counted = [path for _, path in reached([planned.method_class.__module__], scoring=True)]
+    counted = [path for _, path in reached(TRAINING + SCORING, [planned.method_class.__module__])]
     ran = ours & seen - set(map(str, counted))
     used[name] = len(ours & seen), sorted(names[file] for file in ran)
 Path(found).write_text(json.dumps(used))
@@ -386,7 +395,9 @@ def test_a_plugin_package_counts_and_libraries_do_not(
     monkeypatch.syspath_prepend(lab)
     monkeypatch.syspath_prepend(installed)
     monkeypatch.setattr(identity, "_registering", lambda: {"registered"})
-    found = {name for name, _ in reached(["labmethods.method"])} - {name for name, _ in reached()}
+    found = {name for name, _ in reached(TRAINING, ["labmethods.method"])} - {
+        name for name, _ in reached(TRAINING)
+    }
     assert {name for name in found if not name.startswith("glua_bench")} == {
         "labmethods",
         "labmethods.far",
