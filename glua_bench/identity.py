@@ -278,7 +278,7 @@ def _read(path: Path) -> _Read:
 def _homes(part: Any) -> set[str]:
     """Names of the modules that define a function, or a class and its bases."""
     defined = part.__mro__ if isinstance(part, type) else (part,)
-    return {each.__module__ for each in defined}
+    return {str(each.__module__) for each in defined}  # None for what was made by exec
 
 
 def _described(value: Any, parts: list[Any]) -> Any:
