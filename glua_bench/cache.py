@@ -28,12 +28,13 @@ import numpy as np
 
 from glua_bench.errors import DataError, RunFailure
 from glua_bench.formats import files_of
+from glua_bench.identity import code_digest
 from glua_bench.neighbours import ALONE, Neighbourhood
 from glua_bench.task import Case, Grid, Reading, Structure, UnlabelledCase
 from glua_bench.volumes import Placement, load_image, load_label
 
-# Raise it whenever volumes.py gives other voxels or another placement for the same input.
-CACHE_VERSION = 2
+CACHE_VERSION = 2  # of what entries look like
+READING = ("glua_bench.volumes",)  # makes voxels of files; entries of other code are others
 # Half precision: its error of at most 2.4e-4 in [-1, 1] is under half a unit of a 12-bit image,
 # and it halves the disk and the page cache that volumes occupy.
 IMAGE_TYPE = np.dtype(np.float16)
@@ -149,7 +150,8 @@ class SliceCache:
 
     def _image_path(self, image: str, reading: Reading, grid: Grid) -> Path:
         """Of the entry of an image with a digest."""
-        return self._path("images", _key("image", image, reading.identity(), asdict(grid)))
+        key = _key("image", code_digest(READING), image, reading.identity(), asdict(grid))
+        return self._path("images", key)
 
     def _label_path(
         self,
@@ -162,7 +164,8 @@ class SliceCache:
         """Of the entry of a label with a digest."""
         # The crop is found in the image, so the image's content is part of the label's key.
         values = [structure.values for structure in structures]
-        key = _key("label", label, image, reading.identity(), asdict(grid), values)
+        code = code_digest(READING)
+        key = _key("label", code, label, image, reading.identity(), asdict(grid), values)
         return self._path("labels", key)
 
     def _path(self, kind: str, key: str) -> Path:

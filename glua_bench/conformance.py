@@ -58,6 +58,7 @@ from glua_bench.config import (
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, DataError, PluginError, RunFailure
 from glua_bench.formats import open_volume
+from glua_bench.identity import code_version
 from glua_bench.method import Batch, Context, Method, Role, Stage
 from glua_bench.registry import Registry
 from glua_bench.task import SPLITS, Case, Dataset, Grid, Reading, Structure
@@ -650,7 +651,7 @@ class Bench:
         train = [fingerprint(chosen["source_train"]), fingerprint(chosen["target_train"])]
         test = [fingerprint(chosen["source_val"]), fingerprint(chosen["test"])] if scored else []
         prints = runs.Fingerprints(digest(train, 16), digest(test, 16))
-        code = runs.code_version(self.method)
+        code = code_version(self.method)
         run_id = identity(config, prints.whole, code)
         request = self.request(seed, steps)
         return runs.PlannedRun(

@@ -19,6 +19,7 @@ import sys
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ GROUPS = {
     "dataset": "glua_bench.datasets",
     "selector": "glua_bench.selectors",
 }
+PLUGIN_FILE = "glua_bench_plugin_"  # how the names of modules begin that are plugin files
 _BASES = {"method": "Method", "dataset": "Dataset", "selector": "Selector"}
 
 
@@ -261,26 +263,31 @@ def _describe_file(kind: str, path: Path) -> list[Entry]:
     return found
 
 
+def module_spec(name: str) -> ModuleSpec:
+    """Where a module lies, found without importing any package on the way.
+
+    Raises:
+        ModuleNotFoundError: there is none of that name.
+    """
+    above, _, _ = name.rpartition(".")
+    if not above:
+        found = importlib.util.find_spec(name)
+    else:
+        package = module_spec(above)
+        if package.submodule_search_locations is None:
+            raise ModuleNotFoundError(f"'{above}' is not a package")
+        # Sub-packages may be mapped elsewhere (as ours are), so each level asks the finders.
+        finders = [f for finder in sys.meta_path if (f := getattr(finder, "find_spec", None))]
+        asked = (find(name, package.submodule_search_locations) for find in finders)
+        found = next((spec for spec in asked if spec is not None), None)
+    if found is None:
+        raise ModuleNotFoundError(f"No module named '{name}'")
+    return found
+
+
 def _locate(module_name: str) -> Path:
-    """The source file of a module, found without importing any package on the way."""
-    top, *rest = module_name.split(".")
-    spec = importlib.util.find_spec(top)
-    if spec is None:
-        raise ModuleNotFoundError(f"No module named '{top}'")
-    # Sub-packages may be mapped elsewhere (as ours are), so each level asks the finders.
-    for part in rest:
-        if spec.submodule_search_locations is None:
-            raise ModuleNotFoundError(f"'{spec.name}' is not a package")
-        name = f"{spec.name}.{part}"
-        found = None
-        for finder in sys.meta_path:
-            find = getattr(finder, "find_spec", None)
-            found = find(name, spec.submodule_search_locations) if find else None
-            if found is not None:
-                break
-        if found is None:
-            raise ModuleNotFoundError(f"No module named '{name}'")
-        spec = found
+    """The source file of a module."""
+    spec = module_spec(module_name)
     if spec.origin is None:
         raise ModuleNotFoundError(f"'{module_name}' has no source file")
     return Path(spec.origin)
@@ -321,7 +328,7 @@ def _describe_class(node: ast.ClassDef) -> tuple[str, dict[str, Any]]:
 
 def _import_file(path: Path) -> Any:
     # Two files may have one name in different folders.
-    name = f"glua_bench_plugin_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
+    name = f"{PLUGIN_FILE}{path.stem}_{zlib.crc32(str(path).encode()):08x}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import math
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -24,7 +21,6 @@ from lightning_fabric.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import glua_bench
 from glua_bench import carried, tracking
 from glua_bench import config as configuration
 from glua_bench.batches import Batches
@@ -41,6 +37,7 @@ from glua_bench.config import (
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, PluginError, RunFailure, UserError
 from glua_bench.evaluation import evaluate, mean_dice, summarise
+from glua_bench.identity import code_version, stage_key
 from glua_bench.method import Batch, Cases, Method, Role, Stage, TaskInfo
 from glua_bench.neighbours import Neighbourhood, common_distance, middle
 from glua_bench.networks import DEEPLAB_STRIDE
@@ -50,23 +47,6 @@ from glua_bench.task import Case, Dataset, Grid, Structure, UnlabelledCase, pars
 from glua_bench.trainer import Artefact, Trainer, stage_order
 from glua_bench.volumes import slice_distance
 
-# Files whose text can change the weights of a trained stage, and those that can change a score.
-TRAINING_CODE = (
-    "augment",
-    "batches",
-    "cache",
-    "config",
-    "formats",
-    "losses",
-    "method",
-    "neighbours",
-    "networks",
-    "runs",
-    "task",
-    "trainer",
-    "volumes",
-)
-SCORING_CODE = ("evaluation", "metrics", "selection", "selectors")
 ORACLE = "oracle"  # the checkpoint with the best test Dice: known with target labels only
 
 
@@ -441,42 +421,6 @@ def roles(config: RunConfig, dataset: Dataset) -> dict[str, Sequence[Case | Unla
     return chosen
 
 
-def code_version(method_class: type[Method], modules: Sequence[str] = TRAINING_CODE) -> str:
-    """The package's version and a hash of the source that can change a result.
-
-    It covers the harness modules named, and the method's file with all modules of its own
-    package that it uses.
-    """
-    package = Path(glua_bench.__file__).parent
-    files = {package / f"{name}.py" for name in modules} | _module_files(method_class)
-    text = hashlib.sha256()
-    for path in sorted(files, key=lambda path: path.name):
-        text.update(path.name.encode() + path.read_bytes())
-    return f"{glua_bench.__version__}+{text.hexdigest()[:10]}"
-
-
-def _module_files(method_class: type[Method]) -> set[Path]:
-    package = method_class.__module__.rpartition(".")[0]
-    files: set[Path] = set()
-    waiting = {method_class.__module__}
-    seen: set[str] = set()
-    while waiting:
-        name = waiting.pop()
-        seen.add(name)
-        module = sys.modules.get(name)
-        if not isinstance(module, ModuleType) or not getattr(module, "__file__", None):
-            continue
-        files.add(Path(str(module.__file__)))
-        used = {getattr(value, "__module__", None) for value in vars(module).values()}
-        used |= {value.__name__ for value in vars(module).values() if inspect.ismodule(value)}
-        waiting |= {
-            other
-            for other in used - seen
-            if isinstance(other, str) and package and other.startswith(f"{package}.")
-        }
-    return files
-
-
 def adjusted(
     config: RunConfig,
     method: Method,
@@ -545,7 +489,7 @@ def plan(request: RunRequest, report: Callable[[str], None] = lambda line: None)
         ),
         test=digest([fingerprint(chosen["source_val"]), fingerprint(chosen["test"])], 16),
     )
-    code = code_version(method_class, TRAINING_CODE + SCORING_CODE)
+    code = code_version(method_class, scoring=True)
     run_id = identity(config, prints.whole, code)
     return PlannedRun(
         config,
@@ -610,16 +554,14 @@ def make_fabric(request: RunRequest, config: RunConfig) -> Fabric:
 def artefacts(planned: PlannedRun, method: Method) -> Callable[[Stage], Artefact | None]:
     """Stage → where its result is shared: a file named by all that the result depends on."""
     config = planned.config
-    training_code = code_version(planned.method_class)
 
     def locate(stage: Stage) -> Artefact | None:
         if stage.depends_on is None:
             return None
         key = digest(
             {
-                "stage": stage.name,
+                **stage_key(method, stage),
                 "settings": {n: config.method_config[n] for n in sorted(stage.depends_on)},
-                "modules": stage.modules,
                 "steps": stage.steps(config.steps),
                 "augmented": config.augmentation != "none",
                 "photometric": stage.photometric and config.augmentation == "photometric",
@@ -634,25 +576,12 @@ def artefacts(planned: PlannedRun, method: Method) -> Callable[[Stage], Artefact
                 "seed": config.seed,
                 "perturbation": config.perturbation,
                 "data": planned.fingerprints.train,
-                "code": stage_code(planned.method_class, method, stage, training_code),
             },
             20,
         )
         return Artefact(cache_root() / "stages" / f"{stage.name}-{key}.pt")
 
     return locate
-
-
-def stage_code(method_class: type[Method], method: Method, stage: Stage, fallback: str) -> str:
-    """Version of the code behind a shared stage: the harness and the modules that it trains.
-
-    Methods that share a component (as `glua` and `global_only` share the style transfer) share
-    the stage's result although their own files differ.
-    """
-    components = [type(method.get_submodule(name)) for name in stage.modules]
-    if not components:
-        return fallback
-    return digest([code_version(component) for component in components])  # type: ignore[arg-type]
 
 
 def stores(

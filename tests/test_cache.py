@@ -109,6 +109,18 @@ def test_every_input_has_its_own_entry(tmp_path, case):
     assert cache.image(same.unlabelled(), READING, GRID).path == images[0]
 
 
+def test_other_code_makes_other_entries(case, monkeypatch):
+    """Voxels that an earlier version read otherwise are not taken for those of this one."""
+    before = SliceCache().image(case.unlabelled(), READING, GRID).path
+    label = SliceCache().label(case, READING, GRID, STRUCTURES).path
+    known = fingerprint([case])
+    monkeypatch.setattr(cache_module, "code_digest", lambda harness: f"other {harness}")
+    assert not SliceCache().holds(case, READING, GRID, STRUCTURES)
+    assert SliceCache().image(case.unlabelled(), READING, GRID).path != before
+    assert SliceCache().label(case, READING, GRID, STRUCTURES).path != label
+    assert fingerprint([case]) == known
+
+
 def test_changed_label_changes_no_image_entry(tmp_path, case):
     """Poisoned labels reach label entries and nothing else."""
     cache = SliceCache()

@@ -752,16 +752,20 @@ def test_the_id_ignores_the_targets_training_labels(phantom_root: Path, tmp_path
 
 
 def test_the_id_follows_the_code(
-    phantom_root: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch
+    phantom_root: Path, plugin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = ask(phantom_root, method="plugged", plugins=[plugin])
-    built_in = ask(phantom_root)
-    ids = {plan(request).id, plan(built_in).id}
-    plugin.write_text(PLUGIN.replace("a twist", "two twists"))
-    ids.add(plan(request).id)
+    def of(changed: str) -> str:
+        """The id of the plugin's run, with its text changed, from a folder of its own."""
+        path = tmp_path / str(len(list(tmp_path.iterdir()))) / plugin.name
+        path.parent.mkdir()
+        path.write_text(changed)
+        return plan(ask(phantom_root, method="plugged", plugins=[path])).id
+
+    first = of(PLUGIN)
+    assert of(PLUGIN.replace("a twist", "two twists")) == first  # a docstring
+    assert of(PLUGIN + "    twist = 0.5\n") != first != plan(ask(phantom_root)).id
     monkeypatch.setattr(glua_bench, "__version__", "0.0.0")
-    ids.add(plan(built_in).id)
-    assert len(ids) == 4
+    assert of(PLUGIN) != first
 
 
 # -- executing ------------------------------------------------------------------------------------
