@@ -73,6 +73,9 @@ def test_best_median_and_worst_are_those_of_all_entries() -> None:
     assert telling_cases(dice) == {"c": "best", "e": "median", "b": "worst"}
     assert telling_cases(dice[["a", "c"]]) == {"c": "best", "a": "worst"}
     assert telling_cases(dice[["a"]]) == {"a": "best"}
+    # A healthy case in which nothing was found is the worst of none.
+    healthy = dice.assign(h=float("nan"))
+    assert telling_cases(healthy) == telling_cases(dice)
 
 
 def test_a_run_without_predictions_has_no_row(runs_root: Path, phantom_root: Path):

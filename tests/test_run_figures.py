@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.image
+import numpy as np
 import pytest
 
 from glua_bench.cache import SliceCache
 from glua_bench.console import Progress
 from glua_bench.datasets.phantom import Phantom
 from glua_bench.reports import run_figures
-from glua_bench.reports.run_figures import draw_dataset, draw_run
+from glua_bench.reports.run_figures import draw_dataset, draw_run, telling_slice
 from glua_bench.runs import RunRequest, execute, plan
-from glua_bench.task import Case, Grid
+from glua_bench.task import UNANNOTATED, Case, Grid
 
 SMALL = ("segmenter.width=4", "segmenter.depth=3", "grid.size=32", "grid.spacing=7", "batch_size=2")
 
@@ -83,3 +84,10 @@ def test_a_dataset_is_drawn_with_the_volumes_of_its_structures(
     labels = SliceCache().label(case, reading, grid, Phantom.structures).open()
     expected = (labels == 3).sum() * 4.0 * 3.5 * 3.5 / 1000
     assert told["phantom_mr.png"][2][0] == pytest.approx(expected, rel=0.01) and expected > 40
+
+
+def test_what_nobody_annotated_makes_no_slice_telling() -> None:
+    labels = np.zeros((3, 4, 4), np.uint8)
+    labels[0] = UNANNOTATED
+    labels[1, :2] = 1
+    assert telling_slice(labels) == 1
