@@ -46,9 +46,11 @@ NO_RESULT: Mapping[str, str] = {
     f"{PACKAGE}.console": "shows progress, and asks a user",
     f"{PACKAGE}.documents": "reads descriptions of datasets, which count by what they say",
     f"{PACKAGE}.errors": "the types of what is refused",
+    f"{PACKAGE}.facts": "measures images for `carried`",
     f"{PACKAGE}.identity": "names what counts",
     f"{PACKAGE}.interruption": "ends a process; the run goes on in another as if it had not",
     f"{PACKAGE}.registry": "finds the classes that count",
+    f"{PACKAGE}.suspicion": "compares what `facts` measures",
     f"{PACKAGE}.syntax": "reads code in order to name it",
     f"{PACKAGE}.tracking": "records what was computed",
 }
