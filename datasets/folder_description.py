@@ -24,6 +24,7 @@ from glua_bench.datasets.folder_layouts import (
 )
 from glua_bench.documents import Table, nearest, read_document
 from glua_bench.errors import ConfigError
+from glua_bench.paths import composed
 from glua_bench.task import Grid, Reading, Structure
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -207,8 +208,8 @@ def _domain(
         find,
         _reading(part, plane, rest),
         own,
-        tuple(part.texts("val", [])),
-        tuple(part.texts("test", [])),
+        tuple(map(composed, part.texts("val", []))),
+        tuple(map(composed, part.texts("test", []))),
         part,
     )
     both = sorted(set(told.val) & set(told.test))

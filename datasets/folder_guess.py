@@ -16,6 +16,7 @@ import numpy as np
 
 from glua_bench.errors import DataError
 from glua_bench.formats import SUFFIXES, open_volume
+from glua_bench.paths import files_below
 
 LABEL_WORDS = {"label", "labels", "labelstr", "labelsts", "lab", "lbl", "seg", "segs"}
 LABEL_WORDS |= {"segmentation", "segmentations", "annotation", "annotations", "mask", "masks"}
@@ -45,13 +46,12 @@ class Look:
 
 def volumes_in(folder: Path) -> list[str]:
     """Paths of all volumes below a directory, relative to it, sorted; hidden ones are left out."""
-    found = []
-    for path, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
-                found.append((Path(path) / name).relative_to(folder).as_posix())
-    return sorted(found)
+    files = files_below(folder)
+    return sorted(
+        file.relative_to(folder).as_posix()
+        for file in files
+        if file.name.lower().endswith(SUFFIXES)
+    )
 
 
 def guess_domains(paths: Sequence[str]) -> dict[str, list[str]]:

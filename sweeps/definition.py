@@ -14,6 +14,7 @@ from typing import Any
 from glua_bench.config import PRESETS, SELECTORS, build_settings, setting_type
 from glua_bench.documents import Table, nearest, read_document
 from glua_bench.errors import ConfigError, UserError
+from glua_bench.paths import entries
 from glua_bench.registry import Registry
 
 ORACLE = "oracle"
@@ -123,7 +124,8 @@ class Definition:
 
 def shipped() -> dict[str, Path]:
     """Name → file of the definitions that come with the package."""
-    return {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
+    found = entries(Path(__file__).parent)
+    return {path.stem: path for path in found if path.suffix == ".yaml"}
 
 
 def find(text: str) -> Path:
