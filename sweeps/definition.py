@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from glua_bench.config import PRESETS, SELECTORS, build_settings, setting_type
+from glua_bench.config import PRESETS, SELECTORS, assignment, build_settings, setting_type
 from glua_bench.documents import Table, nearest, read_document
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.paths import entries
@@ -227,7 +227,7 @@ def _fixed(text: Table, method: Any) -> tuple[str, ...]:
         value = table.take(name, object)
         if "." not in name and name in {spec.name for spec in fields(method.Config)}:
             name = f"method.{name}"
-        made.append(f"{name}={value}")
+        made.append(assignment(name, value))
     return tuple(made)
 
 
