@@ -18,6 +18,8 @@ from pathlib import Path, PurePosixPath
 
 from glua_bench.errors import DataError
 
+# Directories among the runs that are no dataset's: of sweeps, and of the default tracker's files.
+SWEEPS, ARTIFACTS = "sweeps", "mlartifacts"
 # Bytes of a name that becomes a file's; endings and marks of unfinished files come on top of it.
 LONGEST_NAME = 160
 

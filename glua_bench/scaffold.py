@@ -12,6 +12,7 @@ from typing import Any
 
 from glua_bench.documents import SUFFIXES
 from glua_bench.errors import ConfigError
+from glua_bench.paths import ARTIFACTS, SWEEPS
 from glua_bench.registry import Registry
 from glua_bench.task import Ask
 
@@ -153,10 +154,11 @@ def short_names(titles: list[str]) -> dict[str, str]:
 
 
 def _check_name(kind: str, name: str) -> None:
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+    taken = kind == "dataset" and name in (SWEEPS, ARTIFACTS)  # among the directories of runs
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name) or taken:
         raise ConfigError(
             f"'{name}' cannot name a {kind}; use lower-case letters, digits and _, beginning with "
-            "a letter."
+            "a letter, and no word that Python or the runs' directory uses itself."
         )
     for entry in Registry(kind).entries():
         if entry.name == name:

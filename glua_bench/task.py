@@ -322,3 +322,47 @@ def parse_direction(dataset: type[Dataset] | Dataset, direction: str | None) -> 
         )
     source, target = chosen.split("-")
     return source, target
+
+
+def role_fault(dataset: Dataset, direction: str, privileged: bool = False) -> str:
+    """Why a direction cannot be trained or tested, and how that is mended; "" where it can.
+
+    Args:
+        dataset: whose files are there.
+        direction: "source-target".
+        privileged: labelled training cases of the target play the source.
+
+    Raises:
+        DataError: files are missing.
+    """
+    source, target = parse_direction(dataset, direction)
+    labelled = target if privileged else source
+    of = f"dataset '{dataset.name}'"
+    leave = f"leave {direction} out of the directions"
+    bare = set(dataset.split(target, "test")) - set(dataset.labelled(target, "test"))
+    if bare:
+        return (
+            f"Test case {min(case.id for case in bare)} of {of} has no label, so it cannot be "
+            "scored: give its label file, or put it into another split."
+        )
+    if not dataset.split(labelled, "train"):
+        return (
+            f"No case of '{labelled}' in {of} is for training, so nothing can be learned in "
+            f"{direction}: put labelled cases of '{labelled}' into the split train, or {leave}."
+        )
+    if not dataset.labelled(labelled, "train"):
+        return (
+            f"No training case of '{labelled}' in {of} has a label, so it cannot be the labelled "
+            f"side of {direction}: give label files, or {leave}."
+        )
+    if not dataset.split(target, "train"):
+        return (
+            f"No case of '{target}' in {of} is for training, so {direction} has no target images: "
+            f"put cases of '{target}' into the split train, or {leave}."
+        )
+    if not dataset.split(target, "test"):
+        return (
+            f"No case of '{target}' in {of} is for the test, so {direction} has no score: put "
+            f"labelled cases of '{target}' into the split test, or {leave}."
+        )
+    return ""

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from glua_bench.config import PRESETS, RunConfig, SegmenterSpec, digest, flat_settings
 from glua_bench.errors import RunFailure, UserError
-from glua_bench.paths import distinct, entries, matching
+from glua_bench.paths import ARTIFACTS, distinct, entries, matching
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 FLUSH_SECONDS = 2.0
 TIME = "%Y-%m-%dT%H:%M:%S%z"  # how a time is written in JSON
-ARTIFACTS = "mlartifacts"  # directory of the default tracker's files, among the runs
 SCORES = ("dice", "assd", "hd95", "misses")
 # What a copy holds of a directory, besides what is `DRAWN`, `cases.csv` and the list of digests.
 # Not the weights, which are large.

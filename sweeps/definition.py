@@ -14,7 +14,7 @@ from typing import Any
 from glua_bench.config import PRESETS, SELECTORS, assignment, build_settings, setting_type
 from glua_bench.documents import Table, nearest, read_document
 from glua_bench.errors import ConfigError, UserError
-from glua_bench.paths import entries
+from glua_bench.paths import entries, name_fault
 from glua_bench.registry import Registry
 
 ORACLE = "oracle"
@@ -162,6 +162,10 @@ def read(file: Path, oracle: bool, plugins: Sequence[Path] = (), **changes: Any)
     text = read_document(file)
     method_name = text.take("method", str)
     method: Any = _loaded(text, "method", method_name, plugins)
+    name = text.take("name", str, file.stem)
+    fault = name_fault(name)
+    if fault:
+        raise text.error(f"the name '{name}' {fault}; choose another, such as loss_weights", "name")
     dataset_name = changes.get("dataset") or text.take("dataset", str)
     text.take("dataset", str, "")
     dataset: Any = _loaded(text, "dataset", dataset_name, plugins)
@@ -173,7 +177,7 @@ def read(file: Path, oracle: bool, plugins: Sequence[Path] = (), **changes: Any)
     objectives = _objectives(text, oracle)
     made = Definition(
         file=file,
-        name=text.take("name", str, file.stem),
+        name=name,
         title=text.take("title", str, ""),
         method=method_name,
         dataset=dataset_name,
