@@ -398,6 +398,12 @@ def roles(config: RunConfig, dataset: Dataset) -> dict[str, Sequence[Case | Unla
         "target_train": [c.unlabelled() for c in dataset.split(config.target, "train")],
         "test": dataset.split(config.target, "test"),
     }
+    bare = set(dataset.split(config.target, "test")) - set(dataset.labelled(config.target, "test"))
+    if bare:
+        raise ConfigError(
+            f"Test case {min(case.id for case in bare)} of dataset '{dataset.name}' has no label, "
+            "so it cannot be scored: give its label file, or put it into another split."
+        )
     fault = role_fault(dataset, config.direction, config.privileged)
     if fault:
         raise ConfigError(fault)
