@@ -48,8 +48,7 @@ def check_dataset(
     findings = [found for one in facts for found in case_findings(one, dataset)]
     doubted = {f.cases[0] for f in findings if f.check in _OF_IMAGES}
     cases = [one.case for one in facts]
-    findings += [*empty_roles(dataset), *case_names(cases)]
-    findings += [*shared_names(cases), *shared_subjects(cases), *shared_content(facts)]
+    findings += [*told_by_cases(dataset), *shared_content(facts)]
     findings += comparisons(facts, [s.name for s in dataset.structures], doubted)
     order = {case.id: place for place, case in enumerate(cases)}
     findings.sort(key=lambda f: (not f.problem, min((order[c] for c in f.cases), default=-1)))
@@ -135,6 +134,21 @@ def _placed_apart(facts: CaseFacts) -> Iterator[Finding]:
         f"{case.label} {what}, by their headers: make sure that the two overlay voxel by voxel, as "
         "they are used here.",
     )
+
+
+def told_by_cases(dataset: Dataset) -> list[Finding]:
+    """What a dataset's cases tell before a file of theirs is opened.
+
+    Raises:
+        DataError: files are missing.
+    """
+    cases = [case for domain in dataset.domains() for case in dataset.cases(domain)]
+    return [
+        *empty_roles(dataset),
+        *case_names(cases),
+        *shared_names(cases),
+        *shared_subjects(cases),
+    ]
 
 
 # -- what directions need -------------------------------------------------------------------------
