@@ -148,7 +148,11 @@ def _structures(text: Table) -> tuple[Structure, ...]:
         if not re.fullmatch(r"#[0-9a-fA-F]{6}", color):
             raise part.error(f"'{color}' is no colour; write it as \"#rrggbb\", quoted", "color")
         values = () if part.take("values", object, None) is None else _values(part, "values")
-        made.append(Structure(name, part.take("title", str, name), values, color))
+        title = composed(part.take("title", str, name))
+        try:
+            made.append(Structure(name, title, values, color))
+        except ConfigError as error:
+            raise part.error(str(error).rstrip(".")) from error
         part.finish()
     if not made:
         raise text.error("'classes' names no class; give at least one", "classes")

@@ -118,9 +118,9 @@ def guess_patterns(
             "hand, as docs/adding-data.md shows."
         )
     for images_pattern, ids in _patterns(images, labels):
-        drawn = [None] if not labels else [p for p, own in _patterns(labels) if own <= ids]
+        drawn: list[str | None] = [p for p, own in _patterns(labels) if own <= ids]
         drawn += _around(labels, ids)
-        for labels_pattern in drawn:
+        for labels_pattern in drawn if labels else [None]:
             if images_pattern != labels_pattern and fits(images_pattern, labels_pattern):
                 return images_pattern, labels_pattern
     raise DataError(
@@ -187,6 +187,8 @@ def _patterns(paths: Sequence[str], others: Sequence[str] = ()) -> list[tuple[st
         paths: of one kind of file.
         others: paths of the other kind, by which a single file is told from its id.
     """
+    if not paths:
+        return []
     split = [PurePosixPath(path).parts for path in paths]
     found: list[tuple[str, list[str]]] = []
     if len(paths) == 1:

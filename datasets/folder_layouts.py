@@ -304,7 +304,7 @@ def nnunet_values(folder: Path) -> dict[str, tuple[int, ...]]:
                 )
         numbers = tuple(int(v) for v in values)
         if str(name).lower() not in ("background", "ignore") and numbers != (0,):
-            made[str(name)] = numbers
+            made[composed(str(name))] = numbers
     flat = [value for values in made.values() for value in values]
     if len(set(flat)) < len(flat):
         raise DataError(

@@ -104,8 +104,10 @@ def dump(value: Any) -> str:
 
 def dump_line(value: Any) -> str:
     """The same in one line, texts in quotes."""
-    style = {"default_style": '"' if isinstance(value, str) else None, "width": math.inf}
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, **style)
+    quotes = '"' if isinstance(value, str) else None
+    text = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, default_style=quotes, width=math.inf
+    )
     return str(text).removesuffix("...\n").strip()
 
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from glua_bench.errors import ConfigError, DataError
 
 SPLITS = ("train", "val", "test")
+AVERAGE = "mean"  # over structures: what results have in the place of a structure's name
 Answer = TypeVar("Answer")
 
 
@@ -30,12 +31,22 @@ class Structure:
         title: the name in words, e.g. "left ventricular myocardium".
         values: the raw label values that mean this structure in the dataset's files.
         color: "#rrggbb" for contours, the same in every figure.
+
+    Raises:
+        ConfigError: the name is that of the average over structures.
     """
 
     name: str
     title: str
     values: tuple[int, ...]
     color: str
+
+    def __post_init__(self) -> None:
+        if self.name == AVERAGE:
+            raise ConfigError(
+                f"A structure cannot be called '{AVERAGE}', as results call the average over all "
+                "structures; give it another name."
+            )
 
 
 @dataclass(frozen=True)
