@@ -7,13 +7,13 @@ CHAOS: `MR/1/T2SPIR/DICOM_anon` with `MR/1/T2SPIR/Ground`; NIfTI copies: `image_
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from glua_bench.errors import DataError
+from glua_bench.paths import walk
 
 _FILES = {
     "ct": re.compile(r"(img|label)(\d{4})\.nii(?:\.gz)?"),
@@ -89,7 +89,7 @@ def find_scans(root: Path, expected: Mapping[str, Collection[int]]) -> Scans:
         DataError: a scan lies in two places.
     """
     files: dict[tuple[str, str, int], Path] = {}
-    for path in _walk(root):
+    for path in (folder / name for folder, names in walk(root) for name in ("", *names)):
         if path.name == "DICOM_anon":
             scan = path.parent.parent.name
             if path.parent.name != "T2SPIR" or not scan.isdecimal():
@@ -121,23 +121,3 @@ def find_scans(root: Path, expected: Mapping[str, Collection[int]]) -> Scans:
         },
         expected=expected,
     )
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    """Files, and folders called DICOM_anon; a folder that links lead to twice is entered once."""
-    seen = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        entered = []
-        for name in sorted(folders):
-            path = Path(folder, name)
-            place = os.path.realpath(path)
-            # Hidden folders, and those in which some programs of macOS pack shadows of files.
-            if place in seen or name.startswith(".") or name == "__MACOSX":
-                continue
-            seen.add(place)
-            if name == "DICOM_anon":
-                yield path  # its slices are listed when they are read
-            else:
-                entered.append(name)
-        folders[:] = entered
-        yield from (Path(folder, name) for name in sorted(names))

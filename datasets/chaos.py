@@ -21,6 +21,7 @@ from glua_bench.cache import file_digest
 from glua_bench.datasets.placed import placed
 from glua_bench.dicom_series import read_series
 from glua_bench.errors import DataError
+from glua_bench.paths import entries
 
 # Raise with every change that alters a voxel or an affine of a converted file.
 CONVERSION = 1
@@ -48,11 +49,7 @@ def slices_of(scan: Path) -> Slices:
         DataError: there is none, or files have no partner of the same name.
     """
     pictures, masks = (
-        {
-            file.stem: file
-            for file in sorted((scan / folder).glob("*"))
-            if file.suffix.lower() == suffix and not file.name.startswith(".")
-        }
+        {file.stem: file for file in entries(scan / folder) if file.suffix.lower() == suffix}
         for folder, suffix in (("DICOM_anon", ".dcm"), ("Ground", ".png"))
     )
     if not pictures:

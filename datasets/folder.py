@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +16,7 @@ from glua_bench.datasets.folder_description import (
 from glua_bench.datasets.folder_layouts import Found
 from glua_bench.documents import nearest
 from glua_bench.errors import DataError
+from glua_bench.paths import name_fault
 from glua_bench.task import Ask, Case, Dataset, Grid, Reading, Structure
 
 
@@ -169,10 +169,11 @@ class Folder(Dataset):
         )
 
     def _case(self, domain: str, told: Domain, entry: Found) -> Case:
-        if not re.fullmatch(r"[^/\\\s.][^/\\]*", entry.id):
+        fault = name_fault(entry.id)
+        if fault:
             raise DataError(
-                f"The id '{entry.id}' of {entry.image} cannot name a file: rename the image, or "
-                "give the id in a table."
+                f"The id '{entry.id}' of {entry.image} {fault}, so it cannot name a file: rename "
+                "the image, or give the id in a table."
             )
         listed = "test" if entry.id in told.test else "val" if entry.id in told.val else ""
         split = listed or entry.split or "train"

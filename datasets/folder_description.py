@@ -26,6 +26,7 @@ from glua_bench.datasets.folder_layouts import (
 )
 from glua_bench.documents import Table, nearest, read_document
 from glua_bench.errors import ConfigError
+from glua_bench.paths import composed
 from glua_bench.task import Grid, Reading, Structure
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -181,7 +182,11 @@ def _structures(text: Table) -> tuple[Structure, ...]:
         if not re.fullmatch(r"#[0-9a-fA-F]{6}", color):
             raise part.error(f"'{color}' is no colour; write it as \"#rrggbb\", quoted", "color")
         values = () if part.take("values", object, None) is None else _values(part, "values")
-        made.append(Structure(name, part.take("title", str, name), values, color))
+        title = composed(part.take("title", str, name))
+        try:
+            made.append(Structure(name, title, values, color))
+        except ConfigError as error:
+            raise part.error(str(error).rstrip(".")) from error
         part.finish()
     if not made:
         raise text.error("'classes' names no class; give at least one", "classes")
@@ -251,8 +256,8 @@ def _domain(
         find,
         _reading(part, plane),
         own,
-        tuple(part.texts("val", [])),
-        tuple(part.texts("test", [])),
+        tuple(map(composed, part.texts("val", []))),
+        tuple(map(composed, part.texts("test", []))),
         part,
         tuple(notes),
     )

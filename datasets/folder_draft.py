@@ -28,6 +28,7 @@ from glua_bench.datasets.folder_guess import (
     volumes_in,
 )
 from glua_bench.datasets.folder_layouts import (
+    SPLITS_FILE,
     Found,
     by_nnunet,
     by_pattern,
@@ -37,6 +38,7 @@ from glua_bench.datasets.folder_layouts import (
 )
 from glua_bench.errors import ConfigError, DataError
 from glua_bench.formats import SUFFIXES
+from glua_bench.paths import entries
 from glua_bench.scaffold import (
     UNANNOTATED_NAME,
     parse_structures,
@@ -47,6 +49,7 @@ from glua_bench.task import Ask
 
 SOFT_TISSUE = "-125 275"  # HU; the window that is common for CT of the abdomen
 _SHARES = {"test": 0.2, "val": 0.1}
+_NOT_ALL = "\n# The others have too few labelled cases to be trained and tested."
 _SEED = 0  # of the draw of test and validation cases
 
 
@@ -66,6 +69,7 @@ class _Domain:
         named: structure → raw values, where the files tell.
         unannotated: raw values of voxels that nobody annotated, where the files tell.
         test: ids that the files themselves set apart.
+        val: likewise, for validation.
     """
 
     name: str
@@ -75,6 +79,7 @@ class _Domain:
     named: Values
     unannotated: tuple[int, ...] = ()
     test: frozenset[str] = frozenset()
+    val: frozenset[str] = frozenset()
 
 
 def draft(
@@ -110,6 +115,13 @@ def draft(
     between = ask("Distance of slices in mm, common to all domains", f"{thick:.3g}", _length)
     shared = _shared(found, ask)
     splits = _splits(found, shared)
+    pairs, served = _directions(found, splits)
+    if not served:
+        raise DataError(
+            f"The {sum(len(d.labels) for d in found)} labels in {data} serve no direction: its "
+            "source needs a labelled case for training, its target one for the test and another "
+            "image for training; label more cases."
+        )
     blocks = []
     for domain in found:
         own = values[domain.name]
@@ -139,6 +151,7 @@ def draft(
             f"  {key}: {{title: {json.dumps(title)}}}" for key, title in titles.items()
         ),
         domains="\n".join(blocks),
+        directions="" if served == pairs else f"{_NOT_ALL}\ndirections: {_listing(served)}\n",
     )
 
 
@@ -146,34 +159,37 @@ def draft(
 
 
 def _nnunet(data: Path, names: Sequence[str]) -> list[_Domain]:
-    """One domain for each folder Dataset###_NAME of nnU-Net in the directory."""
-    folders = sorted(path.parent for path in data.glob("*/dataset.json"))
+    """One domain for each folder of nnU-Net or the Decathlon in the directory."""
+    folders = [path for path in entries(data) if (path / "dataset.json").is_file()]
     if len(folders) < 2:
         return []
+    short = [_plain(re.sub(r"^(dataset|task)\d+_", "", f.name.lower())) for f in folders]
     made = []
-    for folder in folders:
-        name = re.sub(r"^dataset\d+_", "", folder.name.lower())
-        name = re.sub(r"[^a-z0-9]+", "_", name).strip("_")
+    for folder, name in zip(folders, short, strict=True):
+        if not name or short.count(name) > 1:  # Dataset001_Heart beside Dataset002_Heart
+            name = _plain(folder.name.lower())
         if names and name not in names:
             continue
-        cases = by_nnunet(folder)
+        place: dict[str, str] = {"nnunet": json.dumps(folder.name, ensure_ascii=False)}
+        fold = 0 if (folder / SPLITS_FILE).is_file() else None
+        cases = by_nnunet(folder, fold=fold)
         regions = nnunet_values(folder)
         shared = [v for values in regions.values() for v in values]
         made.append(
             _Domain(
                 name,
-                {"nnunet": json.dumps(folder.name)},
+                place,
                 *_files(cases),
                 # Regions that overlap are no classes, so that their names tell nothing.
                 {k.lower(): v for k, v in regions.items() if len(set(shared)) == len(shared)},
                 nnunet_unannotated(folder),
-                frozenset(case.id for case in cases if case.split == "test"),
+                *(frozenset(c.id for c in cases if c.split == split) for split in ("test", "val")),
             )
         )
     if len(made) < 2:
         raise DataError(
             f"{data} holds the folders {', '.join(f.name for f in folders)}: name two of them with "
-            "--domains, without Dataset and number."
+            "--domains, without Dataset or Task and number."
         )
     return made
 
@@ -193,18 +209,43 @@ def _patterns(data: Path, names: Sequence[str], ask: Ask) -> list[_Domain]:
         )
     made = []
     for name, own in groups.items():
-        images, labels = guess_patterns(own)
+        seen = {data / path for path in own}
+        told, labels = "", None
+        try:
+            images, labels = guess_patterns(own, partial(_finds, data=data, seen=seen))
+        except DataError as error:  # nothing can be proposed, but the user may know better
+            images, told = "", str(error)
         question = f"{name}: images, with * for the case's id"
-        images, cases = ask(question, images, partial(_images, data=data))
-        place = {"images": json.dumps(images)}
+        images = ask(question, images, partial(_images, data=data, labels=labels, told=told))
+        place = {"images": json.dumps(images, ensure_ascii=False)}
         question = f"{name}: labels, likewise, or none"
-        labels, cases = ask(
-            question, labels or "none", partial(_labels, data=data, images=images, bare=cases)
-        )
+        labels, cases = ask(question, labels or "none", partial(_labels, data=data, images=images))
         if labels is not None:
-            place["labels"] = json.dumps(labels)
+            place["labels"] = json.dumps(labels, ensure_ascii=False)
         made.append(_Domain(name, place, *_files(cases), {}))
     return made
+
+
+def _finds(images: str, labels: str | None, data: Path, seen: set[Path]) -> bool:
+    """Whether patterns find exactly these files."""
+    cases = _paired(data, images, labels)
+    found = [file for case in cases for file in (case.image, case.label) if file is not None]
+    return len(found) == len(seen) and set(found) == seen
+
+
+def _paired(data: Path, images: str, labels: str | None) -> list[Found]:
+    """The cases that patterns find together; none where they do not fit."""
+    if pattern_fault(images, labels):
+        return []
+    try:
+        return by_pattern(data, images, labels, data)
+    except DataError:
+        return []
+
+
+def _plain(name: str) -> str:
+    """A name of letters, digits and _."""
+    return re.sub(r"[^a-z0-9]+", "_", name).strip("_")
 
 
 def _files(cases: Sequence[Found]) -> tuple[dict[str, Path], dict[str, Path]]:
@@ -317,44 +358,112 @@ def _shared(found: Sequence[_Domain], ask: Ask) -> bool:
 
 
 def _splits(found: Sequence[_Domain], shared: bool) -> dict[str, dict[str, list[str]]]:
-    """For each domain the ids of test and validation cases, drawn once and then written down."""
-    drawn: dict[str, dict[str, list[str]]] = {}
-    everywhere = set.intersection(*(set(d.labels) for d in found if d.labels))
-    for domain in found:
-        ids = sorted(domain.labels)
-        others = [d for d in found if d.name in drawn] if shared else []
-        taken = {k: {c for d in others for c in drawn[d.name][k]} & set(ids) for k in _SHARES}
-        taken["test"] |= domain.test
-        seen = {case for d in others for case in d.labels}
-        free = [case for case in ids if case not in seen and case not in domain.test]
-        order = list(np.random.default_rng(_SEED).permutation(free)) if free else []
-        if shared:  # who has labels in all domains can be tested on in all, and is taken first
+    """For each domain the ids of test and validation cases, drawn once and then written down.
+
+    What the files set apart stays apart, in all domains where ids mean persons. Every domain
+    keeps a labelled case for training, so that a lone one is never tested on.
+
+    Raises:
+        DataError: somebody who is set apart for the test has an image without a label elsewhere.
+    """
+    made: dict[str, dict[str, list[str]]] = {}
+    for group in [list(found)] if shared else [[domain] for domain in found]:
+        drawn = _draw(group)
+        for domain in group:
+            made[domain.name] = {
+                split: sorted(case for case in domain.labels if drawn.get(case) == split)
+                for split in ("val", "test")
+            }
+    return made
+
+
+def _draw(group: Sequence[_Domain]) -> dict[str, str]:
+    """Id → "test" or "val", for domains in which an id means one person; others are for training.
+
+    Args:
+        group: the domains.
+    """
+    bare = {case: d.name for d in group for case in d.images if case not in d.labels}
+    drawn = dict.fromkeys((case for d in group for case in d.val if case not in bare), "val")
+    for domain in group:
+        for case in sorted(domain.test):
+            if case in bare:
+                raise DataError(
+                    f"{case} is a test case of {domain.name} ({domain.images[case]}) and has no "
+                    f"label in {bare[case]}, so that it would be trained on there: add the label, "
+                    "or move the image away."
+                )
+            drawn[case] = "test"
+    labelled = [set(domain.labels) for domain in group if domain.labels]
+    everywhere = set.intersection(*labelled) if labelled else set()
+
+    def spare(case: str) -> bool:
+        """Whether all domains have another labelled case left for training."""
+        return case not in bare and all(
+            sum(other not in drawn for other in d.labels) > 1 for d in group if case in d.labels
+        )
+
+    for domain in group:
+        free = [case for case in sorted(domain.labels) if case not in drawn]
+        order = [str(case) for case in np.random.default_rng(_SEED).permutation(free or [""])]
+        if len(group) > 1:  # who has labels in all domains can be tested on in all, and comes first
             order.sort(key=lambda case: case in everywhere)
         for split, share in _SHARES.items():
-            wanted = max(1, round(share * len(ids))) if len(ids) >= 3 else int(split == "test")
-            while len(taken[split]) < wanted and order:
-                taken[split].add(str(order.pop()))
-        drawn[domain.name] = {split: sorted(taken[split]) for split in ("val", "test")}
+            count = len(domain.labels)
+            wanted = max(1, round(share * count)) if count >= 3 else int(split == "test")
+            if domain.test if split == "test" else domain.val:
+                continue  # as the files have it
+            missing = wanted - sum(drawn.get(case) == split for case in domain.labels)
+            able = [case for case in reversed(order) if case in domain.labels]
+            for case in able:
+                if missing > 0 and case not in drawn and spare(case):
+                    drawn[case] = split
+                    missing -= 1
     return drawn
+
+
+def _directions(
+    found: Sequence[_Domain], splits: dict[str, dict[str, list[str]]]
+) -> tuple[list[str], list[str]]:
+    """All directions, and those that can be trained and tested."""
+    apart = {name: {c for ids in own.values() for c in ids} for name, own in splits.items()}
+    pairs = [(a, b) for a in found for b in found if a is not b]
+    served = [
+        (source, target)
+        for source, target in pairs
+        if set(source.labels) - apart[source.name]
+        and set(target.images) - apart[target.name]
+        and splits[target.name]["test"]
+    ]
+    return [f"{a.name}-{b.name}" for a, b in pairs], [f"{a.name}-{b.name}" for a, b in served]
 
 
 # -- answers --------------------------------------------------------------------------------------
 
 
-def _images(answer: str, data: Path) -> tuple[str, list[Found]]:
-    """A pattern, and the cases without labels that it finds."""
+def _images(answer: str, data: Path, labels: str | None, told: str) -> str:
+    """A pattern that finds images.
+
+    Args:
+        answer: the pattern.
+        data: the directory of the volumes.
+        labels: the pattern that is going to be proposed for labels, which images may match, too.
+        told: why none was proposed.
+    """
+    if not answer:
+        raise DataError(told)
     fault = pattern_fault(answer, None)
     if fault:
         raise ConfigError(f"{fault}.")
-    return answer, by_pattern(data, answer, None, data)
+    if labels is None or not _paired(data, answer, labels):
+        by_pattern(data, answer, None, data)
+    return answer
 
 
-def _labels(
-    answer: str, data: Path, images: str, bare: list[Found]
-) -> tuple[str | None, list[Found]]:
+def _labels(answer: str, data: Path, images: str) -> tuple[str | None, list[Found]]:
     """A pattern, and the cases that it finds together with that of the images."""
     if answer.lower() in ("none", ""):
-        return None, bare
+        return None, by_pattern(data, images, None, data)
     fault = pattern_fault(images, answer)
     if fault:
         raise ConfigError(f"{fault}.")

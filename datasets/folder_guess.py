@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from glua_bench.errors import DataError
 from glua_bench.formats import SUFFIXES, open_volume
+from glua_bench.paths import files_below
 from glua_bench.volumes import label_integers
 
 LABEL_WORDS = {"label", "labels", "labelstr", "labelsts", "lab", "lbl", "seg", "segs"}
@@ -23,7 +24,7 @@ LABEL_WORDS |= {"segmentation", "segmentations", "annotation", "annotations", "m
 LABEL_WORDS |= {"msk", "gt", "ground", "truth", "manual"}
 MODALITY_WORDS = {"ct", "cta", "cbct", "mr", "mri", "mra", "t1", "t2", "t1w", "t2w", "flair"}
 MODALITY_WORDS |= {"dwi", "adc", "lge", "bssfp", "c0", "pet", "us"}
-_LOOKED_AT = 4  # volumes of a domain whose voxels are read for a guess
+_LOOKED_AT = 4  # images of a domain whose voxels are read for a guess
 _HOUNSFIELD = (-500, 200)  # a CT reaches below the first (air, lung) and above the second (bone)
 
 
@@ -35,7 +36,7 @@ class Look:
         spacing: largest median distance of voxels in mm, along right, front and up.
         extent: largest median side in mm, along the same axes.
         hounsfield: whether intensities look like Hounsfield units.
-        values: label values that occur, without 0.
+        values: label values that occur in any label, without 0.
     """
 
     spacing: tuple[float, float, float]
@@ -46,13 +47,12 @@ class Look:
 
 def volumes_in(folder: Path) -> list[str]:
     """Paths of all volumes below a directory, relative to it, sorted; hidden ones are left out."""
-    found = []
-    for path, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
-                found.append((Path(path) / name).relative_to(folder).as_posix())
-    return sorted(found)
+    files = files_below(folder)
+    return sorted(
+        file.relative_to(folder).as_posix()
+        for file in files
+        if file.name.lower().endswith(SUFFIXES)
+    )
 
 
 def guess_domains(paths: Sequence[str]) -> dict[str, list[str]]:
@@ -94,11 +94,15 @@ def domains_by_name(paths: Sequence[str], names: Sequence[str]) -> dict[str, lis
     return made
 
 
-def guess_patterns(paths: Sequence[str]) -> tuple[str, str | None]:
+def guess_patterns(
+    paths: Sequence[str], fits: Callable[[str, str | None], bool] = lambda images, labels: True
+) -> tuple[str, str | None]:
     """The patterns of images and labels among the volumes of a domain.
 
     Args:
         paths: relative ones.
+        fits: whether the patterns find these volumes and nothing else; of several, the first
+            that do are taken.
 
     Returns:
         Patterns for `folder_layouts.by_pattern`; None where no path speaks of labels.
@@ -114,18 +118,21 @@ def guess_patterns(paths: Sequence[str]) -> tuple[str, str | None]:
             f"All volumes like {paths[0]} look like labels by their names: describe the images by "
             "hand, as docs/adding-data.md shows."
         )
-    for words in (True, False):
-        pattern, ids = _pattern(images, words)
-        if not labels:
-            return pattern, None
-        other, drawn = _pattern(labels, words)
-        if set(drawn) <= set(ids):
-            return pattern, other
-    return pattern, other
+    for images_pattern, ids in _patterns(images, labels):
+        drawn: list[str | None] = [p for p, own in _patterns(labels) if own <= ids]
+        drawn += _around(labels, ids)
+        for labels_pattern in drawn if labels else [None]:
+            if images_pattern != labels_pattern and fits(images_pattern, labels_pattern):
+                return images_pattern, labels_pattern
+    raise DataError(
+        f"No pattern finds {paths[0]}, {paths[-1]} and the others of their domain, and nothing "
+        "else: sort the files of a domain into folders alike, with one id for image and label, or "
+        "describe them by a table, as docs/adding-data.md shows."
+    )
 
 
 def look(images: Mapping[str, Path], labels: Mapping[str, Path]) -> Look:
-    """Open a few volumes of a domain.
+    """Open a few images of a domain, and all labels.
 
     Raises:
         DataError: a file cannot be read.
@@ -147,11 +154,7 @@ def look(images: Mapping[str, Path], labels: Mapping[str, Path]) -> Look:
         lows.append(low)
         highs.append(high)
     values: set[int] = set()
-    some = _some(labels)
-    # Healthy cases tell nothing, so that more are opened until one does.
-    for number, path in enumerate([*some, *(p for p in labels.values() if p not in some)]):
-        if number >= len(some) and values - {0}:
-            break
+    for path in labels.values():  # all, because a lesion may be in one case alone
         volume = open_volume(path)
         found = np.unique(volume.scaled(volume.voxels()))
         values |= set(label_integers(found, path).tolist())
@@ -179,27 +182,110 @@ def _words(path: str) -> list[str]:
     return [word for word in re.split(r"[^a-z0-9]+", path.lower()) if word]
 
 
-def _pattern(paths: Sequence[str], whole_words: bool) -> tuple[str, list[str]]:
-    """A glob that all paths match, and what its first star stands for in each.
+def _patterns(paths: Sequence[str], others: Sequence[str] = ()) -> list[tuple[str, set[str]]]:
+    """Patterns that all paths match, likely ones first, with what the first star stands for.
 
     Args:
         paths: of one kind of file.
+        others: paths of the other kind, by which a single file is told from its id.
+    """
+    if not paths:
+        return []
+    split = [PurePosixPath(path).parts for path in paths]
+    found: list[tuple[str, list[str]]] = []
+    if len(paths) == 1:
+        found += [(_starred(paths[0], own), [own]) for own in _shared_words(paths[0], others)]
+    if len({len(parts) for parts in split}) == 1:
+        found += [_pattern(split, whole_words) for whole_words in (True, False)]
+        found += [_by_tokens(split)]
+    below = os.path.commonprefix([parts[:-1] for parts in split])
+    if any(parts[:-1] != below for parts in split):  # at several depths, or in several folders
+        names = [(parts[-1],) for parts in split]
+        for pattern, ids in (_pattern(names, True), _pattern(names, False), _by_tokens(names)):
+            found.append(("/".join((*below, "**", pattern)), ids))
+    return [(pattern, set(ids)) for pattern, ids in found if ids and len(set(ids)) == len(paths)]
+
+
+def _around(paths: Sequence[str], ids: set[str]) -> list[str]:
+    """Patterns of paths that all hold one of the ids, the longest first."""
+    if not paths:
+        return []
+    made = [
+        {_starred(path, own) for own in ids if own and own in path and _starred(path, own) != path}
+        for path in paths
+    ]
+    return sorted(set.intersection(*made), key=lambda pattern: (-len(pattern), pattern))
+
+
+def _starred(path: str, own: str) -> str:
+    """A path with a star in the place of an id, wherever it stands alone."""
+    return re.sub(rf"(?<![A-Za-z0-9]){re.escape(own)}(?![A-Za-z0-9])", "*", path)
+
+
+def _shared_words(path: str, others: Sequence[str]) -> list[str]:
+    """Texts between separators that a path has in common with another, the longest first."""
+    ending = next((s for s in SUFFIXES if path.lower().endswith(s)), "")
+    pieces = re.split(r"([^A-Za-z0-9]+)", path[: len(path) - len(ending)])
+    texts = {
+        "".join(pieces[i:j])
+        for i in range(0, len(pieces), 2)
+        for j in range(i + 1, len(pieces) + 1, 2)
+    }
+    kept = [
+        text
+        for text in texts
+        if text
+        and "/" not in text
+        and any(_starred(other, text) != other for other in others)
+        and not set(_words(text)) & (LABEL_WORDS | MODALITY_WORDS)
+    ]
+    return sorted(kept, key=lambda text: (-len(text), text))
+
+
+def _by_tokens(split: Sequence[tuple[str, ...]]) -> tuple[str, list[str]]:
+    """A glob that keeps what all paths have at one place; no ids where they are built unlike.
+
+    Args:
+        split: the parts of paths of one depth.
+    """
+    form = re.compile(r"[A-Za-z]+|[0-9]+|[^A-Za-z0-9]")
+    tokens = [form.findall("/".join(parts)) for parts in split]
+    if len({len(own) for own in tokens}) > 1:
+        return "", []
+    columns = list(zip(*tokens, strict=True))
+    ids: list[str] = []
+    pattern = ""
+    for column in columns:
+        if len(set(column)) == 1:
+            pattern += column[0]
+            continue
+        if not pattern.endswith("*"):
+            pattern += "*"
+            first = "*" not in pattern[:-1]
+        if first:
+            ids = [
+                own + token for own, token in zip(ids or [""] * len(column), column, strict=True)
+            ]
+    return pattern, ids
+
+
+def _pattern(split: Sequence[tuple[str, ...]], whole_words: bool) -> tuple[str, list[str]]:
+    """A glob that all paths match, and what its first star stands for in each.
+
+    Args:
+        split: the parts of paths of one depth.
         whole_words: the id reaches back to a separator, instead of to the last letter before it.
     """
-    split = [PurePosixPath(path).parts for path in paths]
-    if len({len(parts) for parts in split}) > 1:
-        raise DataError(
-            f"{paths[0]} and {paths[-1]} lie at different depths: sort the files of a domain into "
-            "folders alike, or describe them by a table, as docs/adding-data.md shows."
-        )
     made: list[str] = []
     ids: list[str] = []
     for parts in zip(*split, strict=True):
-        if len(set(parts)) == 1 and (len(paths) > 1 or len(made) < len(split[0]) - 1):
+        if len(set(parts)) == 1 and (len(split) > 1 or len(made) < len(split[0]) - 1):
             made.append(parts[0])
             continue
-        ending = next((s for s in SUFFIXES if all(p.lower().endswith(s) for p in parts)), "")
-        stems = [part[: len(part) - len(ending)] for part in parts]
+        endings = [next((s for s in SUFFIXES if p.lower().endswith(s)), "") for p in parts]
+        stems = [part[: len(part) - len(end)] for part, end in zip(parts, endings, strict=True)]
+        tails = {part[len(stem) :] for part, stem in zip(parts, stems, strict=True)}
+        tail = os.path.commonprefix(sorted(tails)) + "*" * (len(tails) > 1)
         start = os.path.commonprefix(stems)
         rest = [stem[len(start) :] for stem in stems]
         stop = os.path.commonprefix([stem[::-1] for stem in rest])[::-1]
@@ -209,7 +295,7 @@ def _pattern(paths: Sequence[str], whole_words: bool) -> tuple[str, list[str]]:
         start = start[: max((m.end() for m in re.finditer(border, start)), default=0)]
         first = re.search(border, stop)
         stop = stop[first.start() :] if first else ""
-        made.append(f"{start}*{stop}{parts[0][len(stems[0]) :]}")
+        made.append(f"{start}*{stop}{tail}")
         if not ids:
             ids = [stem[len(start) : len(stem) - len(stop)] for stem in stems]
     return "/".join(made), ids

@@ -9,12 +9,15 @@ import csv
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from glua_bench.errors import DataError
+from glua_bench.paths import composed, entries, located, matching
 from glua_bench.task import SPLITS
 
+SPLITS_FILE = "splits_final.json"
 COLUMNS = ("id", "image", "label", "subject", "split")
 
 
@@ -49,7 +52,7 @@ def pattern_fault(images: str, labels: str | None) -> str:
     for name, pattern in (("images", images), ("labels", labels)):
         if pattern is None:
             continue
-        if "*" not in pattern.replace("**", ""):
+        if not any("*" in part for part in Path(pattern).parts if part != "**"):
             return f"'{name}' needs a * where the case's id stands, as in ct/*.nii.gz"
         if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
             return f"'{name}' must be relative to the root, without .."
@@ -57,7 +60,7 @@ def pattern_fault(images: str, labels: str | None) -> str:
 
 
 def by_pattern(root: Path, images: str, labels: str | None, told: Path) -> list[Found]:
-    """Cases by glob patterns; what the first `*` of a pattern stands for is the case's id.
+    """Cases by patterns, as of `paths.matching`; what their first `*` stands for is the id.
 
     Args:
         root: the patterns are relative to it.
@@ -93,22 +96,10 @@ def _matches(
     root: Path, pattern: str, told: Path, without: Collection[Path] = ()
 ) -> dict[str, Path]:
     """Id → file."""
-    parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern)
-    regex, first = "", True
-    for part in parts:
-        if part in ("**/", "**"):
-            regex += "(?:.*/)?" if part == "**/" else ".*"
-        elif part == "*":
-            regex += "([^/]*)" if first else "[^/]*"
-            first = False
-        else:
-            regex += "[^/]" if part == "?" else re.escape(part)
     made: dict[str, Path] = {}
-    for path in sorted(root.glob(pattern)):
-        found = re.fullmatch(regex, path.relative_to(root).as_posix())
-        if found is None or not path.is_file() or path in without:
+    for case, path in matching(root, pattern):
+        if path in without:
             continue
-        case = found.group(1)
         if case in made:
             raise DataError(
                 f"{made[case]} and {path} are both '{case}' by the pattern {pattern} "
@@ -154,9 +145,9 @@ def by_table(root: Path, file: Path) -> list[Found]:
             raise DataError(
                 f"{file}, line {line}, has the split '{split}': use {', '.join(SPLITS)}."
             )
-        image = root / values["image"]
-        label = root / values["label"] if values.get("label") else None
-        case = values.get("id") or image.name.split(".")[0]
+        image = located(root / values["image"])
+        label = located(root / values["label"]) if values.get("label") else None
+        case = composed(values.get("id") or image.name.split(".")[0])
         for path in (image, label):
             if path is not None and not path.is_file():
                 raise DataError(f"{path} of {file}, line {line}, is not there: correct the path.")
@@ -169,13 +160,15 @@ def by_table(root: Path, file: Path) -> list[Found]:
 
 
 def by_nnunet(folder: Path, channel: int = 0, fold: int | None = None) -> list[Found]:
-    """Cases as nnU-Net keeps raw data: `dataset.json`, `imagesTr`, `labelsTr`, `imagesTs`.
+    """Cases as nnU-Net keeps raw data, or the Medical Segmentation Decathlon.
 
-    Images of `imagesTs` are the test cases where `labelsTs` holds their labels, and are left out
-    otherwise. `splits_final.json`, where it is in the folder, and a fold give the validation cases.
+    A folder holds `dataset.json`, `imagesTr`, `labelsTr` and `imagesTs`. Images of `imagesTs` are
+    the test cases where `labelsTs` holds their labels, and are left out otherwise.
+    `splits_final.json`, where it is in the folder, and a fold give the validation cases. The
+    Decathlon's images have no channel's number in their names; its `dataset.json` lists them.
 
     Args:
-        folder: Dataset###_NAME.
+        folder: Dataset###_NAME or Task##_NAME.
         channel: which image of a case, its four digits at the end of the name.
         fold: position in `splits_final.json`; None leaves all training cases in training.
 
@@ -185,49 +178,90 @@ def by_nnunet(folder: Path, channel: int = 0, fold: int | None = None) -> list[F
     facts = read_nnunet(folder)
     ending = str(facts.get("file_ending", ".nii.gz"))
     suffix = f"_{channel:04d}{ending}"
-    made: dict[str, Found] = {}
     listed = facts.get("dataset")
     if isinstance(listed, Mapping):  # nnU-Net v2 may list the files instead
-        for case, entry in listed.items():
-            try:
-                image, label = folder / entry["images"][channel], folder / entry["label"]
-            except (KeyError, IndexError, TypeError) as error:
-                raise DataError(
-                    f"{folder / 'dataset.json'} lists no channel {channel} or no label for "
-                    f"'{case}': correct the entry."
-                ) from error
-            made[case] = Found(case, image, label, split="train")
+        found = [_entry(folder, str(case), entry, channel) for case, entry in listed.items()]
     else:
-        for path in sorted((folder / "imagesTr").glob(f"*{suffix}")):
-            case = path.name.removesuffix(suffix)
-            label = folder / "labelsTr" / f"{case}{ending}"
-            made[case] = Found(case, path, label if label.is_file() else None, split="train")
-        for path in sorted((folder / "imagesTs").glob(f"*{suffix}")):
-            case = path.name.removesuffix(suffix)
-            label = folder / "labelsTs" / f"{case}{ending}"
-            if label.is_file():
-                made[case] = Found(case, path, label, split="test")
-    if not made:
+        found = [
+            Found(composed(path.name.removesuffix(suffix)), path, None, split=split)
+            for part, split in (("imagesTr", "train"), ("imagesTs", "test"))
+            for path in entries(folder / part)
+            if path.name.endswith(suffix)
+        ]
+        if not found and isinstance(facts.get("training"), list):
+            found = _decathlon(folder, facts, ending, channel)
+        found = [entry if entry.label else _labelled(folder, entry, ending) for entry in found]
+        found = [entry for entry in found if entry.label or entry.split == "train"]
+    if not found:
         raise DataError(
             f"{folder / 'imagesTr'} holds no file like CASE{suffix}: check the folder, the channel "
             "and the file_ending of dataset.json."
         )
-    for entry in made.values():
+    made: dict[str, Found] = {}
+    for entry in found:
+        if entry.id in made:
+            raise DataError(
+                f"{made[entry.id].image} and {entry.image} are both '{entry.id}': keep one of them."
+            )
+        made[entry.id] = entry
         for file in (entry.image, entry.label):
             if file is not None and not file.is_file():
                 raise DataError(
                     f"{file} is not there, though {folder / 'dataset.json'} names it: restore it."
                 )
-    if fold is not None:
-        for case in _validation(folder / "splits_final.json", fold):
-            if case not in made:
-                raise DataError(
-                    f"{folder / 'splits_final.json'} names '{case}', which {folder} does not hold: "
-                    "restore the file or choose another fold."
-                )
-            own = made[case]
-            made[case] = Found(case, own.image, own.label, split="val")
+    for case in () if fold is None else validation_ids(folder, fold):
+        if case not in made:
+            raise DataError(
+                f"{folder / SPLITS_FILE} names '{case}', which {folder} does not hold: restore the "
+                "file or choose another fold."
+            )
+        made[case] = replace(made[case], split="val")
     return [made[case] for case in sorted(made)]
+
+
+def _entry(folder: Path, case: str, entry: Any, channel: int) -> Found:
+    """A case that the `dataset.json` of nnU-Net v2 lists."""
+    try:
+        image, label = folder / entry["images"][channel], folder / entry["label"]
+    except (KeyError, IndexError, TypeError) as error:
+        raise DataError(
+            f"{folder / 'dataset.json'} lists no channel {channel} or no label for '{case}': "
+            "correct the entry."
+        ) from error
+    return Found(composed(case), located(image), located(label), split="train")
+
+
+def _decathlon(folder: Path, facts: Mapping[str, Any], ending: str, channel: int) -> list[Found]:
+    """The cases that a `dataset.json` of the Decathlon lists; its files hold every modality."""
+    file = folder / "dataset.json"
+    modalities = facts.get("modality")
+    if isinstance(modalities, Mapping) and len(modalities) > 1:
+        raise DataError(
+            f"{folder} holds {len(modalities)} modalities in each 4-D file: split them by "
+            f"`nnUNetv2_convert_MSD_dataset -i {folder}`, and name the folder that it writes."
+        )
+    if channel:
+        raise DataError(f"{folder} has one modality, so there is no channel {channel}: leave it.")
+    made = []
+    for part, split in (("training", "train"), ("test", "test")):
+        for entry in facts.get(part) or ():
+            told = entry if isinstance(entry, Mapping) else {"image": entry}
+            image, label = told.get("image"), told.get("label")
+            if not isinstance(image, str) or not isinstance(label, str | None):
+                raise DataError(f"{file} lists '{entry}' under '{part}': give the files' paths.")
+            path = located(folder / image)
+            case = composed(path.name.removesuffix(ending))
+            made.append(
+                Found(case, path, None if label is None else located(folder / label), split=split)
+            )
+    return made
+
+
+def _labelled(folder: Path, entry: Found, ending: str) -> Found:
+    """A case with the label of its own name, where there is one."""
+    part = "labelsTr" if entry.split == "train" else "labelsTs"
+    label = located(folder / part / f"{entry.id}{ending}")
+    return replace(entry, label=label) if label.is_file() else entry
 
 
 def read_nnunet(folder: Path) -> dict:
@@ -289,15 +323,20 @@ def _nnunet_labels(folder: Path) -> dict[str, tuple[int, ...]]:
             raise DataError(
                 f"{folder / 'dataset.json'} has the label '{name}' of {value}: give integers."
             )
-        made[str(name)] = tuple(int(float(v)) for v in values)
+        made[composed(str(name))] = tuple(int(float(v)) for v in values)
     return made
 
 
-def _validation(file: Path, fold: int) -> list[str]:
-    """Ids of one fold's validation cases."""
+def validation_ids(folder: Path, fold: int) -> list[str]:
+    """Ids of one fold's validation cases, by the `splits_final.json` of a folder of nnU-Net.
+
+    Raises:
+        DataError: the file cannot be read, or has no such fold.
+    """
+    file = folder / SPLITS_FILE
     try:
         folds = json.loads(file.read_text(encoding="utf-8"))
-        return [str(case) for case in folds[fold]["val"]]
+        return [composed(str(case)) for case in folds[fold]["val"]]
     except OSError as error:
         raise DataError(
             f"{file} cannot be read ({error.strerror}): copy it there, or leave 'fold' out."

@@ -24,6 +24,7 @@ from glua_bench.datasets.mmwhs_layout import MMWHSLayout
 from glua_bench.datasets.placed import placed, sweep
 from glua_bench.datasets.sifa_release import RANGES, UNDOCUMENTED, read_slice, read_volume, rescaled
 from glua_bench.errors import DataError, RunFailure
+from glua_bench.paths import files_below
 from glua_bench.task import Case, Dataset, Grid, Reading
 
 # Raise with every change that alters a voxel of a converted file.
@@ -197,7 +198,7 @@ class MMWHSSIFA(Dataset):
         """The release's files: slices in the order of their numbers, and test volumes."""
         slices: dict[tuple[str, str], dict[int, Path]] = {key: {} for key in RELEASED}
         volumes: dict[tuple[str, int], list[Path]] = {}
-        for path in sorted(self.root.rglob("*")):
+        for path in files_below(self.root):
             if match := _SLICE.fullmatch(path.name):
                 key, number = (match[1], match[2]), int(match[3])
             elif match := _SAMPLE.fullmatch(f"{path.parent.name}/{path.name}"):

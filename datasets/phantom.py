@@ -23,6 +23,7 @@ from glua_bench.datasets import mmwhs_layout
 from glua_bench.datasets.mmwhs_layout import MMWHSLayout
 from glua_bench.datasets.placed import placed
 from glua_bench.errors import DataError
+from glua_bench.paths import entries
 
 # Raise with every change that alters a voxel of any file.
 GENERATOR_VERSION = 1
@@ -300,7 +301,7 @@ def _check_started(root: Path, plan: dict[str, Any], finished: bool) -> None:
     try:
         started = json.loads((root / STARTED).read_text())
     except FileNotFoundError:
-        found = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+        found = [path.name for path in entries(root)]
         # Another process may have written one of our two records just now.
         if found and STARTED not in found and MANIFEST not in found:
             raise DataError(

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from glua_bench.documents import WORDS, dump, dump_line, load
 from glua_bench.errors import ConfigError
 from glua_bench.task import Grid
 
@@ -175,12 +176,12 @@ class RunConfig:
 
     def to_yaml(self) -> str:
         """The configuration as YAML text."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return dump(self.to_dict())
 
     @classmethod
     def from_yaml(cls, text: str) -> RunConfig:
         """Read `to_yaml`'s text back."""
-        return cls.from_dict(yaml.load(text, Loader=_SAFE))
+        return cls.from_dict(load(text))
 
 
 def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -229,9 +230,6 @@ def variant_name(config: RunConfig, method: Any) -> str:
             return str(name)
     return ""
 
-
-# libyaml's loader where PyYAML was built with it: ten times faster, for reports over many runs.
-_SAFE = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
@@ -335,10 +333,25 @@ def parse_overrides(assignments: list[str]) -> dict[str, dict[str, Any]]:
                 "grid.NAME or a run option such as steps."
             )
         try:
-            groups[group][name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            groups[group][name] = load(value)
+        except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"--set {text}: the value cannot be read; quote it.") from error
     return groups
+
+
+def assignment(name: str, value: Any) -> str:
+    """The `--set` text that gives a setting a value: `parse_overrides` reads it back.
+
+    Args:
+        name: e.g. "method.lr".
+        value: a number, a text, a list of them, or None.
+    """
+    try:
+        read = load(str(value))
+    except (yaml.YAMLError, ValueError):
+        read = None
+    same = type(read) is type(value) and read == value
+    return f"{name}={value if same else dump_line(value)}"
 
 
 def digest(value: Any, length: int = 12) -> str:
@@ -381,11 +394,12 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if value is None and optional:
         return None
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        # YAML reads "1e-4" as text, so numbers written that way are accepted here.
-        try:
+        try:  # also a number in quotes
             return float(value)
         except (ValueError, OverflowError):
             raise _wrong_type(name, value, kind) from None
+    if kind is bool and isinstance(value, str) and value.lower() in WORDS:
+        return WORDS[value.lower()]
     if kind in _PLAIN and _is(value, kind):
         return value
     if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):

@@ -18,7 +18,7 @@ from glua_bench.cache import CachedImage, SliceCache
 from glua_bench.console import Progress
 from glua_bench.metrics import case_metrics
 from glua_bench.neighbours import ALONE, Neighbourhood, Stacks
-from glua_bench.task import UNANNOTATED, Case, Dataset, Grid
+from glua_bench.task import AVERAGE, UNANNOTATED, Case, Dataset, Grid
 from glua_bench.volumes import read_label_volume, restore, save_labels
 
 Predict = Callable[[Tensor], Tensor]
@@ -184,7 +184,7 @@ def summarise(cases: pd.DataFrame) -> pd.DataFrame:
         rows.append(
             {
                 "selector": selector,
-                "structure": "mean",
+                "structure": AVERAGE,
                 **per_case.mean().to_dict(),
                 "misses": int(chosen["missed"].sum()),
                 "cases": len(per_case),

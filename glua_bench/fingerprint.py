@@ -16,6 +16,7 @@ import nibabel as nib
 import numpy as np
 import yaml
 
+from glua_bench.documents import dump, load
 from glua_bench.errors import ConfigError, DataError
 from glua_bench.facts import CaseFacts
 from glua_bench.findings import listed
@@ -197,10 +198,7 @@ def write(path: Path, table: Mapping[str, Any]) -> None:
         ConfigError: the suffix is another.
         DataError: the file cannot be written.
     """
-    if format_of(path) == ".json":
-        text = json.dumps(table, indent=1) + "\n"
-    else:
-        text = yaml.safe_dump(table, sort_keys=False)
+    text = json.dumps(table, indent=1) + "\n" if format_of(path) == ".json" else dump(table)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
@@ -218,7 +216,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         # Every JSON text is YAML, too.
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+        table = load(path.read_text(encoding="utf-8"))
         version = table["version"]
         parts = [set(table), *(set(own) for own in table["domains"].values())]
     except OSError as error:

@@ -15,6 +15,7 @@ import numpy as np
 from glua_bench.dicom_series import is_dicom, read_series, series_of
 from glua_bench.errors import DataError
 from glua_bench.formats import SUFFIXES, Forms, VolumeFile, open_volume
+from glua_bench.paths import entries
 
 # Last words of the names of files that lie beside images and are none.
 _NO_IMAGES = {"label", "labels", "lab", "lbl", "seg", "segs", "segmentation", "mask", "masks"}
@@ -125,13 +126,8 @@ def _file(path: Path) -> Given:
 
 def _in_folder(folder: Path) -> tuple[list[Given], list[Path]]:
     """The images in a folder, and the files that are labels by their names."""
-    try:
-        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise DataError(
-            f"{folder} cannot be read ({error.strerror}): check its permissions."
-        ) from error
-    files = [path for path in entries if path.is_file()]
+    found = entries(folder)
+    files = [path for path in found if path.is_file()]
     volumes = [path for path in files if path.name.lower().endswith(SUFFIXES)]
     slices = [path for path in files if path not in volumes and is_dicom(path)]
     if volumes and slices:
@@ -149,7 +145,7 @@ def _in_folder(folder: Path) -> tuple[list[Given], list[Path]]:
             "files themselves if they are images."
         )
     if not images:
-        inner = [path.name for path in entries if path.is_dir()]
+        inner = [path.name for path in found if path.is_dir()]
         hint = f"name the folders in it ({', '.join(inner[:3])})" if inner else "check the folder"
         raise DataError(f"{folder} holds no volume ({', '.join(SUFFIXES)}) and no DICOM: {hint}.")
     return _channels(folder, images), left

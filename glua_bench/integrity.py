@@ -17,8 +17,9 @@ from glua_bench.console import Progress
 from glua_bench.errors import DataError
 from glua_bench.facts import CaseFacts, gather
 from glua_bench.findings import Finding, listed
+from glua_bench.paths import name_fault
 from glua_bench.suspicion import comparisons
-from glua_bench.task import Case, Dataset
+from glua_bench.task import Case, Dataset, role_fault
 from glua_bench.volumes import SAME_SIDES, apart, follows_other_form, label_integers, same_place
 
 # Slices without an image: that many of an axis at its ends may be padding.
@@ -46,8 +47,7 @@ def check_dataset(
     findings = [found for one in facts for found in case_findings(one, dataset)]
     doubted = {f.cases[0] for f in findings if f.check in _OF_IMAGES}
     cases = [one.case for one in facts]
-    findings += [*empty_labels(facts), *shared_names(cases)]
-    findings += [*shared_subjects(cases), *shared_content(facts)]
+    findings += [*told_by_cases(dataset), *empty_labels(facts), *shared_content(facts)]
     findings += comparisons(facts, [s.name for s in dataset.structures], doubted)
     order = {case.id: place for place, case in enumerate(cases)}
     findings.sort(key=lambda f: (not f.problem, min((order[c] for c in f.cases), default=-1)))
@@ -169,7 +169,54 @@ def empty_labels(facts: Sequence[CaseFacts]) -> Iterator[Finding]:
             yield Finding("label without structures", (case.id,), text, problem=most)
 
 
+def told_by_cases(dataset: Dataset) -> list[Finding]:
+    """What a dataset's cases tell before a file of theirs is opened.
+
+    Raises:
+        DataError: files are missing.
+    """
+    cases = [case for domain in dataset.domains() for case in dataset.cases(domain)]
+    return [
+        *empty_roles(dataset),
+        *case_names(cases),
+        *shared_names(cases),
+        *shared_subjects(cases),
+    ]
+
+
+# -- what directions need -------------------------------------------------------------------------
+
+
+def empty_roles(dataset: Dataset) -> Iterator[Finding]:
+    """Directions that have nothing to train with or to test on, and sources without validation.
+
+    Where no direction can be run, that is a problem; where some can, the others are a warning.
+    """
+    faults = {direction: role_fault(dataset, direction) for direction in dataset.directions}
+    for text in dict.fromkeys(filter(None, faults.values())):
+        yield Finding("empty role", (), text, problem=all(faults.values()))
+    sources = [direction.split("-")[0] for direction, fault in faults.items() if not fault]
+    for domain in dict.fromkeys(sources):
+        if not dataset.labelled(domain, "val"):
+            yield Finding(
+                "empty role",
+                (),
+                f"No labelled case of '{domain}' in dataset '{dataset.name}' is for validation, so "
+                "the selector source_val cannot choose where it is the source: put one into the "
+                "split val, or choose by another selector.",
+            )
+
+
 # -- what cases must not share --------------------------------------------------------------------
+
+
+def case_names(cases: Sequence[Case]) -> Iterator[Finding]:
+    """Ids that cannot name the file of a prediction."""
+    for case in cases:
+        fault = name_fault(case.id)
+        if fault:
+            text = f"The id '{case.id}' of {case.image} {fault}: give the case another."
+            yield Finding("id", (case.id,), text, problem=True)
 
 
 def shared_names(cases: Sequence[Case]) -> Iterator[Finding]:
@@ -281,11 +328,12 @@ def refuse_problems(findings: Sequence[Finding], count: int, place: str) -> None
     Raises:
         DataError: there are problems; the sentence counts them.
     """
-    bad = {case for found in findings if found.problem for case in found.cases}
-    if bad:
+    problems = [found for found in findings if found.problem]
+    if problems:
+        bad = {case for found in problems for case in found.cases}
         warnings = sum(not found.problem for found in findings)
+        what = f"{len(bad)} of {count} cases of {place}" if bad else f"The splits of {place}"
         besides = f", besides {warnings} warning{'s' * (warnings > 1)}" if warnings else ""
         raise DataError(
-            f"{len(bad)} of {count} cases of {place} cannot be used as they are{besides}; repair "
-            "or replace what is named above."
+            f"{what} cannot be used as they are{besides}; repair or replace what is named above."
         )

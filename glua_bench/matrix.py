@@ -9,7 +9,6 @@ holder ends, however it ends; whoever claims a run that another left behind resu
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from glua_bench import runs
-from glua_bench.config import build_settings, digest, parse_overrides
+from glua_bench.config import assignment, build_settings, digest, parse_overrides
 from glua_bench.console import duration
 from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.evaluation import mean_dice
@@ -187,8 +186,8 @@ def ablation(
             add(part, replace(base, method=part, assignments=shared), False)
     for group, optional in ((declared, combine), (varied, True)):
         for entry, changes in group.items():
-            assignments = [*base.assignments, *(_assignment(k, v) for k, v in changes.items())]
-            add(entry, replace(asked, assignments=assignments), optional)
+            own = [assignment(f"method.{name}", value) for name, value in changes.items()]
+            add(entry, replace(asked, assignments=[*base.assignments, *own]), optional)
     return _cells(entries, datasets, directions, seeds, base, repeats)
 
 
@@ -210,11 +209,6 @@ def _settings(request: RunRequest) -> Any:
     preset = method_class.presets.get(request.preset or runs.default_preset(), {})
     chosen = parse_overrides(request.assignments)["method"]
     return build_settings(method_class.Config, {**preset, **chosen}, "method")
-
-
-def _assignment(name: str, value: Any) -> str:
-    """The text behind `--set` that gives a setting a value."""
-    return f"method.{name}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def combinations(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -34,6 +34,7 @@ from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, DataError, RunFailure
 from glua_bench.formats import Forms, VolumeFile, open_volume
 from glua_bench.parallel import side_by_side
+from glua_bench.paths import entries
 from glua_bench.task import UNANNOTATED, Case, Dataset, Reading, Structure
 from glua_bench.volumes import SAME_SIDES, frame, read_label_volume, save_volume
 
@@ -222,7 +223,7 @@ def _begin(folder: Path, dataset: Dataset, domain: str, cases: Sequence[Case], l
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and entries(folder):
             raise ConfigError(
                 f"{folder} is there and no export of glua-bench: choose another directory by --to."
             ) from None

@@ -26,6 +26,7 @@ from glua_bench.facts import read_intensities
 from glua_bench.inputs import Given
 from glua_bench.method import Method, Role
 from glua_bench.neighbours import Neighbourhood, Stacks
+from glua_bench.paths import entries
 from glua_bench.registry import Registry
 from glua_bench.suspicion import resemblance
 from glua_bench.task import Dataset, Structure
@@ -460,7 +461,7 @@ def export(model: Model, run: RunDirectory, folder: Path, selector: str = "last"
     """
     from safetensors.torch import save_file
 
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or entries(folder)):
         raise UserError(f"{folder} is not an empty directory; choose another --out.")
     weights = predicting_weights(model)
     described = {

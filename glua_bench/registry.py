@@ -27,6 +27,7 @@ from typing import Any
 from glua_bench.documents import SUFFIXES as DESCRIPTIONS
 from glua_bench.documents import read_document
 from glua_bench.errors import PluginError, UserError
+from glua_bench.paths import ARTIFACTS, SWEEPS, name_fault
 
 GROUPS = {
     "method": "glua_bench.methods",
@@ -166,6 +167,14 @@ class Registry:
                 of this kind.
         """
         entry = self.entry(name)
+        fault = name_fault(name)
+        if self.kind == "dataset" and name in (SWEEPS, ARTIFACTS):
+            fault = "is called like a directory that lies among those of the datasets"
+        if fault:
+            raise PluginError(
+                f"The {self.kind} '{name}' from {entry.origin} {fault}, so it cannot name the "
+                "directory of its runs; give it another name."
+            )
         try:
             if entry.reader:
                 reader: Any = self.load(entry.reader)

@@ -41,9 +41,18 @@ from glua_bench.identity import code_version, stage_key
 from glua_bench.method import Batch, Cases, Method, Role, Stage, TaskInfo
 from glua_bench.neighbours import Neighbourhood, common_distance, middle
 from glua_bench.networks import DEEPLAB_STRIDE
+from glua_bench.paths import name_fault
 from glua_bench.registry import Registry
 from glua_bench.selection import ROLES, Candidate, Samples, Selector, choose, sample_pixels
-from glua_bench.task import Case, Dataset, Grid, Structure, UnlabelledCase, parse_direction
+from glua_bench.task import (
+    Case,
+    Dataset,
+    Grid,
+    Structure,
+    UnlabelledCase,
+    parse_direction,
+    role_fault,
+)
 from glua_bench.trainer import Artefact, Trainer, stage_order
 from glua_bench.volumes import slice_distance
 
@@ -382,7 +391,7 @@ def roles(config: RunConfig, dataset: Dataset) -> dict[str, Sequence[Case | Unla
     on.
 
     Raises:
-        ConfigError: a split has no cases.
+        ConfigError: a role has no cases, or an id cannot name a file.
     """
     labelled = config.target if config.privileged else config.source
     chosen: dict[str, Sequence[Case | UnlabelledCase]] = {
@@ -397,17 +406,15 @@ def roles(config: RunConfig, dataset: Dataset) -> dict[str, Sequence[Case | Unla
             f"Test case {min(case.id for case in bare)} of dataset '{dataset.name}' has no label, "
             "so it cannot be scored: give its label file, or put it into another split."
         )
-    if not chosen["source_train"] and dataset.split(labelled, "train"):
-        raise ConfigError(
-            f"No training case of '{labelled}' in dataset '{dataset.name}' has a label, so it "
-            f"cannot be the labelled side of {config.direction}: use another --direction"
-            f"{', or another scenario' if config.privileged else ''}."
-        )
-    for role in ("source_train", "target_train", "test"):
-        if not chosen[role]:
+    fault = role_fault(dataset, config.direction, config.privileged)
+    if fault:
+        raise ConfigError(fault)
+    for case in dataset.split(config.target, "test"):
+        fault = name_fault(case.id)
+        if fault:
             raise ConfigError(
-                f"Dataset '{dataset.name}' has no cases for the role {role} in direction "
-                f"{config.direction}; check its files with `glua-bench data check {dataset.name}`."
+                f"The id '{case.id}' in dataset '{dataset.name}' {fault}, so it cannot name the "
+                "file of its prediction: give the case another."
             )
     trained = {
         c.subject for c in [*chosen["source_train"], *chosen["source_val"]] if isinstance(c, Case)

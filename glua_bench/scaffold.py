@@ -12,7 +12,8 @@ from string import Template
 from typing import Any
 
 from glua_bench.documents import SUFFIXES
-from glua_bench.errors import ConfigError
+from glua_bench.errors import ConfigError, DataError, UserError
+from glua_bench.paths import ARTIFACTS, SWEEPS
 from glua_bench.registry import Registry
 from glua_bench.task import Ask
 
@@ -122,10 +123,18 @@ def new_description(
     registry = Registry("dataset")
     (reader,) = registry.readers(file.suffix)
     drafter: Any = registry.load(reader.name)
+    from glua_bench.integrity import told_by_cases
+
     _put({file: drafter.draft(name, data, ask, domains, structures)})
-    described = Registry("dataset", [file]).load(name)()
-    for domain in described.domains():
-        described.cases(domain)
+    try:
+        described: Any = Registry("dataset", [file]).load(name)()
+        faults = [found.text for found in told_by_cases(described) if found.problem]
+    except UserError:
+        file.unlink()  # what does not describe the files would only be in the way
+        raise
+    if faults:
+        file.unlink()
+        raise DataError(faults[0])
     return file
 
 
@@ -178,10 +187,11 @@ def short_names(titles: list[str]) -> dict[str, str]:
 
 
 def _check_name(kind: str, name: str) -> None:
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+    taken = kind == "dataset" and name in (SWEEPS, ARTIFACTS)  # among the directories of runs
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name) or taken:
         raise ConfigError(
             f"'{name}' cannot name a {kind}; use lower-case letters, digits and _, beginning with "
-            "a letter."
+            "a letter, and no word that Python or the runs' directory uses itself."
         )
     for entry in Registry(kind).entries():
         if entry.name == name:

@@ -20,6 +20,7 @@ from glua_bench.errors import ConfigError, DataError
 SPLITS = ("train", "val", "test")
 # The class index of what a label leaves open, in label arrays: it enters no loss and no score.
 UNANNOTATED = 255
+AVERAGE = "mean"  # over structures: what results have in the place of a structure's name
 Answer = TypeVar("Answer")
 
 
@@ -32,12 +33,22 @@ class Structure:
         title: the name in words, e.g. "left ventricular myocardium".
         values: the raw label values that mean this structure in the dataset's files.
         color: "#rrggbb" for contours, the same in every figure.
+
+    Raises:
+        ConfigError: the name is that of the average over structures.
     """
 
     name: str
     title: str
     values: tuple[int, ...]
     color: str
+
+    def __post_init__(self) -> None:
+        if self.name == AVERAGE:
+            raise ConfigError(
+                f"A structure cannot be called '{AVERAGE}', as results call the average over all "
+                "structures; give it another name."
+            )
 
 
 @dataclass(frozen=True)
@@ -337,3 +348,41 @@ def parse_direction(dataset: type[Dataset] | Dataset, direction: str | None) -> 
         )
     source, target = chosen.split("-")
     return source, target
+
+
+def role_fault(dataset: Dataset, direction: str, privileged: bool = False) -> str:
+    """Why a direction cannot be trained or tested, and how that is mended; "" where it can.
+
+    Args:
+        dataset: whose files are there.
+        direction: "source-target".
+        privileged: labelled training cases of the target play the source.
+
+    Raises:
+        DataError: files are missing.
+    """
+    source, target = parse_direction(dataset, direction)
+    labelled = target if privileged else source
+    of = f"dataset '{dataset.name}'"
+    leave = f"leave {direction} out of the directions"
+    if not dataset.split(labelled, "train"):
+        return (
+            f"No case of '{labelled}' in {of} is for training, so nothing can be learned in "
+            f"{direction}: put labelled cases of '{labelled}' into the split train, or {leave}."
+        )
+    if not dataset.labelled(labelled, "train"):
+        return (
+            f"No training case of '{labelled}' in {of} has a label, so it cannot be the labelled "
+            f"side of {direction}: give label files, or {leave}."
+        )
+    if not dataset.split(target, "train"):
+        return (
+            f"No case of '{target}' in {of} is for training, so {direction} has no target images: "
+            f"put cases of '{target}' into the split train, or {leave}."
+        )
+    if not dataset.split(target, "test"):
+        return (
+            f"No case of '{target}' in {of} is for the test, so {direction} has no score: put "
+            f"labelled cases of '{target}' into the split test, or {leave}."
+        )
+    return ""

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from glua_bench.config import PRESETS, RunConfig, SegmenterSpec, digest, flat_settings
 from glua_bench.errors import RunFailure, UserError
+from glua_bench.paths import ARTIFACTS, distinct, entries, matching
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 FLUSH_SECONDS = 2.0
 TIME = "%Y-%m-%dT%H:%M:%S%z"  # how a time is written in JSON
-ARTIFACTS = "mlartifacts"  # directory of the default tracker's files, among the runs
 SCORES = ("dice", "assd", "hd95", "misses")
 # What a copy holds of a directory, besides what is `DRAWN` or `CARRIED`, `cases.csv` and the list
 # of digests. Not the weights, which are large.
@@ -54,7 +54,7 @@ COPIED = (
     "done",
 )
 CARRIED = r"dataset(_\w+)?\.(json|yaml|csv)"  # what a run keeps of its dataset; copied, too
-DRAWN = r"figures/\w[\w.+-]*\.png|predictions/\w[\w.+-]*\.nii\.gz"  # copied, too
+DRAWN = r"figures/[^./\\][^/\\]*\.png|predictions/[^./\\][^/\\]*\.nii\.gz"  # copied, too
 DIGESTS = "files.json"  # artifact: name of each copied file → its digest
 LAYOUT = 2  # of a copy; raised when copies change, so that `sync` replaces the older ones
 PARENT, ENTRY = "mlflow.parentRunId", "glua_bench.entry"  # a nested run's tags
@@ -529,8 +529,8 @@ def list_runs(runs_root: Path) -> list[RunDirectory]:
 
 def _run_paths(runs_root: Path) -> list[Path]:
     # The default tracker's copies lie among the runs, as deep as they, and are none.
-    found = (p.parent for p in Path(runs_root).glob("*/*/*/config.yaml"))
-    return sorted(p for p in found if p.parent.parent.name != ARTIFACTS)
+    found = [path.parent for _, path in matching(Path(runs_root), "*/*/*/config.yaml")]
+    return [path for path in found if path.parent.parent.name != ARTIFACTS]
 
 
 def _json(values: Mapping[str, Any]) -> str:
@@ -980,7 +980,8 @@ class MLflowMirror:
         }
         params = comparison.parameters()
         now = int(time.time() * 1000)
-        values = {_key(name): float(value) for name, value in metrics.items()}
+        keys, names = distinct(metrics, _key), distinct(params, _key)
+        values = {keys[name]: float(value) for name, value in metrics.items()}
         client.log_batch(
             parent_id,
             # Written where they are new: a parameter cannot be changed, and a number that is
@@ -991,9 +992,9 @@ class MLflowMirror:
                 if math.isfinite(value) and parent.data.metrics.get(name) != value
             ][:1000],  # the tracker's limits of one request
             params=[
-                Param(_key(name), str(value)[:6000])
+                Param(names[name], str(value)[:6000])
                 for name, value in params.items()
-                if _key(name) not in parent.data.params
+                if names[name] not in parent.data.params
             ][:100],
             tags=[RunTag(name, value[:5000]) for name, value in tags.items()],
         )
@@ -1135,21 +1136,24 @@ class _Upload:
         from mlflow.entities import Param
 
         values = flat_settings(self.run.config.to_dict())
-        params = [Param(_key(name), str(value)[:6000]) for name, value in values.items()]
+        keys = distinct(values, _key)
+        params = [Param(keys[name], str(value)[:6000]) for name, value in values.items()]
         for start in range(0, len(params), 100):  # the tracker's limit of one request
             self.client.log_batch(self.id, params=params[start : start + 100])
 
     def _metrics(self, rows: list[dict[str, Any]], ended: int) -> None:
         from mlflow.entities import Metric
 
-        metrics = [
-            Metric(_key(f"{row['stage']}/{name}"), value, int(row["time"] * 1000), row["step"])
+        logged = [
+            (f"{row['stage']}/{name}", value, int(row["time"] * 1000), row["step"])
             for row in rows
             for name, value in row["values"].items()
         ]
         if self.run.done:
-            for name, value in final_metrics(self.run.read_summary()).items():
-                metrics.append(Metric(_key(name), value, ended, 0))
+            final = final_metrics(self.run.read_summary())
+            logged += [(name, value, ended, 0) for name, value in final.items()]
+        keys = distinct([name for name, *_ in logged], _key)
+        metrics = [Metric(keys[name], *rest) for name, *rest in logged]
         for start in range(0, len(metrics), 1000):  # the tracker's limit of one request
             self.client.log_batch(self.id, metrics=metrics[start : start + 1000])
 
@@ -1158,7 +1162,8 @@ class _Upload:
         files = [path / name for name in (*COPIED, "failed") if (path / name).is_file()]
         files += [file for file in path.iterdir() if re.fullmatch(CARRIED, file.name)]
         # The pictures of a report are drawn of predictions; the images lie with the data.
-        drawn = [*self.run.figures.glob("*.png"), *self.run.predictions.glob("*.nii.gz")]
+        drawn = [path for path in entries(self.run.figures) if path.suffix == ".png"]
+        drawn += [p for p in entries(self.run.predictions) if p.name.endswith(".nii.gz")]
         with tempfile.TemporaryDirectory() as directory:
             digests = Path(directory) / DIGESTS
             found = {
@@ -1185,10 +1190,15 @@ def final_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
 
     Returns:
         e.g. {"final/last/mean/dice": 0.8, "final/last/MYO/dice": 0.7, "final/last/MYO/misses": 2}.
+        All scores of a structure stand under one name, which no other structure has.
     """
+    records = summary.get("scores", ())
+    names = distinct((str(record["structure"]) for record in records), _structure)
     return {
-        f"final/{record['selector']}/{record['structure']}/{score}": float(record[score])
-        for record in summary.get("scores", ())
+        f"final/{record['selector']}/{names[str(record['structure'])]}/{score}": float(
+            record[score]
+        )
+        for record in records
         for score in SCORES
         if record.get(score) is not None
     }
@@ -1283,8 +1293,19 @@ def _one_text(value: Any) -> str:
 
 
 def _key(name: str) -> str:
-    """A name with only the characters that a tracker accepts."""
-    return re.sub(r"[^\w\-. /]", "_", name)[:250]
+    """A name with only the characters that a tracker accepts; others may come out alike."""
+    return "/".join(map(_word, name.split("/")))[:240].rstrip("/")  # of 250; `distinct` adds some
+
+
+def _structure(name: str) -> str:
+    """A structure in such a name, short enough that a suffix of `distinct` remains in it."""
+    return _word(name)[:90]
+
+
+def _word(name: str) -> str:
+    """A part of such a name."""
+    word = re.sub(r"[^\w\-. ]", "_", name)[:100]
+    return word if word.strip(".") else f"_{word}"  # it would be taken for a directory
 
 
 # --- the way back ----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pandas as pd
 
 from glua_bench.config import RunConfig
 from glua_bench.errors import ConfigError
+from glua_bench.paths import distinct
 from glua_bench.reports import statistics
 from glua_bench.tracking import RunDirectory
 
@@ -213,8 +214,9 @@ def as_metrics(lines: pd.DataFrame) -> dict[str, float]:
         "ASSD mm": "assd_mm",
         "gap recovered": "gap_recovered",
     }
+    plain = distinct((str(entry) for _, entry in lines.index), _plain)
     return {
-        f"{str(task).split(' ')[-1]}/{name}/{_plain(str(entry))}": float(row[column])
+        f"{str(task).split(' ')[-1]}/{name}/{plain[str(entry)]}": float(row[column])
         for column, name in names.items()
         for (task, entry), row in lines.iterrows()
     }
@@ -222,7 +224,7 @@ def as_metrics(lines: pd.DataFrame) -> dict[str, float]:
 
 def _plain(entry: str) -> str:
     """An entry's name of letters, digits and a few signs: "union (GLUA)" → "union GLUA"."""
-    return " ".join(re.sub(r"[^\w.\-]", " ", entry).split())
+    return " ".join(re.sub(r"[^\w.\-]", " ", entry).split())[:90]  # of a tracker's 100
 
 
 def as_text(lines: pd.DataFrame) -> str:

@@ -66,10 +66,20 @@ class PageWriter:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.files: list[Path] = []
+        self._stems: set[Path] = set()
+
+    def stem(self, folder: str, name: str) -> Path:
+        """A path without ending for a name, which no other file of the page has."""
+        stem, number = self.out / folder / file_name(name), 1
+        while stem in self._stems:
+            number += 1
+            stem = stem.with_name(f"{file_name(name)}-{number}")
+        self._stems.add(stem)
+        return stem
 
     def table(self, table: Table) -> dict[str, Any]:
         """Write a table in all its forms."""
-        stem = self.out / "tables" / file_name(table.name)
+        stem = self.stem("tables", table.name)
         for suffix, text in (
             (".tex", tables.latex(table)),
             (".md", tables.markdown(table)),
@@ -82,7 +92,7 @@ class PageWriter:
 
     def chart(self, name: str, caption: str, figure: Any) -> dict[str, Any]:
         """Write a chart, and give its lines to the page."""
-        stem = self.out / "figures" / file_name(name)
+        stem = self.stem("figures", name)
         written = charts.files(figure, stem)
         self.files += written
         return {

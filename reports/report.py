@@ -290,7 +290,7 @@ class _Writer(PageWriter):
                 chosen = rows[["entry", "seed", "selector", "step"]].drop_duplicates()
                 section.blocks.append(
                     self.chart(
-                        f"learning_{file_name(task)}",
+                        f"learning_{task}",
                         f"{task}: Dice on source validation over training, and what each selector "
                         "chose.",
                         charts.learning(scores, chosen, entries, self.palette),
@@ -317,7 +317,7 @@ class _Writer(PageWriter):
             if not shown:
                 self.notices.append(f"{task}: the runs here keep no predictions to draw.")
                 continue
-            stem = self.out / "figures" / f"side_by_side_{file_name(task)}"
+            stem = self.stem("figures", f"side_by_side_{task}")
             paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]
             entries = self.entries[task]
             case_pictures.draw(paths, shown, entries, dataset)

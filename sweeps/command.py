@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from glua_bench import runs
+from glua_bench.config import assignment
 from glua_bench.console import Progress, duration
 from glua_bench.errors import ConfigError
 from glua_bench.runs import RunRequest
@@ -330,8 +332,8 @@ def words_of(params: Mapping[str, Any], settings: Sequence[str] = ()) -> str:
         params: what was searched, and found.
         settings: `--set` texts that the choice needs besides.
     """
-    own = [f"method.{name}={value}" for name, value in params.items()]
-    return " ".join(f"--set {text}" for text in (*settings, *own))
+    own = [assignment(f"method.{name}", value) for name, value in params.items()]
+    return " ".join(f"--set {shlex.quote(text)}" for text in (*settings, *own))
 
 
 def next_command(study: SweepStudy, base: RunRequest) -> str:

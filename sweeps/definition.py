@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from glua_bench.config import PRESETS, SELECTORS, build_settings, setting_type
+from glua_bench.config import PRESETS, SELECTORS, assignment, build_settings, setting_type
 from glua_bench.documents import Table, nearest, read_document
 from glua_bench.errors import ConfigError, UserError
+from glua_bench.paths import entries, name_fault
 from glua_bench.registry import Registry
 
 ORACLE = "oracle"
@@ -123,7 +124,8 @@ class Definition:
 
 def shipped() -> dict[str, Path]:
     """Name → file of the definitions that come with the package."""
-    return {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
+    found = entries(Path(__file__).parent)
+    return {path.stem: path for path in found if path.suffix == ".yaml"}
 
 
 def find(text: str) -> Path:
@@ -160,6 +162,10 @@ def read(file: Path, oracle: bool, plugins: Sequence[Path] = (), **changes: Any)
     text = read_document(file)
     method_name = text.take("method", str)
     method: Any = _loaded(text, "method", method_name, plugins)
+    name = text.take("name", str, file.stem)
+    fault = name_fault(name)
+    if fault:
+        raise text.error(f"the name '{name}' {fault}; choose another, such as loss_weights", "name")
     dataset_name = changes.get("dataset") or text.take("dataset", str)
     text.take("dataset", str, "")
     dataset: Any = _loaded(text, "dataset", dataset_name, plugins)
@@ -171,7 +177,7 @@ def read(file: Path, oracle: bool, plugins: Sequence[Path] = (), **changes: Any)
     objectives = _objectives(text, oracle)
     made = Definition(
         file=file,
-        name=text.take("name", str, file.stem),
+        name=name,
         title=text.take("title", str, ""),
         method=method_name,
         dataset=dataset_name,
@@ -225,7 +231,7 @@ def _fixed(text: Table, method: Any) -> tuple[str, ...]:
         value = table.take(name, object)
         if "." not in name and name in {spec.name for spec in fields(method.Config)}:
             name = f"method.{name}"
-        made.append(f"{name}={value}")
+        made.append(assignment(name, value))
     return tuple(made)
 
 

@@ -29,6 +29,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from glua_bench.errors import ConfigError, RunFailure
+from glua_bench.paths import SWEEPS, name_fault
 from glua_bench.sweeps.definition import Definition, Parameter
 from glua_bench.trainer import exclusive
 
@@ -42,8 +43,18 @@ Value = TypeVar("Value")
 
 
 def folder_of(runs_root: Path, name: str) -> Path:
-    """Where a sweep keeps its own files, below the directory of all runs."""
-    return runs_root / "sweeps" / name
+    """Where a sweep keeps its own files, below the directory of all runs.
+
+    Raises:
+        ConfigError: the name leads elsewhere.
+    """
+    fault = name_fault(name)
+    if fault:
+        raise ConfigError(
+            f"The sweep's name '{name}' {fault}, so it cannot name a directory: choose another, "
+            "such as loss_weights."
+        )
+    return runs_root / SWEEPS / name
 
 
 # -- storages -------------------------------------------------------------------------------------

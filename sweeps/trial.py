@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from glua_bench import interruption, runs
+from glua_bench.config import assignment
 from glua_bench.console import Progress
 from glua_bench.errors import RunFailure
 from glua_bench.matrix import ATTEMPTS, command
@@ -61,7 +62,7 @@ def requests(definition: Definition, base: runs.RunRequest, params: Mapping[str,
         base: what all runs share beyond the definition (directories, devices, plugins).
         params: setting → value.
     """
-    chosen = [f"method.{name}={value}" for name, value in params.items()]
+    chosen = [assignment(f"method.{name}", value) for name, value in params.items()]
     return [
         replace(
             base,

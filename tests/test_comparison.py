@@ -60,6 +60,18 @@ def test_the_numbers_have_names_that_a_tracker_takes() -> None:
     assert numbers["x-y/gap_recovered/mine masked ours"] == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize("more", ["", "x" * 300])
+def test_entries_whose_names_are_alike_to_a_tracker_stay_apart(more: str) -> None:
+    rows = made().replace({"mine": f"mine {more}(a)", "source_only": f"mine {more}[a]"})
+    numbers = as_metrics(table(rows))
+    dice = {name.split("/")[2]: v for name, v in numbers.items() if "/dice/" in name}
+    assert len(numbers) == 12 and sorted(dice.values()) == pytest.approx([0.3, 0.45, 0.8])
+    for name in dice:
+        assert {f"x-y/{what}/{name}" for what in ("dice_sd", "assd_mm", "gap_recovered")} <= set(
+            numbers
+        )
+
+
 def test_the_sentence_names_the_best_that_saw_no_target_label() -> None:
     said = verdict(made(), "t x-y")
     assert said.startswith("t x-y: mine has the highest mean Dice, 0.450 (95 % interval ")

@@ -19,6 +19,7 @@ from glua_bench.config import (
     SCENARIOS,
     RunConfig,
     SegmenterSpec,
+    assignment,
     build_settings,
     changed_settings,
     digest,
@@ -192,8 +193,9 @@ def test_values_arrive_with_their_types() -> None:
 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", ".0001", "1.0e-4", "+1e-4"])
 def test_scientific_notation_is_a_number(text: str) -> None:
-    """YAML takes "1e-4" for text; a user does not."""
     given = parse_overrides([f"method.rate={text}"])["method"]
+    assert given["rate"] == pytest.approx(1e-4)
+    assert build_settings(Settings, {"rate": text}, "method").rate == pytest.approx(1e-4)
     assert build_settings(Settings, given, "method").rate == pytest.approx(1e-4)
 
 
@@ -275,6 +277,37 @@ def test_assignments_go_to_their_groups() -> None:
         "grid": {"slice_spacing": None},
     }
     assert parse_overrides([]) == {"run": {}, "method": {}, "segmenter": {}, "grid": {}}
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("count=1e0", "count", 1),
+        ("count=008", "count", 8),
+        ("flag=yes", "flag", True),
+        ("flag=Off", "flag", False),
+        ("limit=null", "limit", None),
+        ("form=soft", "form", "soft"),
+    ],
+)
+def test_an_assignment_means_what_its_setting_is(text: str, name: str, value: Any) -> None:
+    given = parse_overrides([f"method.{text}"])["method"]
+    found = getattr(build_settings(Settings, given, "method"), name)
+    assert found == value and type(found) is type(value)
+
+
+@given(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8)
+    | st.sampled_from(["no", "1e4", "010", "null", "[a", "a: b", " x "])
+    | st.lists(st.floats(0, 1), max_size=3)
+)
+def test_what_an_assignment_says_is_read_back(value: Any) -> None:
+    found = parse_overrides([assignment("method.x", value)])["method"]["x"]
+    assert found == value and type(found) is type(value)
 
 
 @pytest.mark.parametrize(

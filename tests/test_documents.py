@@ -6,8 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
-from glua_bench.documents import Table, read_document
+from glua_bench.documents import Table, dump, load, read_document
 from glua_bench.errors import ConfigError
 
 
@@ -57,7 +60,15 @@ def test_values_are_taken_by_name_and_type(document: Callable[[str], Table]) -> 
             lambda t: t.take("a", str),
             "line 1: the value cannot be read; quote it.",
         ),
-        ("a: 2026-13-41\n", lambda t: t.take("a", str), "the value cannot be read; quote it."),
+        ("a: !!int x\n", lambda t: t.take("a", int), "the value cannot be read; quote it."),
+        ("a: 1:30\n", lambda t: t.take("a", int), "'a' must be a whole number, not '1:30'."),
+        ("a: 1:30\n", lambda t: t.take("a", float), "'a' must be a number, not '1:30'."),
+        ("a: no\n", lambda t: t.take("a", float), "'a' must be a number, not 'no'."),
+        ("a: perhaps\n", lambda t: t.take("a", bool), "'a' must be true or false, not 'perhaps'."),
+        ("a: 1e-4\n", lambda t: t.take("a", int), "'a' must be a whole number, not 0.0001."),
+        (f"a: 1{'0' * 400}\n", lambda t: t.take("a", float), "'a' must be a number, not 1000"),
+        (f"a: {'1' * 5000}\n", lambda t: t.take("a", int), "the value cannot be read; quote it."),
+        ("a: [x]\n", lambda t: t.take("a", str), "'a' must be text, not ['x']."),
         ("", lambda t: t, "is empty: write a description into it."),
         ("w: [1, x]\n", lambda t: t.numbers("w", 2), "'w' must be a list of 2 numbers, not"),
         ("w: [1]\n", lambda t: t.numbers("w", 2), "'w' must be a list of 2 numbers, not [1]."),
@@ -97,3 +108,80 @@ def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"name: \xff\xfe")
     with pytest.raises(ConfigError, match="no text in UTF-8"):
         read_document(tmp_path / "latin.yaml")
+
+
+NUMBERS = {
+    "1e-4": 1e-4,
+    "1E-4": 1e-4,
+    "-1e-4": -1e-4,
+    "1.e-4": 1e-4,
+    ".5": 0.5,
+    "-.5e1": -5.0,
+    "5.": 5.0,
+    "1e4": 10_000,
+    "2e+3": 2000,
+    "1_000": 1000,
+    "1_000_000": 1_000_000,
+    "010": 10,
+    "08": 8,
+    "-0": 0,
+    "0x1F": 31,
+    "0o17": 15,
+    "1e400": float("inf"),
+    ".inf": float("inf"),
+    "-.INF": float("-inf"),
+}
+TEXTS = [
+    *("yes", "no", "on", "off", "y", "n", "Yes", "NO", "none", "1:30", "12:30:45", "2026-01-02"),
+    *("2026-13-41", "1_0", "10_2", "1_00_000", "_1", "0b1", "1e", "1e+", "e4", ".", "+.", "--"),
+    *("0x", "1.2.3", "nan", "inf", "007a", "1e-4x"),
+]
+
+
+@pytest.mark.parametrize(("text", "value"), NUMBERS.items())
+def test_numbers_are_numbers(document: Callable[[str], Table], text: str, value: float) -> None:
+    found = load(f"[{text}]")[0]
+    assert found == value and type(found) is type(value)
+    table = document(f"a: {text}\nlist: [{text}]\nname: {text}\n")
+    assert table.take("a", float) == value
+    assert table.take("list", list) == [value]
+    assert type(value) is float or table.take("a", int) == value
+    # Where a text is asked for, it is what is written.
+    assert table.take("name", str) == text and table.texts("list") == [text]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_are_texts(document: Callable[[str], Table], text: str) -> None:
+    assert load(text) == text and load(dump(text)) == text
+    table = document(f"a: {text}\nlist: [{text}, b]\n{text}: 1\n")
+    assert table.take("a", str) == text == table.take("a", object)
+    assert table.texts("list") == [text, "b"] == table.take("list", list)
+    assert table.names() == ["a", "list", text]
+
+
+@pytest.mark.parametrize(("text", "value"), [("yes", True), ("Off", False), ("TRUE", True)])
+def test_a_switch_may_be_said_in_words(
+    document: Callable[[str], Table], text: str, value: bool
+) -> None:
+    assert document(f"a: {text}\n").take("a", bool) is value
+    assert document(f"a: {text}\n").take("a", str) == text
+
+
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False)
+        | st.text(max_size=6)
+        | st.sampled_from([*NUMBERS, *TEXTS]),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+        max_leaves=6,
+    )
+)
+def test_what_is_dumped_is_loaded_again(value: object) -> None:
+    """Also by readers of YAML 1.1, for what they take for a text."""
+    text = dump({"value": value})
+    assert load(text) == {"value": value}
+    if isinstance(value, str):
+        assert yaml.safe_load(text) == {"value": value}

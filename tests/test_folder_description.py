@@ -148,6 +148,7 @@ def test_regions_that_overlap_are_no_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
+        ("  LIV:", "  mean:", "A structure cannot be called 'mean', as results call the average"),
         ("name: own", "name: Own data", "line 1: 'Own data' cannot name a dataset; use lower"),
         ("plane: axial", "plane: axal", "line 2: 'plane' cannot be 'axal'; did you mean 'axial'?"),
         ("plane: axial", "plain: axial", "line 2: unknown 'plain'; did you mean 'plane'?"),

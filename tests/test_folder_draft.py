@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import unicodedata
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,19 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from glua_bench import scaffold
 from glua_bench.conformance import run_dataset_checks
+from glua_bench.console import Progress
 from glua_bench.console import ask as put
+from glua_bench.datasets.folder_draft import _Domain, _splits
 from glua_bench.errors import ConfigError, DataError
+from glua_bench.integrity import check_dataset
+from glua_bench.nnunet import export
 from glua_bench.registry import Registry
-from glua_bench.task import Ask, Dataset
+from glua_bench.task import Ask, Dataset, role_fault
 
 VALUES = {"ct": (1, 4), "mr": (1, 4)}
 
@@ -281,3 +289,283 @@ def test_directories_that_show_no_task_are_told(
         path.unlink()
     with pytest.raises(DataError, match="No file of ct or mr looks like a label"):
         written(tmp_path, data)
+
+
+# -- what is written finds what was seen, and passes its own check --------------------------------
+
+SIZE = (12, 14, 5)
+
+
+def scan(path: Path, values: tuple[int, ...] = (1,)) -> None:
+    """A small image, or a small label where the path speaks of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(zlib.crc32(str(path).encode()))
+    image = rng.integers(0, 400, SIZE).astype(np.int16)
+    if any(word in f"{path.parent.name}/{path.name}" for word in ("label", "_seg", "gt/", "_gt")):
+        image = np.zeros(SIZE, np.int16)
+        for index, value in enumerate(values):
+            image[2 + 3 * index : 4 + 3 * index, 3:9, 1:4] = value
+        image[2, 3, 1] = 0 if rng.random() < 0.5 else values[0]
+        image[3, 3 + rng.integers(6), 1 + rng.integers(3)] = 0
+    nib.save(nib.Nifti1Image(image, np.diag([2, 2, 3, 1])), path)
+
+
+def scans(root: Path, *names: str) -> Path:
+    for name in names:
+        scan(root / name)
+    return root
+
+
+def files_of(data: Dataset) -> set[Path]:
+    cases = [case for domain in data.domains() for case in data.cases(domain)]
+    return {file for case in cases for file in (case.image, case.label) if file is not None}
+
+
+def splits_of(data: Dataset, domain: str) -> dict[str, str]:
+    return {case.id.removeprefix(f"{domain}_"): case.split for case in data.cases(domain)}
+
+
+def problems(data: Dataset) -> list[str]:
+    return [f.text for f in check_dataset(data, Progress(enabled=False))[1] if f.problem]
+
+
+def pairs(*forms: str, count: int = 3) -> list[str]:
+    return [form.format(n) for form in forms for n in range(1, count + 1)]
+
+
+NFC, NFD = (unicodedata.normalize(form, "Müller") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pairs("ct/p{}_image.nii.gz", "ct/p{}_label.nii.gz", "mr/p{}_image.nii", "mr/p{}_label.nii"),
+        # Flat, the modality within the names.
+        pairs("{}_ct_a.nii", "{}_ct_a_label.nii", "{}_mr_a.nii", "{}_mr_a_label.nii"),
+        pairs("ct_{}.nii", "ct_{}_seg.nii", "mr_{}.nii", "mr_{}_seg.nii"),
+        # A prefix that all ids share, and the other domain's names begin alike.
+        pairs(
+            "case1_ct_x{}.nii", "case1_ct_x{}_seg.nii", "case1_mr_x{}.nii", "case1_mr_x{}_seg.nii"
+        ),
+        # Several hospitals, several depths.
+        [
+            *("ct/a/s1.nii", "ct/a/s2.nii", "ct/b/s3.nii", "ct/gt/s1.nii", "ct/gt/s2.nii"),
+            *("ct/gt/s3.nii", "mr/deep/er/1.nii", "mr/2.nii", "mr/gt/1.nii", "mr/gt/2.nii"),
+        ],
+        # Compressed and not.
+        [
+            *("ct/1_i.nii", "ct/2_i.nii.gz", "ct/1_seg.nii.gz", "ct/2_seg.nii"),
+            *pairs("mr/{}_i.nii", "mr/{}_seg.nii"),
+        ],
+        # One case in a domain, one label in another.
+        [
+            "ct/p1_image.nii",
+            "ct/p1_label.nii",
+            *pairs("mr/{}.nii"),
+            "mr/2_label.nii",
+            "mr/3_label.nii",
+        ],
+        pairs("[1] ct/{}.nii", "[1] ct/{}_label.nii", "[2] mr/{}.nii", "[2] mr/{}_label.nii"),
+        pairs("ct/(x)+ {}?.nii", "ct/(x)+ {}?_seg.nii", "mr/{}.nii", "mr/{}_seg.nii"),
+        [
+            *(f"ct/{NFD}{n}_image.nii" for n in (1, 2, 3)),
+            *(f"ct/{NFC}{n}_label.nii" for n in (1, 2, 3)),
+            *pairs("mr/{}.nii", "mr/{}_seg.nii"),
+        ],
+        pairs("ct/00{}/ct.nii", "ct/00{}/ct_seg.nii", "mr/00{}/mr.nii", "mr/00{}/mr_seg.nii"),
+    ],
+)
+def test_what_is_written_finds_what_was_seen_and_passes_its_own_check(
+    tmp_path: Path, names: list[str]
+) -> None:
+    data = scans(tmp_path / "vols [x]", *names)
+    for name in names:  # macOS's shadows, on foreign disks
+        shadow = (data / name).parent / f"._{Path(name).name}"
+        shadow.write_bytes(b"Mac OS X")
+    own = written(tmp_path, data)
+    assert files_of(own) == {data / name for name in names}
+    assert problems(own) == []
+    for direction in own.directions:
+        assert role_fault(own, direction) == ""
+
+
+def test_linked_folders_are_described_too(tmp_path: Path) -> None:
+    store = scans(tmp_path / "store", *pairs("a/{}_image.nii", "a/{}_label.nii"))
+    data = scans(tmp_path / "vols", *pairs("mr/{}_image.nii", "mr/{}_label.nii"))
+    (data / "ct").symlink_to(store / "a", target_is_directory=True)
+    (store / "a" / "loop").symlink_to(data, target_is_directory=True)
+    own = written(tmp_path, data)
+    assert len(own.cases("ct")) == len(own.cases("mr")) == 3
+
+
+def test_files_that_no_pattern_tells_apart_are_told_and_nothing_is_written(tmp_path: Path) -> None:
+    data = scans(
+        tmp_path / "vols", "ct/a/1.nii", "ct/b/1.nii", "ct/c_label.nii", *pairs("mr/{}.nii")
+    )
+    with pytest.raises(DataError, match="No pattern finds ct/a/1.nii, .* describe them by a table"):
+        written(tmp_path, data)
+    assert not (tmp_path / "livers.yaml").exists()
+
+
+def nnunet(
+    root: Path, name: str, train: str, test: str = "", bare: str = "", fold: str = ""
+) -> Path:
+    """A folder of nnU-Net: a letter is a case; the one fold validates with some."""
+    folder = root / name
+    for case in train + bare:
+        scan(folder / f"imagesTr/{case}_0000.nii.gz")
+    for case in test:
+        scan(folder / f"imagesTs/{case}_0000.nii.gz")
+        scan(folder / f"labelsTs/{case}.nii.gz")
+    for case in train:
+        scan(folder / f"labelsTr/{case}.nii.gz")
+    facts = {"labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(facts))
+    if fold:
+        told = [{"train": sorted(set(train) - set(fold)), "val": list(fold)}]
+        (folder / "splits_final.json").write_text(json.dumps(told))
+    return root
+
+
+@pytest.mark.parametrize(("first", "second"), [("ct", "mr"), ("mr", "ct")])
+def test_a_split_of_nnunet_holds_in_all_domains_of_the_same_people(
+    tmp_path: Path, first: str, second: str
+) -> None:
+    """Whichever domain comes first, and whichever has it."""
+    nnunet(tmp_path / "raw", f"Dataset001_{first}", "abcdefg")
+    nnunet(tmp_path / "raw", f"Dataset002_{second}", "abcde", "fg", fold="e")
+    own = written(tmp_path, tmp_path / "raw")
+    for domain in (first, second):
+        told = splits_of(own, domain)
+        assert {case for case, split in told.items() if split == "test"} == {"f", "g"}
+        assert {case for case, split in told.items() if split == "val"} == {"e"}
+    assert problems(own) == []
+
+
+def test_an_export_comes_back_with_its_splits(tmp_path: Path) -> None:
+    data = scans(
+        tmp_path / "vols",
+        *pairs("ct/{}_image.nii", "ct/{}_label.nii", "mr/{}_image.nii", "mr/{}_label.nii", count=6),
+    )
+    own = written(tmp_path, data)
+    export(own, tmp_path / "out", 501, False, 1, Progress(enabled=False))
+    (tmp_path / "livers.yaml").unlink()
+    again = written(tmp_path, tmp_path / "out" / "nnUNet_raw")
+    for domain in own.domains():
+        assert splits_of(again, f"livers_{domain}") == splits_of(own, domain)
+
+
+def test_who_has_no_label_in_one_domain_is_trained_on_in_all(tmp_path: Path) -> None:
+    nnunet(tmp_path / "raw", "Dataset001_ct", "abcdefgh")
+    nnunet(tmp_path / "raw", "Dataset002_mr", "ab", bare="cdefgh")
+    own = written(tmp_path, tmp_path / "raw")
+    assert {splits_of(own, "ct")[case] for case in "cdefgh"} == {"train"}
+    assert problems(own) == []
+    nnunet(tmp_path / "two", "Dataset001_ct", "abc", "d")
+    nnunet(tmp_path / "two", "Dataset002_mr", "abc", bare="d")
+    with pytest.raises(DataError, match="d is a test case of ct .* and has no label in mr, so"):
+        written(tmp_path / "x", tmp_path / "two")
+
+
+@pytest.mark.parametrize("shared", ["yes", "no"])
+def test_a_lone_case_is_for_training(tmp_path: Path, shared: str) -> None:
+    data = scans(
+        tmp_path / "vols",
+        *("ct/1_image.nii", "ct/1_label.nii"),
+        *pairs("mr/{}_image.nii", "mr/{}_label.nii", count=5),
+    )
+    own = written(tmp_path, data, answers(same=shared))
+    assert splits_of(own, "ct") == {"1": "train"}
+    # It cannot be tested on, so it is no target, and the description says so.
+    assert own.directions == ("ct-mr",) and problems(own) == []
+    for file in (data / "mr").glob("[2-5]_*"):
+        file.unlink()
+    with pytest.raises(DataError, match="The 2 labels in .* serve no direction: its source needs"):
+        written(tmp_path / "x", data)
+
+
+def test_a_value_that_one_label_has_alone_is_described(tmp_path: Path) -> None:
+    data = scans(
+        tmp_path / "vols",
+        *pairs("ct/{}_image.nii", "ct/{}_label.nii", "mr/{}_image.nii", "mr/{}_label.nii", count=9),
+    )
+    scan(data / "ct/5_label.nii", (1, 7))
+    own = written(tmp_path, data, by_domain(ct="liver=1", mr="liver=1"))
+    assert own.reading_of("ct").ignored_values == (7,) and problems(own) == []
+
+
+def test_folders_of_the_decathlon_are_described(tmp_path: Path) -> None:
+    for number, organ in ((3, "Liver"), (9, "Spleen")):
+        folder = tmp_path / "msd" / f"Task{number:02d}_{organ}"
+        names = [f"{organ.lower()}_{n}.nii.gz" for n in range(4)]
+        scans(folder, *(f"{part}/{name}" for part in ("imagesTr", "labelsTr") for name in names))
+        for name in names:
+            (folder / "imagesTr" / f"._{name}").write_bytes(b"Mac OS X")
+        facts = {
+            "modality": {"0": "CT"},
+            "labels": {"0": "background", "1": "organ"},
+            "training": [
+                {"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in names
+            ],
+            "test": ["./imagesTs/none.nii.gz"],
+        }
+        (folder / "dataset.json").write_text(json.dumps(facts))
+    own = written(tmp_path, tmp_path / "msd")
+    assert own.directions == ("liver-spleen", "spleen-liver") and problems(own) == []
+    assert len(own.cases("liver")) == 4 and [s.title for s in own.structures] == ["organ"]
+
+
+def test_folders_of_one_name_keep_their_numbers(tmp_path: Path) -> None:
+    nnunet(tmp_path / "raw", "Dataset001_Heart", "abc")
+    nnunet(tmp_path / "raw", "Dataset002_Heart", "abc")
+    own = written(tmp_path, tmp_path / "raw")
+    assert own.domains() == ("dataset001_heart", "dataset002_heart")
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    labels=st.lists(st.sets(st.sampled_from("abcdefgh")), min_size=2, max_size=3),
+    images=st.lists(st.sets(st.sampled_from("abcdefgh")), min_size=3, max_size=3),
+    tests=st.lists(st.sets(st.sampled_from("abcdefgh")), min_size=3, max_size=3),
+    vals=st.lists(st.sets(st.sampled_from("abcdefgh")), min_size=3, max_size=3),
+    shared=st.booleans(),
+)
+def test_splits_keep_people_apart_and_a_case_for_training(
+    labels: list[set[str]],
+    images: list[set[str]],
+    tests: list[set[str]],
+    vals: list[set[str]],
+    shared: bool,
+) -> None:
+    found = [
+        _Domain(
+            f"d{index}",
+            {},
+            {case: Path(case) for case in own | images[index]},
+            {case: Path(case) for case in own},
+            {},
+            frozenset(own & tests[index]),
+            frozenset(own & vals[index] - tests[index]),
+        )
+        for index, own in enumerate(labels)
+    ]
+    bare = {case for d in found for case in d.images if case not in d.labels}
+    try:
+        splits = _splits(found, shared)
+    except DataError:
+        assert shared and bare & {case for d in found for case in d.test}
+        return
+    for domain in found:
+        test, val = (set(splits[domain.name][split]) for split in ("test", "val"))
+        assert test | val <= set(domain.labels) and not test & val and domain.test <= test
+        if not domain.test | domain.val and not (shared and any(d.test | d.val for d in found)):
+            assert set(domain.labels) - test - val or not domain.labels
+            assert len(domain.labels) != 1 or not test | val
+    if shared:
+        for case in "abcdefgh":
+            roles = {
+                next((s for s in ("test", "val") if case in splits[d.name][s]), "train")
+                for d in found
+                if case in d.images
+            }
+            assert len(roles) < 2

@@ -45,6 +45,18 @@ def both(image: str, label: str, ids: tuple[str, ...] = ("1", "2")) -> list[str]
         # The word that labels have stands in all paths, so it tells nothing.
         (["seg/a_1.nii", "seg/a_2.nii"], ("seg/a_*.nii", None)),
         (["ct/one.nii"], ("ct/*.nii", None)),
+        # At several depths, and one id in each of several folders.
+        (["a/1.nii", "a/b/2.nii"], ("a/**/*.nii", None)),
+        (["a/s1.nii", "a/s2.nii", "b/s3.nii"], ("**/*.nii", None)),
+        # One case, whose id only its label tells; one label among several images.
+        (["ct/p1_image.nii", "ct/p1_label.nii"], ("ct/*_image.nii", "ct/*_label.nii")),
+        (["p1/mr.nii", "p1/mr_seg.nii"], ("*/mr.nii", "*/mr_seg.nii")),
+        (["ct/7.nii", "ct/8.nii", "ct/8_label.nii"], ("ct/*.nii", "ct/*_label.nii")),
+        # Compressed and not.
+        (
+            ["ct/a_x.nii", "ct/b_x.nii.gz", "ct/a_x_gt.nii.gz", "ct/b_x_gt.nii.gz"],
+            ("ct/*_x.nii*", "ct/*_x_gt.nii.gz"),
+        ),
     ],
 )
 def test_patterns_are_found(paths: list[str], expected: tuple[str, str | None]) -> None:
@@ -52,8 +64,10 @@ def test_patterns_are_found(paths: list[str], expected: tuple[str, str | None]) 
 
 
 def test_paths_without_a_pattern_are_told() -> None:
-    with pytest.raises(DataError, match="a/b/2.nii lie at different depths"):
-        guess_patterns(["a/1.nii", "a/b/2.nii"])
+    with pytest.raises(DataError, match="No pattern finds a/1.nii, a/b/1.nii and the others"):
+        guess_patterns(["a/1.nii", "a/b/1.nii"])
+    with pytest.raises(DataError, match="or describe them by a table"):
+        guess_patterns(["a/1.nii", "a/2.nii"], lambda images, labels: False)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from glua_bench.datasets.folder_layouts import (
     nnunet_unannotated,
     nnunet_values,
     pattern_fault,
+    validation_ids,
 )
 from glua_bench.errors import DataError
 
@@ -80,6 +82,7 @@ def test_patterns_that_do_not_fit_are_told(
         ("**/a.nii", None, "'images' needs a * where the case's id stands, as in ct/*.nii.gz"),
         ("*.nii", "/x/*.nii", "'labels' must be relative to the root, without .."),
         ("../*.nii", None, "'images' must be relative to the root, without .."),
+        ("a**/b?.nii", None, ""),
         ("*.nii", "seg/*.nii", ""),
     ],
 )
@@ -220,3 +223,129 @@ def test_nnunet_s_ignore_is_known(
     tmp_path: Path, labels: object, expected: tuple[int, ...]
 ) -> None:
     assert nnunet_unannotated(nnunet(tmp_path, labels=labels)) == expected
+
+
+NFC, NFD = (unicodedata.normalize(form, "Müller") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize(("image", "label"), [(NFD, NFC), (NFC, NFD)])
+def test_image_and_label_meet_whatever_the_unicode_form(
+    tmp_path: Path, image: str, label: str
+) -> None:
+    root = touch(tmp_path, f"ct/{image}_i.nii.gz", f"ct/{label}_l.nii.gz")
+    (found,) = by_pattern(root, "ct/*_i.nii.gz", "ct/*_l.nii.gz", TOLD)
+    assert (found.id, found.label) == (NFC, root / f"ct/{label}_l.nii.gz")
+
+    (root / "ct.csv").write_text(
+        f"image,label\nct/{label}_i.nii.gz,ct/{image}_l.nii.gz\n", encoding="utf-8"
+    )
+    (found,) = by_table(root, root / "ct.csv")
+    assert found.id == f"{NFC}_i" and found.label == root / f"ct/{label}_l.nii.gz"
+
+    folder = touch(tmp_path / "raw", f"imagesTr/{image}_0000.nii.gz", f"labelsTr/{label}.nii.gz")
+    (folder / "dataset.json").write_text(json.dumps({"labels": {"liver": 1}}))
+    (folder / "splits_final.json").write_text(json.dumps([{"train": [], "val": [label]}]))
+    (found,) = by_nnunet(folder, fold=0)
+    assert (found.id, found.split) == (NFC, "val") and found.label is not None
+    assert validation_ids(folder, 0) == [NFC]
+
+
+def test_hidden_files_are_no_cases(tmp_path: Path) -> None:
+    root = touch(tmp_path / "d", "a_i.nii", "._a_i.nii", "a_l.nii", "._a_l.nii")
+    assert [f.id for f in by_pattern(root, "*_i.nii", "*_l.nii", TOLD)] == ["a"]
+    folder = touch(nnunet(tmp_path), "imagesTr/._c_1_0000.nii.gz", "labelsTr/._c_1.nii.gz")
+    assert [f.id for f in by_nnunet(folder)] == ["c_1", "c_2", "c_3", "c_4"]
+
+
+def test_linked_directories_and_brackets_are_as_good_as_others(tmp_path: Path) -> None:
+    store = touch(tmp_path / "store [1]", "ct/a_i.nii", "ct/a_l.nii")
+    root = tmp_path / "root [ct]"
+    root.mkdir()
+    (root / "ct [2]").symlink_to(store / "ct", target_is_directory=True)
+    (store / "ct" / "loop").symlink_to(root, target_is_directory=True)
+    for images, labels in (
+        ("ct [2]/*_i.nii", "ct [2]/*_l.nii"),
+        ("**/*_i.nii", "**/*_l.nii"),
+    ):
+        (found,) = by_pattern(root, images, labels, TOLD)
+        assert found.id == "a" and found.image == root / "ct [2]" / "a_i.nii"
+    folder = nnunet(store)
+    (root / "Dataset007_Organs [x]").symlink_to(folder, target_is_directory=True)
+    assert len(by_nnunet(root / "Dataset007_Organs [x]")) == 4
+
+
+def test_one_case_in_training_and_test_is_told(tmp_path: Path) -> None:
+    folder = touch(nnunet(tmp_path), "imagesTs/c_1_0000.nii.gz", "labelsTs/c_1.nii.gz")
+    with pytest.raises(DataError, match="imagesTs/c_1_0000.nii.gz are both 'c_1': keep one of th"):
+        by_nnunet(folder)
+
+
+def decathlon(root: Path, **facts: object) -> Path:
+    """Task09 as it is distributed: no channels in names, paths listed, macOS's shadows."""
+    folder = touch(
+        root / "Task09_Spleen",
+        *(f"imagesTr/spleen_{n}.nii.gz" for n in (2, 10)),
+        *(f"labelsTr/spleen_{n}.nii.gz" for n in (2, 10)),
+        *(f"imagesTr/._spleen_{n}.nii.gz" for n in (2, 10)),
+        "imagesTs/spleen_1.nii.gz",
+    )
+    told = {
+        "name": "Spleen",
+        "tensorImageSize": "3D",
+        "modality": {"0": "CT"},
+        "labels": {"0": "background", "1": "spleen"},
+        "numTraining": 2,
+        "training": [
+            {
+                "image": f"./imagesTr/spleen_{n}.nii.gz",
+                "label": f"./labelsTr/spleen_{n}.nii.gz",
+            }
+            for n in (2, 10)
+        ],
+        "test": ["./imagesTs/spleen_1.nii.gz"],
+        **facts,
+    }
+    (folder / "dataset.json").write_text(json.dumps(told))
+    return folder
+
+
+def test_the_decathlon_s_folders_are_read_as_they_are(tmp_path: Path) -> None:
+    folder = decathlon(tmp_path)
+    assert [(f.id, f.split) for f in by_nnunet(folder)] == [
+        ("spleen_10", "train"),
+        ("spleen_2", "train"),
+    ]
+    assert by_nnunet(folder)[0].image == folder / "imagesTr/spleen_10.nii.gz"
+    assert by_nnunet(folder)[1].label == folder / "labelsTr/spleen_2.nii.gz"
+    assert nnunet_values(folder) == {"spleen": (1,)}
+    touch(folder, "labelsTs/spleen_1.nii.gz")  # of somebody who has labelled the test images
+    assert by_nnunet(folder)[0].split == "test"
+    # As nnU-Net v1 kept the same: numbers in the files' names, none in the list.
+    for file in (folder / "imagesTr").glob("spleen*"):
+        file.rename(file.with_name(file.name.replace(".nii.gz", "_0000.nii.gz")))
+    assert [f.id for f in by_nnunet(folder)] == ["spleen_10", "spleen_2"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "channel", "said"),
+    [
+        (
+            {"modality": {"0": "FLAIR", "1": "T1w"}},
+            0,
+            "holds 2 modalities in each 4-D file: split them by `nnUNetv2_convert_MSD_dataset",
+        ),
+        ({}, 1, "has one modality, so there is no channel 1"),
+        ({"training": [{"label": "x"}]}, 0, "lists .* under 'training': give the files' paths"),
+        (
+            {"training": [{"image": "./imagesTr/none.nii.gz"}]},
+            0,
+            "none.nii.gz is not there, though .* names it",
+        ),
+        ({"training": []}, 0, "imagesTr holds no file like CASE_0000.nii.gz"),
+    ],
+)
+def test_the_decathlon_s_faults_are_told(
+    tmp_path: Path, facts: dict[str, object], channel: int, said: str
+) -> None:
+    with pytest.raises(DataError, match=said):
+        by_nnunet(decathlon(tmp_path, **facts), channel)

@@ -55,3 +55,10 @@ def test_a_directory_that_cannot_be_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--out"):
         page.make_folders(tmp_path / "file" / "report")
+
+
+def test_names_that_one_file_would_have_get_two(writer):
+    """Tasks and tables may be called by names that differ in signs alone."""
+    stems = [writer.stem("figures", name) for name in ("a (b)", "a [b", "a b", "a b", "a_b-2")]
+    assert len(set(stems)) == 5 and {stem.parent for stem in stems} == {writer.out / "figures"}
+    assert writer.stem("tables", "a b").name == stems[0].name == "a_b"

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from glua_bench.errors import PluginError
+from glua_bench import scaffold
+from glua_bench.console import ask
+from glua_bench.errors import ConfigError, PluginError
 from glua_bench.registry import GROUPS, Registry
 
 METHOD = '''
@@ -305,3 +307,28 @@ def test_an_attribute_that_cannot_be_read_does_not_end_the_listing(
     install("strange", text, "method", "mine = strange_module:Mine")
     entry = Registry("method").entry("mine")
     assert entry.attributes["name"] == "mine" and "strange" not in entry.attributes
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("../mine", "begins with a dot"), ("a/b", "leads to another directory"), (" ", "is empty")],
+)
+def test_a_plugin_s_name_cannot_lead_out_of_the_runs(
+    write: Callable[..., Path], name: str, said: str
+) -> None:
+    file = write(METHOD.replace('"mine"', f'"{name}"'))
+    with pytest.raises(PluginError) as error:
+        Registry("method", [file]).load(name)
+    assert said in one_sentence(error) and str(file) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["sweeps", "mlartifacts"])
+def test_a_dataset_is_not_called_like_another_directory_of_the_runs(
+    tmp_path: Path, name: str
+) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text(f"name: {name}\n")
+    with pytest.raises(PluginError, match="is called like a directory that lies among those of"):
+        Registry("dataset", [file]).load(name)
+    with pytest.raises(ConfigError, match=f"'{name}' cannot name a dataset"):
+        scaffold.new_description(name, tmp_path, tmp_path, ask)

@@ -681,7 +681,7 @@ class Untested(Phantom):
         return tuple(case for case in super().cases(domain) if case.split != "test")
 
 
-@pytest.mark.parametrize(("kind", "said"), [(Shared, "Subject twin"), (Untested, "role test")])
+@pytest.mark.parametrize(("kind", "said"), [(Shared, "Subject twin"), (Untested, "for the test")])
 def test_splits_that_give_no_honest_result_are_refused(
     kind: type[Phantom], said: str, phantom_root: Path
 ) -> None:

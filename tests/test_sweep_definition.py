@@ -18,6 +18,7 @@ from glua_bench.sweeps.definition import (
     read,
     shipped,
 )
+from glua_bench.sweeps.study import folder_of
 
 TEXT = """\
 name: own
@@ -82,6 +83,10 @@ def test_every_definition_that_is_shipped_is_sound(name: str) -> None:
         ),
         ("dataset: phantom", "dataset: fantom", "line 3: No dataset is called 'fantom'; did you"),
         ("all", "[mr-pet]", "line 4: 'mr-pet' is no direction of 'phantom'; did you mean 'mr-ct'?"),
+        ("name: own", "name: ../x", "line 1: the name '../x' begins with a dot"),
+        ("name: own", "name: /x", "line 1: the name '/x' leads to another direct"),
+        ("name: own", "name: a/b", "the name 'a/b' leads to another directory"),
+        ("name: own", "name: ' '", "line 1: the name ' ' is empty; choose"),
         ("seeds: 3", "seeds: 0", "line 5: 'seeds' must be 1 or more, not 0."),
         ("im\n", "dve\n", "line 6: 'dve' is no selector; did you mean 'dev'?"),
         ("im\n", "last\n", "line 6: 'last' judges nothing, it takes the last checkpoint; use"),
@@ -214,3 +219,21 @@ def test_an_unknown_sweep_is_told_with_the_nearest(tmp_path: Path) -> None:
         find("mask_rato")
     with pytest.raises(ConfigError, match="There is no sweep '.*none.yaml'"):
         find(str(tmp_path / "none.yaml"))
+
+
+def test_numbers_are_numbers_in_every_place_of_a_sweep(tmp_path: Path) -> None:
+    text = TEXT.replace("low: 0.1, high: 0.9", "low: 1e-1, high: 9e-1")
+    text = text.replace("{style_share: 2, batch_size: 4}", "{lr: 1e-4, steps: 2_000}")
+    told = make(tmp_path, text.replace("trials: 5", "trials: 1e1"))
+    assert told.trials == 10 and set(told.settings) == {"method.lr=0.0001", "steps=2000"}
+    (ratio,) = (p for p in told.space if p.name == "mask_ratio")
+    assert (ratio.low, ratio.high) == (0.1, 0.9)
+    listed = TEXT.replace("{low: 0.1, high: 0.9}", "[.5, 25e-2]")
+    assert make(tmp_path, listed).space[0].choices == (0.5, 0.25)
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "", "."])
+def test_no_name_of_a_sweep_leads_out_of_the_runs(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="The sweep's name .*, so it cannot name a directory"):
+        folder_of(tmp_path, name)
+    assert folder_of(tmp_path, "Ränge (2)").parent == tmp_path / "sweeps"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from glua_bench.cache import SliceCache
 from glua_bench.conformance import TinyDataset, run_dataset_checks
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, DataError
-from glua_bench.integrity import check_dataset
+from glua_bench.integrity import check_dataset, refuse_problems
 from glua_bench.reports.run_figures import draw_dataset
 from glua_bench.task import Case, Reading, Structure, parse_direction
 
@@ -217,6 +218,63 @@ def test_a_source_without_labels_is_refused(
         planned(data, monkeypatch, direction="inverted-plain", runs_root=tmp_path / "runs")
 
 
+@pytest.mark.parametrize(
+    ("gone", "said", "runs_left"),
+    [
+        ({"plain": "train"}, "No case of 'plain' in dataset .* is for training, so nothing can", 0),
+        ({"inverted": "test"}, "No case of 'inverted' in dataset .* is for the test", 1),
+        ({"inverted": "test", "plain": "test"}, "No case of 'inverted' in .* is for the test", 0),
+        ({"plain": "val"}, "No labelled case of 'plain' in dataset .* is for validation", 2),
+    ],
+)
+def test_a_role_without_cases_is_found_and_refused_in_the_same_words(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gone: dict[str, str],
+    said: str,
+    runs_left: int,
+) -> None:
+    class Fewer(TinyDataset):
+        def cases(self, name: str) -> tuple[Case, ...]:
+            return tuple(c for c in super().cases(name) if gone.get(name) != c.split)
+
+    data = Fewer(tmp_path / "data")
+    TinyDataset(tmp_path / "data").prepare()
+    _, findings = check_dataset(data, Progress(enabled=False))
+    found = [f for f in findings if f.check == "empty role"]
+    assert any(re.search(said, f.text) for f in found)
+    assert [f.problem for f in found] == [runs_left == 0] * len(found)
+    if runs_left == 0:
+        with pytest.raises(DataError, match="The splits of here cannot be used as they are"):
+            refuse_problems(findings, 8, "here")
+    refused = 0
+    for direction in data.directions:
+        try:
+            planned(data, monkeypatch, direction=direction, runs_root=tmp_path / "runs")
+        except ConfigError as error:
+            assert str(error) in [f.text for f in found]
+            refused += 1
+    assert len(data.directions) - refused == runs_left
+
+
+@pytest.mark.parametrize("name", ["../out", "a/b", "x" * 200])
+def test_an_id_that_leaves_its_directory_is_found_and_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    class Renamed(TinyDataset):
+        def cases(self, domain: str) -> tuple[Case, ...]:
+            return tuple(
+                replace(c, id=name) if c.id == "inverted_3" else c for c in super().cases(domain)
+            )
+
+    data = Renamed(tmp_path / "data")
+    TinyDataset(tmp_path / "data").prepare()
+    with pytest.raises(ConfigError, match="so it cannot name the file of its prediction"):
+        planned(data, monkeypatch, direction="plain-inverted", runs_root=tmp_path / "runs")
+    _, findings = check_dataset(data, Progress(enabled=False))
+    assert [(f.check, f.cases) for f in findings if f.problem] == [("id", (name,))]
+
+
 def test_a_test_case_without_a_label_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +288,8 @@ def test_unlabelled_cases_are_checked_prepared_and_drawn(tmp_path: Path) -> None
     data = unlabelled(tmp_path / "data", "inverted", "train")
     facts, findings = check_dataset(data, Progress(enabled=False))
     assert not [f.text for f in findings if f.problem]
+    (empty,) = [f.text for f in findings if f.check == "empty role"]
+    assert "No training case of 'inverted'" in empty and "leave inverted-plain out" in empty
     assert [f.case.id for f in facts if f.label is None] == ["inverted_0", "inverted_1"]
     assert len(draw_dataset(data, GRID, tmp_path / "figures")) == 2
     assert not failed_checks(data)

@@ -694,6 +694,38 @@ def test_final_metrics_leave_out_what_is_not_known() -> None:
     assert final_metrics({"scores": records}) == {"final/last/AA/dice": 0.5}
 
 
+ALIKE = ("a b", "a(b", "a[b", "a/b", "a_b", "final", "ä", "..", "x" * 300, "x" * 299 + "y")
+
+
+def test_structures_whose_names_are_alike_to_a_tracker_stay_apart(root: Path) -> None:
+    """Each keeps its own Dice and its own ASSD, and both stand under one name."""
+    run = started(root)
+    run.log("train", 4, {name: float(index) for index, name in enumerate(ALIKE)})
+    run.flush()
+    run.write_cases(CASES)
+    scores = [
+        {"selector": "last", "structure": name, "dice": index / 100, "assd": 1.0 + index}
+        for index, name in enumerate(ALIKE)
+    ]
+    run.finish({"scores": scores})
+    mirror = MLflowMirror(root)
+    assert mirror.mirror(run)
+    client = tracking.mlflow_client(tracking_uri(root))
+    (copy,) = client.search_runs(
+        [experiment.experiment_id for experiment in client.search_experiments()],
+        filter_string=f"tags.`glua_bench.id` = '{run.id}'",
+    )
+    own = {k: v for k, v in copy.data.metrics.items() if k.startswith("final/last/")}
+    assert len(own) == 2 * len(ALIKE)
+    dice = {k.removesuffix("/dice"): v for k, v in own.items() if k.endswith("/dice")}
+    assd = {k.removesuffix("/assd"): v for k, v in own.items() if k.endswith("/assd")}
+    assert assd == pytest.approx({k: 1 + 100 * v for k, v in dice.items()})
+    assert sorted(dice.values()) == pytest.approx([i / 100 for i in range(len(ALIKE))])
+    assert (own["final/last/a b/dice"], own["final/last/a_b/dice"]) == (0.0, 0.04)
+    logged = {v for k, v in copy.data.metrics.items() if k.startswith("train/")}
+    assert set(map(float, range(len(ALIKE)))) <= logged
+
+
 # -- names ----------------------------------------------------------------------------------------
 
 QUICK = replace(
