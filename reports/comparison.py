@@ -258,7 +258,7 @@ def verdict(rows: pd.DataFrame, task: str, selector: str = "last", percent: bool
         low, high = sorted((sign * pair["low"], sign * pair["high"]))
         text += (
             f"; the next, {second}, is {points(sign * pair['difference'])} lower (95 % interval "
-            f"{points(low)} to {points(high)}"
+            f"{points(low).split()[0]} to {points(high)}"
         )
         why = statistics.untested(seeds, cases)
         if why:

@@ -197,8 +197,8 @@ class _Writer(PageWriter):
         section = Section(
             f"ablation-{slug(method)}",
             f"Ablation of {method}",
-            "One thing changed at a time. Nothing here was chosen by these numbers: they come "
-            "from target labels.",
+            "These numbers come from target labels: a setting that is chosen by them is chosen by "
+            "target labels, and no result of an adaptation without them.",
         )
         section.blocks.append(self.table(report_tables.ablation(results, method, selector)))
         controls = self._controls(method)
@@ -206,8 +206,10 @@ class _Writer(PageWriter):
             section.blocks += [
                 self.chart(
                     f"curve_{method}_{setting}",
-                    f"Dice over {setting}; dots are seeds. Dashed: variants without a value on "
-                    "this axis, with their standard deviation.",
+                    f"Dice over {setting}; dots are seeds, the line joins their means."
+                    + " Dashed: variants without a value on this axis" * bool(controls)
+                    + ", with their standard deviation" * any(map(_spread, controls.values()))
+                    + "." * bool(controls),
                     charts.curve(points, setting, controls),
                 ),
                 self.table(report_tables.curve(method, setting, points)),
@@ -294,7 +296,8 @@ class _Writer(PageWriter):
             "pictures",
             "Cases",
             "The same slices for every method, of the best, the median and the worst case by the "
-            "mean Dice over all methods; one seed, the lowest. Numbers hide what a picture shows.",
+            "mean Dice over all methods; one seed, the lowest that is compared. Numbers hide what "
+            "a picture shows.",
         )
         if not self.results.directories:
             return section
@@ -384,6 +387,11 @@ def _protocol(results: Results, task: str) -> list[tuple[str, str]]:
     shared.pop("data", None)
     shared.pop("selector", None)
     return list(shared.items())
+
+
+def _spread(runs: pd.DataFrame) -> bool:
+    """Whether a task has several seeds, so that its standard deviation is drawn."""
+    return bool((runs.groupby("task", observed=True).size() > 1).any())
 
 
 def _terms(dataset: Dataset) -> str:

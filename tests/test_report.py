@@ -176,6 +176,22 @@ def test_every_sentence_about_numbers_is_true_of_these(made_runs, tmp_path):
         assert word not in page
 
 
+def test_the_caption_of_a_curve_says_what_is_drawn(made_runs, tmp_path):
+    for ratio in (0.1, 0.3, 0.7):
+        made_runs.add("glua", ratio, settings={"mask_ratio": ratio} if ratio != 0.3 else {})
+    made_runs.add("source_only", 0.2)
+    captions = []
+    for seed in range(3):  # no variant, one with one seed, one with two
+        if seed:
+            made_runs.add("glua", 0.4, seed - 1, settings={"mask": "random"})
+        write(from_runs(made_runs.root), tmp_path / str(seed), NO_PICTURES)
+        page = (tmp_path / str(seed) / "report.html").read_text()
+        captions.append(re.search(r"Dice over mask_ratio; dots are [^<]*", page)[0].strip())
+    assert captions[0].endswith("means.")
+    assert captions[1].endswith("Dashed: variants without a value on this axis.")
+    assert captions[2].endswith("on this axis, with their standard deviation.")
+
+
 def test_entries_without_a_seed_in_common_are_told_and_drawn(made_runs, tmp_path):
     made_runs.add("glua", 0.6, 0)
     made_runs.add("slaug", 0.5, 1)
