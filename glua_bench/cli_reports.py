@@ -22,7 +22,14 @@ SelectorName = Annotated[str, typer.Option("--selector", help="Whose checkpoint 
 
 
 def report(
-    runs_root: RunsRoot = Path("runs"),
+    runs_root: Annotated[
+        Path,
+        typer.Option(
+            "--runs",
+            help="The directory of all runs; or a file in its comparisons, which `compare` names, "
+            "for the runs of that comparison alone.",
+        ),
+    ] = Path("runs"),
     out: Annotated[
         Path | None,
         typer.Option(
@@ -71,6 +78,11 @@ def report(
     """Write a page, tables (LaTeX, CSV, Markdown) and figures (SVG, PNG) of finished runs."""
     import tempfile
 
+    if runs_root.is_file() and (sweep is not None or rows is not None or tracker):
+        raise ConfigError(
+            f"--runs {runs_root} names the runs of one comparison; leave --sweep, --rows and "
+            "--from-mlflow out, or give the directory of all runs."
+        )
     if sweep is not None:
         if rows is not None or tracker or where:
             raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -351,7 +352,7 @@ def _run_matrix(
 ) -> None:
     from glua_bench import matrix
     from glua_bench.console import duration
-    from glua_bench.reports import comparison
+    from glua_bench.reports import comparison, results
 
     planned = matrix.plan(cells, say)
     if dry_run:
@@ -399,7 +400,18 @@ def _run_matrix(
     say()
     say(f"Rows:    {request.runs_root}/*/*/*/cases.parquet")
     say_browse(request)
-    say(f"Next:    glua-bench report --runs {request.runs_root}")
+    members = results.record(request.runs_root, title, [p.run.directory for p in planned])
+    say(f"Next:    {_report_command(members, request)}")
+
+
+def _report_command(members: Path, request: RunRequest) -> str:
+    """The command that reports on the runs of a comparison and no others."""
+    words = ["glua-bench", "report", "--runs", str(members)]
+    for file in request.plugins:
+        words += ["--plugin", str(file)]
+    if request.data_root is not None:
+        words += ["--data-root", str(request.data_root)]
+    return shlex.join(words)
 
 
 def _show_in_tracker(groups: list[Comparison], rows: pd.DataFrame, runs_root: Path) -> None:

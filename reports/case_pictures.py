@@ -15,6 +15,7 @@ from glua_bench.reports.figures import Panel, side_by_side
 from glua_bench.reports.report_tables import title
 from glua_bench.reports.results import Results, plain
 from glua_bench.reports.run_figures import read_prediction, telling_slice
+from glua_bench.reports.statistics import design
 from glua_bench.task import UNANNOTATED, Dataset
 
 
@@ -46,7 +47,7 @@ def compared_cases(
 ) -> list[ComparedCase]:
     """Best, median and worst case of a task by the mean Dice over all entries but the bound.
 
-    One seed is shown, the lowest that every entry has; no seed is looked for.
+    One seed is shown, the lowest of those that are compared; no seed is looked for.
 
     Args:
         results: with the runs' directories.
@@ -58,8 +59,10 @@ def compared_cases(
         Fewer than three where there are fewer cases; none where predictions are not kept.
     """
     rows = plain(results.of(task, selector))
-    seeds = rows.groupby("entry", observed=True)["seed"].agg(set)
-    rows = rows[rows["seed"] == min(set.intersection(*seeds))]
+    paired = design(rows)
+    if not paired.seeds:
+        return []
+    rows = rows[rows["seed"] == paired.seeds[0]]
     runs = rows.drop_duplicates("run").set_index("entry")["run"].astype(str).to_dict()
     directories = {entry: results.directories.get(run) for entry, run in runs.items()}
     dice = rows.groupby(["entry", "case"], observed=True)["dice"].mean().unstack("case")

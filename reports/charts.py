@@ -204,10 +204,11 @@ def gaps(lines: pd.DataFrame, palette: Palette) -> Figure:
     """The share of the gap that each entry recovers, with its smallest and largest seed.
 
     Args:
-        lines: from `comparison.table`, of all tasks.
+        lines: from `comparison.table`; tasks without a gap have no panel.
         palette: colours and markers.
     """
-    tasks = list(dict.fromkeys(lines.index.get_level_values("task")))
+    known = lines["gap recovered"].dropna()
+    tasks = list(dict.fromkeys(known.index.get_level_values("task")))
     order = lines["gap recovered"].groupby("entry", observed=True).mean().dropna().sort_values()
     entries = [str(e) for e in order.index if e not in (LOWER, UPPER)]
     figure = new_figure(2.4 + 3.0 * len(tasks), 1.0 + 0.3 * len(entries))
@@ -391,61 +392,23 @@ def selector_regret(regret: pd.DataFrame) -> Figure:
 
 
 @styled
-def rank_stability(shares: pd.DataFrame, palette: Palette) -> Figure:
-    """How often each entry has each rank in resamples, as areas.
+def intervals(spans: pd.DataFrame, palette: Palette) -> Figure:
+    """Mean Dice of each entry with its 95 % interval.
 
     Args:
-        shares: entry × rank (1, 2, …), shares of resamples; best entry first.
+        spans: from `statistics.intervals`, from top to bottom.
         palette: colours and markers.
     """
-    entries = [str(entry) for entry in shares.index]
-    figure = new_figure(2.2 + 0.34 * len(entries), 1.0 + 0.3 * len(entries))
+    entries = [str(entry) for entry in spans.index]
+    figure = new_figure(6.4, 1.0 + 0.3 * len(entries))
     axes = new_axes(figure)[0, 0]
     for y, entry in enumerate(entries):
-        row = shares.iloc[y]
-        axes.scatter(
-            row.index.astype(int), [y] * len(row), s=190 * row, color=palette.colour(entry), lw=0
-        )
-    axes.set_xticks(range(1, len(entries) + 1))
-    axes.set_xlim(0.4, len(entries) + 0.6)
-    axes.set_xlabel("rank; area: share of resamples of cases and seeds")
-    axes.grid(color=LINE)
+        mean, low, high = 100 * spans.loc[entry, ["mean", "low", "high"]]
+        axes.plot([low, high], [y, y], color=palette.colour(entry), lw=2)
+        axes.plot(mean, y, palette.marker(entry), color=palette.colour(entry), ms=6)
+    axes.set_xlabel("mean Dice (%) with its 95 % interval")
+    axes.grid(axis="x", color=LINE)
     _names(axes, entries)
-    return figure
-
-
-@styled
-def critical_difference(
-    mean_ranks: pd.Series, p_values: pd.DataFrame, palette: Palette, p: float
-) -> Figure:
-    """Mean ranks over cases; a bar joins entries that Nemenyi's test cannot tell apart.
-
-    Args:
-        mean_ranks: of each entry, 1 is best.
-        p_values: entry × entry.
-        palette: colours and markers.
-        p: of Friedman's test.
-    """
-    import scikit_posthocs
-
-    names = {entry: _short(str(entry), 30) for entry in mean_ranks.index}
-    figure = new_figure(7.4, 1.3 + 0.16 * len(names))
-    axes = new_axes(figure)[0, 0]
-    scikit_posthocs.critical_difference_diagram(
-        mean_ranks.rename(names),
-        p_values.rename(index=names, columns=names),
-        ax=axes,
-        color_palette={names[e]: palette.colour(str(e)) for e in names},
-        label_props={"fontsize": 8},
-        crossbar_props={"color": INK, "linewidth": 2, "marker": ""},
-        text_h_margin=0.02,
-    )
-    axes.set_title(
-        f"mean rank over cases, 1 is best (Friedman p = {p:.2g}; a bar joins what Nemenyi's test "
-        "cannot tell apart at 0.05)",
-        fontsize=8,
-        pad=10,
-    )
     return figure
 
 

@@ -17,6 +17,15 @@ from glua_bench.reports import statistics
 from glua_bench.tracking import RunDirectory
 
 LOWER, UPPER = "source_only", "supervised"  # the ends of the gap
+LAST_BITS = (
+    "Last bits: standard deviation of Dice over repeats of one seed whose first weights differ in "
+    "their last bits alone, as threads and processors make sums differ."
+)
+NO_REPEATS = (
+    "The spread over seeds of one machine may understate how far a result moves: threads and "
+    "processors change last bits, which a training can amplify. `compare … --repeats 2` measures "
+    "it."
+)
 
 
 def collect(runs: Iterable[tuple[str, str, RunDirectory]]) -> pd.DataFrame:
@@ -26,7 +35,7 @@ def collect(runs: Iterable[tuple[str, str, RunDirectory]]) -> pd.DataFrame:
         runs: entry, task and directory of each run.
 
     Returns:
-        The rows of `cases.parquet`, and entry, task, seconds, peak_memory_mib.
+        The rows of `cases.parquet`, and entry, task, perturbation, seconds, peak_memory_mib.
     """
     given = [(entry, task, run, run.read_summary()) for entry, task, run in runs]
     seconds = costs([(run.config, summary) for _, _, run, summary in given])
@@ -34,6 +43,7 @@ def collect(runs: Iterable[tuple[str, str, RunDirectory]]) -> pd.DataFrame:
         run.read_cases().assign(
             entry=entry,
             task=task,
+            perturbation=getattr(run.config, statistics.REPEAT, 0),
             seconds=spent,
             peak_memory_mib=summary["peak_memory_mib"],
         )
@@ -50,7 +60,8 @@ def costs(runs: Sequence[tuple[RunConfig, Mapping[str, Any]]]) -> list[float]:
     """
 
     def key(config: RunConfig, stage: str) -> tuple[Any, ...]:
-        return config.dataset, config.direction, config.seed, config.preset, config.steps, stage
+        shared = config.dataset, config.direction, config.seed, config.preset, config.steps
+        return *shared, getattr(config, statistics.REPEAT, 0), stage
 
     trained = {
         key(config, stage): seconds
@@ -65,22 +76,78 @@ def costs(runs: Sequence[tuple[RunConfig, Mapping[str, Any]]]) -> list[float]:
     ]
 
 
-def table(rows: pd.DataFrame, selector: str = "last") -> pd.DataFrame:
-    """One line per task and entry: means and standard deviations over seeds.
-
-    The gap recovered is (entry - source_only) / (supervised - source_only), from the mean Dice of
-    the same seed; undefined where one of the two is not among the rows.
+def compared(
+    rows: pd.DataFrame, selector: str = "last"
+) -> tuple[pd.DataFrame, dict[str, statistics.Design]]:
+    """The rows that tables average, and what is paired in each task.
 
     Args:
         rows: as `collect` gives them.
         selector: whose checkpoints count.
 
     Returns:
-        Indexed by task and entry: seeds, Dice, sd (nan for one seed), ASSD mm, gap recovered, gap
-        min, gap max, missed (structures, over cases and seeds), training s, s a step (all
-        training, for each update of the segmenter), peak MiB; sorted by Dice within a task.
+        Ordinary rows of the selector (no repeats), of what is paired and of what entries that are
+        left out have; the design of each task.
     """
-    rows = rows[rows["selector"] == selector]
+    rows = statistics.ordinary(rows[rows["selector"] == selector])
+    tasks = [str(task) for task in rows["task"].unique()]
+    designs = {task: statistics.design(rows[rows["task"] == task]) for task in tasks}
+    parts = [designs[task].of(rows[rows["task"] == task]) for task in tasks]
+    return (pd.concat(parts) if parts else rows), designs
+
+
+def competing(scores: pd.DataFrame) -> pd.DataFrame:
+    """Scores without the upper bound, which has seen target labels and takes no part.
+
+    Args:
+        scores: from `statistics.scores`.
+    """
+    return scores.drop(columns=UPPER, errors="ignore")
+
+
+def gap_known(rows: pd.DataFrame, task: str, selector: str = "last") -> bool:
+    """Whether the upper bound is clearly above the lower one, so that there is a gap to recover.
+
+    Args:
+        rows: as `collect` gives them.
+        task: e.g. "phantom mr-ct".
+        selector: whose checkpoints count.
+
+    Returns:
+        True where the 95 % interval of their difference lies above 0, and no seed has it below.
+    """
+    bounds = rows[rows["entry"].isin((LOWER, UPPER)) & (rows["task"] == task)]
+    if not {LOWER, UPPER} <= set(bounds["entry"]):
+        return False
+    scores = statistics.scores(bounds, task, selector=selector)
+    if scores.shape[1] < 2:
+        return False
+    spans = (scores[UPPER] - scores[LOWER]).groupby("seed").mean()
+    found = statistics.pairs(scores[[UPPER, LOWER]]).iloc[0]
+    return bool(found["low"] > 0 and (spans > 0).all())
+
+
+def table(rows: pd.DataFrame, selector: str = "last") -> pd.DataFrame:
+    """One line per task and entry: means and standard deviations over seeds.
+
+    Entries that are paired are averaged over the same seeds and cases, so that these are the means
+    which intervals and tests are about. The gap recovered is (entry - source_only) / (supervised -
+    source_only), from the mean Dice of the same seed; undefined where one of the two is not among
+    the rows, or supervised is not clearly above source_only (`gap_known`).
+
+    Args:
+        rows: as `collect` gives them.
+        selector: whose checkpoints count.
+
+    Returns:
+        Indexed by task and entry: seeds, Dice, sd (over seeds; nan for one), last bits (standard
+        deviation over repeats of one seed; nan without repeats), ASSD mm, gap recovered, gap min,
+        gap max, missed (structures, over cases and seeds), training s, s a step (all training,
+        for each update of the segmenter), peak MiB, compared (whether the entry is among those
+        that are paired); sorted by Dice within a task.
+    """
+    bits = statistics.last_bits(rows[rows["selector"] == selector])
+    rows, designs = compared(rows, selector)
     keys = ["task", "entry", "seed"]
     per_case = rows.groupby([*keys, "case"], observed=True)[["dice", "assd"]].mean()
     per_seed = per_case.groupby(keys, observed=True).mean()
@@ -92,16 +159,19 @@ def table(rows: pd.DataFrame, selector: str = "last") -> pd.DataFrame:
     dice = per_seed["dice"].unstack("entry")
     if {LOWER, UPPER} <= set(dice):
         span = dice[UPPER] - dice[LOWER]
+        known = [task for task in designs if gap_known(rows, task, selector)]
+        span = span.where(span.index.get_level_values("task").isin(known))
         gap = dice.sub(dice[LOWER], axis=0).div(span, axis=0).stack()
         per_seed["gap"] = gap.reorder_levels(["task", "seed", "entry"]).swaplevel(1, 2)
     else:
         per_seed["gap"] = math.nan
     by_entry = per_seed.groupby(["task", "entry"], observed=True)
-    return pd.DataFrame(
+    lines = pd.DataFrame(
         {
             "seeds": by_entry.size(),
             "Dice": by_entry["dice"].mean(),
             "sd": by_entry["dice"].std(),
+            "last bits": math.nan,
             "ASSD mm": by_entry["assd"].mean(),
             "gap recovered": by_entry["gap"].mean(),
             "gap min": by_entry["gap"].min(),
@@ -111,11 +181,40 @@ def table(rows: pd.DataFrame, selector: str = "last") -> pd.DataFrame:
             "s a step": by_entry["a step"].mean(),
             "peak MiB": by_entry["memory"].mean(),
         }
-    ).sort_values(["task", "Dice"])
+    )
+    lines["last bits"] = [float(bits.get(key, math.nan)) for key in lines.index]
+    lines["compared"] = [entry in designs[str(task)].entries for task, entry in lines.index]
+    return lines.sort_values(["task", "Dice"])
+
+
+def gap_notes(lines: pd.DataFrame) -> list[str]:
+    """A sentence for each task whose gap is withheld.
+
+    Args:
+        lines: as `table` gives them.
+    """
+    return [
+        f"{task}: no gap is given, since {UPPER} is not clearly above {LOWER} (the 95 % interval "
+        "of the difference above 0, and every seed)."
+        for task, block in lines.groupby(level="task", sort=False)
+        if {LOWER, UPPER} <= set(block.index.get_level_values("entry"))
+        and block["gap recovered"].isna().all()
+    ]
+
+
+def last_bits_note(lines: pd.DataFrame) -> str:
+    """What the spread over seeds does not hold; "" where there is no spread.
+
+    Args:
+        lines: as `table` gives them.
+    """
+    if lines["last bits"].notna().any():
+        return LAST_BITS
+    return NO_REPEATS if lines["sd"].notna().any() else ""
 
 
 def verdict(rows: pd.DataFrame, task: str, selector: str = "last", percent: bool = False) -> str:
-    """A task's answer in plain words: the best entry, how sure, and against the next one.
+    """A task's answer in plain words: the best entry, how sure, against the next one, what is out.
 
     The upper bound has seen target labels and does not take part.
 
@@ -132,29 +231,46 @@ def verdict(rows: pd.DataFrame, task: str, selector: str = "last", percent: bool
     def points(value: float) -> str:
         return f"{100 * value:.1f} points" if percent else f"{value:.3f}"
 
-    scores = statistics.scores(rows[rows["entry"] != UPPER], task, selector=selector)
-    seeds, cases = (scores.index.get_level_values(name).nunique() for name in ("seed", "case"))
+    _, designs = compared(rows[rows["task"] == task], selector)
+    left_out = "".join(f" {note}" for note in designs[task].notes)
+    scores = competing(statistics.scores(rows, task, selector=selector))
+    if not scores.shape[1]:
+        return f"{task}: nothing is there to compare besides {UPPER}.{left_out}"
+    seeds, cases = statistics.counts(scores)
     ranked = statistics.ranking(scores)
     best = str(ranked.index[0])
-    text = f"{task}: {best} has the highest mean Dice, {dice(ranked['mean'].iloc[0])}"
-    if seeds == 1:
-        return f"{text}, with one seed; intervals need more (--seeds 3)."
-    if cases == 1:
-        return f"{text}, on one case; intervals need more."
     own = statistics.intervals(scores).loc[best]
-    text += (
-        f" (95 % interval {dice(own['low'])} to {dice(own['high'])} over {cases} cases and "
-        f"{seeds} seeds)"
-    )
-    if len(ranked) == 1:
-        return f"{text}."
-    second = str(ranked.index[1])
-    pair = statistics.pairs(scores[[best, second]]).iloc[0]
-    return (
-        f"{text}; the next, {second}, is {points(pair['difference'])} lower "
-        f"({points(pair['low'])} to {points(pair['high'])}), and {best} is the better of the two "
-        f"in {100 * pair['better']:.0f} % of resamples."
-    )
+    has = "has the highest mean Dice," if len(ranked) > 1 else "has a mean Dice of"
+    text = f"{task}: {best} {has} {dice(own['mean'])}"
+    span = f"95 % interval {dice(own['low'])} to {dice(own['high'])} over {cases} cases"
+    if cases == 1:
+        return f"{text}, on one case; intervals need more.{left_out}"
+    if seeds == 1:
+        return (
+            f"{text}, with one seed ({span}, for this one training); what another training would "
+            f"give needs more seeds (--seeds 3).{left_out}"
+        )
+    text += f" ({span} and {seeds} seeds)"
+    if len(ranked) > 1:
+        second = str(ranked.index[1])
+        pairs = statistics.pairs(scores)
+        pair = pairs[(pairs["a"].isin((best, second))) & (pairs["b"].isin((best, second)))].iloc[0]
+        sign = 1 if pair["a"] == best else -1
+        low, high = sorted((sign * pair["low"], sign * pair["high"]))
+        text += (
+            f"; the next, {second}, is {points(sign * pair['difference'])} lower (95 % interval "
+            f"{points(low).split()[0]} to {points(high)}"
+        )
+        why = statistics.untested(seeds, cases)
+        if why:
+            text += f"). {why[:-1]}"
+        else:
+            p = "p < 0.001" if pair["p_holm"] < 0.001 else f"p = {pair['p_holm']:.3f}"
+            counted = f" by Holm's method over {len(pairs)} pairs" if len(pairs) > 1 else ""
+            text += f", {p}{counted})"
+            if pair["p_holm"] >= statistics.SIGNIFICANT:
+                text += ", which is not beyond chance"
+    return f"{text}.{left_out}"
 
 
 def write(rows: pd.DataFrame, folder: Path, selector: str = "last") -> list[Path]:
@@ -166,8 +282,8 @@ def write(rows: pd.DataFrame, folder: Path, selector: str = "last") -> list[Path
         selector: whose checkpoints count.
 
     Returns:
-        `rows.csv` (as given), `table.csv`, and of all tasks `intervals.csv`, `pairs.csv` and
-        `ranking.csv`.
+        `rows.csv` (as given), `table.csv`, and of all tasks `intervals.csv`, and, without the
+        upper bound, `pairs.csv` and `ranking.csv`.
 
     Raises:
         ConfigError: the directory cannot be written.
@@ -177,8 +293,8 @@ def write(rows: pd.DataFrame, folder: Path, selector: str = "last") -> list[Path
         scores = statistics.scores(rows, task, selector=selector)
         for name, part in (
             ("intervals", statistics.intervals(scores).reset_index(names="entry")),
-            ("pairs", statistics.pairs(scores)),
-            ("ranking", statistics.ranking(scores).reset_index(names="entry")),
+            ("pairs", statistics.pairs(competing(scores))),
+            ("ranking", statistics.ranking(competing(scores)).reset_index(names="entry")),
         ):
             part.insert(0, "task", task)
             parts[name].append(part)
@@ -206,11 +322,12 @@ def as_metrics(lines: pd.DataFrame) -> dict[str, float]:
     Returns:
         e.g. {"mr-ct/dice/glua": 0.8, "mr-ct/dice_sd/glua": 0.01, "mr-ct/assd_mm/glua": 4.0,
         "mr-ct/gap_recovered/glua": 0.7}; the share of the gap as a fraction, nan where a number
-        is not defined.
+        is not defined; "dice_last_bits" where there are repeats.
     """
     names = {
         "Dice": "dice",
         "sd": "dice_sd",
+        **({"last bits": "dice_last_bits"} if lines["last bits"].notna().any() else {}),
         "ASSD mm": "assd_mm",
         "gap recovered": "gap_recovered",
     }
@@ -237,22 +354,26 @@ def as_text(lines: pd.DataFrame) -> str:
         entry: f"{entry} (privileged)" if entry == UPPER else entry for _, entry in lines.index
     }
     width = max(map(len, named.values()))
+    bits = bool(lines["last bits"].notna().any())
     head = (
-        f"{'':<{width}}  {'Dice ± sd':>13}  {'gap recovered':>20}  {'ASSD mm':>7}  {'missed':>6}  "
-        f"{'s a step':>8}  {'MiB':>5}  seeds"
+        f"{'':<{width}}  {'Dice ± sd':>13}  {'last bits  ' * bits}{'gap recovered':>20}  "
+        f"{'ASSD mm':>7}  {'missed':>6}  {'s a step':>8}  {'MiB':>5}  seeds"
     )
     text = []
     for task, block in lines.groupby(level="task", sort=False):
         text += [str(task), head]
         for (_, entry), row in block.iterrows():
+            nudged = "" if math.isnan(row["last bits"]) else f"± {row['last bits']:.3f}"
             text.append(
-                f"{named[entry]:<{width}}  {_spread(row['Dice'], row['sd']):>13}  {_gap(row):>20}  "
+                f"{named[entry]:<{width}}  {_spread(row['Dice'], row['sd']):>13}  "
+                f"{f'{nudged:>9}  ' * bits}{_gap(row):>20}  "
                 f"{row['ASSD mm']:>7.1f}  {row['missed']:>6.0f}  {_number(row['s a step'], 2):>8}  "
                 f"{row['peak MiB']:>5.0f}  {row['seeds']:>5.0f}"
             )
         text.append("")
     if (lines["seeds"] == 1).any():
         text.append("One seed has no standard deviation, and decides nothing: give --seeds 3.")
+    text += [*gap_notes(lines), last_bits_note(lines)]
     return "\n".join(text).rstrip()
 
 

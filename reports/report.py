@@ -85,7 +85,10 @@ def write(
     page = out / "report.html"
     write_text(page, _page(results, sections, options))
     with replacing(out / "rows.parquet") as temporary:
-        results.rows.to_parquet(temporary, index=False)
+        every = results.rows
+        if len(results.repeats):
+            every = pd.concat([every, results.repeats], ignore_index=True)
+        every.to_parquet(temporary, index=False)
     return [page, out / "rows.parquet", *writer.files]
 
 
@@ -146,7 +149,7 @@ class _Writer(PageWriter):
     def _task(self, task: str) -> Section:
         selector, results = self.options.selector, self.results
         self.report(f"{task}: tables and tests")
-        rows = plain(results.of(task, selector))
+        rows, _ = comparison.compared(plain(results.of(task, selector)), selector)
         section = Section(f"task-{slug(task)}", task)
         section.blocks.append(self.table(report_tables.main(results, task, selector)))
         dataset, _, direction = task.partition(" ")
@@ -159,34 +162,23 @@ class _Writer(PageWriter):
             section.blocks.append(
                 self.chart(
                     f"scores_{name}",
-                    "Dice of every case and seed. Few dots far left are missed structures.",
+                    "Dice of every case and seed; a structure that was missed is a dot at 0.",
                     charts.scores(rows, entries, self.palette),
                 )
             )
-        scores = statistics.scores(rows[rows["entry"] != UPPER], task, selector=selector)
+        scores = comparison.competing(statistics.scores(rows, task, selector=selector))
         if not 2 <= scores.shape[1] <= report_tables.MOST_PAIRED:
             return section
         section.blocks.append(self.table(report_tables.ranking(results, task, selector)))
-        crossed = min(scores.index.get_level_values(n).nunique() for n in ("seed", "case")) > 1
-        if crossed:
+        spans = statistics.intervals(scores).sort_values("mean", ascending=False)
+        if spans["low"].notna().all():
+            note = report_tables.interval_note(*statistics.counts(scores))
             section.blocks.append(
                 self.chart(
-                    f"ranks_{name}",
-                    "How often each method has each rank when cases and seeds are drawn anew.",
-                    charts.rank_stability(statistics.rank_shares(scores), self.palette),
-                )
-            )
-        blocks = scores.groupby("case", observed=True).mean()
-        if blocks.shape[0] > 1 and blocks.shape[1] > 2:
-            p, matrix = statistics.friedman(scores)
-            section.blocks.append(
-                self.chart(
-                    f"critical_difference_{name}",
-                    f"Critical differences over {len(blocks)} cases. With few cases hardly "
-                    "anything can be told apart, whatever the means are.",
-                    charts.critical_difference(
-                        blocks.rank(axis=1, ascending=False).mean(), matrix, self.palette, p
-                    ),
+                    f"intervals_{name}",
+                    f"{note} Two methods are compared by the interval of their difference, in the "
+                    "table of pairs, since they share cases and seeds.",
+                    charts.intervals(spans, self.palette),
                 )
             )
         section.blocks.append(self.table(report_tables.pairs(results, task, selector)))
@@ -206,8 +198,8 @@ class _Writer(PageWriter):
         section = Section(
             f"ablation-{slug(method)}",
             f"Ablation of {method}",
-            "One thing changed at a time. Nothing here was chosen by these numbers: they come "
-            "from target labels.",
+            "These numbers come from target labels: a setting that is chosen by them is chosen by "
+            "target labels, and no result of an adaptation without them.",
         )
         section.blocks.append(self.table(report_tables.ablation(results, method, selector)))
         controls = self._controls(method)
@@ -215,8 +207,10 @@ class _Writer(PageWriter):
             section.blocks += [
                 self.chart(
                     f"curve_{method}_{setting}",
-                    f"Dice over {setting}; dots are seeds. Dashed: variants without a value on "
-                    "this axis, with their standard deviation.",
+                    f"Dice over {setting}; dots are seeds, the line joins their means."
+                    + " Dashed: variants without a value on this axis" * bool(controls)
+                    + ", with their standard deviation" * any(map(_spread, controls.values()))
+                    + "." * bool(controls),
                     charts.curve(points, setting, controls),
                 ),
                 self.table(report_tables.curve(method, setting, points)),
@@ -303,7 +297,8 @@ class _Writer(PageWriter):
             "pictures",
             "Cases",
             "The same slices for every method, of the best, the median and the worst case by the "
-            "mean Dice over all methods; one seed, the lowest. Numbers hide what a picture shows.",
+            "mean Dice over all methods; one seed, the lowest that is compared. Numbers hide what "
+            "a picture shows.",
         )
         if not self.results.directories:
             return section
@@ -392,16 +387,22 @@ def _page(results: Results, sections: Sequence[Section], options: Options) -> st
 def _protocol(results: Results, task: str) -> list[tuple[str, str]]:
     """What was equal for all runs of a task."""
     own = results.rows[results.rows["task"] == task]
+    paired = statistics.design(plain(own[own["selector"] == own["selector"].iloc[0]]))
     shared: dict[str, str] = {}
     for text in own["protocol"].unique():
         for name, value in json.loads(str(text)).items():
             if value != "":
                 shared[name.replace("_", " ")] = str(value)
     shared["test cases"] = str(own["case"].nunique())
-    shared["seeds"] = ", ".join(str(seed) for seed in sorted(own["seed"].unique()))
+    shared["seeds compared"] = ", ".join(str(seed) for seed in paired.seeds)
     shared.pop("data", None)
     shared.pop("selector", None)
     return list(shared.items())
+
+
+def _spread(runs: pd.DataFrame) -> bool:
+    """Whether a task has several seeds, so that its standard deviation is drawn."""
+    return bool((runs.groupby("task", observed=True).size() > 1).any())
 
 
 def _terms(dataset: Dataset) -> str:

@@ -14,14 +14,14 @@ from glua_bench.reports.comparison import LOWER, UPPER
 from glua_bench.reports.results import ORACLE, Results, plain
 from glua_bench.reports.tables import Column, Table
 
-SIGNIFICANT = 0.05
-MOST_PAIRED = 40  # entries whose pairs are tested: 780 pairs, of which nobody reads more
-SPREAD = (
-    "± is the standard deviation over seeds of the mean over cases and structures; a missed "
-    "structure counts with Dice 0 and the diagonal of its volume as distance."
+MOST_PAIRED = 40  # entries whose pairs are listed: 780 pairs, of which nobody reads more
+MEANS = (
+    "Means over seeds, cases and structures; a missed structure counts with Dice 0 and the "
+    "diagonal of its volume as distance."
 )
-UNTESTED = (
-    f"No test: it needs two seeds or more, and two to {MOST_PAIRED} entries besides the bound."
+SPREAD = "± is the standard deviation over seeds of the mean over cases and structures."
+MODEL = (
+    "from the mean squares of seeds and cases (crossed random effects, Cochran and Cox's quantile)"
 )
 PRIVILEGED = f"{UPPER} trained on labels of target cases (privileged): a bound, not a competitor."
 
@@ -43,6 +43,17 @@ def title(entry: str) -> str:
     return f"{entry} (privileged)" if entry == UPPER else entry
 
 
+def _unranked(lines: pd.DataFrame) -> frozenset[str]:
+    """Names of rows that are neither best nor second: the bound, and what is not paired."""
+    entry = lines.index.get_level_values("entry")
+    return frozenset(map(title, {UPPER, *map(str, entry[~lines["compared"].to_numpy(bool)])}))
+
+
+def _means(lines: pd.DataFrame) -> list[str]:
+    """What the means of a table are, and their spread where there is one."""
+    return [MEANS, *[SPREAD] * bool(lines["sd"].notna().any())]
+
+
 def run_ids(rows: pd.DataFrame, entries: Sequence[str]) -> list[list[str]]:
     """The runs behind each entry."""
     found = rows.drop_duplicates("run").groupby("entry", observed=True)["run"].agg(list)
@@ -57,8 +68,10 @@ def main(results: Results, task: str, selector: str = "last") -> Table:
         task: e.g. "phantom mr-ct".
         selector: whose checkpoints count.
     """
-    rows = plain(results.of(task, selector))
-    lines = comparison.table(rows, selector).loc[task]
+    own = results.with_repeats(plain(results.of(task, selector)))
+    every = comparison.table(own, selector)
+    rows, designs = comparison.compared(own, selector)
+    lines = every.loc[task]
     entries = ordered(lines)
     keys = ["entry", "seed", "structure"]
     by_structure = rows.groupby(keys, observed=True)[["dice", "assd"]].mean()
@@ -73,64 +86,60 @@ def main(results: Results, task: str, selector: str = "last") -> Table:
     gap = [
         math.nan if e in (LOWER, UPPER) else 100 * lines.loc[e, "gap recovered"] for e in entries
     ]
+    mean = Column("mean", list(100 * lines["Dice"]), 1, list(100 * lines["sd"]), "higher", dice)
+    bits = Column("last bits ±", list(100 * lines["last bits"]), 1, None, "", dice)
     columns = [
         *(Column(s, of("dice", s, 100), 1, None, "higher", dice) for s in structures),
-        Column(
-            "mean",
-            list(100 * lines["Dice"]),
-            1,
-            list(100 * lines["sd"]),
-            "higher",
-            dice,
-        ),
+        mean,
+        *[bits] * bool(lines["last bits"].notna().any()),
         *(Column(s, of("assd", s, 1), 1, None, "lower", assd) for s in structures),
         Column("mean", list(lines["ASSD mm"]), 1, None, "lower", assd),
         Column("gap recov. (%)", gap, 0, None, "higher"),
         Column("missed", [float(v) for v in lines["missed"]], 0),
         Column("seeds", [float(v) for v in lines["seeds"]], 0),
     ]
-    marks, notes = {}, [SPREAD, PRIVILEGED] if UPPER in entries else [SPREAD]
-    scores = statistics.scores(rows[rows["entry"] != UPPER], task, selector=selector)
-    best, worse = _worse_than_best(scores)
-    if best:
-        place = len(structures)
-        marks = {(entries.index(entry), place): "†" for entry in worse}
-        seeds, cases = (scores.index.get_level_values(n).nunique() for n in ("seed", "case"))
+    marks, notes = {}, [*_means(lines), comparison.last_bits_note(lines)]
+    notes += [PRIVILEGED] * (UPPER in entries) + comparison.gap_notes(every)
+    scores = comparison.competing(statistics.scores(rows, task, selector=selector))
+    why = untested(scores)
+    if not why:
+        best = str(scores.mean().idxmax())
+        pairs = statistics.pairs(scores)
+        marks = {(entries.index(e), len(structures)): "†" for e in _worse(pairs, best)}
+        seeds, cases = statistics.counts(scores)
         notes.append(
-            f"† lower than {best}, the best mean (Wilcoxon's test paired by case and seed, Holm's "
-            f"correction over all pairs, p < {SIGNIFICANT:g}; {cases} cases, {seeds} seeds)."
+            f"† lower than {best}, the best mean, beyond chance (p < {statistics.SIGNIFICANT:g} "
+            f"{MODEL}, by Holm's method over {len(pairs)} pairs; {cases} cases, {seeds} seeds)."
         )
-    else:
-        notes.append(UNTESTED)
+    notes += [why, *designs[task].notes]
     return Table(
         f"main_{task.replace(' ', '_')}",
         f"{task}: Dice and ASSD on the test cases, checkpoint by {_selector(selector)}.",
         [title(entry) for entry in entries],
         columns,
-        frozenset({title(UPPER)}),
+        _unranked(lines),
         marks,
-        notes,
-        run_ids(rows, entries),
+        [note for note in notes if note],
+        run_ids(results.with_repeats(rows), entries),
     )
 
 
-def _worse_than_best(scores: pd.DataFrame) -> tuple[str, list[str]]:
-    """The entry with the best mean, and those that are lower significantly.
+def untested(scores: pd.DataFrame) -> str:
+    """Why a table has no tests; "" where it has."""
+    if scores.shape[1] < 2:
+        return "Nothing is tested: one method stands besides the bound, or none."
+    return statistics.untested(*statistics.counts(scores))
 
-    "" for one seed, which decides nothing, and for so many entries that no pair could.
-    """
-    seeds = scores.index.get_level_values("seed").nunique()
-    if not 2 <= scores.shape[1] <= MOST_PAIRED or seeds < 2:
-        return "", []
-    best = str(scores.mean().idxmax())
-    pairs = statistics.pairs(scores)
+
+def _worse(pairs: pd.DataFrame, best: str) -> list[str]:
+    """The entries that are lower than one of them beyond chance."""
     lower = []
     for pair in pairs.itertuples():
-        if best in (pair.a, pair.b) and pair.p_holm < SIGNIFICANT:
+        if best in (pair.a, pair.b) and pair.p_holm < statistics.SIGNIFICANT:
             other, sign = (pair.b, 1) if pair.a == best else (pair.a, -1)
             if sign * pair.difference > 0:
                 lower.append(str(other))
-    return best, lower
+    return lower
 
 
 def cost(results: Results, task: str, selector: str = "last") -> Table:
@@ -151,10 +160,11 @@ def cost(results: Results, task: str, selector: str = "last") -> Table:
             Column("peak memory (MiB)", list(lines["peak MiB"]), 0, None, "lower"),
             Column("on", [", ".join(map(str, devices[e])) or MISSING_DEVICE for e in entries]),
         ],
-        frozenset({title(UPPER)}),
+        _unranked(lines),
         notes=[
+            *_means(lines),
             "An update is one of the segmenter; what a method trains besides is in the seconds. "
-            "Memory is that of the GPU where there is one, else of the whole process."
+            "Memory is that of the GPU where there is one, else of the whole process.",
         ],
         ids=run_ids(rows, entries),
     )
@@ -164,43 +174,66 @@ MISSING_DEVICE = "unknown"
 
 
 def ranking(results: Results, task: str, selector: str = "last") -> Table:
-    """Ranks by both ways to aggregate, with intervals and stability."""
-    rows = plain(results.of(task, selector))
-    scores = statistics.scores(rows[rows["entry"] != UPPER], task, selector=selector)
+    """Ranks by both ways to aggregate, with intervals and what the tests leave open."""
+    rows, designs = comparison.compared(plain(results.of(task, selector)), selector)
+    scores = comparison.competing(statistics.scores(rows, task, selector=selector))
     ranks, spans = statistics.ranking(scores), statistics.intervals(scores)
     spans = spans.loc[ranks.index]
     entries = [str(entry) for entry in ranks.index]
+    seeds, cases = statistics.counts(scores)
+    columns = [
+        Column("Dice (%)", list(100 * ranks["mean"]), 1, None, "higher"),
+        Column("low", list(100 * spans["low"]), 1, None, "", "95 % interval"),
+        Column("high", list(100 * spans["high"]), 1, None, "", "95 % interval"),
+        Column("of the mean", list(ranks["rank"]), 0, None, "", "rank"),
+        Column("mean of ranks", list(ranks["mean_rank"]), 2, None, "", "rank"),
+    ]
+    notes = [
+        interval_note(seeds, cases),
+        "“Of the mean” ranks mean scores; “mean of ranks” ranks within each case and seed first.",
+    ]
+    why = untested(scores)
+    if not why:
+        columns += [
+            Column("from", list(ranks["rank_low"]), 0, None, "", "left open"),
+            Column("to", list(ranks["rank_high"]), 0, None, "", "left open"),
+        ]
+        notes.append(
+            "“Left open” are the ranks that no test excludes (every two methods, p < "
+            f"{statistics.SIGNIFICANT:g} by Holm's method): those of all methods at once with "
+            "95 % confidence."
+        )
     return Table(
         f"ranking_{task.replace(' ', '_')}",
-        f"{task}: ranks by mean Dice, and how stable they are.",
+        f"{task}: ranks by mean Dice, and how sure they are.",
         entries,
-        [
-            Column("Dice (%)", list(100 * ranks["mean"]), 1, None, "higher"),
-            Column("low", list(100 * spans["low"]), 1, None, "", "95 % interval"),
-            Column("high", list(100 * spans["high"]), 1, None, "", "95 % interval"),
-            Column("of the mean", list(ranks["rank"]), 0, None, "", "rank"),
-            Column("mean of ranks", list(ranks["mean_rank"]), 2, None, "", "rank"),
-            Column("same rank (%)", list(100 * ranks["stability"]), 0, None, "", "resamples"),
-            Column("from", list(ranks["rank_low"]), 0, None, "", "resamples"),
-            Column("to", list(ranks["rank_high"]), 0, None, "", "resamples"),
-        ],
-        notes=[
-            "Intervals and resamples draw cases and seeds with replacement "
-            f"({statistics.DRAWS} draws). “Of the mean” ranks mean scores; “mean of ranks” ranks "
-            "within each case and seed first. The last two columns hold 95 % of the ranks."
-        ],
+        columns,
+        notes=[*notes, *[why] * bool(why), *designs[task].notes],
         ids=run_ids(rows, entries),
     )
 
 
+def interval_note(seeds: int, cases: int) -> str:
+    """What the intervals of a design are about."""
+    if cases < 2:
+        return "One case has no interval."
+    if seeds < 2:
+        return (
+            f"95 % intervals (Student's t) over {cases} cases, for this one training of each "
+            "method: how far another training may lie from it, one seed cannot tell."
+        )
+    return (
+        f"95 % intervals for new cases and new trainings, over {cases} cases and {seeds} seeds, "
+        f"{MODEL}. How often they hold the truth is measured in docs/protocol.md."
+    )
+
+
 def pairs(results: Results, task: str, selector: str = "last") -> Table:
-    """Every two entries: difference, interval, test, effect size, probability."""
-    rows = plain(results.of(task, selector))
-    scores = statistics.scores(rows[rows["entry"] != UPPER], task, selector=selector)
+    """Every two entries: difference, interval, test."""
+    rows, designs = comparison.compared(plain(results.of(task, selector)), selector)
+    scores = comparison.competing(statistics.scores(rows, task, selector=selector))
     found = statistics.pairs(scores)
-    one_seed = scores.index.get_level_values("seed").nunique() == 1
-    if one_seed:  # one training of each method says nothing about its next one
-        found[["p_holm", "effect"]] = math.nan
+    why = untested(scores)
     # The better entry first, so that every line reads the same way.
     turn = found["difference"] < 0
     sign = 1 - 2 * turn.astype(int)
@@ -208,28 +241,26 @@ def pairs(results: Results, task: str, selector: str = "last") -> Table:
     second = found["b"].astype(str).where(~turn, found["a"].astype(str))
     low = found["low"].where(~turn, -found["high"])
     high = found["high"].where(~turn, -found["low"])
-    better = found["better"].where(~turn, 1 - found["better"])
+    columns = [
+        Column("difference", list(100 * sign * found["difference"]), 1, None, "", "Dice (points)"),
+        Column("low", list(100 * low), 1, None, "", "95 % interval"),
+        Column("high", list(100 * high), 1, None, "", "95 % interval"),
+    ]
+    notes = [interval_note(*statistics.counts(scores))]
+    if why:
+        notes.append(why)
+    else:
+        columns += [Column("p", list(found["p"]), 4), Column("p (Holm)", list(found["p_holm"]), 4)]
+        notes.append(
+            "p belongs to the interval: below 0.05 where the interval leaves 0 out. “Holm” is "
+            f"corrected for all {len(found)} pairs by Holm's method; the intervals are not."
+        )
     return Table(
         f"pairs_{task.replace(' ', '_')}",
-        f"{task}: every two methods, the better one first.",
+        f"{task}: every two methods, that of the higher mean first.",
         [f"{a} – {b}" for a, b in zip(first, second, strict=True)],
-        [
-            Column(
-                "difference", list(100 * sign * found["difference"]), 1, None, "", "Dice (points)"
-            ),
-            Column("low", list(100 * low), 1, None, "", "95 % interval"),
-            Column("high", list(100 * high), 1, None, "", "95 % interval"),
-            Column("p (Holm)", list(found["p_holm"]), 4),
-            Column("effect size", list(sign * found["effect"]), 2),
-            Column("P(better) (%)", list(100 * better), 0),
-        ],
-        notes=[UNTESTED] * one_seed
-        + [
-            "p by Wilcoxon's signed-rank test paired by case and seed, corrected by Holm's "
-            "method; the effect size is the matched-pairs rank-biserial correlation; P(better) is "
-            "the share of resamples of cases and seeds. Cases of one seed are not independent of "
-            "those of another: with few cases p is too small, the interval is not."
-        ],
+        columns,
+        notes=[*notes, *designs[task].notes],
         first="pair",
     )
 
@@ -270,6 +301,9 @@ def ablation(results: Results, method: str, selector: str = "last") -> Table:
     names[UPPER] = title(UPPER)
     shown = rows[rows["entry"].isin(names)]
     lines = comparison.table(shown, selector)
+    compared, designs = comparison.compared(shown, selector)
+    unpaired = set(lines.index.get_level_values("entry")[~lines["compared"].to_numpy(bool)])
+    out = [f"{task}: {note}" for task, own_design in designs.items() for note in own_design.notes]
     present = set(lines.index.get_level_values("entry"))
     entries = [entry for entry in names if entry in present]
     columns = []
@@ -291,9 +325,14 @@ def ablation(results: Results, method: str, selector: str = "last") -> Table:
         f"Ablation of {method}.",
         [names[entry] for entry in entries],
         columns,
-        frozenset({title(UPPER)}),
-        notes=[SPREAD],
-        ids=run_ids(shown, entries),
+        frozenset({names.get(entry, entry) for entry in unpaired} | {title(UPPER)}),
+        notes=[
+            *_means(lines),
+            *filter(None, [comparison.last_bits_note(lines)]),
+            *comparison.gap_notes(lines),
+            *out,
+        ],
+        ids=run_ids(compared, entries),
         first="variant",
     )
 
@@ -342,6 +381,7 @@ def curve(method: str, setting: str, points: pd.DataFrame) -> Table:
     """The numbers of a curve."""
     values = sorted(points["value"].unique())
     columns = []
+    few: set[float] = set()  # values with fewer seeds than others, which compete with none
     for task, part in points.groupby("task"):
         by_value = part.groupby("value")["dice"]
         mean, deviation = by_value.mean(), by_value.std()
@@ -355,13 +395,21 @@ def curve(method: str, setting: str, points: pd.DataFrame) -> Table:
                 str(task),
             )
         )
+        seeds = by_value.size().reindex(values, fill_value=0)
+        columns.append(Column("seeds", list(seeds.astype(float)), 0, None, "", str(task)))
+        few |= set(seeds.index[seeds < seeds.max()])
     default = set(points.loc[~points["changed"], "value"])
+    names = {v: f"{v:g}" + (" (default)" if v in default else "") for v in values}
     return Table(
         f"curve_{method}_{setting}",
         f"{method}: Dice over {setting}, all other settings at their defaults.",
-        [f"{value:g}" + (" (default)" if value in default else "") for value in values],
+        list(names.values()),
         columns,
-        notes=[SPREAD, "The best value here was found with target labels, so it is not a choice."],
+        frozenset(names[v] for v in few),
+        notes=[
+            *_means(points.groupby(["task", "value"])["dice"].agg(sd="std")),
+            "The best value here was found with target labels, so it is not a choice.",
+        ],
         first=setting,
     )
 
@@ -373,7 +421,7 @@ def selectors(results: Results, task: str) -> Table:
     """The Dice that each selector would have given to each entry."""
     rows = plain(results.rows[results.rows["task"] == task])
     rows = rows[rows["entry"] != UPPER]
-    dice = _by_selector(rows)
+    dice, seeds = _by_selector(rows)
     names = [str(name) for name in dice.columns if name != ORACLE]
     names += [ORACLE] * (ORACLE in dice)
     entries = [str(entry) for entry in dice.index]
@@ -381,7 +429,10 @@ def selectors(results: Results, task: str) -> Table:
         f"selectors_{task.replace(' ', '_')}",
         f"{task}: Dice (%) of the checkpoint that each selector chooses.",
         entries,
-        [Column(_selector(name), list(100 * dice[name]), 1) for name in names],
+        [
+            *(Column(_selector(name), list(100 * dice[name]), 1) for name in names),
+            Column("seeds", [float(seeds[entry]) for entry in entries], 0),
+        ],
         notes=["oracle chose by Dice on the test cases (privileged): never a result."]
         if ORACLE in names
         else [],
@@ -389,15 +440,19 @@ def selectors(results: Results, task: str) -> Table:
     )
 
 
-def _by_selector(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean Dice, entry × selector; of seeds that have all selectors."""
+def _by_selector(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
+    """Mean Dice, entry × selector, of the seeds that all selectors of an entry judged; how many."""
     keys = ["entry", "selector", "seed", "case"]
     per_case = rows.groupby(keys, observed=True)["dice"].mean()
-    per_run = per_case.groupby(["entry", "selector", "seed"], observed=True).mean()
-    dice = per_run.groupby(["entry", "selector"], observed=True).mean().unstack("selector")
-    dice.columns = [str(name) for name in dice.columns]
-    dice.index = [str(name) for name in dice.index]
-    return dice
+    per_run = per_case.groupby(["entry", "seed", "selector"], observed=True).mean()
+    per_run = per_run.unstack("selector")
+    per_run.columns = [str(name) for name in per_run.columns]
+    judging = per_run.notna().groupby("entry", observed=True).transform("any")
+    whole = (per_run.notna() | ~judging).all(axis=1)
+    by_entry = per_run[whole].groupby("entry", observed=True)
+    dice, seeds = by_entry.mean(), by_entry.size()
+    dice.index = seeds.index = [str(name) for name in dice.index]
+    return dice, seeds
 
 
 def regrets(results: Results) -> pd.DataFrame:
@@ -518,17 +573,23 @@ def _selector(name: str) -> str:
 
 def runs(results: Results, selector: str = "last") -> Table:
     """Every run, with what its numbers were made by."""
-    rows = results.chosen_by(selector)
+    rows = results.with_repeats(results.chosen_by(selector))
     per_case = rows.groupby(["run", "case"], observed=True)["dice"].mean()
     dice = per_case.groupby("run", observed=True).mean()
-    lines = rows.drop_duplicates("run").sort_values(["task", "entry", "seed"])
+    order = ["task", "entry", "seed", statistics.REPEAT]
+    lines = rows.drop_duplicates("run").sort_values(order)
+    nudged = [int(value) for value in lines[statistics.REPEAT]]
+    entries = [
+        title(str(entry)) + (f" (repeat {k}, last bits nudged)" if k else "")
+        for entry, k in zip(lines["entry"], nudged, strict=True)
+    ]
     names = [str(run) for run in lines["run"]]
     return Table(
         "runs",
         "The runs behind the numbers.",
         names,
         [
-            Column("entry", [title(str(entry)) for entry in lines["entry"]]),
+            Column("entry", entries),
             Column("task", [str(task) for task in lines["task"]]),
             Column("seed", [float(seed) for seed in lines["seed"]], 0),
             Column("Dice (%)", [100 * float(dice[run]) for run in names], 1),

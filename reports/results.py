@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +17,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from glua_bench.config import RunConfig, changed_settings, flat_settings, variant_name
+from glua_bench.config import RunConfig, changed_settings, digest, flat_settings, variant_name
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.neighbours import Neighbourhood
 from glua_bench.registry import Registry
-from glua_bench.reports import comparison
+from glua_bench.reports import comparison, statistics
 from glua_bench.reports.comparison import LOWER, UPPER
-from glua_bench.tracking import RunDirectory, list_runs
+from glua_bench.tracking import RunDirectory, list_runs, write_text
 
 ORACLE = "oracle"
 
@@ -43,7 +44,9 @@ FROM_OLDER = {  # columns that rows of an older version lack
     "scenario": "uda",
     "augmentation": "geometric",
     "peak_memory_mib": math.nan,
+    statistics.REPEAT: 0,
 }
+MAY_AGE = ("data", "distances", "protocol")  # of a protocol: what newer runs may replace
 PROTOCOL_OF_OLDER = {"slices": "1"}  # what protocols of an older version do not say, but follow
 
 
@@ -62,6 +65,9 @@ class Results:
         directories: run id → its directory; empty for rows from a file.
         notices: what a reader must know about runs that are not here, a sentence each.
         plugins: files with further methods.
+        repeats: the same of repeats: runs of an entry and seed that are here, whose first weights
+            were nudged in their last bits (perturbation 1, 2, …). They show how far that moves a
+            result, and enter nothing else.
     """
 
     rows: pd.DataFrame
@@ -69,6 +75,7 @@ class Results:
     directories: Mapping[str, RunDirectory] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     plugins: Sequence[Path] = ()
+    repeats: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def tasks(self) -> list[str]:
@@ -95,6 +102,19 @@ class Results:
         rows = self.chosen_by(selector)
         return rows[rows["task"] == task]
 
+    def with_repeats(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Rows of some entries, and those of their repeats.
+
+        Args:
+            rows: ordinary rows of one selector.
+        """
+        if self.repeats.empty:
+            return rows
+        own = self.repeats
+        for name in ("task", "entry", "selector"):
+            own = own[own[name].isin(rows[name].unique())]
+        return pd.concat([rows, own], ignore_index=True)
+
 
 def from_runs(
     runs_root: Path,
@@ -105,7 +125,8 @@ def from_runs(
     """The finished runs below a directory.
 
     Args:
-        runs_root: the directory of all runs.
+        runs_root: the directory of all runs; or a file that `record` wrote in it, whose runs
+            alone are taken.
         where: which runs: setting → allowed values, as text.
         plugins: files with further methods.
         warn: receives the sentences that also become notices.
@@ -113,7 +134,10 @@ def from_runs(
     Raises:
         UserError: there is no finished run, or runs of one task follow different protocols.
     """
-    runs = list_runs(runs_root)
+    recorded: set[str] = set()
+    if runs_root.is_file():
+        recorded, runs_root = _recorded(runs_root), runs_root.resolve().parent.parent
+    runs = [run for run in list_runs(runs_root) if not recorded or run.id in recorded]
     if not runs:
         raise ConfigError(
             f"There are no runs below {runs_root}; run something first (glua-bench compare), or "
@@ -127,6 +151,9 @@ def from_runs(
         )
     notices: list[str] = []
     notice = _noticing(notices, warn)
+    gone = len(recorded) - len({run.id for run in runs}) if recorded else 0
+    if gone:
+        notice(f"{_count(gone, 'run')} of the comparison {_is(gone)} not below {runs_root}.")
     done: list[RunDirectory] = []
     left: list[RunDirectory] = []
     for run in chosen:
@@ -147,9 +174,46 @@ def from_runs(
             f"No run below {runs_root} is finished and readable; look at the warnings, or begin "
             "again what failed with glua-bench compare --retry-failed."
         )
-    found = _assemble(records, lines, notices, plugins)
+    found = _assemble(records, lines, notice, notices, plugins)
     _check(found, notice)
     return found
+
+
+def record(runs_root: Path, title: str, runs: Iterable[RunDirectory]) -> Path:
+    """Write down which runs were compared, for a report of these and no others.
+
+    Args:
+        runs_root: the directory of all runs.
+        title: what was asked for, e.g. "compare glua, sifa".
+        runs: the runs.
+
+    Returns:
+        A file in `comparisons` below that directory, the same for the same runs.
+
+    Raises:
+        RunFailure: it cannot be written.
+    """
+    ids = sorted(run.id for run in runs)
+    name = re.sub(r"[^\w.+-]+", "_", title)[:60].strip("_")
+    path = runs_root / "comparisons" / f"{name}_{digest(ids)[:6]}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps({"title": title, "runs": ids}, indent=2) + "\n")
+    return path
+
+
+def _recorded(path: Path) -> set[str]:
+    """The ids of runs in a file that `record` wrote.
+
+    Raises:
+        ConfigError: it is no such file.
+    """
+    try:
+        return set(json.loads(path.read_text(encoding="utf-8"))["runs"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{path} is no file of a comparison; give the directory of all runs, or a file below "
+            "its comparisons that `glua-bench compare` named."
+        ) from error
 
 
 def from_rows(
@@ -197,8 +261,11 @@ def from_rows(
         rows = rows[rows[name].astype(str).isin(values)]
     if rows.empty:
         raise ConfigError(f"{path} holds no rows that fit; leave --where {_where_text(where)} out.")
-    found = Results(rows.reset_index(drop=True), _no_checkpoints(), plugins=plugins)
-    _check(found, _noticing(found.notices, warn))
+    notices: list[str] = []
+    notice = _noticing(notices, warn)
+    own, repeats = _parted(rows.reset_index(drop=True), notice)
+    found = Results(own, _no_checkpoints(), notices=notices, plugins=plugins, repeats=repeats)
+    _check(found, notice)
     return found
 
 
@@ -340,7 +407,7 @@ def _lines(
     records: Sequence[_Record], registry: Registry, notice: Callable[[str], None]
 ) -> pd.DataFrame:
     """One line a run: what it is called and was made of; the newest run of each cell."""
-    newest: dict[tuple[str, str, int, str], dict[str, Any]] = {}
+    newest: dict[tuple[str, str, int, int, str], dict[str, Any]] = {}
     replaced = 0
     for record in sorted(records, key=lambda record: (record.time, record.run.id)):
         config = record.run.config
@@ -353,8 +420,11 @@ def _lines(
         entry = ", ".join([base, *(f"{n} = {_shown(v)}" for n, v in changes.items())])
         task = f"{config.dataset} {config.direction}"
         state = record.environment.get("source") or record.environment.get("git") or {}
-        # Runs that see other slices are not older versions of each other; `_check` refuses them.
-        key = task, entry, config.seed, str(Neighbourhood.of(config))
+        # Runs of other budgets, grids or slices are not older versions of each other; `_check`
+        # refuses them.
+        nudged = int(getattr(config, statistics.REPEAT, 0))
+        set_up = {k: v for k, v in _protocol(record).items() if k not in MAY_AGE}
+        key = task, entry, config.seed, nudged, json.dumps(set_up)
         replaced += key in newest
         newest[key] = {
             "run": record.run.id,
@@ -371,6 +441,7 @@ def _lines(
             "scenario": config.scenario,
             "augmentation": config.augmentation,
             "seed": config.seed,
+            statistics.REPEAT: nudged,
             "peak_memory_mib": float(record.summary["peak_memory_mib"]),
             "commit": str(state.get("commit", ""))[:10] + ("+" if state.get("dirty") else ""),
             "code": str(record.environment.get("code", "")),
@@ -385,7 +456,11 @@ def _lines(
 
 
 def _assemble(
-    records: Sequence[_Record], lines: pd.DataFrame, notices: list[str], plugins: Sequence[Path]
+    records: Sequence[_Record],
+    lines: pd.DataFrame,
+    notice: Callable[[str], None],
+    notices: list[str],
+    plugins: Sequence[Path],
 ) -> Results:
     """The rows and scores of the runs that have a line."""
     by_run = {record.run.id: record for record in records}
@@ -393,6 +468,8 @@ def _assemble(
     lines["seconds"] = comparison.costs([(r.run.config, r.summary) for r in kept])
     checkpoints = []
     for position, record in enumerate(kept):
+        if lines[statistics.REPEAT].iloc[position]:
+            continue
         for selector, scores in record.summary.get("selector_scores", {}).items():
             checkpoints += [(position, selector, int(s), float(v)) for s, v in scores.items()]
     for name in TEXTS:
@@ -402,8 +479,9 @@ def _assemble(
             record.rows[name] = record.rows[name].cat.set_categories(list(words))
     rows = pd.concat([record.rows for record in kept], ignore_index=True)
     rows["line"] = np.repeat(np.arange(len(kept)), [len(record.rows) for record in kept])
+    own, repeats = _parted(_with_runs(rows, lines), notice)
     return Results(
-        _with_runs(rows, lines),
+        own,
         _with_runs(
             pd.DataFrame(checkpoints, columns=["line", "selector", "step", "score"]),
             lines[["run", "entry", "task", "seed"]],
@@ -411,7 +489,36 @@ def _assemble(
         {record.run.id: record.run for record in kept},
         notices,
         plugins,
+        repeats,
     )
+
+
+def _parted(rows: pd.DataFrame, notice: Callable[[str], None]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Ordinary rows, and those of repeats of the same runs by the same code.
+
+    Raises:
+        ConfigError: there are none but repeats.
+    """
+    own = statistics.ordinary(rows)
+    if own.empty:
+        raise ConfigError(
+            "There are only repeats here, which show how far last bits move a result and are none; "
+            f"leave {statistics.REPEAT} out of --where, or run compare without --repeats."
+        )
+    if len(own) == len(rows):
+        return own, rows.iloc[:0]
+    keys = ["task", "entry", "seed", "code"]
+    repeats = rows[rows[statistics.REPEAT] != 0]
+    known = set(own[keys].drop_duplicates().astype(str).itertuples(index=False, name=None))
+    per_run = repeats.drop_duplicates("run")
+    found = per_run[keys].astype(str).itertuples(index=False, name=None)
+    lost = {run for run, key in zip(per_run["run"], found, strict=True) if key not in known}
+    if lost:
+        notice(
+            f"{_count(len(lost), 'repeat')} {_is(len(lost))} left out: the run of the same code, "
+            "entry, task and seed is not here."
+        )
+    return own.reset_index(drop=True), repeats[~repeats["run"].isin(lost)].reset_index(drop=True)
 
 
 def _with_runs(rows: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
@@ -443,7 +550,7 @@ def _no_checkpoints() -> pd.DataFrame:
 
 
 def _check(found: Results, notice: Callable[[str], None]) -> None:
-    """Refuse mixed protocols; say where seeds or cases are not paired.
+    """Refuse mixed protocols; say what is not paired, and where nothing can be tested.
 
     Raises:
         ConfigError: the runs of a task follow different protocols.
@@ -451,39 +558,30 @@ def _check(found: Results, notice: Callable[[str], None]) -> None:
     for task in found.tasks:
         own = found.rows[found.rows["task"] == task]
         per_run = own.drop_duplicates("run")[["run", "entry", "seed", "protocol", "code", "device"]]
-        _one_protocol(task, per_run["protocol"])
-        _one_test_set(task, own)
+        every = own
+        if len(found.repeats):
+            every = pd.concat([own, found.repeats[found.repeats["task"] == task]])
+        _one_protocol(task, every.drop_duplicates("run")["protocol"])
+        _one_test_set(task, every)
         twice = per_run[per_run.duplicated(["entry", "seed"])]
         if len(twice):
             raise ConfigError(
                 f"{task} has two runs of {twice.iloc[0]['entry']} with seed "
                 f"{twice.iloc[0]['seed']}; choose one with --where run=… or code=…."
             )
-        for what, column in (("code of different versions", "code"), ("devices", "device")):
-            count = per_run[column].nunique()
-            if count > 1 and column == "device":
-                notice(f"{task}: runs on {count} {what}; seconds compare within one only.")
+        devices = per_run["device"].nunique()
+        if devices > 1:
+            notice(f"{task}: runs on {devices} devices; seconds compare within one only.")
         mixed = per_run.groupby("entry", observed=True)["code"].nunique()
         for entry in mixed[mixed > 1].index:
             notice(f"{task}: the seeds of {entry} were run by code of different versions.")
-        compared = plain(own).drop_duplicates("run")
-        seeds = {e: set(part["seed"]) for e, part in compared.groupby("entry", observed=True)}
-        shared = set.intersection(*seeds.values())
-        most = max(seeds.values(), key=len)
-        if not shared:
-            raise ConfigError(
-                f"{task}: no seed is common to all entries, so nothing can be compared; run the "
-                "missing seeds, or leave entries out with --where."
-            )
-        if shared != most:
-            few = sorted(entry for entry, own_seeds in seeds.items() if own_seeds != most)
-            notice(
-                f"{task}: {', '.join(few[:4])}{' and others' if len(few) > 4 else ''} "
-                f"{'has' if len(few) == 1 else 'have'} not all of the {len(most)} seeds; tests and "
-                f"rankings use the {_count(len(shared), 'seed')} that all have."
-            )
-        if len(most) == 1:
-            notice(f"{task}: one seed; intervals and tests are withheld (give --seeds 3).")
+        first = own["selector"] == own["selector"].iloc[0]
+        paired = statistics.design(plain(own[first]))
+        for note in paired.notes:
+            notice(f"{task}: {note}")
+        why = statistics.untested(len(paired.seeds), len(paired.cases))
+        if why:
+            notice(f"{task}: {why}")
 
 
 def _one_protocol(task: str, protocols: pd.Series) -> None:

@@ -1,21 +1,119 @@
-"""How sure a comparison is: intervals, paired tests, and rankings with their stability.
+"""How sure a comparison is: what is paired, intervals, paired tests, and ranks.
 
 Everything starts from one score for each entry, seed and case. Seeds and cases are crossed: every
-seed is scored on the same cases, so scores of one case (or of one seed) go up and down together,
-and resampling draws cases and seeds, not scores. Tests and corrections are those of scipy,
-statsmodels and scikit-posthocs.
+seed is scored on the same cases, so scores of one case (or of one seed) go up and down together.
+The model is that of crossed random effects,
+
+    score = mean + effect of the seed + effect of the case + rest,
+
+of which intervals and tests use the mean squares. `benchmarks/coverage.py` measures how often the
+intervals hold the truth; its table is in docs/protocol.md.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-DRAWS = 2000
 LEVEL = 0.95
+SIGNIFICANT = 0.05
+# Tests are withheld below these. One training says nothing about the next one. With fewer cases
+# an exact test of signs cannot reach 0.05 (2 / 2^5 = 0.0625), so a smaller p would come from the
+# assumption of a normal distribution, which so few cases cannot support.
+FEWEST_SEEDS, FEWEST_CASES = 2, 6
+REPEAT = "perturbation"  # of a run: 0, or which draw nudged the last bits of its first weights
+
+
+# -- what is compared ----------------------------------------------------------------------------
+
+
+def ordinary(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows without repeats, i.e. without runs whose first weights were nudged in their last bits.
+
+    Args:
+        rows: of runs; rows of older versions have no column `perturbation`, and no repeats.
+    """
+    return rows[rows[REPEAT].fillna(0) == 0] if REPEAT in rows else rows
+
+
+@dataclass(frozen=True)
+class Design:
+    """What is paired in a comparison.
+
+    Args:
+        entries: that have a score for each of the seeds and cases.
+        seeds: that all of them have.
+        cases: that all of them have.
+        notes: a sentence for each entry, seed or case that is left out.
+    """
+
+    entries: tuple[str, ...]
+    seeds: tuple[int, ...]
+    cases: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    def of(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Rows as tables average them: paired entries by what is paired, others by what they have.
+
+        Args:
+            rows: of one task and selector, with columns entry, seed and case.
+        """
+        paired = rows["entry"].isin(self.entries)
+        return rows[rows["case"].isin(self.cases) & (rows["seed"].isin(self.seeds) | ~paired)]
+
+
+def design(rows: pd.DataFrame) -> Design:
+    """The seeds and cases that are compared, and the entries that have all of them.
+
+    An entry that lacks a seed does not take it from the others: the most seeds count that more
+    than half of the entries have, and entries that lack one of these are left out. A case that has
+    no score in some run (neither reference nor prediction shows any structure) is left out of all.
+
+    Args:
+        rows: ordinary rows of one task and selector.
+    """
+    per_run = rows.groupby(["entry", "seed", "case"], observed=True)["dice"].mean().unstack("case")
+    # Whether a run was scored on a case is one thing, whether the score is defined another.
+    scored = rows.groupby(["entry", "seed", "case"], observed=True).size().unstack("case").notna()
+    undefined = (scored & per_run.isna()).any()
+    whole = scored.all(axis=1)
+    own: dict[str, set[int]] = {str(e): set() for e in per_run.index.get_level_values("entry")}
+    for entry, seed in per_run.index[whole]:
+        own[str(entry)].add(int(seed))
+    candidates: set[frozenset[int]] = set()
+    for has in set(map(frozenset, own.values())):
+        candidates |= {has, *(has & other for other in candidates)}
+
+    def holders(seeds: frozenset[int]) -> list[str]:
+        return [entry for entry, has in own.items() if has >= seeds]
+
+    def merit(seeds: frozenset[int]) -> tuple[bool, int, int, list[int]]:
+        most = bool(seeds) and 2 * len(holders(seeds)) > len(own)
+        return most, len(seeds), len(holders(seeds)), [-seed for seed in sorted(seeds)]
+
+    seeds = max(candidates, key=merit)
+    entries = holders(seeds) if seeds else []
+    notes = [
+        f"{entry} lacks {_numbered('seed', sorted(seeds - own[entry]))} and is left out of "
+        "intervals, tests and ranks."
+        for entry in own
+        if entry not in entries
+    ]
+    spare = sorted(set().union(*(own[entry] for entry in entries)) - seeds) if entries else []
+    if spare:
+        them = f"not used, since not all entries have {'it' if len(spare) == 1 else 'them'}."
+        notes.append(f"{_numbered('Seed', spare)} {_is(spare)} {them}")
+    names = [str(case) for case in per_run.columns[undefined]]
+    if names:
+        notes.append(
+            f"{_numbered('Case', names)} {_is(names)} not averaged: some run has no score there, "
+            "since neither reference nor prediction shows any structure."
+        )
+    cases = tuple(str(case) for case in per_run.columns[~undefined])
+    return Design(tuple(entries), tuple(sorted(seeds)), cases, tuple(notes))
 
 
 def scores(
@@ -32,130 +130,207 @@ def scores(
         selector: whose checkpoints count.
 
     Returns:
-        A column for each entry, indexed by seed and case; without the seeds and cases that some
-        entry lacks, since what is compared must be paired.
+        A column for each entry of the `design`, indexed by seed and case.
     """
-    own = rows[(rows["task"] == task) & (rows["selector"] == selector)]
-    return (
-        own.groupby(["seed", "case", "entry"], observed=True)[metric]
+    own = ordinary(rows[(rows["task"] == task) & (rows["selector"] == selector)])
+    paired = design(own)
+    own = paired.of(own)
+    table = (
+        own[own["entry"].isin(paired.entries)]
+        .groupby(["seed", "case", "entry"], observed=True)[metric]
         .mean()
         .unstack("entry")
-        .dropna()
     )
+    table.columns = pd.Index([str(entry) for entry in table.columns], name="entry")
+    return table
 
 
-def resamples(
-    table: pd.DataFrame, draws: int = DRAWS, rng: np.random.Generator | None = None
-) -> np.ndarray:
-    """Means of entries over resampled cases and seeds.
-
-    In each draw, as many seeds and as many cases as there are, each with replacement, and the
-    mean over their crossing (the pigeonhole bootstrap of crossed factors, Owen 2007).
-
-    Args:
-        table: from `scores`; every seed with the same cases.
-        draws: how many.
-        rng: of the draws; None begins with seed 0.
-
-    Returns:
-        (draws, entries).
-
-    Raises:
-        ValueError: a seed lacks a case.
-    """
-    cube = _cube(table)
-    seeds, cases = cube.shape[:2]
-    rng = rng or np.random.default_rng(0)
-    chosen_seeds = rng.integers(0, seeds, (draws, seeds))
-    chosen_cases = rng.integers(0, cases, (draws, cases))
-    return np.stack(
-        [cube[s][:, c].mean((0, 1)) for s, c in zip(chosen_seeds, chosen_cases, strict=True)]
-    )
-
-
-def intervals(table: pd.DataFrame, draws: int = DRAWS) -> pd.DataFrame:
-    """Mean of each entry with the percentile interval of its resamples.
+def counts(table: pd.DataFrame) -> tuple[int, int]:
+    """Numbers of seeds and of cases.
 
     Args:
         table: from `scores`.
-        draws: of the bootstrap.
-
-    Returns:
-        Indexed by entry: mean, low, high, seeds, cases. With one seed or one case there is no
-        interval (nan): how much the result depends on it is not known.
     """
-    seeds, cases = _counts(table)
-    found = pd.DataFrame({"mean": table.mean(), "low": math.nan, "high": math.nan})
-    if _crossed(table):
-        tail = (1 - LEVEL) / 2
-        found["low"], found["high"] = np.quantile(resamples(table, draws), [tail, 1 - tail], axis=0)
-    return found.assign(seeds=seeds, cases=cases)
+    index = table.index
+    return index.get_level_values("seed").nunique(), index.get_level_values("case").nunique()
 
 
-def pairs(table: pd.DataFrame, draws: int = DRAWS, higher: bool = True) -> pd.DataFrame:
-    """Every two entries: difference, interval, Wilcoxon's test, effect size, and who is better.
+def untested(seeds: int, cases: int) -> str:
+    """Why nothing is tested, and what would be needed; "" where tests are made."""
+    needed = []
+    if seeds < FEWEST_SEEDS:
+        needed.append(f"{FEWEST_SEEDS} seeds or more (--seeds 3)")
+    if cases < FEWEST_CASES:
+        needed.append(f"{FEWEST_CASES} test cases or more")
+    if not needed:
+        return ""
+    has = [f"{seeds} seed"] * (seeds < FEWEST_SEEDS)
+    signs = ""
+    if cases < FEWEST_CASES:
+        has.append(f"{cases} case{'s'[: cases != 1]}")
+        signs = f" (with {has[-1]} an exact test of signs cannot go below p = {2 / 2**cases:g})"
+    return f"A test needs {' and '.join(needed)}; this comparison has {' and '.join(has)}{signs}."
 
-    The test is Wilcoxon's signed-rank test on scores paired by case and seed, its p-values
-    corrected by Holm's method over all pairs. Scores of one case are alike over seeds, so p is
-    too small where seeds are many and cases few: read it beside the interval, which resamples
-    both. The effect size is the matched-pairs rank-biserial correlation (Kerby 2014), from -1 to
-    1: the share of ranks in favour of a minus those in favour of b.
+
+# -- the model -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Means:
+    """Means over crossed seeds and cases, and how sure they are.
+
+    The variance of a mean is estimated by (A + B - R) / (seeds × cases), with the mean squares A
+    of seeds, B of cases and R of the rest, of which R takes away half of A + B at most. The
+    quantile is Cochran and Cox's: that of Student's t with seeds - 1 degrees of freedom and that
+    with cases - 1, weighted by A and B. With one seed, the error is that over cases of this
+    training alone.
+
+    Args:
+        mean: (N,), the means.
+        error: (N,), their standard errors; nan for one case.
+        share: (N,), weight of the seeds' quantile.
+        seeds: how many.
+        cases: how many.
+    """
+
+    mean: np.ndarray
+    error: np.ndarray
+    share: np.ndarray
+    seeds: int
+    cases: int
+
+    @classmethod
+    def of(cls, cube: np.ndarray) -> Means:
+        """Means of N tables of scores.
+
+        Args:
+            cube: (N, seeds, cases).
+        """
+        count, seeds, cases = cube.shape
+        mean = cube.mean((1, 2))
+        if cases < 2:
+            return cls(mean, np.full(count, math.nan), np.zeros(count), seeds, cases)
+        of_seed, of_case = cube.mean(2), cube.mean(1)
+        b = seeds * of_case.var(1, ddof=1)
+        if seeds < 2:
+            return cls(mean, np.sqrt(b / cases), np.zeros(count), seeds, cases)
+        a = cases * of_seed.var(1, ddof=1)
+        rest = cube - of_seed[:, :, None] - of_case[:, None, :] + mean[:, None, None]
+        r = (rest**2).sum((1, 2)) / ((seeds - 1) * (cases - 1))
+        total = a + b - np.minimum(r, (a + b) / 2)
+        share = np.divide(a, a + b, out=np.zeros(count), where=a + b > 0)
+        return cls(mean, np.sqrt(total / (seeds * cases)), share, seeds, cases)
+
+    def quantile(self, tail: float | np.ndarray) -> np.ndarray:
+        """How many standard errors leave this probability above them, (N,)."""
+        from scipy.stats import t
+
+        of_case = t.isf(tail, self.cases - 1) * np.ones_like(self.share)
+        if self.seeds < 2:
+            return np.asarray(of_case)
+        return np.asarray(self.share * t.isf(tail, self.seeds - 1) + (1 - self.share) * of_case)
+
+    def interval(self, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper ends, (N,) each; nan for one case."""
+        half = self.quantile((1 - level) / 2) * self.error
+        return self.mean - half, self.mean + half
+
+    def p(self) -> np.ndarray:
+        """Two-sided p-values of "the mean is 0", (N,).
+
+        The smallest level at which the interval leaves 0 out: p < 0.05 where the 95 % interval
+        does.
+        """
+        with np.errstate(divide="ignore", invalid="ignore"):
+            wanted = np.abs(self.mean) / self.error
+        wanted = np.where((self.mean == 0) & (self.error == 0), 0.0, wanted)
+        # The quantile falls as the tail grows: halve the interval of its logarithm.
+        low, high = np.full(len(wanted), -80.0), np.full(len(wanted), math.log(0.5))
+        for _ in range(60):
+            middle = (low + high) / 2
+            above = self.quantile(np.exp(middle)) > wanted
+            low, high = np.where(above, middle, low), np.where(above, high, middle)
+        return np.where(np.isnan(self.error), math.nan, 2 * np.exp(high))
+
+
+def intervals(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean of each entry with its interval.
 
     Args:
         table: from `scores`.
-        draws: of the bootstrap.
-        higher: whether a higher score is better.
 
     Returns:
-        a, b, difference (mean of a - b), low, high, p, p_holm, effect, better (share of resamples
-        in which a is better than b; ties count half).
+        Indexed by entry: mean, low, high, seeds, cases. With one seed the interval is over cases,
+        for this one training; with one case there is none (nan).
     """
-    from scipy.stats import rankdata, wilcoxon
+    found = Means.of(_cube(table))
+    low, high = found.interval()
+    return pd.DataFrame(
+        {
+            "mean": found.mean,
+            "low": low,
+            "high": high,
+            "seeds": found.seeds,
+            "cases": found.cases,
+        },
+        index=table.columns,
+    )
+
+
+def pairs(table: pd.DataFrame) -> pd.DataFrame:
+    """Every two entries: the difference, its interval, and whether it is beyond chance.
+
+    The p-values belong to the intervals and are corrected by Holm's method over all pairs.
+
+    Args:
+        table: from `scores`.
+
+    Returns:
+        a, b, difference (mean of a - b), low, high, p, p_holm; the last two nan where a test is
+        withheld (`untested`).
+    """
     from statsmodels.stats.multitest import multipletests
 
-    drawn = None
-    if _crossed(table):
-        drawn = pd.DataFrame(resamples(table, draws), columns=table.columns)
-    found = []
-    for a, b in itertools.combinations(table.columns, 2):
-        difference = (table[a] - table[b]).to_numpy()
-        shown = difference[difference != 0]
-        p, effect = 1.0, 0.0
-        if len(shown):
-            p = float(wilcoxon(shown).pvalue)
-            ranks = rankdata(np.abs(shown))
-            effect = float((ranks * np.sign(shown)).sum() / ranks.sum())
-        row = {"a": a, "b": b, "difference": difference.mean(), "p": p, "effect": effect}
-        if drawn is not None:
-            gap = (drawn[a] - drawn[b]).to_numpy()
-            tail = (1 - LEVEL) / 2
-            row["low"], row["high"] = np.quantile(gap, [tail, 1 - tail])
-            sign = 1 if higher else -1
-            row["better"] = float(((sign * gap > 0) + 0.5 * (gap == 0)).mean())
-        found.append(row)
-    columns = ["a", "b", "difference", "low", "high", "p", "p_holm", "effect", "better"]
-    result = pd.DataFrame(found).reindex(columns=columns)
-    if len(result):
+    columns = ["a", "b", "difference", "low", "high", "p", "p_holm"]
+    names = [str(entry) for entry in table.columns]
+    if len(names) < 2:
+        return pd.DataFrame(columns=columns)
+    cube = _cube(table)
+    first, second = np.triu_indices(len(names), 1)
+    found = Means.of(cube[first] - cube[second])
+    low, high = found.interval()
+    result = pd.DataFrame(
+        {
+            "a": [names[i] for i in first],
+            "b": [names[i] for i in second],
+            "difference": found.mean,
+            "low": low,
+            "high": high,
+            "p": math.nan,
+            "p_holm": math.nan,
+        }
+    )
+    if not untested(*counts(table)):
+        result["p"] = found.p()
         result["p_holm"] = multipletests(result["p"], method="holm")[1]
     return result
 
 
-def ranking(table: pd.DataFrame, draws: int = DRAWS, higher: bool = True) -> pd.DataFrame:
-    """Ranks of entries by both ways to aggregate, and how stable they are (as challengeR shows).
+def ranking(table: pd.DataFrame, higher: bool = True) -> pd.DataFrame:
+    """Ranks of entries by both ways to aggregate, and which ranks the tests leave open.
 
     Aggregate-then-rank ranks mean scores. Rank-then-aggregate ranks entries within every case and
-    seed and averages these ranks. Stability is the share of resamples of cases and seeds in which
-    the entry has the same aggregate-then-rank rank, and the ranks that 95 % of them lie between.
+    seed and averages these ranks. The ranks that are left open lie between one more than the
+    number of entries that are better beyond chance, and the number of those that are not worse
+    beyond chance (Mogstad et al. 2024): they hold all true ranks at once with 95 % confidence.
 
     Args:
         table: from `scores`.
-        draws: of the bootstrap.
         higher: whether a higher score is better.
 
     Returns:
         Indexed by entry, best first: mean, rank (aggregate-then-rank), mean_rank
-        (rank-then-aggregate), stability, rank_low, rank_high; the last three nan for one seed or
-        one case.
+        (rank-then-aggregate), rank_low, rank_high; the last two nan where tests are withheld.
     """
     means = table.mean()
     found = pd.DataFrame(
@@ -163,84 +338,68 @@ def ranking(table: pd.DataFrame, draws: int = DRAWS, higher: bool = True) -> pd.
             "mean": means,
             "rank": means.rank(ascending=not higher, method="min"),
             "mean_rank": table.rank(axis=1, ascending=not higher).mean(),
-            "stability": math.nan,
             "rank_low": math.nan,
             "rank_high": math.nan,
         }
     )
-    if _crossed(table):
-        drawn = pd.DataFrame(resamples(table, draws), columns=table.columns)
-        ranks = drawn.rank(axis=1, ascending=not higher, method="min")
-        found["stability"] = (ranks == found["rank"]).mean()
-        tail = (1 - LEVEL) / 2
-        found["rank_low"] = ranks.quantile(tail, interpolation="lower")
-        found["rank_high"] = ranks.quantile(1 - tail, interpolation="higher")
+    if not untested(*counts(table)):
+        found["rank_low"], found["rank_high"] = 1.0, float(len(found))
+        for pair in pairs(table).itertuples():
+            if pair.p_holm < SIGNIFICANT:
+                a_wins = (pair.difference > 0) == higher
+                better, worse = (pair.a, pair.b) if a_wins else (pair.b, pair.a)
+                found.loc[worse, "rank_low"] += 1
+                found.loc[better, "rank_high"] -= 1
     return found.sort_values(["rank", "mean_rank"])
 
 
-def rank_shares(table: pd.DataFrame, draws: int = DRAWS, higher: bool = True) -> pd.DataFrame:
-    """How often each entry has each rank in resamples of cases and seeds.
+def last_bits(rows: pd.DataFrame) -> pd.Series:
+    """How far last bits alone move the mean Dice of a run: the standard deviation over repeats.
+
+    Repeats are runs of one entry and seed whose first weights differ in their last bits, the
+    ordinary run included. The variances of seeds with repeats are pooled, by their degrees of
+    freedom.
 
     Args:
-        table: from `scores`, with several seeds and cases.
-        draws: of the bootstrap.
-        higher: whether a higher score is better.
+        rows: of one selector, with repeats.
 
     Returns:
-        Entry × rank (1, 2, …), shares in [0, 1]; best mean first. Entries that tie share the
-        better rank.
+        Standard deviation by task and entry; without entries that have no repeats.
     """
-    drawn = pd.DataFrame(resamples(table, draws), columns=table.columns)
-    ranks = drawn.rank(axis=1, ascending=not higher, method="min").astype(int)
-    shares = {
-        entry: ranks[entry].value_counts(normalize=True)
-        for entry in table.mean().sort_values(ascending=not higher).index
-    }
-    positions = range(1, table.shape[1] + 1)
-    return pd.DataFrame(shares).T.reindex(columns=positions).fillna(0.0)
-
-
-def friedman(table: pd.DataFrame) -> tuple[float, pd.DataFrame]:
-    """Friedman's test over cases, and Nemenyi's test of every two entries.
-
-    Cases are the blocks, with scores averaged over seeds, since blocks must be independent.
-
-    Args:
-        table: from `scores`, with three entries or more and two cases or more.
-
-    Returns:
-        p of "all are alike", and the matrix of Nemenyi's p-values, for a critical-difference
-        diagram.
-
-    Raises:
-        ValueError: there are too few entries or cases.
-    """
-    import scikit_posthocs
-    from scipy.stats import friedmanchisquare
-
-    blocks = table.groupby("case").mean()
-    if blocks.shape[0] < 2 or blocks.shape[1] < 3:
-        raise ValueError("Friedman's test needs three entries and two cases, or more")
-    p = float(friedmanchisquare(*(blocks[entry] for entry in blocks)).pvalue)
-    return p, scikit_posthocs.posthoc_nemenyi_friedman(blocks)
-
-
-def _counts(table: pd.DataFrame) -> tuple[int, int]:
-    """Numbers of seeds and of cases."""
-    index = table.index
-    return index.get_level_values("seed").nunique(), index.get_level_values("case").nunique()
-
-
-def _crossed(table: pd.DataFrame) -> bool:
-    """Whether there are several seeds and several cases to draw from."""
-    return min(_counts(table)) > 1
+    keys = ["task", "entry", "seed"]
+    if REPEAT not in rows or not rows[REPEAT].fillna(0).any():
+        index = pd.MultiIndex.from_arrays([[], []], names=keys[:2])
+        return pd.Series(index=index, dtype=float)
+    rows = rows.assign(**{REPEAT: rows[REPEAT].fillna(0)})
+    per_case = rows.groupby([*keys, REPEAT, "case"], observed=True)["dice"].mean()
+    per_run = per_case.groupby([*keys, REPEAT], observed=True).mean()
+    groups = per_run.groupby(keys, observed=True)
+    freedom = groups.size() - 1
+    squares = (groups.var() * freedom)[freedom > 0].groupby(keys[:2], observed=True).sum()
+    return np.sqrt(squares / freedom[freedom > 0].groupby(keys[:2], observed=True).sum())
 
 
 def _cube(table: pd.DataFrame) -> np.ndarray:
-    """(seeds, cases, entries)."""
+    """(entries, seeds, cases).
+
+    Raises:
+        ValueError: a seed lacks a case.
+    """
     seeds = table.index.get_level_values("seed").unique()
     cases = table.index.get_level_values("case").unique()
     full = pd.MultiIndex.from_product([seeds, cases], names=["seed", "case"])
     if len(table) != len(full):
         raise ValueError("every seed must have the same cases")
-    return table.reindex(full).to_numpy().reshape(len(seeds), len(cases), -1)
+    cube = table.reindex(full).to_numpy().reshape(len(seeds), len(cases), -1)
+    return np.moveaxis(cube, 2, 0)
+
+
+def _numbered(noun: str, names: list[int] | list[str]) -> str:
+    """ "seed 1", or "seeds 1 and 2"."""
+    words = [str(name) for name in names]
+    listed = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    return f"{noun}{'s'[: len(words) != 1]} {listed}"
+
+
+def _is(names: list[int] | list[str]) -> str:
+    return "is" if len(names) == 1 else "are"

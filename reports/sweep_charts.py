@@ -276,7 +276,8 @@ def curve(
             )
         axes.axvline(chosen, color=INK, lw=0.9, ls="-", zorder=0, label=f"chosen by {objective}")
         if column == "dice":
-            best = points.groupby("trial")["dice"].mean()
+            # A trial that lacks a score is no candidate, as in `sweep_report.price`.
+            best = points.groupby("trial")["dice"].agg(lambda own: own.mean(skipna=False))
             if best.notna().any():
                 at = points.loc[points["trial"] == best.idxmax(), "value"].iloc[0]
                 axes.axvline(

@@ -111,12 +111,15 @@ class Price:
     """What test labels say of a choice that was made without them. Dice in [0, 1].
 
     Args:
-        trials: number, the objective, dice (mean over directions and seeds) and sd (over seeds).
+        trials: number, the objective, dice (mean over directions and seeds) and sd (over seeds);
+            without trials that lack a score of some run.
         chosen: number of the chosen trial.
         best: number of the trial with the highest test Dice.
         difference: how much lower the chosen one is.
         spread: standard deviation of that difference over seeds; nan for one seed.
         rho: Spearman's rank correlation of objective and test Dice; nan for too few trials.
+        seeds: how many there are.
+        left_out: numbers of the trials that lack a score.
     """
 
     trials: pd.DataFrame
@@ -125,6 +128,8 @@ class Price:
     difference: float
     spread: float
     rho: float
+    seeds: int
+    left_out: Sequence[int]
 
     def dice(self, number: int) -> tuple[float, float]:
         """Mean and standard deviation over seeds of a trial."""
@@ -134,10 +139,14 @@ class Price:
 
 def price(sweep: Sweep) -> Price | None:
     """The price of not knowing; None where the chosen trial's runs have no test scores."""
-    runs, chosen = sweep.runs.dropna(subset="dice"), sweep.chosen
-    by_seed = runs.groupby(["trial", "seed"])["dice"].mean().unstack("seed")
-    by_seed = by_seed.dropna()  # seeds that some run lacks would make trials unequal
-    if chosen is None or chosen not in by_seed.index:
+    chosen = sweep.chosen
+    if chosen is None or sweep.runs["dice"].isna().all():
+        return None
+    by_run = sweep.runs.groupby(["trial", "seed", "direction"])["dice"].mean()
+    # Trials that lack a score of some run would be unequal.
+    by_run = by_run.unstack(["seed", "direction"]).dropna()
+    by_seed = by_run.T.groupby(level="seed").mean().T
+    if chosen not in by_seed.index:
         return None
     means = by_seed.mean(axis=1)
     best = int(means.idxmax())
@@ -148,7 +157,9 @@ def price(sweep: Sweep) -> Price | None:
     rho = math.nan
     if len(table) >= FEWEST_RANKED and table[sweep.objective].nunique() > 1 < means.nunique():
         rho = float(stats.spearmanr(table[sweep.objective], table["dice"]).statistic)
-    return Price(table, chosen, best, float(gap.mean()), float(gap.std()), rho)
+    left_out = sorted(int(n) for n in set(sweep.done["number"]) - set(table["number"]))
+    spread = float(gap.std())
+    return Price(table, chosen, best, float(gap.mean()), spread, rho, by_seed.shape[1], left_out)
 
 
 def sentences(sweep: Sweep) -> list[str]:
@@ -194,7 +205,7 @@ def _price_in_words(sweep: Sweep, known: Price) -> str:
         f"Looked at afterwards: the test Dice of this choice is {percent(known.dice(known.chosen))}"
     )
     if known.best == known.chosen:
-        text += ", the highest of all trials"
+        text += f", the highest of {len(known.trials)} trials"
     else:
         spread = "" if math.isnan(known.spread) else f" ± {100 * known.spread:.1f}"
         text += (
@@ -471,8 +482,9 @@ class _Writer(PageWriter):
             self.table(self._price_table(known)),
             self.chart(
                 "agreement",
-                f"Test Dice over {sweep.objective}, a dot a trial, bars: standard deviation over "
-                "seeds. Looked at afterwards.",
+                f"Test Dice over {sweep.objective}, a dot a trial"
+                f"{', bars: standard deviation over seeds' * (known.seeds > 1)}. Looked at "
+                "afterwards.",
                 sweep_charts.agreement(known.trials, sweep.objective, known.chosen, known.rho),
             ),
         ]
@@ -519,12 +531,17 @@ class _Writer(PageWriter):
             columns,
             unranked=frozenset({"highest test Dice (oracle)"}),
             notes=[
-                f"± is the standard deviation over {sweep.runs['seed'].nunique()} seeds; of the "
+                f"± is the standard deviation over {known.seeds} seeds; of the "
                 "difference, over the differences of equal seeds."
-                if sweep.runs["seed"].nunique() > 1
+                if known.seeds > 1
                 else "One seed: nothing says how much of the difference is chance.",
-                f"The highest of {len(known.trials)} means is partly luck, so the true price is "
-                "smaller rather than larger.",
+                *[
+                    f"The highest of {len(known.trials)} means is partly luck, so the true price "
+                    "is smaller rather than larger."
+                ]
+                * (known.best != known.chosen),
+                *[f"Without trials {', '.join(map(str, known.left_out))}: scores are missing."]
+                * bool(known.left_out),
             ],
             first="",
         )

@@ -76,15 +76,24 @@ def test_costs_and_curves_show_every_point(results, palette):
     assert level[0].get_ydata()[0] == pytest.approx(0.45)
 
 
-def test_ranks_and_differences_name_all_entries(results, palette):
-    scores = statistics.scores(plain(results.of(TASK)), TASK).drop(columns="supervised")
-    shares = statistics.rank_shares(scores)
-    figure = charts.rank_stability(shares, palette)
+def test_intervals_are_drawn_from_end_to_end(results, palette):
+    scores = comparison.competing(statistics.scores(plain(results.of(TASK)), TASK))
+    spans = statistics.intervals(scores)
+    figure = charts.intervals(spans, palette)
     assert {"glua", "slaug", "source_only"} <= set(texts(figure))
-    p, matrix = statistics.friedman(scores)
-    ranks = scores.groupby("case").mean().rank(axis=1, ascending=False).mean()
-    figure = charts.critical_difference(ranks, matrix, palette, p)
-    assert any(text.startswith("glua") for text in texts(figure))
+    drawn = [line.get_xdata() for line in figure.axes[0].lines if len(line.get_xdata()) == 2]
+    assert np.allclose(drawn, 100 * spans[["low", "high"]].to_numpy())
+
+
+def test_a_task_without_a_gap_has_no_panel(made_runs, palette):
+    made_runs.comparison()
+    for seed in range(3):
+        made_runs.add("source_only", 0.5, seed, direction="ct-mr")
+        made_runs.add("source_only", 0.4, seed, scenario="supervised", direction="ct-mr")
+        made_runs.add("glua", 0.6, seed, direction="ct-mr")
+    lines = comparison.table(plain(from_runs(made_runs.root).chosen_by("last")))
+    figure = charts.gaps(lines, palette)
+    assert [axes.get_title() for axes in figure.axes] == [TASK]
 
 
 def test_learning_marks_what_was_chosen(made_runs):

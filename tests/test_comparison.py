@@ -11,26 +11,27 @@ import pytest
 
 from glua_bench.config import RunConfig
 from glua_bench.errors import ConfigError
+from glua_bench.reports import statistics
 from glua_bench.reports.comparison import as_metrics, as_text, costs, table, verdict, write
 from glua_bench.task import Grid
 
 
-def made() -> pd.DataFrame:
-    """Two seeds, two cases, a lower and an upper bound, and an entry between them."""
+def made(cases: str = "ab", of: dict[str, list[float]] | None = None) -> pd.DataFrame:
+    """Dice of each seed; cases differ by a little, and nothing else does."""
     rows = []
-    for entry, seed, dice in [
-        ("source_only", 0, 0.2),
-        ("source_only", 1, 0.4),
-        ("supervised", 0, 0.8),
-        ("supervised", 1, 0.8),
-        ("mine", 0, 0.5),
-        ("mine", 1, 0.4),
-    ]:
-        for case, shift in (("a", -0.1), ("b", 0.1)):
-            rows.append((entry, "t x-y", seed, case, "s", dice + shift, 3.0, case == "a", 10, 50.0))
+    for entry, dice in (of or DICE).items():
+        for seed, mean in enumerate(dice):
+            if math.isnan(mean):
+                continue
+            for place, case in enumerate(cases):
+                shift = 0.02 * (place - (len(cases) - 1) / 2)
+                rows.append((entry, "t x-y", seed, case, "s", mean + shift, 3.0, case == "a", 10))
     columns = ["entry", "task", "seed", "case", "structure", "dice", "assd", "missed", "step"]
-    frame = pd.DataFrame(rows, columns=[*columns, "seconds"])
-    return frame.assign(selector="last", peak_memory_mib=7.0)
+    frame = pd.DataFrame(rows, columns=columns)
+    return frame.assign(selector="last", peak_memory_mib=7.0, seconds=50.0)
+
+
+DICE = {"source_only": [0.2, 0.22], "supervised": [0.8, 0.82], "mine": [0.5, 0.4]}
 
 
 def test_the_table_is_of_seeds_and_pairs_the_gap_by_seed() -> None:
@@ -39,16 +40,100 @@ def test_the_table_is_of_seeds_and_pairs_the_gap_by_seed() -> None:
     lines = table(pd.concat([frame, other]))
     mine = lines.loc["t x-y", "mine"]
     assert mine["Dice"] == pytest.approx(0.45) and mine["sd"] == pytest.approx(0.0707, abs=1e-3)
-    assert mine["gap recovered"] == pytest.approx(0.25)  # 50 % and 0 %
-    assert (mine["gap min"], mine["gap max"]) == pytest.approx((0, 0.5))
-    assert mine["missed"] == 2 and mine["s a step"] == pytest.approx(5.0)
+    assert mine["gap recovered"] == pytest.approx(0.4)  # 50 % and 30 %
+    assert (mine["gap min"], mine["gap max"]) == pytest.approx((0.3, 0.5))
+    assert mine["missed"] == 2 and mine["s a step"] == pytest.approx(5.0) and mine["compared"]
     text = as_text(lines)
-    assert "0.450 ± 0.071" in text and "25 % (0 to 50)" in text and "One seed" not in text
+    assert "0.450 ± 0.071" in text and "40 % (30 to 50)" in text and "One seed" not in text
     assert "supervised (privileged)  " in text
 
     lone = table(frame[(frame["entry"] == "mine") & (frame["seed"] == 0)])
     assert lone["gap recovered"].isna().all()
     assert "One seed has no standard deviation" in as_text(lone) and "±  " not in as_text(lone)
+    assert "understate" not in as_text(lone)  # there is no spread that could
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        {"source_only": [0.30, 0.42], "supervised": [0.38, 0.37]},  # one seed the other way round
+        {"source_only": [0.30, 0.30], "supervised": [0.31, 0.39]},  # above, by chance or not
+        {"source_only": [0.5, 0.5], "supervised": [0.4, 0.4]},
+        {"source_only": [0.2], "supervised": [math.nan, 0.8]},  # no seed in common
+    ],
+)
+def test_a_gap_that_may_not_be_there_is_not_divided_by(bounds: dict[str, list[float]]) -> None:
+    lines = table(made(of={**bounds, "mine": [0.25, 0.26]}))
+    assert lines[["gap recovered", "gap min", "gap max"]].isna().all(axis=None)
+    text = as_text(lines)
+    assert "t x-y: no gap is given, since supervised is not clearly above source_only" in text
+    assert " % (" not in text
+    numbers = as_metrics(lines)
+    assert math.isnan(numbers["x-y/gap_recovered/mine"])
+
+
+def test_an_incomplete_entry_takes_no_seed_from_the_others() -> None:
+    nan = math.nan
+    frame = made("abcdef", {"a": [0.5, 0.6, 0.7], "b": [0.3, 0.4, 0.5], "glua": [0.9, nan, 0.95]})
+    lines = table(frame).loc["t x-y"]
+    assert lines["seeds"].to_dict() == {"a": 3, "b": 3, "glua": 2}
+    assert lines["compared"].to_dict() == {"a": True, "b": True, "glua": False}
+    assert lines.loc["glua", "Dice"] == pytest.approx(0.925)
+    said = verdict(frame, "t x-y")
+    assert said.startswith("t x-y: a has the highest mean Dice, 0.600 (95 % interval ")
+    assert said.endswith(" glua lacks seed 1 and is left out of intervals, tests and ranks.")
+
+
+def test_seeds_that_others_lack_move_no_number_of_the_table() -> None:
+    """One number for one thing: what the sentence says of an entry stands in its line."""
+    frame = made("abcdef", {"a": [0.5, 0.6, 0.1], "b": [0.3, 0.4], "c": [0.2, 0.3]})
+    lines = table(frame).loc["t x-y"]
+    assert lines.loc["a", "Dice"] == pytest.approx(0.55) and lines.loc["a", "seeds"] == 2
+    said = verdict(frame, "t x-y")
+    assert "a has the highest mean Dice, 0.550" in said and "Seed 2 is not used" in said
+
+
+def test_everything_that_tells_a_mean_tells_the_same(tmp_path: Path) -> None:
+    frame = made("abcdef", {**DICE, "late": [0.3]})
+    lines = table(frame)
+    write(frame, tmp_path)
+    read = {f.stem: pd.read_csv(f).set_index("entry") for f in tmp_path.iterdir() if f.stem in
+            ("table", "intervals", "ranking")}  # fmt: skip
+    numbers = as_metrics(lines)
+    for entry in ("source_only", "mine"):
+        wanted = lines.loc[("t x-y", entry), "Dice"]
+        assert read["table"].loc[entry, "Dice"] == pytest.approx(wanted)
+        assert read["intervals"].loc[entry, "mean"] == pytest.approx(wanted)
+        assert read["ranking"].loc[entry, "mean"] == pytest.approx(wanted)
+        assert numbers[f"x-y/dice/{entry}"] == pytest.approx(wanted)
+        assert f"{wanted:.3f}" in as_text(lines)
+    assert "late" not in read["intervals"].index and not read["table"].loc["late", "compared"]
+    assert "supervised" not in read["ranking"].index
+
+
+def repeated() -> pd.DataFrame:
+    """Seed 0 of mine three times more, nudged in its last bits."""
+    frame = made().assign(perturbation=0)
+    own = frame[(frame["entry"] == "mine") & (frame["seed"] == 0)]
+    more = [own.assign(perturbation=k, dice=own["dice"] + by) for k, by in ((1, 0.1), (2, -0.3))]
+    return pd.concat([frame, *more], ignore_index=True)
+
+
+def test_repeats_show_the_last_bits_and_change_nothing_else() -> None:
+    lines, without = table(repeated()), table(made())
+    mine = lines.loc["t x-y", "mine"]
+    assert mine["last bits"] == pytest.approx(pd.Series([0.5, 0.6, 0.2]).std())
+    pd.testing.assert_frame_equal(
+        lines.drop(columns="last bits"), without.drop(columns="last bits")
+    )
+    assert verdict(repeated(), "t x-y") == verdict(made(), "t x-y")
+    text = as_text(lines)
+    assert "last bits" in text.splitlines()[1] and "± 0.208" in text
+    assert "Last bits: standard deviation" in text and "--repeats 2" not in text
+    assert as_metrics(lines)["x-y/dice_last_bits/mine"] == pytest.approx(mine["last bits"])
+    assert "`compare … --repeats 2` measures it" in as_text(without)
+    assert "last bits" not in as_text(without).splitlines()[1]
+    assert not any("last_bits" in name for name in as_metrics(without))
 
 
 def test_the_numbers_have_names_that_a_tracker_takes() -> None:
@@ -57,7 +142,7 @@ def test_the_numbers_have_names_that_a_tracker_takes() -> None:
     assert numbers["x-y/dice/mine masked ours"] == pytest.approx(0.45)
     assert numbers["x-y/dice_sd/mine masked ours"] == pytest.approx(0.0707, abs=1e-3)
     assert numbers["x-y/assd_mm/source_only"] == pytest.approx(3.0)
-    assert numbers["x-y/gap_recovered/mine masked ours"] == pytest.approx(0.25)
+    assert numbers["x-y/gap_recovered/mine masked ours"] == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("more", ["", "x" * 300])
@@ -75,15 +160,33 @@ def test_entries_whose_names_are_alike_to_a_tracker_stay_apart(more: str) -> Non
 def test_the_sentence_names_the_best_that_saw_no_target_label() -> None:
     said = verdict(made(), "t x-y")
     assert said.startswith("t x-y: mine has the highest mean Dice, 0.450 (95 % interval ")
-    assert "over 2 cases and 2 seeds" in said and "the next, source_only, is 0.150 lower" in said
-    assert "supervised" not in said
-    one = made().query("seed == 0")
-    assert verdict(one, "t x-y").endswith("with one seed; intervals need more (--seeds 3).")
+    assert "over 2 cases and 2 seeds" in said and "the next, source_only, is 0.240 lower" in said
+    assert "A test needs 6 test cases or more; this comparison has 2 cases" in said
+    assert "supervised" not in said and "p = " not in said.split("A test needs")[0]
+    one = verdict(made().query("seed == 0"), "t x-y")
+    assert "with one seed (95 % interval " in one and "for this one training" in one
+    assert one.endswith("needs more seeds (--seeds 3).")
     assert verdict(made().query("case == 'a'"), "t x-y").endswith(
         "on one case; intervals need more."
     )
-    lone = made().query("entry == 'mine'")
-    assert verdict(lone, "t x-y").endswith("2 seeds).")
+    lone = verdict(made().query("entry == 'mine'"), "t x-y")
+    assert "mine has a mean Dice of 0.450" in lone and lone.endswith("2 seeds).")
+    assert verdict(made().query("entry == 'supervised'"), "t x-y") == (
+        "t x-y: nothing is there to compare besides supervised."
+    )
+
+
+def test_the_sentence_says_whether_the_difference_is_beyond_chance() -> None:
+    cases = "abcdefgh"
+    clear = made(cases, {"a": [0.7, 0.71, 0.7], "b": [0.4, 0.4, 0.41], "c": [0.2, 0.2, 0.2]})
+    assert ", p < 0.001 by Holm's method over 3 pairs)." in verdict(clear, "t x-y")
+    open_ = made(cases, {"a": [0.7, 0.2, 0.7], "b": [0.4, 0.6, 0.4]})
+    said = verdict(open_, "t x-y")
+    assert said.endswith("), which is not beyond chance.") and "Holm" not in said
+    # As the pairs in the CSV say.
+    found = statistics.pairs(statistics.scores(open_, "t x-y")).iloc[0]
+    assert f"p = {found['p_holm']:.3f})" in said
+    assert f"95 % interval {found['low']:.3f} to {found['high']:.3f}, p" in said
 
 
 def test_the_files_hold_every_number(tmp_path: Path) -> None:
@@ -92,10 +195,10 @@ def test_the_files_hold_every_number(tmp_path: Path) -> None:
         f"{name}.csv" for name in ("rows", "table", "intervals", "pairs", "ranking")
     ]
     read = {f.stem: pd.read_csv(f) for f in files}
-    assert len(read["rows"]) == 12 and len(read["table"]) == 3 and len(read["pairs"]) == 3
+    assert len(read["rows"]) == 12 and len(read["table"]) == 3 and len(read["pairs"]) == 1
     mine = read["intervals"].set_index("entry").loc["mine"]
     assert mine["mean"] == pytest.approx(0.45) and mine["low"] <= 0.45 <= mine["high"]
-    assert list(read["ranking"]["entry"]) == ["supervised", "mine", "source_only"]
+    assert list(read["ranking"]["entry"]) == ["mine", "source_only"]
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--out"):
         write(made(), tmp_path / "file" / "more")

@@ -91,7 +91,8 @@ def test_the_guide_s_commands_run_in_its_order(plugin, phantom_root, tmp_path):
             # The template was tried; the page's code takes its place.
             (folder / file.name).write_text(file.read_text())
     assert "3 runs: 3 run now" in done.stdout and "phantom mr-ct" in done.stdout
-    rows = [line.split()[0] for line in done.stdout.splitlines() if "%" in line]
+    block = done.stdout.split("\nphantom mr-ct\n")[1].split("\n\n")[0]
+    rows = [line.split()[0] for line in block.splitlines()[1:4]]
     assert sorted(rows) == ["coral", "source_only", "supervised"]
 
 

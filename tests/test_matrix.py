@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import doctest
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from glua_bench import cli, matrix, runs
@@ -550,3 +552,37 @@ def test_a_comparison_is_one_group_of_runs_in_the_tracker(
     monkeypatch.setattr(runs.tracking, "mlflow_client", None)  # whoever asks it fails
     out, err = compared()
     assert "warning" not in err and "Browse" not in out
+
+
+@pytest.mark.slow
+def test_a_comparison_ends_with_a_report_of_its_own_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Whatever else lies beside them: here a comparison with another budget."""
+    monkeypatch.chdir(tmp_path)
+
+    def called(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["glua-bench", *words])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        said = capsys.readouterr()
+        return int(left.value.code or 0), said.out, said.err
+
+    words = ["compare", "--methods=random_gamma", "--dataset=discs", "--no-bounds", "--seeds=2"]
+    words += ["--data-root=discs", "--device=cpu", "--preset=quick", "--no-mlflow"]
+    words += [f"--plugin={path}" for path in PLUGINS]
+    code, out, _ = called(*words, "--steps=2")
+    wanted = {run.id for run in runs.tracking.list_runs(tmp_path / "runs")}
+    (line,) = (line for line in out.splitlines() if line.startswith("Next:    "))
+    assert code == 0 and len(wanted) == 2
+    assert called(*words, "--steps=3")[0] == 0
+    code, _, err = called("report", "--no-pictures")
+    assert code and "mixes runs of different protocols" in err
+    program, *command_ = shlex.split(line.removeprefix("Next:    "))
+    code, out, err = called(*command_)
+    assert (program, code) == ("glua-bench", 0), err
+    rows = pd.read_parquet(tmp_path / "report" / "rows.parquet")
+    assert set(rows["run"].astype(str)) == wanted
+    assert "random_gamma has a mean Dice of" in out
+    code, _, err = called(*command_, "--from-mlflow")
+    assert code and "names the runs of one comparison" in err

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import fields
 
 import pandas as pd
 import pytest
 
+from glua_bench.config import RunConfig
 from glua_bench.errors import ConfigError
-from glua_bench.reports.results import from_rows, from_runs, parse_where
+from glua_bench.reports.results import from_rows, from_runs, parse_where, record
+from glua_bench.reports.statistics import last_bits
+from glua_bench.tracking import list_runs
 
 
 def entries(found):
@@ -158,20 +163,88 @@ def test_the_newest_run_of_a_cell_counts(made_runs):
     assert set(from_runs(made_runs.root, {"code": ["old"]}).directories) == {old.id}
 
 
-def test_seeds_that_not_all_have_are_told(made_runs):
+def test_an_entry_without_some_seed_is_told_and_stops_nothing(made_runs):
     made_runs.comparison(seeds=2)
     made_runs.add("fda", 0.5, seed=0)
-    assert any(
-        "fda has not all of the 2 seeds" in text and "the 1 seed that all have" in text
-        for text in from_runs(made_runs.root).notices
-    )
+    told = "phantom mr-ct: fda lacks seed 1 and is left out of intervals, tests and ranks."
+    assert told in from_runs(made_runs.root).notices
     made_runs.add("glua", 0.5, seed=5, settings={"mask": "random"})  # an ablation's own matter
-    assert any("the 1 seed that all have" in text for text in from_runs(made_runs.root).notices)
+    assert told in from_runs(made_runs.root).notices
     made_runs.add("advent", 0.5, seed=7)
-    with pytest.raises(ConfigError, match="no seed is common to all entries"):
-        from_runs(made_runs.root)
+    found = from_runs(made_runs.root)
+    assert any(
+        text.startswith("phantom mr-ct: advent lacks seeds 0 and 1") for text in found.notices
+    )
     one = from_runs(made_runs.root, {"seed": ["0"]})
-    assert any("one seed; intervals and tests are withheld" in text for text in one.notices)
+    assert any("A test needs 2 seeds or more (--seeds 3)" in text for text in one.notices)
+
+
+def test_a_comparison_is_reported_by_its_own_runs_alone(made_runs):
+    """Beside runs of another budget, a newer version and another dataset's direction."""
+    made_runs.comparison()
+    path = record(made_runs.root, "compare glua, slaug", list_runs(made_runs.root))
+    wanted = {run.id for run in list_runs(made_runs.root)}
+    assert path == record(made_runs.root, "compare glua, slaug", list_runs(made_runs.root))
+    made_runs.add("glua", 0.9, steps=20)
+    made_runs.add("glua", 0.9, environment={"code": "newer"})
+    made_runs.add("slaug", 0.9, direction="ct-mr")
+    made_runs.add("advent", 0.9, 0).fail("why")
+    with pytest.raises(ConfigError, match="mixes runs of different protocols"):
+        from_runs(made_runs.root)
+    found = from_runs(path)
+    assert set(found.directories) == wanted and found.tasks == ["phantom mr-ct"]
+    assert not any("failed" in text or "newer" in text for text in found.notices)
+    assert set(from_runs(path, {"method": ["slaug"]}).rows["entry"]) == {"slaug"}
+    shutil.rmtree(next(run.path for run in list_runs(made_runs.root) if run.id in wanted))
+    assert any(
+        text.startswith("1 run of the comparison is not") for text in from_runs(path).notices
+    )
+    (path.parent / "other.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"other.json is no file of a comparison"):
+        from_runs(path.parent / "other.json")
+
+
+def repeats(rows, **changes):
+    """Rows of a repeat of glua's seed 0."""
+    own = rows[(rows["entry"] == "glua") & (rows["seed"] == 0)]
+    return own.assign(**{"run": "nudged", "perturbation": 1, **changes})
+
+
+def test_repeats_stand_apart(made_runs, tmp_path):
+    made_runs.comparison(seeds=2)
+    rows = from_runs(made_runs.root).rows.astype({"run": str, "code": str, "protocol": str})
+    path = tmp_path / "rows.parquet"
+    pd.concat([rows, repeats(rows)]).to_parquet(path)
+    found = from_rows(path)
+    assert set(found.repeats["run"].astype(str)) == {"nudged"}
+    assert set(found.rows["run"]) == set(rows["run"]) and not found.rows["perturbation"].any()
+    assert len(found.with_repeats(found.of("phantom mr-ct"))) == len(rows) + len(found.repeats)
+    with pytest.raises(ConfigError, match="only repeats here"):
+        from_rows(path, {"perturbation": ["1"]})
+    pd.concat([rows, repeats(rows, code="older")]).to_parquet(path)
+    found = from_rows(path)
+    assert found.repeats.empty and any(
+        text.startswith("1 repeat is left out") for text in found.notices
+    )
+    other = json.dumps({**json.loads(rows["protocol"].iloc[0]), "steps": 20})
+    pd.concat([rows, repeats(rows, protocol=other)]).to_parquet(path)
+    with pytest.raises(ConfigError, match="steps is 500 in 8 runs and 20 in 1 run"):
+        from_rows(path)
+    pd.concat([rows.drop(columns="perturbation")]).to_parquet(path)  # of an older version
+    assert not from_rows(path).rows["perturbation"].any()
+
+
+@pytest.mark.skipif(
+    "perturbation" not in {f.name for f in fields(RunConfig)}, reason="runs have no repeats"
+)
+def test_repeats_are_read_from_runs(made_runs):
+    made_runs.comparison(seeds=2)
+    again = made_runs.add("glua", 0.7, perturbation=1)
+    found = from_runs(made_runs.root)
+    assert set(found.repeats["run"]) == {again.id} and again.id not in set(found.rows["run"])
+    assert again.id not in set(found.checkpoints["run"])
+    bits = last_bits(found.with_repeats(found.of("phantom mr-ct")))
+    assert bits["phantom mr-ct", "glua"] == pytest.approx(pd.Series([0.6, 0.7]).std())
 
 
 def test_nothing_to_report_is_said(made_runs, tmp_path):

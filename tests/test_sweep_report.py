@@ -51,6 +51,24 @@ def test_seeds_that_are_lost_make_no_trial_better(ratios):
     assert price(sweep) is None and len(sentences(sweep)) == 1
 
 
+def test_a_lost_direction_leaves_a_trial_out_by_number(ratios, tmp_path):
+    sweep = ratios(directions=("mr-ct", "ct-mr"))
+    lost = (sweep.runs["trial"] == 2) & (sweep.runs["direction"] == "ct-mr")
+    sweep.runs.loc[lost & (sweep.runs["seed"] == 1), "dice"] = math.nan
+    known = price(sweep)
+    assert list(known.trials["number"]) == [0, 1, 3] and list(known.left_out) == [2]
+    page = write(sweep, tmp_path / "report")[0].read_text()
+    assert "Without trials 2: scores are missing." in page
+    assert "± is the standard deviation over 2 seeds" in page
+    assert "partly luck" not in page  # the chosen one is the highest: there is no price
+
+
+def test_one_seed_has_no_bars_and_no_spread(ratios, tmp_path):
+    page = write(ratios(dice=[[0.1], [0.2], [0.9], [0.3]]), tmp_path / "report")[0].read_text()
+    assert "One seed: nothing says how much of the difference is chance." in page
+    assert "bars: standard deviation" not in page and "partly luck" in page
+
+
 def test_the_answer_says_what_was_known_and_what_was_not(ratios):
     first, second = sentences(ratios())
     assert first == (
@@ -63,7 +81,7 @@ def test_the_answer_says_what_was_known_and_what_was_not(ratios):
         "rank correlation of im and test Dice is 0.60 over 4 trials."
     )
     alike = ratios(dice=[[0.1], [0.9], [0.2], [0.3]])
-    assert "90.0 %, the highest of all trials" in sentences(alike)[1]
+    assert "90.0 %, the highest of 4 trials" in sentences(alike)[1]
     assert any("One seed a trial" in text for text in notices(alike))
     assert not any("One seed a trial" in text for text in notices(ratios()))
 
