@@ -256,13 +256,13 @@ def _cells(
                 )
             tasks.append((name, direction))
     cells = []
-    for (seed, draw), (entry, changes), (dataset, direction) in itertools.product(
+    for (seed, draw), (entry, changes), (name, direction) in itertools.product(
         starts, entries.items(), tasks
     ):
-        request = replace(base, dataset=dataset, direction=direction, seed=seed, **changes)
+        request = replace(base, dataset=name, direction=direction, seed=seed, **changes)
         if draw:
             request.assignments = [*request.assignments, f"perturbation={draw}"]
-        cells.append(Cell(entry, f"{dataset} {direction}", request))
+        cells.append(Cell(entry, f"{name} {direction}", request))
     return cells
 
 
