@@ -290,10 +290,11 @@ def test_every_test_ids_paragraph_of_mscmr_is_the_code_s():
 
 
 def readme_rows(file: Path) -> list[str]:
-    """The lines of a results table: both directions of each entry, and its cost."""
+    """The lines of a results table: both directions of each entry, and its memory."""
     rows = pd.read_parquet(file)
     assert set(rows["dataset"]) == {"phantom"}, "rows of real patients may not be published"
     lines = table(rows)
+    repeated = bool(lines["last bits"].notna().any())
     shown = {}
     for entry in sorted(
         set(rows["entry"]), key=lambda e: lines["Dice"].xs(e, level="entry").mean()
@@ -304,10 +305,10 @@ def readme_rows(file: Path) -> list[str]:
             spread = "" if row["seeds"] == 1 else f" ± {row['sd']:.2f}"
             gap = f"{100 * row['gap recovered']:.0f} %".replace("-0 %", "0 %")
             bound = entry in ("source_only", "supervised")
-            cells += [f"{row['Dice']:.2f}{spread}", "" if bound else gap, f"{row['ASSD mm']:.1f}"]
+            cells += [f"{row['Dice']:.2f}{spread}"]
+            cells += ["" if pd.isna(row["last bits"]) else f"± {row['last bits']:.2f}"] * repeated
+            cells += ["" if bound else gap, f"{row['ASSD mm']:.1f}"]
         own = lines.xs(entry, level="entry")
-        step = own["s a step"].mean()
-        cells += ["?" if own["s a step"].isna().any() else f"{step:.2f}"]
         cells += [f"{own['peak MiB'].mean():.0f}", f"{own['seeds'].min():.0f}"]
         head, plus, rest = entry.partition(" + ")
         name = "supervised (privileged)" if entry == "supervised" else f"`{head}`{plus}{rest}"
