@@ -26,8 +26,8 @@ def report(
         Path,
         typer.Option(
             "--runs",
-            help="The directory of all runs; or a file in its comparisons, which `compare` names, "
-            "for the runs of that comparison alone.",
+            help="The directory of all runs, or the file of one comparison that `compare` prints, "
+            "for its runs alone.",
         ),
     ] = Path("runs"),
     out: Annotated[
@@ -188,7 +188,7 @@ def predict(
     if given.left:
         files = ", ".join(file.name for file in given.left[:3])
         more = f" and {len(given.left) - 3} more" if len(given.left) > 3 else ""
-        say(f"Passed over, being labels by their names: {files}{more}.")
+        say(f"Skipped, since their names say that they are labels: {files}{more}.")
     results = []
     try:
         with Progress() as progress:

@@ -119,6 +119,7 @@ def run(
         f"{config.method} on {config.dataset} {config.direction}, seed {config.seed}, preset "
         f"{config.preset}, augmentation {config.augmentation}"
         + (f", slices {Neighbourhood.of(config)}" if config.slices > 1 else "")
+        + (f", perturbation {config.perturbation}" if config.perturbation else "")
         + (", PRIVILEGED (trains on target labels)" if config.privileged else "")
     )
     if dry_run:
@@ -199,11 +200,14 @@ def _next_run(planned: PlannedRun, request: RunRequest) -> str:
     """The command that makes the result comparable: both bounds, and three seeds."""
     config = planned.config
     words = [
-        f"glua-bench compare --methods {config.method}",
-        f"--dataset {config.dataset} --direction {config.direction}",
+        *("glua-bench", "compare", "--methods", config.method),
+        *("--dataset", config.dataset, "--direction", config.direction),
     ]
-    words += [f"--plugin {file}" for file in request.plugins]
-    words += [f"--set {assignment}" for assignment in request.assignments]
+    for file in request.plugins:
+        words += ["--plugin", str(file)]
+    for assignment in request.assignments:
+        if not assignment.startswith("perturbation="):  # compare --repeats makes these
+            words += ["--set", assignment]
     for option, value in (
         ("--preset", request.preset),
         ("--augmentation", request.augmentation),
@@ -211,12 +215,12 @@ def _next_run(planned: PlannedRun, request: RunRequest) -> str:
         ("--data-root", request.data_root),
     ):
         if value is not None:
-            words.append(f"{option} {value}")
+            words += [option, str(value)]
     if request.runs_root != Path("runs"):
-        words.append(f"--runs {request.runs_root}")
+        words += ["--runs", str(request.runs_root)]
     if any(assignment.startswith("method.") for assignment in request.assignments):
-        return " ".join([*words, "--no-bounds"])  # which do not have these settings
-    return " ".join(words) + "   (both bounds, three seeds)"
+        return shlex.join([*words, "--no-bounds"])  # which do not have these settings
+    return shlex.join(words) + "   (both bounds, three seeds)"
 
 
 def compare(
@@ -379,7 +383,7 @@ def _run_matrix(
         f"{outcome.elsewhere} by another process, {len(outcome.failed)} failed."
     )
     request = planned[0].run.request
-    finished = [(p.cell.entry, p.cell.task, p.run.directory) for p in planned if p.state == "done"]
+    finished = matrix.finished(planned)
     if finished:
         rows = comparison.collect(finished)
         say()

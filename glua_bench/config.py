@@ -104,8 +104,7 @@ class RunConfig:
     seed: int = setting(0, "seed of everything random", low=0, high=2**31 - 1)
     perturbation: int = setting(
         0,
-        "moves every initial weight to one of its two neighbours among floats, by this draw; 0 "
-        "leaves them",
+        "0, or the random draw that moves every initial weight to a neighbouring float",
         low=0,
         high=2**31 - 1,
     )

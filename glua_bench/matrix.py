@@ -242,6 +242,11 @@ def _cells(
 ) -> list[Cell]:
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds} asks for no run; give 1 or more, 3 for intervals.")
+    if parse_overrides(base.assignments)["run"].get("perturbation"):
+        raise ConfigError(
+            "--set perturbation would make every run a repeat of one that is not there; leave it "
+            "out, and give --repeats."
+        )
     starts = [(seed, 0) for seed in range(seeds)] + [(0, draw + 1) for draw in range(repeats)]
     tasks = []
     for name in dict.fromkeys(datasets):
@@ -341,6 +346,21 @@ def plan(cells: Sequence[Cell], report: Callable[[str], None] = lambda line: Non
         owner[run.id] = cell
         planned.append(Planned(cell, run))
     return planned
+
+
+def finished(planned: Sequence[Planned]) -> list[tuple[str, str, RunDirectory]]:
+    """Entry, task and directory of what is done, without repeats of what is not.
+
+    Args:
+        planned: the matrix.
+    """
+    done = [item for item in planned if item.state == "done"]
+
+    def key(item: Planned) -> tuple[str, str, int]:
+        return item.cell.entry, item.cell.task, item.run.config.seed
+
+    ordinary = {key(item) for item in done if not item.run.config.perturbation}
+    return [(i.cell.entry, i.cell.task, i.run.directory) for i in done if key(i) in ordinary]
 
 
 def by_dataset(title: str, planned: Sequence[Planned]) -> list[Comparison]:
@@ -481,7 +501,9 @@ class Executor:
         if item.run.directory.done:  # finished by another process since the matrix was read
             self._end(item, "done elsewhere")
             return
-        name = f"{item.cell.entry}, {item.cell.task}, seed {item.cell.request.seed}"
+        config = item.run.config
+        name = f"{item.cell.entry}, {item.cell.task}, seed {config.seed}"
+        name += f", repeat {config.perturbation}" if config.perturbation else ""
         self.report(f"begin  {name}")
         began = time.monotonic()
         code, errors = self.start(command(item.run.request), environment(index, self.jobs))

@@ -142,9 +142,9 @@ def table(rows: pd.DataFrame, selector: str = "last") -> pd.DataFrame:
     Returns:
         Indexed by task and entry: seeds, Dice, sd (over seeds; nan for one), last bits (standard
         deviation over repeats of one seed; nan without repeats), ASSD mm, gap recovered, gap min,
-        gap max, missed (structures, over cases and seeds), training s, s a step (all training,
-        for each update of the segmenter), peak MiB, compared (whether the entry is among those
-        that are paired); sorted by Dice within a task.
+        gap max, gap seeds (how many have one), missed (structures, over cases and seeds),
+        training s, s a step (all training, for each update of the segmenter), peak MiB, compared
+        (whether the entry is among those that are paired); sorted by Dice within a task.
     """
     bits = statistics.last_bits(rows[rows["selector"] == selector])
     rows, designs = compared(rows, selector)
@@ -176,6 +176,7 @@ def table(rows: pd.DataFrame, selector: str = "last") -> pd.DataFrame:
             "gap recovered": by_entry["gap"].mean(),
             "gap min": by_entry["gap"].min(),
             "gap max": by_entry["gap"].max(),
+            "gap seeds": by_entry["gap"].count(),
             "missed": by_entry["missed"].sum(),
             "training s": by_entry["seconds"].mean(),
             "s a step": by_entry["a step"].mean(),
@@ -188,18 +189,31 @@ def table(rows: pd.DataFrame, selector: str = "last") -> pd.DataFrame:
 
 
 def gap_notes(lines: pd.DataFrame) -> list[str]:
-    """A sentence for each task whose gap is withheld.
+    """A sentence for each task whose gap is withheld, or known for some of the seeds only.
 
     Args:
         lines: as `table` gives them.
     """
-    return [
-        f"{task}: no gap is given, since {UPPER} is not clearly above {LOWER} (the 95 % interval "
-        "of the difference above 0, and every seed)."
-        for task, block in lines.groupby(level="task", sort=False)
-        if {LOWER, UPPER} <= set(block.index.get_level_values("entry"))
-        and block["gap recovered"].isna().all()
-    ]
+    notes = []
+    for task, block in lines.groupby(level="task", sort=False):
+        block = block.droplevel("task")
+        if not {LOWER, UPPER} <= set(block.index):
+            continue
+        if block["gap recovered"].isna().all():
+            notes.append(
+                f"{task}: no gap is given, since {UPPER} is not clearly above {LOWER}; that takes "
+                "a 95 % interval of their difference above 0, and a difference above 0 with every "
+                "seed."
+            )
+            continue
+        some = block["gap seeds"].between(1, block["seeds"] - 1)
+        few = [str(entry) for entry in block.index[some] if entry not in (LOWER, UPPER)]
+        if few:
+            notes.append(
+                f"{task}: the gap recovered by {', '.join(few)} is over the seeds that both "
+                "bounds have, which are fewer than the seeds of its Dice."
+            )
+    return notes
 
 
 def last_bits_note(lines: pd.DataFrame) -> str:
@@ -226,10 +240,10 @@ def verdict(rows: pd.DataFrame, task: str, selector: str = "last", percent: bool
     """
 
     def dice(value: float) -> str:
-        return f"{100 * value:.1f} %" if percent else f"{value:.3f}"
+        return f"{_number(100 * value, 1)} %" if percent else _number(value, 3)
 
     def points(value: float) -> str:
-        return f"{100 * value:.1f} points" if percent else f"{value:.3f}"
+        return f"{_number(100 * value, 1)} points" if percent else _number(value, 3)
 
     _, designs = compared(rows[rows["task"] == task], selector)
     left_out = "".join(f" {note}" for note in designs[task].notes)
@@ -386,8 +400,8 @@ def _gap(row: pd.Series) -> str:
         return ""
     values: Sequence[float] = [100 * row[n] for n in ("gap recovered", "gap min", "gap max")]
     mean, low, high = (f"{value:.0f}".replace("-0", "0") for value in values)
-    return f"{mean} %" if row["seeds"] == 1 else f"{mean} % ({low} to {high})"
+    return f"{mean} %" if row["gap seeds"] == 1 else f"{mean} % ({low} to {high})"
 
 
 def _number(value: float, digits: int) -> str:
-    return "?" if math.isnan(value) else f"{value:.{digits}f}"
+    return "?" if math.isnan(value) else f"{round(value, digits) + 0.0:.{digits}f}"  # never -0.0

@@ -79,6 +79,7 @@ def write(
             f"--selector {options.selector} chose no checkpoint of these runs; use one of "
             f"{', '.join(sorted(known))}."
         )
+    _name_unjudged(results, options.selector)
     make_folders(out)
     writer = _Writer(results, out, options, report)
     sections = writer.sections()
@@ -90,6 +91,27 @@ def write(
             every = pd.concat([every, results.repeats], ignore_index=True)
         every.to_parquet(temporary, index=False)
     return [page, out / "rows.parquet", *writer.files]
+
+
+def _name_unjudged(results: Results, selector: str) -> None:
+    """Add a notice for the entries that a selector chose no checkpoint of.
+
+    Raises:
+        ConfigError: it chose none of a whole task.
+    """
+    for task in results.tasks:
+        every = results.rows.loc[results.rows["task"] == task, "entry"].astype(str)
+        lacking = sorted(set(every) - set(results.of(task, selector)["entry"].astype(str)))
+        if len(lacking) == every.nunique():
+            raise ConfigError(
+                f"--selector {selector} chose no checkpoint of any run on {task}; choose another, "
+                "or other runs with --where."
+            )
+        if lacking:
+            results.notices.append(
+                f"{task}: not in the tables, since {selector} chose no checkpoint of them: "
+                f"{', '.join(lacking)}."
+            )
 
 
 def summary(results: Results, options: Options) -> list[str]:

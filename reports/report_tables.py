@@ -107,9 +107,11 @@ def main(results: Results, task: str, selector: str = "last") -> Table:
         pairs = statistics.pairs(scores)
         marks = {(entries.index(e), len(structures)): "†" for e in _worse(pairs, best)}
         seeds, cases = statistics.counts(scores)
+        corrected = f", by Holm's method over {len(pairs)} pairs" if len(pairs) > 1 else ""
         notes.append(
-            f"† lower than {best}, the best mean, beyond chance (p < {statistics.SIGNIFICANT:g} "
-            f"{MODEL}, by Holm's method over {len(pairs)} pairs; {cases} cases, {seeds} seeds)."
+            (f"† lower than {best}, " if marks else f"No entry is lower than {best}, ")
+            + "the best mean, beyond chance. Beyond chance is p < "
+            f"{statistics.SIGNIFICANT:g} {MODEL}{corrected}; {cases} cases, {seeds} seeds."
         )
     notes += [why, *designs[task].notes]
     return Table(
@@ -199,9 +201,9 @@ def ranking(results: Results, task: str, selector: str = "last") -> Table:
             Column("to", list(ranks["rank_high"]), 0, None, "", "left open"),
         ]
         notes.append(
-            "“Left open” are the ranks that no test excludes (every two methods, p < "
-            f"{statistics.SIGNIFICANT:g} by Holm's method): those of all methods at once with "
-            "95 % confidence."
+            "“Left open” are the ranks that no test of two methods excludes (p < "
+            f"{statistics.SIGNIFICANT:g} by Holm's method). They hold the true ranks of all "
+            "methods at once with 95 % confidence."
         )
     return Table(
         f"ranking_{task.replace(' ', '_')}",
@@ -250,11 +252,15 @@ def pairs(results: Results, task: str, selector: str = "last") -> Table:
     if why:
         notes.append(why)
     else:
-        columns += [Column("p", list(found["p"]), 4), Column("p (Holm)", list(found["p_holm"]), 4)]
-        notes.append(
-            "p belongs to the interval: below 0.05 where the interval leaves 0 out. “Holm” is "
-            f"corrected for all {len(found)} pairs by Holm's method; the intervals are not."
-        )
+        columns.append(Column("p", list(found["p"]), 4))
+        if len(found) > 1:
+            columns.append(Column("p (Holm)", list(found["p_holm"]), 4))
+        notes.append("p belongs to the interval: below 0.05 where the interval leaves 0 out.")
+        if len(found) > 1:
+            notes.append(
+                f"“Holm” is corrected for all {len(found)} pairs by Holm's method; the intervals "
+                "are not."
+            )
     return Table(
         f"pairs_{task.replace(' ', '_')}",
         f"{task}: every two methods, that of the higher mean first.",

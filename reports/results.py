@@ -502,8 +502,9 @@ def _parted(rows: pd.DataFrame, notice: Callable[[str], None]) -> tuple[pd.DataF
     own = statistics.ordinary(rows)
     if own.empty:
         raise ConfigError(
-            "There are only repeats here, which show how far last bits move a result and are none; "
-            f"leave {statistics.REPEAT} out of --where, or run compare without --repeats."
+            "There are only repeats here, which show how far last bits move a result, and not the "
+            f"runs that they repeat; leave {statistics.REPEAT} out of --where, or make those runs "
+            f"(the same command without --set {statistics.REPEAT}=…)."
         )
     if len(own) == len(rows):
         return own, rows.iloc[:0]

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from glua_bench.errors import DataError
+
 LEVEL = 0.95
 SIGNIFICANT = 0.05
 # Tests are withheld below these. One training says nothing about the next one. With fewer cases
@@ -74,11 +76,19 @@ def design(rows: pd.DataFrame) -> Design:
 
     Args:
         rows: ordinary rows of one task and selector.
+
+    Raises:
+        DataError: no case has a score in every run.
     """
     per_run = rows.groupby(["entry", "seed", "case"], observed=True)["dice"].mean().unstack("case")
     # Whether a run was scored on a case is one thing, whether the score is defined another.
     scored = rows.groupby(["entry", "seed", "case"], observed=True).size().unstack("case").notna()
     undefined = (scored & per_run.isna()).any()
+    if len(undefined) and undefined.all():
+        raise DataError(
+            f"{rows['task'].iloc[0]}: no test case has a score in every run, because a case "
+            "without structures has none where nothing is predicted; test on cases with structures."
+        )
     whole = scored.all(axis=1)
     own: dict[str, set[int]] = {str(e): set() for e in per_run.index.get_level_values("entry")}
     for entry, seed in per_run.index[whole]:
@@ -94,7 +104,7 @@ def design(rows: pd.DataFrame) -> Design:
         most = bool(seeds) and 2 * len(holders(seeds)) > len(own)
         return most, len(seeds), len(holders(seeds)), [-seed for seed in sorted(seeds)]
 
-    seeds = max(candidates, key=merit)
+    seeds = max(candidates, key=merit, default=frozenset())
     entries = holders(seeds) if seeds else []
     notes = [
         f"{entry} lacks {_numbered('seed', sorted(seeds - own[entry]))} and is left out of "

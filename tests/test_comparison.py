@@ -145,13 +145,31 @@ def test_the_numbers_have_names_that_a_tracker_takes() -> None:
     assert numbers["x-y/gap_recovered/mine masked ours"] == pytest.approx(0.4)
 
 
+def test_a_gap_of_fewer_seeds_than_the_row_is_told() -> None:
+    dice = {"source_only": [0.2, 0.22, 0.21], "supervised": [0.8], "mine": [0.5, 0.4, 0.45]}
+    lines = table(made("abcdef", {**dice, "other": [0.3, 0.3, 0.3]}))
+    assert lines.loc[("t x-y", "mine"), ["seeds", "gap seeds"]].tolist() == [3, 1]
+    text = as_text(lines)
+    assert "the gap recovered by other, mine is over the seeds that both bounds have" in text
+    assert " 50 %  " in text and "(50 to 50)" not in text
+    whole = as_text(table(made("abcdef", {**dice, "supervised": [0.8, 0.82, 0.81]})))
+    assert "that both bounds have" not in whole and "(30 to 50)" in whole
+
+
+def test_zero_has_no_sign() -> None:
+    dice = {"b": [0.5, 0.5], "a": [0.5, 0.50002]}  # a, b: the difference is turned round
+    rows = made("abcdef", dice)
+    assert "-0.0 " not in verdict(rows, "t x-y", percent=True)
+    assert "-0.000" not in verdict(rows, "t x-y")
+    assert "-0.000" not in verdict(rows.assign(dice=0.5), "t x-y")
+
+
 @pytest.mark.parametrize("more", ["", "x" * 300])
 def test_entries_whose_names_are_alike_to_a_tracker_stay_apart(more: str) -> None:
     rows = made().replace({"mine": f"mine {more}(a)", "source_only": f"mine {more}[a]"})
     numbers = as_metrics(table(rows))
     dice = {name.split("/")[2]: v for name, v in numbers.items() if "/dice/" in name}
-    assert len(numbers) == 12
-    assert sorted(dice.values()) == pytest.approx(sorted(table(rows)["Dice"]))
+    assert len(numbers) == 12 and sorted(dice.values()) == pytest.approx([0.21, 0.45, 0.81])
     for name in dice:
         assert {f"x-y/{what}/{name}" for what in ("dice_sd", "assd_mm", "gap_recovered")} <= set(
             numbers

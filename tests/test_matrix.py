@@ -79,6 +79,35 @@ def test_the_default_is_each_datasets_first_direction(base: RunRequest) -> None:
     assert [c.task for c in cells] == ["phantom mr-ct", "discs bright-dark"]
 
 
+def test_a_perturbation_of_everything_is_refused(base: RunRequest) -> None:
+    base.assignments = [*base.assignments, "perturbation=1"]
+    with pytest.raises(ConfigError, match="leave it out, and give --repeats"):
+        comparison(["glua"], ["discs"], [], 1, base)
+    base.assignments[-1] = "perturbation=0"
+    assert comparison(["glua"], ["discs"], [], 1, base)
+
+
+def test_repeats_are_named_and_count_beside_their_run_only(
+    base: RunRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan(comparison(["source_only"], ["discs"], [], 1, base, bounds=False, repeats=1))
+    first, repeat = planned
+    said: list[str] = []
+
+    def fails(words: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
+        return 2, "no"
+
+    Executor(planned, report=said.append, start=fails).run()
+    assert [line for line in said if line.startswith("begin") and line.endswith(", repeat 1")]
+    assert sum("repeat" in line for line in said if line.startswith("begin")) == 1
+
+    done: list[Planned] = []
+    monkeypatch.setattr(Planned, "state", property(lambda i: "done" if i in done else "open"))
+    for item, names in ((repeat, set()), (first, {first.run.id, repeat.run.id})):
+        done.append(item)
+        assert {directory.id for _, _, directory in matrix.finished(planned)} == names
+
+
 def test_repeats_are_seed_0_with_other_last_bits(base: RunRequest) -> None:
     for make in (
         lambda repeats: comparison(["glua"], ["discs"], [], 2, base, repeats=repeats),

@@ -499,7 +499,10 @@ def test_folders_and_files_of_one_name_are_segmented_beside_each_other(
     folders = [tmp_path / name for name in ("one", "two", "imagesTs")]
     out = tmp_path / "out"
     code, said, _ = call("predict", *folders, "--run", made.run.path, "--out", out, "--overlay")
-    assert code == 0 and "Passed over, being labels by their names: scan_label.nii.gz." in said
+    assert (
+        code == 0
+        and "Skipped, since their names say that they are labels: scan_label.nii.gz." in said
+    )
     names = ["liver_7", "one_scan", "two_scan"]
     assert sorted(f.name for f in out.glob("*_seg.nii.gz")) == [f"{n}_seg.nii.gz" for n in names]
     assert sorted(f.name for f in out.glob("*.png")) == [f"{name}.png" for name in names]

@@ -219,6 +219,23 @@ def test_repeats_survive_the_rows(made_runs, tmp_path):
     assert 'id="run-nudged"' in page
 
 
+def test_entries_without_the_selector_are_named(made_runs, tmp_path):
+    made_runs.comparison(seeds=1)
+    made_runs.add("glua", 0.5, 0, direction="ct-mr")
+    rows = from_runs(made_runs.root).rows.astype({"selector": str})
+    made = tmp_path / "rows.parquet"
+    own = rows[(rows["entry"] != "source_only")].assign(selector="im")
+    pd.concat([rows, own]).to_parquet(made)
+    found = from_rows(made)
+    write(found, tmp_path / "out", Options(selector="im", pictures=False))
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "not in the tables, since im chose no checkpoint of them: source_only." in page
+    task = "phantom ct-mr"
+    pd.concat([rows, own[own["task"] != task]]).to_parquet(made)
+    with pytest.raises(ConfigError, match=f"im chose no checkpoint of any run on {task}"):
+        write(from_rows(made), tmp_path / "none", Options(selector="im", pictures=False))
+
+
 def test_a_missing_dataset_costs_the_pictures_only(made_runs, tmp_path):
     made_runs.comparison()
     results = from_runs(made_runs.root)

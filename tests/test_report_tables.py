@@ -65,6 +65,20 @@ def test_six_cases_are_tested(made_runs):
     assert any("for all 3 pairs" in n for n in pairs.notes)
 
 
+def test_a_mark_that_nothing_bears_is_not_explained(made_runs):
+    made_runs.cases = tuple(f"case_{i}" for i in range(6))
+    for seed, dice in enumerate((0.4, 0.6)):
+        made_runs.add("glua", dice, seed)
+        made_runs.add("sifa", 1 - dice + 0.01, seed)
+    results = from_runs(made_runs.root)
+    table = report_tables.main(results, TASK)
+    assert not table.marks and not any("†" in note for note in table.notes)
+    assert any("No entry is lower than sifa, the best mean, beyond" in n for n in table.notes)
+    pairs = report_tables.pairs(results, TASK)  # one pair, so there is nothing to correct
+    assert not any("Holm" in text for text in (*pairs.notes, *(c.title for c in pairs.columns)))
+    assert not any("1 pairs" in note for note in (*table.notes, *pairs.notes))
+
+
 def test_an_incomplete_row_is_neither_best_nor_second(made_runs):
     made_runs.comparison()
     made_runs.add("fda", 0.9, 0)

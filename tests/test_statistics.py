@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
+from glua_bench.errors import DataError
 from glua_bench.reports.statistics import (
     Means,
     design,
@@ -64,6 +65,16 @@ def cube(table: pd.DataFrame, entry: str) -> np.ndarray:
 
 
 # -- what is compared -----------------------------------------------------------------------------
+
+
+def test_no_case_with_a_score_in_every_run_is_told_in_a_sentence() -> None:
+    rows = rows_of({"a": [0, 1], "b": [0, 1]})
+    with pytest.raises(DataError, match="task: no test case has a score in every run"):
+        design(rows.assign(dice=np.nan))
+    # Each case is undefined in some run.
+    rows.loc[(rows["entry"] == "a") == (rows["case"] == "x"), "dice"] = np.nan
+    with pytest.raises(DataError, match="test on cases with structures"):
+        scores(rows, "task")
 
 
 def test_scores_are_means_over_structures() -> None:
