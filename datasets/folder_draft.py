@@ -118,9 +118,9 @@ def draft(
     pairs, served = _directions(found, splits)
     if not served:
         raise DataError(
-            f"The {sum(len(d.labels) for d in found)} labels in {data} serve no direction: its "
-            "source needs a labelled case for training, its target one for the test and another "
-            "image for training; label more cases."
+            f"The {sum(len(d.labels) for d in found)} labels in {data} serve no direction: a "
+            "source needs a labelled case for training, and a target needs one for the test and "
+            "another image for training; label more cases."
         )
     blocks = []
     for domain in found:

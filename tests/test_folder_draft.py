@@ -480,7 +480,7 @@ def test_a_lone_case_is_for_training(tmp_path: Path, shared: str) -> None:
     assert own.directions == ("ct-mr",) and problems(own) == []
     for file in (data / "mr").glob("[2-5]_*"):
         file.unlink()
-    with pytest.raises(DataError, match="The 2 labels in .* serve no direction: its source needs"):
+    with pytest.raises(DataError, match="The 2 labels in .* serve no direction: a source"):
         written(tmp_path / "x", data)
 
 
