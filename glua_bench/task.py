@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -87,6 +87,10 @@ class Reading:
     ignored_values: tuple[int, ...] = ()
     intensity_range: tuple[float, float] | None = None
     unannotated_values: tuple[int, ...] = ()
+
+    def of_predictions(self) -> Reading:
+        """The same for a run's predictions, in which 0 is background and no voxel is left open."""
+        return replace(self, unannotated_values=())
 
     def identity(self) -> dict[str, Any]:
         """The fields, as the cache and a run's data fingerprint count them.
