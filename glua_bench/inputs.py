@@ -15,7 +15,7 @@ import numpy as np
 from glua_bench.dicom_series import is_dicom, read_series, series_of
 from glua_bench.errors import DataError
 from glua_bench.formats import SUFFIXES, Forms, VolumeFile, open_volume
-from glua_bench.paths import entries
+from glua_bench.paths import broken, entries
 
 # Last words of the names of files that lie beside images and are none.
 _NO_IMAGES = {"label", "labels", "lab", "lbl", "seg", "segs", "segmentation", "mask", "masks"}
@@ -98,7 +98,7 @@ def find(paths: Iterable[Path]) -> Inputs:
         if path.is_dir():
             own, passed = _in_folder(path)
             left += passed
-        elif path.exists():
+        elif path.exists() or broken(path):
             own = [_file(path)]
         else:
             raise DataError(
@@ -128,9 +128,9 @@ def _file(path: Path) -> Given:
 def _in_folder(folder: Path) -> tuple[list[Given], list[Path]]:
     """The images in a folder, and the files that are labels by their names."""
     found = entries(folder)
-    files = [path for path in found if path.is_file()]
+    files = [path for path in found if path.is_file() or broken(path)]
     volumes = [path for path in files if path.name.lower().endswith(SUFFIXES)]
-    slices = [path for path in files if path not in volumes and is_dicom(path)]
+    slices = [p for p in files if p not in volumes and p.is_file() and is_dicom(p)]
     if volumes and slices:
         raise DataError(
             f"{folder} holds volumes ({volumes[0].name}) and DICOM files ({slices[0].name}): put "
