@@ -195,13 +195,12 @@ def _structures(text: Table) -> tuple[Structure, ...]:
 
 def _values(table: Table, name: str) -> tuple[int, ...]:
     """One raw label value, or several."""
-    try:
-        values: Any = [table.take(name, int)]
-    except ConfigError:
-        values = table.take(name, list)
+    value: Any = table.take(name, object)
+    values = value if isinstance(value, list) else [value]
     if not values or not all(type(v) is int and v != 0 for v in values):
         raise table.error(
-            f"'{name}' must be a label value or a list of them, without 0, which is background",
+            f"'{name}' must be a label value or a list of them, whole numbers without 0, which is "
+            f"background; it is {value!r}",
             name,
         )
     return tuple(values)

@@ -118,9 +118,9 @@ def draft(
     pairs, served = _directions(found, splits)
     if not served:
         raise DataError(
-            f"The {sum(len(d.labels) for d in found)} labels in {data} serve no direction: its "
-            "source needs a labelled case for training, its target one for the test and another "
-            "image for training; label more cases."
+            f"The {sum(len(d.labels) for d in found)} labels in {data} serve no direction: a "
+            "source needs a labelled case for training, and a target needs one for the test and "
+            "another image for training; label more cases."
         )
     blocks = []
     for domain in found:
@@ -173,15 +173,12 @@ def _nnunet(data: Path, names: Sequence[str]) -> list[_Domain]:
         place: dict[str, str] = {"nnunet": json.dumps(folder.name, ensure_ascii=False)}
         fold = 0 if (folder / SPLITS_FILE).is_file() else None
         cases = by_nnunet(folder, fold=fold)
-        regions = nnunet_values(folder)
-        shared = [v for values in regions.values() for v in values]
         made.append(
             _Domain(
                 name,
                 place,
                 *_files(cases),
-                # Regions that overlap are no classes, so that their names tell nothing.
-                {k.lower(): v for k, v in regions.items() if len(set(shared)) == len(shared)},
+                _told(nnunet_values(folder)),
                 nnunet_unannotated(folder),
                 *(frozenset(c.id for c in cases if c.split == split) for split in ("test", "val")),
             )
@@ -192,6 +189,15 @@ def _nnunet(data: Path, names: Sequence[str]) -> list[_Domain]:
             "--domains, without Dataset or Task and number."
         )
     return made
+
+
+def _told(regions: Values) -> Values:
+    """Names of a folder's labels as an answer can hold them; none where they are no classes."""
+    made = {re.sub(r"[\s,=]+", " ", name.lower()).strip(): own for name, own in regions.items()}
+    values = [value for own in regions.values() for value in own]
+    named = all(any(map(str.isalpha, name)) and name.isprintable() for name in made)
+    # A voxel has one class, and regions may overlap.
+    return made if named and len(made) == len(regions) and len(set(values)) == len(values) else {}
 
 
 def _patterns(data: Path, names: Sequence[str], ask: Ask) -> list[_Domain]:
@@ -318,7 +324,8 @@ def _named(
     """Names for the label values of a domain; none where nothing tells what they mean."""
     before = next((answer for answer in answers.values() if answer), None)
     if domain.named:
-        wanted = before or set.intersection(*(set(d.named) for d in found if d.named))
+        common = set.intersection(*(set(d.named) for d in found if d.named))
+        wanted = before or common or domain.named
         return {title: value for title, value in domain.named.items() if title in wanted}
     if before is None:
         return {f"structure {value}": (value,) for value in values}

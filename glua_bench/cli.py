@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from glua_bench import __version__, cli_data, cli_plugins, cli_reports, cli_runs, cli_sweeps
-from glua_bench.cli_options import Plugins, RunsRoot, Told, end, say
+from glua_bench.cli_options import Plugins, RunsRoot, Told, end, next_command, say
 from glua_bench.errors import ConfigError, RunFailure, UserError
 from glua_bench.interruption import Interrupted
 
@@ -68,7 +68,7 @@ def sync(runs_root: RunsRoot = Path("runs")) -> None:
             f"The tracker at {mirror.place} did not take {counts.missed} runs; check "
             "MLFLOW_TRACKING_URI and give the command again, nothing is lost."
         )
-    say(f"Next: mlflow ui --backend-store-uri {mirror.place}")
+    say(f"Next: {next_command('mlflow', 'ui', '--backend-store-uri', mirror.place)}")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,7 @@ from glua_bench.cli_options import (
     PresetName,
     Processes,
     RunsRoot,
-    root_option,
+    next_command,
     say,
     with_descriptions,
 )
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 data_app = typer.Typer(
     help="Prepare, check or look at a dataset.", no_args_is_help=True, rich_markup_mode=None
 )
+_SHOW = ("glua-bench", "data", "show")
+_RUN = ("glua-bench", "run", "--method", "source_only", "--dataset")
 
 
 def _dataset(name: str, root: Path | None, plugins: list[Path] | None) -> Dataset:
@@ -65,7 +68,7 @@ def prepare(
             f"Not all cases of '{dataset}' in {data.root} could be prepared; repair or replace the "
             "files named above and give the same command again, which does the rest."
         )
-    say(f"Next: glua-bench data show {dataset}{root_option(data_root)}")
+    say(f"Next: {next_command(*_SHOW, dataset, plugins=plugin, data_root=data_root)}")
 
 
 @data_app.command()
@@ -91,18 +94,23 @@ def check(
     data = _dataset(dataset, data_root, plugin)
     with Progress() as progress:
         facts, findings = check_dataset(data, progress, jobs or cores())
-    names = [structure.name for structure in data.structures]
+    heads = [f"{structure.name} ml" for structure in data.structures]
+    widths = [max(10, len(head) + 2) for head in heads]
+    first = max([14, *(len(one.case.id) + 2 for one in facts)])
     say(
-        f"{'case':<14}{'split':<7}{'voxels':<16}{'mm':<20}"
-        + "".join(f"{n + ' ml':>10}" for n in names)
+        f"{'case':<{first}}{'split':<7}{'voxels':<16}{'mm':<20}"
+        + "".join(f"{head:>{width}}" for head, width in zip(heads, widths, strict=True))
     )
     for one in facts:
-        line = f"{one.case.id:<14}{one.case.split:<7}"
+        line = f"{one.case.id:<{first}}{one.case.split:<7}"
         if one.image is not None:
             line += f"{'×'.join(map(str, one.image.shape)):<16}"
             line += f"{'×'.join(f'{value:.2f}' for value in one.image.spacing):<20}"
         if one.image is not None and one.label is not None:
-            line += "".join(f"{s.ml if s else 0:>10.1f}" for s in one.label.structures)
+            line += "".join(
+                f"{s.ml if s else 0:>{width}.1f}"
+                for s, width in zip(one.label.structures, widths, strict=True)
+            )
         say(line.rstrip())
     if findings:
         say()
@@ -113,9 +121,8 @@ def check(
         say(f"Written: {out}")
     refuse_problems(findings, len(facts), f"'{dataset}' in {data.root}")
     say(f"All {len(facts)} cases in {data.root} can be used; {summary(findings)}.")
-    root = root_option(data_root)
-    say(f"Next: glua-bench data show {dataset}{root}")
-    say(f"      glua-bench run --method source_only --dataset {dataset}{root}")
+    say(f"Next: {next_command(*_SHOW, dataset, plugins=plugin, data_root=data_root)}")
+    say(f"      {next_command(*_RUN, dataset, plugins=plugin, data_root=data_root)}")
 
 
 @data_app.command()
@@ -212,7 +219,8 @@ def export_data(
         say(f"{place}: predictions of {count} test cases")
     if not data.publishable:
         say("The owner's terms hold for the copies as well.")
-    say(f"Next: export nnUNet_raw={to / nnunet.RAW} nnUNet_preprocessed={to / nnunet.PREPROCESSED}")
+    raw, preprocessed = (shlex.quote(str(to / part)) for part in (nnunet.RAW, nnunet.PREPROCESSED))
+    say(f"Next: export nnUNet_raw={raw} nnUNet_preprocessed={preprocessed}")
     say(f"      nnUNetv2_plan_and_preprocess -d {number} --verify_dataset_integrity")
 
 
@@ -232,4 +240,4 @@ def show(
         say(f"Wrote {file}")
     if not data.publishable:
         say("These pictures show the data's owner's images: look at them, do not pass them on.")
-    say(f"Next: glua-bench run --method source_only --dataset {dataset}{root_option(data_root)}")
+    say(f"Next: {next_command(*_RUN, dataset, plugins=plugin, data_root=data_root)}")

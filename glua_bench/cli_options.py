@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -154,9 +156,22 @@ def split_names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def root_option(root: Path | None) -> str:
-    """`--data-root` for the next command, where this one had it."""
-    return "" if root is None else f" --data-root {root}"
+def next_command(
+    *words: object, plugins: Sequence[Path] | None = None, data_root: Path | None = None
+) -> str:
+    """A command as a shell takes it, whatever blanks and brackets its paths hold.
+
+    Args:
+        words: the command and its options.
+        plugins: the files that this command had, which the next one needs as well.
+        data_root: likewise.
+    """
+    line = [str(word) for word in words]
+    for file in plugins or ():
+        line += ["--plugin", str(file)]
+    if data_root is not None:
+        line += ["--data-root", str(data_root)]
+    return shlex.join(line)
 
 
 def say_browse(request: RunRequest) -> None:
@@ -165,7 +180,7 @@ def say_browse(request: RunRequest) -> None:
 
     uri = tracking_uri(request.runs_root)
     if request.mlflow and uri.startswith("sqlite"):
-        say(f"Browse:  mlflow ui --backend-store-uri {uri}")
+        say(f"Browse:  {next_command('mlflow', 'ui', '--backend-store-uri', uri)}")
 
 
 class Told(SystemExit):

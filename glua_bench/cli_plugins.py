@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from glua_bench.cli_options import Plugins, say
+from glua_bench.cli_options import Plugins, next_command, say
 from glua_bench.errors import ConfigError
 from glua_bench.registry import Registry
 
@@ -119,8 +119,9 @@ def new_method(
 
     file, test = scaffold.new_method(name, out)
     say(f"Wrote {file} and {test}; it runs as it is, and is yours to change.")
-    say(f"Check: pytest {test}")
-    say(f"Next:  glua-bench run --plugin {file} --method {name} --dataset phantom")
+    say(f"Check: {next_command('pytest', test)}")
+    following = next_command("glua-bench", "run", "--plugin", file, "--method", name)
+    say(f"Next:  {following} --dataset phantom")
 
 
 def new_dataset(
@@ -159,7 +160,8 @@ def new_dataset(
         file, test = scaffold.new_dataset(name, out, pair, given or {"organ": (1,)})
         say(f"Wrote {file} and {test}; set splits, orientation and grids in it.")
         say(f"Files: DIRECTORY/{{{pair[0]},{pair[1]}}}/PERSON_image.nii.gz and PERSON_label.nii.gz")
-        say(f"Next:  glua-bench data check {name} --plugin {file} --data-root DIRECTORY")
+        following = next_command("glua-bench", "data", "check", name, plugins=[file])
+        say(f"Next:  {following} --data-root DIRECTORY")
         return
     from glua_bench.console import ask
 
@@ -173,4 +175,4 @@ def new_dataset(
         data = ask("Directory of the volumes", ".", Path)
     file = scaffold.new_description(name, out, data, partial(ask, asked=asked), names, given)
     say(f"Wrote {file}: read it, and change what is not so.")
-    say(f"Next: glua-bench data check {file}")
+    say(f"Next: {next_command('glua-bench', 'data', 'check', file)}")

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from glua_bench.cli_options import DataRoot, Device, Plugins, RunsRoot, Storage, say, warn
+from glua_bench.cli_options import (
+    DataRoot,
+    Device,
+    Plugins,
+    RunsRoot,
+    Storage,
+    next_command,
+    say,
+    warn,
+)
 from glua_bench.cli_sweeps import report_sweep
 from glua_bench.errors import ConfigError
 
@@ -254,4 +263,5 @@ def export(
     folder = prediction.export(loaded, found, out, selector)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
     say(f"Wrote {folder} ({size:.1f} MiB): {', '.join(sorted(f.name for f in folder.iterdir()))}")
-    say(f"Next: glua-bench predict --model {folder} IMAGE.nii.gz")
+    following = next_command("glua-bench", "predict", "--model", folder, plugins=plugin)
+    say(f"Next: {following} IMAGE.nii.gz")

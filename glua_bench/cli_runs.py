@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,6 +30,7 @@ from glua_bench.cli_options import (
     RunsRoot,
     Seeds,
     Steps,
+    next_command,
     say,
     say_browse,
     split_names,
@@ -187,11 +187,12 @@ def _show_result(
 
 
 def _score_table(table: pd.DataFrame) -> str:
-    lines = [f"{'structure':<11}{'Dice':>7}{'ASSD mm':>10}{'HD95 mm':>10}{'missed':>9}"]
+    first = max([11, *(len(name) + 2 for name in table["structure"])])
+    lines = [f"{'structure':<{first}}{'Dice':>7}{'ASSD mm':>10}{'HD95 mm':>10}{'missed':>9}"]
     for row in table.itertuples():
         missed = f"{row.misses}/{row.cases}" if row.structure != "mean" else str(row.misses)
         lines.append(
-            f"{row.structure:<11}{row.dice:>7.3f}{row.assd:>10.2f}{row.hd95:>10.2f}{missed:>9}"
+            f"{row.structure:<{first}}{row.dice:>7.3f}{row.assd:>10.2f}{row.hd95:>10.2f}{missed:>9}"
         )
     return "\n".join(lines)
 
@@ -199,12 +200,8 @@ def _score_table(table: pd.DataFrame) -> str:
 def _next_run(planned: PlannedRun, request: RunRequest) -> str:
     """The command that makes the result comparable: both bounds, and three seeds."""
     config = planned.config
-    words = [
-        *("glua-bench", "compare", "--methods", config.method),
-        *("--dataset", config.dataset, "--direction", config.direction),
-    ]
-    for file in request.plugins:
-        words += ["--plugin", str(file)]
+    words: list[object] = ["glua-bench", "compare", "--methods", config.method]
+    words += ["--dataset", config.dataset, "--direction", config.direction]
     for assignment in request.assignments:
         if not assignment.startswith("perturbation="):  # compare --repeats makes these
             words += ["--set", assignment]
@@ -212,15 +209,15 @@ def _next_run(planned: PlannedRun, request: RunRequest) -> str:
         ("--preset", request.preset),
         ("--augmentation", request.augmentation),
         ("--steps", request.steps),
-        ("--data-root", request.data_root),
+        ("--runs", None if request.runs_root == Path("runs") else request.runs_root),
     ):
         if value is not None:
-            words += [option, str(value)]
-    if request.runs_root != Path("runs"):
-        words += ["--runs", str(request.runs_root)]
-    if any(assignment.startswith("method.") for assignment in request.assignments):
-        return shlex.join([*words, "--no-bounds"])  # which do not have these settings
-    return shlex.join(words) + "   (both bounds, three seeds)"
+            words += [option, value]
+    own = any(assignment.startswith("method.") for assignment in request.assignments)
+    if own:
+        words.append("--no-bounds")  # which do not have these settings
+    line = next_command(*words, plugins=request.plugins, data_root=request.data_root)
+    return line if own else f"{line}   (both bounds, three seeds)"
 
 
 def compare(
@@ -410,12 +407,11 @@ def _run_matrix(
 
 def _report_command(members: Path, request: RunRequest) -> str:
     """The command that reports on the runs of a comparison and no others."""
-    words = ["glua-bench", "report", "--runs", str(members)]
-    for file in request.plugins:
-        words += ["--plugin", str(file)]
-    if request.data_root is not None:
-        words += ["--data-root", str(request.data_root)]
-    return shlex.join(words)
+    return next_command(
+        *("glua-bench", "report", "--runs", members),
+        plugins=request.plugins,
+        data_root=request.data_root,
+    )
 
 
 def _show_in_tracker(groups: list[Comparison], rows: pd.DataFrame, runs_root: Path) -> None:

@@ -173,7 +173,7 @@ class Table:
             value = WORDS.get(value.lower(), value)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value) if abs(value) < 10**300 else value
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
             raise self.error(f"'{name}' must be {_KINDS[kind]}, not {value!r}", node)
         return value
 

@@ -30,6 +30,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
 
 from glua_bench.errors import DataError
+from glua_bench.paths import broken
 
 NIFTI = (".nii.gz", ".nii")
 # Suffix → the ITK reader that must take the file, so that no other one guesses.
@@ -222,6 +223,11 @@ def open_volume(path: Path) -> VolumeFile:
             is none.
     """
     path = Path(path)
+    if broken(path):
+        raise DataError(
+            f"{path} is a link to {os.readlink(path)}, which does not exist: restore the file, or "
+            "remove the link."
+        )
     if not path.exists():
         raise DataError(f"{path} does not exist: check the data directory (--data-root).")
     if not path.is_file():  # a pipe would be waited for

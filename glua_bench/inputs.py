@@ -15,11 +15,12 @@ import numpy as np
 from glua_bench.dicom_series import is_dicom, read_series, series_of
 from glua_bench.errors import DataError
 from glua_bench.formats import SUFFIXES, Forms, VolumeFile, open_volume
-from glua_bench.paths import entries
+from glua_bench.paths import broken, entries
 
 # Last words of the names of files that lie beside images and are none.
 _NO_IMAGES = {"label", "labels", "lab", "lbl", "seg", "segs", "segmentation", "mask", "masks"}
 _NO_IMAGES |= {"msk", "gt", "truth", "manual", "prob"}
+_NO_IMAGE_FOLDERS = {*_NO_IMAGES, "labelstr", "labelsts", "labelsval"}
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 _NNUNET = ("imagesTr", "imagesTs", "imagesVal")
 
@@ -81,8 +82,8 @@ def find(paths: Iterable[Path]) -> Inputs:
     """The images that files and folders stand for, each once.
 
     A folder stands for the volumes that lie in it, without hidden files and without those whose
-    names end in a word for labels; or, where it holds DICOM files, for their series. In nnU-Net's
-    folders the channel's number is no part of a name.
+    names end in a word for labels, which the folder's own may be, too; or, where it holds DICOM
+    files, for their series. In nnU-Net's folders the channel's number is no part of a name.
 
     Args:
         paths: files in any of `formats.SUFFIXES`, and folders.
@@ -97,7 +98,7 @@ def find(paths: Iterable[Path]) -> Inputs:
         if path.is_dir():
             own, passed = _in_folder(path)
             left += passed
-        elif path.exists():
+        elif path.exists() or broken(path):
             own = [_file(path)]
         else:
             raise DataError(
@@ -127,9 +128,9 @@ def _file(path: Path) -> Given:
 def _in_folder(folder: Path) -> tuple[list[Given], list[Path]]:
     """The images in a folder, and the files that are labels by their names."""
     found = entries(folder)
-    files = [path for path in found if path.is_file()]
+    files = [path for path in found if path.is_file() or broken(path)]
     volumes = [path for path in files if path.name.lower().endswith(SUFFIXES)]
-    slices = [path for path in files if path not in volumes and is_dicom(path)]
+    slices = [p for p in files if p not in volumes and p.is_file() and is_dicom(p)]
     if volumes and slices:
         raise DataError(
             f"{folder} holds volumes ({volumes[0].name}) and DICOM files ({slices[0].name}): put "
@@ -137,15 +138,16 @@ def _in_folder(folder: Path) -> tuple[list[Given], list[Path]]:
         )
     if slices:
         return [_series(folder, slices)], []
-    left = [path for path in volumes if _is_label(path)]
+    own = Path(os.path.abspath(folder)).name.lower() in _NO_IMAGE_FOLDERS
+    left = [path for path in volumes if own or _is_label(path)]
     images = [path for path in volumes if path not in left]
     if left and not images:
         raise DataError(
-            f"{folder} holds only files that are labels by their names ({left[0].name}): name the "
-            "files themselves if they are images."
+            f"{folder} holds only labels, by its name or those of its files ({left[0].name}): name "
+            "the files themselves if they are images."
         )
     if not images:
-        inner = [path.name for path in found if path.is_dir()]
+        inner = [p.name for p in found if p.is_dir() and p.name.lower() not in _NO_IMAGE_FOLDERS]
         hint = f"name the folders in it ({', '.join(inner[:3])})" if inner else "check the folder"
         raise DataError(f"{folder} holds no volume ({', '.join(SUFFIXES)}) and no DICOM: {hint}.")
     return _channels(folder, images), left
@@ -205,9 +207,9 @@ def _series(folder: Path, slices: Sequence[Path]) -> Given:
 def _distinct(given: Sequence[tuple[Path, str]]) -> list[str]:
     """Names that differ, also where a disk does not tell a from A or two spellings of ä.
 
-    Files of one folder that differ in their format have its suffix in their names. Other names that
-    are alike follow those of their folders, as many as it takes; what then still is alike, a number
-    tells apart.
+    Files of one folder that differ in their format have its suffix in their names, and a number
+    where that does not help. Other names that are alike follow those of their folders, as many as
+    it takes; what then still is alike, a number tells apart.
     """
     folders = [Path(os.path.abspath(path)).parent.parts[1:] for path, _ in given]
     names = [name for _, name in given]
@@ -215,6 +217,9 @@ def _distinct(given: Sequence[tuple[Path, str]]) -> list[str]:
         for index in group:
             path, name = given[index]
             names[index] = f"{name}_{path.name[len(stem(path)) :].replace('.', '')}".rstrip("_")
+        for again in _alike([names[index] for index in group]):
+            for number, place in enumerate(again[1:], start=2):
+                names[group[place]] += f"_{number}"
     plain, depth = list(names), [0] * len(names)
     while groups := _alike(names):
         growing = [i for group in groups for i in group if depth[i] < len(folders[i])]

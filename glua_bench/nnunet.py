@@ -303,7 +303,8 @@ def _export_prediction(job: _Job) -> None:
     target = job.folder / f"{name_of(job.case)}{ENDING}"
     if not target.exists():
         file = open_volume(job.case.image)
-        classes = read_label_volume(job.case.truth, job.case.image, job.structures, job.reading)
+        reading = job.reading.of_predictions()
+        classes = read_label_volume(job.case.truth, job.case.image, job.structures, reading)
         save_volume(target, classes, _forms(file, job.reading))
 
 

@@ -101,6 +101,14 @@ def located(path: Path) -> Path:
     return parent / (same[0] if len(same) == 1 else path.name)
 
 
+def broken(path: Path) -> bool:
+    """Whether a path is a link to something that does not exist.
+
+    Such links are listed like files, so that a case whose file is lost is told instead of missed.
+    """
+    return path.is_symlink() and not path.exists()
+
+
 def matching(root: Path, pattern: str) -> list[tuple[str, Path]]:
     """The files that a pattern describes, with what its first `*` stands for in each.
 
@@ -149,7 +157,7 @@ def _matching(
     for own, path in chosen:
         if rest and path.is_dir():
             yield from _matching(path, rest, own)
-        elif not rest and path.is_file():
+        elif not rest and (path.is_file() or broken(path)):
             yield own, path
 
 

@@ -141,8 +141,8 @@ class Registry:
         hint = f"did you mean '{near[0]}'? " if near else ""
         known = ", ".join(sorted(self._entries)) or "none"
         raise PluginError(
-            f"No {self.kind} is called '{name}'; {hint}Known {self.kind}s: {known} "
-            "(see `glua-bench list`, or add one with --plugin FILE)."
+            f"No {self.kind} is called '{name}'; {hint}known {self.kind}s are "
+            f"{known} (see `glua-bench list`, or add one with --plugin FILE)."
         )
 
     def name_of(self, file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import keyword
 import re
 import sys
@@ -75,7 +76,8 @@ def new_dataset(
         raise ConfigError(f"--domains names '{first}' twice; name two domains, e.g. ct,mr.")
     short = short_names(list(structures))
     lines = [
-        f'        Structure("{short[title]}", "{title}", {values}, "{color}"),'
+        f'        Structure("{short[title]}", {json.dumps(title, ensure_ascii=False)}, {values}, '
+        f'"{color}"),'
         for (title, values), color in zip(structures.items(), COLORS * 9, strict=False)
     ]
     titles = ", ".join(structures)
@@ -154,9 +156,8 @@ def parse_structures(text: str, asked: str = "--structures") -> dict[str, tuple[
     title, used = "", {0}
     for part in text.split(","):
         name, equals, value = (piece.strip() for piece in part.rpartition("="))
-        if not (re.fullmatch(r"[A-Za-z][A-Za-z0-9 _-]*", name) if equals else title) or not (
-            re.fullmatch("[0-9]+", value)
-        ):
+        named = name.isprintable() and any(map(str.isalpha, name)) if equals else bool(title)
+        if not named or not re.fullmatch("-?[0-9]+", value):
             raise ConfigError(
                 f"{asked}: '{part.strip()}' is not of the form name=value, such as liver=1 or "
                 "tumour=1,2,3."
@@ -181,7 +182,7 @@ def short_names(titles: list[str]) -> dict[str, str]:
     """Short names of two letters or more, all different: name in words → short name."""
     for length in range(3, 40):
         short = {t: re.sub(r"[^A-Za-z0-9]", "", t)[:length].upper() for t in titles}
-        if len(set(short.values())) == len(titles):
+        if len(set(short.values())) == len(titles) and all(short.values()):
             return short
     return {t: f"S{i}" for i, t in enumerate(titles, start=1)}
 

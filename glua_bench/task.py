@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -21,6 +21,12 @@ SPLITS = ("train", "val", "test")
 # The class index of what a label leaves open, in label arrays: it enters no loss and no score.
 UNANNOTATED = 255
 AVERAGE = "mean"  # over structures: what results have in the place of a structure's name
+# Names that mean something else in results, or in nnU-Net's `dataset.json`.
+_RESERVED = {
+    AVERAGE: "as results call the average over all structures",
+    "background": "which is what no structure covers",
+    "ignore": "which is nnU-Net's word for voxels that nobody annotated",
+}
 Answer = TypeVar("Answer")
 
 
@@ -35,7 +41,8 @@ class Structure:
         color: "#rrggbb" for contours, the same in every figure.
 
     Raises:
-        ConfigError: the name is that of the average over structures.
+        ConfigError: the name is that of the average over structures, or has a meaning of its own in
+            nnU-Net's files.
     """
 
     name: str
@@ -44,10 +51,10 @@ class Structure:
     color: str
 
     def __post_init__(self) -> None:
-        if self.name == AVERAGE:
+        meaning = _RESERVED.get(self.name.lower())
+        if meaning:
             raise ConfigError(
-                f"A structure cannot be called '{AVERAGE}', as results call the average over all "
-                "structures; give it another name."
+                f"A structure cannot be called '{self.name}', {meaning}; give it another name."
             )
 
 
@@ -80,6 +87,10 @@ class Reading:
     ignored_values: tuple[int, ...] = ()
     intensity_range: tuple[float, float] | None = None
     unannotated_values: tuple[int, ...] = ()
+
+    def of_predictions(self) -> Reading:
+        """The same for a run's predictions, in which 0 is background and no voxel is left open."""
+        return replace(self, unannotated_values=())
 
     def identity(self) -> dict[str, Any]:
         """The fields, as the cache and a run's data fingerprint count them.

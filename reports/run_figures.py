@@ -118,7 +118,7 @@ def read_prediction(
     return load_label(
         run.predictions / f"{case.id}.nii.gz",
         case.image,
-        dataset.reading_of(case.domain),
+        dataset.reading_of(case.domain).of_predictions(),
         placement,
         dataset.structures_of(case.domain),
     )

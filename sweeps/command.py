@@ -346,12 +346,12 @@ def next_command(study: SweepStudy, base: RunRequest) -> str:
         f"--direction {definition.directions[0]} --seed {definition.seeds}",
         f"--preset {definition.preset}",
         words_of(chosen.params, definition.settings),
-        *(f"--plugin {file}" for file in base.plugins),
+        *(f"--plugin {shlex.quote(str(file))}" for file in base.plugins),
     ]
     if base.steps is not None:
         words.append(f"--steps {base.steps}")
     if base.data_root is not None:
-        words.append(f"--data-root {base.data_root}")
+        words.append(f"--data-root {shlex.quote(str(base.data_root))}")
     if base.runs_root != Path("runs"):
-        words.append(f"--runs {base.runs_root}")
+        words.append(f"--runs {shlex.quote(str(base.runs_root))}")
     return " ".join(words)

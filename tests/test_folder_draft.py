@@ -216,6 +216,44 @@ def test_folders_of_nnunet_are_described_by_their_names(
     assert len(own.split("ct", "val")) == 1
 
 
+@pytest.mark.parametrize(
+    ("names", "titles"),
+    [
+        (
+            ("Gef\u00e4\u00df (re.)", "kidney, left", 'a="b"'),
+            ["gef\u00e4\u00df (re.)", "kidney left", 'a "b"'],
+        ),
+        (("1", "2", "3"), ["structure 1", "structure 4", "structure 9"]),
+        (("a b", "a,b", "c"), ["structure 1", "structure 4", "structure 9"]),
+    ],
+)
+def test_names_of_nnunet_are_proposed_as_answers(
+    tmp_path: Path, volumes: Callable[..., Path], names: tuple[str, ...], titles: list[str]
+) -> None:
+    """What is proposed can be taken, whatever labels are called."""
+    labels = {"background": 0, **dict(zip(names, (1, 4, 9), strict=True))}
+    own = written(tmp_path, nnunet_folders(tmp_path / "raw", volumes(), labels))
+    assert [s.title for s in own.structures] == titles
+    assert [s.values for s in own.structures_of("mr")] == [(1,), (4,), (9,)]
+
+
+def test_folders_of_nnunet_that_name_nothing_alike_are_asked_about(
+    tmp_path: Path, volumes: Callable[..., Path]
+) -> None:
+    root = nnunet_folders(tmp_path / "raw", volumes(), {"background": 0, "liver": 1, "kidney": 4})
+    file = sorted(root.iterdir())[1] / "dataset.json"
+    file.write_text(file.read_text().replace("liver", "Leber").replace("kidney", "Niere"))
+    with pytest.raises(ConfigError, match="nothing tells which is which; answer the questions"):
+        written(tmp_path, root)
+    own = written(tmp_path, root, answers("liver=1,kidney=4"))
+    assert [s.values for s in own.structures_of("mr")] == [(1,), (4,)]
+
+
+def test_negative_label_values_are_proposed(tmp_path: Path, volumes: Callable[..., Path]) -> None:
+    own = written(tmp_path, volumes({"ct": (-1, 4), "mr": (-1, 4)}))
+    assert [s.values for s in own.structures_of("ct")] == [(-1,), (4,), (9,)]
+
+
 def test_ignore_of_nnunet_is_no_structure_and_no_background(
     tmp_path: Path, volumes: Callable[..., Path]
 ) -> None:
@@ -480,7 +518,7 @@ def test_a_lone_case_is_for_training(tmp_path: Path, shared: str) -> None:
     assert own.directions == ("ct-mr",) and problems(own) == []
     for file in (data / "mr").glob("[2-5]_*"):
         file.unlink()
-    with pytest.raises(DataError, match="The 2 labels in .* serve no direction: its source needs"):
+    with pytest.raises(DataError, match="The 2 labels in .* serve no direction: a source"):
         written(tmp_path / "x", data)
 
 

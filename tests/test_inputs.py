@@ -64,12 +64,21 @@ def test_labels_beside_images_are_passed_over_and_named(tmp_path: Path) -> None:
 
 def test_a_folder_without_images_says_what_is_there(tmp_path: Path) -> None:
     touch(tmp_path / "labels" / "a_seg.nii.gz", tmp_path / "empty" / "notes.txt")
-    assert "only files that are labels by their names (a_seg.nii.gz)" in refused(
+    assert "only labels, by its name or those of its files (a_seg.nii.gz)" in refused(
         tmp_path / "labels"
     )
     assert "no volume" in refused(tmp_path / "empty")
-    assert "name the folders in it (empty, labels)" in refused(tmp_path)
+    assert "name the folders in it (empty)" in refused(tmp_path)
     assert "none.nii.gz does not exist" in refused(tmp_path / "none.nii.gz")
+
+
+@pytest.mark.parametrize("folder", ["labelsTr", "labelsTs", "Labels", "masks", "gt"])
+def test_a_folder_of_labels_is_no_folder_of_images(folder: str, tmp_path: Path) -> None:
+    """As nnU-Net and the Decathlon keep them, under the names of their images."""
+    touch(tmp_path / folder / "liver_1.nii.gz", tmp_path / "imagesTs" / "liver_1.nii.gz")
+    assert f"{folder} holds only labels" in refused(tmp_path / folder)
+    assert "name the folders in it (imagesTs)" in refused(tmp_path)
+    assert names(tmp_path / folder / "liver_1.nii.gz") == ["liver_1"]
 
 
 # -- nnU-Net --------------------------------------------------------------------------------------
@@ -110,6 +119,9 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> No
     other = one.with_name("scan.mha")
     touch(other)
     assert names(one, other) == ["scan_niigz", "scan_mha"]
+    again = one.with_name("SCAN.nii.gz")
+    touch(again)
+    assert names(one, again) == ["scan_niigz", "SCAN_niigz_2"]
     touch(tmp_path / "x" / "one_scan.nii.gz")
     found = names(one, two, tmp_path / "x" / "one_scan.nii.gz")
     assert len(set(found)) == 3 and found[1] == "two_scan"

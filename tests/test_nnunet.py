@@ -6,6 +6,8 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -20,8 +22,9 @@ from glua_bench.errors import ConfigError, DataError, RunFailure
 from glua_bench.facts import gather
 from glua_bench.fingerprint import differences, fingerprint
 from glua_bench.nnunet import RECORD, export, export_predictions, folder_of, name_of
+from glua_bench.reports.run_figures import read_prediction
 from glua_bench.task import Case, Dataset
-from glua_bench.volumes import read_label_volume
+from glua_bench.volumes import load_image, read_label_volume, save_labels
 
 SILENT = Progress(enabled=False)
 
@@ -104,6 +107,27 @@ def test_what_nobody_annotated_is_nnunet_s_ignore(phantom_root: Path, tmp_path: 
         written = np.asarray(nib.load(folder / "labelsTs" / f"{name_of(case)}.nii.gz").dataobj)
         raw = np.asarray(nib.load(case.truth).dataobj)
         assert np.array_equal(written == count + 1, raw == 600) and (raw == 600).any()
+
+
+def test_the_background_of_a_prediction_is_annotated(phantom_root: Path, tmp_path: Path) -> None:
+    """Also where 0 means in labels that nobody annotated a voxel."""
+
+    class Sparse(Phantom):
+        reading = replace(Phantom.reading, unannotated_values=(0,))
+
+    data = Sparse(phantom_root)
+    (case,) = data.split("ct", "test")
+    run: Any = SimpleNamespace(predictions=tmp_path / "run")
+    run.predictions.mkdir(parents=True)
+    placement = load_image(case.image, data.reading, data.grids["quick"]).placement
+    classes = np.zeros(placement.file_shape, np.uint8)
+    classes[2:6, 2:6, 2:6] = 1
+    values = [structure.values[0] for structure in data.structures]
+    save_labels(run.predictions / f"{case.id}.nii.gz", classes, placement, values)
+    place = tmp_path / "predictions"
+    assert export_predictions(data, "ct", run.predictions, place, 1, SILENT) == 1
+    np.testing.assert_array_equal(nib.load(place / "1003.nii.gz").dataobj, classes)
+    assert set(np.unique(read_prediction(run, case, data, placement))) <= {0, 1}
 
 
 def test_links_instead_of_copies(phantom_root: Path, tmp_path: Path) -> None:

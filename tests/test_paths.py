@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from glua_bench import inputs
 from glua_bench.errors import DataError
+from glua_bench.formats import open_volume
 from glua_bench.paths import (
     LONGEST_NAME,
     composed,
@@ -60,6 +62,16 @@ def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
     assert [case for case, _ in matching(root, "**/*.nii")] == ["1", "2", "own"]
     assert [case for case, _ in matching(root, "all/*.nii")] == ["1"]
     assert [path.parent.name for _, path in matching(root, "*/own.nii")] == ["again", "z"]
+
+
+def test_a_lost_file_behind_a_link_is_told_and_not_missed(tmp_path: Path) -> None:
+    """As of a store that is not mounted, or of contents that were not fetched."""
+    root = touch(tmp_path, "1.nii")
+    (root / "2.nii").symlink_to("gone.nii")
+    assert [case for case, _ in matching(root, "*.nii")] == ["1", "2"]
+    for read in (lambda: open_volume(root / "2.nii"), inputs.find([root]).images[1].open):
+        with pytest.raises(DataError, match="2.nii is a link to gone.nii, which does not exist"):
+            read()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may list every directory")

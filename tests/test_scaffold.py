@@ -85,6 +85,17 @@ def test_structures_merge_label_values(tmp_path: Path) -> None:
         scaffold.new_dataset("others", tmp_path, ("a", "b"), {**parsed, "unannotated": (9,)})
 
 
+def test_structures_are_called_as_people_call_them(tmp_path: Path) -> None:
+    """Other letters, brackets and quotes; and -1, by which some say that nobody annotated."""
+    parsed = scaffold.parse_structures('Gef\u00e4\u00df (links)=1,2nd "rib"=2,\u813e=3,tumour=-1,4')
+    assert list(parsed.values()) == [(1,), (2,), (3,), (-1, 4)]
+    assert scaffold.parse_structures(scaffold.written_structures(parsed)) == parsed
+    file, _ = scaffold.new_dataset("organs", tmp_path, ("a", "b"), parsed)
+    found = Registry("dataset", [file]).load("organs").structures
+    assert [s.title for s in found] == list(parsed) and len({s.name for s in found}) == 4
+    assert all(s.name for s in found)
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -118,6 +129,9 @@ def test_names_that_cannot_be_used_are_refused(name: str, said: str, tmp_path: P
         "liver=1,liver=2",
         "a=1,b=1",
         "a=0",
+        "1=2",
+        "a\tb=1",
+        "a=--1",
         "",
     ],
 )
