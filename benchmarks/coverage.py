@@ -20,7 +20,7 @@ import pandas as pd
 from scipy import stats
 from scipy.special import expit
 
-from glua_bench.reports.statistics import Means
+from glua_bench.reports.statistics import Means, ordinary
 
 RESULTS = Path(__file__).parent.parent / "results"
 SEEDS, CASES = (1, 2, 3, 5), (4, 6, 10, 20)
@@ -52,7 +52,7 @@ def effects(rows: pd.DataFrame) -> dict[str, list[np.ndarray]]:
     found: dict[str, list[np.ndarray]] = {
         n: [] for n in ("seed", "case", "rest", "squares", "squares of pairs")
     }
-    rows = rows[rows["selector"] == "last"]
+    rows = ordinary(rows[rows["selector"] == "last"])
     for _, own in rows.groupby("task", observed=True):
         dice = 100 * own.groupby(["entry", "seed", "case"], observed=True)["dice"].mean()
         cubes = [part.unstack("case").to_numpy() for _, part in dice.groupby("entry")]

@@ -387,14 +387,14 @@ def test_what_the_docs_say_of_the_table_is_in_it() -> None:
     text = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
     table = docs_table("coverage")
     normal = table[["method", "difference", "seeds alike", "seeds apart", "rest only"]]
-    said = re.search(r"between ([\d.]+) and ([\d.]+) % of the draws", text)
+    said = re.search(r"in ([\d.]+) to ([\d.]+) % of the draws", text)
     assert said is not None
     assert [float(x) for x in said.groups()] == [normal.min(axis=None), normal.max(axis=None)]
     typical = table[["method", "difference"]]
-    said = re.search(r"measured sizes, between ([\d.]+) and ([\d.]+) %", text)
+    said = re.search(r"in ([\d.]+) to ([\d.]+) % for the measured sizes", text)
     assert said is not None
     assert [float(x) for x in said.groups()] == [typical.min(axis=None), typical.max(axis=None)]
-    said = re.search(r"never below ([\d.]+) %", text)
+    said = re.search(r"never in fewer than ([\d.]+) %", text)
     assert said is not None
     assert float(said[1]) == table[["resampled", "bounded"]].min(axis=None)
 
