@@ -15,8 +15,8 @@ import pytest
 
 from glua_bench import conformance
 from glua_bench.registry import Registry
-from glua_bench.reports import report_tables
-from glua_bench.reports.comparison import table
+from glua_bench.reports import report_tables, statistics
+from glua_bench.reports.comparison import competing, table
 from glua_bench.reports.results import from_rows
 from glua_bench.reports.tables import markdown
 from glua_bench.selection import Selector
@@ -317,13 +317,39 @@ def readme_rows(file: Path) -> list[str]:
     return [shown[entry] for entry in [*order, "supervised"]]
 
 
-@pytest.mark.parametrize("name", ["phantom_quick", "phantom_quick_baselines", "phantom_quick_h100"])
+TABLES = ("", "_codes", "_baselines", "_h100")
+
+
+@pytest.mark.parametrize("name", [f"phantom_quick{which}" for which in TABLES])
 def test_the_results_in_the_readme_are_those_of_the_rows(name):
     """Each table stands before the link to its file."""
     results = (ROOT / "README.md").read_text().split("## Results")[1].split("\n## ")[0]
     before = results.split(f"(results/{name}.parquet)")[0]
     blocks = re.findall(r"^\|---.*\n((?:\|.*\n)+)", before, re.MULTILINE)
     assert blocks[-1].splitlines() == readme_rows(ROOT / "results" / f"{name}.parquet")
+
+
+def test_what_the_readme_says_of_glua_and_of_last_bits_is_what_the_rows_say():
+    text = (ROOT / "README.md").read_text()
+    rows = pd.read_parquet(ROOT / "results" / "phantom_quick.parquet")
+    (paragraph,) = re.findall(r"^On this phantom and at this budget.*$", text, re.MULTILINE)
+    tested = []
+    for task in ("phantom mr-ct", "phantom ct-mr"):
+        pairs = statistics.pairs(competing(statistics.scores(rows, task))).set_index(["a", "b"])
+        tested += list(pairs["p_holm"])
+        own = pairs.loc["global_only", "glua"]
+        ends = f"{-100 * own['high']:.1f} to {-100 * own['low']:.1f}"
+        assert f"{-100 * own['difference']:.1f} points above" in paragraph and ends in paragraph
+        if task == "phantom mr-ct":
+            assert f"p = {own['p_holm']:.2f} after it" in paragraph
+    assert min(tested) >= statistics.SIGNIFICANT, "the README says that no two can be told apart"
+    (paragraph,) = re.findall(r"^\*\*Last bits can .*$", text, re.MULTILINE)
+    rows = rows[(rows["task"] == "phantom mr-ct") & (rows["seed"] == 0)]
+    rows = rows[rows["selector"] == "last"]
+    dice = rows.groupby(["entry", "perturbation"])["dice"].mean()
+    for entry in ("glua", "source_only + photometric"):
+        first, second, third = dice[entry].sort_index()
+        assert f"{first:.2f}, {second:.2f} and {third:.2f}" in paragraph
 
 
 def test_the_ablation_in_the_readme_is_that_of_the_rows():
