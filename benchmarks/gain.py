@@ -29,7 +29,9 @@ def parts(runs_root: Path) -> pd.DataFrame:
     rows = []
     for run in list_runs(runs_root):
         config = run.config
-        if not run.done or config.method != "glua" or run.read_environment()["changed"]:
+        if not run.done or config.method != "glua" or config.perturbation:
+            continue
+        if run.read_environment()["changed"]:
             continue
         losses = pd.read_parquet(run.path / "metrics.parquet").query("stage == 'segment'")
         steps = losses.pivot_table(index="step", columns="name", values="value")
