@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from glua_bench import carried, cli, inputs, prediction
+from glua_bench import carried, inputs, prediction
 from glua_bench.console import Progress
 from glua_bench.datasets.folder import Folder
 from glua_bench.errors import UserError
@@ -119,20 +119,6 @@ def livers(trained: Livers, tmp_path: Path) -> Livers:
 
 
 Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["glua-bench", *map(str, words)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def labels(path: Path) -> np.ndarray:

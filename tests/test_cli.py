@@ -17,8 +17,6 @@ import numpy as np
 import pytest
 import yaml
 
-from glua_bench import cli
-
 Result = tuple[int, str, str]
 Call = Callable[..., Result]
 SMALL = [
@@ -34,24 +32,11 @@ SMALL = [
 
 
 @pytest.fixture
-def call(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Call:
-    """Gives a command in an empty directory: exit code, stdout, stderr."""
+def call(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Call:
+    """Gives a command in an empty directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GLUA_BENCH_DATA", raising=False)
-
-    def run(*arguments: str | Path) -> Result:
-        monkeypatch.setattr(sys, "argv", ["glua-bench", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+    return call
 
 
 def refused(result: Result, *words: str, code: int = 2) -> None:

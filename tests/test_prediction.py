@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from two_faced_method import CLASSES
 
-from glua_bench import cli, inputs, prediction
+from glua_bench import inputs, prediction
 from glua_bench.cli_reports import _read_as
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, PluginError, UserError
@@ -78,22 +78,6 @@ def two_faced(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> M
 
 
 Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """A command's exit code, and what it prints on stdout and stderr."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["glua-bench", *map(str, words)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
 
 
 # -- batches across volumes -----------------------------------------------------------------------
