@@ -17,7 +17,8 @@ from typing import Annotated
 import typer
 
 from glua_bench import __version__, cli_data, cli_plugins, cli_reports, cli_runs, cli_sweeps
-from glua_bench.cli_options import Plugins, RunsRoot, Told, end, next_command, say
+from glua_bench.cli_options import Plugins, RunsRoot, Told, end, say
+from glua_bench.console import next_command
 from glua_bench.errors import ConfigError, RunFailure, UserError
 from glua_bench.interruption import Interrupted
 

@@ -15,10 +15,10 @@ from glua_bench.cli_options import (
     PresetName,
     Processes,
     RunsRoot,
-    next_command,
     say,
     with_descriptions,
 )
+from glua_bench.console import next_command
 from glua_bench.errors import ConfigError, DataError
 from glua_bench.registry import Registry
 

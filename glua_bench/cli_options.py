@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from glua_bench.console import next_command
 from glua_bench.documents import SUFFIXES as DESCRIPTIONS
 from glua_bench.registry import Registry
 
@@ -154,24 +153,6 @@ def with_descriptions(datasets: str, plugins: list[Path] | None) -> tuple[str, l
 def split_names(text: str) -> list[str]:
     """Names that are divided by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def next_command(
-    *words: object, plugins: Sequence[Path] | None = None, data_root: Path | None = None
-) -> str:
-    """A command as a shell takes it, whatever blanks and brackets its paths hold.
-
-    Args:
-        words: the command and its options.
-        plugins: the files that this command had, which the next one needs as well.
-        data_root: likewise.
-    """
-    line = [str(word) for word in words]
-    for file in plugins or ():
-        line += ["--plugin", str(file)]
-    if data_root is not None:
-        line += ["--data-root", str(data_root)]
-    return shlex.join(line)
 
 
 def say_browse(request: RunRequest) -> None:

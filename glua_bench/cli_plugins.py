@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from glua_bench.cli_options import Plugins, next_command, say
+from glua_bench.cli_options import Plugins, say
+from glua_bench.console import next_command
 from glua_bench.errors import ConfigError
 from glua_bench.registry import Registry
 

@@ -13,11 +13,11 @@ from glua_bench.cli_options import (
     Plugins,
     RunsRoot,
     Storage,
-    next_command,
     say,
     warn,
 )
 from glua_bench.cli_sweeps import report_sweep
+from glua_bench.console import next_command
 from glua_bench.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -30,13 +30,13 @@ from glua_bench.cli_options import (
     RunsRoot,
     Seeds,
     Steps,
-    next_command,
     say,
     say_browse,
     split_names,
     warn,
     with_descriptions,
 )
+from glua_bench.console import next_command
 from glua_bench.errors import RunFailure
 from glua_bench.interruption import listening
 from glua_bench.registry import Registry

@@ -1,12 +1,14 @@
-"""What a user sees while work goes on: a bar on a terminal, plain lines elsewhere; questions."""
+"""What a user sees: a bar on a terminal, plain lines elsewhere; next commands; questions."""
 
 from __future__ import annotations
 
 import math
 import os
+import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -21,6 +23,24 @@ PLAIN_SHARE = 0.1
 def is_terminal(stream: TextIO) -> bool:
     """Whether a stream can show a bar that redraws itself."""
     return stream.isatty() and os.environ.get("TERM", "") != "dumb"
+
+
+def next_command(
+    *words: object, plugins: Sequence[Path] | None = None, data_root: Path | None = None
+) -> str:
+    """A command as a shell takes it, whatever blanks and brackets its paths hold.
+
+    Args:
+        words: the command and its options.
+        plugins: the files that this command had, which the next one needs as well.
+        data_root: likewise.
+    """
+    line = [str(word) for word in words]
+    for file in plugins or ():
+        line += ["--plugin", str(file)]
+    if data_root is not None:
+        line += ["--data-root", str(data_root)]
+    return shlex.join(line)
 
 
 def duration(seconds: float) -> str:

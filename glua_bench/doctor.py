@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-import shlex
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from glua_bench import __version__
 from glua_bench.cache import cache_root
+from glua_bench.console import next_command
 from glua_bench.errors import UserError
 from glua_bench.registry import GROUPS, Registry
 from glua_bench.tracking import (
@@ -66,7 +66,7 @@ def examine(runs_root: Path, plugins: Iterable[Path]) -> tuple[list[tuple[str, s
         findings.append(("tracker", f"{without_password(uri)} DOES NOT ANSWER ({error})"))
         todo.append("check MLFLOW_TRACKING_URI, or unset it to track in a file; runs go on anyway")
     if finished:
-        todo.append(f"glua-bench sync --runs {shlex.quote(str(runs_root))}")
+        todo.append(next_command("glua-bench", "sync", "--runs", runs_root))
     else:
         todo.append("glua-bench run --method source_only --dataset phantom")
     return findings, todo

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -13,7 +12,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from glua_bench import runs
+from glua_bench import console, runs
 from glua_bench.config import assignment
 from glua_bench.console import Progress, duration
 from glua_bench.errors import ConfigError
@@ -307,10 +306,11 @@ def conclude(study: SweepStudy) -> list[str]:
             lines.append(f"  {values}  {shown(trial.params)}")
         return lines
     chosen = max(complete, key=lambda t: t.values[0])
+    options = words_of(chosen.params, study.definition.method_settings)
     return [
         f"Chosen by {objectives[0]}{stamp}: {shown(chosen.params)} "
         f"({objectives[0]} {chosen.values[0]:.4g}, trial {chosen.number} of {len(trials)})",
-        f"Use it: {words_of(chosen.params, study.definition.method_settings)}",
+        f"Use it: {console.next_command(*options)}",
     ]
 
 
@@ -325,7 +325,7 @@ def _why_none(trials: list[FrozenTrial]) -> str:
     return f"; the last one failed: {reasons[-1].rstrip('.')}" if reasons else ""
 
 
-def words_of(params: Mapping[str, Any], settings: Sequence[str] = ()) -> str:
+def words_of(params: Mapping[str, Any], settings: Sequence[str] = ()) -> list[str]:
     """The options that give a choice to a run.
 
     Args:
@@ -333,7 +333,7 @@ def words_of(params: Mapping[str, Any], settings: Sequence[str] = ()) -> str:
         settings: `--set` texts that the choice needs besides.
     """
     own = [assignment(f"method.{name}", value) for name, value in params.items()]
-    return " ".join(f"--set {shlex.quote(text)}" for text in (*settings, *own))
+    return [word for text in (*settings, *own) for word in ("--set", text)]
 
 
 def next_command(study: SweepStudy, base: RunRequest) -> str:
@@ -341,17 +341,12 @@ def next_command(study: SweepStudy, base: RunRequest) -> str:
     definition, chosen = study.definition, chosen_trial(counting(study.trials()))
     if chosen is None:
         return "repair what the trials fail by, and the same command with --fork"
-    words = [
-        f"glua-bench run --method {definition.method} --dataset {definition.dataset}",
-        f"--direction {definition.directions[0]} --seed {definition.seeds}",
-        f"--preset {definition.preset}",
-        words_of(chosen.params, definition.settings),
-        *(f"--plugin {shlex.quote(str(file))}" for file in base.plugins),
-    ]
+    words: list[object] = ["glua-bench", "run", "--method", definition.method]
+    words += ["--dataset", definition.dataset, "--direction", definition.directions[0]]
+    words += ["--seed", definition.seeds, "--preset", definition.preset]
+    words += words_of(chosen.params, definition.settings)
     if base.steps is not None:
-        words.append(f"--steps {base.steps}")
-    if base.data_root is not None:
-        words.append(f"--data-root {shlex.quote(str(base.data_root))}")
+        words += ["--steps", base.steps]
     if base.runs_root != Path("runs"):
-        words.append(f"--runs {shlex.quote(str(base.runs_root))}")
-    return " ".join(words)
+        words += ["--runs", base.runs_root]
+    return console.next_command(*words, plugins=base.plugins, data_root=base.data_root)
