@@ -196,7 +196,6 @@ def record(runs_root: Path, title: str, runs: Iterable[RunDirectory]) -> Path:
     ids = sorted(run.id for run in runs)
     name = re.sub(r"[^\w.+-]+", "_", title)[:60].strip("_")
     path = runs_root / "comparisons" / f"{name}_{digest(ids)[:6]}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({"title": title, "runs": ids}, indent=2) + "\n")
     return path
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import fields
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from glua_bench.config import RunConfig
-from glua_bench.errors import ConfigError
+from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.reports.results import from_rows, from_runs, parse_where, record
 from glua_bench.reports.statistics import last_bits
 from glua_bench.tracking import list_runs
@@ -177,6 +178,12 @@ def test_an_entry_without_some_seed_is_told_and_stops_nothing(made_runs):
     )
     one = from_runs(made_runs.root, {"seed": ["0"]})
     assert any("A test needs 2 seeds or more (--seeds 3)" in text for text in one.notices)
+
+
+def test_a_comparison_that_cannot_be_written_down_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "comparisons").write_text("a file in the place of the directory")
+    with pytest.raises(RunFailure, match=r"comparisons/compare_.*\.json cannot be made because"):
+        record(tmp_path, "compare glua", [])
 
 
 def test_a_comparison_is_reported_by_its_own_runs_alone(made_runs):
