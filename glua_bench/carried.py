@@ -25,6 +25,7 @@ from glua_bench.formats import open_volume
 from glua_bench.suspicion import Usual, usual
 from glua_bench.task import Case, Dataset, Reading, Structure, UnlabelledCase
 from glua_bench.tracking import write_text
+from glua_bench.volumes import tuples
 
 FACTS, DESCRIPTION = "dataset.json", "dataset.yaml"  # among `tracking.CARRIED`
 # A median of so many images hardly changes with more of them, which would have to be read.
@@ -159,12 +160,12 @@ def description(folder: Path) -> Path | None:
 def _domain(values: Mapping[str, Any]) -> Domain:
     known = values["usual"]
     return Domain(
-        Reading(**_tuples(values["reading"])),
-        tuple(Structure(**_tuples(one)) for one in values["structures"]),
-        None if known is None else Usual(**_tuples(known)),
+        Reading(**_fields(values["reading"])),
+        tuple(Structure(**_fields(one)) for one in values["structures"]),
+        None if known is None else Usual(**_fields(known)),
     )
 
 
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists of JSON as the tuples that they were."""
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass, as they were before JSON."""
+    return {name: tuples(value) for name, value in values.items()}

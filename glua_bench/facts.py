@@ -24,6 +24,7 @@ from glua_bench.volumes import (
     extremes,
     foreground,
     frame,
+    inside,
     intensities,
     orient,
     read_label_volume,
@@ -242,8 +243,7 @@ def read_intensities(file: VolumeFile, reading: Reading) -> Intensities:
     stored = file.voxels()
     low, _ = extremes(file, stored)
     volume = orient(stored, axes, flips)
-    box = foreground(file, volume)
-    body = volume[tuple(slice(int(first), int(last) + 1) for first, last in box)]
+    body = inside(volume, foreground(file, volume))
     below = sum(int((intensities(file, plane) < 0).sum()) for plane in _slices(stored))
     return Intensities(_levels(file, body, above=low), below / stored.size)
 
@@ -276,7 +276,7 @@ def _image_facts(volume: _Volume) -> ImageFacts:
     values, weights, fingerprint = _distribution(file, stored)
     distinct = values[np.diff(values, prepend=np.nan) != 0]
     box = np.array(foreground(file, volume.oriented))
-    body = volume.oriented[tuple(slice(int(first), int(last) + 1) for first, last in box)]
+    body = inside(volume.oriented, box)
     middle = (np.array(volume.oriented.shape) - 1) / 2
     ends, gaps = zip(*map(_ends_and_gaps, volume.flat), strict=True)
     return ImageFacts(

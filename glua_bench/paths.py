@@ -212,7 +212,7 @@ def distinct(names: Iterable[str], spell: Callable[[str], str]) -> dict[str, str
     Returns:
         name → its spelling.
     """
-    made = {name: spell(name) for name in names}
+    made = {name: spell(name) for name in dict.fromkeys(names)}
     taken = list(made.values())
     return {
         name: own

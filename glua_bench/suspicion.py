@@ -293,8 +293,7 @@ def _verdicts(domains: Domains, levels: Callable[[CaseFacts], Sequence[float]]) 
     for domain, facts in known.items():
         if len(facts) <= LEAST:
             continue
-        apart = np.abs(curves[domain][:, None] - curves[domain][None]).mean(2)
-        far = [float(np.median(np.delete(row, index))) for index, row in enumerate(apart)]
+        far = _from_others(curves[domain])
         usual = float(np.median(far))
         for one, own, curve in zip(facts, far, curves[domain], strict=True):
             elsewhere = {
@@ -304,6 +303,12 @@ def _verdicts(domains: Domains, levels: Callable[[CaseFacts], Sequence[float]]) 
             }
             verdicts[one.case] = _odd_distribution(own, usual, elsewhere, domain)[0]
     return verdicts
+
+
+def _from_others(curves: np.ndarray) -> list[float]:
+    """The median distance of each of (images, percentiles) from the others."""
+    apart = np.abs(curves[:, None] - curves[None]).mean(2)
+    return [float(np.median(np.delete(row, index))) for index, row in enumerate(apart)]
 
 
 def _odd_distribution(
@@ -355,11 +360,9 @@ def usual(images: Sequence[Intensities]) -> Usual | None:
     if len(images) <= LEAST:
         return None
     curves = np.array([_curve(image.levels) for image in images])
-    apart = np.abs(curves[:, None] - curves[None]).mean(2)
-    far = [float(np.median(np.delete(row, index))) for index, row in enumerate(apart)]
     return Usual(
         tuple(float(value) for value in np.median(curves, 0)),
-        float(np.median(far)),
+        float(np.median(_from_others(curves))),
         float(np.median([image.negative for image in images])),
     )
 

@@ -124,8 +124,8 @@ class Placement:
             ValueError: the text is not a placement.
         """
         try:
-            fields = {name: _tuples(value) for name, value in json.loads(text).items()}
-            forms = {name: _tuples(value) for name, value in fields["forms"].items()}
+            fields = {name: tuples(value) for name, value in json.loads(text).items()}
+            forms = {name: tuples(value) for name, value in fields["forms"].items()}
             return cls(**{**fields, "forms": Forms(**forms)})
         except (TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"Not a placement: {error}.") from error
@@ -871,6 +871,11 @@ def foreground(file: VolumeFile, volume: np.ndarray) -> list[tuple[float, float]
     return box
 
 
+def inside(volume: np.ndarray, box: Sequence[tuple[float, float]] | np.ndarray) -> np.ndarray:
+    """The part of a volume in a box of first and last index per axis, as `foreground` gives it."""
+    return volume[tuple(slice(int(first), int(last) + 1) for first, last in box)]
+
+
 def _otsu(values: np.ndarray) -> float:
     """The threshold that best separates two groups of intensities."""
     counts, edges = np.histogram(values, 256)
@@ -895,7 +900,7 @@ def _intensity_range(
     minimum, maximum = extremes
     if reading.intensity_range is not None:
         return reading.intensity_range
-    body = volume[tuple(slice(int(first), int(last) + 1) for first, last in box)]
+    body = inside(volume, box)
     stride = max(1, int(np.ceil((body.size / _SAMPLE) ** (1 / 3))))
     sample = intensities(file, body[::stride, ::stride, ::stride])
     sample = sample[sample > minimum]
@@ -1040,9 +1045,9 @@ def _apply(rows: _Map, columns: _Map, planes: np.ndarray) -> np.ndarray:
 # -- small things ---------------------------------------------------------------------------------
 
 
-def _tuples(value: Any) -> Any:
+def tuples(value: Any) -> Any:
     """JSON lists as tuples, all the way down."""
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+    return tuple(tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _triple(values: Sequence[Any], kind: type) -> Any:
