@@ -5,7 +5,8 @@
     python benchmarks/comparison.py --table-of results/phantom_quick.parquet
 
 Prints the table of all finished runs below a directory, or of the entries that `--entries` names,
-and writes their publishable rows to a file if asked; `--table-of` prints the table of such a file.
+with what it says, the intervals and tests of every two entries, and Dice of each repeat; and writes
+their publishable rows to a file if asked. `--table-of` prints the same of such a file.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 import pandas as pd
 
 from glua_bench.config import PRESETS
-from glua_bench.reports.comparison import collect, table
+from glua_bench.reports import statistics
+from glua_bench.reports.comparison import collect, competing, table, verdict
 from glua_bench.tracking import RunDirectory, list_runs
 
 
@@ -43,10 +45,17 @@ def found(runs_root: Path, entries: list[str]) -> pd.DataFrame:
     )
 
 
-def show(lines: pd.DataFrame) -> None:
-    """Print a table."""
-    with pd.option_context("display.width", 200, "display.max_columns", 20):
-        print(lines.round(3).to_string())
+def show(rows: pd.DataFrame) -> None:
+    """Print the table, and what follows from the same rows."""
+    print(table(rows).round(3).to_string())
+    for task in rows["task"].unique():
+        print(f"\n{verdict(rows, task, percent=True)}")
+        print(statistics.pairs(competing(statistics.scores(rows, task))).round(3).to_string())
+    if statistics.REPEAT in rows:
+        last = rows[rows["selector"] == "last"].groupby(
+            ["task", "entry", "seed", statistics.REPEAT]
+        )
+        print(f"\n{last['dice'].mean().unstack(statistics.REPEAT).dropna().round(3).to_string()}")
 
 
 def main() -> None:
@@ -58,13 +67,13 @@ def main() -> None:
     parser.add_argument("--table-of", type=Path, help="print the table of such a file, and stop")
     options = parser.parse_args()
     if options.table_of is not None:
-        show(table(pd.read_parquet(options.table_of)))
+        show(pd.read_parquet(options.table_of))
         return
     rows = found(options.runs, [entry for entry in options.entries.split(";") if entry])
     if options.rows is not None:
         # Rows of real patients stay where they are.
         rows[rows["dataset"] == "phantom"].to_parquet(options.rows, index=False)
-    show(table(rows))
+    show(rows)
 
 
 if __name__ == "__main__":
