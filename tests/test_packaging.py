@@ -62,7 +62,15 @@ def files() -> Iterator[Path]:
 
 
 def modules(folder: str) -> list[Path]:
-    return sorted((ROOT / folder).glob("*.py"))
+    """Every Python file of a package and of the packages inside it."""
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def dotted(path: Path) -> str:
+    """The name by which a file of the product is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    name = ".".join(parts if parts[0] == "glua_bench" else ("glua_bench", *parts))
+    return name.removesuffix(".__init__")
 
 
 def imports(path: Path) -> set[str]:
@@ -108,20 +116,15 @@ def test_one_version():
 def test_every_folder_of_code_is_packaged():
     folders = {path.parent.relative_to(ROOT) for path in files() if path.suffix == ".py"}
     folders = {folder for folder in folders if folder.parts[0] not in NOT_PACKAGED}
-    assert {str(folder) for folder in folders} == {"glua_bench", *CONTENT}
+    assert {folder.parts[0] for folder in folders} == {"glua_bench", *CONTENT}
     mapped = SETUPTOOLS["package-dir"]
     assert mapped == {"glua_bench": "glua_bench"} | {f"glua_bench.{n}": n for n in CONTENT}
-    assert set(SETUPTOOLS["packages"]) == set(mapped)
     assert all((ROOT / folder / "__init__.py").is_file() for folder in folders)
+    assert set(SETUPTOOLS["packages"]) == {dotted(ROOT / f / "__init__.py") for f in folders}
 
 
 def test_every_module_is_found_in_the_package():
-    expected = {
-        f"glua_bench.{'' if folder == 'glua_bench' else folder + '.'}{path.stem}"
-        for folder in ("glua_bench", *CONTENT)
-        for path in modules(folder)
-        if path.stem != "__init__"
-    } | {f"glua_bench.{name}" for name in CONTENT}
+    expected = {dotted(path) for folder in ("glua_bench", *CONTENT) for path in modules(folder)}
 
     def fail(name: str) -> None:
         raise ImportError(name)
@@ -132,9 +135,9 @@ def test_every_module_is_found_in_the_package():
     names |= {f"glua_bench.{name}" for name in CONTENT}
     for name in CONTENT:
         package = importlib.import_module(f"glua_bench.{name}")
-        found = pkgutil.iter_modules(package.__path__, f"glua_bench.{name}.")
+        found = pkgutil.walk_packages(package.__path__, f"glua_bench.{name}.", onerror=fail)
         names |= {module.name for module in found}
-    assert names == expected
+    assert names | {"glua_bench"} == expected
 
 
 @pytest.mark.skipif("TOX_ENV_NAME" not in os.environ, reason="the checkout may be tested directly")
@@ -161,16 +164,13 @@ def test_every_entry_point_loads(kind):
 def test_every_method_and_dataset_has_an_entry_point():
     """A file that defines a plugin but is not registered would be dead code."""
     for kind in ("method", "dataset"):
-        declared = {
-            value.split(":")[0].rpartition(".")[2] + ":" + value.split(":")[1]
-            for value in PYPROJECT["project"]["entry-points"][GROUPS[kind]].values()
-        }
+        declared = set(PYPROJECT["project"]["entry-points"][GROUPS[kind]].values())
         for path in modules(f"{kind}s"):
-            module = importlib.import_module(f"glua_bench.{kind}s.{path.stem}")
+            module = importlib.import_module(dotted(path))
             for name, value in vars(module).items():
                 if inspect.isclass(value) and value.__module__ == module.__name__:
                     plugin = isinstance(vars(value).get("name"), str) and hasattr(value, "needs")
-                    assert plugin == (f"{path.stem}:{name}" in declared), f"{path.name}: {name}"
+                    assert plugin == (f"{dotted(path)}:{name}" in declared), f"{path}: {name}"
 
 
 def test_console_script():
@@ -195,14 +195,17 @@ def test_every_library_is_declared():
             used = {name.split(".")[0] for name in imports(path)}
             used -= {*sys.stdlib_module_names, "glua_bench"}
             missing = {packages.get(name, name).lower() for name in used} - declared
-            assert not missing, f"{folder}/{path.name} imports {missing}: add it to pyproject.toml"
+            assert not missing, f"{path} imports {missing}: add it to pyproject.toml"
 
 
 # -- the arrows -----------------------------------------------------------------------------------
 
 
 def test_the_harness_reaches_content_only_through_the_registry():
-    reached = {path.name: content_of(path) for path in modules("glua_bench")}
+    package = ROOT / "glua_bench"
+    reached = {
+        path.relative_to(package).as_posix(): content_of(path) for path in modules("glua_bench")
+    }
     # The commands wire things together: they hand the figures to the run. Nothing else may.
     allowed = {
         "cli_data.py": {"reports"},
@@ -217,7 +220,7 @@ def test_the_harness_reaches_content_only_through_the_registry():
 @pytest.mark.parametrize("folder", CONTENT)
 def test_content_packages_do_not_know_each_other(folder):
     for path in modules(folder):
-        assert content_of(path) <= {folder}, f"{folder}/{path.name}"
+        assert content_of(path) <= {folder}, path
 
 
 def test_one_function_knows_medpy():
@@ -248,7 +251,7 @@ def test_answers_without_the_heavy_libraries(arguments, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["glua_bench", *(f"glua_bench.{n}" for n in CONTENT)])
+@pytest.mark.parametrize("name", sorted(SETUPTOOLS["packages"]))
 def test_packages_say_what_they_hold(name):
     docstring = importlib.import_module(name).__doc__
     assert docstring and docstring.strip().split("\n")[0].endswith(".")
