@@ -1,9 +1,9 @@
-"""One augmentation policy, the same for every method of a comparison.
+"""Data augmentation, the same for every method of a comparison.
 
-`none` leaves batches as they are; `geometric` moves source images with their labels, and
-target images, by random affine maps; `photometric` also passes the source images through
-random non-linear tone curves. Everything runs on the device where the images are; the random
-numbers are drawn on the CPU, so that devices agree.
+`none` leaves batches unchanged; `geometric` applies random affine maps to source images with their
+labels and to target images; `photometric` also applies random non-linear tone curves to source
+images. Images are transformed on their own device; random numbers are drawn on the CPU, so that
+they are the same on every device.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 
 ROTATION = math.radians(15)
 SCALE = 0.15
-SHIFT = 0.10  # of the side
+SHIFT = 0.10  # fraction of the side
 KNOTS = 6
-CURVE_SHARE = 0.8  # of images; the others stay as they are
+CURVE_SHARE = 0.8  # fraction of images that get a tone curve
 NOISE = 0.05
-CACHED = 1 << 17  # pixels that are moved at a time on a CPU
+CACHED = 1 << 17  # pixels per chunk on a CPU
 
 
 def random_affine(count: int) -> Tensor:
-    """Maps from output to input coordinates, (N, 2, 3), in units of half the side."""
+    """Draw maps from output to input coordinates, (N, 2, 3), in units of half the side."""
     angle = (torch.rand(count) * 2 - 1) * ROTATION
     scale = 1 + (torch.rand(count) * 2 - 1) * SCALE
     shift = (torch.rand(count, 2) * 2 - 1) * SHIFT * 2
@@ -35,32 +35,32 @@ def random_affine(count: int) -> Tensor:
 
 
 def centres(count: int) -> Tensor:
-    """Positions of pixels along a side from -1 to 1, (count,)."""
+    """Return the centres of pixels along a side from -1 to 1, (count,)."""
     return (2 * torch.arange(count) + 1) / count - 1
 
 
 def geometric(images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Rotate (±15°), scale (±15 %) and shift (±10 %) each image, its label alike.
+    """Rotate (±15°), scale (±15 %) and shift (±10 %) each image together with its label.
 
     Args:
-        images: (N, S, H, W) in [-1, 1]; what moves in from outside is -1 (background).
-        labels: (N, H, W), class indices, moved by nearest neighbour; or None.
+        images: (N, S, H, W) in [-1, 1]; pixels from outside become -1 (background).
+        labels: (N, H, W), class indices, resampled by nearest neighbour; or None.
     """
     theta = random_affine(len(images)).to(images)
     moved = torch.empty_like(images, memory_format=torch.contiguous_format)
     moved_labels = None if labels is None else torch.empty_like(labels)
     height, width = images.shape[-2:]
-    # An affine map is a sum of what columns and what rows add, (N, 2, W) and (N, 2, H).
+    # An affine map is the sum of a column term (N, 2, W) and a row term (N, 2, H).
     columns = theta[:, :, 0:1] * centres(width).to(images)
     rows = theta[:, :, 1:2] * centres(height).to(images) + theta[:, :, 2:]
     count = len(images)
     if images.device.type == "cpu":
-        # Few at a time, so that what is between the steps stays in the processor's cache.
+        # Small chunks keep intermediate results in the processor's cache.
         count = max(torch.get_num_threads(), CACHED // (height * width))
     for start in range(0, len(images), count):
         part = slice(start, start + count)
         grid = (columns[part, :, None, :] + rows[part, :, :, None]).permute(0, 2, 3, 1)
-        # grid_sample pads with zero, so the images are lifted to have background there.
+        # grid_sample pads with zero, so images are shifted such that zero is background.
         lifted = F.grid_sample(images[part] + 1, grid, padding_mode="zeros", align_corners=False)
         torch.sub(lifted, 1, out=moved[part])
         if labels is not None and moved_labels is not None:
@@ -71,11 +71,10 @@ def geometric(images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Ten
 
 
 def tone_curves(images: Tensor) -> Tensor:
-    """Pass each image through its own random piecewise-linear curve, with a little noise.
+    """Apply a random piecewise-linear tone curve and noise to each image.
 
-    The slices of one image share its curve, as they share what made their contrast. The knots'
-    heights are independent and uniform, so a curve need not rise: contrast may invert, as it does
-    from one modality to the other.
+    All slices of an image share one curve. The heights of the knots are independent and uniform,
+    so a curve need not be monotonic: contrast may invert, as it does between modalities.
 
     Args:
         images: (N, S, H, W) in [-1, 1].

@@ -1,7 +1,7 @@
-"""Unpaired batches: source image + label, target image, never a target label.
+"""Unpaired batches of source images with labels and target images without labels.
 
-Which slices a step sees depends only on (seed, stage, step), so a resumed run needs no
-sampler state and a run of several processes divides the same batches.
+The slices of a step depend only on (seed, stage, step), so a resumed run needs no sampler state,
+and several processes share the same batches.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from torch import Tensor
 
 from glua_bench.cache import IMAGE_TYPE, LABEL_TYPE, ImageStore, LabelledStore
 
-# Streams of random numbers that must not coincide for one seed.
+# Independent random streams for one seed.
 _STREAMS = {"source": 1, "target": 2}
 
 
 def epoch_indices(
     seed: int, stream: str, stage: int, step: int, size: int, length: int
 ) -> np.ndarray:
-    """Slice indices of one batch: each epoch visits every slice once, in its own order.
+    """Return the slice indices of one batch; each epoch is a new permutation of all slices.
 
     Args:
         seed: the run's seed.
         stream: "source" or "target".
-        stage: position of the stage.
+        stage: index of the stage.
         step: update within the stage, from 0.
         size: batch size.
         length: number of slices.
 
     Returns:
-        (size,) indices; a batch may begin in one epoch and end in the next.
+        (size,) indices; a batch may span two epochs.
     """
     positions = np.arange(step * size, (step + 1) * size)
     epochs = positions // length
@@ -47,15 +47,16 @@ def epoch_indices(
 
 
 class Batches:
-    """Loads the batch of any step of a stage, the next one ahead in a thread.
+    """Loads the batch of any step of a stage and prefetches the next one in a thread.
 
     Args:
         source: labelled slices of the source domain.
-        target: slices of the target domain, an object that knows no label; or None.
+        target: slices of the target domain, without labels; or None.
         batch_size: images per domain and step, over all processes.
         seed: the run's seed.
-        device: where batches go.
-        rank: this process, of `world` ones; each takes its share of every batch.
+        device: device of the batches.
+        rank: index of this process; each process takes its share of every batch.
+        world: number of processes.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Batches:
         world: int = 1,
     ) -> None:
         if isinstance(target, LabelledStore):
-            raise TypeError("the target store must be an ImageStore: it may not know labels")
+            raise TypeError("the target store must be an ImageStore, which has no labels")
         self.source, self.target = source, target
         self.batch_size, self.seed, self.device = batch_size, seed, device
         self.rank, self.world = rank, world
@@ -79,11 +80,10 @@ class Batches:
         )
 
     def load(self, stage: int, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Source images, source labels and target images of a step, on the device.
+        """Load source images, source labels and target images of a step onto the device.
 
         Returns:
-            float32 (N, S, H, W), uint8 (N, H, W) and float32 (N, S, H, W) or None. Labels are as
-            small as they are cached, until they have been moved.
+            float32 (N, S, H, W), uint8 (N, H, W) and float32 (N, S, H, W) or None.
         """
         if self._ahead is not None and self._ahead[0] == (stage, step):
             tensors = self._ahead[1].result()
@@ -98,9 +98,9 @@ class Batches:
         )
 
     def target_slices(self, size: int = 32) -> Iterator[Tensor]:
-        """All target training images in order, (≤ size, 1, H, W)."""
+        """Iterate over all target training images in order, (≤ size, S, H, W)."""
         if self.target is None:
-            raise TypeError("this run serves no target images")
+            raise TypeError("this run has no target images")
         for start in range(0, len(self.target), size):
             indices = np.arange(start, min(start + size, len(self.target)))
             yield self._move(torch.from_numpy(self.target.images(indices, IMAGE_TYPE))).float()
@@ -110,7 +110,7 @@ class Batches:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, stage: int, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As they are stored: half as much to move, and the device converts faster than NumPy."""
+        """Read in the stored types: less to transfer, and the device converts faster than NumPy."""
         share = slice(self.rank, None, self.world)
         chosen = epoch_indices(self.seed, "source", stage, step, self.batch_size, len(self.source))[
             share

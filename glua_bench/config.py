@@ -1,15 +1,14 @@
-"""Everything that defines one run, and the identity that follows from it.
+"""The configuration of a run.
 
-`RunConfig` is complete: two runs with the same configuration, data and code are the same
-run. Settings are frozen dataclasses whose field metadata carry the allowed range, so that
-the command line, the checks and a sweep read one description.
+`RunConfig` is complete: runs with the same configuration, data and code are the same run.
+Settings are frozen dataclasses whose field metadata hold help text and allowed values, which the
+command line, validation and sweeps share.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import types
 import typing
@@ -21,12 +20,14 @@ import yaml
 
 from glua_bench.documents import WORDS, dump, dump_line, load
 from glua_bench.errors import ConfigError
+from glua_bench.identity import digest as digest  # names that other modules import from here
+from glua_bench.identity import identity as identity
 from glua_bench.task import Grid
 
 AUGMENTATIONS = ("none", "geometric", "photometric")
 SCENARIOS = ("uda", "supervised")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-# What every run is judged by; the first is the one that results are reported by.
+# Selectors that every run evaluates; reported results use the first.
 SELECTORS = (
     "last",
     "source_val",
@@ -50,15 +51,15 @@ def setting(
     choices: tuple[Any, ...] | None = None,
     log: bool = False,
 ) -> Any:
-    """A dataclass field with its meaning and its allowed values.
+    """Return a dataclass field with help text and allowed values.
 
     Args:
-        default: the value when nothing is said.
-        help: what it does, in a phrase, with its unit.
+        default: default value.
+        help: meaning of the setting in a phrase, with its unit.
         low: smallest allowed value.
         high: largest allowed value.
-        choices: the allowed values, where they can be listed.
-        log: a sweep should search on a logarithmic scale.
+        choices: allowed values, if they can be listed.
+        log: whether sweeps should search on a logarithmic scale.
     """
     return field(
         default=default,
@@ -80,7 +81,7 @@ class SegmenterSpec:
     pretrained: bool = setting(False, "load timm's weights for the encoder (needs a network)")
     dilations: int = setting(
         4,
-        "how many of deeplab's four dilated convolutions are summed; published code sums 2",
+        "number of deeplab's four dilated convolutions to sum; the published code sums 2",
         choices=(2, 4),
     )
 
@@ -101,35 +102,41 @@ class RunConfig:
         choices=SCENARIOS,
     )
     preset: str = "quick"
-    seed: int = setting(0, "seed of everything random", low=0, high=2**31 - 1)
+    seed: int = setting(0, "random seed", low=0, high=2**31 - 1)
     perturbation: int = setting(
         0,
-        "0, or the random draw that moves every initial weight to a neighbouring float",
+        "0, or a seed for moving every initial weight to a neighbouring float",
         low=0,
         high=2**31 - 1,
     )
     steps: int = setting(600, "updates of the segmenter", low=1, high=10_000_000)
     batch_size: int = setting(8, "images per domain and step", low=1, high=4096)
     slices: int = setting(
-        1, "slices that a network sees at once, the middle one is labelled", choices=(1, 3, 5, 7)
+        1, "input slices of the network, of which the middle one is labelled", choices=(1, 3, 5, 7)
     )
     slice_distance: float | None = setting(
         None,
-        "mm between them; by default that of the grid, or of the domain with thicker slices",
+        "mm between input slices; by default that of the grid or of the domain with thicker slices",
         low=0.01,
         high=1000,
     )
-    augmentation: str = setting("geometric", "policy for all methods", choices=AUGMENTATIONS)
-    precision: str = setting("32-true", "arithmetic of the forward pass", choices=PRECISIONS)
-    candidates: int = setting(5, "checkpoints offered to the selectors", low=1, high=1000)
+    augmentation: str = setting(
+        "geometric", "augmentation policy of all methods", choices=AUGMENTATIONS
+    )
+    precision: str = setting(
+        "32-true", "floating-point precision of the forward pass", choices=PRECISIONS
+    )
+    candidates: int = setting(
+        5, "number of checkpoints that selectors choose from", low=1, high=1000
+    )
     selectors: tuple[str, ...] = SELECTORS
 
     def __post_init__(self) -> None:
         check(self)
         if self.slices == 1 and self.slice_distance is not None:
             raise ConfigError(
-                f"slice_distance = {self.slice_distance} needs neighbouring slices, and slices = "
-                "1 has none; set slices to 3, 5 or 7, or leave slice_distance out."
+                f"slice_distance = {self.slice_distance} has no effect with slices = 1; set slices "
+                "to 3, 5 or 7, or remove slice_distance."
             )
 
     @property
@@ -144,22 +151,22 @@ class RunConfig:
 
     @property
     def privileged(self) -> bool:
-        """Whether training reads labels of the target domain."""
+        """True if training reads labels of the target domain."""
         return self.scenario == "supervised"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings, for YAML and JSON."""
+        """Return the configuration as plain lists, numbers and strings, for YAML and JSON."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """The inverse of `to_dict`.
+        """Build a configuration from the values that `to_dict` returns.
 
         Raises:
             ConfigError: an unknown key, or a value of the wrong type or out of range.
         """
         if not isinstance(values, Mapping):
-            raise ConfigError("The configuration is not a table of names and values.")
+            raise ConfigError("The configuration is not a mapping of names to values.")
         values = dict(values)
         known = {f.name for f in fields(cls)}
         for key in values:
@@ -174,21 +181,21 @@ class RunConfig:
             raise ConfigError(f"The configuration is incomplete ({error}).") from error
 
     def to_yaml(self) -> str:
-        """The configuration as YAML text."""
+        """Return the configuration as YAML text."""
         return dump(self.to_dict())
 
     @classmethod
     def from_yaml(cls, text: str) -> RunConfig:
-        """Read `to_yaml`'s text back."""
+        """Build a configuration from the text that `to_yaml` returns."""
         return cls.from_dict(load(text))
 
 
 def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under the names that `--set` takes, e.g. "grid.size", "method.lr".
+    """Flatten nested settings to the names that `--set` takes, e.g. "grid.size", "method.lr".
 
     Args:
-        values: as `RunConfig.to_dict` gives them, or a part of it.
-        prefix: before every name.
+        values: result of `RunConfig.to_dict`, or a part of it.
+        prefix: prepended to every name.
     """
     flat: dict[str, Any] = {}
     for name, value in values.items():
@@ -201,13 +208,13 @@ def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
 
 
 def changed_settings(config: RunConfig, method: Any) -> dict[str, Any]:
-    """The method's settings that differ from its defaults under the run's preset.
+    """Return the method's settings that differ from its defaults under the run's preset.
 
-    A setting that the method does not have any more differs.
+    Settings that the method no longer has are included.
 
     Args:
-        config: of the run.
-        method: the class; its `Config` and `presets` give the defaults.
+        config: configuration of the run.
+        method: the method class, whose `Config` and `presets` define the defaults.
     """
     values = method.presets.get(config.preset, {})
     defaults = dataclasses.asdict(build_settings(method.Config, values, "method"))
@@ -216,11 +223,11 @@ def changed_settings(config: RunConfig, method: Any) -> dict[str, Any]:
 
 
 def variant_name(config: RunConfig, method: Any) -> str:
-    """The method's own name for the run's settings, from its `variants()`; "" where it has none.
+    """Return the name under which `method.variants()` lists the run's settings, or "".
 
     Args:
-        config: of the run.
-        method: the class.
+        config: configuration of the run.
+        method: the method class.
     """
     for name, changes in method.variants().items():
         values = {**method.presets.get(config.preset, {}), **changes}
@@ -250,26 +257,26 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def check(settings: Any, prefix: str = "") -> None:
-    """Check every field of a settings dataclass against its type and its metadata.
+    """Validate every field of a settings dataclass by its type and metadata.
 
     Raises:
-        ConfigError: a value has the wrong type, is out of range or not among the choices.
+        ConfigError: a value has the wrong type, is out of range or is not among the choices.
     """
     hints = typing.get_type_hints(type(settings))
     for spec in fields(settings):
         value, meta = getattr(settings, spec.name), spec.metadata
         name = f"{prefix}{spec.name}"
         kind, optional = _kind(hints[spec.name])
-        if kind in _PLAIN and not (_is(value, kind) or (value is None and optional)):
+        if kind in _PLAIN and not (_is_instance(value, kind) or (value is None and optional)):
             raise _wrong_type(name, value, kind)
         if meta.get("choices") is not None and value not in meta["choices"]:
             raise ConfigError(
-                f"{name} = {value!r} is not possible; choose one of "
+                f"{name} = {value!r} is invalid; choose one of "
                 f"{', '.join(map(str, meta['choices']))}."
             )
         low, high = meta.get("low"), meta.get("high")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            # NaN fails every comparison, so the test is written for it to be caught.
+            # NaN fails every comparison, so it never counts as inside.
             inside = (low is None or value >= low) and (high is None or value <= high)
             if not inside or value != value:
                 raise ConfigError(
@@ -279,15 +286,15 @@ def check(settings: Any, prefix: str = "") -> None:
 
 
 def build_settings(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
-    """A settings dataclass from a mapping of names to values or texts.
+    """Build a settings dataclass from a mapping of names to values.
 
     Args:
         cls: frozen dataclass.
-        values: field name to value; texts are converted to the field's type.
-        prefix: what to call the group in errors, e.g. "method".
+        values: field name to value; strings are converted to the field's type.
+        prefix: name of the group in error messages, e.g. "method".
 
     Raises:
-        ConfigError: unknown name (the nearest is named), wrong type, or out of range.
+        ConfigError: unknown name (the closest match is suggested), wrong type, or out of range.
     """
     known = {f.name: f for f in fields(cls)}
     hints = typing.get_type_hints(cls)
@@ -302,12 +309,12 @@ def build_settings(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
 
 
 def setting_type(cls: type, name: str) -> Any:
-    """The plain type of a setting: bool, int, float or str, without its None."""
+    """Return the type of a setting without `None`: bool, int, float or str."""
     return _kind(typing.get_type_hints(cls)[name])[0]
 
 
 def parse_overrides(assignments: list[str]) -> dict[str, dict[str, Any]]:
-    """Sort `--set` texts by the group they address.
+    """Parse the arguments of `--set` and group them.
 
     Args:
         assignments: e.g. ["method.lr=0.001", "steps=100", "segmenter.width=8"].
@@ -316,7 +323,7 @@ def parse_overrides(assignments: list[str]) -> dict[str, dict[str, Any]]:
         {"run": {...}, "method": {...}, "segmenter": {...}, "grid": {...}}.
 
     Raises:
-        ConfigError: a text without "=", or an unknown group.
+        ConfigError: an argument without "=", an unknown group, or a value that is not valid YAML.
     """
     groups: dict[str, dict[str, Any]] = {"run": {}, "method": {}, "segmenter": {}, "grid": {}}
     for text in assignments:
@@ -328,22 +335,22 @@ def parse_overrides(assignments: list[str]) -> dict[str, dict[str, Any]]:
             group, name = "run", group
         if group not in groups or (group == "run" and dot):
             raise ConfigError(
-                f"--set {text}: there is no group '{group}'; write method.NAME, segmenter.NAME, "
+                f"--set {text}: unknown group '{group}'; write method.NAME, segmenter.NAME, "
                 "grid.NAME or a run option such as steps."
             )
         try:
             groups[group][name] = load(value)
         except (yaml.YAMLError, ValueError) as error:
-            raise ConfigError(f"--set {text}: the value cannot be read; quote it.") from error
+            raise ConfigError(f"--set {text}: the value cannot be parsed; quote it.") from error
     return groups
 
 
 def assignment(name: str, value: Any) -> str:
-    """The `--set` text that gives a setting a value: `parse_overrides` reads it back.
+    """Format a setting as an argument of `--set` that `parse_overrides` can parse.
 
     Args:
         name: e.g. "method.lr".
-        value: a number, a text, a list of them, or None.
+        value: a number, a string, a list of them, or None.
     """
     try:
         read = load(str(value))
@@ -353,36 +360,19 @@ def assignment(name: str, value: Any) -> str:
     return f"{name}={value if same else dump_line(value)}"
 
 
-def digest(value: Any, length: int = 12) -> str:
-    """A short hash of a JSON-serialisable value."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
-
-
-def identity(config: RunConfig, data_fingerprint: str, code_version: str) -> str:
-    """The run's id: a hash of everything that could change its result.
-
-    The selectors and the preset's name are left out: the first are evaluated side by side on
-    one training, and the second only names values that are in the configuration.
-    """
-    values = config.to_dict()
-    del values["preset"], values["selectors"]
-    return digest({"config": values, "data": data_fingerprint, "code": code_version})
-
-
 _PLAIN = (bool, int, float, str)
 
 
 def _kind(hint: Any) -> tuple[Any, bool]:
-    """A type without its None, and whether None was among its options."""
+    """Return a type without `None`, and whether it includes `None`."""
     if typing.get_origin(hint) not in (typing.Union, types.UnionType):
         return hint, False
     options = typing.get_args(hint)
     return next(o for o in options if o is not type(None)), type(None) in options
 
 
-def _is(value: Any, kind: type) -> bool:
-    """Whether a value is of a plain type; to Python, but not to a user, True is a number."""
+def _is_instance(value: Any, kind: type) -> bool:
+    """Return True if a value has a plain type; bool is not an int here, but int is a float."""
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
@@ -393,13 +383,13 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if value is None and optional:
         return None
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:  # also a number in quotes
+        try:  # strings may contain numbers
             return float(value)
         except (ValueError, OverflowError):
             raise _wrong_type(name, value, kind) from None
     if kind is bool and isinstance(value, str) and value.lower() in WORDS:
         return WORDS[value.lower()]
-    if kind in _PLAIN and _is(value, kind):
+    if kind in _PLAIN and _is_instance(value, kind):
         return value
     if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
         return tuple(value)

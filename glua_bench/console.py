@@ -1,4 +1,4 @@
-"""What a user sees: a bar on a terminal, plain lines elsewhere; next commands; questions."""
+"""Console output: progress bars (plain lines without a terminal), suggested commands, prompts."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from typing import Any, TextIO
 from glua_bench.errors import UserError
 from glua_bench.task import Answer
 
-REDRAW_SECONDS = 0.5  # a redraw costs milliseconds, a step about thirty
+REDRAW_SECONDS = 0.5
 PLAIN_SECONDS = 10.0
 PLAIN_SHARE = 0.1
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether a stream can show a bar that redraws itself."""
+    """Return True if a stream can show a progress bar."""
     return stream.isatty() and os.environ.get("TERM", "") != "dumb"
 
 
 def next_command(
     *words: object, plugins: Sequence[Path] | None = None, data_root: Path | None = None
 ) -> str:
-    """A command as a shell takes it, whatever blanks and brackets its paths hold.
+    """Format a command for a shell, with quotes where they are needed.
 
     Args:
         words: the command and its options.
-        plugins: the files that this command had, which the next one needs as well.
-        data_root: likewise.
+        plugins: plugin files to pass on.
+        data_root: data directory to pass on.
     """
     line = [str(word) for word in words]
     for file in plugins or ():
@@ -44,7 +44,7 @@ def next_command(
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a reader writes them: "8 s", "2:05", "1:02:03"; "?" where unknown."""
+    """Format seconds as "8 s", "2:05" or "1:02:03"; "?" if not finite."""
     if not math.isfinite(seconds):
         return "?"
     whole = max(0, round(seconds))
@@ -56,14 +56,14 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Shows stage, steps, losses and remaining time of long work.
+    """Shows stage, steps, losses and remaining time.
 
-    `update` may be called at every step: it looks at the clock and returns, and only a few
-    times a second reads the values (which, on a GPU, waits for them) and draws.
+    `update` is cheap enough to call at every step: it reads the values (which synchronises a GPU)
+    and draws at most a few times a second.
 
     Args:
-        enabled: False shows nothing at all, e.g. on every process but the first.
-        stream: where to write; None is stdout.
+        enabled: False shows nothing, e.g. on every process but the first.
+        stream: output stream; None is stdout.
 
     Example:
         >>> with Progress(enabled=False) as progress:
@@ -88,7 +88,7 @@ class Progress:
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
 
-            # Refreshed by hand: rich's own thread would take time from the steps.
+            # Refreshed manually: rich's refresh thread would slow down training.
             self._bar = Bar(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
@@ -112,12 +112,12 @@ class Progress:
             self._bar = None
 
     def stage(self, name: str, total: int, start: int = 0) -> None:
-        """Begin a piece of work.
+        """Start a stage.
 
         Args:
-            name: what it is called, e.g. "train".
-            total: the number of steps it has.
-            start: steps that were done before, on resuming.
+            name: displayed name, e.g. "train".
+            total: number of steps.
+            start: steps done before resuming.
         """
         self._name, self._total, self._first = name, total, start
         self._shown_step = start
@@ -136,11 +136,11 @@ class Progress:
             self.line(f"{name}: {total} steps{resumed}")
 
     def update(self, step: int, values: Mapping[str, Any] | None = None) -> None:
-        """Tell how many steps are done.
+        """Report the number of finished steps.
 
         Args:
-            step: steps done in this stage, those before resuming included.
-            values: numbers (or tensors of one number) to show, e.g. losses.
+            step: finished steps of this stage, including those before resuming.
+            values: numbers (or scalar tensors) to show, e.g. losses.
         """
         if not self.enabled:
             return
@@ -152,7 +152,7 @@ class Progress:
             if self._bar is None and step - self._shown_step < PLAIN_SHARE * self._total:
                 return
         elif step == self._shown_step and self._shown_step != self._first:
-            return  # the end was shown already
+            return  # already shown
         text = "  ".join(f"{name} {float(value):.4g}" for name, value in (values or {}).items())
         done = max(1, step - self._first)
         left = (now - self._began) / done * (self._total - step)
@@ -167,7 +167,7 @@ class Progress:
             self._due = now + PLAIN_SECONDS
 
     def line(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
+        """Print a line, above the bar if there is one."""
         if not self.enabled:
             return
         if self._bar is not None:
@@ -177,16 +177,19 @@ class Progress:
 
 
 def ask(question: str, guess: str, read: Callable[[str], Answer], asked: bool = True) -> Answer:
-    """Put a question to the user; a refused answer is told, and the question put again.
+    """Prompt until `read` accepts the answer.
 
     Args:
-        question: without a question mark at its end.
-        guess: taken where the user only presses return.
-        read: the answer's text → its value.
-        asked: False takes the guess, and shows it.
+        question: text without a question mark.
+        guess: default answer.
+        read: parses an answer and raises `UserError` if it is invalid.
+        asked: False uses and prints the default instead of prompting.
+
+    Returns:
+        The parsed answer.
 
     Raises:
-        UserError: the guess is refused and nobody is asked.
+        UserError: the default is invalid and `asked` is False.
     """
     if not asked:
         print(f"{question}: {guess}", flush=True)

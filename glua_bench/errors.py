@@ -1,15 +1,14 @@
-"""The errors that a user can cause, each one sentence that names the fix.
+"""Exceptions with a message for the user: one sentence that names the fix.
 
-The command line prints the sentence without a traceback. Exit code 2 marks a user's
-mistake (`UserError` and its children); exit code 1 marks everything that is ours or the
-machine's.
+The command line prints the message without a traceback. The exit code is 2 for a user's mistake
+(`UserError` and its subclasses) and 1 for everything else.
 """
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used; the message says what to change.
+    """Invalid input from the user.
 
     Args:
         message: one sentence that names the file or option and the fix.
@@ -23,7 +22,7 @@ class DataError(UserError):
 
 
 class ConfigError(UserError):
-    """An option or a configuration value is unknown or out of range."""
+    """An option or a configuration value is unknown or invalid."""
 
 
 class PluginError(UserError):
@@ -31,9 +30,6 @@ class PluginError(UserError):
 
 
 class RunFailure(Exception):
-    """A run stopped for a reason that is not the command's wording (exit code 1).
-
-    Raised for a non-finite loss, a full disk, an unwritable directory.
-    """
+    """A run failed although its input is valid, e.g. a non-finite loss or a full disk."""
 
     exit_code = 1

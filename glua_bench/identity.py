@@ -1,23 +1,23 @@
-"""Which code can change a result, and its digest: derived from imports, for ids and stage keys.
+"""Compute run ids and stage keys: how they are hashed, and which code is part of them.
 
-Starting from what trains, from what scores and from the method, every module that an `import`
-reaches counts, wherever in a file the statement stands. Only code counts: comments, docstrings
-and layout do not. Names count as modules are called, never where they lie, so an installation in
-another place gives the same digest.
-
-Three kinds of modules do not count: those in `NO_RESULT`; the standard library; and libraries,
-which are the packages that the harness itself depends on and whatever an installer put into its
-folder, unless it registers plugins (`environment.json` names the libraries' versions).
+Code is found by following imports, wherever they stand in a file, from training, scoring and the
+method. Comments, docstrings and layout are ignored, and modules are identified by name and not by
+path, so that every installation gives the same digest. Three kinds of modules are excluded: those
+in `NO_RESULT`, the standard library, and libraries (dependencies of the harness and installed
+packages that register no plugin). `environment.json` records the versions of libraries.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import importlib.machinery
 import inspect
 import itertools
+import json
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
@@ -26,44 +26,61 @@ from types import CellType
 from typing import TYPE_CHECKING, Any
 
 import glua_bench
-from glua_bench.config import digest
 from glua_bench.errors import PluginError
 from glua_bench.registry import GROUPS, PLUGIN_FILE, module_spec
-from glua_bench.syntax import Import, normal_form
 
 if TYPE_CHECKING:
+    from glua_bench.config import RunConfig
     from glua_bench.method import Method, Stage
 
 PACKAGE = "glua_bench"
-# Where trainings start. A dataset's code is not reached: it counts by what it hands over, which
-# are files, readings, structures and splits (`runs.Fingerprints`) and the grid (`RunConfig`).
+# Where training starts. The code of datasets is not followed: what they provide (files, readings,
+# structures, splits, grid) is hashed instead (`runs.Fingerprints`, `RunConfig`).
 TRAINING = (f"{PACKAGE}.runs",)
-# What is computed from finished weights: it can change scores, and no weight.
+# Code that runs on finished weights: it can change scores but no weights.
 SCORING = tuple(f"{PACKAGE}.{name}" for name in ("evaluation", "metrics", "selection", "selectors"))
-# Modules that training reaches and that change neither weights nor scores, each with the reason.
+# Modules that training imports but that change neither weights nor scores, with the reason.
 NO_RESULT: Mapping[str, str] = {
-    f"{PACKAGE}.carried": "keeps with a run what segments new volumes",
-    f"{PACKAGE}.console": "shows progress, and asks a user",
-    f"{PACKAGE}.documents": "reads descriptions of datasets, which count by what they say",
-    f"{PACKAGE}.errors": "the types of what is refused",
-    f"{PACKAGE}.facts": "measures images for `carried`",
-    f"{PACKAGE}.identity": "names what counts",
-    f"{PACKAGE}.interruption": "ends a process; the run goes on in another as if it had not",
-    f"{PACKAGE}.registry": "finds the classes that count",
-    f"{PACKAGE}.suspicion": "compares what `facts` measures",
-    f"{PACKAGE}.syntax": "reads code in order to name it",
-    f"{PACKAGE}.tracking": "records what was computed",
+    f"{PACKAGE}.carried": "stores what is needed to segment new volumes beside the run",
+    f"{PACKAGE}.console": "progress bars and prompts",
+    f"{PACKAGE}.documents": "parses dataset descriptions, whose content is hashed",
+    f"{PACKAGE}.errors": "exception types",
+    f"{PACKAGE}.facts": "image statistics for `carried`",
+    f"{PACKAGE}.identity": "computes the ids",
+    f"{PACKAGE}.interruption": "stops a process; the resumed run gives the same result",
+    f"{PACKAGE}.registry": "finds plugin classes, whose code is hashed",
+    f"{PACKAGE}.suspicion": "compares the statistics of `facts`",
+    f"{PACKAGE}.tracking": "records results",
 }
+
+# An import in a file: its level (0 is absolute), the module, and the names imported from it.
+Import = tuple[int, str, tuple[str, ...]]
+
+
+def digest(value: Any, length: int = 12) -> str:
+    """Return the first `length` hexadecimal digits of the hash of a JSON-serialisable value."""
+    return _sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())[:length]
+
+
+def identity(config: RunConfig, data_fingerprint: str, code: str) -> str:
+    """Return the run's id, a hash of everything that can change its result.
+
+    Selectors and the preset's name are excluded: all selectors are evaluated on one training, and
+    the preset's values are part of the configuration.
+    """
+    values = config.to_dict()
+    del values["preset"], values["selectors"]
+    return digest({"config": values, "data": data_fingerprint, "code": code})
 
 
 def code_version(*parts: Any, scoring: bool = False) -> str:
-    """The package's version, and a digest of all code behind trained weights.
+    """Return the package's version and a digest of the code that determines trained weights.
 
-    It is computed once in a process: a process goes on with the code that it started with.
+    Digests are computed once per process, because a process keeps running the code it loaded.
 
     Args:
-        parts: the method's class; or classes, functions and objects that a stage is made of.
-        scoring: count what scores the weights, too.
+        parts: the method's class, or the classes, functions and objects that make up a stage.
+        scoring: include the code that scores the weights.
     """
     homes = {home for part in parts for home in _homes(part)}
     harness = (*TRAINING, *SCORING) if scoring else TRAINING
@@ -71,18 +88,18 @@ def code_version(*parts: Any, scoring: bool = False) -> str:
 
 
 def stage_key(method: Method, stage: Stage) -> dict[str, Any]:
-    """What a stage's result depends on besides the run's settings: each of its fields, and code.
+    """Return the part of a stage's cache key that comes from its fields and its code.
 
-    Methods that share a component (as `glua` and `global_only` share the style transfer) have
-    one key for its stage, although their own files differ. A stage before it may have changed the
-    weights that it starts from, so it counts, too.
+    Methods that share a component get the same key for its stage, even where their own files
+    differ (`glua` and `global_only` share the style transfer). Earlier stages are included, since
+    they can change the weights that the stage starts from.
 
     Args:
-        method: whose stage it is.
+        method: the method that the stage belongs to.
         stage: one of `method.stages()`.
 
     Returns:
-        What `config.digest` takes.
+        A value for `digest`.
     """
     before = itertools.takewhile(lambda other: other.name != stage.name, method.stages())
     parts: list[Any] = []
@@ -93,45 +110,45 @@ def stage_key(method: Method, stage: Stage) -> dict[str, Any]:
         trained = [method.get_submodule(name) for name in each.modules]
         stages.append([_described(values, parts), _described(trained, parts)])
     if any(part.__module__ not in sys.modules for part in parts):
-        parts.append(type(method))  # the method loaded it from somewhere
+        parts.append(type(method))  # the part comes from a module that the method loaded itself
     return {"stages": stages, "code": code_version(*parts)}
 
 
 def reached(harness: Sequence[str], homes: Iterable[str] = ()) -> list[tuple[str, Path]]:
-    """The modules whose code counts, with their files, sorted.
+    """List the modules whose code is hashed, with their files, sorted.
 
     Args:
-        harness: names of the harness's modules to start from.
+        harness: names of modules of the harness to start from.
         homes: names of other modules to start from.
     """
     left_out = {*NO_RESULT, *SCORING} - set(harness)
     found: dict[Path, str] = {}
     libraries: set[str] = set()
-    # The harness comes first, since whatever it imports from elsewhere is a library.
+    # The harness comes first: every package that it imports is a library.
     for names in (harness, homes):
         waiting = [module for module in map(_module, names) if module is not None]
         while waiting:
             module = waiting.pop()
             if module.path in found or module.name in left_out:
                 continue
-            if not _counts(module, libraries):
+            if not _is_hashed(module, libraries):
                 continue
             found[module.path] = module.label
             ours = _top(module.name) == PACKAGE
-            for name in _names(module):
+            for name in _imported_names(module):
                 if ours and _top(name) != PACKAGE:
                     libraries.add(_top(name))
                 elif _top(name) not in libraries:
                     waiting += filter(None, [_module(name) or _beside(module, name)])
-            waiting += [] if ours else _held(module)
+            waiting += [] if ours else _modules_of_values(module)
     return sorted((label, path) for path, label in found.items())
 
 
 @functools.cache
 def code_digest(harness: tuple[str, ...], homes: tuple[str, ...] = ()) -> str:
-    """A digest of the code of what `reached` finds, computed once in a process."""
+    """Return a digest of the code of the modules that `reached` finds, once per process."""
     counted = [[label, _read(path).digest] for label, path in reached(harness, homes)]
-    # Where two modules have one name, their code decides the order, never where they lie.
+    # Sorted by label and code, so that the paths of modules with equal labels have no influence.
     return digest(sorted(counted), 10)
 
 
@@ -149,19 +166,19 @@ class _Module:
 
     @property
     def label(self) -> str:
-        """Its name, for one file alone the file's: `--plugin` calls it by its whole path."""
+        """The module's name; for a single file the file's stem (`--plugin` names include paths)."""
         return self.path.stem if "." not in self.name and not self.is_package else self.name
 
     @property
     def root(self) -> Path:
-        """The folder in which its name begins."""
+        """The directory that contains the top-level package or module."""
         above = list(self.path.parents)
         return above[min(self.name.count(".") + self.is_package, len(above) - 1)]
 
 
 def _module(name: str) -> _Module | None:
-    """A module by its name; None for what is none, or has no file, as built-in ones."""
-    return _of(sys.modules[name], name) if name in sys.modules else _found(name)
+    """Find a module by name; None if it does not exist or has no file, such as built-in ones."""
+    return _of(sys.modules[name], name) if name in sys.modules else _find(name)
 
 
 def _of(loaded: Any, name: str) -> _Module | None:
@@ -172,8 +189,8 @@ def _of(loaded: Any, name: str) -> _Module | None:
 
 
 @functools.cache
-def _found(name: str) -> _Module | None:
-    """A module that was not imported yet, which finds it without running it."""
+def _find(name: str) -> _Module | None:
+    """Find a module that is not imported yet, without running it."""
     try:
         spec = module_spec(name)
     except Exception:  # finders of other packages may raise anything
@@ -186,7 +203,7 @@ def _found(name: str) -> _Module | None:
 
 
 def _beside(module: _Module, name: str) -> _Module | None:
-    """A module beside a plugin's, whose folder may be put on the path only when it runs."""
+    """Find a module next to a plugin, which may extend `sys.path` only when it runs."""
     path = module.root.joinpath(*name.split("."))
     for file in (path.with_name(f"{path.name}.py"), path / "__init__.py"):
         if file.is_file():
@@ -194,14 +211,14 @@ def _beside(module: _Module, name: str) -> _Module | None:
     return None
 
 
-def _counts(module: _Module, libraries: set[str]) -> bool:
-    """Whether a module is no library."""
+def _is_hashed(module: _Module, libraries: set[str]) -> bool:
+    """Return True if a module belongs to the harness or to a plugin and not to a library."""
     top = _top(module.name)
     if top == PACKAGE or top.startswith(PLUGIN_FILE):
         return True
     if top in sys.stdlib_module_names or top in libraries:
         return False
-    return not _installed_into(module.root) or top in _registering()
+    return not _is_site_directory(module.root) or top in _plugin_packages()
 
 
 def _top(name: str) -> str:
@@ -209,19 +226,19 @@ def _top(name: str) -> str:
 
 
 @functools.cache
-def _installed_into(folder: Path) -> bool:
-    """Whether an installer keeps its books in a folder."""
+def _is_site_directory(folder: Path) -> bool:
+    """Return True if packages are installed into a directory."""
     return folder.name in ("site-packages", "dist-packages") or any(folder.glob("*.dist-info"))
 
 
 @functools.cache
-def _registering() -> set[str]:
+def _plugin_packages() -> set[str]:
     """The packages that register plugins."""
     return {_top(point.module) for group in GROUPS.values() for point in entry_points(group=group)}
 
 
-def _names(module: _Module) -> Iterator[str]:
-    """The names of what a module imports: modules, packages that they lie in, and others."""
+def _imported_names(module: _Module) -> Iterator[str]:
+    """Yield candidate names of imported modules, with their packages; not all are modules."""
     package = module.name if module.is_package else module.name.rpartition(".")[0]
     if module.loaded is not None:
         package = getattr(module.loaded, "__package__", None) or package
@@ -235,8 +252,8 @@ def _names(module: _Module) -> Iterator[str]:
         yield from (f"{base}.{name}" for name in names)
 
 
-def _held(module: _Module) -> list[_Module]:
-    """What a module has imported under a name that no text shows, e.g. a file by its path."""
+def _modules_of_values(module: _Module) -> list[_Module]:
+    """Find modules through a module's attributes, such as files that it loaded by their path."""
     held = []
     for value in list(vars(module.loaded).values()) if module.loaded is not None else ():
         if inspect.ismodule(value):
@@ -248,10 +265,14 @@ def _held(module: _Module) -> list[_Module]:
 
 # -- code -----------------------------------------------------------------------------------------
 
+_IGNORED_FIELDS = ("ctx", "kind", "type_comment")  # without meaning, or determined by layout
+_EMPTY: tuple[Any, ...] = (None, [])  # omitted, because versions of Python differ in them
+_IMPORTING = (ast.Import, ast.ImportFrom, ast.Call)
+
 
 @dataclass(frozen=True)
 class _Read:
-    """What counts of a file: its code, and the imports in it."""
+    """The digest of a file's code, and its imports."""
 
     digest: str
     imports: tuple[Import, ...]
@@ -269,13 +290,107 @@ def _read(path: Path) -> _Read:
     try:
         if path.suffix in importlib.machinery.SOURCE_SUFFIXES:
             text, imports = normal_form(content)
-            return _Read(hashlib.sha256(text.encode()).hexdigest(), imports)
+            return _Read(_sha256(text.encode()), imports)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        pass  # a file that cannot be parsed counts as it is, like compiled ones
-    return _Read(hashlib.sha256(content).hexdigest(), ())
+        pass  # like compiled files, a file that cannot be parsed is hashed as bytes
+    return _Read(_sha256(content), ())
 
 
-# -- what a stage is made of ----------------------------------------------------------------------
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def normal_form(source: bytes) -> tuple[str, tuple[Import, ...]]:
+    """Return a text that is equal for equal code on every version of Python, and the imports.
+
+    The text lists the syntax tree without positions, comments, docstrings, other string statements
+    and `pass`. `ast.dump` is not used, because its output differs between versions of Python
+    (new fields, defaults, printable characters, parts of f-strings).
+
+    Raises:
+        SyntaxError: the source is not valid Python.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes are reported when the file is imported
+        tree = ast.parse(source)
+    text: list[str] = []
+    imports: list[Import] = []
+    stack: list[Any] = [tree]  # nodes, lists and texts; no recursion, since sums can be deep
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            text.append(item)
+        elif isinstance(item, list):
+            stack.append("]")
+            stack += [_item(value) for value in reversed(item) if not _has_no_effect(value)]
+            text.append("[")
+        else:
+            kind = type(item)
+            if kind in _IMPORTING:
+                imports += _imports(item)
+            elif kind is ast.JoinedStr:
+                item = ast.JoinedStr(_merge_constants(item.values))
+            stack.append(")")
+            for name in reversed(item._fields):
+                value = getattr(item, name, None)
+                if name not in _IGNORED_FIELDS and value not in _EMPTY:
+                    stack += (_item(value), name)
+            text.append(f"{kind.__name__}(")
+    return " ".join(text), tuple(imports)
+
+
+def _item(value: Any) -> Any:
+    """Return nodes and lists unchanged, and leaves as text that all versions of Python share."""
+    kind = type(value)
+    if kind is ast.Name:
+        return f"Name({ascii(value.id)})"
+    if kind in (ast.Constant, ast.MatchSingleton):
+        return f"{kind.__name__}({_item(value.value)})"
+    if isinstance(value, (ast.AST, list)):
+        return value
+    if kind is int:  # hexadecimal, because Python limits the length of decimal numbers
+        return hex(value)
+    return f"{kind.__name__}:{ascii(value)}"
+
+
+def _has_no_effect(value: Any) -> bool:
+    """Return True for a docstring, another string statement, or `pass`."""
+    return isinstance(value, ast.Pass) or (
+        isinstance(value, ast.Expr)
+        and isinstance(value.value, ast.Constant)
+        and isinstance(value.value.value, str)
+    )
+
+
+def _merge_constants(values: list[ast.expr]) -> list[ast.expr]:
+    """Merge neighbouring constant parts of an f-string and drop empty ones."""
+    parts: list[ast.expr] = []
+    for value in values:
+        if not isinstance(value, ast.Constant):
+            parts.append(value)
+        elif parts and isinstance(parts[-1], ast.Constant):
+            parts[-1] = ast.Constant(str(parts[-1].value) + str(value.value))
+        elif value.value:
+            parts.append(value)
+    return parts
+
+
+def _imports(node: ast.AST) -> Iterator[Import]:
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            yield 0, alias.name, ()
+    elif isinstance(node, ast.ImportFrom):
+        yield node.level, node.module or "", tuple(alias.name for alias in node.names)
+    elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        called = node.func
+        name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+        given = node.args[0].value
+        if name in ("import_module", "__import__") and isinstance(given, str) and given:
+            module = given.lstrip(".")
+            yield len(given) - len(module), module, ()
+
+
+# -- parts of a stage -----------------------------------------------------------------------------
 
 
 def _homes(part: Any) -> set[str]:
@@ -285,13 +400,13 @@ def _homes(part: Any) -> set[str]:
 
 
 def _described(value: Any, parts: list[Any]) -> Any:
-    """A value for `config.digest`.
+    """Convert a value to a JSON-serialisable one for `digest`.
 
-    Objects count by their types: the settings that made them are those of `depends_on`.
+    Objects are represented by their types, since their settings are in the stage's `depends_on`.
 
     Args:
-        value: a stage's field, or what it consists of.
-        parts: the functions and classes met so far, whose code counts; grows.
+        value: a field or a part of a stage.
+        parts: functions and classes found so far, whose code is hashed; extended in place.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -311,10 +426,10 @@ def _described(value: Any, parts: list[Any]) -> Any:
         return [value.__qualname__, _described(given, parts)]
     if inspect.isbuiltin(value):
         return value.__qualname__
-    from torch import nn  # not above: who only reads files does not need it
+    from torch import nn  # imported late: most users of this module do not need torch
 
     kind = value if isinstance(value, type) else type(value)
-    # A container of networks tells nothing of them.
+    # A container's own type says nothing about the networks in it.
     inner = {type(part) for part in value.modules()} if isinstance(value, nn.Module) else set()
     parts += [kind, *inner]
     return [kind.__qualname__, *sorted(each.__qualname__ for each in inner)]

@@ -1,4 +1,4 @@
-"""identity.py and syntax.py: which code counts in ids and stage keys, and how."""
+"""identity.py: which code is part of ids and stage keys, and how it is hashed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,19 @@ from hypothesis import strategies as st
 from glua_bench import identity
 from glua_bench.cache import READING
 from glua_bench.conformance import Bench
-from glua_bench.identity import NO_RESULT, SCORING, TRAINING, reached, stage_key
+from glua_bench.identity import (
+    NO_RESULT,
+    SCORING,
+    TRAINING,
+    normal_form,
+    reached,
+    stage_key,
+)
 from glua_bench.method import Method, Stage
 from glua_bench.methods.cycle_translate import CycleTranslate
 from glua_bench.methods.global_only import GlobalOnly
 from glua_bench.methods.glua import GLUA
 from glua_bench.registry import Registry
-from glua_bench.syntax import normal_form
 
 ALL = TRAINING + SCORING
 PLUGIN = """
@@ -394,7 +400,7 @@ def test_a_plugin_package_counts_and_libraries_do_not(
     write(installed, {"tool.py": "tool = 1\n", "registered.py": "registered = 1\n"})
     monkeypatch.syspath_prepend(lab)
     monkeypatch.syspath_prepend(installed)
-    monkeypatch.setattr(identity, "_registering", lambda: {"registered"})
+    monkeypatch.setattr(identity, "_plugin_packages", lambda: {"registered"})
     found = {name for name, _ in reached(TRAINING, ["labmethods.method"])} - {
         name for name, _ in reached(TRAINING)
     }
