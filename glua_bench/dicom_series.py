@@ -1,9 +1,9 @@
-"""A DICOM series, one file a slice, as one volume.
+"""Read a DICOM series with one file per slice as a volume.
 
-File names, instance numbers and slice thickness are not asked: the order of slices and the
-distance between them come from `ImagePositionPatient`, the directions of the axes from
-`ImageOrientationPatient`. What would make a volume of wrong geometry is refused. For that the
-header is read with pydicom; SimpleITK puts defaults in the place of elements that are missing.
+The order and distance of slices come from `ImagePositionPatient` and the axes from
+`ImageOrientationPatient`; file names, instance numbers and slice thickness are ignored. Series
+whose geometry would be wrong are rejected. Headers are read with pydicom, because SimpleITK
+replaces missing elements by defaults.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from pydicom.pixels import get_decoder
 
 from glua_bench.errors import DataError
 
-# Slices may lie this share of their distance away from an even stack: headers are rounded, and a
-# missing slice is a whole distance.
+# Tolerance of slice distances, relative to the median: headers are rounded, and a missing slice
+# doubles the distance.
 UNEVEN = 0.05
 
 
 @dataclass(frozen=True)
 class Series:
-    """A volume and where it lies.
+    """A volume and its position.
 
-    Args:
+    Attributes:
         files: the file of each slice, in the order of the third axis of `voxels`.
-        voxels: float32 (columns, rows, slices), in the units of the rescale slope and intercept.
+        voxels: float32 (columns, rows, slices), with rescale slope and intercept applied.
         affine: voxel index to mm in RAS+, as in NIfTI, 4 × 4.
     """
 
@@ -46,16 +46,16 @@ class Series:
 
 @dataclass(frozen=True)
 class _Slice:
-    """One file.
+    """One file of a series.
 
-    Args:
-        file: where it was read.
+    Attributes:
+        file: path of the file.
         values: float32 (rows, columns).
-        position: of the centre of the first pixel, mm in LPS+.
-        along_row: direction in which the column number grows, LPS+, length 1.
-        along_column: direction in which the row number grows.
-        spacing: mm from one row to the next, and from one column to the next.
-        series: the series' identifier; may be empty.
+        position: centre of the first pixel, mm in LPS+.
+        along_row: unit vector of increasing column index, LPS+.
+        along_column: unit vector of increasing row index, LPS+.
+        spacing: mm between rows, and between columns.
+        series: identifier of the series; may be empty.
     """
 
     file: Path
@@ -70,16 +70,15 @@ class _Slice:
 def read_series(files: Sequence[Path]) -> Series:
     """Read the files of one series.
 
-    Slices are sorted along the normal of their plane. Each is scaled by its own slope and
-    intercept. The distance of slices is that of their positions.
+    Slices are sorted along the normal of their plane and scaled by their own slope and intercept.
 
     Args:
-        files: all slices of the series and nothing else, in any order.
+        files: all slices of the series, in any order.
 
     Raises:
-        DataError: a file cannot be read as one grey-level slice, or the files do not stack: other
-            sizes, directions or pixel spacings, a place taken twice, two series, a missing slice,
-            unequal distances, slices shifted sideways.
+        DataError: a file is not a single grey-level slice, or the files do not form a stack:
+            different sizes, directions or pixel spacings, duplicate positions, two series, a
+            missing slice, unequal distances, slices shifted sideways.
     """
     slices = [_read(file) for file in files]
     if len(slices) < 2:
@@ -88,12 +87,12 @@ def read_series(files: Sequence[Path]) -> Series:
     first = slices[0]
     for other in slices[1:]:
         _compare(first, other)
-    # Some anonymised releases give every file an identifier of its own, which then tells nothing.
+    # Some anonymised releases give every file a different identifier, which is ignored.
     found = {one.series: one.file for one in slices}
     if 1 < len(found) < len(slices):
         some, more = list(found.values())[:2]
         raise DataError(
-            f"{some} and {more} belong to different series: keep the files of one in {some.parent}."
+            f"{some} and {more} belong to different series: keep one series in {some.parent}."
         )
     normal = np.cross(first.along_row, first.along_column)
     slices.sort(key=lambda one: float(one.position @ normal))
@@ -106,12 +105,12 @@ def read_series(files: Sequence[Path]) -> Series:
     return Series(
         files=tuple(one.file for one in slices),
         voxels=np.stack([one.values.T for one in slices], axis=2),
-        affine=np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps,  # DICOM's x and y run the other way
+        affine=np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps,  # LPS to RAS
     )
 
 
 def is_dicom(file: Path) -> bool:
-    """Whether a file is DICOM by its first bytes, or by its name; an index (DICOMDIR) is none."""
+    """Return True if a file is DICOM by its suffix or its first bytes, and not a DICOMDIR."""
     if file.name.upper() == "DICOMDIR":
         return False
     if file.suffix.lower() in (".dcm", ".ima"):
@@ -124,13 +123,13 @@ def is_dicom(file: Path) -> bool:
 
 
 def series_of(files: Sequence[Path]) -> list[tuple[str, list[Path]]]:
-    """Files by their series, as their headers tell it.
+    """Group files by series.
 
     Args:
         files: DICOM files, in any order.
 
     Returns:
-        Description of the series and its files, in the order of their first files.
+        Description and files of each series, in the order of their first files.
 
     Raises:
         DataError: a file cannot be read as DICOM.
@@ -148,42 +147,41 @@ def series_of(files: Sequence[Path]) -> list[tuple[str, list[Path]]]:
 
 
 def _compare(first: _Slice, other: _Slice) -> None:
-    """Do two slices belong to one volume?"""
-    what = ""
+    """Raise an error unless two slices have the same size, spacing and orientation."""
+    difference = ""
     if other.values.shape != first.values.shape:
         rows, columns = other.values.shape
-        what = f"{rows} rows and {columns} columns"
+        difference = f"{rows} rows and {columns} columns"
     elif not np.allclose(other.spacing, first.spacing, rtol=1e-3):
-        what = f"pixels of {other.spacing[0]:g} by {other.spacing[1]:g} mm"
+        difference = f"pixels of {other.spacing[0]:g} by {other.spacing[1]:g} mm"
     elif not (
         np.allclose(other.along_row, first.along_row, atol=1e-3)
         and np.allclose(other.along_column, first.along_column, atol=1e-3)
     ):
-        what = "another orientation (ImageOrientationPatient)"
-    if what:
+        difference = "another orientation (ImageOrientationPatient)"
+    if difference:
         raise DataError(
-            f"{other.file} has {what}, unlike {first.file}: keep the files of one series in "
+            f"{other.file} has {difference}, unlike {first.file}: keep one series in "
             f"{first.file.parent}."
         )
 
 
 def _step(slices: Sequence[_Slice], normal: np.ndarray) -> float:
-    """mm between neighbours of sorted slices, which have to be an even and straight stack."""
+    """Return the distance in mm of sorted slices, which must form a regular stack."""
     heights = np.array([one.position @ normal for one in slices])
     gaps = np.diff(heights)
     usual = float(np.median(gaps))
     closest = int(gaps.argmin())
     if gaps[closest] < UNEVEN * max(usual, 0.1):
         raise DataError(
-            f"{slices[closest].file} and {slices[closest + 1].file} lie at the same place: remove "
-            "the copy, or the files of a second series."
+            f"{slices[closest].file} and {slices[closest + 1].file} have the same position: remove "
+            "the duplicate, or the files of a second series."
         )
     oddest = int(np.abs(gaps - usual).argmax())
     if abs(gaps[oddest] - usual) > UNEVEN * usual:
         raise DataError(
-            f"{slices[oddest].file} lies {gaps[oddest]:.2f} mm from the next slice and others lie "
-            f"{usual:.2f} mm apart: a slice is missing, so fetch {slices[oddest].file.parent} "
-            "again."
+            f"{slices[oddest].file} is {gaps[oddest]:.2f} mm from the next slice, but others are "
+            f"{usual:.2f} mm apart: a slice is missing; fetch {slices[oddest].file.parent} again."
         )
     step = float((heights[-1] - heights[0]) / (len(slices) - 1))
     for number, one in enumerate(slices):
@@ -191,8 +189,8 @@ def _step(slices: Sequence[_Slice], normal: np.ndarray) -> float:
         sideways = aside - normal * (aside @ normal)
         if np.linalg.norm(sideways) > min(one.spacing) / 2:
             raise DataError(
-                f"{one.file} is shifted sideways by {np.linalg.norm(sideways):.1f} mm against "
-                f"{slices[0].file}: convert the series to a straight NIfTI volume."
+                f"{one.file} is shifted sideways by {np.linalg.norm(sideways):.1f} mm relative to "
+                f"{slices[0].file}: convert the series to a NIfTI volume without gantry tilt."
             )
     return step
 
@@ -201,7 +199,7 @@ def _step(slices: Sequence[_Slice], normal: np.ndarray) -> float:
 
 
 def _read(file: Path) -> _Slice:
-    """A slice with its place."""
+    """Read a slice and its position."""
     header = _header(file, _bytes(file))
     if (
         _value(header, file, "PhotometricInterpretation") != "MONOCHROME2"
@@ -210,23 +208,23 @@ def _read(file: Path) -> _Slice:
         or "ModalityLUTSequence" in header
     ):
         raise DataError(
-            f"{file} is no single grey-level slice (MONOCHROME2, one frame, no lookup table), or "
-            "is damaged: fetch the series again, or convert it to NIfTI."
+            f"{file} is not a single grey-level slice (MONOCHROME2, one frame, no lookup table), "
+            "or is damaged: fetch the series again, or convert it to NIfTI."
         )
     directions = _numbers(header, file, "ImageOrientationPatient", 6).reshape(2, 3)
     if not np.allclose(directions @ directions.T, np.eye(2), atol=1e-3):
         raise DataError(
-            f"{file} has an ImageOrientationPatient that is no pair of perpendicular directions: "
-            "fetch the series again."
+            f"{file} has an ImageOrientationPatient whose directions are not perpendicular: fetch "
+            "the series again."
         )
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     rows, columns = _numbers(header, file, "PixelSpacing", 2)
     if not (rows > 0 and columns > 0):
-        raise DataError(f"{file} has a PixelSpacing of {rows:g} by {columns:g} mm: repair it.")
+        raise DataError(f"{file} has a PixelSpacing of {rows:g} by {columns:g} mm: correct it.")
     slope = _numbers(header, file, "RescaleSlope", 1, default=1.0)[0]
     intercept = _numbers(header, file, "RescaleIntercept", 1, default=0.0)[0]
     if slope == 0:
-        raise DataError(f"{file} has a RescaleSlope of 0, which leaves no image: repair it.")
+        raise DataError(f"{file} has a RescaleSlope of 0: correct it.")
     pixels = _pixels(header, file)
     return _Slice(
         file=file,
@@ -249,13 +247,13 @@ def _bytes(file: Path) -> bytes:
 
 
 def _header(file: Path, content: bytes, pixels: bool = True) -> pydicom.FileDataset:
-    """The parsed file; pixels are still encoded, or left out."""
+    """Parse a file; pixels are left encoded, or skipped."""
     try:
         with _quiet():
             return pydicom.dcmread(io.BytesIO(content), stop_before_pixels=not pixels)
     except InvalidDicomError as error:
-        raise DataError(f"{file} is no DICOM file: fetch the series again.") from error
-    # The parser lets through whatever broken bytes lead to: struct.error, KeyError, and more.
+        raise DataError(f"{file} is not a DICOM file: fetch the series again.") from error
+    # Damaged files raise many types of errors in pydicom: struct.error, KeyError, and more.
     except Exception as error:
         raise DataError(
             f"{file} is a damaged DICOM file ({_brief(error)}): fetch the series again."
@@ -263,18 +261,18 @@ def _header(file: Path, content: bytes, pixels: bool = True) -> pydicom.FileData
 
 
 def _value(header: pydicom.FileDataset, file: Path, keyword: str) -> Any:
-    """An element; None where it is absent or empty."""
+    """Return an element; None if it is absent or empty."""
     try:
         with _quiet():
             return header.get(keyword)
-    except Exception as error:  # as in `_header`: an element is parsed when it is asked for
+    except Exception as error:  # as in `_header`, since elements are parsed on access
         raise DataError(f"{file} has no valid {keyword}: fetch the series again.") from error
 
 
 def _numbers(
     header: pydicom.FileDataset, file: Path, keyword: str, count: int, default: float | None = None
 ) -> np.ndarray:
-    """The finite numbers of an element; `default` where it is absent or empty."""
+    """Return the finite numbers of an element; `default` if it is absent or empty."""
     value = _value(header, file, keyword)
     if value is None and default is not None:
         value = default
@@ -284,22 +282,22 @@ def _numbers(
         found = np.empty(0)
     if found.shape != (count,) or not np.isfinite(found).all():
         raise DataError(
-            f"{file} has no valid {keyword}, without which the volume would be wrong: fetch the "
-            "series again, or convert it to NIfTI."
+            f"{file} has no valid {keyword}, which the geometry requires: fetch the series again, "
+            "or convert it to NIfTI."
         )
     return found
 
 
 def _pixels(header: pydicom.FileDataset, file: Path) -> np.ndarray:
-    """Stored integers (rows, columns)."""
+    """Decode the stored integers, (rows, columns)."""
     try:
         with _quiet():
             syntax = header.file_meta.TransferSyntaxUID
             if syntax.is_encapsulated and not get_decoder(syntax).is_available:
                 raise DataError(
-                    f"{file} is compressed ({syntax.name}) and no decoder for that is installed: "
-                    "run `pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg`, or "
-                    "decompress the series."
+                    f"{file} is compressed ({syntax.name}), and no decoder is installed: run "
+                    "`pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg`, or decompress "
+                    "the series."
                 )
             pixels = np.asarray(header.pixel_array)
             size = (int(header.Rows), int(header.Columns))
@@ -310,13 +308,13 @@ def _pixels(header: pydicom.FileDataset, file: Path) -> np.ndarray:
             f"{file} has pixels that cannot be read ({_brief(error)}): fetch the series again."
         ) from error
     if pixels.shape != size or pixels.dtype.kind not in "iu":
-        raise DataError(f"{file} is no single slice of whole numbers: convert it to NIfTI.")
+        raise DataError(f"{file} is not a single slice of integers: convert it to NIfTI.")
     return pixels
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without pydicom's remarks on values that the standard forbids and everybody reads."""
+    """Suppress pydicom's warnings about values that violate the standard but are unambiguous."""
     log = logging.getLogger("pydicom")
     level = log.level
     with warnings.catch_warnings():
@@ -329,6 +327,6 @@ def _quiet() -> Iterator[None]:
 
 
 def _brief(error: BaseException) -> str:
-    """The first line of an error, short enough for one sentence."""
+    """Return the first line of an error, shortened."""
     text = str(error).strip().splitlines()
     return (text[0] if text else type(error).__name__).rstrip(".").replace(". ", "; ")[:120]

@@ -1,11 +1,10 @@
-"""YAML files that users write: every complaint names the file, the line and the nearest name.
+"""Read YAML files written by users; errors name the file, the line and the closest known name.
 
-A `Table` is a mapping of such a file. Values are taken from it by name and type; what nobody takes
-is unknown, and `finish` says so.
+A `Table` is a mapping of such a file. Values are read by name and type, and `finish` rejects keys
+that were not read.
 
-Scalars mean what YAML 1.2 says, here and in `load`, which reads every other YAML text: 1e-4 is a
-number, 010 is ten, and no, on, 1:30 and 2026-01-02 are texts. Whole numbers may be written as 1e4
-and 1_000.
+Scalars follow YAML 1.2, here and in `load`: 1e-4 is a number, 010 is ten, and no, on, 1:30 and
+2026-01-02 are strings. Integers may also be written as 1e4 and 1_000.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ _KINDS = {
     float: "a number",
     bool: "true or false",
     list: "a list",
-    dict: "a table of names and values",
+    dict: "a mapping of names to values",
 }
 _MISSING = object()
 _TAG = "tag:yaml.org,2002:"
-# Tag, form of a scalar without quotes, and the signs that it may begin with; the first form counts.
+# Tag, pattern of an unquoted scalar, and its possible first characters; the first match wins.
 _SCALARS = (
     ("null", r"~|null|Null|NULL|", ("~", "n", "N", "")),
     ("bool", r"true|True|TRUE|false|False|FALSE", tuple("tTfF")),
@@ -51,12 +50,12 @@ _SCALARS = (
     ),
     ("merge", r"<<", ("<",)),
 )
-# What YAML 1.1 took for true and false; a text, unless one of them is asked for.
+# Booleans of YAML 1.1, which are accepted only where a boolean is expected.
 WORDS = {"yes": True, "on": True, "no": False, "off": False}
 
 
-def _whole(loader: Any, node: yaml.ScalarNode) -> int:
-    """A whole number; a leading zero means nothing."""
+def _integer(loader: Any, node: yaml.ScalarNode) -> int:
+    """Construct an integer; leading zeros are ignored."""
     text = str(loader.construct_scalar(node)).replace("_", "").lower()
     if text.startswith(("0x", "0o")):
         return int(text, 0)
@@ -65,45 +64,45 @@ def _whole(loader: Any, node: yaml.ScalarNode) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, with the scalars of YAML 1.2; its places serve for messages."""
+    """PyYAML's safe loader with the scalars of YAML 1.2 and positions for error messages."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 
 
 class _FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """The same by libyaml, where PyYAML was built with it: ten times faster."""
+    """The same with libyaml where available, which is ten times faster."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's safe dumper, which quotes what this or another reader would take for no text."""
+    """PyYAML's safe dumper, which quotes strings that any loader could take for another type."""
 
 
 for _loader in (_Loader, _FastLoader, _Dumper):
     for _tag, _form, _first in _SCALARS:
         _loader.add_implicit_resolver(f"{_TAG}{_tag}", re.compile(f"(?:{_form})$"), _first)
 for _loader in (_Loader, _FastLoader):
-    _loader.add_constructor(f"{_TAG}int", _whole)
+    _loader.add_constructor(f"{_TAG}int", _integer)
 
 
 def load(text: str) -> Any:
-    """What a YAML text says; every YAML text that is read in one go goes through here.
+    """Parse a YAML text into plain Python values.
 
     Raises:
-        yaml.YAMLError: it is no YAML, or of types that are not plain.
+        yaml.YAMLError: the text is not valid YAML, or has tags of other types.
         ValueError: a number has too many digits.
     """
     return yaml.load(text, Loader=_FastLoader)
 
 
 def dump(value: Any) -> str:
-    """Plain values as YAML, in their own order; `load` gives them back."""
+    """Format plain values as YAML that `load` can parse, keeping their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
 def dump_line(value: Any) -> str:
-    """The same in one line, texts in quotes."""
+    """Format plain values as YAML in one line, with quoted strings."""
     quotes = '"' if isinstance(value, str) else None
     text = yaml.dump(
         value, Dumper=_Dumper, default_flow_style=True, default_style=quotes, width=math.inf
@@ -112,21 +111,21 @@ def dump_line(value: Any) -> str:
 
 
 class Table:
-    """One mapping of a user's YAML file.
+    """A mapping in a user's YAML file.
 
     Args:
-        file: of the document, for messages.
-        node: the mapping's place in it.
-        title: what the mapping is called in messages; "" for the whole document.
+        file: path of the document, for error messages.
+        node: the mapping.
+        title: name of the mapping in error messages; "" for the whole document.
 
     Raises:
-        ConfigError: the node is no mapping, or names something twice.
+        ConfigError: the node is not a mapping, or has duplicate keys.
     """
 
     def __init__(self, file: Path, node: yaml.Node, title: str = "") -> None:
         self.file, self.node, self.title = file, node, title
         if not isinstance(node, yaml.MappingNode):
-            raise self.error(f"{title or 'the file'} must be {_KINDS[dict]}, such as 'name: value'")
+            raise self.error(f"{title or 'the file'} must be {_KINDS[dict]}, e.g. 'name: value'")
         self._keys: dict[str, yaml.Node] = {}
         self._nodes: dict[str, yaml.Node] = {}
         self._taken: set[str] = set()
@@ -140,20 +139,21 @@ class Table:
         return name in self._nodes
 
     def names(self) -> list[str]:
-        """The mapping's keys, in the file's order."""
+        """Return the keys in the order of the file."""
         return list(self._nodes)
 
     def take(self, name: str, kind: type, default: Any = _MISSING) -> Any:
-        """A value by its name.
+        """Read a value.
 
         Args:
             name: the key.
-            kind: str, int, float, bool, list, or object for any. Whole numbers serve as float, any
-                single value as a text as it is written (007, no), and yes, no, on, off as bool.
-            default: what stands for a missing or empty value; without it the value is required.
+            kind: str, int, float, bool, list, or object for any type. An integer is accepted as
+                float, any scalar as str in the spelling of the file (007, no), and yes, no, on,
+                off as bool.
+            default: used if the value is missing or empty; without it the value is required.
 
         Raises:
-            ConfigError: the value is missing, or of another type.
+            ConfigError: the value is missing or has another type.
         """
         self._taken.add(name)
         node = self._nodes.get(name)
@@ -178,10 +178,10 @@ class Table:
         return value
 
     def texts(self, name: str, default: Any = _MISSING) -> list[str]:
-        """A list of names or numbers as texts, as they are written (007 stays 007).
+        """Read a list of scalars as strings in the spelling of the file (007 stays 007).
 
         Raises:
-            ConfigError: the value is missing or not such a list.
+            ConfigError: the value is missing or is not such a list.
         """
         self.take(name, list, default)
         node = self._nodes.get(name)
@@ -192,10 +192,10 @@ class Table:
         return [str(item.value) for item in node.value]
 
     def numbers(self, name: str, count: int, default: Any = _MISSING) -> Any:
-        """A list of `count` numbers, as a tuple of float.
+        """Read a list of `count` numbers as a tuple of float.
 
         Raises:
-            ConfigError: the value is missing or not such a list.
+            ConfigError: the value is missing or is not such a list.
         """
         values = self.take(name, list, default)
         if values is default:
@@ -206,10 +206,10 @@ class Table:
         return tuple(float(value) for value in values)
 
     def table(self, name: str) -> Table | None:
-        """The mapping under a name; None where there is none.
+        """Read a mapping; None if it is missing or empty.
 
         Raises:
-            ConfigError: the value is no mapping.
+            ConfigError: the value is not a mapping.
         """
         self._taken.add(name)
         node = self._nodes.get(name)
@@ -218,10 +218,10 @@ class Table:
         return Table(self.file, node, f"'{name}'{self._inside()}")
 
     def tables(self, name: str) -> Iterator[tuple[str, Table]]:
-        """The mappings under the names of a mapping, e.g. one for each domain.
+        """Iterate over a mapping of mappings, e.g. one per domain.
 
         Raises:
-            ConfigError: the value is missing or has another form.
+            ConfigError: the value is missing or is not such a mapping.
         """
         inner = self.table(name)
         if inner is None:
@@ -230,10 +230,10 @@ class Table:
             yield key, Table(self.file, node, f"'{key}'{inner._inside()}")
 
     def choice(self, name: str, among: Sequence[str], default: Any = _MISSING) -> str:
-        """One of a few words.
+        """Read one of several allowed strings.
 
         Raises:
-            ConfigError: the value is missing or another one; the nearest is named.
+            ConfigError: the value is missing or not allowed; the closest match is suggested.
         """
         value = self.take(name, str, default)
         if value not in among:
@@ -241,10 +241,10 @@ class Table:
         return str(value)
 
     def finish(self) -> None:
-        """Refuse what nobody has taken.
+        """Reject keys that were not read.
 
         Raises:
-            ConfigError: a key is unknown; the nearest known one is named.
+            ConfigError: a key is unknown; the closest match is suggested.
         """
         for name in self._nodes:
             if name not in self._taken:
@@ -252,7 +252,7 @@ class Table:
                 raise self.error(f"unknown '{name}'{self._inside()}; {hint}", name)
 
     def put(self, name: str, value: str) -> None:
-        """Give a key another text, or add it. `text` writes it."""
+        """Set a key to a string, or add it."""
         node = yaml.ScalarNode("tag:yaml.org,2002:str", value)
         if name in self._nodes:
             pairs = [(key, node if key.value == name else old) for key, old in self.node.value]
@@ -262,31 +262,31 @@ class Table:
         self._nodes[name] = node
 
     def text(self) -> str:
-        """The mapping as YAML, values as they were written; comments and layout are lost."""
+        """Format the mapping as YAML in the original spelling, without comments and layout."""
         return yaml.serialize(self.node, Dumper=yaml.SafeDumper, allow_unicode=True)
 
     def error(self, text: str, place: yaml.Node | str | None = None) -> ConfigError:
-        """A complaint with the file and the line.
+        """Return an error with the file and the line.
 
         Args:
-            text: what is wrong and how it is repaired, without the final period.
-            place: a key of this table, or a node; None takes the table itself.
+            text: the problem and its fix, without the final period.
+            place: a key of this table, or a node; None is the table itself.
         """
         end = "" if text.endswith("?") else "."
         return ConfigError(f"{self.where(place)}: {text}{end}")
 
     def where(self, place: yaml.Node | str | None = None) -> str:
-        """The file and the line of a key of this table, or of a node; None takes the table."""
+        """Return file and line of a key of this table or of a node; None is the table itself."""
         node = self._keys.get(place) if isinstance(place, str) else place
         return f"{self.file}, line {(node or self.node).start_mark.line + 1}"
 
     def _plain(self, node: yaml.Node) -> Any:
-        """The Python value of a node."""
+        """Return the Python value of a node."""
         loader = _Loader("")
         try:
             return loader.construct_document(node)
         except (yaml.YAMLError, ValueError) as error:
-            raise self.error("the value cannot be read; quote it", node) from error
+            raise self.error("the value cannot be parsed; quote it", node) from error
         finally:
             loader.dispose()
 
@@ -295,10 +295,10 @@ class Table:
 
 
 def read_document(file: Path) -> Table:
-    """The whole of a user's YAML file.
+    """Read a user's YAML file.
 
     Raises:
-        ConfigError: the file cannot be read, is no YAML, or is no mapping.
+        ConfigError: the file cannot be read, or is not a YAML mapping.
     """
     try:
         node = yaml.compose(file.read_text(encoding="utf-8"), Loader=_Loader)
@@ -307,19 +307,19 @@ def read_document(file: Path) -> Table:
             f"{file} cannot be read ({error.strerror}): check the path and its permissions."
         ) from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is no text in UTF-8: save it as such.") from error
+        raise ConfigError(f"{file} is not encoded in UTF-8: save it as UTF-8.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or "it is no YAML"
-        raise ConfigError(f"{file}{where}: {problem}; repair the file.") from error
+        problem = getattr(error, "problem", None) or "invalid YAML"
+        raise ConfigError(f"{file}{where}: {problem}; correct the file.") from error
     if node is None:
-        raise ConfigError(f"{file} is empty: write a description into it.")
+        raise ConfigError(f"{file} is empty: add a description.")
     return Table(file, node)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint for a wrong name: the nearest known one, and all of them."""
+    """Return a hint for an unknown name: the closest known name, and all known names."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'? " if near else ""
     return f"{hint}known are {', '.join(known)}"

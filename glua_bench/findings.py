@@ -1,4 +1,4 @@
-"""What a check finds: which cases, why, and what to do about it."""
+"""Findings of data checks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from glua_bench.errors import DataError
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, or looks as if it were.
+    """A problem or a suspicion about the data.
 
-    Args:
-        check: which check found it, e.g. "same image".
-        cases: ids of the cases it is about, sorted; empty where it is about whole domains.
-        text: one sentence with the reason and what to do.
-        problem: the cases cannot be used as they are; otherwise it is a warning.
+    Attributes:
+        check: name of the check, e.g. "same image".
+        cases: ids of the affected cases, sorted; empty if whole domains are affected.
+        text: one sentence with the reason and the fix.
+        problem: True if the cases cannot be used as they are; False for a warning.
     """
 
     check: str
@@ -33,7 +33,7 @@ class Finding:
 
 
 def write_findings(path: Path, findings: Sequence[Finding]) -> None:
-    """Write findings as CSV: severity, check, cases (separated by blanks), text.
+    """Write findings as CSV: severity, check, cases (separated by spaces), text.
 
     Raises:
         DataError: the file cannot be written.
@@ -47,12 +47,12 @@ def write_findings(path: Path, findings: Sequence[Finding]) -> None:
                 table.writerow([found.severity, found.check, " ".join(found.cases), found.text])
     except OSError as error:
         raise DataError(
-            f"--out {path} cannot be written ({error.strerror}); choose another."
+            f"--out {path} cannot be written ({error.strerror}); choose another path."
         ) from error
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
-    """Some names in words: "a", "a and b", "a, b, c and 4 more"."""
+    """Enumerate names: "a", "a and b", "a, b, c and 4 more"."""
     names = list(names)
     if len(names) > most:
         return f"{', '.join(names[:most])} and {len(names) - most} more"

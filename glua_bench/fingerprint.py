@@ -1,7 +1,7 @@
-"""What a dataset is, in a small table that can be passed on: no voxel, no name, no path.
+"""Fingerprint a dataset without voxels, names or paths, so that it can be shared.
 
-After nnU-Net's dataset fingerprint (Isensee et al., Nature Methods 2021), with digests of every
-case, so that two laboratories can tell whether they have the same data in the same splits.
+Follows nnU-Net's dataset fingerprint (Isensee et al., Nature Methods 2021) and adds a digest of
+every case, so that two sites can check whether they have the same data in the same splits.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from glua_bench.facts import CaseFacts
 from glua_bench.findings import listed
 from glua_bench.task import SPLITS, Dataset
 
-# Raise with every change after which the same data have another fingerprint.
+# Increment when a change of this file changes fingerprints.
 VERSION = 1
-_DIGITS = 5  # significant ones; further ones differ between machines
+_DIGITS = 5  # significant digits; further digits differ between machines
 _SUFFIXES = (".json", ".yaml", ".yml")
 _KEYS = {"version", "dataset", "content", "structures", "domains"}
 _DOMAIN_KEYS = {
     *("cases", "labelled", "content", "splits", "voxels", "spacing_mm"),
     *("intensity_inside_structures", "structures"),
 }
-_GIVE = "give a file that `data fingerprint --out` wrote"
-_SAME = 0.01  # what differs by less is not worth a sentence of its own
+_EXPECTED = "give a file written by `data fingerprint --out`"
+_TOLERANCE = 0.01  # smaller relative differences are not reported
 
 
 def fingerprint(dataset: Dataset, facts: Sequence[CaseFacts]) -> dict[str, Any]:
-    """The fingerprint of a dataset, as plain values.
+    """Compute the fingerprint of a dataset as plain values.
 
-    A case's digest covers the values of its image, the classes of its label, voxel sizes and axes:
-    not its name, its place, the format, number type or compression of its files.
+    The digest of a case covers image values, label classes, voxel sizes and axes, but not names,
+    paths, file formats, number types or compression.
 
     Args:
-        dataset: gives domains, structures and splits.
-        facts: of all its cases.
+        dataset: the dataset with its domains, structures and splits.
+        facts: measurements of all its cases.
 
     Raises:
         DataError: a case cannot be read.
@@ -68,7 +68,7 @@ def fingerprint(dataset: Dataset, facts: Sequence[CaseFacts]) -> dict[str, Any]:
 
 
 def case_digest(one: CaseFacts) -> str:
-    """A short digest of what one case's files hold."""
+    """Return a short digest of a case's content."""
     image, label = one.image, one.label
     assert image is not None
     spacing = [f"{length:.3f}" for length in image.spacing]
@@ -77,7 +77,7 @@ def case_digest(one: CaseFacts) -> str:
 
 
 def describe(table: Mapping[str, Any]) -> Iterator[str]:
-    """A fingerprint as lines to read."""
+    """Format a fingerprint as lines of text."""
     yield f"{table['dataset']}, content {table['content']}"
     for domain, own in table["domains"].items():
         splits = ", ".join(f"{len(own['splits'][split])} {split}" for split in SPLITS)
@@ -102,35 +102,37 @@ def describe(table: Mapping[str, Any]) -> Iterator[str]:
 def differences(
     here: Mapping[str, Any], there: Mapping[str, Any], names: Mapping[str, str] | None = None
 ) -> list[str]:
-    """In which points two fingerprints differ, a sentence for each; none where the data are equal.
+    """List the differences of two fingerprints, one sentence each; empty for equal data.
 
     Args:
-        here: the fingerprint of the data at hand.
-        there: the one to compare with.
-        names: digest of a case at hand → its id.
+        here: fingerprint of the local data.
+        there: fingerprint to compare with.
+        names: digest of a local case → its id.
     """
     if here["content"] == there["content"] and here["structures"] == there["structures"]:
         return []
-    told: list[str] = []
+    sentences: list[str] = []
     if here["structures"] != there["structures"]:
-        told.append(
+        sentences.append(
             f"The structures are {', '.join(here['structures'])} here and "
             f"{', '.join(there['structures'])} there."
         )
     for domain in dict.fromkeys([*here["domains"], *there["domains"]]):
         if domain not in there["domains"] or domain not in here["domains"]:
-            told.append(
-                f"Domain {domain} is only {'here' if domain in here['domains'] else 'there'}."
+            sentences.append(
+                f"Domain {domain} exists only {'here' if domain in here['domains'] else 'there'}."
             )
             continue
-        told += _of_domain(domain, here["domains"][domain], there["domains"][domain], names or {})
-    return told
+        sentences += _domain_differences(
+            domain, here["domains"][domain], there["domains"][domain], names or {}
+        )
+    return sentences
 
 
-def _of_domain(
+def _domain_differences(
     domain: str, here: Mapping[str, Any], there: Mapping[str, Any], names: Mapping[str, str]
 ) -> Iterator[str]:
-    """The differences of one domain."""
+    """Yield the differences of one domain."""
     if here["content"] == there["content"]:
         return
     splits = [
@@ -143,8 +145,8 @@ def _of_domain(
         alone = sorted(names.get(digest, digest) for digest in own.keys() - other.keys())
         if alone:
             yield (
-                f"{len(alone)} case{'s' * (len(alone) > 1)} of {domain} with these voxels and "
-                f"labels {'are' if len(alone) > 1 else 'is'} only {place} ({listed(alone)})."
+                f"{len(alone)} case{'s' * (len(alone) > 1)} of {domain} "
+                f"{'exist' if len(alone) > 1 else 'exists'} only {place} ({listed(alone)})."
             )
     moved = [d for d in sorted(splits[0].keys() & splits[1].keys()) if splits[0][d] != splits[1][d]]
     for digest in moved:
@@ -168,34 +170,36 @@ def _of_domain(
     middles = [level.get("median", 0.0) for level in levels]
     if _differ(middles[:1], middles[1:]):
         yield (
-            f"The intensity inside the structures of {domain} is {middles[0]:g} here and "
-            f"{middles[1]:g} there, in the median."
+            f"The median intensity inside the structures of {domain} is {middles[0]:g} here and "
+            f"{middles[1]:g} there."
         )
 
 
 def _differ(here: Sequence[float], there: Sequence[float]) -> bool:
-    return any(abs(a - b) > _SAME * max(abs(a), abs(b)) for a, b in zip(here, there, strict=True))
+    return any(
+        abs(a - b) > _TOLERANCE * max(abs(a), abs(b)) for a, b in zip(here, there, strict=True)
+    )
 
 
 # -- files ----------------------------------------------------------------------------------------
 
 
 def format_of(path: Path) -> str:
-    """The suffix that says how a fingerprint is written.
+    """Return the suffix, which determines the file format.
 
     Raises:
-        ConfigError: it is another.
+        ConfigError: the suffix is neither .json, .yaml nor .yml.
     """
     if path.suffix.lower() not in _SUFFIXES:
-        raise ConfigError(f"--out {path} is neither .json nor .yaml: give one of the two.")
+        raise ConfigError(f"--out {path} must end in .json or .yaml: give one of the two.")
     return path.suffix.lower()
 
 
 def write(path: Path, table: Mapping[str, Any]) -> None:
-    """Write a fingerprint as JSON or YAML, by the suffix.
+    """Write a fingerprint as JSON or YAML, depending on the suffix.
 
     Raises:
-        ConfigError: the suffix is another.
+        ConfigError: the suffix is neither .json, .yaml nor .yml.
         DataError: the file cannot be written.
     """
     text = json.dumps(table, indent=1) + "\n" if format_of(path) == ".json" else dump(table)
@@ -204,37 +208,37 @@ def write(path: Path, table: Mapping[str, Any]) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise DataError(
-            f"--out {path} cannot be written ({error.strerror}): choose another place."
+            f"--out {path} cannot be written ({error.strerror}): choose another path."
         ) from error
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A fingerprint that `write` wrote.
+    """Read a fingerprint file.
 
     Raises:
         DataError: the file is missing, damaged, or of another version.
     """
     try:
-        # Every JSON text is YAML, too.
+        # JSON is a subset of YAML.
         table = load(path.read_text(encoding="utf-8"))
         version = table["version"]
         parts = [set(table), *(set(own) for own in table["domains"].values())]
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): check --against.") from error
     except (ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{path} is no fingerprint: {_GIVE}.") from error
+        raise DataError(f"{path} is not a fingerprint: {_EXPECTED}.") from error
     if version != VERSION:
         raise DataError(
-            f"{path} is a fingerprint of version {version}, and this program makes version "
-            f"{VERSION}: make both with one version."
+            f"{path} is a fingerprint of version {version}, but this program writes version "
+            f"{VERSION}: create both with the same version."
         )
     if parts[0] != _KEYS or any(part != _DOMAIN_KEYS for part in parts[1:]):
-        raise DataError(f"{path} is not a whole fingerprint: {_GIVE}.")
+        raise DataError(f"{path} is an incomplete fingerprint: {_EXPECTED}.")
     return dict(table)
 
 
 def _domain(facts: Sequence[CaseFacts], names: Sequence[str]) -> dict[str, Any]:
-    """Numbers, sizes, intensities and digests of one domain."""
+    """Summarise one domain: numbers of cases, sizes, intensities and digests."""
     images = [one.image for one in facts if one.image is not None]
     labels = [one.label for one in facts if one.label is not None]
     inside = [label.inside for label in labels if label.inside is not None]
@@ -263,13 +267,13 @@ def _domain(facts: Sequence[CaseFacts], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _ranges(rows: Sequence[Sequence[float]]) -> dict[str, list[float]]:
-    """Median, least and largest of each of (Z, Y, X)."""
+    """Return median, minimum and maximum along each of (Z, Y, X)."""
     columns = [_range([float(row[axis]) for row in rows]) for axis in range(3)]
     return {key: [column[key] for column in columns if column] for key in ("median", "min", "max")}
 
 
 def _range(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and largest; empty for nothing."""
+    """Return median, minimum and maximum; empty if there are no values."""
     if not values:
         return {}
     found = {"median": np.median(values), "min": min(values), "max": max(values)}
@@ -277,5 +281,5 @@ def _range(values: Sequence[float]) -> dict[str, float]:
 
 
 def _digest(content: Any) -> str:
-    """SHA-256 of plain values, as hex."""
+    """Return the SHA-256 of plain values as hexadecimal digits."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

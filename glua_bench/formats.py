@@ -1,8 +1,8 @@
-"""Volumes as they lie on disk: NIfTI through nibabel, NRRD and MetaImage through SimpleITK.
+"""Read volumes: NIfTI through nibabel, NRRD and MetaImage through SimpleITK.
 
-Whatever the format, an opened file has the same face: stored axes with the fastest first, an affine
-to RAS millimetres as nibabel gives it, and a scaling of the stored values. Lengths become mm here,
-whatever unit a header states. Headers are read on opening, voxels when they are asked for.
+`VolumeFile` is the same for all formats: stored axes with the fastest first, an affine to RAS in mm
+as in nibabel, and a scaling of the stored values. Lengths in other units are converted to mm.
+Headers are read on opening, voxels on demand.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from glua_bench.errors import DataError
 from glua_bench.paths import broken
 
 NIFTI = (".nii.gz", ".nii")
-# Suffix → the ITK reader that must take the file, so that no other one guesses.
+# Suffix → ITK reader, so that ITK does not guess.
 _ITK = {
     ".nrrd": "NrrdImageIO",
     ".nhdr": "NrrdImageIO",
@@ -41,16 +41,16 @@ _ITK = {
     ".mhd": "MetaImageIO",
 }
 SUFFIXES = (*NIFTI, *_ITK)
-# A header may claim anything; more voxels than 1024³ are in no scan that this is for.
-_MOST_VOXELS = 2**30
-# Deflate makes nothing longer by more than this, so what claims more is cut off or forged.
+# Plausibility limit for headers: 1024³ voxels.
+_MAX_VOXELS = 2**30
+# Largest compression ratio of deflate; a file that claims more is truncated or forged.
 _DEFLATE = 1032
-_STRONGER = (".bz2", ".zst")
-_PIECE = 1 << 18  # bytes at a time out of a compressed file
-_HEADER_BYTES = 1 << 20  # of a text header, which is read to find its data files
-# NIfTI's code of a unit of length → mm; a file that states none is in mm by convention.
+_OTHER_COMPRESSION = (".bz2", ".zst")
+_CHUNK = 1 << 18  # bytes per read of a compressed file
+_HEADER_BYTES = 1 << 20  # maximum size of a text header
+# NIfTI unit code → mm; files without a unit are in mm by convention.
 _NIFTI_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
-# Units in the words of NRRD and MetaImage → mm. "?" is how MetaImage states none.
+# Unit names in NRRD and MetaImage → mm. "?" means no unit in MetaImage.
 _WORDS_MM = {
     **dict.fromkeys(("", "?", "mm", "millimeter", "millimeters", "millimetre", "millimetres"), 1.0),
     **dict.fromkeys(("m", "meter", "meters", "metre", "metres"), 1000.0),
@@ -59,13 +59,13 @@ _WORDS_MM = {
     **dict.fromkeys(("micrometer", "micrometers", "micrometre", "micrometres"), 0.001),
     **dict.fromkeys(("nm", "nanometer", "nanometers", "nanometre", "nanometres"), 1e-6),
 }
-# NRRD's spaces that say which way the body lies; others are frames of a scanner or of a screen.
+# NRRD spaces in anatomical coordinates; others are coordinates of a scanner or a screen.
 _ANATOMICAL = re.compile(
     r"(?:right|left)-(?:anterior|posterior)-(?:superior|inferior)(?:-time)?|[RL][AP][SI]T?",
     re.IGNORECASE,
 )
-# A quaternion's b, c and d may be this much too long together, as rounding leaves them.
-_TOO_LONG = 1e-4
+# Tolerance for the length of a quaternion's (b, c, d), which rounding may bring above 1.
+_LENGTH_TOLERANCE = 1e-4
 _UNREADABLE = (
     ImageFileError,
     HeaderDataError,
@@ -74,20 +74,20 @@ _UNREADABLE = (
     OverflowError,
     ValueError,
     zlib.error,
-    cast(type[Exception], IsalError),  # its stub takes the class for an instance
+    cast(type[Exception], IsalError),  # its stub declares an instance
 )
 
 
 @dataclass(frozen=True)
 class Forms:
-    """Where voxels lie in the words of a NIfTI header, to be written as they were read.
+    """qform and sform of a NIfTI header, to be written exactly as they were read.
 
-    Args:
-        codes: of the qform and of the sform.
-        unit: NIfTI's code of the unit of every length here.
-        pixdim: the qform's handedness (1 or -1), and a voxel's sides.
+    Attributes:
+        codes: qform code and sform code.
+        unit: NIfTI unit code of all lengths.
+        pixdim: handedness of the qform (1 or -1) and voxel sizes.
         quaternion: b, c and d of the qform's rotation.
-        offset: of the qform.
+        offset: offset of the qform.
         rows: the sform's three rows of four.
     """
 
@@ -100,7 +100,7 @@ class Forms:
 
     @classmethod
     def read(cls, header: Any) -> Forms:
-        """The forms of a header of nibabel's."""
+        """Read the forms from a nibabel header."""
         return cls(
             codes=(int(header["qform_code"]), int(header["sform_code"])),
             unit=int(header["xyzt_units"]) & 7,
@@ -112,12 +112,12 @@ class Forms:
 
     @classmethod
     def of(cls, affine: np.ndarray, codes: tuple[int, int], unit: int = 2) -> Forms:
-        """Both forms from one affine; the qform leaves a shear out, because it has no place for it.
+        """Build both forms from an affine; the qform cannot represent shears and omits them.
 
         Args:
-            affine: (4, 4), voxel indices to the unit, RAS.
-            codes: of the qform and of the sform.
-            unit: NIfTI's code; 2 is mm.
+            affine: (4, 4), voxel indices to RAS in `unit`.
+            codes: qform code and sform code.
+            unit: NIfTI unit code; 2 is mm.
         """
         header = nib.Nifti1Header()
         header["xyzt_units"] = unit
@@ -125,12 +125,12 @@ class Forms:
             header.set_sform(affine, codes[1])
             try:
                 header.set_qform(affine, codes[0])
-            except (np.linalg.LinAlgError, HeaderDataError):  # there are no directions to rotate
+            except (np.linalg.LinAlgError, HeaderDataError):  # a singular affine
                 header["qform_code"] = 0
         return cls.read(header)
 
     def write(self, header: Any) -> None:
-        """Put the forms into a header of nibabel's."""
+        """Write the forms into a nibabel header."""
         header["qform_code"], header["sform_code"] = self.codes
         header["xyzt_units"] = (int(header["xyzt_units"]) & ~7) | self.unit
         header["pixdim"][:4] = self.pixdim
@@ -141,7 +141,7 @@ class Forms:
             header[f"srow_{axis}"] = self.rows[4 * number : 4 * number + 4]
 
     def in_mm(self) -> Forms:
-        """The same places in mm."""
+        """Return the forms converted to mm."""
         mm = _NIFTI_MM[self.unit]
         return replace(
             self,
@@ -152,11 +152,11 @@ class Forms:
         )
 
     def qform(self) -> np.ndarray:
-        """The qform's affine in mm, whatever its code; NaN where the quaternion is no rotation."""
+        """Return the qform's affine in mm, or NaN if the quaternion is not a rotation."""
         own, found = self.in_mm(), np.eye(4)
         b, c, d = own.quaternion
         rest = 1 - b * b - c * c - d * d
-        if not rest >= -_TOO_LONG:
+        if not rest >= -_LENGTH_TOLERANCE:
             return np.full((4, 4), np.nan)
         turn = nib.quaternions.quat2mat([max(rest, 0.0) ** 0.5, b, c, d])
         with np.errstate(all="ignore"):
@@ -167,18 +167,17 @@ class Forms:
 
 @dataclass(frozen=True)
 class VolumeFile:
-    """The header of a volume, and the way to its voxels.
+    """The header of a volume, with access to its voxels.
 
-    Args:
+    Attributes:
         path: the file that was opened.
         shape: voxels per stored axis, the fastest axis first.
-        affine: float64 (4, 4), from voxel indices to mm, RAS.
-        spacing: mm per stored axis as the header gives it, beside the affine.
-        forms: what a NIfTI file on the same voxels says in its header; where the file is NIfTI, its
-            own words.
-        placed: whether the header says which way its axes run.
+        affine: float64 (4, 4), from voxel indices to RAS in mm.
+        spacing: voxel size in mm per stored axis, from the header's own field.
+        forms: qform and sform for a NIfTI file on the same grid; the file's own if it is NIfTI.
+        placed: True if the header states the orientation of the axes.
         dimension: number of stored axes; those beyond the third have length 1.
-        slope: of the values, `slope` · stored + `inter`.
+        slope: values are `slope` · stored + `inter`.
         inter: see `slope`.
         read: reads the stored array.
     """
@@ -195,7 +194,7 @@ class VolumeFile:
     read: Callable[[], np.ndarray]
 
     def voxels(self) -> np.ndarray:
-        """The stored array of `shape`, unscaled and in the file's number type; read at each call.
+        """Read the stored array of `shape`, unscaled and in the file's data type.
 
         Raises:
             DataError: the file is damaged or truncated.
@@ -208,19 +207,19 @@ class VolumeFile:
             ) from error
 
     def scaled(self, stored: np.ndarray) -> np.ndarray:
-        """Values of (part of) the stored array: itself, or float64 where the header scales."""
+        """Scale (part of) the stored array; the result is float64 if the header has a scaling."""
         return apply_read_scaling(stored, np.float64(self.slope), np.float64(self.inter))
 
 
 def open_volume(path: Path) -> VolumeFile:
     """Open a volume by its suffix: .nii, .nii.gz, .nrrd, .nhdr, .mha or .mhd.
 
-    NRRD and MetaImage are taken as ITK takes them: a header without a space lies in LPS.
+    NRRD and MetaImage are interpreted as in ITK: a header without a space is in LPS.
 
     Raises:
         DataError: the file or its data file is missing, damaged, of another format, not 3-D (axes
-            of length 1 may follow), holds more than one real number a voxel, or states a unit that
-            is none.
+            of length 1 may follow), stores more than one real number per voxel, or has an unknown
+            unit.
     """
     path = Path(path)
     if broken(path):
@@ -230,13 +229,14 @@ def open_volume(path: Path) -> VolumeFile:
         )
     if not path.exists():
         raise DataError(f"{path} does not exist: check the data directory (--data-root).")
-    if not path.is_file():  # a pipe would be waited for
-        raise DataError(f"{path} is no file: give a volume, one file a case.")
+    if not path.is_file():  # reading from a pipe would block
+        raise DataError(f"{path} is not a file: give one volume file per case.")
     name = _ITK.get(path.suffix.lower())
     found = _open_nifti(path) if name is None else _open_itk(path, name)
     size = sum(file.stat().st_size for file in files_of(path))
     claimed = prod(found.shape)
-    if claimed > _MOST_VOXELS or (claimed > size * _DEFLATE and path.suffix not in _STRONGER):
+    implausible = claimed > size * _DEFLATE and path.suffix not in _OTHER_COMPRESSION
+    if claimed > _MAX_VOXELS or implausible:
         raise DataError(
             f"{path} claims {'×'.join(map(str, found.shape))} voxels in {size} bytes: fetch or "
             "convert it again."
@@ -245,21 +245,21 @@ def open_volume(path: Path) -> VolumeFile:
 
 
 def _in_mm(file: VolumeFile, mm: float) -> VolumeFile:
-    """A file whose lengths are in a unit of so many mm, with lengths in mm."""
+    """Convert lengths to mm from a unit of `mm` millimetres."""
     if mm == 1:
         return file
-    # In NIfTI's precision, so that a volume lies at the same place whichever unit states it.
+    # Rounded to the precision of NIfTI, so that all units give the same position.
     affine = file.affine.copy()
     affine[:3] = (affine[:3] * mm).astype(np.float32)
     spacing = _triple((np.array(file.spacing) * mm).astype(np.float32))
     forms = file.forms
-    if _NIFTI_MM[forms.unit] != mm:  # NIfTI has no word for the unit
+    if _NIFTI_MM[forms.unit] != mm:  # NIfTI has no code for the unit
         forms = Forms.of(affine, forms.codes)
     return replace(file, affine=affine, spacing=spacing, forms=forms)
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
-    """All files that a volume consists of: the given one, then those that hold its voxels.
+    """List all files of a volume: the given file, then separate files with its voxels.
 
     Raises:
         DataError: the header cannot be read, a file that it names is missing, or a MetaImage names
@@ -275,16 +275,16 @@ def files_of(path: Path) -> tuple[Path, ...]:
     if _ITK[suffix] == "NrrdImageIO":
         names = _nrrd_files(text)
     else:
-        # ITK writes as many numbers as a header says into a table for ten.
-        for said in re.findall(r"^NDims[ \t]*[=:][ \t]*(.*?)\s*$", text, re.MULTILINE):
-            if said not in ("2", "3", "4"):
-                raise DataError(f"{path} has NDims = {said[:20]}: give a 3-D volume.")
+        # ITK overflows a buffer if a header states more than ten dimensions.
+        for value in re.findall(r"^NDims[ \t]*[=:][ \t]*(.*?)\s*$", text, re.MULTILINE):
+            if value not in ("2", "3", "4"):
+                raise DataError(f"{path} has NDims = {value[:20]}: give a 3-D volume.")
         names = _meta_files(text, path)
     files = [path.parent / name for name in names]
     for file in files:
         if not file.is_file():
             raise DataError(
-                f"{path} keeps its voxels in {file}, which does not exist: put it there, or "
+                f"{path} refers to the data file {file}, which does not exist: restore it, or "
                 "correct the name in the header."
             )
     return (path, *files)
@@ -294,20 +294,20 @@ def files_of(path: Path) -> tuple[Path, ...]:
 
 
 class _NoRotation(Exception):
-    """The only geometry of a header is a qform whose quaternion is no rotation; with its length."""
+    """A header has only a qform and its quaternion is not a rotation; the message is its length."""
 
 
-class _Mending:
-    """Headers of nibabel's, with mended what is harmless and what nibabel guesses or refuses."""
+class _RepairedHeader:
+    """Mixin for nibabel headers that repairs rounding errors and detects unusable quaternions."""
 
     @classmethod
     def from_fileobj(cls, fileobj: Any, endianness: str | None = None, check: bool = True) -> Any:
         header = super().from_fileobj(fileobj, endianness, check=False)  # type: ignore[misc]
-        if header["pixdim"][0] == 0:  # which the standard reads as 1
+        if header["pixdim"][0] == 0:  # equivalent to 1 by the standard
             header["pixdim"][0] = 1
         names = [f"quatern_{axis}" for axis in "bcd"]
         length = hypot(*(float(header[name]) for name in names))
-        if 1 < length <= 1 + _TOO_LONG:
+        if 1 < length <= 1 + _LENGTH_TOLERANCE:
             for name in names:
                 header[name] = float(header[name]) / length
         elif header["qform_code"] and not header["sform_code"] and not length <= 1:
@@ -317,22 +317,23 @@ class _Mending:
         return header
 
 
-def _mending(kind: Any) -> Any:
-    """A class of nibabel's images whose headers are mended on reading."""
-    header = type(kind.header_class.__name__, (_Mending, kind.header_class), {})
+def _with_repairs(kind: Any) -> Any:
+    """Derive a nibabel image class whose headers are repaired on reading."""
+    header = type(kind.header_class.__name__, (_RepairedHeader, kind.header_class), {})
     return type(kind.__name__, (kind,), {"header_class": header})
 
 
 _NIFTI_KINDS = [
-    _mending(kind) for kind in (nib.Nifti1Pair, nib.Nifti1Image, nib.Nifti2Pair, nib.Nifti2Image)
+    _with_repairs(kind)
+    for kind in (nib.Nifti1Pair, nib.Nifti1Image, nib.Nifti2Pair, nib.Nifti2Image)
 ]
 
 
 def load_nifti(path: Path) -> Any:
-    """A file as nibabel reads it, with a header mended where rounding is all that is wrong.
+    """Load a file with nibabel, tolerating rounding errors in the header.
 
     Raises:
-        Exception: of nibabel's, where the file cannot be read.
+        Exception: any error of nibabel.
     """
     sniff = None
     for kind in _NIFTI_KINDS:
@@ -348,8 +349,8 @@ def _open_nifti(path: Path) -> VolumeFile:
             image: Any = load_nifti(path)
     except _NoRotation as error:
         raise DataError(
-            f"{path} has a qform whose quaternion has the length {error}, and that of a rotation "
-            "is at most 1: repair the qform, or set the sform."
+            f"{path} has a qform with a quaternion of length {error}, but a rotation has at most "
+            "1: correct the qform, or set the sform."
         ) from error
     except _UNREADABLE as error:
         raise DataError(
@@ -360,20 +361,20 @@ def _open_nifti(path: Path) -> VolumeFile:
         raise DataError(f"{path} is neither NIfTI nor NRRD nor MetaImage: convert it to .nii.gz.")
     kind = image.get_data_dtype()
     if kind.kind not in "iufb":
-        raise DataError(f"{path} stores {kind} voxels: give one real number a voxel.")
+        raise DataError(f"{path} stores {kind} voxels: give one real number per voxel.")
     header, stored = image.header, cast(Any, image.dataobj)
-    # What nibabel guesses about the place of voxels may be wrong; its other repairs are harmless.
+    # nibabel's guesses about geometry may be wrong; its other repairs are harmless.
     guessed = [r for r in repairs if "form_code" in r or "pixdim" in r and not header["sform_code"]]
     if guessed:
         raise DataError(
-            f"{path} has a header that does not say where its voxels lie ({guessed[0]}): repair "
-            "its sform and pixdim."
+            f"{path} has a header without a valid geometry ({guessed[0]}): correct its sform and "
+            "pixdim."
         )
     forms = Forms.read(header)
     if forms.unit not in _NIFTI_MM:
         raise DataError(
-            f"{path} has xyzt_units {int(header['xyzt_units'])}, which is no unit of NIfTI's: "
-            "repair it, 2 for mm."
+            f"{path} has xyzt_units {int(header['xyzt_units'])}, which is not a NIfTI unit: "
+            "correct it (2 is mm)."
         )
     file = VolumeFile(
         path,
@@ -392,23 +393,23 @@ def _open_nifti(path: Path) -> VolumeFile:
 
 @contextmanager
 def _repairs() -> Iterator[list[str]]:
-    """What nibabel says about a header that it repairs, instead of on the terminal."""
-    told: list[str] = []
+    """Collect nibabel's messages about repaired headers instead of printing them."""
+    messages: list[str] = []
 
     def keep(record: logging.LogRecord) -> bool:
-        told.append(record.getMessage())
+        messages.append(record.getMessage())
         return False
 
     imageglobals.logger.addFilter(keep)
     try:
-        with np.errstate(invalid="ignore"):  # NaN in a header, which is refused by what it means
-            yield told
+        with np.errstate(invalid="ignore"):  # NaN in a header is rejected later
+            yield messages
     finally:
         imageglobals.logger.removeFilter(keep)
 
 
 def _read_nifti(stored: Any) -> np.ndarray:
-    """The stored array of nibabel's proxy; what is compressed with gzip, by a faster library."""
+    """Read the stored array of a nibabel proxy; gzip files are read with a faster library."""
     if not str(stored.file_like).endswith(".gz"):
         return stored.get_unscaled()
     voxels = np.empty(stored.shape, stored.dtype, order="F")
@@ -417,16 +418,16 @@ def _read_nifti(stored: Any) -> np.ndarray:
         stream.seek(stored.offset)
         filled = 0
         while filled < len(content):
-            got = stream.readinto(content[filled : filled + _PIECE])
+            got = stream.readinto(content[filled : filled + _CHUNK])
             if not got:
                 raise EOFError(f"{len(content)} bytes expected, {filled} found")
             filled += got
-        # The checksum stands at the end, which padding may precede.
+        # Read to the end, where the checksum is verified; padding may precede it.
         rest = 0
-        while got := len(stream.read(_PIECE)):
+        while got := len(stream.read(_CHUNK)):
             rest += got
             if rest > _HEADER_BYTES:
-                raise ValueError("it holds more voxels than its header says")
+                raise ValueError("it stores more voxels than its header states")
     return voxels
 
 
@@ -434,7 +435,7 @@ def _read_nifti(stored: Any) -> np.ndarray:
 
 
 def _open_itk(path: Path, name: str) -> VolumeFile:
-    files_of(path)  # a missing data file has its own sentence
+    files_of(path)  # raises a specific error for a missing data file
     import SimpleITK as sitk
 
     reader = sitk.ImageFileReader()
@@ -450,13 +451,12 @@ def _open_itk(path: Path, name: str) -> VolumeFile:
     kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
     if reader.GetNumberOfComponents() != 1 or "complex" in kind or "unknown" in kind.lower():
         raise DataError(
-            f"{path} stores {reader.GetNumberOfComponents()} × {kind} a voxel: give one real "
-            "number a voxel."
+            f"{path} stores {reader.GetNumberOfComponents()} × {kind} per voxel: give one real "
+            "number per voxel."
         )
     shape = _three(reader.GetSize(), path)
     dimension = reader.GetDimension()
-    # NIfTI's precision, in which results are saved; so a volume lies at the same place to the last
-    # digit, whichever of the formats it comes in.
+    # Rounded to the precision of NIfTI, so that all formats give the same position.
     spacing = np.array(reader.GetSpacing()[:3], np.float32).astype(float)
     direction = np.array(reader.GetDirection()).reshape(dimension, dimension)[:3, :3]
     lps = np.eye(4)
@@ -465,15 +465,15 @@ def _open_itk(path: Path, name: str) -> VolumeFile:
     affine = (np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps).astype(np.float32).astype(float) + 0.0
 
     def read() -> np.ndarray:
-        # ITK compares no checksum of MetaImage and not every one of NRRD: what it unpacks from
-        # damaged bytes may be anything, and another thing each time.
+        # ITK verifies no checksums of MetaImage and not all of NRRD; without this check, damaged
+        # files would give arbitrary voxels.
         for file, start in _deflated(path):
             _check_deflated(file, start)
         with _itk():
             image = reader.Execute()
         return np.asarray(_Pixels(sitk.GetArrayViewFromImage(image), image)).T
 
-    placed, mm = _stated(path)
+    placed, mm = _header_fields(path)
     unit = next((code for code in (1, 2, 3) if _NIFTI_MM[code] == mm), 2)
     forms = Forms.of(affine, (1, 1), unit)
     file = VolumeFile(
@@ -482,11 +482,11 @@ def _open_itk(path: Path, name: str) -> VolumeFile:
     return _in_mm(file, mm)
 
 
-def _stated(path: Path) -> tuple[bool, float]:
-    """What a text header says and ITK does not tell: whether axes are named, and the unit in mm.
+def _header_fields(path: Path) -> tuple[bool, float]:
+    """Read what ITK does not report: whether the orientation is stated, and the unit in mm.
 
     Raises:
-        DataError: the unit is unknown, or not one for all axes.
+        DataError: the unit is unknown, or differs between axes.
     """
     text = _text(path)
     if _ITK[path.suffix.lower()] == "NrrdImageIO":
@@ -495,7 +495,7 @@ def _stated(path: Path) -> tuple[bool, float]:
         fields = {name.lower(): value for name, value in lines}
         placed = bool(_ANATOMICAL.fullmatch(fields.get("space", "")))
         placed &= "space directions" in fields
-        # Units of a space count for its axes; those of other axes stand beside `spacings`.
+        # `space units` applies to the axes of a space, `units` to axes with `spacings`.
         units = fields.get("space units") or fields.get("units", "")
         words = re.findall(r'"([^"]*)"', units) or units.split()
     else:
@@ -503,19 +503,19 @@ def _stated(path: Path) -> tuple[bool, float]:
         fields = dict(re.findall(r"(?m)^(\w+)[ \t]*[=:][ \t]*(.*?)\s*$", head))
         placed = any(name in fields for name in ("TransformMatrix", "Rotation", "Orientation"))
         words = [fields.get("DistanceUnits", "")]
-    # A micro sign in Latin-1, or one of the two in UTF-8.
+    # Normalise the micro sign, which may be in Latin-1.
     found = {word.replace("\udcb5", "\u03bc").strip().casefold() for word in words[:3]}
     sizes = {_WORDS_MM.get(word, 0.0) for word in found} or {1.0}
     if len(sizes) > 1 or 0.0 in sizes:
         raise DataError(
-            f"{path} states its lengths in {' and '.join(sorted(map(repr, found)))[:60]}: state "
-            "one unit for all axes, such as mm, in the header."
+            f"{path} has the units {' and '.join(sorted(map(repr, found)))[:60]}: set one known "
+            "unit for all axes, such as mm, in the header."
         )
     return placed, sizes.pop()
 
 
 class _Pixels:
-    """Lends an ITK image's buffer to NumPy and keeps the image alive as long as the array."""
+    """Exposes an ITK image's buffer to NumPy and keeps the image alive as long as the array."""
 
     def __init__(self, view: np.ndarray, image: object) -> None:
         self.__array_interface__ = view.__array_interface__
@@ -523,7 +523,7 @@ class _Pixels:
 
 
 class _ITKError(Exception):
-    """ITK could not read; its own text, of many lines and addresses, is the cause."""
+    """ITK cannot read a file; the long message of ITK is the cause."""
 
 
 _TERMINAL = Lock()
@@ -531,12 +531,12 @@ _TERMINAL = Lock()
 
 @contextmanager
 def _itk() -> Iterator[None]:
-    """ITK's errors as one type, and nothing of what its libraries print on the terminal."""
+    """Convert ITK's errors to `_ITKError` and suppress what its libraries print."""
     with _TERMINAL:
         sys.stderr.flush()
         kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
         try:
-            os.dup2(nowhere, 2)  # the libraries below ITK write there without asking anybody
+            os.dup2(nowhere, 2)  # libraries used by ITK write to the file descriptor directly
             yield
         except RuntimeError as error:
             raise _ITKError("ITK cannot read it") from error
@@ -547,10 +547,10 @@ def _itk() -> Iterator[None]:
 
 
 def _text(path: Path) -> str:
-    """The beginning of a file with a text header.
+    """Read the beginning of a file with a text header.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the file cannot be read.
     """
     try:
         with path.open("rb") as stream:
@@ -562,12 +562,12 @@ def _text(path: Path) -> str:
 
 
 def _nrrd_head(text: str) -> str:
-    """The header of a NRRD file, without what follows it."""
+    """Return the header of a NRRD file without the data."""
     return re.split(r"\r?\n\r?\n", text, maxsplit=1)[0]
 
 
 def _nrrd_files(text: str) -> list[str]:
-    """Data files of a NRRD header, relative to it; none where the voxels follow the header."""
+    """List the data files of a NRRD header, relative to it; empty if the header is attached."""
     lines = re.split(r"\r?\n", _nrrd_head(text))
     for number, line in enumerate(lines):
         match = re.match(r"data ?file:\s*(\S.*?)\s*$", line, re.IGNORECASE)
@@ -579,7 +579,7 @@ def _nrrd_files(text: str) -> list[str]:
 
 
 def _numbered(value: str) -> list[str]:
-    """`slice%03d.raw 1 20 1` as its files, and any other name as itself."""
+    """Expand a pattern such as `slice%03d.raw 1 20 1`; other names are returned unchanged."""
     match = re.fullmatch(
         r"(.*)%(0?\d?)d(.*?)\s+(\d{1,5})\s+(\d{1,5})\s+(-?[1-9]\d{0,4})(?:\s+\d+)?", value
     )
@@ -592,21 +592,21 @@ def _numbered(value: str) -> list[str]:
 
 
 def _meta_files(text: str, path: Path) -> list[str]:
-    """Data file of a MetaImage header, relative to it; none where the voxels follow it."""
+    """List the data file of a MetaImage header, relative to it; empty if the data are attached."""
     match = re.search(r"^ElementDataFile[ \t]*[=:][ \t]*(.*)", text, re.MULTILINE)
     value = match[1].strip() if match else ""
     if value in ("", "LOCAL", "Local", "local"):
         return []
-    # ITK fills slices whose file it misses in the list with whatever the memory holds.
+    # For missing files of a list, ITK returns uninitialised memory.
     if value.split()[0] == "LIST" or re.search(r"%\d*d", value):
         raise DataError(
-            f"{path} spreads its voxels over several files: convert it to a single .mha or .nii.gz."
+            f"{path} stores its voxels in several files: convert it to a single .mha or .nii.gz."
         )
     return [value]
 
 
 def _deflated(path: Path) -> list[tuple[Path, int]]:
-    """The files of a volume whose voxels are deflated, with the byte where they begin."""
+    """List the files of a volume with compressed voxels, with the offset of the data."""
     with path.open("rb") as stream:
         header = stream.read(_HEADER_BYTES)
     beside = files_of(path)[1:]
@@ -623,30 +623,30 @@ def _deflated(path: Path) -> list[tuple[Path, int]]:
 
 
 def _check_deflated(path: Path, start: int) -> None:
-    """Unpack gzip or zlib content to nowhere.
+    """Decompress gzip or zlib content to verify it.
 
     Raises:
-        zlib.error: it is damaged, by its checksum.
-        EOFError: it is cut off.
+        zlib.error: the content is damaged.
+        EOFError: the content is truncated.
     """
-    packed = zlib.decompressobj(wbits=47)  # either of the two
+    packed = zlib.decompressobj(wbits=47)  # detects gzip or zlib
     with path.open("rb") as stream:
         stream.seek(start)
         while not packed.eof:
-            piece = packed.unconsumed_tail or stream.read(_PIECE)
-            if piece:
-                packed.decompress(piece, _HEADER_BYTES)
+            chunk = packed.unconsumed_tail or stream.read(_CHUNK)
+            if chunk:
+                packed.decompress(chunk, _HEADER_BYTES)
                 continue
             packed.flush()
             if not packed.eof:
                 raise EOFError("its compressed voxels end early")
 
 
-# -- small things ---------------------------------------------------------------------------------
+# -- utilities ------------------------------------------------------------------------------------
 
 
 def _three(shape: tuple[int, ...], path: Path) -> tuple[int, int, int]:
-    """The three spatial lengths; further axes may only have length 1."""
+    """Return the three spatial lengths; further axes must have length 1."""
     if len(shape) < 3 or any(length != 1 for length in shape[3:]) or min(shape) < 1:
         raise DataError(
             f"{path} has shape {tuple(shape)}: give a 3-D volume (one file per time point)."
@@ -664,6 +664,6 @@ def _triple(values: Any) -> tuple[float, float, float]:
 
 
 def _brief(error: BaseException) -> str:
-    """The first line of an error, short enough for one sentence."""
+    """Return the first line of an error, shortened."""
     text = str(error).strip().splitlines()
     return (text[0] if text else type(error).__name__).rstrip(".").replace(". ", ", ")[:120]

@@ -1,4 +1,4 @@
-"""What a user names on the command line of `predict`, as volumes with a name for their results."""
+"""Find the volumes that a user gives to `predict`, and name their results."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from glua_bench.errors import DataError
 from glua_bench.formats import SUFFIXES, Forms, VolumeFile, open_volume
 from glua_bench.paths import broken, entries
 
-# Last words of the names of files that lie beside images and are none.
-_NO_IMAGES = {"label", "labels", "lab", "lbl", "seg", "segs", "segmentation", "mask", "masks"}
-_NO_IMAGES |= {"msk", "gt", "truth", "manual", "prob"}
-_NO_IMAGE_FOLDERS = {*_NO_IMAGES, "labelstr", "labelsts", "labelsval"}
+# Final words of the names of label files and directories.
+_LABEL_WORDS = {"label", "labels", "lab", "lbl", "seg", "segs", "segmentation", "mask", "masks"}
+_LABEL_WORDS |= {"msk", "gt", "truth", "manual", "prob"}
+_LABEL_FOLDERS = {*_LABEL_WORDS, "labelstr", "labelsts", "labelsval"}
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 _NNUNET = ("imagesTr", "imagesTs", "imagesVal")
 
 
 @dataclass(frozen=True)
 class Given:
-    """An image that somebody gave.
+    """An input image.
 
-    Args:
-        path: the file, or the folder of a DICOM series.
-        name: for its results, unlike that of any other image.
-        slices: the files of a DICOM series; none for other formats.
+    Attributes:
+        path: the file, or the directory of a DICOM series.
+        name: unique name of its results.
+        slices: the files of a DICOM series; empty for other formats.
     """
 
     path: Path
@@ -40,7 +40,7 @@ class Given:
     slices: tuple[Path, ...] = ()
 
     def open(self) -> VolumeFile:
-        """The volume; of a DICOM series, all voxels are read now.
+        """Open the volume; a DICOM series is read completely.
 
         Raises:
             DataError: as for `open_volume` and `read_series`.
@@ -48,7 +48,7 @@ class Given:
         if not self.slices:
             return open_volume(self.path)
         series = read_series(self.slices)
-        # NIfTI's precision, in which results are saved.
+        # Rounded to the precision of NIfTI, the format of the results.
         affine = series.affine.astype(np.float32).astype(float)
         across, down, between = (float(length) for length in nib.affines.voxel_sizes(affine))
         return VolumeFile(
@@ -67,11 +67,11 @@ class Given:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All images of a call.
+    """All input images of a call.
 
-    Args:
-        images: in the order given, those of a folder sorted by name.
-        left: files of folders that are passed over, because their names are those of labels.
+    Attributes:
+        images: images in the order given; those of a directory are sorted by name.
+        left: files in directories that are skipped, because they are named like labels.
     """
 
     images: tuple[Given, ...]
@@ -79,18 +79,18 @@ class Inputs:
 
 
 def find(paths: Iterable[Path]) -> Inputs:
-    """The images that files and folders stand for, each once.
+    """Find the images in files and directories, without duplicates.
 
-    A folder stands for the volumes that lie in it, without hidden files and without those whose
-    names end in a word for labels, which the folder's own may be, too; or, where it holds DICOM
-    files, for their series. In nnU-Net's folders the channel's number is no part of a name.
+    A directory contributes its volumes, except hidden files and files named like labels (or all
+    files, if the directory is named like labels), or the DICOM series that it contains. In nnU-Net
+    directories, the channel number is removed from names.
 
     Args:
-        paths: files in any of `formats.SUFFIXES`, and folders.
+        paths: files in any of `formats.SUFFIXES`, and directories.
 
     Raises:
-        DataError: a path does not exist, or a folder holds no image, several channels of a case,
-            or several series.
+        DataError: a path does not exist, or a directory contains no image, several channels of a
+            case, or several series.
     """
     found: dict[str, Given] = {}
     left: list[Path] = []
@@ -101,65 +101,65 @@ def find(paths: Iterable[Path]) -> Inputs:
         elif path.exists() or broken(path):
             own = [_file(path)]
         else:
-            raise DataError(
-                f"The image {path} does not exist; check the names of images and folders."
-            )
+            raise DataError(f"The image {path} does not exist; check the path.")
         for one in own:
             found.setdefault(os.path.abspath(one.path), one)
     images = list(found.values())
-    names = _distinct([(one.path, one.name) for one in images])
+    names = _unique_names([(one.path, one.name) for one in images])
     return Inputs(
         tuple(Given(o.path, n, o.slices) for o, n in zip(images, names, strict=True)), tuple(left)
     )
 
 
 def stem(file: Path) -> str:
-    """A file's name without the suffix of its format, e.g. .nii.gz."""
+    """Return a file's name without the suffix of its format, e.g. .nii.gz."""
     suffix = next((s for s in SUFFIXES if file.name.lower().endswith(s)), "")
     return file.name[: len(file.name) - len(suffix)]
 
 
 def _file(path: Path) -> Given:
     if not path.name.lower().endswith(SUFFIXES) and path.is_file() and is_dicom(path):
-        raise DataError(f"{path} is one slice of a DICOM series: give the folder of the series.")
+        raise DataError(f"{path} is one slice of a DICOM series: give the series' directory.")
     return Given(path, stem(path))
 
 
 def _in_folder(folder: Path) -> tuple[list[Given], list[Path]]:
-    """The images in a folder, and the files that are labels by their names."""
+    """Return the images in a directory, and the files that are named like labels."""
     found = entries(folder)
     files = [path for path in found if path.is_file() or broken(path)]
     volumes = [path for path in files if path.name.lower().endswith(SUFFIXES)]
     slices = [p for p in files if p not in volumes and p.is_file() and is_dicom(p)]
     if volumes and slices:
         raise DataError(
-            f"{folder} holds volumes ({volumes[0].name}) and DICOM files ({slices[0].name}): put "
-            "them into folders of their own, or name the volumes."
+            f"{folder} contains both volumes ({volumes[0].name}) and DICOM files "
+            f"({slices[0].name}): put them into separate directories, or give the volumes as files."
         )
     if slices:
         return [_series(folder, slices)], []
-    own = Path(os.path.abspath(folder)).name.lower() in _NO_IMAGE_FOLDERS
-    left = [path for path in volumes if own or _is_label(path)]
+    is_label_folder = Path(os.path.abspath(folder)).name.lower() in _LABEL_FOLDERS
+    left = [path for path in volumes if is_label_folder or _is_label(path)]
     images = [path for path in volumes if path not in left]
     if left and not images:
         raise DataError(
-            f"{folder} holds only labels, by its name or those of its files ({left[0].name}): name "
-            "the files themselves if they are images."
+            f"{folder} seems to contain only labels ({left[0].name}): give the files themselves if "
+            "they are images."
         )
     if not images:
-        inner = [p.name for p in found if p.is_dir() and p.name.lower() not in _NO_IMAGE_FOLDERS]
-        hint = f"name the folders in it ({', '.join(inner[:3])})" if inner else "check the folder"
-        raise DataError(f"{folder} holds no volume ({', '.join(SUFFIXES)}) and no DICOM: {hint}.")
-    return _channels(folder, images), left
+        inner = [p.name for p in found if p.is_dir() and p.name.lower() not in _LABEL_FOLDERS]
+        hint = f"give its subdirectories ({', '.join(inner[:3])})" if inner else "check the path"
+        raise DataError(
+            f"{folder} contains no volume ({', '.join(SUFFIXES)}) and no DICOM files: {hint}."
+        )
+    return _without_channels(folder, images), left
 
 
 def _is_label(file: Path) -> bool:
     words = re.split(r"[^a-z]+", stem(file).lower())
-    return len(words) > 1 and words[-1] in _NO_IMAGES
+    return len(words) > 1 and words[-1] in _LABEL_WORDS
 
 
-def _channels(folder: Path, images: Sequence[Path]) -> list[Given]:
-    """Images of a folder, in nnU-Net's layout without the number of the channel.
+def _without_channels(folder: Path, images: Sequence[Path]) -> list[Given]:
+    """Name the images of a directory; in nnU-Net's layout, without the channel number.
 
     Raises:
         DataError: there are several channels.
@@ -176,8 +176,8 @@ def _channels(folder: Path, images: Sequence[Path]) -> list[Given]:
     named = Path(os.path.abspath(folder)).name in _NNUNET
     if len(every) > 1 and "0000" in every and (alike or named):
         raise DataError(
-            f"{folder} holds {len(every)} channels of a case (_{', _'.join(sorted(every))}), and a "
-            f"method here sees one: name the files of one, as in {folder}/*_0000.nii.gz."
+            f"{folder} contains {len(every)} channels per case (_{', _'.join(sorted(every))}), but "
+            f"methods take one: give the files of one channel, such as {folder}/*_0000.nii.gz."
         )
     if every == {"0000"} or (named and len(every) == 1):
         return [Given(p, m[1]) for p, m in zip(images, numbered, strict=True) if m is not None]
@@ -185,43 +185,45 @@ def _channels(folder: Path, images: Sequence[Path]) -> list[Given]:
 
 
 def _series(folder: Path, slices: Sequence[Path]) -> Given:
-    """A folder of DICOM files as one volume.
+    """Return a directory of DICOM files as one volume.
 
     Raises:
         DataError: there are several series.
     """
     found = series_of(slices)
-    # Some anonymised releases give every file an identifier of its own, which then tells nothing.
+    # Some anonymised releases give every file a different identifier, which is ignored.
     if 1 < len(found) < len(slices):
-        told = "; ".join(
+        series = "; ".join(
             f"{title or 'without description'}, {len(files)} files from {files[0].name}"
             for title, files in found
         )
         raise DataError(
-            f"{folder} holds {len(found)} DICOM series ({told}): put the files of each into a "
-            "folder of its own, and name these."
+            f"{folder} contains {len(found)} DICOM series ({series}): put each series into its own "
+            "directory, and give these."
         )
     return Given(folder, Path(os.path.abspath(folder)).name, tuple(slices))
 
 
-def _distinct(given: Sequence[tuple[Path, str]]) -> list[str]:
-    """Names that differ, also where a disk does not tell a from A or two spellings of ä.
+def _unique_names(given: Sequence[tuple[Path, str]]) -> list[str]:
+    """Make names unique, also on disks that ignore case and Unicode normalisation.
 
-    Files of one folder that differ in their format have its suffix in their names, and a number
-    where that does not help. Other names that are alike follow those of their folders, as many as
-    it takes; what then still is alike, a number tells apart.
+    Equal names in one directory get the suffix of their format appended, and a number if that is
+    not enough. Other equal names are prefixed with as many parent directories as necessary, and
+    get a number if they are still equal.
     """
     folders = [Path(os.path.abspath(path)).parent.parts[1:] for path, _ in given]
     names = [name for _, name in given]
-    for group in _alike([f"{'/'.join(own)}/{n}" for own, n in zip(folders, names, strict=True)]):
+    for group in _duplicates(
+        [f"{'/'.join(own)}/{n}" for own, n in zip(folders, names, strict=True)]
+    ):
         for index in group:
             path, name = given[index]
             names[index] = f"{name}_{path.name[len(stem(path)) :].replace('.', '')}".rstrip("_")
-        for again in _alike([names[index] for index in group]):
+        for again in _duplicates([names[index] for index in group]):
             for number, place in enumerate(again[1:], start=2):
                 names[group[place]] += f"_{number}"
     plain, depth = list(names), [0] * len(names)
-    while groups := _alike(names):
+    while groups := _duplicates(names):
         growing = [i for group in groups for i in group if depth[i] < len(folders[i])]
         for index in growing:
             depth[index] += 1
@@ -233,8 +235,8 @@ def _distinct(given: Sequence[tuple[Path, str]]) -> list[str]:
     return names
 
 
-def _alike(names: Sequence[str]) -> list[list[int]]:
-    """The places of names that some disk takes for one."""
+def _duplicates(names: Sequence[str]) -> list[list[int]]:
+    """Group the indices of names that are equal on some disk."""
     by_name: dict[str, list[int]] = {}
     for index, name in enumerate(names):
         by_name.setdefault(unicodedata.normalize("NFC", name.casefold()), []).append(index)

@@ -1,8 +1,8 @@
-"""A polite end: what a scheduler or a user asks for is done after the step that is running.
+"""Stop after the current step on a signal from a scheduler or a user.
 
-SIGTERM, SIGUSR1 and SIGUSR2 are what schedulers send before a preemption or a time limit. They set
-a flag; the trainer looks at it after every step, writes a checkpoint and raises `Interrupted`, and
-the same command later goes on from there.
+Schedulers send SIGTERM, SIGUSR1 or SIGUSR2 before preemption or a time limit. The signal sets a
+flag; the trainer checks it after every step, writes a checkpoint and raises `Interrupted`. The
+same command resumes the run.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ _asked: list[int] = []
 
 
 class Interrupted(BaseException):
-    """The process was asked to end, and its work is saved. No plugin may catch it on the way.
+    """The process received a signal to stop, and its work is saved.
+
+    A `BaseException`, so that plugins do not catch it.
 
     Args:
-        number: the signal.
+        number: signal number.
     """
 
     def __init__(self, number: int) -> None:
@@ -30,7 +32,7 @@ class Interrupted(BaseException):
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Take signals as requests to end, in the main thread of a process."""
+    """Handle the signals as requests to stop; call it in the main thread."""
 
     def note(number: int, frame: FrameType | None) -> None:
         _asked.append(number)
@@ -46,15 +48,15 @@ def listening() -> Iterator[None]:
 
 
 def asked() -> bool:
-    """Whether somebody asked this process to end."""
+    """Return True if this process received a signal to stop."""
     return bool(_asked)
 
 
 def end_if_asked() -> None:
-    """Raise where somebody asked; called where the work is safe on disk.
+    """Raise `Interrupted` if a signal to stop was received; call it when all work is saved.
 
     Raises:
-        Interrupted: a signal came.
+        Interrupted: a signal was received.
     """
     if _asked:
         raise Interrupted(_asked[0])

@@ -1,8 +1,8 @@
 """Segmentation and adversarial losses.
 
-Pixels whose label is `UNANNOTATED` enter no segmentation loss: neither its sums nor its means, and
-their logits get no gradient. Where there are none, every factor below is exactly 1, so that values
-and gradients are those of the plain formulas to the last bit, without asking the device.
+Pixels labelled `UNANNOTATED` are excluded from the sums and means of segmentation losses, and their
+logits get no gradient. Without such pixels, the mask is exactly 1 everywhere, so that values and
+gradients equal those of the unmasked formulas bit by bit.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from glua_bench.task import UNANNOTATED
 
 
 def precise(x: Tensor) -> Tensor:
-    """At least single precision, whatever the mixed precision gave; double stays double."""
+    """Convert half precision to single; single and double are unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def annotated(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Where labels say something, and what they say, for losses of your own.
+    """Return the mask of annotated pixels and labels without `UNANNOTATED`, for custom losses.
 
     Args:
         labels: (N, H, W), class indices or `UNANNOTATED`.
 
     Returns:
-        boolean (N, H, W); and the labels with background in the place of `UNANNOTATED`, which
-        `gather` and `one_hot` take.
+        boolean mask (N, H, W); and labels with `UNANNOTATED` replaced by background, valid for
+        `gather` and `one_hot`.
     """
     seen = labels != UNANNOTATED
     return seen, labels * seen
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of the annotated pixels; 0 where there is none.
+    """Compute the mean cross-entropy over annotated pixels; 0 if there are none.
 
     Args:
         logits: (N, K, H, W).
@@ -48,14 +48,14 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def class_maps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax and one-hot labels, both 0 at pixels that are not annotated.
+    """Compute softmax and one-hot labels, both 0 at pixels that are not annotated.
 
     Args:
         logits: (N, K, H, W).
         labels: (N, H, W), class indices or `UNANNOTATED`.
 
     Returns:
-        two of (N, K, H, W), at least in single precision.
+        Probabilities and labels, both (N, K, H, W), at least in single precision.
     """
     seen, classes = annotated(labels)
     probabilities = precise(logits).softmax(1)
@@ -65,11 +65,11 @@ def class_maps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dice_loss(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -> Tensor:
-    r"""Soft Dice loss, mean over the foreground classes that the batch shows.
+    r"""Compute the soft Dice loss, averaged over the foreground classes present in the labels.
 
-    1 - 2 Σ p r / (Σ p + Σ r), sums over the batch (Milletari et al., 3DV 2016, with
-    plain sums in the denominator). Pooling the batch keeps slices without a structure from
-    deciding its loss; a class that no label of the batch shows is left to cross-entropy.
+    1 - 2 Σ p r / (Σ p + Σ r), with sums over the batch (Milletari et al., 3DV 2016, without squares
+    in the denominator). Summing over the batch reduces the influence of slices without a structure;
+    classes absent from the batch's labels are left to cross-entropy.
 
     Args:
         logits: (N, K, H, W).
@@ -88,7 +88,7 @@ def dice_loss(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -> Tensor:
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Dice + cross-entropy, equally weighted.
+    """Compute the sum of Dice loss and cross-entropy.
 
     Args:
         logits: (N, K, H, W).
@@ -98,11 +98,11 @@ def segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def squared_dice_loss(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -> Tensor:
-    r"""Soft Dice loss with squares in the denominator, mean over all classes.
+    r"""Compute the soft Dice loss with squares in the denominator, averaged over all classes.
 
-    1 - (2 Σ p r + s) / (Σ p² + Σ r² + s), sums over the batch (Milletari et al., 3DV 2016). The
-    background counts as a class, and so does a class that no label of the batch shows, whose loss
-    is close to 1.
+    1 - (2 Σ p r + s) / (Σ p² + Σ r² + s), with sums over the batch (Milletari et al., 3DV 2016).
+    Background and classes absent from the labels are included; the loss of the latter is close
+    to 1.
 
     Args:
         logits: (N, K, H, W).
@@ -119,7 +119,7 @@ def squared_dice_loss(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -> T
 
 
 def balanced_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """½ cross-entropy + ½ `squared_dice_loss`: the segmentation loss of GLUA's authors.
+    """Compute ½ cross-entropy + ½ `squared_dice_loss`, the loss of GLUA's authors.
 
     Args:
         logits: (N, K, H, W).
@@ -129,29 +129,29 @@ def balanced_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def self_information(logits: Tensor) -> Tensor:
-    """-p log p / log K of each class: (N, K, H, W) → (N, K, H, W), with a sum of at most 1."""
+    """Compute -p log p / log K for each class, (N, K, H, W); the sum over classes is at most 1."""
     logits = precise(logits)
     return -logits.softmax(1) * logits.log_softmax(1) / math.log(logits.shape[1])
 
 
 def normalised_entropy(logits: Tensor) -> Tensor:
-    """Entropy of the softmax divided by log K: (N, K, H, W) → (N, 1, H, W) in [0, 1]."""
+    """Compute the entropy of the softmax over log K: (N, K, H, W) → (N, 1, H, W) in [0, 1]."""
     return self_information(logits).sum(1, keepdim=True)
 
 
 def lsgan_loss(
     scores: Tensor | Sequence[Tensor], target: float, mask: Tensor | None = None
 ) -> Tensor:
-    """Least-squares adversarial loss (Mao et al., ICCV 2017): mean (score - target)².
+    """Compute the least-squares adversarial loss (Mao et al., ICCV 2017): mean (score - target)².
 
     Args:
-        scores: a map of any shape, or one map a scale (their losses are averaged).
-        target: 1 for "real" or "source", 0 for the other.
-        mask: weights of the map's locations, for a single map; the mean counts them only.
+        scores: a map of any shape, or one map per scale (their losses are averaged).
+        target: 1 for "real" or "source", 0 for "fake" or "target".
+        mask: weights for a weighted mean over locations; only for a single map.
     """
     if not isinstance(scores, Tensor):
         if mask is not None:
-            raise TypeError("a mask fits one map of scores, not several")
+            raise TypeError("a mask needs a single map of scores")
         return torch.stack([lsgan_loss(score, target) for score in scores]).mean()
     squares = (precise(scores) - target).square()
     if mask is None:
@@ -163,14 +163,14 @@ def lsgan_loss(
 def real_fake_loss(
     discriminator: Callable[[Tensor], Tensor | list[Tensor]], real: Tensor, fake: Tensor
 ) -> Tensor:
-    """A discriminator's least-squares loss, real towards 1 and fake towards 0, in one pass.
+    """Compute a discriminator's least-squares loss (real → 1, fake → 0) in one forward pass.
 
-    Only for discriminators that keep the images of a batch apart (instance norm or none).
+    Only for discriminators without interaction between images of a batch (no batch norm).
 
     Args:
         discriminator: maps (N, ...) to scores, or to a list of scores.
         real: (N, ...).
-        fake: (M, ...), detached from what made it.
+        fake: (M, ...), detached from the generator.
     """
     scores = discriminator(torch.cat([real, fake]))
     maps = [scores] if isinstance(scores, Tensor) else scores

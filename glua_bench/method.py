@@ -1,7 +1,7 @@
-"""The plugin contract of a method: `Method`, its `Stage`s, and the `Batch` and `Context` of a step.
+"""The plugin interface of methods: `Method`, `Stage`, `Batch` and `Context`.
 
-The harness owns the loop, the step budget, devices and precision, checkpoints, selection,
-evaluation and logging. A method owns its networks, its losses and the order of its updates.
+The harness provides the training loop, step budget, devices and precision, checkpoints, selection,
+evaluation and logging. A method provides its networks, losses and updates.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from torch.optim import Optimizer
 from glua_bench.config import SegmenterSpec
 from glua_bench.task import Structure
 
-# The part that a domain plays in a direction.
+# Role of a domain in a direction.
 Role = Literal["source", "target"]
 
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What a method may know about the task.
+    """Description of the task that is available to methods.
 
-    Args:
+    Attributes:
         dataset: name of the dataset.
         structures: the classes, without background; class index = position + 1.
         size: side of the square slices in pixels.
-        segmenter: the network that all methods of a comparison share.
+        segmenter: the segmentation network, shared by all methods of a comparison.
         batch_size: images per domain and step.
-        slices: S, the slices of an image, which are its channels; networks that take or make
-            images have as many. The middle slice is the one that is labelled.
+        slices: S, the number of slices, and hence channels, of an image. The middle slice is
+            labelled.
     """
 
     dataset: str
@@ -52,11 +52,11 @@ class TaskInfo:
 
 @dataclass(frozen=True)
 class Cases:
-    """How many cases a run trains on.
+    """Numbers of training cases.
 
-    Args:
-        source: labelled ones of the source domain.
-        target: unlabelled ones of the target domain.
+    Attributes:
+        source: labelled cases of the source domain.
+        target: unlabelled cases of the target domain.
     """
 
     source: int
@@ -65,11 +65,11 @@ class Cases:
 
 @dataclass(frozen=True)
 class Adjustment:
-    """A setting's value for the data at hand, and why it is not the one that was asked for.
+    """A setting that is changed to fit the data.
 
-    Args:
-        value: what the run takes instead.
-        reason: in a clause, e.g. "training has 4 target cases".
+    Attributes:
+        value: the value that the run uses.
+        reason: a clause, e.g. "training has 4 target cases".
     """
 
     value: Any
@@ -78,14 +78,14 @@ class Adjustment:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's images. There is no field for target labels.
+    """Images of one step, without target labels.
 
-    Args:
+    Attributes:
         source_images: (N, S, H, W) in [-1, 1], S neighbouring slices, of which the middle one is
-            labelled; S = 1 is that slice alone.
-        source_labels: (N, H, W), class indices, or `task.UNANNOTATED` where a label leaves open
-            what a pixel shows; such pixels must enter no loss, and those of `losses.py` see to it.
-        target_images: (N, S, H, W) in [-1, 1]; None where the method declares no need.
+            labelled.
+        source_labels: (N, H, W), class indices, or `task.UNANNOTATED` for pixels without
+            annotation, which losses must ignore (those of `losses.py` do).
+        target_images: (N, S, H, W) in [-1, 1]; None if the method sets `uses_target = False`.
     """
 
     source_images: Tensor
@@ -94,9 +94,9 @@ class Batch:
 
     @property
     def target(self) -> Tensor:
-        """The target images of a method that declared `uses_target = True`."""
+        """The target images; only for methods with `uses_target = True`."""
         if self.target_images is None:
-            raise TypeError("this method reads target images: set `uses_target = True` on it")
+            raise TypeError("this method reads target images: set `uses_target = True`")
         return self.target_images
 
 
@@ -104,25 +104,24 @@ class Batch:
 class Stage:
     """One phase of a method's training.
 
-    Args:
+    Attributes:
         name: e.g. "style" or "train".
         share: updates of this stage as a multiple of the run's step budget. The stage that
-            trains the segmenter has 1.0 in every method, so all segmenters see the same
-            number of updates; further stages are extra cost, which reports show.
-        depends_on: names of the config fields that the stage's result depends on. Given (even
-            empty), the finished stage is cached and shared by every run with equal values;
-            None keeps the stage within its run.
-        modules: attributes of the method that the stage trains; what the cache keeps.
-        translate: called without gradients on the source images after the geometric and
-            before the photometric augmentation, e.g. to restyle them.
-        photometric: whether the photometric part of the policy applies in this stage. A stage
-            that learns the domains' appearance must see it unchanged.
+            trains the segmenter has 1.0 in every method, so all segmenters get the same
+            number of updates; other stages are extra cost, which reports show.
+        depends_on: names of the config fields that the stage's result depends on. If given (even
+            empty), the finished stage is cached and shared by all runs with equal values;
+            None disables sharing.
+        modules: attributes of the method that the stage trains and the cache stores.
+        translate: applied without gradients to source images between geometric and photometric
+            augmentation, e.g. to restyle them.
+        photometric: whether photometric augmentation applies in this stage. A stage that learns
+            the domains' appearance needs False.
         decay: power of the polynomial decay of all learning rates; 0 keeps them constant.
-        hold: share of the stage, in [0, 1), during which learning rates stay constant before
-            they decay.
+        hold: fraction of the stage, in [0, 1), before the decay starts.
         finish: called once after the last step, e.g. to compute a style bank.
-        step: one update of this stage, as `Method.step`; None takes the method's.
-        optimizers: makes this stage's optimizers, as `Method.optimizers`; None takes the method's.
+        step: update function of this stage; None uses `Method.step`.
+        optimizers: creates this stage's optimizers; None uses `Method.optimizers`.
     """
 
     name: str = "train"
@@ -140,28 +139,28 @@ class Stage:
     def trained_by(
         self, method: Method
     ) -> tuple[Callable[[Batch, Context], dict[str, Tensor]], Callable[[], dict[str, Optimizer]]]:
-        """The step and the optimizers of the stage: its own, or else the method's."""
+        """Return the step and the optimizers of the stage, by default those of the method."""
         return self.step or method.step, self.optimizers or method.optimizers
 
     def steps(self, budget: int) -> int:
-        """Updates of this stage under a budget (at least one)."""
+        """Return the number of updates of this stage for a step budget (at least one)."""
         return max(1, round(self.share * budget))
 
     def rate(self, progress: float) -> float:
-        """Factor of the learning rates when a share `progress` of the stage is done."""
+        """Return the learning rate factor at a fraction `progress` of the stage."""
         decaying = max(0.0, progress - self.hold) / (1 - self.hold)
         return (1 - decaying) ** self.decay
 
 
 @dataclass
 class Context:
-    """What the harness lends to a step.
+    """State and utilities that the harness passes to a step.
 
-    Args:
+    Attributes:
         stage: the running stage.
-        step: updates done in this stage.
-        steps: updates that the stage has in all.
-        optimizers: by the names that the stage's or the method's `optimizers` gave.
+        step: finished updates of this stage.
+        steps: total number of updates of this stage.
+        optimizers: name → optimizer, from the stage's or the method's `optimizers`.
         target_slices: iterates over all target training images in order, (N, S, H, W).
     """
 
@@ -177,7 +176,7 @@ class Context:
 
     @property
     def progress(self) -> float:
-        """Share of the stage that is done, in [0, 1)."""
+        """Finished fraction of the stage, in [0, 1)."""
         return self.step / self.steps
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
@@ -190,7 +189,7 @@ class Context:
         self._backward(loss, retain_graph=retain_graph)
 
     def apply(self, name: str) -> None:
-        """Step one optimizer on the accumulated gradients, averaged over processes."""
+        """Step an optimizer on the accumulated gradients, averaged over processes."""
         optimizer = self.optimizers[name]
         self._average(optimizer)
         optimizer.step()
@@ -204,7 +203,7 @@ class Context:
 
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Let gradients pass through modules without computing those of their weights."""
+    """Disable gradients of the modules' weights; gradients still pass through the modules."""
     parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -217,27 +216,27 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class NoConfig:
-    """The configuration of a method that has nothing to set."""
+    """Configuration of a method without settings."""
 
 
 class Method(nn.Module, ABC):
-    """One way to adapt. Reads top to bottom like the paper's algorithm box.
+    """Base class of adaptation methods.
 
-    The class docstring is the method's card: its first line is the one-line description in
-    `glua-bench list`, the rest gives source, equations, and what is chosen here.
+    The class docstring documents the method: its first line is the description in `glua-bench
+    list`, the rest gives source, equations and choices made here.
 
     Args:
-        task: what is to be segmented, and with which segmenter.
+        task: structures, image size and segmenter.
         config: an instance of `Config`.
     """
 
     name: ClassVar[str]
     reference: ClassVar[str]  # the paper, for `list` and tables
-    needs: ClassVar[str]  # in words, for `list`
+    needs: ClassVar[str]  # required data, for `list`
     uses_target: ClassVar[bool] = True
     Config: ClassVar[type] = NoConfig
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # preset -> config changes
-    parts: ClassVar[tuple[str, ...]] = ()  # methods that are this one with something left out
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # preset → config changes
+    parts: ClassVar[tuple[str, ...]] = ()  # methods that are ablations of this one
 
     def __init__(self, task: TaskInfo, config: Any) -> None:
         super().__init__()
@@ -246,54 +245,55 @@ class Method(nn.Module, ABC):
 
     @classmethod
     def variants(cls) -> Mapping[str, Mapping[str, Any]]:
-        """The ablation's rows: name → config changes."""
+        """Return the variants of an ablation: name → config changes."""
         return {}
 
     def check(self, cases: Cases) -> Mapping[str, Adjustment]:
-        """Decline data that the method cannot serve, or fit settings to it, before training.
+        """Reject unsuitable data, or adjust settings to the data, before training.
 
-        What settings and task alone decide is declined in `__init__`, by the same error.
+        Invalid combinations of settings and task are rejected in `__init__` with the same error.
 
         Returns:
-            Setting → its value for these data and why; the harness says so and records the value.
+            Setting → adjusted value and reason, which the harness reports and records.
 
         Raises:
-            ConfigError: in one sentence, with the setting to change and its value.
+            ConfigError: the data are unsuitable; one sentence that names the setting to change and
+                its value.
         """
         return {}
 
     def stages(self) -> Sequence[Stage]:
-        """The phases of training, in order."""
+        """Return the stages of training, in order."""
         return (Stage(),)
 
     @abstractmethod
     def optimizers(self) -> dict[str, Optimizer]:
-        """The optimizers, by name, of every stage that does not bring its own."""
+        """Create the optimizers, by name, of stages without optimizers of their own."""
 
     @abstractmethod
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-        """One update; returns the scalars to log. Non-finite values stop the run."""
+        """Perform one update and return the scalars to log. Non-finite values stop the run."""
 
     @abstractmethod
     def predict(self, images: Tensor, domain: Role) -> Tensor:
         """Segment images of one domain.
 
         Args:
-            images: (N, S, H, W) in [-1, 1].
-            domain: whose images they are; those of the source are translated as in training.
+            images: (N, S, H, W) in [-1, 1]; source images are translated as in training.
+            domain: domain of the images.
 
         Returns:
             Logits (N, K, H, W) of the middle slices.
         """
 
     def features(self, images: Tensor, domain: Role) -> Tensor:
-        """What predictions are made of, for the selectors.
+        """Compute feature maps for the selectors.
 
-        The map before the last layer, where a method has one; the logits, where it does not say.
+        Methods return the map before the last layer; the default is the logits.
 
         Args:
             images: (N, S, H, W) in [-1, 1].
-            domain: whose images they are.
+            domain: domain of the images.
 
         Returns:
             (N, D, h, w).
@@ -302,9 +302,9 @@ class Method(nn.Module, ABC):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Further images to look at, e.g. restyled images or a gap map.
+        """Compute images for visual inspection, e.g. restyled images or a gap map.
 
         Returns:
-            name → (N, 1, H, W), or (N, S, H, W), of which the middle slices are shown.
+            name → (N, 1, H, W), or (N, S, H, W) with the middle slices shown.
         """
         return {}

@@ -1,10 +1,9 @@
-"""2.5D: the slices that a network sees beside the one that it labels.
+"""2.5D inputs: neighbouring slices as channels.
 
-An image of a network is a stack of an odd number of slices of one volume, a slice a channel, in
-their order; the middle one is the slice that is labelled and predicted. The slices beside it lie
-at a distance in mm that is common to all volumes of a run, as far as their own slices allow, so
-that a neighbour means the same in both domains also where one has thin slices and the other thick
-ones. A stack that reaches beyond its volume repeats the volume's last slice.
+An image is a stack of an odd number of slices of one volume, in order, one per channel; the middle
+slice is labelled and predicted. The distance of neighbours in mm is as equal for all volumes of a
+run as their slices allow, so that domains with thin and thick slices are comparable. Stacks that
+extend beyond a volume repeat its last slice.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Neighbourhood:
-    """How a volume's slices become stacks.
+    """Definition of the stacks of slices.
 
-    Args:
-        slices: of a stack, odd; 1 is the labelled slice alone.
-        distance: of the slices of a stack, in mm; None for one slice.
+    Attributes:
+        slices: number of slices of a stack, odd.
+        distance: distance of the slices of a stack in mm; None for one slice.
 
     Raises:
-        ValueError: the number is even, or several slices have no distance.
+        ValueError: the number is even, or the distance of several slices is missing.
 
     Example:
         >>> thin, thick = 3.0, 8.0  # mm from slice to slice of two volumes
@@ -51,14 +50,14 @@ class Neighbourhood:
 
     @classmethod
     def of(cls, config: RunConfig) -> Neighbourhood:
-        """That of a run, whose configuration `runs.plan` has completed."""
+        """Build from the configuration of a planned run."""
         return cls(config.slices, config.slice_distance)
 
     def __str__(self) -> str:
         return "1" if self.distance is None else f"{self.slices}, {self.distance:g} mm apart"
 
     def step(self, spacing: float) -> int:
-        """How many slices away a neighbour lies in a volume: the nearest number, at least 1.
+        """Return the offset of neighbours in a volume, rounded, at least 1.
 
         Args:
             spacing: distance of the volume's slices in mm.
@@ -66,10 +65,10 @@ class Neighbourhood:
         return 1 if self.distance is None else max(1, math.floor(self.distance / spacing + 0.5))
 
     def numbers(self, depth: int, spacing: float) -> np.ndarray:
-        """Which slices of a volume each stack consists of.
+        """Return the slice indices of each stack of a volume.
 
         Args:
-            depth: slices of the volume.
+            depth: number of slices of the volume.
             spacing: their distance in mm.
 
         Returns:
@@ -79,21 +78,21 @@ class Neighbourhood:
         return np.clip(np.arange(depth)[:, None] + self.step(spacing) * beside[None], 0, depth - 1)
 
     def stacks(self, volume: np.ndarray, spacing: float) -> Stacks:
-        """A volume as stacks.
+        """Return a volume as stacks.
 
         Args:
-            volume: (Z, H, W), in memory or mapped from a file.
+            volume: (Z, H, W), in memory or memory-mapped.
             spacing: distance of its slices in mm.
         """
         return Stacks(volume, self.numbers(len(volume), spacing))
 
 
 class Stacks:
-    """The stacks of one volume, each read when it is asked for.
+    """The stacks of one volume, read on access.
 
     Args:
         volume: (Z, H, W).
-        numbers: (Z, slices), which slices each consists of.
+        numbers: (Z, slices), slice indices of each stack.
     """
 
     def __init__(self, volume: np.ndarray, numbers: np.ndarray) -> None:
@@ -104,25 +103,24 @@ class Stacks:
         return len(self._numbers)
 
     def __getitem__(self, z: int) -> np.ndarray:
-        """The stack whose middle is slice z, (slices, H, W)."""
+        """Return the stack with middle slice z, (slices, H, W)."""
         return self._volume[self._numbers[z]]
 
 
-ALONE = Neighbourhood()  # each slice without neighbours
+ALONE = Neighbourhood()  # single slices
 
 
 def common_distance(domains: Iterable[Sequence[float]]) -> float:
-    """The distance of neighbours, in mm, where volumes keep their own slices.
+    """Compute the distance of neighbours in mm for volumes that are not resampled.
 
-    The median slice distance of the domain with the thicker slices: there a typical volume's
-    neighbours are the slices next to each, in the other domain as many slices away as lie nearest
-    to that distance. A few volumes with still thicker slices do not move it for all.
+    It is the median slice distance of the domain with the thicker slices: there, neighbours are
+    adjacent slices; in the other domain, slices at the closest possible distance.
 
     Args:
-        domains: for each domain, the slice distance of each of its training volumes in mm.
+        domains: slice distances in mm of each domain's training volumes.
 
     Returns:
-        Rounded to 0.001 mm, since headers carry rounding errors.
+        The distance, rounded to 0.001 mm because headers contain rounding errors.
 
     Example:
         >>> common_distance([[5.0, 5.0], [8.0, 8.0, 13.0]])
@@ -132,6 +130,6 @@ def common_distance(domains: Iterable[Sequence[float]]) -> float:
 
 
 def middle(images: Any) -> Any:
-    """The labelled slice of each stack, (N, slices, H, W) → (N, 1, H, W); arrays or tensors."""
+    """Return the middle slice of each stack, (N, slices, H, W) → (N, 1, H, W)."""
     centre = images.shape[1] // 2
     return images[:, centre : centre + 1]

@@ -1,9 +1,8 @@
-"""The networks that methods are built of: segmenters, generators, discriminators.
+"""Networks for methods: segmenters, generators, discriminators.
 
-Widths and depths are arguments, so one definition serves the quick preset and the sizes of
-the papers. All of ours use instance normalisation unless said otherwise: it needs no running
-statistics, so training, evaluation and any number of devices agree. timm's encoders keep their
-own, mostly batch normalisation.
+Networks use instance normalisation unless stated otherwise: without running statistics, training
+and evaluation agree on any number of devices. Encoders from timm keep their own normalisation,
+mostly batch normalisation.
 """
 
 from __future__ import annotations
@@ -19,27 +18,25 @@ from glua_bench.config import SegmenterSpec
 from glua_bench.errors import ConfigError
 from glua_bench.losses import precise
 
-SLOPE = 0.2  # of LeakyReLU, throughout (field's usual value)
-
-
+SLOPE = 0.2  # negative slope of all LeakyReLU
 NORM_EPSILON = 1e-5  # of instance norm
 
 
 def normalised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Instance norm, and which maps vary at all.
+    """Apply instance norm and mark constant maps.
 
-    A map that is constant, as those of a constant slice are behind reflection padding, normalises
-    to 0 whatever its value, but its gradient is multiplied by 1/√eps = 316, in every layer anew,
-    until it overflows. Such a map is told, so that the caller can let no gradient through it.
+    A constant map (from a constant slice with reflection padding) is normalised to 0, but each
+    layer multiplies its gradient by 1/√eps = 316 until it overflows. The mask allows callers to
+    block the gradients of such maps.
 
     Args:
         x: (N, C, H, W).
 
     Returns:
-        The normalised maps (N, C, H, W), in single precision at least; and (N, C), 1 where the
-        variance is above a hundredth of eps and 0 elsewhere.
+        The normalised maps (N, C, H, W), at least in single precision; and a mask (N, C), 1 where
+        the variance is above eps / 100 and 0 elsewhere.
     """
-    x = precise(x)  # as autocast treats every norm
+    x = precise(x)  # as in autocast
     count, channels = x.shape[:2]
     pixels = x.shape[2] * x.shape[3]
     maps, _, inverse = torch.native_group_norm(
@@ -50,26 +47,26 @@ def normalised(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class InstanceNorm(nn.Module):
-    """Instance norm without weights, which passes no gradient through constant maps."""
+    """Instance norm without weights that blocks the gradients of constant maps."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → the same shape; 0 where a map is constant."""
+        """Normalise (N, C, H, W); constant maps become 0."""
         maps, varies = normalised(x)
         return maps * varies[..., None, None]
 
 
 def instance_norm(channels: int, affine: bool = False) -> nn.Module:
-    """Instance norm; affine as group norm with one group a channel, which is faster on a CPU.
+    """Return an instance norm; the affine one is a group norm, which is faster on a CPU.
 
-    The affine form is for networks with zero padding, behind which no map is constant.
+    The affine form is for networks with zero padding, where no map is constant.
     """
     return nn.GroupNorm(channels, channels) if affine else InstanceNorm()
 
 
 class Segmented(NamedTuple):
-    """A segmenter's output.
+    """Output of a segmenter.
 
-    Args:
+    Attributes:
         logits: (N, K, H, W).
         features: decoder maps from coarse to fine, each (N, C_i, H / s_i, W / s_i).
     """
@@ -79,7 +76,7 @@ class Segmented(NamedTuple):
 
 
 def conv_block(inputs: int, outputs: int) -> nn.Sequential:
-    """Two 3×3 convolutions, each with instance norm and LeakyReLU."""
+    """Return two 3×3 convolutions, each with instance norm and LeakyReLU."""
     layers: list[nn.Module] = []
     for channels in (inputs, outputs):
         layers += [
@@ -94,9 +91,9 @@ class Decoder(nn.Module):
     """U-Net decoder: upsample, concatenate the skip, convolve.
 
     Args:
-        channels: of the encoder's maps, fine to coarse.
+        channels: channels of the encoder's maps, fine to coarse.
         classes: number of output classes K.
-        stem: further upsamplings behind the finest map, to reach full resolution.
+        stem: number of upsamplings after the finest map, to reach full resolution.
     """
 
     def __init__(self, channels: list[int], classes: int, stem: int = 0) -> None:
@@ -126,12 +123,12 @@ class Decoder(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """A segmentation network in two halves, so that a method can act between them.
+    """A segmentation network with separate encoder and decoder.
 
     Attributes:
         encoder_channels: channels of the maps of `encode`, fine to coarse.
         feature_channels: channels of the `features` of `Segmented`, coarse to fine.
-        head: the last layer, which makes logits of the last feature map.
+        head: the last layer, from the last feature map to logits.
     """
 
     encoder_channels: list[int]
@@ -139,20 +136,20 @@ class Segmenter(nn.Module):
     head: nn.Module
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        """(N, S, H, W) → maps, fine to coarse; the last one is the end of the encoder."""
+        """Encode images (N, S, H, W) to maps, fine to coarse."""
         raise NotImplementedError
 
     def decode(self, maps: list[Tensor], size: Sequence[int]) -> Segmented:
-        """The encoder's maps → logits of the given size (H, W), and decoder maps."""
+        """Decode the encoder's maps to logits of size (H, W) and decoder maps."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Segmented:
-        """(N, S, H, W) → logits and decoder maps."""
+        """Segment images (N, S, H, W)."""
         return self.decode(self.encode(images), images.shape[-2:])
 
 
 class DecodedSegmenter(Segmenter):
-    """A segmenter whose second half is a U-Net `Decoder`, as its attribute `decoder`."""
+    """A segmenter with a U-Net `Decoder`."""
 
     decoder: Decoder
 
@@ -162,7 +159,7 @@ class DecodedSegmenter(Segmenter):
         return self.decoder.head
 
     def decode(self, maps: list[Tensor], size: Sequence[int]) -> Segmented:
-        """The encoder's maps → logits and decoder maps."""
+        """Decode the encoder's maps to logits and decoder maps."""
         return self.decoder(maps)
 
 
@@ -172,7 +169,7 @@ class UNet(DecodedSegmenter):
     Args:
         classes: number of output classes K.
         width: channels at full resolution, doubled at each of the `depth - 1` poolings.
-        depth: number of resolutions; the slice side must be divisible by 2^(depth-1).
+        depth: number of resolutions; the image side must be divisible by 2^(depth-1).
         slices: channels of an image.
     """
 
@@ -187,7 +184,7 @@ class UNet(DecodedSegmenter):
         self.encoder_channels, self.feature_channels = channels, self.decoder.channels
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        """(N, S, H, W) → maps, fine to coarse."""
+        """Encode images (N, S, H, W) to maps, fine to coarse."""
         maps: list[Tensor] = []
         for level, block in enumerate(self.encoder):
             images = block(F.max_pool2d(images, 2) if level else images)
@@ -196,30 +193,30 @@ class UNet(DecodedSegmenter):
 
 
 class TimmSegmenter(DecodedSegmenter):
-    """Any timm encoder that offers feature maps, with the U-Net decoder.
+    """A timm encoder with the U-Net decoder.
 
     Args:
-        encoder: timm's model name, e.g. "resnet18".
+        encoder: name of a timm model with feature maps, e.g. "resnet18".
         classes: number of output classes K.
         pretrained: load timm's weights.
         slices: channels of an image.
 
     Raises:
-        ConfigError: timm does not know the encoder, it has no pyramid of feature maps, or its
-            weights cannot be loaded.
+        ConfigError: the encoder is unknown to timm, has no pyramid of feature maps, or its weights
+            cannot be loaded.
     """
 
     def __init__(
         self, encoder: str, classes: int, pretrained: bool = False, slices: int = 1
     ) -> None:
         super().__init__()
-        import timm  # takes a second; most runs do not need it
+        import timm  # slow, and most runs do not need it
 
         if encoder not in timm.list_models():
             near = timm.list_models(f"*{encoder[:6]}*")[:3]
             raise ConfigError(
                 f"segmenter.name = 'timm:{encoder}' is not a model of timm "
-                f"{timm.__version__}{'; close: ' + ', '.join(near) if near else ''}."
+                f"{timm.__version__}{'; similar: ' + ', '.join(near) if near else ''}."
             )
         try:
             self.encoder = timm.create_model(
@@ -228,7 +225,7 @@ class TimmSegmenter(DecodedSegmenter):
         except Exception as error:  # timm raises many types, from network errors to asserts
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(
-                f"segmenter.name = 'timm:{encoder}' cannot serve as a segmenter "
+                f"segmenter.name = 'timm:{encoder}' cannot be used as a segmenter "
                 f"({type(error).__name__}: {reason}); choose an encoder with feature maps"
                 f"{' or set segmenter.pretrained=false' if pretrained else ''}."
             ) from error
@@ -246,30 +243,30 @@ class TimmSegmenter(DecodedSegmenter):
         self.feature_channels = self.decoder.channels
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        """(N, S, H, W) → maps, fine to coarse."""
+        """Encode images (N, S, H, W) to maps, fine to coarse."""
         return list(self.encoder(images))
 
 
 DILATIONS = (6, 12, 18, 24)  # of DeepLab's classifier
 DEEPLAB_STRIDE = 8
-DEEPLAB_STD = 0.01  # of the first weights of its convolutions
+DEEPLAB_STD = 0.01  # standard deviation of initial convolution weights
 
 
 class DeepLab(Segmenter):
-    """A dilated ResNet at an eighth of the resolution with DeepLab-v2's classifier.
+    """A dilated ResNet with stride 8 and DeepLab-v2's classifier.
 
-    The segmenter of AdaptSegNet and of GLUA (Chen et al., *DeepLab*, TPAMI 2018, without CRF and
-    scales). The last two stages of a timm ResNet keep the resolution and dilate by 2 and 4; in a
-    bottleneck the stride lies in the first convolution, and the pooling rounds up. The last block
-    stands alone behind the end of the encoder and has a projection of its own. Logits are the sum
-    of dilated 3×3 convolutions, enlarged bilinearly with corners aligned.
+    The segmenter of AdaptSegNet and GLUA (Chen et al., *DeepLab*, TPAMI 2018, without CRF and
+    multiple scales). The last two stages of a timm ResNet keep the resolution and use dilations 2
+    and 4; the stride of a bottleneck is in its first convolution, and the pooling rounds up. The
+    last block, which gets its own projection, belongs to `decode`. Logits are the sum of dilated
+    3×3 convolutions, upsampled bilinearly with aligned corners.
 
     Args:
-        resnet: from timm; its blocks are changed in place.
+        resnet: timm ResNet, modified in place.
         classes: number of output classes K.
-        dilations: how many of the four convolutions of the classifier are summed. The published
-            code has all four and sums the first two, because it returns from within its loop.
-        pretrained: keep the ResNet's weights, and let the added projection begin as identity.
+        dilations: number of the classifier's four convolutions to sum. The published code defines
+            four but sums only two, because it returns from within its loop.
+        pretrained: keep the ResNet's weights and initialise the added projection as identity.
     """
 
     def __init__(
@@ -301,19 +298,19 @@ class DeepLab(Segmenter):
                     nn.init.ones_(module.weight)
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        """(N, S, H, W) → one map, (N, C, h, w), an eighth of the image and up to one pixel more."""
+        """Encode images (N, S, H, W) to one map (N, C, h, w), with h in [H / 8, H / 8 + 1]."""
         x = self.pool(self.act1(self.bn1(self.conv1(images))))
         return [self.layer4(self.layer3(self.layer2(self.layer1(x))))]
 
     def decode(self, maps: list[Tensor], size: Sequence[int]) -> Segmented:
-        """The encoder's map → logits, and the maps before and behind the last block."""
+        """Decode the encoder's map to logits and the maps before and after the last block."""
         x = self.layer5(maps[-1])
         logits = F.interpolate(self.head(x), size=tuple(size), mode="bilinear", align_corners=True)
         return Segmented(logits, (maps[-1], x))
 
 
 class DilatedClassifier(nn.Module):
-    """A sum of 3×3 convolutions of several dilations: (N, C, h, w) → logits (N, K, h, w)."""
+    """Sum of 3×3 convolutions with different dilations: (N, C, h, w) → logits (N, K, h, w)."""
 
     def __init__(self, channels: int, classes: int, summed: int = 4) -> None:
         super().__init__()
@@ -325,12 +322,12 @@ class DilatedClassifier(nn.Module):
         self.convolutions[summed:].requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits at the resolution of the map."""
+        """Compute logits at the resolution of the map."""
         return torch.stack([layer(x) for layer in self.convolutions[: self.summed]]).sum(0)
 
 
 def dilate(block: nn.Module, dilation: int) -> None:
-    """Dilate a timm block's 3×3 convolutions, and stride in the first one of a bottleneck."""
+    """Dilate a timm block's 3×3 convolutions, and move a bottleneck's stride to its first one."""
     found: Any = block
     for convolution in (found.conv1, found.conv2):
         if convolution.kernel_size == (3, 3):
@@ -342,12 +339,12 @@ def dilate(block: nn.Module, dilation: int) -> None:
 def build_deeplab(
     encoder: str, classes: int, dilations: int, pretrained: bool, slices: int
 ) -> DeepLab:
-    """`DeepLab` on the timm ResNet of a name.
+    """Build `DeepLab` on a timm ResNet.
 
     Raises:
         ConfigError: timm has no such ResNet, or its weights cannot be loaded.
     """
-    import timm  # takes a second; most runs do not need it
+    import timm  # slow, and most runs do not need it
     from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
     try:
@@ -358,27 +355,27 @@ def build_deeplab(
             raise TypeError("it is not a ResNet")
         stages: Any = [getattr(resnet, f"layer{number}") for number in range(1, 5)]
         for block in (block for stage in stages for block in stage):
-            # Others, such as Res2Net's, have no convolutions to dilate, and pooling blocks round.
+            # Other blocks, such as Res2Net's, have no convolutions to dilate; pooling rounds sizes.
             plain = isinstance(block, (BasicBlock, Bottleneck))
             if not plain or isinstance(block.aa, nn.AvgPool2d):
                 raise TypeError("its blocks are not those of a plain ResNet")
     except Exception as error:  # timm raises many types, from network errors to asserts
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ConfigError(
-            f"segmenter.name = 'deeplab:{encoder}' cannot serve as a segmenter ({reason}); choose "
-            "a ResNet of timm, such as deeplab:resnet50"
+            f"segmenter.name = 'deeplab:{encoder}' cannot be used as a segmenter ({reason}); "
+            "choose a ResNet of timm, such as deeplab:resnet50"
             f"{', or set segmenter.pretrained=false' if pretrained else ''}."
         ) from error
     return DeepLab(resnet, classes, dilations, pretrained)
 
 
 def build_segmenter(spec: SegmenterSpec, classes: int, slices: int = 1) -> Segmenter:
-    """The segmenter that a configuration names; `forward` returns `Segmented`.
+    """Build the segmenter of a configuration; its `forward` returns `Segmented`.
 
     Args:
-        spec: of a method's `task.segmenter`.
-        classes: K, of `task.classes`.
-        slices: S, of `task.slices`.
+        spec: configuration, `task.segmenter` in methods.
+        classes: number of classes K, `task.classes` in methods.
+        slices: number of slices S, `task.slices` in methods.
 
     Raises:
         ConfigError: the name is none of "unet", "timm:<encoder>", "deeplab", "deeplab:<resnet>".
@@ -392,8 +389,8 @@ def build_segmenter(spec: SegmenterSpec, classes: int, slices: int = 1) -> Segme
         name = encoder or "resnet101"
         return build_deeplab(name, classes, spec.dilations, spec.pretrained, slices)
     raise ConfigError(
-        f"segmenter.name = '{spec.name}' is unknown; write unet, timm:<encoder> such as "
-        "timm:resnet18, or deeplab, which may name a ResNet as in deeplab:resnet50."
+        f"segmenter.name = '{spec.name}' is unknown; write unet, timm:<encoder> (e.g. "
+        "timm:resnet18), deeplab or deeplab:<resnet> (e.g. deeplab:resnet50)."
     )
 
 
@@ -401,7 +398,7 @@ def build_segmenter(spec: SegmenterSpec, classes: int, slices: int = 1) -> Segme
 
 
 def conv_in(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """Convolution with reflection padding, instance norm and LeakyReLU."""
+    """Return a convolution with reflection padding, instance norm and LeakyReLU."""
     return nn.Sequential(
         nn.Conv2d(
             inputs,
@@ -429,12 +426,12 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape out as in."""
+        """Map (N, C, H, W) to the same shape."""
         return x + self.body(x)
 
 
 class ContentEncoder(nn.Module):
-    """What is shown: (N, S, H, W) → (N, 4w, H/4, W/4) (DAR-UNet's shape at w = 32)."""
+    """Content encoder: (N, S, H, W) → (N, 4w, H/4, W/4) (DAR-UNet's size at w = 32)."""
 
     def __init__(self, width: int = 32, blocks: int = 4, slices: int = 1) -> None:
         super().__init__()
@@ -447,14 +444,14 @@ class ContentEncoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """The content code of images."""
+        """Compute the content code of images."""
         return self.body(images)
 
 
 class StyleEncoder(nn.Module):
-    """How it looks: (N, S, H, W) → (N, 8), five stride-2 convolutions and a global average.
+    """Style encoder: (N, S, H, W) → (N, 8), five stride-2 convolutions and a global average.
 
-    Without normalisation, because instance norm would remove the statistics that are style.
+    It has no normalisation, because instance norm would remove the statistics that define style.
     """
 
     def __init__(self, width: int = 32, style: int = 8, slices: int = 1) -> None:
@@ -471,17 +468,16 @@ class StyleEncoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """The style vector of images."""
+        """Compute the style vector of images."""
         return self.body(images).flatten(1)
 
 
 class UpsampleConv5(nn.Module):
     """Nearest upsampling by 2 and a 5×5 convolution, computed at the low resolution.
 
-    Each output pixel of the pair sees only 3×3 distinct inputs, so the 5×5 kernel folds into
-    four 3×3 kernels (one per output parity) and a pixel shuffle: the same function of the
-    same 5×5 weights with 9 instead of 25 multiplications an output pixel. Borders repeat the
-    edge pixel (replicate padding).
+    Each output pixel depends on only 3×3 distinct inputs, so the 5×5 kernel folds into four 3×3
+    kernels (one per output parity) and a pixel shuffle: the same function with 9 instead of 25
+    multiplications per output pixel. Borders use replicate padding.
     """
 
     fold: Tensor
@@ -490,7 +486,7 @@ class UpsampleConv5(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, 5, 5))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
-        # Row p of fold[q] says which of the 3 low-resolution taps the 5 taps of parity q fall on.
+        # fold[q] maps the 5 taps of parity q to the 3 low-resolution taps.
         fold = torch.zeros(2, 3, 5)
         for parity in range(2):
             for tap in range(5):
@@ -511,16 +507,16 @@ class AdaIN(nn.Module):
     """Instance norm with the scale and shift of a style (Huang & Belongie, ICCV 2017)."""
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """x (N, C, H, W); scale and shift (N, C). Constant maps pass no gradient."""
+        """Normalise x (N, C, H, W) and apply scale and shift, both (N, C)."""
         maps, varies = normalised(x)
         return maps * ((1 + scale) * varies)[..., None, None] + shift[..., None, None]
 
 
 class StyleDecoder(nn.Module):
-    """Content and style to an image: AdaIN residual blocks, two upsamplings, tanh.
+    """Decoder from content and style to an image: AdaIN residual blocks, two upsamplings, tanh.
 
     Args:
-        width: channels at full resolution (32 in the full size).
+        width: channels at full resolution (32 in the original).
         style: length of the style vector.
         blocks: number of AdaIN residual blocks.
         slices: channels of an image.
@@ -544,12 +540,12 @@ class StyleDecoder(nn.Module):
         )
         self.up1 = UpsampleConv5(channels, 2 * width)
         self.up2 = UpsampleConv5(2 * width, width)
-        self.norm1 = nn.GroupNorm(1, 2 * width)  # layer norm: keeps the style's scale per channel
+        self.norm1 = nn.GroupNorm(1, 2 * width)  # layer norm keeps the relative scale of channels
         self.norm2 = nn.GroupNorm(1, width)
         self.head = nn.Conv2d(width, slices, 7, padding=3, padding_mode="reflect")
 
     def forward(self, content: Tensor, style: Tensor) -> Tensor:
-        """content (N, 4w, h, w), style (N, 8) → image (N, S, 4h, 4w) in [-1, 1]."""
+        """Decode content (N, 4w, h, w) and style (N, 8) to images (N, S, 4h, 4w) in [-1, 1]."""
         n, channels = content.shape[:2]
         affine = self.mlp(style).view(n, len(self.convolutions), 2, channels)
         x = content
@@ -585,12 +581,12 @@ class PatchDiscriminator(nn.Module):
         self.body = nn.Sequential(*body, nn.Conv2d(channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Unbounded scores of patches."""
+        """Compute unbounded scores of patches."""
         return self.body(x)
 
 
 class MultiScaleDiscriminator(nn.Module):
-    """Patch discriminators on an image and its halvings; forward returns one map a scale."""
+    """Patch discriminators on an image and its downsampled versions."""
 
     def __init__(self, width: int = 64, layers: int = 4, scales: int = 3, slices: int = 1) -> None:
         super().__init__()
@@ -599,7 +595,7 @@ class MultiScaleDiscriminator(nn.Module):
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(N, S, H, W) → scores at each scale."""
+        """Compute one map of scores per scale for images (N, S, H, W)."""
         scores = []
         for discriminator in self.scales:
             scores.append(discriminator(images))
@@ -608,16 +604,17 @@ class MultiScaleDiscriminator(nn.Module):
 
 
 class PatchGAN(nn.Module):
-    """Scores of 70 × 70 patches: 4×4 convolutions w-2w-4w-8w-K of strides 2, 2, 2, 1, 1.
+    """Discriminator of 70 × 70 patches: 4×4 convolutions w-2w-4w-8w-K, strides 2, 2, 2, 1, 1.
 
-    Instance norm behind the second to the fourth, LeakyReLU between all; first weights from
-    N(0, 0.02). CycleGAN's discriminator, and with an output for each domain AD-GAN's.
+    Instance norm follows the second to fourth convolution, LeakyReLU all but the last; initial
+    weights are from N(0, 0.02). This is CycleGAN's discriminator; with one output per domain,
+    AD-GAN's.
 
     Args:
         width: channels w after the first convolution.
         slices: channels of an image.
-        outputs: scores K of a patch.
-        bias: give biases to the convolutions before a norm, too, where they have no effect.
+        outputs: number of scores K per patch.
+        bias: use biases also before a norm, where they have no effect.
     """
 
     def __init__(
@@ -633,12 +630,12 @@ class PatchGAN(nn.Module):
         normal_weights(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, S, H, W) → scores (N, K, h, w)."""
+        """Compute scores (N, K, h, w) of images (N, S, H, W)."""
         return self.body(images)
 
 
 def normal_weights(network: nn.Module) -> None:
-    """Draw the weights of convolutions from N(0, 0.02), and set their biases to 0."""
+    """Draw convolution weights from N(0, 0.02) and set biases to 0."""
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             nn.init.normal_(module.weight, std=0.02)
@@ -647,9 +644,9 @@ def normal_weights(network: nn.Module) -> None:
 
 
 class FeatureDiscriminator(nn.Sequential):
-    """Scores each location of a feature map, (N, C, h, w) → (N, 1, h, w).
+    """Discriminator of the locations of a feature map, (N, C, h, w) → (N, 1, h, w).
 
-    Four 3×3 convolutions C → C/2 → C/4 → C/8 → 1 with LeakyReLU between them, no norm: GLUA's D1.
+    Four 3×3 convolutions C → C/2 → C/4 → C/8 → 1 with LeakyReLU and without norm: GLUA's D1.
 
     Args:
         inputs: channels C of the map.
@@ -664,14 +661,14 @@ class FeatureDiscriminator(nn.Sequential):
 
 
 class OutputDiscriminator(nn.Sequential):
-    """Scores the softmax output in patches, (N, K, H, W) → (N, 1, H / 32, W / 32).
+    """Discriminator of patches of the softmax output, (N, K, H, W) → (N, 1, H / 32, W / 32).
 
-    Five 4×4 convolutions with stride 2 to width × (1, 2, 4, 8) and 1 channels with LeakyReLU
-    between them, no norm: AdaptSegNet's discriminator and GLUA's D2.
+    Five 4×4 convolutions with stride 2 to width × (1, 2, 4, 8) and 1 channels with LeakyReLU and
+    without norm: AdaptSegNet's discriminator and GLUA's D2.
 
     Args:
-        classes: K.
-        width: channels after the first convolution; 64 in both.
+        classes: number of classes K.
+        width: channels after the first convolution; 64 in both papers.
     """
 
     def __init__(self, classes: int, width: int = 64) -> None:

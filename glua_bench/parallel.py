@@ -1,4 +1,4 @@
-"""Work over processes: results as they come, and nothing left behind when it ends early."""
+"""Map a function over items in parallel processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 def cores() -> int:
-    """Processor cores that this process may use; not every system knows an affinity."""
+    """Return the number of processor cores available to this process."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
@@ -27,22 +27,22 @@ def cores() -> int:
 def side_by_side(
     work: Callable[[Item], Result], items: Sequence[Item], jobs: int
 ) -> Iterator[tuple[int, Result]]:
-    """Results of `work` over items, in the order in which they are ready.
+    """Apply `work` to items in parallel and yield results as they are completed.
 
-    Memory does not grow with the number of items, apart from the items themselves. Whatever ends
-    the loop early, an error, an interruption or the death of this process, ends the others too.
+    Results are not kept in memory. If the loop ends early (an error, an interruption or the death
+    of this process), the worker processes end too.
 
     Args:
-        work: a function of a module, so that other processes can find it.
-        items: what it is called with; picklable, as results are.
-        jobs: processes; with 1, or one item, all is done in this one.
+        work: a module-level function, so that it can be pickled.
+        items: arguments of `work`; they and the results must be picklable.
+        jobs: number of processes; with 1, or one item, `work` runs in this process.
 
     Yields:
-        Place of an item, and its result.
+        Index of an item, and its result.
 
     Raises:
-        RunFailure: a process was killed.
-        Exception: what `work` raised.
+        RunFailure: a worker process was killed.
+        Exception: raised by `work`.
 
     Example:
         >>> sorted(side_by_side(abs, [-3, 2], jobs=1))
@@ -50,27 +50,27 @@ def side_by_side(
     """
     jobs = min(jobs, len(items))
     if jobs <= 1:
-        for place, item in enumerate(items):
-            yield place, work(item)
+        for index, item in enumerate(items):
+            yield index, work(item)
         return
-    # Spawned, not forked: the caller may hold threads (torch, BLAS) that a fork would break.
+    # Spawned, not forked: forking is unsafe when the caller has threads (torch, BLAS).
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_follow)
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_exit_with_parent)
     try:
-        waiting = {pool.submit(work, item): place for place, item in enumerate(items)}
+        waiting = {pool.submit(work, item): index for index, item in enumerate(items)}
         for done in as_completed(waiting):
             yield waiting.pop(done), done.result()
     except BrokenProcessPool as error:
         raise RunFailure(
-            "A process was killed, most likely because memory was short: give the same command "
-            "again with fewer --jobs; what is finished is kept."
+            "A process was killed, most likely for lack of memory: repeat the command with fewer "
+            "--jobs; finished work is kept."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _follow() -> None:
-    """In a new process: end quietly with Ctrl-C, and with the process that began it."""
+def _exit_with_parent() -> None:
+    """Initialise a worker: exit silently on Ctrl-C and when the parent process ends."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -1,9 +1,8 @@
-"""Directories of files as users have them, and the names that may become files.
+"""List directories of data, and validate names that become file names.
 
-Every listing of data goes through here: hidden files are left out (macOS puts a `._NAME` beside
-each file on foreign disks), links to directories are followed and loops of them are not, only `*`
-and `?` are special in a pattern, and names that differ in Unicode's composed and decomposed forms
-are the same name.
+Hidden files are ignored (macOS writes a `._NAME` beside each file on foreign disks), links to
+directories are followed except in loops, only `*` and `?` are special in patterns, and names that
+differ only in Unicode normalisation are equal.
 """
 
 from __future__ import annotations
@@ -18,27 +17,27 @@ from pathlib import Path, PurePosixPath
 
 from glua_bench.errors import DataError
 
-# Directories among the runs that are no dataset's: of sweeps, and of the default tracker's files.
+# Directories in runs/ that belong to no dataset: sweeps, and files of the default tracker.
 SWEEPS, ARTIFACTS = "sweeps", "mlartifacts"
-# Bytes of a name that becomes a file's; endings and marks of unfinished files come on top of it.
+# Longest file name in bytes, which leaves room for suffixes.
 LONGEST_NAME = 160
 
 
 def visible(name: str) -> bool:
-    """Whether a file or directory of the name counts as the user's own."""
+    """Return True unless a file name is hidden or created by the system."""
     return not name.startswith(".") and name not in ("__MACOSX", "lost+found")
 
 
 def composed(text: str) -> str:
-    """The text in Unicode's composed form (NFC), in which equal names are equal texts."""
+    """Return the text in Unicode's composed form (NFC), in which equal names are equal strings."""
     return unicodedata.normalize("NFC", text)
 
 
 def entries(folder: Path) -> list[Path]:
-    """What lies in a directory, sorted by name, without what is hidden.
+    """List the visible entries of a directory, sorted by name.
 
     Args:
-        folder: it may be missing, and is then empty.
+        folder: directory; a missing one is empty.
 
     Raises:
         DataError: the directory cannot be listed.
@@ -47,13 +46,13 @@ def entries(folder: Path) -> list[Path]:
 
 
 def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Every directory below a directory, and the root itself, with the names of its files.
+    """Iterate over a directory and all directories below it.
 
-    Links to directories are followed. A directory is entered once, under its own name where it
-    lies below the root, so that links that lead back or to one place do no harm.
+    Links to directories are followed. Each directory is visited once, preferably under its own
+    path and not through a link, so that loops of links are harmless.
 
     Args:
-        root: it may be missing, and then nothing is found.
+        root: directory; nothing is yielded if it is missing.
 
     Yields:
         The directory, and the sorted names of the files in it.
@@ -71,12 +70,12 @@ def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
                 entered.add(place)
                 yield Path(folder), sorted(filter(visible, names))
             linked = [name for name in own if os.path.islink(os.path.join(folder, name))]
-            starts.extend(Path(folder, name) for name in linked)  # after what lies here itself
+            starts.extend(Path(folder, name) for name in linked)  # after real directories
             folders[:] = [name for name in own if name not in linked]
 
 
 def files_below(root: Path) -> list[Path]:
-    """All files below a directory at any depth, sorted, as `walk` finds them.
+    """List all files below a directory at any depth, sorted.
 
     Raises:
         DataError: a directory cannot be listed.
@@ -85,10 +84,10 @@ def files_below(root: Path) -> list[Path]:
 
 
 def located(path: Path) -> Path:
-    """A path as the disk spells it, where only the Unicode form of a name differs.
+    """Return the path as stored on disk, which may differ in Unicode normalisation.
 
     Returns:
-        The path itself where it exists or nothing like it does.
+        The stored path; the given path if it exists or there is no unique match.
     """
     if path.exists() or path.parent == path:
         return path
@@ -102,26 +101,25 @@ def located(path: Path) -> Path:
 
 
 def broken(path: Path) -> bool:
-    """Whether a path is a link to something that does not exist.
+    """Return True if a path is a link to a missing target.
 
-    Such links are listed like files, so that a case whose file is lost is told instead of missed.
+    Broken links are listed like files, so that cases with lost files are reported.
     """
     return path.is_symlink() and not path.exists()
 
 
 def matching(root: Path, pattern: str) -> list[tuple[str, Path]]:
-    """The files that a pattern describes, with what its first `*` stands for in each.
+    """Find the files that match a pattern, with the text that its first `*` matches.
 
-    `*` stands for any part of a name and `?` for one character of it, neither for a beginning dot;
-    `**` as a whole part of the path stands for any number of directories. Brackets stand for
-    themselves.
+    `*` matches any text within a name and `?` one character, but no leading dot; `**` as a whole
+    path component matches any number of directories. Brackets are literal.
 
     Args:
-        root: where the pattern begins; nothing in it is special.
+        root: directory that the pattern is relative to; taken literally.
         pattern: e.g. "ct/*_image.nii.gz".
 
     Returns:
-        (text of the first star in composed form, file), sorted by file; each file once.
+        (text of the first star in composed form, file), sorted by file, without duplicates.
 
     Raises:
         DataError: a directory cannot be listed.
@@ -173,44 +171,44 @@ def _names(folder: Path) -> list[str]:
 
 def _refuse(error: OSError) -> None:
     raise DataError(
-        f"{error.filename} cannot be listed ({error.strerror}): repair its permissions, or move it "
-        "out of the data."
+        f"{error.filename} cannot be listed ({error.strerror}): correct its permissions, or move "
+        "it out of the data."
     ) from error
 
 
 def name_fault(name: str) -> str:
-    """Why a name cannot be that of a file, in words that follow the name; "" where it can.
+    """Return why a name is not valid for a file ("is empty"), or "" if it is valid.
 
     Args:
-        name: what a user called something that becomes a file or directory of its own.
+        name: a user's name for something that becomes a file or directory.
     """
     if not name.strip():
         return "is empty"
     if name.startswith("."):
         return "begins with a dot"
     if name != name.strip():
-        return "begins or ends with a blank"
+        return "begins or ends with whitespace"
     if re.search(r"[/\\]", name):
-        return "leads to another directory"
+        return "contains a path separator"
     if any(unicodedata.category(sign) in ("Cc", "Cs") for sign in name):
-        return "has characters that cannot be printed"
+        return "contains unprintable characters"
     if len(name.encode()) > LONGEST_NAME:
         return f"is longer than {LONGEST_NAME} bytes"
     return ""
 
 
 def distinct(names: Iterable[str], spell: Callable[[str], str]) -> dict[str, str]:
-    """Each name in a narrower spelling, such that different names stay different.
+    """Sanitise names such that different names stay different.
 
-    A name that the spelling leaves as it is keeps it; of others that come out alike, each gets a
-    suffix that depends on nothing but the name itself.
+    Names that `spell` leaves unchanged are kept. If others collide, each gets a suffix that depends
+    only on the name itself.
 
     Args:
-        names: repeated ones count once.
-        spell: replaces what the place cannot take.
+        names: the names; duplicates are ignored.
+        spell: replaces characters that are not allowed.
 
     Returns:
-        name → its spelling.
+        name → sanitised name.
     """
     made = {name: spell(name) for name in dict.fromkeys(names)}
     taken = list(made.values())

@@ -738,9 +738,9 @@ def test_one_bad_series_keeps_no_other_from_being_converted(
     lines: list[str] = []
     with pytest.raises(DataError) as error:
         Abdomen(tmp_path / "data").prepare(lines.append)
-    sentence(error, places / "2" / "T2SPIR", "is no DICOM file")
+    sentence(error, places / "2" / "T2SPIR", "is not a DICOM file")
     assert sum(": converted to" in line for line in lines) == 18
-    assert [line[:5] for line in lines if "no DICOM file" in line] == ["mr_02", "mr_33"]
+    assert [line[:5] for line in lines if "not a DICOM file" in line] == ["mr_02", "mr_33"]
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(

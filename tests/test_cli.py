@@ -520,7 +520,7 @@ def test_volumes_of_one_s_own_go_from_a_directory_to_a_result(
         ),
         (
             ["ablate", "--method=glua", "--dataset=phantom", "--vary=mask=none,some"],
-            "method.mask = 'some' is not possible",
+            "method.mask = 'some' is invalid",
         ),
     ],
 )

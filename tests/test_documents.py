@@ -53,23 +53,23 @@ def test_values_are_taken_by_name_and_type(document: Callable[[str], Table]) -> 
         ("a: 1.5\n", lambda t: t.take("a", int), "'a' must be a whole number, not 1.5."),
         ("a: 1\n", lambda t: t.take("name", str), "line 1: 'name' is missing; add it."),
         ("\n\na: 1\na: 2\n", lambda t: t, "line 4: 'a' is given twice; keep one."),
-        ("- a\n", lambda t: t, "line 1: the file must be a table of names and values"),
+        ("- a\n", lambda t: t, "line 1: the file must be a mapping of names to values"),
         ("a: {b: [1, 2\n", lambda t: t, "line 2: expected ',' or ']', but got"),
         (
             "a: !!python/object:os.system x\n",
             lambda t: t.take("a", str),
-            "line 1: the value cannot be read; quote it.",
+            "line 1: the value cannot be parsed; quote it.",
         ),
-        ("a: !!int x\n", lambda t: t.take("a", int), "the value cannot be read; quote it."),
+        ("a: !!int x\n", lambda t: t.take("a", int), "the value cannot be parsed; quote it."),
         ("a: 1:30\n", lambda t: t.take("a", int), "'a' must be a whole number, not '1:30'."),
         ("a: 1:30\n", lambda t: t.take("a", float), "'a' must be a number, not '1:30'."),
         ("a: no\n", lambda t: t.take("a", float), "'a' must be a number, not 'no'."),
         ("a: perhaps\n", lambda t: t.take("a", bool), "'a' must be true or false, not 'perhaps'."),
         ("a: 1e-4\n", lambda t: t.take("a", int), "'a' must be a whole number, not 0.0001."),
         (f"a: 1{'0' * 400}\n", lambda t: t.take("a", float), "'a' must be a number, not 1000"),
-        (f"a: {'1' * 5000}\n", lambda t: t.take("a", int), "the value cannot be read; quote it."),
+        (f"a: {'1' * 5000}\n", lambda t: t.take("a", int), "the value cannot be parsed; quote it."),
         ("a: [x]\n", lambda t: t.take("a", str), "'a' must be text, not ['x']."),
-        ("", lambda t: t, "is empty: write a description into it."),
+        ("", lambda t: t, "is empty: add a description."),
         ("w: [1, x]\n", lambda t: t.numbers("w", 2), "'w' must be a list of 2 numbers, not"),
         ("w: [1]\n", lambda t: t.numbers("w", 2), "'w' must be a list of 2 numbers, not [1]."),
         ("w: [[1]]\n", lambda t: t.texts("w"), "'w' must be a list of names."),
@@ -80,7 +80,7 @@ def test_values_are_taken_by_name_and_type(document: Callable[[str], Table]) -> 
             "'plane' cannot be 'axal'; did you mean 'axial'? known are axial, coronal.",
         ),
         ("in:\n  b: 1\n", lambda t: t.table("in").take("c", int), "'c' is missing in 'in'; add"),
-        ("in: 3\n", lambda t: t.table("in"), "line 1: 'in' must be a table of names and values"),
+        ("in: 3\n", lambda t: t.table("in"), "line 1: 'in' must be a mapping of names to values"),
         ("a: 1\n", lambda t: list(t.tables("in")), "'in' is missing; add it."),
     ],
 )
@@ -106,7 +106,7 @@ def test_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         read_document(tmp_path / "none.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"name: \xff\xfe")
-    with pytest.raises(ConfigError, match="no text in UTF-8"):
+    with pytest.raises(ConfigError, match="not encoded in UTF-8"):
         read_document(tmp_path / "latin.yaml")
 
 

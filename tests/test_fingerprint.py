@@ -110,7 +110,7 @@ def test_every_change_of_content_changes_it(known: dict[str, Any], copy: Path, w
     names = {case_digest(one): one.case.id for one in gather(Phantom(copy), 1, SILENT)}
     told = differences(changed, known, names)
     assert any("only here (ct_1001)" in sentence for sentence in told)
-    assert any(" is only there (" in sentence for sentence in told)
+    assert any(" there (" in sentence for sentence in told)
     assert not any("mr" in sentence for sentence in told)
     assert any("LVC" in sentence for sentence in told) == (what == "label")
 
@@ -137,8 +137,8 @@ def test_other_structures_and_domains_are_told(known: dict[str, Any], phantom_ro
     told = differences(of(Fewer(phantom_root)), known)
     assert "The structures are MYO, LAC, LVC here and MYO, LAC, LVC, AA there." in told
     alone = {**known, "content": "", "domains": {"ct": known["domains"]["ct"]}}
-    assert differences(alone, known) == ["Domain mr is only there."]
-    assert differences(known, alone) == ["Domain mr is only here."]
+    assert differences(alone, known) == ["Domain mr exists only there."]
+    assert differences(known, alone) == ["Domain mr exists only here."]
 
 
 def test_a_case_that_cannot_be_read_is_its_sentence(copy: Path) -> None:
@@ -158,9 +158,9 @@ def test_files_give_back_what_was_written(known: dict[str, Any], tmp_path: Path,
     ("text", "words"),
     [
         (None, "cannot be read"),
-        ("{", "is no fingerprint"),
-        ("[1, 2]", "is no fingerprint"),
-        ('{"version": 1, "domains": {}}', "not a whole fingerprint"),
+        ("{", "is not a fingerprint"),
+        ("[1, 2]", "is not a fingerprint"),
+        ('{"version": 1, "domains": {}}', "incomplete fingerprint"),
         ('{"version": 99, "domains": {}}', "version 99"),
     ],
 )
@@ -174,7 +174,7 @@ def test_what_is_no_fingerprint_is_a_sentence(tmp_path: Path, text: str | None, 
 
 
 def test_other_suffixes_and_places_are_sentences(known: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="neither .json nor .yaml"):
+    with pytest.raises(ConfigError, match="must end in .json or .yaml"):
         write(tmp_path / "sum.txt", known)
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot be written"):

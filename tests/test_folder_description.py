@@ -162,7 +162,7 @@ def test_regions_that_overlap_are_no_classes(tmp_path: Path) -> None:
         ("  LIV:", "  ignore:", "A structure cannot be called 'ignore', which is nnU-Net's word"),
         ("values: 1}", "values: one}", "numbers without 0, which is background; it is 'one'."),
         ("values: 1}", "values: 4}", "the label value 4 has two meanings, LIV and SPL, and a"),
-        ("  LIV: {title: liver, values: 1}", "  LIV:", "'LIV' in 'classes' must be a table of"),
+        ("  LIV: {title: liver, values: 1}", "  LIV:", "'LIV' in 'classes' must be a mapping of"),
         ('"#112233"', '"red"', "'red' is no colour; write it as \"#rrggbb\", quoted."),
         ('"#112233"', "#112233", "expected ',' or '}'"),
         ("window: [-125, 275]", "window: [275, -125]", "'window' must rise, as in [-125, 275]."),

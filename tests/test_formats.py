@@ -442,7 +442,7 @@ def test_what_is_no_file_is_a_sentence(tmp_path):
     os.mkfifo(tmp_path / "v.nii.gz")
     (tmp_path / "v.nrrd").mkdir()
     for name in ("v.nii.gz", "v.nrrd"):
-        with pytest.raises(DataError, match="is no file") as caught:
+        with pytest.raises(DataError, match="is not a file") as caught:
             open_volume(tmp_path / name)
         _one_sentence(caught.value, tmp_path / name)
 
@@ -704,7 +704,7 @@ def test_quaternions_within_rounding_are_read_as_itk_reads_them(tmp_path, over):
 @pytest.mark.parametrize("length", [1.01, 2.0, np.inf, np.nan])
 def test_a_quaternion_that_is_no_rotation_is_a_sentence_of_ours(tmp_path, length):
     path = quaternion(tmp_path / "v.nii", length)
-    with pytest.raises(DataError, match="repair the qform, or set the sform") as caught:
+    with pytest.raises(DataError, match="correct the qform, or set the sform") as caught:
         open_volume(path)
     _one_sentence(caught.value, path)
     assert "w2" not in str(caught.value)

@@ -64,11 +64,9 @@ def test_labels_beside_images_are_passed_over_and_named(tmp_path: Path) -> None:
 
 def test_a_folder_without_images_says_what_is_there(tmp_path: Path) -> None:
     touch(tmp_path / "labels" / "a_seg.nii.gz", tmp_path / "empty" / "notes.txt")
-    assert "only labels, by its name or those of its files (a_seg.nii.gz)" in refused(
-        tmp_path / "labels"
-    )
+    assert "only labels (a_seg.nii.gz)" in refused(tmp_path / "labels")
     assert "no volume" in refused(tmp_path / "empty")
-    assert "name the folders in it (empty)" in refused(tmp_path)
+    assert "give its subdirectories (empty)" in refused(tmp_path)
     assert "none.nii.gz does not exist" in refused(tmp_path / "none.nii.gz")
 
 
@@ -76,8 +74,8 @@ def test_a_folder_without_images_says_what_is_there(tmp_path: Path) -> None:
 def test_a_folder_of_labels_is_no_folder_of_images(folder: str, tmp_path: Path) -> None:
     """As nnU-Net and the Decathlon keep them, under the names of their images."""
     touch(tmp_path / folder / "liver_1.nii.gz", tmp_path / "imagesTs" / "liver_1.nii.gz")
-    assert f"{folder} holds only labels" in refused(tmp_path / folder)
-    assert "name the folders in it (imagesTs)" in refused(tmp_path)
+    assert f"{folder} seems to contain only labels" in refused(tmp_path / folder)
+    assert "give its subdirectories (imagesTs)" in refused(tmp_path)
     assert names(tmp_path / folder / "liver_1.nii.gz") == ["liver_1"]
 
 
@@ -96,7 +94,7 @@ def test_the_channel_is_no_part_of_a_name_of_nnunet(tmp_path: Path) -> None:
 def test_several_channels_are_refused(folder: str, tmp_path: Path) -> None:
     cases = [f"{case}_000{channel}.nii.gz" for case in "ab" for channel in (0, 1)]
     touch(*(tmp_path / folder / name for name in cases))
-    assert "holds 2 channels of a case (_0000, _0001)" in refused(tmp_path / folder)
+    assert "contains 2 channels per case (_0000, _0001)" in refused(tmp_path / folder)
     channel = sorted((tmp_path / folder).glob("*_0001.nii.gz"))
     assert names(*channel) == ["a_0001", "b_0001"]
 
@@ -134,7 +132,7 @@ parts = st.sampled_from(["a", "A", "b", "a_b", "\u00e4", "a\u0308"])
 def test_names_always_differ_on_every_disk(files: list[tuple[list[str], str, str]]) -> None:
     paths = dict.fromkeys(Path("/", *folders, name + end) for folders, name, end in files)
     pairs = [(path, inputs.stem(path)) for path in paths]
-    found = inputs._distinct(pairs)
+    found = inputs._unique_names(pairs)
     folded = {unicodedata.normalize("NFC", name.casefold()) for name in found}
     assert len(folded) == len(pairs)
     assert all("/" not in name for name in found)
@@ -198,6 +196,6 @@ def test_a_slice_or_a_mixed_folder_is_one_sentence(
     write_series: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = write_series(tmp_path / "scan")
-    assert "give the folder of the series" in refused(folder / "5")
+    assert "give the series' directory" in refused(folder / "5")
     touch(folder / "a.nii.gz")
-    assert "holds volumes (a.nii.gz) and DICOM files (5)" in refused(folder)
+    assert "contains both volumes (a.nii.gz) and DICOM files (5)" in refused(folder)

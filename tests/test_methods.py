@@ -682,9 +682,7 @@ def test_a_setting_chooses_how_to_restyle() -> None:
     assert isinstance(restyler("adgan"), ADGAN) and isinstance(restyler("codes"), StyleCodes)
     assert isinstance(build(GLUA, style="adgan").style, ADGAN)
     assert isinstance(build(GLUA, style="codes").style, StyleCodes)
-    with pytest.raises(
-        ConfigError, match=r"style = 'cycle' is not possible; choose .*adgan, codes"
-    ):
+    with pytest.raises(ConfigError, match=r"style = 'cycle' is invalid; choose .*adgan, codes"):
         build(GLUA, style="cycle")
 
 

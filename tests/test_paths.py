@@ -79,7 +79,7 @@ def test_a_directory_that_cannot_be_listed_is_told(tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0)
     for listing in (files_below, lambda root: matching(root, "*/*.nii")):
-        with pytest.raises(DataError, match="closed cannot be listed .*: repair its permissions"):
+        with pytest.raises(DataError, match="closed cannot be listed .*: correct its permissions"):
             listing(tmp_path)
 
 
@@ -122,14 +122,14 @@ def test_a_name_is_found_in_the_other_unicode_form(tmp_path: Path) -> None:
         ("../x", "begins with a dot"),
         ("..", "begins with a dot"),
         (".x", "begins with a dot"),
-        ("/etc/x", "leads to another directory"),
-        ("a/b", "leads to another directory"),
-        ("a\\b", "leads to another directory"),
+        ("/etc/x", "contains a path separator"),
+        ("a/b", "contains a path separator"),
+        ("a\\b", "contains a path separator"),
         ("", "is empty"),
         ("  ", "is empty"),
-        (" a", "begins or ends with a blank"),
-        ("a\n", "begins or ends with a blank"),
-        ("a\0b", "has characters that cannot be printed"),
+        (" a", "begins or ends with whitespace"),
+        ("a\n", "begins or ends with whitespace"),
+        ("a\0b", "contains unprintable characters"),
         ("a" * (LONGEST_NAME + 1), f"is longer than {LONGEST_NAME} bytes"),
         ("ü" * LONGEST_NAME, f"is longer than {LONGEST_NAME} bytes"),
         ("Müller 2 (pre-op) [1]", ""),

@@ -174,7 +174,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         ["segmenter.name=timm:resnet10t", "batch_size=1"],
         "set batch_size to 2 or more, or segmenter.name=unet",
     ),
-    "an even number of slices": (["slices=2"], "slices = 2 is not possible; choose one of 1, 3, 5"),
+    "an even number of slices": (["slices=2"], "slices = 2 is invalid; choose one of 1, 3, 5"),
     "slices as text": (["slices=three"], "slices = 'three'"),
     "a distance of one slice": (["slice_distance=4"], "slice_distance = 4 needs neighbouring"),
     "a distance of nothing": (["slices=3", "slice_distance=0"], "slice_distance = 0 is out of"),
