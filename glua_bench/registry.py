@@ -1,12 +1,11 @@
-"""Names to classes, through entry points and `--plugin FILE`; lists without importing.
+"""Find plugins in entry points and `--plugin FILE`, and list them without importing.
 
-Built-in methods, datasets and selectors register through the same entry-point groups as
-anybody's package, so nothing here knows one by name. What `glua-bench list` shows is read
-from the source text with `ast`: a plugin's imports (torch, timm) are not run, and a plugin
-that cannot be parsed or imported is reported with its error and harms no other.
+Built-in methods, datasets and selectors use the same entry-point groups as other packages. The
+output of `glua-bench list` is parsed from source with `ast`, so that imports of plugins (torch,
+timm) are not run, and broken plugins are reported with their error without affecting others.
 
-A dataset may also be described by a file that is no Python, which a registered class reads: that
-class names the files' endings in `described_by`.
+A dataset may also be described by a file in another format, which a registered class reads: the
+class lists the suffixes of such files in `described_by`.
 """
 
 from __future__ import annotations
@@ -34,24 +33,24 @@ GROUPS = {
     "dataset": "glua_bench.datasets",
     "selector": "glua_bench.selectors",
 }
-PLUGIN_FILE = "glua_bench_plugin_"  # how the names of modules begin that are plugin files
+PLUGIN_FILE = "glua_bench_plugin_"  # prefix of the module names of plugin files
 _BASES = {"method": "Method", "dataset": "Dataset", "selector": "Selector"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered plugin, described without importing it.
+    """Description of a registered plugin, obtained without importing it.
 
-    Args:
+    Attributes:
         kind: "method", "dataset" or "selector".
-        name: what the user types.
-        origin: the distribution or file that it comes from.
+        name: name on the command line.
+        origin: distribution or file of the plugin.
         target: "module:Class" for entry points, the class name for files.
         summary: first line of the class docstring.
-        attributes: literal class attributes found in the source (`reference`, `needs`).
-        error: why the plugin is broken; empty when it is not.
+        attributes: literal class attributes in the source (`reference`, `needs`).
+        error: why the plugin cannot be used, or "".
         file: the plugin file; None for entry points.
-        reader: the name of the class that reads a description; empty for Python.
+        reader: name of the dataset class that reads a description; "" for Python.
     """
 
     kind: str
@@ -99,11 +98,11 @@ class Registry:
         return name in self._entries
 
     def readers(self, suffix: str) -> list[Entry]:
-        """The entries whose classes read descriptions with such an ending."""
+        """Return the entries whose classes read descriptions with a suffix."""
         return [e for e in self.entries() if suffix in e.attributes.get("described_by", ())]
 
     def _described(self, path: Path) -> list[Entry]:
-        """The entry of a description, where a registered class reads such files."""
+        """Return the entry of a description, if a registered class reads such files."""
         readers = self.readers(path.suffix)
         if not readers:
             return []
@@ -126,14 +125,14 @@ class Registry:
         ]
 
     def entries(self) -> list[Entry]:
-        """All plugins, sorted by name, broken ones included with their error."""
+        """Return all plugins, including broken ones, sorted by name."""
         return sorted(self._entries.values(), key=lambda entry: entry.name)
 
     def entry(self, name: str) -> Entry:
-        """The description of one plugin.
+        """Return the entry of a plugin.
 
         Raises:
-            PluginError: no plugin has the name; the message names the nearest match.
+            PluginError: the name is unknown; the closest match is suggested.
         """
         if name in self._entries:
             return self._entries[name]
@@ -146,7 +145,7 @@ class Registry:
         )
 
     def name_of(self, file: Path) -> str:
-        """The name that a description gives to what it describes.
+        """Return the name of the plugin that a description defines.
 
         Args:
             file: one of the plugin files.
@@ -157,7 +156,7 @@ class Registry:
         for entry in self._entries.values():
             if entry.reader and entry.file == file.resolve():
                 return entry.name
-        raise PluginError(f"No {self.kind} is described by files like {file}; give its name.")
+        raise PluginError(f"No {self.kind} reads files like {file}; give a name instead.")
 
     def load(self, name: str) -> type:
         """Import the plugin and return its class.
@@ -169,11 +168,11 @@ class Registry:
         entry = self.entry(name)
         fault = name_fault(name)
         if self.kind == "dataset" and name in (SWEEPS, ARTIFACTS):
-            fault = "is called like a directory that lies among those of the datasets"
+            fault = "has the name of a reserved directory"
         if fault:
             raise PluginError(
                 f"The {self.kind} '{name}' from {entry.origin} {fault}, so it cannot name the "
-                "directory of its runs; give it another name."
+                "directory of its runs; rename it."
             )
         try:
             if entry.reader:
@@ -189,25 +188,24 @@ class Registry:
         except (Exception, SystemExit) as error:  # a plugin may raise anything on import
             raise PluginError(
                 f"The {self.kind} '{name}' from {entry.origin} cannot be imported "
-                f"({type(error).__name__}: {_one_line(error)}); repair or remove it."
+                f"({type(error).__name__}: {_one_line(error)}); correct or remove it."
             ) from error
         base = _base_class(self.kind)
         if not (isinstance(loaded, type) and issubclass(loaded, base)):
             raise PluginError(
                 f"The {self.kind} '{name}' from {entry.origin} is not a subclass of "
-                f"{base.__module__}.{base.__qualname__}; make it one."
+                f"{base.__module__}.{base.__qualname__}; derive it from that class."
             )
         if getattr(loaded, "name", None) != name:
             raise PluginError(
-                f"The {self.kind} '{name}' from {entry.origin} calls itself "
-                f"'{getattr(loaded, 'name', None)}'; give the class attribute `name` and the "
-                "registered name the same value."
+                f"The {self.kind} '{name}' from {entry.origin} has the class attribute `name` = "
+                f"'{getattr(loaded, 'name', None)}'; make it equal to the registered name."
             )
         return loaded
 
 
 def _base_class(kind: str) -> type:
-    # Imported late: `list` must not pull in torch.
+    # Imported late: `list` must not import torch.
     if kind == "method":
         from glua_bench.method import Method
 
@@ -229,7 +227,7 @@ def _describe_entry_point(kind: str, point: EntryPoint) -> Entry:
         node = _class_nodes(path).get(class_name)
         if node is None:
             raise PluginError(f"{path.name} defines no class {class_name}")
-    except Exception as error:  # listing survives whatever a plugin's package does
+    except Exception as error:  # a broken plugin must not break the list
         text = f"{type(error).__name__}: {_one_line(error)}"
         return Entry(kind, point.name, origin, point.value, error=text)
     summary, attributes = _describe_class(node)
@@ -243,9 +241,9 @@ def _describe_file(kind: str, path: Path) -> list[Entry]:
         nodes = _class_nodes(path)
     except (OSError, SyntaxError, ValueError) as error:
         raise PluginError(
-            f"The plugin file {path} cannot be read as Python ({_one_line(error)}); repair it."
+            f"The plugin file {path} cannot be parsed as Python ({_one_line(error)}); correct it."
         ) from error
-    # A class counts when it extends the contract, a built-in of the kind, or one before it.
+    # A plugin extends the base class, a built-in plugin, or an earlier class of the file.
     known = {_BASES[kind], *_imported_from(path, GROUPS[kind])}
     found = []
     for class_name, node in nodes.items():
@@ -273,10 +271,10 @@ def _describe_file(kind: str, path: Path) -> list[Entry]:
 
 
 def module_spec(name: str) -> ModuleSpec:
-    """Where a module lies, found without importing any package on the way.
+    """Find a module without importing its parent packages.
 
     Raises:
-        ModuleNotFoundError: there is none of that name.
+        ModuleNotFoundError: the module does not exist.
     """
     above, _, _ = name.rpartition(".")
     if not above:
@@ -285,7 +283,7 @@ def module_spec(name: str) -> ModuleSpec:
         package = module_spec(above)
         if package.submodule_search_locations is None:
             raise ModuleNotFoundError(f"'{above}' is not a package")
-        # Sub-packages may be mapped elsewhere (as ours are), so each level asks the finders.
+        # Sub-packages may be mapped to other directories (as here), so each level asks the finders.
         finders = [f for finder in sys.meta_path if (f := getattr(finder, "find_spec", None))]
         asked = (find(name, package.submodule_search_locations) for find in finders)
         found = next((spec for spec in asked if spec is not None), None)
@@ -295,7 +293,7 @@ def module_spec(name: str) -> ModuleSpec:
 
 
 def _locate(module_name: str) -> Path:
-    """The source file of a module."""
+    """Return the source file of a module."""
     spec = module_spec(module_name)
     if spec.origin is None:
         raise ModuleNotFoundError(f"'{module_name}' has no source file")
@@ -308,7 +306,7 @@ def _class_nodes(path: Path) -> dict[str, ast.ClassDef]:
 
 
 def _imported_from(path: Path, package: str) -> set[str]:
-    """Names that a file takes from modules of a package."""
+    """Return the names that a file imports from modules of a package."""
     return {
         alias.asname or alias.name
         for node in ast.parse(path.read_text(encoding="utf-8")).body
@@ -330,13 +328,13 @@ def _describe_class(node: ast.ClassDef) -> tuple[str, dict[str, Any]]:
         try:
             literal = ast.literal_eval(value)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            continue  # what Python's documentation lists for values that are no literals
+            continue  # not a literal
         attributes.update({t.id: literal for t in targets if isinstance(t, ast.Name)})
     return docstring.split("\n", 1)[0].strip(), attributes
 
 
 def _import_file(path: Path) -> Any:
-    # Two files may have one name in different folders.
+    # Files in different directories may have the same name.
     name = f"{PLUGIN_FILE}{path.stem}_{zlib.crc32(str(path).encode()):08x}"
     if name in sys.modules:
         return sys.modules[name]
@@ -344,7 +342,7 @@ def _import_file(path: Path) -> Any:
     if spec is None or spec.loader is None:
         raise PluginError(f"The plugin file {path} is not a Python file; give a .py file.")
     module = importlib.util.module_from_spec(spec)
-    # dataclasses and pickling look the module up by name while it is being executed.
+    # dataclasses and pickle look up the module by name during execution.
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)

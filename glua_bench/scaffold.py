@@ -1,4 +1,4 @@
-"""First files of a plugin: a method or dataset that runs as written, or a dataset's description."""
+"""Generate plugin files: a method, a dataset class, or a dataset description."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from glua_bench.paths import ARTIFACTS, SWEEPS
 from glua_bench.registry import Registry
 from glua_bench.task import Ask
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# The colour-blind safe palette of Okabe and Ito.
 COLORS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
 
-# The name of label values that are no structure, in `parse_structures`.
+# Name of label values of unannotated voxels in `parse_structures`.
 UNANNOTATED_NAME = "unannotated"
 
 
@@ -29,14 +29,14 @@ def new_method(name: str, folder: Path) -> tuple[Path, Path]:
     """Write `<name>.py` and `test_<name>.py` of a method.
 
     Args:
-        name: of the method, lower-case letters, digits and _.
-        folder: where; it is made.
+        name: name of the method; lower-case letters, digits and _.
+        folder: output directory, created if necessary.
 
     Returns:
         The two files.
 
     Raises:
-        ConfigError: the name cannot be used, or a file is there already.
+        ConfigError: the name is invalid, or a file exists already.
     """
     return _write("method", name, folder, {})
 
@@ -50,27 +50,27 @@ def new_dataset(
     """Write `<name>.py` and `test_<name>.py` of a dataset.
 
     Args:
-        name: of the dataset, lower-case letters, digits and _.
-        folder: where; it is made.
+        name: name of the dataset; lower-case letters, digits and _.
+        folder: output directory, created if necessary.
         domains: names of both domains.
-        structures: name in words → raw label values.
+        structures: structure → raw label values.
 
     Returns:
         The two files.
 
     Raises:
-        ConfigError: a name cannot be used, or a file is there already.
+        ConfigError: a name is invalid, or a file exists already.
     """
     first, second = domains
     for domain in domains:
         if not re.fullmatch(r"[a-z0-9_]+", domain):
             raise ConfigError(
-                f"--domains: '{domain}' cannot name a domain; use lower-case letters, digits and _."
+                f"--domains: '{domain}' is not a valid name; use lower-case letters, digits and _."
             )
     if UNANNOTATED_NAME in structures:
         raise ConfigError(
-            f"--structures: '{UNANNOTATED_NAME}' is no structure; write unannotated_values into "
-            "the reading of the class instead."
+            f"--structures: '{UNANNOTATED_NAME}' is not a structure; set unannotated_values in the "
+            "reading of the class instead."
         )
     if first == second:
         raise ConfigError(f"--domains names '{first}' twice; name two domains, e.g. ct,mr.")
@@ -102,22 +102,22 @@ def new_description(
     domains: tuple[str, ...] = (),
     structures: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Path:
-    """Write `<name>.yaml`, which describes the volumes in a directory, and read it back.
+    """Write `<name>.yaml`, which describes the volumes in a directory, and validate it.
 
     Args:
-        name: of the dataset, lower-case letters, digits and _.
-        folder: where; it is made.
-        data: the directory of the volumes.
-        ask: puts questions to the user.
-        domains: words in the files' paths; empty lets the files suggest them.
-        structures: name in words → raw label values; None asks.
+        name: name of the dataset; lower-case letters, digits and _.
+        folder: output directory, created if necessary.
+        data: directory of the volumes.
+        ask: prompts the user.
+        domains: names of the domains in the files' paths; empty infers them from the files.
+        structures: structure → raw label values; None prompts for them.
 
     Returns:
         The file.
 
     Raises:
-        ConfigError: a name or an answer cannot be used, or the file is there already.
-        DataError: the files show no task.
+        ConfigError: a name or an answer is invalid, or the file exists already.
+        DataError: the files do not define a task.
     """
     _check_name("dataset", name)
     file = folder / f"{name}{SUFFIXES[0]}"
@@ -132,7 +132,7 @@ def new_description(
         described: Any = Registry("dataset", [file]).load(name)()
         faults = [found.text for found in told_by_cases(described) if found.problem]
     except UserError:
-        file.unlink()  # what does not describe the files would only be in the way
+        file.unlink()  # it would block a second attempt
         raise
     if faults:
         file.unlink()
@@ -141,16 +141,19 @@ def new_description(
 
 
 def parse_structures(text: str, asked: str = "--structures") -> dict[str, tuple[int, ...]]:
-    """ "liver=1,tumour=2,3" → name in words → raw label values, those of a tumour 2 and 3.
+    """Parse structures and their raw label values, e.g. "liver=1,tumour=2,3".
 
-    The name "unannotated" stands for voxels that nobody annotated.
+    The name "unannotated" is for voxels without annotation.
 
     Args:
-        text: what the user wrote.
-        asked: what it answers, for messages.
+        text: the user's input.
+        asked: name of the option or question, for error messages.
+
+    Returns:
+        Structure → raw label values.
 
     Raises:
-        ConfigError: the text has another form, or names a structure or a value twice.
+        ConfigError: the text is malformed, or a structure or value is repeated.
     """
     found: dict[str, tuple[int, ...]] = {}
     title, used = "", {0}
@@ -164,8 +167,8 @@ def parse_structures(text: str, asked: str = "--structures") -> dict[str, tuple[
             )
         if name in found or int(value) in used:
             raise ConfigError(
-                f"{asked}: '{part.strip()}' repeats a name or a value, or has the value 0, "
-                "which is background; give each structure its own."
+                f"{asked}: '{part.strip()}' repeats a name or a value, or has the value 0 of the "
+                "background; give each structure its own values."
             )
         title = name or title
         found[title] = (*found.get(title, ()), int(value))
@@ -174,12 +177,12 @@ def parse_structures(text: str, asked: str = "--structures") -> dict[str, tuple[
 
 
 def written_structures(structures: Mapping[str, tuple[int, ...]]) -> str:
-    """What `parse_structures` reads: "liver=1,tumour=2,3"."""
+    """Format structures as text that `parse_structures` can parse."""
     return ",".join(f"{title}={','.join(map(str, own))}" for title, own in structures.items())
 
 
 def short_names(titles: list[str]) -> dict[str, str]:
-    """Short names of two letters or more, all different: name in words → short name."""
+    """Abbreviate titles to unique short names: title → short name."""
     for length in range(3, 40):
         short = {t: re.sub(r"[^A-Za-z0-9]", "", t)[:length].upper() for t in titles}
         if len(set(short.values())) == len(titles) and all(short.values()):
@@ -188,30 +191,30 @@ def short_names(titles: list[str]) -> dict[str, str]:
 
 
 def _check_name(kind: str, name: str) -> None:
-    taken = kind == "dataset" and name in (SWEEPS, ARTIFACTS)  # among the directories of runs
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name) or taken:
+    reserved = kind == "dataset" and name in (SWEEPS, ARTIFACTS)  # directories in runs/
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name) or reserved:
         raise ConfigError(
-            f"'{name}' cannot name a {kind}; use lower-case letters, digits and _, beginning with "
-            "a letter, and no word that Python or the runs' directory uses itself."
+            f"'{name}' is not a valid name for a {kind}; use lower-case letters, digits and _, "
+            "starting with a letter, and no Python keyword or reserved directory name."
         )
     for entry in Registry(kind).entries():
         if entry.name == name:
             raise ConfigError(
-                f"A {kind} '{name}' is there already (from {entry.origin}); choose another name."
+                f"A {kind} '{name}' exists already (from {entry.origin}); choose another name."
             )
 
 
 def _check_free(*paths: Path) -> None:
     for path in paths:
         if path.exists():
-            raise ConfigError(f"{path} is there already; choose another name or --out directory.")
+            raise ConfigError(f"{path} exists already; choose another name or --out directory.")
 
 
 def _write(kind: str, name: str, folder: Path, values: dict[str, str]) -> tuple[Path, Path]:
     _check_name(kind, name)
     if name in sys.stdlib_module_names:
         raise ConfigError(
-            f"{name}.py would hide a module of Python of that name; choose another name."
+            f"{name}.py would hide a module of Python's standard library; choose another name."
         )
     file = folder / f"{name}.py"
     test = folder / f"test_{name}.py"

@@ -1,9 +1,7 @@
-"""What a selector owes: which checkpoint counts is decided without target labels.
+"""The plugin interface of selectors, which choose a checkpoint without target labels.
 
-A selector gives every candidate checkpoint a score from what a user of unlabelled target data
-has: labelled source cases and the target's training images. The candidate with the highest
-score is the selector's choice; of equals, the latest. The selectors themselves are in
-`selectors.py`.
+A selector scores each candidate checkpoint from labelled source cases and unlabelled target
+training images. The candidate with the highest score is selected, the latest in case of ties.
 """
 
 from __future__ import annotations
@@ -20,17 +18,17 @@ from torch import Tensor
 from glua_bench.cache import ImageStore, LabelledStore
 from glua_bench.method import Role
 
-# Pixels that scores are computed of: so many slices, spread evenly, so many of each at random
-# places, the same for all candidates of a run and for all methods.
+# Size of `Samples`: evenly spaced slices, and random pixels of each, which are the same for all
+# candidates and methods.
 SLICES, PIXELS = 64, 32
 ROLES = ("source_train", "source_val", "target_train")
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Pixels of slices, as a candidate answers them; on the CPU, float32.
+    """Outputs of a candidate at sampled pixels, on the CPU in float32.
 
-    Args:
+    Attributes:
         logits: (M, K).
         features: (M, D).
         labels: (M,), class indices of source pixels, or `UNANNOTATED`; None for the target.
@@ -42,28 +40,28 @@ class Samples:
 
     @property
     def probabilities(self) -> Tensor:
-        """Softmax of the logits, (M, K) in double precision."""
+        """Softmax of the logits in double precision, (M, K)."""
         return self.logits.double().softmax(1)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint, as a selector sees it. No field leads to a target label.
+    """A checkpoint and the data for its selection, without target labels.
 
-    Args:
-        step: updates of the segmenter behind it.
-        predict: images (N, S, H, W) and whose they are, "source" or "target" → logits
-            (N, K, H, W), without gradients, on `device`.
-        classes: K, background included.
-        source_val: labelled slices of source subjects that training did not see; None where
-            the scenario has none.
-        translate: what the training applied to source images (e.g. restyling).
-        target_train: the target's training slices, without labels; None where not served.
-        device: where `predict` expects images.
-        samples: role ("source_train", "source_val", "target_train") → pixels of its slices,
-            source slices translated; without the roles that the run has no slices for, and
-            empty where no selector `uses_samples`.
-        trajectory: step → target pixels, the same ones, of all candidates of the run.
+    Attributes:
+        step: number of updates of the segmenter.
+        predict: images (N, S, H, W) and domain ("source" or "target") → logits (N, K, H, W),
+            without gradients, on `device`.
+        classes: number of classes K, including background.
+        source_val: labelled slices of source subjects held out from training; None if the
+            scenario has none.
+        translate: transformation of source images in training (e.g. restyling).
+        target_train: unlabelled target training slices; None if the run has none.
+        device: device of the images for `predict`.
+        samples: role ("source_train", "source_val", "target_train") → samples, with translated
+            source slices; roles without slices are missing, and it is empty unless a selector
+            `uses_samples`.
+        trajectory: step → samples of the same target pixels for all candidates of the run.
     """
 
     step: int
@@ -78,17 +76,17 @@ class Candidate:
 
 
 class Selector(ABC):
-    """Scores candidates; the highest wins."""
+    """Base class of selectors."""
 
     name: ClassVar[str]
     reference: ClassVar[str]
     needs: ClassVar[str]
-    uses_samples: ClassVar[bool] = False  # of pixels' logits and features
-    uses_trajectory: ClassVar[bool] = False  # of other candidates, so that none is judged alone
+    uses_samples: ClassVar[bool] = False  # needs `Candidate.samples`
+    uses_trajectory: ClassVar[bool] = False  # needs `Candidate.trajectory`
 
     @abstractmethod
     def score(self, candidate: Candidate) -> float:
-        """How good the candidate is judged to be; higher is better, nan where it cannot say."""
+        """Compute a score of the candidate; higher is better, NaN if it is undefined."""
 
 
 @torch.no_grad()
@@ -101,16 +99,16 @@ def sample_pixels(
     slices: int = SLICES,
     pixels: int = PIXELS,
 ) -> Samples:
-    """Logits, features and, where the store has them, labels at fixed random places.
+    """Sample logits, features and, if available, labels at fixed random pixels.
 
     Args:
         predict: (N, S, H, W) → logits (N, K, H, W).
-        features: (N, S, H, W) → (N, D, h, w); a pixel has the features of the cell it lies in.
+        features: (N, S, H, W) → (N, D, h, w); each pixel gets the features of its cell.
         store: the slices.
-        translate: applied to images before both.
-        device: where `predict` expects images.
-        slices: of these, at most, spread evenly over the store.
-        pixels: of each slice.
+        translate: applied to images before `predict` and `features`.
+        device: device of the images for `predict`.
+        slices: maximum number of slices, evenly spaced.
+        pixels: number of pixels per slice.
     """
     count = min(slices, len(store))
     chosen = ((np.arange(count) + 0.5) * len(store) / count).astype(np.int64)
@@ -135,7 +133,7 @@ def sample_pixels(
 
 
 def _cells(places: Tensor, size: tuple[int, int], cells: torch.Size) -> Tensor:
-    """Flat positions in an image → those of the cells of a map that covers it."""
+    """Convert flat pixel indices of an image to flat indices of a coarser map."""
     rows = torch.div(places, size[1], rounding_mode="floor") * cells[0]
     columns = places % size[1] * cells[1]
     rows = torch.div(rows, size[0], rounding_mode="floor")
@@ -143,13 +141,13 @@ def _cells(places: Tensor, size: tuple[int, int], cells: torch.Size) -> Tensor:
 
 
 def choose(scores: dict[int, float]) -> int:
-    """The step of the winning candidate: highest score, then the latest; nan never wins.
+    """Return the step with the highest score, the latest in case of ties; NaN is never selected.
 
     Args:
         scores: step → score.
 
     Returns:
-        The winner's step; the latest step where every score is nan.
+        The selected step; the latest step if all scores are NaN.
     """
     valid = {step: score for step, score in scores.items() if not np.isnan(score)}
     if not valid:

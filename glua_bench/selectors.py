@@ -1,8 +1,8 @@
-"""The selectors: no selection, source validation, and scores of unlabelled target pixels.
+"""Selectors: last checkpoint, source validation, and scores on unlabelled target pixels.
 
-The label-free scores are those of their papers, computed over the pixels of `Samples` where the
-papers have images. Where `pytorch-adapt` (Musgrave et al.) has a validator of the same name, both
-agree on the same logits and features (tested).
+Scores follow the papers, computed over sampled pixels instead of images. They agree with the
+validators of `pytorch-adapt` (Musgrave et al.) of the same name on equal logits and features
+(tested).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from glua_bench.selection import Candidate, Samples, Selector
 from glua_bench.task import UNANNOTATED
 
 SND_TEMPERATURE = 0.05
-# Inverse strengths of the regularisation that DEV's domain classifier chooses from.
+# Candidate inverse regularisation strengths of DEV's domain classifier.
 DEV_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 
 
 class Last(Selector):
-    """The last checkpoint: nothing is selected."""
+    """The last checkpoint, without selection."""
 
     name = "last"
     reference = "baseline"
     needs = "nothing"
 
     def score(self, candidate: Candidate) -> float:
-        """The candidate's step."""
+        """Return the candidate's step."""
         return float(candidate.step)
 
 
@@ -42,9 +42,9 @@ class SourceVal(Selector):
     needs = "labelled source validation cases"
 
     def score(self, candidate: Candidate) -> float:
-        """Dice pooled over all validation slices, mean over the structures they show.
+        """Compute the mean Dice over structures, pooled over all validation slices.
 
-        Source images are translated as in training, since that is what the segmenter knows.
+        Source images are translated as in training.
         """
         store = candidate.source_val
         if store is None:
@@ -60,41 +60,41 @@ class SourceVal(Selector):
 
 
 class TargetScore(Selector):
-    """A score of the target's training pixels alone; `of` computes it."""
+    """Base class of scores computed from target training pixels only."""
 
     uses_samples = True
 
     def score(self, candidate: Candidate) -> float:
-        """nan where no target images were served."""
+        """Compute the score; NaN without target images."""
         target = candidate.samples.get("target_train")
         return float("nan") if target is None else self.of(target)
 
     def of(self, target: Samples) -> float:
-        """The score of target pixels."""
+        """Compute the score of target pixels."""
         raise NotImplementedError
 
 
 class Entropy(TargetScore):
-    """The checkpoint that is surest on target images."""
+    """The checkpoint with the lowest prediction entropy on target images."""
 
     name = "entropy"
     reference = "baseline (Morerio et al., ICLR 2018: minimal entropy)"
     needs = "target images"
 
     def of(self, target: Samples) -> float:
-        """-mean H(p): highest, too, for a segmenter that finds nothing and is sure of it."""
+        """Compute -mean H(p), which is also high for confident predictions of background only."""
         return -float(entropies(target.probabilities).mean())
 
 
 class InformationMaximisation(TargetScore):
-    """The checkpoint that is sure of each target pixel and divided over all of them."""
+    """The checkpoint with confident and diverse predictions of target pixels."""
 
     name = "im"
     reference = "Musgrave et al., 2022 (information maximisation)"
     needs = "target images"
 
     def of(self, target: Samples) -> float:
-        """H(mean p) - mean H(p), the mutual information of pixel and class."""
+        """Compute H(mean p) - mean H(p), the mutual information of pixel and class."""
         p = target.probabilities
         return float(entropies(p.mean(0, keepdim=True)).mean() - entropies(p).mean())
 
@@ -107,7 +107,7 @@ class SoftNeighbourhoodDensity(TargetScore):
     needs = "target images"
 
     def of(self, target: Samples) -> float:
-        """Mean entropy of softmax(cos(p_i, p_j) / 0.05 over j ≠ i)."""
+        """Compute the mean entropy of softmax(cos(p_i, p_j) / 0.05 over j ≠ i)."""
         p = F.normalize(target.probabilities, dim=1)
         similar = (p @ p.T / SND_TEMPERATURE).fill_diagonal_(-math.inf)
         return float(entropies(similar.softmax(1)).mean())
@@ -121,20 +121,20 @@ class BatchNuclearNorm(TargetScore):
     needs = "target images"
 
     def of(self, target: Samples) -> float:
-        """Sum of the singular values of the (M, K) probabilities, divided by M."""
+        """Compute the sum of the singular values of the (M, K) probabilities, divided by M."""
         p = target.probabilities
         return float(torch.linalg.matrix_norm(p, "nuc") / len(p))
 
 
 class ClusterAgreement(TargetScore):
-    """The checkpoint whose target classes agree with clusters of its features (AMI)."""
+    """The checkpoint whose predicted target classes agree with clusters of features (AMI)."""
 
     name = "class_ami"
     reference = "Musgrave et al., 2022 (class-cluster AMI)"
     needs = "target images"
 
     def of(self, target: Samples) -> float:
-        """Adjusted mutual information of predicted classes and K clusters by k-means."""
+        """Compute the adjusted mutual information of predicted classes and K k-means clusters."""
         from sklearn.cluster import KMeans
         from sklearn.metrics import adjusted_mutual_info_score
 
@@ -144,14 +144,14 @@ class ClusterAgreement(TargetScore):
 
 
 class ClusterSilhouette(TargetScore):
-    """The checkpoint whose target classes are apart in its features (silhouette)."""
+    """The checkpoint whose predicted target classes are best separated in features (silhouette)."""
 
     name = "class_silhouette"
     reference = "Rousseeuw, 1987; as a validator Musgrave et al., 2022"
     needs = "target images"
 
     def of(self, target: Samples) -> float:
-        """Mean silhouette of the features under the predicted classes; nan for one class."""
+        """Compute the mean silhouette of features by predicted class; NaN for a single class."""
         from sklearn.metrics import silhouette_score
 
         classes = target.logits.argmax(1).numpy()
@@ -161,7 +161,7 @@ class ClusterSilhouette(TargetScore):
 
 
 class DeepEmbeddedValidation(Selector):
-    """The checkpoint with the least risk on source pixels that look like target ones (DEV)."""
+    """The checkpoint with the lowest importance-weighted risk on source validation pixels (DEV)."""
 
     name = "dev"
     reference = "You et al., ICML 2019"
@@ -169,7 +169,7 @@ class DeepEmbeddedValidation(Selector):
     uses_samples = True
 
     def score(self, candidate: Candidate) -> float:
-        """Minus the risk: cross-entropy on validation pixels, weighted by density ratios."""
+        """Compute the negative risk: cross-entropy weighted by density ratios."""
         samples = candidate.samples
         if not {"source_train", "source_val", "target_train"} <= samples.keys():
             return float("nan")
@@ -191,37 +191,37 @@ class DeepEmbeddedValidation(Selector):
 
 
 class CheckpointAgreement(Selector):
-    """The checkpoint that agrees most with all others on target pixels."""
+    """The checkpoint with the highest mean agreement with the others on target pixels."""
 
     name = "agreement"
-    reference = "original (in the manner of agreement among models, Jiang et al., ICLR 2022)"
+    reference = "original (after the agreement of models, Jiang et al., ICLR 2022)"
     needs = "target images"
     uses_samples = True
     uses_trajectory = True
 
     def score(self, candidate: Candidate) -> float:
-        """Mean pooled Dice of its structures with those of each other candidate."""
+        """Compute the mean pooled Dice with each other candidate."""
         classes = {s: t.logits.argmax(1).numpy() for s, t in candidate.trajectory.items()}
         if candidate.step not in classes or len(classes) < 2:
             return float("nan")
         own = classes.pop(candidate.step)
         dice = [pooled_dice(overlaps(own, c, candidate.classes)) for c in classes.values()]
-        # Where the others find nothing, there is nothing to agree with.
+        # Dice is NaN if the other candidate predicts no structure, which counts as no agreement.
         return float(np.mean([0.0 if math.isnan(d) else d for d in dice]))
 
 
-# -- what they are computed of -------------------------------------------------------------------
+# -- functions ------------------------------------------------------------------------------------
 
 
 def entropies(p: Tensor) -> Tensor:
-    """-Σ p log p of each row in nats, with 0 log 0 = 0: (M, K) → (M,)."""
+    """Compute -Σ p log p of each row in nats, with 0 log 0 = 0: (M, K) → (M,)."""
     return torch.special.entr(p).sum(1)
 
 
 def overlaps(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """Overlap, size of the prediction and of the labels, for each class: (3, K).
+    """Count pixels of overlap, prediction and labels for each class, (3, K).
 
-    Pixels that are `UNANNOTATED` in the labels are left out of all three.
+    Pixels that are `UNANNOTATED` in the labels are excluded from all three.
     """
     counts = np.zeros((3, classes))
     seen = labels != UNANNOTATED
@@ -232,7 +232,7 @@ def overlaps(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndar
 
 
 def pooled_dice(counts: np.ndarray) -> float:
-    """Mean Dice over the structures that the labels show; nan where they show none."""
+    """Compute the mean Dice over the structures present in the labels; NaN if there are none."""
     overlap, predicted, labelled = counts[:, 1:]
     shown = labelled > 0
     if not shown.any():
@@ -241,18 +241,18 @@ def pooled_dice(counts: np.ndarray) -> float:
 
 
 def density_ratios(train: np.ndarray, validation: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """p_target(f) / p_source(f) at validation features, from a classifier of the domains.
+    """Estimate p_target(f) / p_source(f) at validation features with a domain classifier.
 
-    A logistic regression on standardised features tells source from target; its regularisation
-    is the one that tells best on a fifth of the pixels that was held out.
+    The classifier is a logistic regression on standardised features; its regularisation is chosen
+    by the accuracy on a held-out fifth of the pixels.
 
     Args:
-        train: source features, (N_s, D).
-        validation: (N_v, D).
-        target: (N_t, D).
+        train: source training features, (N_s, D).
+        validation: source validation features, (N_v, D).
+        target: target features, (N_t, D).
 
     Returns:
-        (N_v,).
+        Density ratios, (N_v,).
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import train_test_split
@@ -274,11 +274,13 @@ def density_ratios(train: np.ndarray, validation: np.ndarray, target: np.ndarray
 
 
 def dev_risk(weights: np.ndarray, errors: np.ndarray) -> float:
-    """Weighted risk with its control variate: mean(w e) + η mean(w) - η, η = -cov(w e, w) / var w.
+    """Compute the weighted risk with a control variate.
+
+    It is mean(w e) + η mean(w) - η with η = -cov(w e, w) / var w.
 
     Args:
-        weights: density ratios, (N,).
-        errors: losses of the same pixels, (N,).
+        weights: density ratios w, (N,).
+        errors: losses e of the same pixels, (N,).
     """
     weighted = weights * errors
     variance = np.var(weights, ddof=1)

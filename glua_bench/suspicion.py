@@ -1,9 +1,8 @@
-"""Which cases are unlike the others? Warnings that only a comparison can give.
+"""Detect outliers among cases and differences between domains.
 
-Every rule compares a case with the other cases of its domain by medians, which a few odd cases do
-not move, or whole domains with each other. docs/checking-data.md explains them with their
-thresholds. They are set so that neither the phantom nor MS-CMRSeg raises a false alarm; a warning
-asks for a look, and proves nothing.
+Each rule compares a case with the median of the other cases of its domain, or two domains with each
+other; docs/checking-data.md documents rules and thresholds. Thresholds are chosen such that neither
+the phantom nor MS-CMRSeg raises a false alarm. Findings are warnings that need a visual check.
 """
 
 from __future__ import annotations
@@ -20,60 +19,61 @@ from glua_bench.facts import CaseFacts, ImageFacts, Intensities, LabelFacts, Str
 from glua_bench.findings import Finding, listed
 from glua_bench.task import Case
 
-# A case is compared with at least so many others.
+# Minimum number of other cases to compare a case with.
 LEAST = 4
-# Size: that factor in mm along an axis, and so many robust standard deviations.
+# Size: minimum ratio in mm along an axis, and minimum robust standard deviations.
 _SIZE, _SIZE_DEVIATIONS = 1.7, 5.0
-# The same between domains, where it is medians that differ.
+# Size of domains: minimum ratio of medians, and minimum standard errors.
 _DOMAIN_SIZE, _DOMAIN_DEVIATIONS = 1.3, 4.0
-# Orientation: so many deviations from the others' pattern, and a turned one this much nearer.
+# Orientation: minimum distance from the others in robust standard deviations, maximum relative
+# distance after the best rotation or reflection, and minimum standard deviation.
 _TURNED_DEVIATIONS, _TURNED_SHARE, _PATTERN_FLOOR = 2.5, 0.6, 0.15
-# One or two structures make no pattern, so that more is asked of them.
+# With fewer than three structures, thresholds are stricter.
 _FEW = 3
 _TURNED_DEVIATIONS_OF_FEW, _TURNED_SHARE_OF_FEW, _FIT_DEVIATIONS_OF_FEW = 4.0, 0.4, 7.0
-# Intensities: nearer to another domain by this share; so many times as far as is usual.
+# Intensities: maximum distance to another domain relative to the own domain, minimum distance
+# relative to the usual one for that rule, and minimum relative and absolute distance without it.
 _NEARER, _USUAL, _UNLIKE, _UNLIKE_LEAST = 0.6, 3.0, 5.0, 0.15
-# Shares of negative voxels that are none and some.
+# Fractions of negative voxels that count as none and as some.
 _NO_NEGATIVES, _NEGATIVES = 0.001, 0.05
-# Intensities inside the structures: so many robust standard deviations, which are at least this.
+# Intensities inside structures: minimum robust standard deviations, and minimum deviation.
 _FIT_DEVIATIONS, _FIT_FLOOR = 4.0, 0.05
-# A structure that more cases lack is told once for the domain.
+# A structure missing in more cases is reported once per domain.
 _OFTEN_MISSING = 0.25
 
-# All ways to permute and reverse three axes; the first leaves them as they are.
+# All permutations and reversals of three axes; the first is the identity.
 _TURNS = tuple(product(permutations(range(3)), product((1, -1), repeat=3)))
 
 
 def comparisons(
     facts: Sequence[CaseFacts], structures: Sequence[str], doubted: Collection[str] = ()
 ) -> list[Finding]:
-    """All warnings that come from comparing cases and domains.
+    """Compare cases and domains, and return all warnings.
 
     Args:
-        facts: of the cases of all domains.
-        structures: their names.
-        doubted: ids of cases whose images are known to be faulty, so that their intensities are
-            not judged any more.
+        facts: measurements of the cases of all domains.
+        structures: names of the structures.
+        doubted: ids of cases with faulty images, whose intensities are not checked.
     """
     domains: dict[str, list[CaseFacts]] = {}
     for one in facts:
         domains.setdefault(one.case.domain, []).append(one)
-    findings = [*missing_structures(domains, structures), *odd_sizes(domains)]
+    findings = [*missing_structures(domains, structures), *size_outliers(domains)]
     findings += domain_sizes(domains)
-    foreign = [found for found in odd_intensities(domains) if found.cases[0] not in doubted]
-    misfits = odd_fits(domains) - {*doubted, *(found.cases[0] for found in foreign)}
-    turned = list(odd_orientations(domains, misfits))
+    foreign = [found for found in intensity_outliers(domains) if found.cases[0] not in doubted]
+    misfits = label_misfits(domains) - {*doubted, *(found.cases[0] for found in foreign)}
+    turned = list(orientation_outliers(domains, misfits))
     findings += [*foreign, *turned, *domain_orientations(domains)]
-    told = {found.cases[0] for found in turned}
+    reported = {found.cases[0] for found in turned}
     for one in facts:
-        if one.case.id in misfits - told:
+        if one.case.id in misfits - reported:
             findings.append(
                 Finding(
                     "label fit",
                     (one.case.id,),
-                    f"{one.case.label} encloses other intensities than the labels of other cases "
-                    f"of {one.case.domain}: look whether it belongs to {one.case.image.name} and "
-                    "lies on it.",
+                    f"{one.case.label} encloses different intensities than the labels of other "
+                    f"cases of {one.case.domain}: check that it belongs to {one.case.image.name} "
+                    "and overlays it.",
                 )
             )
     return findings
@@ -83,7 +83,7 @@ Domains = Mapping[str, Sequence[CaseFacts]]
 
 
 class _Labelled(NamedTuple):
-    """A case whose image and label can be read, with at least one structure."""
+    """A case with readable image and label and at least one structure."""
 
     case: Case
     image: ImageFacts
@@ -92,7 +92,7 @@ class _Labelled(NamedTuple):
 
 
 def missing_structures(domains: Domains, structures: Sequence[str]) -> Iterator[Finding]:
-    """Structures that a label lacks while most labels of the domain have them."""
+    """Find structures missing in some labels of a domain."""
     for domain, facts in domains.items():
         labelled = _labelled(facts)
         for index, name in enumerate(structures):
@@ -102,23 +102,23 @@ def missing_structures(domains: Domains, structures: Sequence[str]) -> Iterator[
                     "structure missing",
                     (),
                     f"{name} is missing in {len(without)} of {len(labelled)} labels of {domain}: "
-                    "make sure that the dataset's label values are right.",
+                    "check the label values of the dataset.",
                 )
                 continue
             for one in without:
                 yield Finding(
                     "structure missing",
                     (one.case.id,),
-                    f"{one.case.label} has no {name}, which other labels of {domain} have: look "
-                    "whether it was forgotten.",
+                    f"{one.case.label} has no {name}, unlike other labels of {domain}: check "
+                    "whether it was omitted.",
                 )
 
 
 # -- size -----------------------------------------------------------------------------------------
 
 
-def odd_sizes(domains: Domains) -> Iterator[Finding]:
-    """Structures that are much larger or smaller in mm than those of other cases."""
+def size_outliers(domains: Domains) -> Iterator[Finding]:
+    """Find structures that are much larger or smaller in mm than those of other cases."""
     for domain, facts in domains.items():
         labelled = _labelled(facts)
         sizes = np.log([one.whole.spread for one in labelled]).reshape(-1, 3)
@@ -134,14 +134,14 @@ def odd_sizes(domains: Domains) -> Iterator[Finding]:
                 yield Finding(
                     "size",
                     (one.case.id,),
-                    f"The structures of {one.case.label} reach over {ratio} times the mm of other "
-                    f"cases of {domain} (across slices × down × across): check the voxel size in "
-                    "the headers, and the label.",
+                    f"The structures of {one.case.label} are {ratio} times as large in mm as in "
+                    f"other cases of {domain} (through-plane × vertical × horizontal): check the "
+                    "voxel size in the headers, and the label.",
                 )
 
 
 def domain_sizes(domains: Domains) -> Iterator[Finding]:
-    """Domains whose structures differ in mm, as bodies do not."""
+    """Find domains whose structures differ implausibly in size."""
     usable = {domain: _labelled(facts) for domain, facts in domains.items()}
     for first, second in combinations([d for d, f in usable.items() if len(f) >= LEAST], 2):
         sizes, voxels = [], []
@@ -160,24 +160,24 @@ def domain_sizes(domains: Domains) -> Iterator[Finding]:
         agree = wrong & (np.abs(in_voxels) < np.abs(shift) / 2)
         ratio = [" × ".join(f"{value:.2f}" for value in np.exp(s)) for s in (shift, in_voxels)]
         hint = (
-            f" but {ratio[1]} times the voxels, so that the headers of one domain are in doubt"
+            f" but {ratio[1]} times in voxels, so the headers of one domain may be wrong"
             if agree.any()
             else ""
         )
         yield Finding(
             "size of domains",
             (),
-            f"The structures of {first} reach over {ratio[0]} times the mm of those of {second} "
-            f"(across slices × down × across){hint}: compare the voxel sizes, and state the right "
-            "one in the dataset's reading.",
+            f"The structures of {first} are {ratio[0]} times as large in mm as those of {second} "
+            f"(through-plane × vertical × horizontal){hint}: compare the voxel sizes, and set the "
+            "correct one in the dataset's reading.",
         )
 
 
 # -- orientation ----------------------------------------------------------------------------------
 
 
-def odd_orientations(domains: Domains, misfits: set[str]) -> Iterator[Finding]:
-    """Cases whose structures lie as in a mirror, or as on a side."""
+def orientation_outliers(domains: Domains, misfits: set[str]) -> Iterator[Finding]:
+    """Find cases whose structures are reflected or rotated."""
     for domain, facts in domains.items():
         labelled = _labelled(facts)
         patterns = _patterns(labelled)
@@ -187,21 +187,21 @@ def odd_orientations(domains: Domains, misfits: set[str]) -> Iterator[Finding]:
                 break
             turn = _turn(patterns[index], others, _few(labelled))
             if turn:
-                what = (
-                    "the intensities inside do not fit either, so that the label alone is in doubt"
+                advice = (
+                    "the intensities inside do not fit either, so only the label may be wrong"
                     if one.case.id in misfits
-                    else "look whether the label lies on its image, and check the headers of both"
+                    else "check that the label overlays its image, and check the headers of both"
                 )
                 yield Finding(
                     "orientation",
                     (one.case.id,),
-                    f"The structures of {one.case.label} lie {turn} against other cases of "
-                    f"{domain}: {what}.",
+                    f"The structures of {one.case.label} are {turn} relative to other cases of "
+                    f"{domain}: {advice}.",
                 )
 
 
 def domain_orientations(domains: Domains) -> Iterator[Finding]:
-    """Domains whose bodies lie differently after the dataset's reading."""
+    """Find domains whose orientations differ after the dataset's reading."""
     usable = {domain: _labelled(facts) for domain, facts in domains.items()}
     for first, second in combinations([d for d, f in usable.items() if len(f) > LEAST], 2):
         few = _few(usable[first])
@@ -210,15 +210,15 @@ def domain_orientations(domains: Domains) -> Iterator[Finding]:
             yield Finding(
                 "orientation of domains",
                 (),
-                f"The structures of {first} lie {turn} against those of {second}: correct the "
+                f"The structures of {first} are {turn} relative to those of {second}: correct the "
                 "orientation or the flips in the dataset's reading.",
             )
 
 
 def _patterns(cases: Sequence[_Labelled]) -> np.ndarray:
-    """Where structures lie: (cases, structures, 3), from their common centre, in their own size.
+    """Return positions of structures, (cases, structures, 3), relative to their centre and size.
 
-    Where fewer than three structures say nothing about a side, the body's middle is one more.
+    With fewer than three structures, the centre of the body is appended.
     """
     made = []
     for one in cases:
@@ -230,7 +230,7 @@ def _patterns(cases: Sequence[_Labelled]) -> np.ndarray:
 
 
 def _turn(pattern: np.ndarray, others: np.ndarray, few: bool) -> str:
-    """How a pattern would have to be turned to resemble the others; empty where it does."""
+    """Return how a pattern is turned relative to the others, or "" if it is not."""
     centre = _median(others)
     deviation = np.maximum(_deviation(others), _PATTERN_FLOOR)
     known = np.isfinite(pattern + centre).all(1)
@@ -244,52 +244,55 @@ def _turn(pattern: np.ndarray, others: np.ndarray, few: bool) -> str:
     if not (far[0] > least and far[best] < share * far[0]):
         return ""
     axes, signs = _TURNS[best]
-    names = ("the slices' order", "up and down", "left and right")
+    names = ("slice order", "up-down", "left-right")
     swapped = [names[i] for i in range(3) if axes[i] != i]
     reversed_ = [names[i] for i in range(3) if axes[i] == i and signs[i] < 0]
-    if swapped:
-        return f"with other axes ({listed(swapped)} exchanged)"
-    return f"reversed ({listed(reversed_)})"
+    return f"transposed ({listed(swapped)})" if swapped else f"reversed ({listed(reversed_)})"
 
 
 # -- intensities ----------------------------------------------------------------------------------
 
 
-def odd_intensities(domains: Domains) -> Iterator[Finding]:
-    """Images whose intensities are distributed otherwise than those of their domain."""
-    found = _verdicts(domains, lambda one: one.image.levels if one.image is not None else ())
-    # The body of a narrow scan is another part of the body; the structures' surroundings are the
-    # same in all. Where there are any, both have to agree.
-    close = _verdicts(domains, lambda one: one.label.around if one.label is not None else ())
+def intensity_outliers(domains: Domains) -> Iterator[Finding]:
+    """Find images whose intensity distribution differs from that of their domain."""
+    found = _distribution_anomalies(
+        domains, lambda one: one.image.levels if one.image is not None else ()
+    )
+    # A scan with a small field of view shows a different part of the body, but the surroundings of
+    # the structures are comparable. If there are any, both comparisons must agree.
+    close = _distribution_anomalies(
+        domains, lambda one: one.label.around if one.label is not None else ()
+    )
     for domain, facts in domains.items():
         readable = [(one.case, one.image) for one in facts if one.image is not None]
         shares = np.array([image.negative for _, image in readable])
         for index, (case, image) in enumerate(readable):
             others = np.delete(shares, index)
             usual = float(np.median(others)) if len(others) >= LEAST else np.nan
-            what = found.get(case, "")
-            if case in close and close[case] != what:
-                what = ""
-            what = what or _odd_sign(image.negative, usual, domain)
-            if what:
+            anomaly = found.get(case, "")
+            if case in close and close[case] != anomaly:
+                anomaly = ""
+            anomaly = anomaly or _sign_anomaly(image.negative, usual, domain)
+            if anomaly:
                 yield Finding(
                     "intensities",
                     (case.id,),
-                    f"The intensity of {case.image} {what}: make sure that it is of this modality "
-                    "and in its units.",
+                    f"The intensity of {case.image} {anomaly}: check its modality and units.",
                 )
 
 
-def _verdicts(domains: Domains, levels: Callable[[CaseFacts], Sequence[float]]) -> dict[Case, str]:
-    """What is odd about a case's distribution, "" for nothing; only of cases that can be compared.
+def _distribution_anomalies(
+    domains: Domains, levels: Callable[[CaseFacts], Sequence[float]]
+) -> dict[Case, str]:
+    """Describe the anomaly of each comparable case's distribution, "" if there is none.
 
-    Distributions run from their 1st percentile, 0, to their 99th, 1, so that a scanner's scale and
-    offset do not matter. The distance of two is the mean distance of their percentiles (the
-    Wasserstein distance).
+    Distributions are scaled such that the 1st percentile is 0 and the 99th is 1, which removes the
+    scale and offset of the scanner. Their distance is the mean absolute difference of percentiles
+    (Wasserstein distance).
     """
     known = {d: [one for one in facts if len(levels(one))] for d, facts in domains.items()}
     curves = {d: np.array([_curve(levels(one)) for one in facts]) for d, facts in known.items()}
-    verdicts: dict[Case, str] = {}
+    anomalies: dict[Case, str] = {}
     for domain, facts in known.items():
         if len(facts) <= LEAST:
             continue
@@ -301,53 +304,53 @@ def _verdicts(domains: Domains, levels: Callable[[CaseFacts], Sequence[float]]) 
                 for other in curves
                 if other != domain and len(curves[other]) >= LEAST
             }
-            verdicts[one.case] = _odd_distribution(own, usual, elsewhere, domain)[0]
-    return verdicts
+            anomalies[one.case] = _distribution_anomaly(own, usual, elsewhere, domain)[0]
+    return anomalies
 
 
 def _from_others(curves: np.ndarray) -> list[float]:
-    """The median distance of each of (images, percentiles) from the others."""
+    """Return the median distance of each curve (images, percentiles) from the others."""
     apart = np.abs(curves[:, None] - curves[None]).mean(2)
     return [float(np.median(np.delete(row, index))) for index, row in enumerate(apart)]
 
 
-def _odd_distribution(
+def _distribution_anomaly(
     own: float, usual: float, elsewhere: Mapping[str, float], domain: str
 ) -> tuple[str, str]:
-    """What is odd about a distribution, and which other domain has such; "" for nothing and none.
+    """Describe a distribution's anomaly and name the domain that it resembles, both "" if none.
 
     Args:
-        own: its distance from those of its domain.
-        usual: such a distance of other images of the domain.
-        elsewhere: other domain → its distance from those.
-        domain: the domain's name.
+        own: distance from the distributions of its domain.
+        usual: median of this distance over the images of the domain.
+        elsewhere: other domain → distance from its distributions.
+        domain: name of its domain.
     """
     nearest = min(elsewhere, key=elsewhere.__getitem__, default=domain)
     near = elsewhere.get(nearest, np.inf) < _NEARER * own
     if near and own > _USUAL * usual:
-        return f"is distributed as in {nearest}, and not as in {domain}", nearest
+        return f"is distributed as in {nearest}, not as in {domain}", nearest
     if own > max(_UNLIKE * usual, _UNLIKE_LEAST):
-        return f"is distributed otherwise than in other images of {domain}", ""
+        return f"is distributed differently from other images of {domain}", ""
     return "", ""
 
 
-def _odd_sign(share: float, usual: float, domain: str) -> str:
-    """What is odd about an image's share of voxels below 0; "" for nothing."""
-    if usual < _NO_NEGATIVES and share > _NEGATIVES:
-        return f"is below 0 in {share:.0%} of the voxels, and in no other image of {domain}"
-    if usual > _NEGATIVES and share < _NO_NEGATIVES:
-        return f"is nowhere below 0, as it is in other images of {domain}"
+def _sign_anomaly(negative: float, usual: float, domain: str) -> str:
+    """Describe an anomaly of an image's fraction of negative voxels, "" if there is none."""
+    if usual < _NO_NEGATIVES and negative > _NEGATIVES:
+        return f"is negative in {negative:.0%} of the voxels, unlike other images of {domain}"
+    if usual > _NEGATIVES and negative < _NO_NEGATIVES:
+        return f"is never negative, unlike other images of {domain}"
     return ""
 
 
 @dataclass(frozen=True)
 class Usual:
-    """How the intensities of a domain's images are distributed, without any single image.
+    """Summary of the intensity distributions of a domain's images.
 
-    Args:
-        curve: the median of their distributions, percentiles 1 to 99 between 0 and 1.
-        spread: the usual distance between two of them.
-        negative: the median share of voxels below 0.
+    Attributes:
+        curve: median of the distributions, percentiles 1 to 99 scaled to [0, 1].
+        spread: median distance between two distributions.
+        negative: median fraction of negative voxels.
     """
 
     curve: tuple[float, ...]
@@ -356,7 +359,7 @@ class Usual:
 
 
 def usual(images: Sequence[Intensities]) -> Usual | None:
-    """The sum of a domain's images; None where they are too few to tell what is usual."""
+    """Summarise the images of a domain; None if there are too few."""
     if len(images) <= LEAST:
         return None
     curves = np.array([_curve(image.levels) for image in images])
@@ -370,15 +373,15 @@ def usual(images: Sequence[Intensities]) -> Usual | None:
 def resemblance(
     image: Intensities, domain: str, known: Mapping[str, Usual | None]
 ) -> tuple[str, str]:
-    """Does an image fit the domain as which it is read, by the rules of `odd_intensities`?
+    """Compare an image with its domain by the rules of `intensity_outliers`.
 
     Args:
-        image: its distribution.
-        domain: the domain's name.
-        known: what is usual in each domain, None where that is not known.
+        image: intensity distribution of the image.
+        domain: name of its domain.
+        known: summary of each domain, or None if unknown.
 
     Returns:
-        What is odd, "" for nothing; and the other domain that it looks like, "" for none.
+        The anomaly, and the domain that the image resembles; both "" if there is none.
     """
     own = known.get(domain)
     if own is None:
@@ -389,24 +392,24 @@ def resemblance(
         name: float(np.abs(curve - one.curve).mean())
         for name, one in {domain: own, **others}.items()
     }
-    what, like = _odd_distribution(apart.pop(domain), own.spread, apart, domain)
-    sign = "" if what else _odd_sign(image.negative, own.negative, domain)
+    anomaly, like = _distribution_anomaly(apart.pop(domain), own.spread, apart, domain)
+    sign = "" if anomaly else _sign_anomaly(image.negative, own.negative, domain)
     if sign:
         fitting = [
             name
             for name, one in others.items()
-            if not _odd_sign(image.negative, one.negative, name)
+            if not _sign_anomaly(image.negative, one.negative, name)
         ]
         like = min(fitting, key=apart.__getitem__, default="")
-    return what or sign, like
+    return anomaly or sign, like
 
 
-def odd_fits(domains: Domains) -> set[str]:
-    """Ids of cases whose structures enclose other intensities than those of other cases."""
+def label_misfits(domains: Domains) -> set[str]:
+    """Return ids of cases whose structures enclose unusual intensities."""
     odd = set()
     for facts in domains.values():
         labelled = [one for one in _labelled(facts) if one.label.around]
-        levels = np.array([_inside(one) for one in labelled])
+        levels = np.array([_relative_levels(one) for one in labelled])
         for index, one in enumerate(labelled):
             others = np.delete(levels, index, 0)
             if len(others) < LEAST:
@@ -420,20 +423,20 @@ def odd_fits(domains: Domains) -> set[str]:
 
 
 def _curve(levels: Sequence[float]) -> np.ndarray:
-    """Percentiles 1 to 99 between 0 and 1."""
+    """Scale percentiles 1 to 99 to [0, 1]."""
     low, high = levels[1], levels[99]
     return (np.array(levels[1:100]) - low) / (high - low) if high > low else np.zeros(99)
 
 
-def _inside(one: _Labelled) -> list[float]:
-    """For each structure the share of its surroundings that is darker than its median."""
+def _relative_levels(one: _Labelled) -> list[float]:
+    """Return for each structure the fraction of its surroundings darker than its median."""
     return [
         np.nan if s is None else float(np.searchsorted(one.label.around, s.level)) / 100
         for s in one.label.structures
     ]
 
 
-# -- small things ---------------------------------------------------------------------------------
+# -- utilities ------------------------------------------------------------------------------------
 
 
 def _labelled(facts: Sequence[CaseFacts]) -> list[_Labelled]:
@@ -445,17 +448,17 @@ def _labelled(facts: Sequence[CaseFacts]) -> list[_Labelled]:
 
 
 def _few(cases: Sequence[_Labelled]) -> bool:
-    """Whether the dataset has too few structures for a pattern."""
+    """Return True if the dataset has too few structures for a reliable pattern."""
     return bool(cases) and len(cases[0].label.structures) < _FEW
 
 
 def _median(values: np.ndarray) -> np.ndarray:
-    """Median along the first axis of what is not nan; nan where nothing else is."""
+    """Compute the median along the first axis, ignoring NaN; NaN if all values are."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of a column of nan
+        warnings.simplefilter("ignore", RuntimeWarning)  # NumPy warns about columns of NaN
         return np.nanmedian(values, 0)
 
 
 def _deviation(values: np.ndarray) -> np.ndarray:
-    """Robust standard deviation along the first axis, from the distances to the median."""
+    """Compute the robust standard deviation along the first axis (scaled MAD)."""
     return 1.4826 * _median(np.abs(values - _median(values)))

@@ -233,7 +233,7 @@ def test_an_image_of_the_source_is_told_and_read_by_its_own_window(
     code, said, err = call("predict", ct, *words, "--out", tmp_path / "wrong")
     assert code == 0 and "read as mr, the target domain" in said
     (warning,) = err.splitlines()
-    assert warning.startswith(f"warning: The intensity of {ct} is distributed as in ct, and not ")
+    assert warning.startswith(f"warning: The intensity of {ct} is distributed as in ct, not as ")
     assert "--domain ct" in warning and warning.endswith(".")
     code, said, err = call("predict", ct, *words, "--out", tmp_path / "right", "--domain", "ct")
     assert code == 0 and not err and "read as ct, the source domain." in said
@@ -280,7 +280,7 @@ def test_units_that_are_shifted_are_told(trained: Livers, tmp_path: Path) -> Non
     files = inputs.find([tmp_path / "shifted.nii.gz"]).images
     list(prediction.predict(model, files, tmp_path / "out", "ct", warn=told.append))
     (text,) = told
-    assert "is nowhere below 0, as it is in other images of ct" in text
+    assert "is never negative, unlike other images of ct" in text
 
 
 def test_a_domain_of_few_images_doubts_nothing() -> None:

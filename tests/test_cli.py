@@ -354,7 +354,7 @@ def test_a_spoilt_file_is_named_and_no_result_counts(
     [
         ("raise RuntimeError('no licence')\n", "no licence"),
         ("import not_installed_anywhere\n", "not_installed_anywhere"),
-        ("def broken(:\n", "cannot be read as Python"),
+        ("def broken(:\n", "cannot be parsed as Python"),
     ],
 )
 def test_a_plugin_that_fails_is_reported_and_harms_nothing(
@@ -415,12 +415,12 @@ def test_new_files_and_the_command_that_uses_them(call, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["new-method", "glua"], "'glua' is there already"),
+        (["new-method", "glua"], "'glua' exists already"),
         (["new-dataset", "livers", "--domains", "ct"], "--domains ct"),
         (["new-dataset", "livers", "--structures", "liver"], "--structures: 'liver'"),
         (["new-dataset", "livers"], "give --data DIRECTORY, or --python"),
         (["new-dataset", "livers", "--data", "/nowhere"], "/nowhere is no directory"),
-        (["new-dataset", "phantom", "--data", "."], "'phantom' is there already"),
+        (["new-dataset", "phantom", "--data", "."], "'phantom' exists already"),
         (["new-dataset", "livers", "--python", "--domains=a,b,c"], "names more than two"),
     ],
 )
@@ -486,7 +486,7 @@ def test_volumes_of_one_s_own_go_from_a_directory_to_a_result(
     )
     assert code == 0 and "livers ct-mr" in out, err
     code, _, err = call("new-dataset", "livers", "--data", "vols", "--yes")
-    assert code == 2 and "livers.yaml is there already" in err
+    assert code == 2 and "livers.yaml exists already" in err
     (tmp_path / "livers.yaml").write_text("name: livers\nplain: axial\n")
     code, _, err = call("data", "check", "livers.yaml")
     assert (

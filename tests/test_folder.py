@@ -147,7 +147,7 @@ def test_the_registry_knows_a_description_by_its_name(described: Path) -> None:
     entry = registry.entry("tiny")
     assert entry.summary == "A disc in a ring" and entry.attributes["reference"] == "your own"
     assert not [e for e in Registry("method", [described]).entries() if e.file is not None]
-    with pytest.raises(PluginError, match="No dataset is described by files like other.yaml"):
+    with pytest.raises(PluginError, match="No dataset reads files like other.yaml"):
         registry.name_of(Path("other.yaml"))
     described.write_text(TEXT.replace("name: tiny", "name: phantom"))
     with pytest.raises(PluginError, match="Two datasets are called 'phantom'"):

@@ -269,7 +269,7 @@ def test_a_plugin_that_raises_on_import_is_one_sentence(
     install("broken", text, "method", "mine = broken_module:Mine")
     with pytest.raises(PluginError, match=said) as error:
         Registry("method").load("mine")
-    assert "broken" in one_sentence(error) and "repair or remove it" in str(error.value)
+    assert "broken" in one_sentence(error) and "correct or remove it" in str(error.value)
     assert Registry("method").load("source_only").name == "source_only"  # type: ignore[attr-defined]
 
 
@@ -288,7 +288,7 @@ def test_a_file_that_raises_on_import_leaves_no_half_module(write: Callable[...,
         ("class Mine:\n    name = 'mine'\n", "not a subclass of glua_bench.method.Method"),
         ("def Mine():\n    pass\n", "not a subclass"),
         (SELECTOR.replace("Newest", "Mine"), "not a subclass"),
-        (METHOD.replace('"mine"', '"yours"'), "calls itself 'yours'"),
+        (METHOD.replace('"mine"', '"yours"'), "`name` = 'yours'"),
     ],
 )
 def test_a_class_of_another_kind_is_one_sentence(
@@ -328,7 +328,7 @@ def test_a_dataset_is_not_called_like_another_directory_of_the_runs(
 ) -> None:
     file = tmp_path / "own.yaml"
     file.write_text(f"name: {name}\n")
-    with pytest.raises(PluginError, match="is called like a directory that lies among those of"):
+    with pytest.raises(PluginError, match="has the name of a reserved directory"):
         Registry("dataset", [file]).load(name)
-    with pytest.raises(ConfigError, match=f"'{name}' cannot name a dataset"):
+    with pytest.raises(ConfigError, match=f"'{name}' is not a valid name for a dataset"):
         scaffold.new_description(name, tmp_path, tmp_path, ask)

@@ -99,11 +99,11 @@ def test_structures_are_called_as_people_call_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("My-Method", "cannot name a method"),
-        ("class", "cannot name a method"),
-        ("random", "would hide a module of Python"),
-        ("glua", "is there already (from glua-bench)"),
-        ("taken", "taken.py is there already"),
+        ("My-Method", "not a valid name for a method"),
+        ("class", "not a valid name for a method"),
+        ("random", "would hide a module of Python's"),
+        ("glua", "exists already (from glua-bench)"),
+        ("taken", "taken.py exists already"),
     ],
 )
 def test_names_that_cannot_be_used_are_refused(name: str, said: str, tmp_path: Path) -> None:
