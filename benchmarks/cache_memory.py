@@ -22,7 +22,7 @@ import nibabel as nib
 import numpy as np
 
 from glua_bench.cache import CachedImage, ImageStore, SliceCache
-from glua_bench.task import Grid, Reading, UnlabelledCase
+from glua_bench.task import DomainView, Grid, Reading, UnlabelledCase
 
 SHAPE = (256, 256, 130)
 READING = Reading(orientation="stored", slice_axis=2, row_axis=1)
@@ -41,7 +41,8 @@ def cached(folder: Path, count: int) -> list[CachedImage]:
     """The entries of the first volumes."""
     cache = SliceCache(folder / "slices")
     cases = [UnlabelledCase(str(i), "noise", folder / f"{i}.nii.gz") for i in range(count)]
-    return [cache.image(case, READING, GRID) for case in cases]
+    view = DomainView("noise", READING, ()).on(GRID)
+    return [cache.image(case, view) for case in cases]
 
 
 def read(folder: Path, count: int, batches: int) -> None:

@@ -79,16 +79,16 @@ def make_volume(folder: Path, number: int) -> None:
 def ours() -> Work:
     """This project's cache."""
     from glua_bench.cache import SliceCache
-    from glua_bench.task import Case, Grid, Reading, Structure
+    from glua_bench.task import Case, DomainView, Grid, Reading, Structure
 
-    structures = [Structure(str(value), "", (value,), "") for value in VALUES]
-    reading, grid = Reading(), Grid(SIZE, GRID_MM[0], GRID_MM[2])
+    structures = tuple(Structure(str(value), "", (value,), "") for value in VALUES)
+    view = DomainView("ct", Reading(), structures).on(Grid(SIZE, GRID_MM[0], GRID_MM[2]))
 
     def work(image: Path, label: Path, out: Path) -> None:
         case = Case(image.name, "ct", image, label, "train", image.name)
         cache = SliceCache(out)
-        cache.image(case.unlabelled(), reading, grid)
-        cache.label(case, reading, grid, structures)
+        cache.image(case.unlabelled(), view)
+        cache.label(case, view)
 
     return work
 

@@ -83,7 +83,7 @@ class MMWHSLiterature(MMWHS):
 
     def _crop(self, case: Case, cropped: Case) -> None:
         """Write the cropped copies of a case, the image last: where it is, the label is."""
-        labels = read_label_volume(case.truth, case.image, self.structures, self.reading)
+        labels = read_label_volume(case.truth, case.image, self.view(case.domain))
         if not labels.any():
             raise DataError(f"{case.truth} holds none of the dataset's structures: replace it.")
         half = SIDE / 2 / nib.affines.voxel_sizes(open_volume(case.image).affine)

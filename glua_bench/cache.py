@@ -30,7 +30,7 @@ from glua_bench.errors import DataError, RunFailure
 from glua_bench.formats import files_of
 from glua_bench.identity import code_digest
 from glua_bench.neighbours import ALONE, Neighbourhood
-from glua_bench.task import Case, Grid, Reading, Structure, UnlabelledCase
+from glua_bench.task import Case, GridView, UnlabelledCase
 from glua_bench.volumes import Placement, load_image, load_label
 
 CACHE_VERSION = 2  # of what entries look like
@@ -94,25 +94,23 @@ class SliceCache:
     def __init__(self, root: Path | None = None) -> None:
         self.root = root if root is not None else cache_root() / "slices"
 
-    def image(self, case: UnlabelledCase, reading: Reading, grid: Grid) -> CachedImage:
+    def image(self, case: UnlabelledCase, view: GridView) -> CachedImage:
         """The image of a case on the working grid.
 
         Raises:
             DataError: the image cannot be used, or the cache directory cannot be written.
             RunFailure: the disk is full.
         """
-        path = self._image_path(file_digest(case.image), reading, grid)
+        path = self._image_path(file_digest(case.image), view)
         found = _read_entry(path, IMAGE_TYPE)
         if found is None:
-            loaded = load_image(case.image, reading, grid)
+            loaded = load_image(case.image, view.reading, view.grid)
             description = {"placement": json.loads(loaded.placement.to_json())}
             found = self._write(path, loaded.voxels.astype(IMAGE_TYPE), description)
         placement = Placement.from_json(json.dumps(found["placement"]))
         return CachedImage(path, placement, placement.shape)
 
-    def label(
-        self, case: Case, reading: Reading, grid: Grid, structures: Sequence[Structure]
-    ) -> CachedLabel:
+    def label(self, case: Case, view: GridView) -> CachedLabel:
         """The label of a case on the working grid of its image.
 
         Raises:
@@ -120,52 +118,41 @@ class SliceCache:
             RunFailure: the disk is full.
         """
         digests = file_digest(case.truth), file_digest(case.image)
-        path = self._label_path(*digests, reading, grid, structures)
+        path = self._label_path(*digests, view)
         found = _read_entry(path, LABEL_TYPE)
         if found is None:
-            placement = self.image(case.unlabelled(), reading, grid).placement
-            labels = load_label(case.truth, case.image, reading, placement, structures)
+            placement = self.image(case.unlabelled(), view).placement
+            labels = load_label(case.truth, case.image, view, placement)
             found = self._write(path, labels, {})
         depth, height, width = found["shape"]
         return CachedLabel(path, (depth, height, width))
 
-    def holds(
-        self, case: Case, reading: Reading, grid: Grid, structures: Sequence[Structure]
-    ) -> bool:
-        """Whether the image and, if it has one, the label of a case are there.
+    def holds(self, case: Case, view: GridView) -> bool:
+        """Return True if the case's image (and label, if any) is cached.
 
-        It takes next to no time, because no volume is read: where a file's digest is not
-        remembered, the answer is no.
+        No volume is read: a file whose digest is not remembered counts as not cached.
         """
         image = _remembered_digest(case.image)
-        if image is None or not _read_entry(self._image_path(image, reading, grid), IMAGE_TYPE):
+        if image is None or not _read_entry(self._image_path(image, view), IMAGE_TYPE):
             return False
         if case.label is None:
             return True
         label = _remembered_digest(case.label)
         if label is None:
             return False
-        path = self._label_path(label, image, reading, grid, structures)
-        return _read_entry(path, LABEL_TYPE) is not None
+        return _read_entry(self._label_path(label, image, view), LABEL_TYPE) is not None
 
-    def _image_path(self, image: str, reading: Reading, grid: Grid) -> Path:
+    def _image_path(self, image: str, view: GridView) -> Path:
         """Of the entry of an image with a digest."""
-        key = _key("image", code_digest(READING), image, reading.identity(), asdict(grid))
+        key = _key("image", code_digest(READING), image, view.reading.identity(), asdict(view.grid))
         return self._path("images", key)
 
-    def _label_path(
-        self,
-        label: str,
-        image: str,
-        reading: Reading,
-        grid: Grid,
-        structures: Sequence[Structure],
-    ) -> Path:
+    def _label_path(self, label: str, image: str, view: GridView) -> Path:
         """Of the entry of a label with a digest."""
         # The crop is found in the image, so the image's content is part of the label's key.
-        values = [structure.values for structure in structures]
-        code = code_digest(READING)
-        key = _key("label", code, label, image, reading.identity(), asdict(grid), values)
+        values = [structure.values for structure in view.structures]
+        reading, grid, code = view.reading.identity(), asdict(view.grid), code_digest(READING)
+        key = _key("label", code, label, image, reading, grid, values)
         return self._path("labels", key)
 
     def _path(self, kind: str, key: str) -> Path:
@@ -218,7 +205,7 @@ class ImageStore:
         ValueError: no volumes, or slices of different size.
 
     Example:
-        >>> store = ImageStore([cache.image(case, reading, grid) for case in cases])
+        >>> store = ImageStore([cache.image(case, view) for case in cases])
         ... # doctest: +SKIP
         >>> store.images(np.array([4, 0])).shape  # doctest: +SKIP
         (2, 1, 256, 256)

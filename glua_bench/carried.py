@@ -23,7 +23,7 @@ from glua_bench.errors import RunFailure, UserError
 from glua_bench.facts import Intensities, read_intensities
 from glua_bench.formats import open_volume
 from glua_bench.suspicion import Usual, usual
-from glua_bench.task import Case, Dataset, Reading, Structure, UnlabelledCase
+from glua_bench.task import Case, Dataset, DomainView, Reading, Structure, UnlabelledCase
 from glua_bench.tracking import write_text
 from glua_bench.volumes import tuples
 
@@ -34,18 +34,17 @@ _VERSION = 1  # of remembered distributions; raise it when `read_intensities` gi
 
 
 @dataclass(frozen=True)
-class Domain:
+class KnownDomain(DomainView):
     """What a run knows of one of its domains.
 
-    Args:
+    Attributes:
+        name: of the domain.
         reading: how its files become arrays.
-        structures: the classes with the domain's label values.
+        structures: the classes, with the raw label values of the domain's files.
         usual: how intensities of its training images are distributed; None where the run trained
             on too few of them.
     """
 
-    reading: Reading
-    structures: tuple[Structure, ...]
     usual: Usual | None = None
 
 
@@ -53,12 +52,12 @@ class Domain:
 class Carried:
     """What a run knows of its dataset.
 
-    Args:
+    Attributes:
         domains: source and target of the run, by name.
         publishable: whether pictures of the data may be passed on.
     """
 
-    domains: Mapping[str, Domain]
+    domains: Mapping[str, KnownDomain]
     publishable: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,7 +72,7 @@ class Carried:
             KeyError, TypeError, ValueError, AttributeError: the values are not of that form.
         """
         return cls(
-            {name: _domain(own) for name, own in values["domains"].items()},
+            {name: _domain(name, own) for name, own in values["domains"].items()},
             bool(values["publishable"]),
         )
 
@@ -95,11 +94,11 @@ def facts_of(
     """
     domains = {}
     for name in names:
-        reading = dataset.reading_of(name)
+        view = dataset.view(name)
         own = sorted({case.image for case in images if case.domain == name})
         places = np.linspace(0, len(own) - 1, min(len(own), _READ)).round().astype(int)
-        found = [_intensities(own[place], reading) for place in places]
-        domains[name] = Domain(reading, dataset.structures_of(name), usual(found))
+        found = [_intensities(own[place], view.reading) for place in places]
+        domains[name] = KnownDomain(name, view.reading, view.structures, usual(found))
     return Carried(domains, dataset.publishable)
 
 
@@ -157,9 +156,10 @@ def description(folder: Path) -> Path | None:
     return file if file.is_file() else None
 
 
-def _domain(values: Mapping[str, Any]) -> Domain:
+def _domain(name: str, values: Mapping[str, Any]) -> KnownDomain:
     known = values["usual"]
-    return Domain(
+    return KnownDomain(
+        name,
         Reading(**_fields(values["reading"])),
         tuple(Structure(**_fields(one)) for one in values["structures"]),
         None if known is None else Usual(**_fields(known)),

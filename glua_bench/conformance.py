@@ -418,8 +418,9 @@ def poison_labels(dataset: Dataset, cases: Iterable[Case], seed: int = 0) -> Non
     """
     rng = np.random.default_rng(seed)
     for case in cases:
-        values = [0, *dataset.reading_of(case.domain).ignored_values]
-        values += [v for structure in dataset.structures_of(case.domain) for v in structure.values]
+        view = dataset.view(case.domain)
+        values = [0, *view.reading.ignored_values]
+        values += [v for structure in view.structures for v in structure.values]
         if case.label is None:
             continue
         image: Any = nib.load(case.label)
@@ -1591,10 +1592,8 @@ def _no_way_to_labels(bench: Bench) -> None:
     slices = set()
     with quiet_machine(cache):
         for case in cases:
-            grid = bench.dataset.grid("quick")
-            reading = bench.dataset.reading_of(case.domain)
-            structures = bench.dataset.structures_of(case.domain)
-            entry = SliceCache().label(case, reading, grid, structures)
+            view = bench.dataset.view(case.domain).on(bench.dataset.grid("quick"))
+            entry = SliceCache().label(case, view)
             names.add(entry.path.stem)
             slices |= {_plane_digest(plane) for plane in entry.open() if plane.any()}
     found: list[str] = []
@@ -1793,10 +1792,11 @@ def _dataset_structures(dataset: Dataset) -> None:
     """Structures have names, values and colours of their own."""
     _demand(bool(dataset.structures), "the dataset has no structures")
     for domain in dataset.domains():
-        _check_structures(dataset.structures_of(domain), dataset.reading_of(domain))
+        view = dataset.view(domain)
+        _check_structures(view.structures, view.reading)
         same = [
             [(s.name, s.title, s.color) for s in structures]
-            for structures in (dataset.structures, dataset.structures_of(domain))
+            for structures in (dataset.structures, view.structures)
         ]
         _demand(same[0] == same[1], f"domain '{domain}' has other structures than the dataset")
 
@@ -1921,12 +1921,7 @@ def _dataset_files(dataset: Dataset) -> None:
             f"image and label of {case.id} have the shapes {image.shape} and {label.shape}",
         )
         try:
-            read_label_volume(
-                case.label,
-                case.image,
-                dataset.structures_of(case.domain),
-                dataset.reading_of(case.domain),
-            )
+            read_label_volume(case.label, case.image, dataset.view(case.domain))
         except DataError as error:
             raise CheckFailure(f"the label of {case.id} cannot be used: {error}") from error
 
@@ -1939,9 +1934,9 @@ def _dataset_slices(dataset: Dataset) -> None:
         cache = SliceCache(Path(folder))
         for domain in dataset.domains():
             shown: set[int] = set()
-            reading, structures = dataset.reading_of(domain), dataset.structures_of(domain)
+            view = dataset.view(domain).on(grid)
             for case in dataset.split(domain, "train"):
-                image = cache.image(case.unlabelled(), reading, grid)
+                image = cache.image(case.unlabelled(), view)
                 voxels = image.open()
                 _demand(
                     bool(np.isfinite(voxels).all()) and float(np.abs(voxels).max()) <= 1,
@@ -1950,7 +1945,7 @@ def _dataset_slices(dataset: Dataset) -> None:
                 _demand(float(np.ptp(voxels)) > 0, f"the image of {case.id} is empty")
                 if case.label is None:
                     continue
-                labels = cache.label(case, reading, grid, structures)
+                labels = cache.label(case, view)
                 shown |= set(np.unique(labels.open()).tolist())
             if not dataset.labelled(domain, "train"):
                 continue

@@ -120,14 +120,15 @@ def evaluate(
     rows = []
     progress.stage(title, len(cases))
     for done, case in enumerate(cases):
-        reading, structures = dataset.reading_of(case.domain), dataset.structures_of(case.domain)
-        image = cache.image(case.unlabelled(), reading, grid)
+        view = dataset.view(case.domain).on(grid)
+        structures = view.structures
+        image = cache.image(case.unlabelled(), view)
         found = predict_volume(predict, image, device, neighbourhood=neighbourhood)
         labels = restore(found, image.placement)
         if predictions is not None:
             values = [structure.values[0] for structure in structures]
             save_labels(predictions / f"{case.id}.nii.gz", labels, image.placement, values)
-        reference = read_label_volume(case.truth, case.image, structures, reading)
+        reference = read_label_volume(case.truth, case.image, view)
         # What nobody annotated can be neither right nor wrong, so that it is background in both.
         unannotated = reference == UNANNOTATED
         labels[unannotated] = reference[unannotated] = 0

@@ -18,7 +18,7 @@ from glua_bench.console import Progress
 from glua_bench.errors import DataError
 from glua_bench.formats import VolumeFile, open_volume
 from glua_bench.parallel import side_by_side
-from glua_bench.task import Case, Dataset, Reading, Structure
+from glua_bench.task import Case, Dataset, DomainView, Reading
 from glua_bench.volumes import (
     doubts,
     extremes,
@@ -182,7 +182,7 @@ def gather(dataset: Dataset, jobs: int, progress: Progress) -> list[CaseFacts]:
         DataError: the dataset's directory cannot be used at all.
     """
     cases = [
-        (case, dataset.reading_of(domain), dataset.structures_of(domain))
+        (case, dataset.view(domain))
         for domain in dataset.domains()
         for case in dataset.cases(domain)
     ]
@@ -194,22 +194,21 @@ def gather(dataset: Dataset, jobs: int, progress: Progress) -> list[CaseFacts]:
     return [found[place] for place in range(len(cases))]
 
 
-def _read(item: tuple[Case, Reading, tuple[Structure, ...]]) -> CaseFacts:
+def _read(item: tuple[Case, DomainView]) -> CaseFacts:
     return read_facts(*item)
 
 
-def read_facts(case: Case, reading: Reading, structures: Sequence[Structure]) -> CaseFacts:
+def read_facts(case: Case, view: DomainView) -> CaseFacts:
     """Read both files of a case, each once.
 
     Args:
         case: the case.
-        reading: of its domain.
-        structures: with the raw label values of its domain.
+        view: of its domain.
     """
     image, label, image_problem, label_problem = None, None, "", ""
     volume: _Volume | None = None
     try:
-        volume = _Volume(case, reading)
+        volume = _Volume(case, view.reading)
         image = _image_facts(volume)
     except DataError as error:
         image_problem = str(error)
@@ -220,9 +219,9 @@ def read_facts(case: Case, reading: Reading, structures: Sequence[Structure]) ->
         )
     elif case.label is not None:
         try:
-            classes = read_label_volume(case.label, case.image, structures, reading)
+            classes = read_label_volume(case.label, case.image, view)
             if volume is not None:
-                label = _label_facts(case, classes, volume, len(structures), image is not None)
+                label = _label_facts(case, classes, volume, len(view.structures), image is not None)
         except DataError as error:
             # What keeps the image from being read is told once.
             label_problem = "" if str(error) == image_problem else str(error)

@@ -60,11 +60,11 @@ def check_dataset(
 def case_findings(facts: CaseFacts, dataset: Dataset) -> Iterator[Finding]:
     """What is wrong with one case, whatever the others are like."""
     case, image, label = facts.case, facts.image, facts.label
+    view = dataset.view(case.domain)
     own = (case.id,)
     if image is not None and image.few:
-        reading = dataset.reading_of(case.domain)
-        known = {0, *reading.ignored_values, *reading.unannotated_values}
-        known |= {v for s in dataset.structures_of(case.domain) for v in s.values}
+        known = {0, *view.reading.ignored_values, *view.reading.unannotated_values}
+        known |= {v for s in view.structures for v in s.values}
         if facts.label_problem and _are_labels(image.few, known):
             yield Finding(
                 "swapped files",
@@ -85,7 +85,7 @@ def case_findings(facts: CaseFacts, dataset: Dataset) -> Iterator[Finding]:
         yield Finding("label", own, facts.label_problem, problem=True)
     if image is not None:
         yield from _empty_slices(facts)
-    canonical = dataset.reading_of(case.domain).orientation == "canonical"
+    canonical = view.reading.orientation == "canonical"
     told = image.doubts if image is not None else ()
     # What a label has from its image is told once.
     told += tuple(d for d in label.doubts if d[0] not in dict(told)) if label is not None else ()

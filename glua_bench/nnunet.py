@@ -35,7 +35,7 @@ from glua_bench.errors import ConfigError, DataError, RunFailure
 from glua_bench.formats import Forms, VolumeFile, open_volume
 from glua_bench.parallel import side_by_side
 from glua_bench.paths import entries
-from glua_bench.task import UNANNOTATED, Case, Dataset, Reading, Structure
+from glua_bench.task import UNANNOTATED, Case, Dataset, DomainView, Reading
 from glua_bench.volumes import SAME_SIDES, frame, read_label_volume, save_volume
 
 ENDING = ".nii.gz"
@@ -69,8 +69,7 @@ class _Job:
     """One case on its way."""
 
     case: Case
-    reading: Reading
-    structures: tuple[Structure, ...]
+    view: DomainView
     folder: Path
     link: bool
 
@@ -104,8 +103,7 @@ def export(
     for domain, folder in zip(dataset.domains(), folders, strict=True):
         labelled = [case for case in cases[domain] if case.label is not None]
         _begin(folder, dataset, domain, labelled, link)
-        reading, structures = dataset.reading_of(domain), tuple(dataset.structures_of(domain))
-        work += [_Job(case, reading, structures, folder, link) for case in labelled]
+        work += [_Job(case, dataset.view(domain), folder, link) for case in labelled]
     progress.stage("export", len(work))
     for done, _ in enumerate(side_by_side(_export_case, work, jobs), start=1):
         progress.update(done)
@@ -145,7 +143,6 @@ def export_predictions(
         DataError: a prediction is missing or cannot be read.
         RunFailure: the directory cannot be written.
     """
-    reading, structures = dataset.reading_of(domain), tuple(dataset.structures_of(domain))
     work = []
     for case in dataset.split(domain, "test"):
         predicted = Case(
@@ -156,7 +153,7 @@ def export_predictions(
             case.split,
             case.subject,
         )
-        work.append(_Job(predicted, reading, structures, folder, link=False))
+        work.append(_Job(predicted, dataset.view(domain).of_predictions(), folder, link=False))
     progress.stage("export predictions", len(work))
     for done, _ in enumerate(side_by_side(_export_prediction, work, jobs), start=1):
         progress.update(done)
@@ -206,14 +203,14 @@ def _begin(folder: Path, dataset: Dataset, domain: str, cases: Sequence[Case], l
             f"Domain {domain} of '{dataset.name}' has no labelled training case, which nnU-Net "
             "needs."
         )
-    reading, structures = dataset.reading_of(domain), dataset.structures_of(domain)
+    view = dataset.view(domain)
     record = {
         "version": EXPORT_VERSION,
         "dataset": dataset.name,
         "domain": domain,
         "links": link,
-        "reading": json.loads(json.dumps(reading.identity())),
-        "values": [list(structure.values) for structure in structures],
+        "reading": json.loads(json.dumps(view.reading.identity())),
+        "values": [list(structure.values) for structure in view.structures],
         "cases": {
             name: [case.split, file_digest(case.image), file_digest(case.truth)]
             for name, case in zip(names, cases, strict=True)
@@ -253,7 +250,7 @@ def _finish(folder: Path, dataset: Dataset, domain: str, cases: Sequence[Case]) 
     names = {"background": 0}
     for index, structure in enumerate(dataset.structures, start=1):
         names[structure.name] = index
-    if dataset.reading_of(domain).unannotated_values:
+    if dataset.view(domain).reading.unannotated_values:
         names["ignore"] = len(names)  # which has to be the highest
     facts = {
         # "CT" makes nnU-Net normalise by the intensities of the whole dataset.
@@ -278,10 +275,10 @@ def _export_case(job: _Job) -> None:
     image = job.folder / f"images{part}" / f"{name}_0000{ENDING}"
     label = job.folder / f"labels{part}" / f"{name}{ENDING}"
     file = open_volume(job.case.image)
-    forms = _forms(file, job.reading)
+    forms = _forms(file, job.view.reading)
     if not label.exists():
-        classes = read_label_volume(job.case.truth, job.case.image, job.structures, job.reading)
-        classes[classes == UNANNOTATED] = len(job.structures) + 1
+        classes = read_label_volume(job.case.truth, job.case.image, job.view)
+        classes[classes == UNANNOTATED] = len(job.view.structures) + 1
         save_volume(label, classes, forms)
     if image.exists():
         return
@@ -303,9 +300,8 @@ def _export_prediction(job: _Job) -> None:
     target = job.folder / f"{name_of(job.case)}{ENDING}"
     if not target.exists():
         file = open_volume(job.case.image)
-        reading = job.reading.of_predictions()
-        classes = read_label_volume(job.case.truth, job.case.image, job.structures, reading)
-        save_volume(target, classes, _forms(file, job.reading))
+        classes = read_label_volume(job.case.truth, job.case.image, job.view)
+        save_volume(target, classes, _forms(file, job.view.reading))
 
 
 def _forms(file: VolumeFile, reading: Reading) -> Forms:

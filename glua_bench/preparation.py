@@ -9,7 +9,7 @@ from glua_bench.cache import SliceCache
 from glua_bench.console import Progress
 from glua_bench.errors import DataError
 from glua_bench.parallel import cores, side_by_side
-from glua_bench.task import Case, Dataset, Grid, Reading, Structure
+from glua_bench.task import Case, Dataset, Grid, GridView
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,7 @@ class _Job:
     """One case, and how it is read."""
 
     case: Case
-    reading: Reading
-    grid: Grid
-    structures: tuple[Structure, ...]
+    view: GridView
     root: Path  # of the cache
 
 
@@ -48,9 +46,9 @@ def prepare_cases(
     cases = [case for domain in dataset.domains() for case in dataset.cases(domain)]
     waiting = []
     for case in cases:
-        reading, structures = dataset.reading_of(case.domain), dataset.structures_of(case.domain)
-        if not cache.holds(case, reading, grid, structures):
-            waiting.append(_Job(case, reading, grid, tuple(structures), cache.root))
+        view = dataset.view(case.domain).on(grid)
+        if not cache.holds(case, view):
+            waiting.append(_Job(case, view, cache.root))
     there = len(cases) - len(waiting)
     progress.stage("preprocess", len(cases), there)
     progress.update(there)
@@ -68,9 +66,9 @@ def _prepare(job: _Job) -> str:
     """What is wrong with a case, and nothing where it is in the cache now."""
     cache = SliceCache(job.root)
     try:
-        cache.image(job.case.unlabelled(), job.reading, job.grid)
+        cache.image(job.case.unlabelled(), job.view)
         if job.case.label is not None:
-            cache.label(job.case, job.reading, job.grid, job.structures)
+            cache.label(job.case, job.view)
     except DataError as error:
         return str(error)
     return ""

@@ -375,7 +375,7 @@ def with_slice_distance(config: RunConfig, dataset: Dataset) -> RunConfig:
     if distance is None:
         distance = common_distance(
             [
-                slice_distance(case.image, dataset.reading_of(domain))
+                slice_distance(case.image, dataset.view(domain).reading)
                 for case in dataset.split(domain, "train")
             ]
             for domain in (config.source, config.target)
@@ -483,14 +483,14 @@ def plan(request: RunRequest, report: Callable[[str], None] = lambda line: None)
     fitted = adjusted(config, method, chosen, report)
     if fitted != config:
         config, method = fitted, build_method(fitted, dataset, method_class)
-    both = (config.source, config.target)
+    views = [dataset.view(domain) for domain in (config.source, config.target)]
     prints = Fingerprints(
         train=digest(
             [
                 fingerprint(chosen["source_train"]),
                 fingerprint(chosen["target_train"]),
-                [dataset.reading_of(domain).identity() for domain in both],
-                [[asdict(s) for s in dataset.structures_of(domain)] for domain in both],
+                [view.reading.identity() for view in views],
+                [[asdict(structure) for structure in view.structures] for view in views],
             ],
             16,
         ),
@@ -609,10 +609,9 @@ def stores(
         images, labels = [], []
         for case in cases:
             assert isinstance(case, Case)
-            reading = dataset.reading_of(case.domain)
-            structures = dataset.structures_of(case.domain)
-            images.append(cache.image(case.unlabelled(), reading, config.grid))
-            labels.append(cache.label(case, reading, config.grid, structures))
+            view = dataset.view(case.domain).on(config.grid)
+            images.append(cache.image(case.unlabelled(), view))
+            labels.append(cache.label(case, view))
             done += 1
             progress.update(done)
         return LabelledStore(images, labels, neighbourhood=neighbourhood)
@@ -624,7 +623,7 @@ def stores(
         images = []
         for case in chosen["target_train"]:
             assert isinstance(case, UnlabelledCase)
-            images.append(cache.image(case, dataset.reading_of(case.domain), config.grid))
+            images.append(cache.image(case, dataset.view(case.domain).on(config.grid)))
             done += 1
             progress.update(done)
         target = ImageStore(images, neighbourhood=neighbourhood)

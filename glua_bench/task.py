@@ -88,10 +88,6 @@ class Reading:
     intensity_range: tuple[float, float] | None = None
     unannotated_values: tuple[int, ...] = ()
 
-    def of_predictions(self) -> Reading:
-        """The same for a run's predictions, in which 0 is background and no voxel is left open."""
-        return replace(self, unannotated_values=())
-
     def identity(self) -> dict[str, Any]:
         """The fields, as the cache and a run's data fingerprint count them.
 
@@ -119,6 +115,44 @@ class Grid:
     size: int = field(metadata={"low": 32, "high": 4096})
     spacing: float = field(metadata={"low": 0.01, "high": 100})
     slice_spacing: float | None = field(default=None, metadata={"low": 0.01, "high": 100})
+
+
+@dataclass(frozen=True)
+class DomainView:
+    """How the files of one domain are read, and what their label values mean.
+
+    Attributes:
+        name: of the domain.
+        reading: how its files become arrays.
+        structures: the classes, with the raw label values of the domain's files.
+    """
+
+    name: str
+    reading: Reading
+    structures: tuple[Structure, ...]
+
+    def on(self, grid: Grid) -> GridView:
+        """Return the view of the domain on a working grid."""
+        return GridView(self.name, self.reading, self.structures, grid)
+
+    def of_predictions(self) -> DomainView:
+        """Return the view of a run's predictions, which leave no voxel unannotated."""
+        reading = replace(self.reading, unannotated_values=())
+        return DomainView(self.name, reading, self.structures)
+
+
+@dataclass(frozen=True)
+class GridView(DomainView):
+    """A domain on a working grid: what a file's slices depend on, besides the file.
+
+    Attributes:
+        name: of the domain.
+        reading: how its files become arrays.
+        structures: the classes, with the raw label values of the domain's files.
+        grid: on which networks see the slices.
+    """
+
+    grid: Grid
 
 
 @dataclass(frozen=True)
@@ -314,6 +348,15 @@ class Dataset(ABC):
             domain: one of `domains()`.
         """
         return cls.structures
+
+    @classmethod
+    def view(cls, domain: str) -> DomainView:
+        """Return how the files of one domain are read: `reading_of` and `structures_of` in one.
+
+        Args:
+            domain: one of `domains()`.
+        """
+        return DomainView(domain, cls.reading_of(domain), tuple(cls.structures_of(domain)))
 
     def domains(self) -> tuple[str, ...]:
         """Names of the domains, in order of their first appearance in `directions`."""

@@ -30,7 +30,7 @@ from scipy import ndimage, sparse
 
 from glua_bench.errors import DataError, RunFailure
 from glua_bench.formats import NIFTI, Forms, VolumeFile, open_volume
-from glua_bench.task import UNANNOTATED, Grid, Reading, Structure
+from glua_bench.task import UNANNOTATED, DomainView, Grid, Reading
 
 # A working pixel within 0.1 % of the file's pixel is taken as equal: over 256 pixels the drift
 # stays below a quarter of a pixel, and the image is not blurred by an interpolation.
@@ -212,9 +212,8 @@ def load_image(path: Path | VolumeFile, reading: Reading, grid: Grid) -> GridIma
 def load_label(
     path: Path,
     image_path: Path,
-    reading: Reading,
+    view: DomainView,
     placement: Placement,
-    structures: Sequence[Structure],
 ) -> np.ndarray:
     """Read a label volume onto the working grid of its image.
 
@@ -225,10 +224,9 @@ def load_label(
     Args:
         path: the label file.
         image_path: the image that it belongs to, for messages.
-        reading: as for the image; `ignored_values` count as background, and `unannotated_values`
-            as a class of their own, `UNANNOTATED`.
+        view: of the domain; class i + 1 is `structures[i]`, `ignored_values` count as background,
+            and `unannotated_values` as a class of their own, `UNANNOTATED`.
         placement: what `load_image` gave for the image.
-        structures: class i + 1 is `structures[i]`.
 
     Returns:
         uint8 (Z, H, W), class indices or `UNANNOTATED`, 0 where the grid reaches beyond the
@@ -243,8 +241,7 @@ def load_label(
         placement.file_shape,
         np.array(placement.affine),
         placement.forms,
-        structures,
-        reading,
+        view,
     )
     volume = orient(classes, placement.axes, placement.flips)
     maps = _maps_to_grid(placement)
@@ -267,17 +264,15 @@ def load_label(
     return labels
 
 
-def read_label_volume(
-    path: Path, image_path: Path, structures: Sequence[Structure], reading: Reading
-) -> np.ndarray:
+def read_label_volume(path: Path, image_path: Path, view: DomainView) -> np.ndarray:
     """Read a label volume on the file's own grid, as evaluation needs it.
 
     Args:
         path: the label file.
         image_path: the image that it belongs to; only its header is read.
-        structures: class i + 1 is `structures[i]`.
-        reading: `ignored_values` count as background and `unannotated_values` as `UNANNOTATED`;
-            its orientation decides whether the headers of the two files have to agree.
+        view: of the domain; class i + 1 is `structures[i]`, `ignored_values` count as background
+            and `unannotated_values` as `UNANNOTATED`. Headers of the two files have to agree where
+            the orientation is taken from them.
 
     Returns:
         uint8, class indices or `UNANNOTATED`, in the file's stored axes and shape.
@@ -287,9 +282,7 @@ def read_label_volume(
             value is no integer or not in the dataset's table.
     """
     image = open_volume(image_path)
-    return _read_classes(
-        path, image_path, image.shape, image.affine, image.forms, structures, reading
-    )
+    return _read_classes(path, image_path, image.shape, image.affine, image.forms, view)
 
 
 def restore(probabilities: np.ndarray, placement: Placement) -> np.ndarray:
@@ -457,10 +450,10 @@ def _read_classes(
     shape: tuple[int, int, int],
     affine: np.ndarray,
     forms: Forms,
-    structures: Sequence[Structure],
-    reading: Reading,
+    view: DomainView,
 ) -> np.ndarray:
     """Class indices in stored axes, after every check on the values."""
+    reading = view.reading
     file = open_volume(path)
     if file.shape != shape:
         raise DataError(
@@ -490,7 +483,7 @@ def _read_classes(
     known = {0: 0}
     known.update(dict.fromkeys(reading.ignored_values, 0))
     known.update(dict.fromkeys(reading.unannotated_values, UNANNOTATED))
-    for index, structure in enumerate(structures, start=1):
+    for index, structure in enumerate(view.structures, start=1):
         known.update(dict.fromkeys(structure.values, index))
     stored = file.voxels().reshape(-1, order="F")
     classes = np.zeros(stored.shape, np.uint8)

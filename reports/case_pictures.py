@@ -74,9 +74,9 @@ def compared_cases(
     test, cache, shown = {c.id: c for c in dataset.split(target, "test")}, SliceCache(), []
     for case_id, note in telling_cases(dice).items():
         case = test[case_id]
-        reading, structures = dataset.reading_of(case.domain), dataset.structures_of(case.domain)
-        image = cache.image(case.unlabelled(), reading, grid)
-        reference = cache.label(case, reading, grid, structures).open()
+        view = dataset.view(case.domain).on(grid)
+        image = cache.image(case.unlabelled(), view)
+        reference = cache.label(case, view).open()
         predictions = {
             str(entry): read_prediction(directory, case, dataset, image.placement)
             for entry, directory in directories.items()

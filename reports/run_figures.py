@@ -17,7 +17,7 @@ from glua_bench.reports.figures import (
     picture_grid,
     restyle_grid,
 )
-from glua_bench.task import UNANNOTATED, Case, Dataset, Grid, Structure
+from glua_bench.task import UNANNOTATED, Case, Dataset, Grid, GridView, Structure
 from glua_bench.tracking import RunDirectory
 from glua_bench.volumes import Placement, load_label
 
@@ -73,9 +73,9 @@ def _draw_cases(run: RunDirectory, dataset: Dataset, rows: pd.DataFrame) -> None
     cache, panels = SliceCache(), []
     for note, position in chosen.items():
         case = test[str(dice.index[position])]
-        reading, structures = dataset.reading_of(case.domain), dataset.structures_of(case.domain)
-        image = cache.image(case.unlabelled(), reading, config.grid)
-        reference = cache.label(case, reading, config.grid, structures).open()
+        view = dataset.view(case.domain).on(config.grid)
+        image = cache.image(case.unlabelled(), view)
+        reference = cache.label(case, view).open()
         predicted = read_prediction(run, case, dataset, image.placement)
         z = telling_slice(np.asarray(reference))
         panels.append(
@@ -118,9 +118,8 @@ def read_prediction(
     return load_label(
         run.predictions / f"{case.id}.nii.gz",
         case.image,
-        dataset.reading_of(case.domain).of_predictions(),
+        dataset.view(case.domain).of_predictions(),
         placement,
-        dataset.structures_of(case.domain),
     )
 
 
@@ -187,16 +186,15 @@ def draw_dataset(dataset: Dataset, grid: Grid, out: Path, columns: int = 6) -> l
     """
     cache, files = SliceCache(), []
     for domain in dataset.domains():
-        cases = dataset.cases(domain)
-        reading, structures = dataset.reading_of(domain), dataset.structures_of(domain)
+        cases, view = dataset.cases(domain), dataset.view(domain).on(grid)
         count = min(len(cases), 2 * columns)
         slices = []
         for case in (cases[i * len(cases) // count] for i in range(count)):
-            image = cache.image(case.unlabelled(), reading, grid).open()
+            image = cache.image(case.unlabelled(), view).open()
             if case.label is None:  # the middle slice, without contours
                 label, z = np.zeros(image.shape, np.uint8), len(image) // 2
             else:
-                label = np.asarray(cache.label(case, reading, grid, structures).open())
+                label = np.asarray(cache.label(case, view).open())
                 z = telling_slice(label)
             slices.append(
                 (
@@ -214,23 +212,20 @@ def draw_dataset(dataset: Dataset, grid: Grid, out: Path, columns: int = 6) -> l
                 dataset.structures,
                 dataset.publishable,
                 columns,
-                _volumes(cache, dataset, domain, grid),
+                _volumes(cache, cases, view),
             )
         )
     return files
 
 
-def _volumes(
-    cache: SliceCache, dataset: Dataset, domain: str, grid: Grid
-) -> list[tuple[float, ...]]:
+def _volumes(cache: SliceCache, cases: Sequence[Case], view: GridView) -> list[tuple[float, ...]]:
     """ml of each structure in each labelled case; empty where no case has a label."""
-    reading, structures = dataset.reading_of(domain), dataset.structures_of(domain)
-    rows = []
-    for case in dataset.cases(domain):
+    classes, rows = len(view.structures) + 1, []
+    for case in cases:
         if case.label is None:
             continue
-        ml = cache.image(case.unlabelled(), reading, grid).placement.grid_ml
-        labels = np.asarray(cache.label(case, reading, grid, structures).open())
-        counts = np.bincount(labels.ravel(), minlength=len(structures) + 1)
-        rows.append([float(count * ml) for count in counts[1 : len(structures) + 1]])
+        ml = cache.image(case.unlabelled(), view).placement.grid_ml
+        labels = np.asarray(cache.label(case, view).open())
+        counts = np.bincount(labels.ravel(), minlength=classes)
+        rows.append([float(count * ml) for count in counts[1:classes]])
     return list(zip(*rows, strict=True))

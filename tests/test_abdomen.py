@@ -386,9 +386,9 @@ def check_upright(image: np.ndarray, labels: np.ndarray) -> None:
 
 
 def loaded(image: Path, label: Path, domain: str, grid: Grid) -> tuple[Any, np.ndarray]:
-    reading, structures = Abdomen.reading_of(domain), Abdomen.structures_of(domain)
-    volume = load_image(image, reading, grid)
-    return volume, load_label(label, image, reading, volume.placement, structures)
+    view = Abdomen.view(domain)
+    volume = load_image(image, view.reading, grid)
+    return volume, load_label(label, image, view, volume.placement)
 
 
 @pytest.mark.parametrize("header", HEADERS)
@@ -460,9 +460,7 @@ def test_labels_mean_what_the_owners_say(dataset: Abdomen) -> None:
         case = dataset.cases(domain)[4]
         raw = np.asarray(nib.load(case.label).dataobj)
         assert set(np.unique(raw)) == {0, *values.values()}
-        classes = read_label_volume(
-            case.label, case.image, dataset.structures_of(domain), dataset.reading_of(domain)
-        )
+        classes = read_label_volume(case.label, case.image, dataset.view(domain))
         names = ("liver", "right kidney", "left kidney", "spleen")
         for number, organ in enumerate(names, start=1):
             np.testing.assert_array_equal(classes == number, raw == values[organ])
@@ -476,10 +474,10 @@ def test_copies_with_class_numbers_give_the_same(dataset: Abdomen, tmp_path: Pat
     grey: Any = nib.load(case.label)
     classes = np.searchsorted([0, 63, 126, 189, 252], np.asarray(grey.dataobj)).astype(np.uint8)
     nib.save(nib.Nifti1Image(classes, grey.affine), tmp_path / "label_2.nii.gz")
-    structures, reading = dataset.structures_of("mr"), dataset.reading_of("mr")
+    view = dataset.view("mr")
     np.testing.assert_array_equal(
-        read_label_volume(tmp_path / "label_2.nii.gz", case.image, structures, reading),
-        read_label_volume(case.label, case.image, structures, reading),
+        read_label_volume(tmp_path / "label_2.nii.gz", case.image, view),
+        read_label_volume(case.label, case.image, view),
     )
 
 

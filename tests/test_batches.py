@@ -26,15 +26,14 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[LabelledStore, Ima
     root = tmp_path_factory.mktemp("tiny")
     dataset = TinyDataset(root / "data")
     dataset.prepare()
-    cache, grid, reading = SliceCache(root / "slices"), dataset.grid("quick"), dataset.reading
+    cache = SliceCache(root / "slices")
+    view = dataset.view("plain").on(dataset.grid("quick"))
     cases = dataset.split("plain", "train")
     source = LabelledStore(
-        [cache.image(c.unlabelled(), reading, grid) for c in cases],
-        [cache.label(c, reading, grid, dataset.structures) for c in cases],
+        [cache.image(c.unlabelled(), view) for c in cases],
+        [cache.label(c, view) for c in cases],
     )
-    target = ImageStore(
-        [cache.image(dataset.split("inverted", "train")[0].unlabelled(), reading, grid)]
-    )
+    target = ImageStore([cache.image(dataset.split("inverted", "train")[0].unlabelled(), view)])
     return source, target
 
 

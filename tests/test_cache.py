@@ -28,11 +28,12 @@ from glua_bench.cache import (
 )
 from glua_bench.errors import DataError, RunFailure
 from glua_bench.neighbours import Neighbourhood
-from glua_bench.task import Case, Grid, Reading, Structure
+from glua_bench.task import Case, DomainView, Grid, Reading, Structure
 from glua_bench.volumes import load_image, load_label
 
 READING, GRID = Reading(), Grid(24, 1.0)
 STRUCTURES = (Structure("A", "a", (5,), "#000000"), Structure("B", "b", (7,), "#000000"))
+VIEW = DomainView("mr", READING, STRUCTURES).on(GRID)
 
 
 @pytest.fixture(autouse=True)
@@ -61,10 +62,10 @@ def files_under(folder: Path) -> set[Path]:
 
 def test_entries_hold_what_volumes_gives(case):
     cache = SliceCache()
-    image = cache.image(case.unlabelled(), READING, GRID)
-    label = cache.label(case, READING, GRID, STRUCTURES)
+    image = cache.image(case.unlabelled(), VIEW)
+    label = cache.label(case, VIEW)
     loaded = load_image(case.image, READING, GRID)
-    expected = load_label(case.label, case.image, READING, loaded.placement, STRUCTURES)
+    expected = load_label(case.label, case.image, VIEW, loaded.placement)
     assert image.placement == loaded.placement
     assert image.shape == label.shape == image.open().shape == (4, 24, 24)
     np.testing.assert_allclose(image.open(), loaded.voxels, atol=2.5e-4)
@@ -74,23 +75,23 @@ def test_entries_hold_what_volumes_gives(case):
 
 
 def test_second_call_reads_no_volume(case, monkeypatch):
-    first = SliceCache().image(case.unlabelled(), READING, GRID)
-    SliceCache().label(case, READING, GRID, STRUCTURES)
+    first = SliceCache().image(case.unlabelled(), VIEW)
+    SliceCache().label(case, VIEW)
 
     def unexpected(*arguments):
         raise AssertionError("the volume was read again")
 
     monkeypatch.setattr(cache_module, "load_image", unexpected)
     monkeypatch.setattr(cache_module, "load_label", unexpected)
-    assert SliceCache().image(case.unlabelled(), READING, GRID) == first
-    SliceCache().label(case, READING, GRID, STRUCTURES)
+    assert SliceCache().image(case.unlabelled(), VIEW) == first
+    SliceCache().label(case, VIEW)
 
 
 def test_every_input_has_its_own_entry(tmp_path, case):
     """Content, reading, grid and class table each make another entry; names do not."""
     cache = SliceCache()
     images = [
-        cache.image(case.unlabelled(), reading, grid).path
+        cache.image(case.unlabelled(), DomainView("mr", reading, ()).on(grid)).path
         for reading, grid in (
             (READING, GRID),
             (replace(READING, flip=(1,)), GRID),
@@ -99,53 +100,55 @@ def test_every_input_has_its_own_entry(tmp_path, case):
             (READING, Grid(24, 1.0, 2.0)),
         )
     ]
-    images.append(cache.image(make_case(tmp_path, 1).unlabelled(), READING, GRID).path)
+    images.append(cache.image(make_case(tmp_path, 1).unlabelled(), VIEW).path)
     assert len(set(images)) == 6
     merged = (Structure("A", "a", (5, 7), "#000000"),)
     renamed = (replace(STRUCTURES[0], name="C"), STRUCTURES[1])
-    paths = [cache.label(case, READING, GRID, s).path for s in (STRUCTURES, merged, renamed)]
+    paths = [
+        cache.label(case, replace(VIEW, structures=s)).path for s in (STRUCTURES, merged, renamed)
+    ]
     assert paths[0] == paths[2] != paths[1]
     same = replace(case, id="other", subject="other")
-    assert cache.image(same.unlabelled(), READING, GRID).path == images[0]
+    assert cache.image(same.unlabelled(), VIEW).path == images[0]
 
 
 def test_other_code_makes_other_entries(case, monkeypatch):
     """Voxels that an earlier version read otherwise are not taken for those of this one."""
-    before = SliceCache().image(case.unlabelled(), READING, GRID).path
-    label = SliceCache().label(case, READING, GRID, STRUCTURES).path
+    before = SliceCache().image(case.unlabelled(), VIEW).path
+    label = SliceCache().label(case, VIEW).path
     known = fingerprint([case])
     monkeypatch.setattr(cache_module, "code_digest", lambda harness: f"other {harness}")
-    assert not SliceCache().holds(case, READING, GRID, STRUCTURES)
-    assert SliceCache().image(case.unlabelled(), READING, GRID).path != before
-    assert SliceCache().label(case, READING, GRID, STRUCTURES).path != label
+    assert not SliceCache().holds(case, VIEW)
+    assert SliceCache().image(case.unlabelled(), VIEW).path != before
+    assert SliceCache().label(case, VIEW).path != label
     assert fingerprint([case]) == known
 
 
 def test_changed_label_changes_no_image_entry(tmp_path, case):
     """Poisoned labels reach label entries and nothing else."""
     cache = SliceCache()
-    image = cache.image(case.unlabelled(), READING, GRID)
-    before = cache.label(case, READING, GRID, STRUCTURES)
+    image = cache.image(case.unlabelled(), VIEW)
+    before = cache.label(case, VIEW)
     nib.save(nib.Nifti1Image(np.full((20, 22, 4), 7, np.int16), np.eye(4)), case.label)
-    after = cache.label(case, READING, GRID, STRUCTURES)
-    assert cache.image(case.unlabelled(), READING, GRID) == image
+    after = cache.label(case, VIEW)
+    assert cache.image(case.unlabelled(), VIEW) == image
     assert after.path != before.path and (after.open()[:, 4:20, 4:20] == 2).all()
 
 
 def test_changed_image_changes_its_labels_entry(case):
     """The crop comes from the image, so a label on another image's grid is another entry."""
     cache = SliceCache()
-    before = cache.label(case, READING, GRID, STRUCTURES)
+    before = cache.label(case, VIEW)
     image = np.random.default_rng(9).normal(0, 1, (20, 22, 4)).astype(np.float32)
     nib.save(nib.Nifti1Image(image, np.eye(4)), case.image)
-    assert cache.label(case, READING, GRID, STRUCTURES).path != before.path
+    assert cache.label(case, VIEW).path != before.path
 
 
 def test_no_way_leads_from_images_to_labels(tmp_path, case):
     """Neither the image entry nor the store names the label's file, directory or key."""
     cache = SliceCache()
-    label = cache.label(case, READING, GRID, STRUCTURES)
-    image = cache.image(case.unlabelled(), READING, GRID)
+    label = cache.label(case, VIEW)
+    image = cache.image(case.unlabelled(), VIEW)
     store = ImageStore([image], in_memory=False)
     store.images([0, 1])
     dump = pickle.dumps([image, store]) + image.path.with_suffix(".json").read_bytes()
@@ -164,8 +167,8 @@ def _build(folder: str, barrier: object) -> None:
     )
     barrier.wait(60)  # type: ignore[attr-defined]
     cache = SliceCache()
-    image = cache.image(case.unlabelled(), READING, GRID).open()
-    label = cache.label(case, READING, GRID, STRUCTURES).open()
+    image = cache.image(case.unlabelled(), VIEW).open()
+    label = cache.label(case, VIEW).open()
     if not (np.isfinite(image).all() and label.max() == 2):
         raise AssertionError("wrong entry")
 
@@ -189,7 +192,7 @@ import os, signal, sys
 from pathlib import Path
 import numpy as np
 from glua_bench.cache import SliceCache
-from glua_bench.task import Grid, Reading, UnlabelledCase
+from glua_bench.task import DomainView, Grid, Reading, UnlabelledCase
 where = sys.argv[2]
 if where == "array":
     def save(stream, array):
@@ -206,7 +209,8 @@ else:
                 os.kill(os.getpid(), signal.SIGKILL)
         replace(*paths)
     os.replace = killing
-SliceCache().image(UnlabelledCase("c", "mr", Path(sys.argv[1])), Reading(), Grid(24, 1.0))
+view = DomainView("mr", Reading(), ()).on(Grid(24, 1.0))
+SliceCache().image(UnlabelledCase("c", "mr", Path(sys.argv[1])), view)
 """
 
 
@@ -216,7 +220,7 @@ def test_killed_writer_leaves_no_entry(case, where):
     died = subprocess.run([sys.executable, "-c", KILLED, str(case.image), where])
     assert died.returncode == -signal.SIGKILL
     assert not list((SliceCache().root / "images").rglob("*.json"))
-    image = SliceCache().image(case.unlabelled(), READING, GRID)
+    image = SliceCache().image(case.unlabelled(), VIEW)
     expected = load_image(case.image, READING, GRID).voxels
     np.testing.assert_allclose(image.open(), expected, atol=2.5e-4)
 
@@ -227,7 +231,7 @@ def test_leftovers_are_swept_after_a_day(case):
     (scratch / "old.npy").write_bytes(b"x")
     (scratch / "new.npy").write_bytes(b"x")
     os.utime(scratch / "old.npy", (1, 1))
-    SliceCache().image(case.unlabelled(), READING, GRID)
+    SliceCache().image(case.unlabelled(), VIEW)
     assert {path.name for path in scratch.iterdir()} == {"new.npy"}
 
 
@@ -236,7 +240,7 @@ def test_leftovers_are_swept_after_a_day(case):
 )
 def test_damaged_entry_is_rebuilt(case, damage):
     cache = SliceCache()
-    entry = cache.image(case.unlabelled(), READING, GRID)
+    entry = cache.image(case.unlabelled(), VIEW)
     good, description = entry.path.read_bytes(), entry.path.with_suffix(".json")
     text = description.read_text()
     if damage == "truncate":
@@ -255,13 +259,13 @@ def test_damaged_entry_is_rebuilt(case, damage):
         description.unlink()
     elif damage == "text":
         description.write_text(text[: len(text) // 2])
-    assert SliceCache().image(case.unlabelled(), READING, GRID) == entry
+    assert SliceCache().image(case.unlabelled(), VIEW) == entry
     assert entry.path.read_bytes() == good
     assert description.read_text() == text
 
 
 def test_vanished_entry_is_a_sentence(case):
-    entry = SliceCache().image(case.unlabelled(), READING, GRID)
+    entry = SliceCache().image(case.unlabelled(), VIEW)
     entry.path.unlink()
     with pytest.raises(DataError, match="run the command again"):
         entry.open()
@@ -274,7 +278,7 @@ def test_full_disk_is_a_failure_of_the_run(case, monkeypatch):
 
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(RunFailure, match=r"full.*GLUA_BENCH_CACHE.*\.$"):
-        SliceCache().image(case.unlabelled(), READING, GRID)
+        SliceCache().image(case.unlabelled(), VIEW)
     assert not files_under(SliceCache().root)
 
 
@@ -282,13 +286,13 @@ def test_unwritable_cache_names_the_variable(case, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a directory")
     monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "file"))
     with pytest.raises(DataError, match=r"GLUA_BENCH_CACHE.*\.$"):
-        SliceCache().image(case.unlabelled(), READING, GRID)
+        SliceCache().image(case.unlabelled(), VIEW)
 
 
 def test_missing_image_is_a_sentence(case):
     case.image.unlink()
     with pytest.raises(DataError, match=r"p0\.nii\.gz cannot be read.*\.$"):
-        SliceCache().image(case.unlabelled(), READING, GRID)
+        SliceCache().image(case.unlabelled(), VIEW)
 
 
 def _later(monkeypatch, seconds: float) -> None:
@@ -346,8 +350,8 @@ def many(tmp_path) -> tuple[list[CachedImage], list]:
     cache = SliceCache()
     cases = [make_case(tmp_path, number, 1 + number % 4) for number in range(20)]
     return (
-        [cache.image(case.unlabelled(), READING, GRID) for case in cases],
-        [cache.label(case, READING, GRID, STRUCTURES) for case in cases],
+        [cache.image(case.unlabelled(), VIEW) for case in cases],
+        [cache.label(case, VIEW) for case in cases],
     )
 
 
@@ -379,8 +383,8 @@ def test_stores_serve_each_slice_amid_its_neighbours_of_one_volume(tmp_path, in_
     """In order, the outermost slice repeated, and no slice of the volume before or after."""
     cache, depths = SliceCache(), (1, 5, 2, 9)
     cases = [make_case(tmp_path, number, depth) for number, depth in enumerate(depths)]
-    images = [cache.image(case.unlabelled(), READING, GRID) for case in cases]
-    labels = [cache.label(case, READING, GRID, STRUCTURES) for case in cases]
+    images = [cache.image(case.unlabelled(), VIEW) for case in cases]
+    labels = [cache.label(case, VIEW) for case in cases]
     store = LabelledStore(images, labels, in_memory, Neighbourhood(5, 2.0))  # slices of 1 mm
     asked = np.random.default_rng(0).permutation(np.repeat(np.arange(len(store)), 2))
     found = store.images(asked)
@@ -407,7 +411,7 @@ def test_neighbours_are_as_far_in_volumes_of_other_slices(tmp_path):
         case = make_case(tmp_path, number, 12)
         voxels = np.asarray(nib.load(case.image).dataobj)
         nib.save(nib.Nifti1Image(voxels, np.diag([1, 1, thickness, 1])), case.image)
-        images.append(cache.image(case.unlabelled(), READING, GRID))
+        images.append(cache.image(case.unlabelled(), VIEW))
     before = files_under(cache.root)
     store = ImageStore(images, neighbourhood=Neighbourhood(3, 6.0))
     for index, step in enumerate((6, 2, 1)):
@@ -440,14 +444,14 @@ def test_stores_refuse_what_does_not_fit(many, case):
     with pytest.raises(ValueError, match="at least one"):
         ImageStore([])
     with pytest.raises(ValueError, match="differ in size"):
-        other = SliceCache().image(case.unlabelled(), READING, Grid(16, 1.0))
+        other = SliceCache().image(case.unlabelled(), replace(VIEW, grid=Grid(16, 1.0)))
         ImageStore([images[0], other])
     with pytest.raises(ValueError, match="different numbers or shapes"):
         LabelledStore(images, labels[::-1])
 
 
 def test_descriptions_are_json_with_the_size(case):
-    entry = SliceCache().image(case.unlabelled(), READING, GRID)
+    entry = SliceCache().image(case.unlabelled(), VIEW)
     description = json.loads(entry.path.with_suffix(".json").read_text())
     assert sorted(description) == ["bytes", "placement", "shape"]
     assert description["bytes"] == entry.path.stat().st_size

@@ -319,7 +319,7 @@ def test_the_measure_is_that_of_data_check(trained: Livers) -> None:
     for domain, own in kept.domains.items():
         found = []
         for case in dataset.split(domain, "train"):
-            facts = read_facts(case, own.reading, own.structures).image
+            facts = read_facts(case, own).image
             mine = read_intensities(open_volume(case.image), own.reading)
             assert facts is not None and mine.levels == facts.levels
             assert mine.negative == pytest.approx(facts.negative, abs=1e-6)

@@ -850,9 +850,8 @@ def test_a_way_to_a_label_is_found(monkeypatch: pytest.MonkeyPatch, what: str) -
             }[what]
             if what == "labels":
                 cache = runs.SliceCache()
-                entry = cache.label(
-                    case, bench.dataset.reading, bench.dataset.grid("quick"), TinyDataset.structures
-                )
+                grid = bench.dataset.grid("quick")
+                entry = cache.label(case, bench.dataset.view(case.domain).on(grid))
                 self.notes = torch.from_numpy(np.array(entry.open(), np.int64))
                 assert labels.any()
 

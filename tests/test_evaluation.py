@@ -24,7 +24,7 @@ from glua_bench.errors import DataError
 from glua_bench.evaluation import evaluate, predict_volume, summarise
 from glua_bench.metrics import distance_penalty
 from glua_bench.neighbours import Neighbourhood
-from glua_bench.task import UNANNOTATED, Case, Grid
+from glua_bench.task import UNANNOTATED, Case, DomainView, Grid
 from glua_bench.volumes import load_label
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def case(request: pytest.FixtureRequest, dataset: Phantom) -> Case:
 
 
 def label_of(dataset: Phantom, case: Case) -> CachedLabel:
-    return SliceCache().label(case, dataset.reading, GRID, dataset.structures)
+    return SliceCache().label(case, dataset.view(case.domain).on(GRID))
 
 
 def perfect(dataset: Phantom, case: Case, without: int = -1) -> Predict:
@@ -73,7 +73,7 @@ def score(
 def test_every_slice_is_predicted_once_in_order(
     batch_size: int, dataset: Phantom, case: Case
 ) -> None:
-    image = SliceCache().image(case.unlabelled(), dataset.reading, GRID)
+    image = SliceCache().image(case.unlabelled(), dataset.view(case.domain).on(GRID))
     voxels, seen = np.asarray(image.open(), np.float32), []
 
     def predict(images: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def test_every_slice_is_predicted_once_in_order(
 
 
 def test_every_slice_is_predicted_amid_its_neighbours(dataset: Phantom, case: Case) -> None:
-    image = SliceCache().image(case.unlabelled(), dataset.reading, GRID)
+    image = SliceCache().image(case.unlabelled(), dataset.view(case.domain).on(GRID))
     voxels = np.asarray(image.open(), np.float32)
     seen = []
 
@@ -175,7 +175,7 @@ def partly(tmp_path: Path) -> tuple[type[TinyDataset], Case, np.ndarray]:
     dataset.prepare()
     case = dataset.split("plain", "test")[0]
     grid = dataset.grid("quick")
-    whole = SliceCache().label(case, dataset.reading, grid, dataset.structures).open()
+    whole = SliceCache().label(case, dataset.view(case.domain).on(grid)).open()
     whole = np.array(whole, np.int64)
     label = nib.load(case.truth)
     raw = np.asarray(label.dataobj).copy()
@@ -209,13 +209,14 @@ def test_what_nobody_annotated_is_neither_right_nor_wrong(
     assert rows["reference_ml"].tolist() == rows["prediction_ml"].tolist() == expected
     # Any other answer there has the same scores.
     other = whole.copy()
-    placement = SliceCache().image(case.unlabelled(), kind.reading, Grid(32, 1.0)).placement
+    placement = (
+        SliceCache().image(case.unlabelled(), kind.view(case.domain).on(Grid(32, 1.0))).placement
+    )
     unannotated = load_label(
         case.truth,
         case.image,
-        replace(kind.reading, unannotated_values=(99,)),
+        DomainView("ct", replace(kind.reading, unannotated_values=(99,)), kind.structures),
         placement,
-        kind.structures,
     )
     other[unannotated == UNANNOTATED] = 1
     assert (other != whole).sum() > 100

@@ -13,7 +13,7 @@ import SimpleITK as sitk
 from glua_bench.console import Progress
 from glua_bench.datasets.phantom import Phantom
 from glua_bench.facts import LEVELS, CaseFacts, gather, read_facts
-from glua_bench.task import Case, Reading, Structure
+from glua_bench.task import Case, DomainView, Reading, Structure
 
 STRUCTURES = (
     Structure("A", "first", (10, 11), "#000000"),
@@ -45,7 +45,7 @@ def read(folder: Path, image: object, label: object | None, **reading: object) -
             content = nib.Nifti1Image(content, np.diag([*SPACING, 1.0]))
         nib.save(content, paths[-1])
     case = Case("a", "ct", paths[0], paths[1], "train", "a")
-    return read_facts(case, Reading(**reading), STRUCTURES)  # type: ignore[arg-type]
+    return read_facts(case, DomainView("ct", Reading(**reading), STRUCTURES))  # type: ignore[arg-type]
 
 
 def test_facts_by_hand(tmp_path: Path) -> None:
@@ -109,7 +109,9 @@ def test_content_does_not_depend_on_how_it_is_stored(tmp_path: Path) -> None:
         found[name] = facts.image.content, facts.image.values, facts.label.content
     path = tmp_path / "image.mha"
     sitk.WriteImage(sitk.GetImageFromArray(image.T), str(path))
-    other = read_facts(Case("a", "ct", path, None, "train", "a"), Reading(), STRUCTURES).image
+    other = read_facts(
+        Case("a", "ct", path, None, "train", "a"), DomainView("ct", Reading(), STRUCTURES)
+    ).image
     assert other is not None
     found["mha"] = other.content, other.values, found["int16"][2]
     assert len(set(found.values())) == 1, found
@@ -154,7 +156,7 @@ def test_what_cannot_be_read_is_told_once_and_by_its_file(tmp_path: Path) -> Non
     facts = read(tmp_path, image, label)
     broken = facts.case
     broken.image.write_bytes(b"no volume")
-    facts = read_facts(broken, Reading(), STRUCTURES)
+    facts = read_facts(broken, DomainView("ct", Reading(), STRUCTURES))
     assert facts.image is None and facts.label is None
     assert str(broken.image) in facts.image_problem and facts.label_problem == ""
     # Damaged voxels leave the header, so the label is judged, without intensities.

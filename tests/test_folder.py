@@ -72,8 +72,8 @@ def test_a_description_reads_as_the_class_does(described: Path) -> None:
         assert len({c.subject for c in cases}) == 4
         for case, other in zip(cases, written.cases(domain), strict=True):
             assert (case.image, case.label) == (other.image, other.label)
-            label = cache.label(case, own.reading_of(domain), grid, own.structures_of(domain))
-            expected = cache.label(other, written.reading, grid, written.structures)
+            label = cache.label(case, own.view(domain).on(grid))
+            expected = cache.label(other, written.view(other.domain).on(grid))
             # Upright: both axes in the plane are reversed.
             np.testing.assert_array_equal(label.open()[:, ::-1, ::-1], expected.open())
 

@@ -21,7 +21,7 @@ from scipy.spatial.transform import Rotation
 from glua_bench.cache import SliceCache, file_digest, fingerprint
 from glua_bench.errors import DataError
 from glua_bench.formats import files_of, open_volume
-from glua_bench.task import Case, Grid, Reading, Structure
+from glua_bench.task import Case, DomainView, Grid, Reading, Structure
 from glua_bench.volumes import (
     load_image,
     load_label,
@@ -105,8 +105,8 @@ def test_every_format_gives_the_same_grid_and_the_same_way_back(
         first = write(tmp_path / f"image{number}{suffix}", image, affine, pack)
         second = write(tmp_path / f"label{number}{suffix}", raw, affine, pack)
         loaded = load_image(first, reading, grid)
-        labels = load_label(second, first, reading, loaded.placement, STRUCTURES)
-        classes = read_label_volume(second, first, STRUCTURES, reading)
+        labels = load_label(second, first, DomainView("ct", reading, STRUCTURES), loaded.placement)
+        classes = read_label_volume(second, first, DomainView("ct", reading, STRUCTURES))
         restored = restore(np.eye(3, dtype=np.float32)[labels].transpose(3, 0, 1, 2),
                            loaded.placement)  # fmt: skip
         save_labels(tmp_path / f"out{number}.nii.gz", restored, loaded.placement, [205, 500])
@@ -221,13 +221,13 @@ def test_voxels_beside_the_header_count(tmp_path, style, suffix):
     assert np.array_equal(open_volume(header).voxels(), VALUES)
     assert files_of(header) == (header, *(tmp_path / "d" / name for name in names))
     before = file_digest(header), fingerprint([case])
-    entry = SliceCache().image(case.unlabelled(), Reading(), Grid(32, 1.0))
+    entry = SliceCache().image(case.unlabelled(), DomainView("ct", Reading(), ()).on(Grid(32, 1.0)))
     last = tmp_path / "d" / names[-1]
     content = bytearray(last.read_bytes())
     content[-2] ^= 64
     last.write_bytes(content)
     assert file_digest(header) != before[0] and fingerprint([case]) != before[1]
-    again = SliceCache().image(case.unlabelled(), Reading(), Grid(32, 1.0))
+    again = SliceCache().image(case.unlabelled(), DomainView("ct", Reading(), ()).on(Grid(32, 1.0)))
     assert again.path != entry.path
 
     last.unlink()
@@ -539,7 +539,7 @@ def test_nifti_is_in_mm_whatever_its_unit(tmp_path, unit, suffix):
         image = nifti_in(tmp_path / f"{name}.{suffix}", data, AFFINE, own)
         label = nifti_in(tmp_path / f"{name}_label.{suffix}", raw, AFFINE, own)
         loaded = load_image(image, Reading(), Grid(24, 2.0, 4.0))
-        labels = load_label(label, image, Reading(), loaded.placement, STRUCTURES)
+        labels = load_label(label, image, DomainView("ct", Reading(), STRUCTURES), loaded.placement)
         np.testing.assert_allclose(loaded.placement.affine, AFFINE, atol=1e-5)
         np.testing.assert_allclose(open_volume(image).spacing, (2, 2, 4), rtol=1e-6)
         np.testing.assert_allclose(sitk.ReadImage(str(image)).GetSpacing(), (2, 2, 4), rtol=1e-6)
@@ -569,7 +569,9 @@ def test_image_and_label_may_state_different_units(tmp_path, first, second):
     image = nifti_in(tmp_path / "i.nii", data, AFFINE, first)
     label = nifti_in(tmp_path / "l.nii", raw, AFFINE, second)
     assert same_place(open_volume(label).affine, open_volume(image).affine, data.shape)
-    assert np.array_equal(read_label_volume(label, image, STRUCTURES, Reading()) == 1, raw == 205)
+    assert np.array_equal(
+        read_label_volume(label, image, DomainView("ct", Reading(), STRUCTURES)) == 1, raw == 205
+    )
     wrong = nib.load(label)
     wrong.header["xyzt_units"] = first
     nib.save(wrong, tmp_path / "w.nii")

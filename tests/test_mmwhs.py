@@ -255,9 +255,7 @@ def test_slices_stand_upright_however_they_are_stored(
     loaded = {}
     for name, (image_path, label_path) in paths.items():
         volume = load_image(image_path, MMWHS.reading, grid)
-        labels = load_label(
-            label_path, image_path, MMWHS.reading, volume.placement, MMWHS.structures
-        )
+        labels = load_label(label_path, image_path, MMWHS.view("ct"), volume.placement)
         loaded[name] = volume.voxels, labels
         # Coronal slices, so the slice distance is the world's y, whichever file axis that is.
         spacing = [volume.placement.spacing[axis] for axis in volume.placement.axes]
@@ -282,7 +280,7 @@ def test_labels_mean_what_the_owners_say(dataset: MMWHS) -> None:
         known = {0, 205, 420, 500, 550, 600, 820, 850}
         values = set(np.unique(raw).tolist())
         assert values - {STRAY} <= known and (STRAY in values) == (case.id == "mr_1010")
-        classes = read_label_volume(case.label, case.image, dataset.structures, dataset.reading)
+        classes = read_label_volume(case.label, case.image, dataset.view(case.domain))
         for index, structure in enumerate(dataset.structures, start=1):
             np.testing.assert_array_equal(classes == index, np.isin(raw, structure.values))
         assert (classes[np.isin(raw, dataset.reading.ignored_values)] == 0).all()
@@ -441,7 +439,9 @@ def test_the_cache_needs_no_label(dataset: MMWHS, tmp_path: Path) -> None:
     alone = tmp_path / case.image.name
     alone.write_bytes(case.image.read_bytes())
     grid = Grid(32, 10.0)
-    with_label = SliceCache(tmp_path / "a").image(case.unlabelled(), dataset.reading, grid)
+    with_label = SliceCache(tmp_path / "a").image(
+        case.unlabelled(), dataset.view(case.domain).on(grid)
+    )
     without = load_image(alone, dataset.reading, grid)
     assert with_label.placement == without.placement
 

@@ -449,7 +449,7 @@ def test_label_5_is_known_and_background(tmp_path):
     dataset.prepare()
     for case in dataset.cases("ct"):
         raw = np.asarray(nib.load(case.label).dataobj)
-        classes = read_label_volume(case.label, case.image, dataset.structures, dataset.reading)
+        classes = read_label_volume(case.label, case.image, dataset.view(case.domain))
         assert set(np.unique(raw)) == {0, 1, 2, 3, 4, 5}
         assert np.array_equal(classes, np.where(raw == 5, 0, raw))
     assert [s.name for s in dataset.structures] == ["MYO", "LAC", "LVC", "AA"]
@@ -461,7 +461,7 @@ def test_test_and_training_lie_alike_and_upright(tmp_path):
     dataset = MMWHSSIFA(write_release(tmp_path))
     dataset.prepare()
     for case in dataset.cases("mr"):
-        image = SliceCache().image(case.unlabelled(), dataset.reading, Grid(SIDE, 1.0))
+        image = SliceCache().image(case.unlabelled(), dataset.view(case.domain).on(Grid(SIDE, 1.0)))
         volume: Any = nib.load(case.image)
         expected = volume.get_fdata()[::-1, ::-1].transpose(2, 1, 0)
         np.testing.assert_allclose(image.open(), expected, atol=1e-3)

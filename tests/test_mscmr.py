@@ -144,15 +144,13 @@ def test_reading_states_the_spacing_and_stands_upright(tmp_path):
     dataset = MSCMR(tmp_path)
     case = dataset.cases("bssfp")[0]
     original = np.asarray(nib.load(case.label).dataobj)
-    reference = read_label_volume(case.label, case.image, dataset.structures, dataset.reading)
+    reference = read_label_volume(case.label, case.image, dataset.view(case.domain))
     for preset in ("quick", "standard", "paper"):
         grid = dataset.grid(preset)
         loaded = load_image(case.image, dataset.reading, grid)
         np.testing.assert_allclose(loaded.placement.spacing, (0.74, 0.74, 8.0))
         assert loaded.voxels.shape == (3, grid.size, grid.size)
-        labels = load_label(
-            case.label, case.image, dataset.reading, loaded.placement, dataset.structures
-        )
+        labels = load_label(case.label, case.image, dataset.view(case.domain), loaded.placement)
         left, right = (np.argwhere(labels[1] == index).mean(0) for index in (3, 2))
         assert left[1] < right[1] - 15
         restored = restore(np.moveaxis(np.eye(4)[labels], -1, 0), loaded.placement)
@@ -198,9 +196,9 @@ def test_real_patients_go_there_and_back(real, tmp_path):
         for case in real.cases(domain):
             for preset, least in (("standard", 1.0), ("quick", 0.9)):
                 grid = real.grid(preset)
-                image = cache.image(case.unlabelled(), real.reading, grid)
-                labels = cache.label(case, real.reading, grid, real.structures).open()
-                reference = read_label_volume(case.label, case.image, real.structures, real.reading)
+                image = cache.image(case.unlabelled(), real.view(case.domain).on(grid))
+                labels = cache.label(case, real.view(case.domain).on(grid)).open()
+                reference = read_label_volume(case.label, case.image, real.view(case.domain))
                 restored = restore(np.moveaxis(np.eye(4)[labels], -1, 0), image.placement)
                 rows = case_metrics(restored, reference, real.structures, image.placement.spacing)
                 assert min(row["dice"] for row in rows) >= least
@@ -220,8 +218,8 @@ def test_real_sequences_have_hearts_of_one_size(real, tmp_path):
     for domain in real.domains():
         grid, cases = real.grid("quick"), real.cases(domain)
         store = LabelledStore(
-            [cache.image(case.unlabelled(), real.reading, grid) for case in cases],
-            [cache.label(case, real.reading, grid, real.structures) for case in cases],
+            [cache.image(case.unlabelled(), real.view(case.domain).on(grid)) for case in cases],
+            [cache.label(case, real.view(case.domain).on(grid)) for case in cases],
         )
         labels = store.labels(np.arange(len(store)))
         inside = np.isin(labels, (1, 2))

@@ -82,7 +82,7 @@ def test_images_are_the_owner_s_and_labels_are_classes(phantom_root: Path, tmp_p
             image = folder / f"images{part}" / f"{name}_0000.nii.gz"
             assert image.read_bytes() == case.image.read_bytes()
             label = nib.load(folder / f"labels{part}" / f"{name}.nii.gz")
-            expected = read_label_volume(case.truth, case.image, data.structures, data.reading)
+            expected = read_label_volume(case.truth, case.image, data.view(case.domain))
             np.testing.assert_array_equal(np.asarray(label.dataobj), expected)
             assert label.get_data_dtype() == np.uint8
             pair = [sitk.ReadImage(str(file)) for file in (image, label.get_filename())]

@@ -111,15 +111,13 @@ def test_slices_stand_upright_through_the_reading_code(dataset: Phantom) -> None
     for domain in ("ct", "mr"):
         case = dataset.cases(domain)[0]
         image = load_image(case.image, dataset.reading, grid)
-        labels = load_label(
-            case.label, case.image, dataset.reading, image.placement, dataset.structures
-        )
+        labels = load_label(case.label, case.image, dataset.view(case.domain), image.placement)
         assert set(np.unique(labels)) == {0, 1, 2, 3, 4}
         middle = {k: np.argwhere(labels == k).mean(0) for k in range(1, 5)}
         assert middle[4][1] < middle[3][1]  # the aorta rises above the ventricle
         assert middle[4][2] < middle[3][2]  # patient's left at the image's right
         assert middle[2][0] < middle[3][0]  # the atrium lies behind: slices run forward
-        whole = read_label_volume(case.label, case.image, dataset.structures, dataset.reading)
+        whole = read_label_volume(case.label, case.image, dataset.view(case.domain))
         assert set(np.unique(whole)) == {0, 1, 2, 3, 4}
 
 

@@ -97,10 +97,10 @@ def test_every_case_is_there_whatever_the_number_of_processes(small, tmp_path, m
     cache = SliceCache()
     for domain in small.domains():
         for case in small.cases(domain):
-            reading, structures = small.reading_of(domain), small.structures_of(domain)
-            cache.image(case.unlabelled(), reading, GRID)
+            view = small.view(domain).on(GRID)
+            cache.image(case.unlabelled(), view)
             if case.label is not None:
-                cache.label(case, reading, GRID, structures)
+                cache.label(case, view)
     assert entries(cache) == found  # what a run asks for is what was prepared
 
 
@@ -137,7 +137,7 @@ def test_only_what_changed_is_prepared_again(small, monkeypatch):
     assert prepare_cases(small, GRID, quiet(), jobs=1) == []
     assert done == ["ct_1", "mr_2"]
     done.clear()
-    SliceCache().image(small.cases("ct")[2].unlabelled(), Reading(), GRID).path.unlink()
+    SliceCache().image(small.cases("ct")[2].unlabelled(), small.view("ct").on(GRID)).path.unlink()
     assert prepare_cases(small, GRID, quiet(), jobs=1) == []
     assert done == ["ct_2"]
 

@@ -80,8 +80,7 @@ def test_a_dataset_is_drawn_with_the_volumes_of_its_structures(
         "phantom_ct.png": [2] * 4,
     }
     case = Phantom(phantom_root).cases("mr")[0]
-    reading = Phantom.reading
-    labels = SliceCache().label(case, reading, grid, Phantom.structures).open()
+    labels = SliceCache().label(case, Phantom.view("mr").on(grid)).open()
     expected = (labels == 3).sum() * 4.0 * 3.5 * 3.5 / 1000
     assert told["phantom_mr.png"][2][0] == pytest.approx(expected, rel=0.01) and expected > 40
 

@@ -40,11 +40,12 @@ def test_a_candidate_leads_to_no_target_label() -> None:
 def store(tmp_path: Path) -> LabelledStore:
     dataset = TinyDataset(tmp_path / "data")
     dataset.prepare()
-    cache, grid, reading = SliceCache(tmp_path / "slices"), dataset.grid("quick"), dataset.reading
+    cache = SliceCache(tmp_path / "slices")
+    view = dataset.view("plain").on(dataset.grid("quick"))
     cases = dataset.cases("plain") + dataset.cases("inverted")
     return LabelledStore(
-        [cache.image(c.unlabelled(), reading, grid) for c in cases],
-        [cache.label(c, reading, grid, dataset.structures) for c in cases],
+        [cache.image(c.unlabelled(), view) for c in cases],
+        [cache.label(c, view) for c in cases],
     )
 
 

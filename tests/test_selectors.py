@@ -46,10 +46,11 @@ def validation(tmp_path_factory: pytest.TempPathFactory) -> LabelledStore:
     root = tmp_path_factory.mktemp("tiny")
     dataset = TinyDataset(root / "data")
     dataset.prepare()
-    cache, grid, reading = SliceCache(root / "slices"), dataset.grid("quick"), dataset.reading
+    cache = SliceCache(root / "slices")
+    view = dataset.view("plain").on(dataset.grid("quick"))
     cases = dataset.cases("plain") + dataset.cases("inverted")
-    images = [cache.image(c.unlabelled(), reading, grid) for c in cases]
-    labels = [cache.label(c, reading, grid, dataset.structures) for c in cases]
+    images = [cache.image(c.unlabelled(), view) for c in cases]
+    labels = [cache.label(c, view) for c in cases]
     return LabelledStore(images + images[:2], labels + labels[:2])
 
 
@@ -152,9 +153,9 @@ def test_without_any_structure_there_is_no_score(tmp_path: Path) -> None:
     dataset.prepare()
     cache, case = SliceCache(tmp_path / "slices"), dataset.split("plain", "val")[0]
     nib.save(nib.Nifti1Image(np.zeros(nib.load(case.label).shape, np.int16), np.eye(4)), case.label)
-    grid, reading = dataset.grid("quick"), dataset.reading
-    image = cache.image(case.unlabelled(), reading, grid)
-    label = cache.label(case, reading, grid, dataset.structures)
+    view = dataset.view("plain").on(dataset.grid("quick"))
+    image = cache.image(case.unlabelled(), view)
+    label = cache.label(case, view)
     store = LabelledStore([image], [label])
     predict = answers(np.ones((4, 32, 32), int))
     assert math.isnan(SourceVal().score(candidate(store, predict)))

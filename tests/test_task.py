@@ -20,7 +20,7 @@ from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, DataError
 from glua_bench.integrity import check_dataset, refuse_problems
 from glua_bench.reports.run_figures import draw_dataset
-from glua_bench.task import Case, Reading, Structure, parse_direction
+from glua_bench.task import Case, DomainView, Reading, Structure, parse_direction
 
 GRID = TinyDataset.grids["quick"]
 OTHER_VALUES = {10: 20, 20: 10, 21: 11, 30: 7, 0: 0}  # disc and ring swapped, another stray
@@ -71,10 +71,8 @@ def test_each_domain_is_read_by_its_own_table(both: tuple[TinyDataset, TwoTables
     cache = SliceCache()
     for domain in one.domains():
         for case, other in zip(one.cases(domain), two.cases(domain), strict=True):
-            expected = cache.label(case, one.reading, GRID, one.structures).open()
-            found = cache.label(
-                other, two.reading_of(domain), GRID, two.structures_of(domain)
-            ).open()
+            expected = cache.label(case, one.view(case.domain).on(GRID)).open()
+            found = cache.label(other, two.view(domain).on(GRID)).open()
             assert expected.any()
             np.testing.assert_array_equal(found, expected)
 
@@ -82,9 +80,24 @@ def test_each_domain_is_read_by_its_own_table(both: tuple[TinyDataset, TwoTables
 def test_a_table_of_the_other_domain_is_refused(both: tuple[TinyDataset, TwoTables]) -> None:
     _, two = both
     with pytest.raises(DataError, match=r"label value\(s\) 7, 11 that the dataset does not know"):
-        SliceCache().label(
-            two.cases("inverted")[0], two.reading_of("plain"), GRID, two.structures_of("plain")
-        )
+        SliceCache().label(two.cases("inverted")[0], two.view("plain").on(GRID))
+
+
+def test_a_view_is_what_the_author_s_hooks_say_of_a_domain() -> None:
+    view = TwoTables.view("inverted")
+    assert view.name == "inverted"
+    assert view.reading == TwoTables.reading_of("inverted") != TwoTables.view("plain").reading
+    assert view.structures == TwoTables.structures_of("inverted")
+    on_grid = view.on(GRID)
+    assert on_grid.grid == GRID and (on_grid.reading, on_grid.structures) == (
+        view.reading,
+        view.structures,
+    )
+
+
+def test_a_view_of_predictions_leaves_no_voxel_open() -> None:
+    view = DomainView("ct", Reading(unannotated_values=(9,)), ())
+    assert view.of_predictions() == DomainView("ct", Reading(), ())
 
 
 @pytest.mark.parametrize("direction", TwoTables.directions)
@@ -137,7 +150,7 @@ def test_a_domain_s_table_changes_the_run_s_identity(
     narrower = replace(two.reading_of("inverted"), intensity_range=(0.3, 0.8))
     own = TwoTables.reading_of
     monkeypatch.setattr(
-        two, "reading_of", lambda domain: narrower if domain == "inverted" else own(domain)
+        TwoTables, "reading_of", lambda domain: narrower if domain == "inverted" else own(domain)
     )
     assert runs.plan(request).id != before
 

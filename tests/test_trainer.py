@@ -141,14 +141,15 @@ def make(
         **{"augmentation": "photometric", **values, **options},
     )
     cache = SliceCache(root / "slices")
-    reading, grid = dataset.reading, config.grid
+    grid = config.grid
+    view = dataset.view("plain").on(grid)
     cases = dataset.split("plain", "train")
     source = LabelledStore(
-        [cache.image(c.unlabelled(), reading, grid) for c in cases],
-        [cache.label(c, reading, grid, dataset.structures) for c in cases],
+        [cache.image(c.unlabelled(), view) for c in cases],
+        [cache.label(c, view) for c in cases],
     )
     target = ImageStore(
-        [cache.image(c.unlabelled(), reading, grid) for c in dataset.split("inverted", "train")]
+        [cache.image(c.unlabelled(), view) for c in dataset.split("inverted", "train")]
     )
     fabric = fabric or Fabric(accelerator="cpu", devices=1, precision=config.precision)  # type: ignore[arg-type]
     torch.manual_seed(config.seed)

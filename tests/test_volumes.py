@@ -25,7 +25,7 @@ from glua_bench import volumes
 from glua_bench.errors import DataError, RunFailure, UserError
 from glua_bench.formats import Forms, open_volume
 from glua_bench.metrics import case_metrics
-from glua_bench.task import UNANNOTATED, Grid, Reading, Structure
+from glua_bench.task import UNANNOTATED, DomainView, Grid, Reading, Structure
 from glua_bench.volumes import (
     Placement,
     frame,
@@ -118,8 +118,8 @@ def test_labels_return_to_the_files_own_voxels(
     grid = Grid(int(np.ceil(32 * max(spacing) / pixel)), pixel)
 
     placement = load_image(files[0], reading, grid).placement
-    labels = load_label(files[1], files[0], reading, placement, STRUCTURES)
-    original = read_label_volume(files[1], files[0], STRUCTURES, reading)
+    labels = load_label(files[1], files[0], DomainView("ct", reading, STRUCTURES), placement)
+    original = read_label_volume(files[1], files[0], DomainView("ct", reading, STRUCTURES))
     restored = restore(onehot(labels), placement)
 
     stored = np.asarray(nib.load(files[1]).dataobj)
@@ -150,7 +150,9 @@ def test_canonical_reading_does_not_see_the_axes_of_the_file(tmp_path, codes, fl
                 )
             )
         loaded = load_image(files[0], reading, grid)
-        labels = load_label(files[1], files[0], reading, loaded.placement, STRUCTURES)
+        labels = load_label(
+            files[1], files[0], DomainView("ct", reading, STRUCTURES), loaded.placement
+        )
         views.append((loaded.voxels, labels))
     np.testing.assert_allclose(views[0][0], views[1][0], atol=1e-4)
     assert np.mean(views[0][1] != views[1][1]) < 1e-3  # ties may break differently
@@ -246,9 +248,8 @@ def test_window_that_covers_the_volume_stays_on_its_centre(tmp_path):
     labels = load_label(
         write(tmp_path / "l.nii", np.full_like(raw, 205)),
         file,
-        Reading(),
+        DomainView("ct", Reading(), STRUCTURES),
         loaded.placement,
-        STRUCTURES,
     )
     assert not labels[:, outside].any() and labels[:, ~outside].all()
 
@@ -302,9 +303,9 @@ def test_thick_slices_come_back_from_a_common_distance(tmp_path, thickness, want
     loaded = load_image(image, reading, grid)
     assert loaded.placement.grid_spacing == pytest.approx((wanted, 1.0, 1.0))
     assert loaded.placement.shape[0] == round(depth * thickness / wanted)
-    labels = load_label(label, image, reading, loaded.placement, STRUCTURES)
+    labels = load_label(label, image, DomainView("ct", reading, STRUCTURES), loaded.placement)
     restored = restore(onehot(labels, 3), loaded.placement)
-    reference = read_label_volume(label, image, STRUCTURES, reading)
+    reference = read_label_volume(label, image, DomainView("ct", reading, STRUCTURES))
     slice_axis = loaded.placement.axes[0]
     tubes = [
         (v == 1).any(tuple(a for a in range(3) if a != slice_axis)) for v in (restored, reference)
@@ -460,7 +461,9 @@ def test_number_types_and_scaling_do_not_matter(tmp_path, kind, slope, inter, su
             assert np.array_equal(inner.astype(float) * scaling[0] + scaling[1], data)
             files.append(scaled(tmp_path / f"{what}_{name}{suffix}", inner, *scaling))
         loaded = load_image(files[0], Reading(), grid)
-        labels = load_label(files[1], files[0], Reading(), loaded.placement, structures)
+        labels = load_label(
+            files[1], files[0], DomainView("ct", Reading(), structures), loaded.placement
+        )
         found.append((loaded.voxels, labels))
     assert np.array_equal(found[0][0], found[1][0]) and found[0][0].std() > 0.1
     assert np.array_equal(found[0][1], found[1][1]) and set(np.unique(found[0][1])) == {0, 1, 2}
@@ -489,7 +492,9 @@ def test_labels_are_the_largest_share_of_every_pixel(
     file = write(tmp_path / "a.nii", rng.normal(0, 1, raw.shape).astype(np.float32))
     reading = Reading(flip=tuple(sorted(flip)))
     placement = load_image(file, reading, Grid(size, pixel, distance)).placement
-    found = load_label(write(tmp_path / "l.nii", raw), file, reading, placement, STRUCTURES)
+    found = load_label(
+        write(tmp_path / "l.nii", raw), file, DomainView("ct", reading, STRUCTURES), placement
+    )
 
     classes = np.select([raw == 205, raw >= 500], [1, 2], 0).transpose(placement.axes)
     classes = classes[tuple(slice(None, None, -1 if f else 1) for f in placement.flips)]
@@ -526,7 +531,7 @@ def test_preparing_holds_less_than_two_volumes(tmp_path, monkeypatch):
     placement = load_image(file, Reading(), grid).placement  # imports, once
     for work in (
         lambda: load_image(file, Reading(), grid),
-        lambda: load_label(label, file, Reading(), placement, STRUCTURES),
+        lambda: load_label(label, file, DomainView("ct", Reading(), STRUCTURES), placement),
         lambda: load_image(file, Reading(slice_axis=0, row_axis=2), grid),
     ):
         tracemalloc.start()
@@ -542,8 +547,10 @@ def test_label_values_merge_and_ignored_ones_vanish(tmp_path):
     raw[0, 0, 0], raw[1, 0, 0] = 501, 421
     label = write(tmp_path / "l.nii", raw)
     with pytest.raises(DataError, match="421"):
-        read_label_volume(label, file, STRUCTURES, Reading())
-    classes = read_label_volume(label, file, STRUCTURES, Reading(ignored_values=(421,)))
+        read_label_volume(label, file, DomainView("ct", Reading(), STRUCTURES))
+    classes = read_label_volume(
+        label, file, DomainView("ct", Reading(ignored_values=(421,)), STRUCTURES)
+    )
     assert classes[0, 0, 0] == 2 and classes[1, 0, 0] == 0
     assert np.array_equal(classes == 1, raw == 205)
 
@@ -555,19 +562,19 @@ def test_what_nobody_annotated_keeps_its_place_on_both_grids(tmp_path):
     raw[: raw.shape[0] // 2, 3:] = 99
     label = write(tmp_path / "l.nii", raw)
     reading = Reading(unannotated_values=(99,))
-    classes = read_label_volume(label, file, STRUCTURES, reading)
+    classes = read_label_volume(label, file, DomainView("ct", reading, STRUCTURES))
     assert classes.dtype == np.uint8 and np.array_equal(classes == UNANNOTATED, raw == 99)
     for grid in (Grid(32, 1.0), Grid(16, 2.3, 1.7)):
         placement = load_image(file, reading, grid).placement
-        labels = load_label(label, file, reading, placement, STRUCTURES)
+        labels = load_label(label, file, DomainView("ct", reading, STRUCTURES), placement)
         # The same voxels as a structure of their own end at the same pixels.
         own = [*STRUCTURES, Structure("U", "U", (99,), "")]
-        named = load_label(label, file, Reading(), placement, own)
+        named = load_label(label, file, DomainView("ct", Reading(), own), placement)
         assert np.array_equal(labels == UNANNOTATED, named == len(own))
         assert np.array_equal(np.where(labels == UNANNOTATED, len(own), labels), named)
         assert (labels == UNANNOTATED).any() and (labels == 1).any()
     with pytest.raises(DataError, match="99 that the dataset does not know"):
-        read_label_volume(label, file, STRUCTURES, Reading())
+        read_label_volume(label, file, DomainView("ct", Reading(), STRUCTURES))
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
@@ -579,7 +586,9 @@ def test_labels_of_any_number_type(tmp_path, kind):
         data[raw == old] = new
     structures = [Structure("A", "A", (values[205],), ""), Structure("B", "B", (values[500],), "")]
     classes = read_label_volume(
-        write(tmp_path / "l.nii", data), write(tmp_path / "a.nii", image), structures, Reading()
+        write(tmp_path / "l.nii", data),
+        write(tmp_path / "a.nii", image),
+        DomainView("ct", Reading(), structures),
     )
     assert np.array_equal(classes, np.select([raw == 205, raw == 500], [1, 2], 0))
 
@@ -592,8 +601,12 @@ def test_label_values_that_storage_rounded_are_the_integers_they_were(tmp_path, 
     file = write(tmp_path / "a.nii", image)
     rounded = write(tmp_path / "l.nii", (raw + error * (raw > 0)).astype(kind))
     assert np.any(open_volume(rounded).voxels() != raw)
-    exact = read_label_volume(write(tmp_path / "e.nii", raw), file, STRUCTURES, Reading())
-    assert np.array_equal(read_label_volume(rounded, file, STRUCTURES, Reading()), exact)
+    exact = read_label_volume(
+        write(tmp_path / "e.nii", raw), file, DomainView("ct", Reading(), STRUCTURES)
+    )
+    assert np.array_equal(
+        read_label_volume(rounded, file, DomainView("ct", Reading(), STRUCTURES)), exact
+    )
     assert exact.max() == 2
 
 
@@ -606,7 +619,9 @@ def test_label_values_scaled_by_a_header_are_integers(tmp_path):
     nib.save(label, tmp_path / "l.nii")
     structures = [Structure("A", "A", (1,), ""), Structure("B", "B", (2,), "")]
     found = read_label_volume(
-        tmp_path / "l.nii", write(tmp_path / "a.nii", image), structures, Reading()
+        tmp_path / "l.nii",
+        write(tmp_path / "a.nii", image),
+        DomainView("ct", Reading(), structures),
     )
     assert np.array_equal(found, classes)
 
@@ -618,7 +633,9 @@ def test_label_values_that_are_no_integers_are_refused(tmp_path, value):
     data[0, 0, 0] = value
     label = write(tmp_path / "l.nii", data)
     with pytest.raises(DataError, match=r"l\.nii has label values that are no integers"):
-        read_label_volume(label, write(tmp_path / "a.nii", image), STRUCTURES, Reading())
+        read_label_volume(
+            label, write(tmp_path / "a.nii", image), DomainView("ct", Reading(), STRUCTURES)
+        )
 
 
 def test_label_values_may_lie_far_apart(tmp_path):
@@ -627,10 +644,10 @@ def test_label_values_may_lie_far_apart(tmp_path):
     far = np.select([raw == 205, raw == 500], [-7, 2_000_000_000], 0).astype(np.int32)
     structures = [Structure("A", "A", (-7,), ""), Structure("B", "B", (2_000_000_000,), "")]
     label = write(tmp_path / "l.nii", far)
-    classes = read_label_volume(label, file, structures, Reading())
+    classes = read_label_volume(label, file, DomainView("ct", Reading(), structures))
     assert np.array_equal(classes, np.select([raw == 205, raw == 500], [1, 2], 0))
     with pytest.raises(DataError, match=r"value\(s\) 2000000000 that"):
-        read_label_volume(label, file, structures[:1], Reading())
+        read_label_volume(label, file, DomainView("ct", Reading(), structures[:1]))
 
 
 def test_singleton_fourth_axis_is_accepted(tmp_path):
@@ -639,7 +656,9 @@ def test_singleton_fourth_axis_is_accepted(tmp_path):
     four = load_image(write(tmp_path / "b.nii", image[..., None]), Reading(), Grid(32, 1))
     assert np.array_equal(flat.voxels, four.voxels)
     classes = read_label_volume(
-        write(tmp_path / "l.nii", raw[..., None]), tmp_path / "b.nii", STRUCTURES, Reading()
+        write(tmp_path / "l.nii", raw[..., None]),
+        tmp_path / "b.nii",
+        DomainView("ct", Reading(), STRUCTURES),
     )
     assert classes.shape == raw.shape
 
@@ -724,10 +743,10 @@ def test_unusable_label_is_one_sentence(tmp_path, kind):
     elif kind == "nan":
         write(label, np.where(raw == 205, np.nan, raw).astype(np.float32))
     with pytest.raises(DataError) as caught:
-        read_label_volume(label, file, STRUCTURES, Reading())
+        read_label_volume(label, file, DomainView("ct", Reading(), STRUCTURES))
     _one_sentence(caught.value, label)
     with pytest.raises(DataError):
-        load_label(label, file, Reading(), placement, STRUCTURES)
+        load_label(label, file, DomainView("ct", Reading(), STRUCTURES), placement)
 
 
 @pytest.mark.parametrize(
@@ -761,7 +780,7 @@ def test_a_label_without_an_orientation_is_one_sentence(tmp_path):
     content[280:328] = np.full(12, np.nan, "<f4").tobytes()  # the three rows of the sform
     label.write_bytes(content)
     with pytest.raises(DataError, match="without an orientation") as caught:
-        read_label_volume(label, file, STRUCTURES, Reading())
+        read_label_volume(label, file, DomainView("ct", Reading(), STRUCTURES))
     _one_sentence(caught.value, label)
 
 
@@ -791,7 +810,10 @@ def test_thin_walls_survive_a_coarser_grid(tmp_path):
     file = write(tmp_path / "a.nii", image)
     loaded = load_image(file, Reading(), Grid(32, 2.0))
     labels = load_label(
-        write(tmp_path / "l.nii", raw), file, Reading(), loaded.placement, STRUCTURES
+        write(tmp_path / "l.nii", raw),
+        file,
+        DomainView("ct", Reading(), STRUCTURES),
+        loaded.placement,
     )
     share = np.count_nonzero(labels == 1) * 4 / np.count_nonzero(raw)
     assert 0.8 < share < 1.2
@@ -851,7 +873,7 @@ def test_names_of_axes_do_not_count_where_affines_agree(tmp_path, angle):
         near = turned_by(angle + step)
         label = write(tmp_path / f"l{number}.nii", raw, affine=near)
         assert 0 <= volumes.apart(turned_by(angle), near, raw.shape) < 5e-5
-        classes = read_label_volume(label, file, STRUCTURES, Reading())
+        classes = read_label_volume(label, file, DomainView("ct", Reading(), STRUCTURES))
         assert np.array_equal(classes == 1, raw == 205)
     # The names alone would have refused one of them.
     codes = {nib.aff2axcodes(turned_by(45 + step, offset=(0, 0, 0))) for step in (-5e-5, 5e-5)}
@@ -868,10 +890,10 @@ def test_a_label_is_refused_where_an_axis_runs_along_another_one(tmp_path, angle
         file = write(tmp_path / "a.nii", image, affine=turned_by(own, (1, 1, 4)))
         label = write(tmp_path / "l.nii", raw, affine=turned_by(own + angle, (1, 1, 4)))
         if not refused:
-            read_label_volume(label, file, STRUCTURES, Reading())
+            read_label_volume(label, file, DomainView("ct", Reading(), STRUCTURES))
             continue
         with pytest.raises(DataError, match="resample the label|45°") as caught:
-            read_label_volume(label, file, STRUCTURES, Reading())
+            read_label_volume(label, file, DomainView("ct", Reading(), STRUCTURES))
         _one_sentence(caught.value, label)
 
 
@@ -881,15 +903,15 @@ def test_a_label_that_follows_the_other_form_is_told_as_that(tmp_path):
     both = forms(tmp_path / "a.nii", image, qform, sform)
     only = forms(tmp_path / "l.nii", raw, qform, qform, (1, 0))
     with pytest.raises(DataError, match="follows the qform of its image, which is read by its sf"):
-        read_label_volume(only, both, STRUCTURES, Reading())
+        read_label_volume(only, both, DomainView("ct", Reading(), STRUCTURES))
     other = forms(tmp_path / "b.nii", image, sform, sform)
     torn = forms(tmp_path / "m.nii", raw, sform, qform)
     with pytest.raises(DataError, match="by its qform it lies on its image") as caught:
-        read_label_volume(torn, other, STRUCTURES, Reading())
+        read_label_volume(torn, other, DomainView("ct", Reading(), STRUCTURES))
     _one_sentence(caught.value, torn)
     third = forms(tmp_path / "n.nii", raw, np.diag([1.0, -1, 1, 1]), np.diag([1.0, -1, 1, 1]))
     with pytest.raises(DataError, match="resample the label") as caught:
-        read_label_volume(third, both, STRUCTURES, Reading())
+        read_label_volume(third, both, DomainView("ct", Reading(), STRUCTURES))
     assert "qform" not in str(caught.value)
 
 
@@ -904,7 +926,7 @@ def test_a_file_without_a_geometry_is_named_where_the_other_has_one(tmp_path, ba
         for name, data in (("image", image), ("label", raw))
     }
     with pytest.raises(DataError, match=f"{bare}.nii has no geometry in its header") as caught:
-        read_label_volume(files["label"], files["image"], STRUCTURES, Reading())
+        read_label_volume(files["label"], files["image"], DomainView("ct", Reading(), STRUCTURES))
     _one_sentence(caught.value, files["label"])
 
 
@@ -998,9 +1020,9 @@ def test_a_perfect_prediction_lies_on_its_image_and_scores_one(
     grid = Grid(int(np.ceil(14 * max(in_plane) / min(in_plane))) + 2, min(in_plane))
     reading = Reading()
     loaded = load_image(files[0], reading, grid)
-    labels = load_label(files[1], files[0], reading, loaded.placement, STRUCTURES)
+    labels = load_label(files[1], files[0], DomainView("ct", reading, STRUCTURES), loaded.placement)
     restored = restore(onehot(labels), loaded.placement)
-    reference = read_label_volume(files[1], files[0], STRUCTURES, reading)
+    reference = read_label_volume(files[1], files[0], DomainView("ct", reading, STRUCTURES))
     out = tmp_path / "out.nii.gz"
     save_labels(out, restored, loaded.placement, [205, 500])
 
@@ -1054,9 +1076,11 @@ def test_square_pixels_come_back_exactly(tmp_path, angles, side, depth, unit, co
         nib.save(volume, path)
     loaded = load_image(files[0], Reading(), Grid(16, side))
     assert loaded.placement.step == (1.0, 1.0, 1.0)
-    labels = load_label(files[1], files[0], Reading(), loaded.placement, STRUCTURES)
+    labels = load_label(
+        files[1], files[0], DomainView("ct", Reading(), STRUCTURES), loaded.placement
+    )
     restored = restore(onehot(labels), loaded.placement)
-    reference = read_label_volume(files[1], files[0], STRUCTURES, Reading())
+    reference = read_label_volume(files[1], files[0], DomainView("ct", Reading(), STRUCTURES))
     assert np.array_equal(reference == 2, raw == 500)
     for score in case_metrics(restored, reference, STRUCTURES, loaded.placement.spacing):
         assert score["dice"] == 1 and score["assd"] == score["hd95"] == 0
