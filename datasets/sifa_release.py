@@ -67,7 +67,7 @@ def read_slice(path: Path) -> tuple[np.ndarray, np.ndarray]:
     for name in ("data_vol", "label_vol"):
         content = example.get(name, [])
         held = content[0] if len(content) == 1 else None
-        octets = held if isinstance(held, memoryview) else memoryview(b"")
+        octets = held if isinstance(held, bytes) else b""
         size = len(octets)
         width, height = shapes[0][:2]
         depth, rest = divmod(size, 4 * width * height)

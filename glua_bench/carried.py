@@ -132,21 +132,19 @@ def write(folder: Path, carried: Carried, described: Mapping[str, str]) -> None:
     write_text(folder / FACTS, json.dumps(carried.to_dict(), indent=1) + "\n")
 
 
-def read(folder: Path) -> Carried | None:
-    """What `write` wrote; None in the directory of an older run.
+def read(folder: Path) -> Carried:
+    """Read what `write` wrote.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is missing or damaged.
     """
     file = folder / FACTS
-    if not file.exists():
-        return None
     try:
         return Carried.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{file} cannot be read ({type(error).__name__}): restore it, or remove it and name "
-            "the dataset's file with --plugin."
+            f"{file} cannot be read ({type(error).__name__}): restore it, or give the run's "
+            "command again with another --runs directory."
         ) from error
 
 

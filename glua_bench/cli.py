@@ -18,7 +18,6 @@ import typer
 
 from glua_bench import __version__, cli_data, cli_plugins, cli_reports, cli_runs, cli_sweeps
 from glua_bench.cli_options import Plugins, RunsRoot, Told, end, say
-from glua_bench.console import next_command
 from glua_bench.errors import ConfigError, RunFailure, UserError
 from glua_bench.interruption import Interrupted
 
@@ -51,25 +50,25 @@ app.command()(cli_plugins.new_dataset)
 
 @app.command()
 def sync(runs_root: RunsRoot = Path("runs")) -> None:
-    """Send to MLflow what it has missed; runs that it has are left alone."""
+    """Upload the runs that the tracker (MLflow) lacks."""
     if not runs_root.is_dir():
         raise ConfigError(
             f"There is no directory {runs_root}; name the one of your runs by --runs."
         )
-    from glua_bench.tracking import MLflowMirror
+    from glua_bench.tracking import open_tracker
 
-    mirror = MLflowMirror(runs_root)
-    counts = mirror.sync()
+    tracker = open_tracker(runs_root)
+    counts = tracker.sync()
     say(
-        f"{mirror.place}: {counts.uploaded} runs sent, {counts.present} there before, "
+        f"{tracker.place}: {counts.uploaded} runs sent, {counts.present} there before, "
         f"{counts.unfinished} unfinished and left out, {counts.missed} not taken."
     )
     if counts.missed:
         raise RunFailure(
-            f"The tracker at {mirror.place} did not take {counts.missed} runs; check "
-            "MLFLOW_TRACKING_URI and give the command again, nothing is lost."
+            f"The tracker at {tracker.place} did not take {counts.missed} runs; "
+            f"{tracker.remedy}, and give the command again, nothing is lost."
         )
-    say(f"Next: {next_command('mlflow', 'ui', '--backend-store-uri', mirror.place)}")
+    say(f"Next: {tracker.browse}")
 
 
 @app.command()

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from glua_bench.console import next_command
 from glua_bench.documents import SUFFIXES as DESCRIPTIONS
 from glua_bench.registry import Registry
 
@@ -156,12 +155,11 @@ def split_names(text: str) -> list[str]:
 
 
 def say_browse(request: RunRequest) -> None:
-    """How to look at the tracker, where it is a file of this machine."""
-    from glua_bench.tracking import tracking_uri
+    """Say how to look at the tracker."""
+    from glua_bench.tracking import open_tracker
 
-    uri = tracking_uri(request.runs_root)
-    if request.mlflow and uri.startswith("sqlite"):
-        say(f"Browse:  {next_command('mlflow', 'ui', '--backend-store-uri', uri)}")
+    if request.mlflow:
+        say(f"Browse:  {open_tracker(request.runs_root).browse}")
 
 
 class Told(SystemExit):

@@ -419,9 +419,9 @@ def _show_in_tracker(groups: list[Comparison], rows: pd.DataFrame, runs_root: Pa
     import tempfile
 
     from glua_bench.reports import charts, comparison
-    from glua_bench.tracking import MLflowMirror
+    from glua_bench.tracking import open_tracker
 
-    mirror = MLflowMirror(runs_root, warn)
+    tracker = open_tracker(runs_root, warn)
     for group in groups:
         own = rows[rows["dataset"] == group.dataset]
         if own.empty:  # all of its runs failed
@@ -434,5 +434,5 @@ def _show_in_tracker(groups: list[Comparison], rows: pd.DataFrame, runs_root: Pa
             if lines["gap recovered"].notna().any():
                 palette = charts.Palette([str(entry) for entry in own["entry"].unique()])
                 files += charts.files(charts.gaps(lines, palette), Path(folder) / "gap_recovered")
-            if not mirror.nest(group, comparison.as_metrics(lines), files, note):
+            if not tracker.nest(group, comparison.as_metrics(lines), files, note):
                 return  # one warning is enough

@@ -179,7 +179,7 @@ def report_sweep(study: SweepStudy, base: RunRequest, out: Path) -> Path:
     """Write a sweep's report, and show the sweep in the tracker."""
     from glua_bench.reports import sweep_report
     from glua_bench.sweeps import results
-    from glua_bench.tracking import MLflowMirror
+    from glua_bench.tracking import open_tracker
 
     found = sweep_report.Sweep(**results.collect(study, base.runs_root))
     files = sweep_report.write(found, out)
@@ -189,7 +189,7 @@ def report_sweep(study: SweepStudy, base: RunRequest, out: Path) -> Path:
     if group is not None:
         note = "\n\n".join([*sweep_report.notices(found), *sweep_report.sentences(found)])
         shown = [file for file in files if file.suffix in (".csv", ".png", ".html")]
-        MLflowMirror(base.runs_root, warn).nest(group, sweep_report.as_metrics(found), shown, note)
+        open_tracker(base.runs_root, warn).nest(group, sweep_report.as_metrics(found), shown, note)
     return files[0]
 
 

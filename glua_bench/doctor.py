@@ -13,13 +13,7 @@ from glua_bench.cache import cache_root
 from glua_bench.console import next_command
 from glua_bench.errors import UserError
 from glua_bench.registry import GROUPS, Registry
-from glua_bench.tracking import (
-    check_tracker,
-    list_runs,
-    tracking_uri,
-    versions,
-    without_password,
-)
+from glua_bench.tracking import list_runs, open_tracker, versions
 
 
 def examine(runs_root: Path, plugins: Iterable[Path]) -> tuple[list[tuple[str, str]], list[str]]:
@@ -58,13 +52,13 @@ def examine(runs_root: Path, plugins: Iterable[Path]) -> tuple[list[tuple[str, s
         for run in list_runs(runs_root):
             finished, others = finished + run.done, others + (not run.done)
     findings.append(("runs", f"{runs_root}: {finished} finished, {others} unfinished or failed"))
-    uri = tracking_uri(runs_root)
+    tracker = open_tracker(runs_root)
     try:
-        check_tracker(uri)
-        findings.append(("tracker", without_password(uri)))
+        tracker.check()
+        findings.append(("tracker", tracker.place))
     except OSError as error:
-        findings.append(("tracker", f"{without_password(uri)} DOES NOT ANSWER ({error})"))
-        todo.append("check MLFLOW_TRACKING_URI, or unset it to track in a file; runs go on anyway")
+        findings.append(("tracker", f"{tracker.place} DOES NOT ANSWER ({error})"))
+        todo.append(f"{tracker.remedy}; runs go on anyway")
     if finished:
         todo.append(next_command("glua-bench", "sync", "--runs", runs_root))
     else:

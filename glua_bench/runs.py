@@ -670,6 +670,8 @@ def execute(
     directory = planned.directory
     if directory.done:
         return _done_before(planned)
+    root, mirrored = planned.request.runs_root, planned.request.mlflow
+    tracker = tracking.open_tracker(root) if mirrored else None  # before hours of training
     fabric = make_fabric(planned.request, planned.config)
     fabric.launch()
     if not fabric.is_global_zero:
@@ -707,10 +709,8 @@ def execute(
             directory.fail(f"{type(error).__name__}: {error}")
             raise
     warnings = []
-    if planned.request.mlflow and not tracking.MLflowMirror(planned.request.runs_root).mirror(
-        directory
-    ):
-        warnings.append("the MLflow mirror is behind; `glua-bench sync` replays it")
+    if tracker is not None and not tracker.mirror(directory):
+        warnings.append("the tracker lacks this run; send it with `glua-bench sync`")
     return Summary(False, time.perf_counter() - began, summarise(cases), warnings)
 
 

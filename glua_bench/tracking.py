@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import pkgutil
 import platform
 import re
 import shutil
@@ -29,10 +30,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
 
 from glua_bench.config import PRESETS, RunConfig, SegmenterSpec, digest, flat_settings
-from glua_bench.errors import RunFailure, UserError
+from glua_bench.console import next_command
+from glua_bench.errors import ConfigError, RunFailure, UserError
 from glua_bench.paths import ARTIFACTS, distinct, entries, matching
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, Run
 
+Answer = TypeVar("Answer")
 FLUSH_SECONDS = 2.0
 TIME = "%Y-%m-%dT%H:%M:%S%z"  # how a time is written in JSON
 SCORES = ("dice", "assd", "hd95", "misses")
@@ -56,7 +59,6 @@ COPIED = (
 CARRIED = r"dataset(_\w+)?\.(json|yaml|csv)"  # what a run keeps of its dataset; copied, too
 DRAWN = r"figures/[^./\\][^/\\]*\.png|predictions/[^./\\][^/\\]*\.nii\.gz"  # copied, too
 DIGESTS = "files.json"  # artifact: name of each copied file → its digest
-LAYOUT = 2  # of a copy; raised when copies change, so that `sync` replaces the older ones
 PARENT, ENTRY = "mlflow.parentRunId", "glua_bench.entry"  # a nested run's tags
 _LIBRARIES = (
     "torch",
@@ -637,14 +639,100 @@ def _without_home(text: str) -> str:
     return text.replace(home, "~") if len(home) > 1 else text
 
 
-# --- the mirror ------------------------------------------------------------------------------
+# --- trackers --------------------------------------------------------------------------------
+
+
+class Tracker(Protocol):
+    """Shows copies of run directories: what the harness asks of MLflow, or of another tracker.
+
+    A class with these members is made by `open_tracker` as `cls(runs_root, warn)`, where `warn`
+    receives one sentence for whatever the tracker does not take. Only `check` raises: a tracker
+    that is down never harms a run. `RunRecord` and `Comparison` say what to show.
+    """
+
+    @property
+    def place(self) -> str:
+        """Where it is, without a password, for messages."""
+
+    @property
+    def browse(self) -> str:
+        """The command or the address by which a user looks at it."""
+
+    @property
+    def remedy(self) -> str:
+        """What to do if it does not answer, as an imperative, e.g. "check MY_TRACKER_URL"."""
+
+    def check(self) -> None:
+        """Find out within seconds whether it answers.
+
+        Raises:
+            OSError: it does not.
+        """
+
+    def mirror(self, run: RunDirectory) -> bool:
+        """Upload one finished or failed run, unless the tracker has it in this state.
+
+        Args:
+            run: its directory.
+
+        Returns:
+            Whether the tracker now has it; if not, one warning was given.
+        """
+
+    def nest(
+        self,
+        comparison: Comparison,
+        metrics: Mapping[str, float],
+        files: Sequence[Path] = (),
+        note: str = "",
+    ) -> bool:
+        """Show the runs of a comparison as one group, made now or brought up to date.
+
+        Runs that the tracker lacks are uploaded first.
+
+        Args:
+            comparison: what is compared.
+            metrics: the table's numbers by name; numbers that are not finite are left out.
+            files: further artifacts, e.g. the table as CSV.
+            note: the answer in words, as Markdown.
+
+        Returns:
+            Whether the tracker now shows it; if not, one warning was given.
+        """
+
+    def sync(self) -> SyncCounts:
+        """Upload every finished or failed run that the tracker does not have."""
+
+
+def open_tracker(runs_root: Path, warn: Callable[[str], None] = _warn) -> Tracker:
+    """Make the tracker that runs are mirrored to.
+
+    It is MLflow, unless `$GLUA_BENCH_TRACKER` names another class as "module:Class". The variable
+    reaches the processes that comparisons, sweeps and schedulers start.
+
+    Args:
+        runs_root: the directory of all runs.
+        warn: receives one sentence for whatever the tracker does not take.
+
+    Raises:
+        ConfigError: the variable names no class that can be imported.
+    """
+    name = os.environ.get("GLUA_BENCH_TRACKER") or "glua_bench.tracking:MLflowMirror"
+    try:
+        chosen: Callable[[Path, Callable[[str], None]], Tracker] = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"GLUA_BENCH_TRACKER names '{name}', which cannot be imported ({_reason(error)}); give "
+            "it as MODULE:CLASS, or unset it to use MLflow."
+        ) from error
+    return chosen(Path(runs_root), warn)
 
 
 @dataclass
 class SyncCounts:
-    """What `MLflowMirror.sync` did.
+    """What `Tracker.sync` did.
 
-    Args:
+    Attributes:
         uploaded: runs that the tracker did not have complete.
         present: runs that it had.
         unfinished: runs that are neither done nor failed, which are not mirrored.
@@ -655,6 +743,130 @@ class SyncCounts:
     present: int = 0
     unfinished: int = 0
     missed: int = 0
+
+
+def sync_runs(runs_root: Path, upload: Callable[[RunDirectory], bool | None]) -> SyncCounts:
+    """Upload every finished or failed run below a directory; the loop of `Tracker.sync`.
+
+    Args:
+        runs_root: the directory of all runs.
+        upload: returns True if it uploaded the run, False if the tracker had it, and None if it
+            could not, after which no further run is tried.
+    """
+    counts = SyncCounts()
+    for run in list_runs(runs_root):
+        if not run.done and run.failed is None:
+            counts.unfinished += 1
+        elif counts.missed or (new := upload(run)) is None:
+            counts.missed += 1  # the tracker is down: one warning is enough
+        else:
+            counts.uploaded += new
+            counts.present += not new
+    return counts
+
+
+def run_state(run: RunDirectory) -> str:
+    """What marks a complete copy of a run, "done DIGEST" or "failed DIGEST".
+
+    Raises:
+        RunFailure: it is neither done nor failed.
+    """
+    if run.done:
+        return f"done {_file_digest(run.path / 'done')}"
+    if run.failed is not None:
+        return f"failed {_file_digest(run.path / 'failed')}"
+    raise RunFailure("it is neither done nor failed")
+
+
+def copied_files(run: RunDirectory) -> list[Path]:
+    """The files of a run that a tracker copies, pictures and predictions last."""
+    path = run.path
+    files = [path / name for name in (*COPIED, "failed") if (path / name).is_file()]
+    files += [file for file in path.iterdir() if re.fullmatch(CARRIED, file.name)]
+    # The pictures of a report are drawn from predictions; the images lie with the data.
+    drawn = [file for file in entries(run.figures) if file.suffix == ".png"]
+    drawn += [file for file in entries(run.predictions) if file.name.endswith(".nii.gz")]
+    return [*files, *sorted(drawn)]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a tracker shows of a finished or failed run, besides its files.
+
+    Attributes:
+        name: for people, see `run_name`.
+        tags: what the run is, in words, e.g. {"id": "1c0ffee1", "seed": "0", "error": "..."}.
+        params: the settings, by the names that `--set` takes.
+        metrics: name, value, seconds since 1970 and step of everything that was logged, then of
+            the results (`final_metrics`).
+        began: when the run began, in seconds since 1970.
+        ended: when it ended.
+    """
+
+    name: str
+    tags: Mapping[str, str]
+    params: Mapping[str, Any]
+    metrics: Sequence[tuple[str, float, float, int]]
+    began: float
+    ended: float
+
+    @classmethod
+    def of(cls, run: RunDirectory) -> RunRecord:
+        """Read it from a run's directory."""
+        rows, config = run._rows(), run.config
+        began, ended = _times(run, rows)
+        metrics = [
+            (f"{row['stage']}/{name}", value, row["time"], row["step"])
+            for row in rows
+            for name, value in row["values"].items()
+        ]
+        if run.done:
+            final = final_metrics(run.read_summary())
+            metrics += [(name, value, ended, 0) for name, value in final.items()]
+        name = f"{run_name(config, _method_changes(run))} | {run.id[:6]}"
+        return cls(name, _tags(run), flat_settings(config.to_dict()), metrics, began, ended)
+
+
+def _times(run: RunDirectory, rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """When a run began and ended, in seconds since 1970.
+
+    The log alone would leave out reading and scoring, which may take longer than training.
+    """
+    times = [row["time"] for row in rows]
+    for name in ("environment.json", "done"):
+        with contextlib.suppress(UserError, KeyError, TypeError, ValueError):
+            times.append(datetime.strptime(run._read_json(name)["time"], TIME).timestamp())
+    times = times or [time.time()]
+    return min(times), max(times)
+
+
+def _tags(run: RunDirectory) -> dict[str, str]:
+    config = run.config
+    tags = {
+        "id": run.id,
+        "method": config.method,
+        "dataset": config.dataset,
+        "direction": config.direction,
+        "scenario": config.scenario,
+        "seed": str(config.seed),
+        "privileged": str(config.privileged).lower(),
+    }
+    if changed := named_changes(config, _method_changes(run)):
+        tags["changed"] = _listed(changed)
+    if run.failed and not run.done:
+        tags["error"] = run.failed[:4000]
+    with contextlib.suppress(UserError):
+        environment = run.read_environment()
+        for name in ("data", "code"):
+            if name in environment:
+                tags[name] = _one_text(environment[name])
+        if state := environment.get("source") or environment.get("git"):
+            tags["git_commit"] = str(state["commit"])
+            tags["git_dirty"] = str(state["dirty"]).lower()
+    return tags
+
+
+# --- MLflow ----------------------------------------------------------------------------------
 
 
 def without_password(uri: str) -> str:
@@ -714,19 +926,19 @@ def mlflow_client(uri: str) -> MlflowClient:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs that are shown together in the tracker: those of one comparison on one dataset.
+    """Runs that a tracker shows as one group: those of one comparison on one dataset.
 
-    A group that grows, as a sweep does, says by itself what it is (`identity`, `settings`), since
-    nothing about it may follow from the runs that happen to be there.
+    A group that grows, as a sweep does, states its `identity` and `settings`, which must not
+    depend on the runs that happen to be there.
 
-    Args:
+    Attributes:
         title: what was asked for, e.g. "compare glua, sifa".
         members: entry and directory of each run, finished or not; at least one, all of one
             dataset.
         began: when the command began, in seconds since 1970.
         identity: what tells a growing group from others; "" takes its runs.
         settings: of the group; None takes what all runs share.
-        facts: further tags of the group, by their names after "glua_bench.".
+        facts: further tags of the group.
         complete: whether no further run is to come.
         stopped: whether it was ended early, and may go on later.
     """
@@ -803,6 +1015,18 @@ class Comparison:
             return dict(self.settings)
         return {"entries": len(self.entries), "seeds": len(self.seeds), **self.shared()}
 
+    def tags(self) -> dict[str, str]:
+        """What the group is, in words, as it stands now."""
+        done = sum(run.done for _, run in self.members)
+        return {
+            "dataset": self.dataset,
+            "direction": ", ".join(self.directions),
+            "entries": ", ".join(self.entries),
+            "seeds": ", ".join(map(str, self.seeds)),
+            "runs": f"{done} of {len(self.members)} done",
+            **self.facts,
+        }
+
     def shared(self) -> dict[str, Any]:
         """The settings that all runs share, those left out that are not part of their ids."""
         settings = [flat_settings(run.config.to_dict()) for _, run in self.members]
@@ -814,13 +1038,14 @@ class Comparison:
         }
 
 
-class MLflowMirror:
+class MLflowMirror(Tracker):
     """Copies run directories to an MLflow tracker, without doubles.
 
     Each run is one MLflow run, found again by its tag `glua_bench.id`. A copy that was
-    interrupted, that is of an older layout, or that shows an earlier failure of a run that has
-    succeeded since, is replaced. A comparison is one more MLflow run, above those that it
-    compares.
+    interrupted, or that shows an earlier failure of a run that has succeeded since, is replaced.
+    A comparison is one more MLflow run, above those that it compares. A run has one parent in
+    MLflow: of several comparisons that contain it, the latest command wins, and the earlier ones
+    keep their numbers and files.
 
     Args:
         runs_root: the directory of all runs; holds the default store.
@@ -837,40 +1062,26 @@ class MLflowMirror:
 
     @property
     def place(self) -> str:
-        """The tracker's address without a password, for messages."""
         return without_password(self.uri)
 
+    @property
+    def browse(self) -> str:
+        if self._remote:
+            return self.place
+        return next_command("mlflow", "ui", "--backend-store-uri", self.place)
+
+    @property
+    def remedy(self) -> str:
+        return "check MLFLOW_TRACKING_URI, or unset it to track in a file"
+
+    def check(self) -> None:
+        check_tracker(self.uri)
+
     def mirror(self, run: RunDirectory) -> bool:
-        """Upload one finished or failed run, unless the tracker has it.
-
-        Args:
-            run: its directory.
-
-        Returns:
-            Whether the tracker now has it; where not, one warning was given.
-        """
         return self._mirror(run) is not None
 
     def sync(self) -> SyncCounts:
-        """Upload every finished or failed run that the tracker does not have.
-
-        What is nested under a comparison stays there, also where its copy is replaced.
-        """
-        counts = SyncCounts()
-        for run in list_runs(self.runs_root):
-            if not run.done and run.failed is None:
-                counts.unfinished += 1
-            elif counts.missed:
-                counts.missed += 1  # the tracker is down: one warning is enough
-            else:
-                new = self._mirror(run)
-                if new is None:
-                    counts.missed += 1
-                elif new:
-                    counts.uploaded += 1
-                else:
-                    counts.present += 1
-        return counts
+        return sync_runs(self.runs_root, self._mirror)
 
     def nest(
         self,
@@ -879,50 +1090,37 @@ class MLflowMirror:
         files: Sequence[Path] = (),
         note: str = "",
     ) -> bool:
-        """Show the runs of a comparison under one MLflow run, which is made or brought up to date.
-
-        Runs that the tracker lacks are uploaded first. A run has one parent in MLflow: of several
-        comparisons that contain it, the latest command wins, and the earlier ones keep their
-        numbers and files.
-
-        Args:
-            comparison: what is compared.
-            metrics: the table's numbers by name; what is not finite is left out.
-            files: further artifacts, e.g. the table as CSV.
-            note: the answer in words, as Markdown; shown as the parent's description.
-
-        Returns:
-            Whether the tracker now shows it; where not, one warning was given.
-        """
-        try:
-            # Two processes must not find at the same time that the parent is missing.
-            with _lock(self.runs_root / ".mlflow.lock", wait=True):
-                self._nest(comparison, metrics, files, note)
-            return True
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # SystemExit too: a tracker never ends a comparison
-            self._warn(
-                f"MLflow at {self.place} does not show this comparison ({_reason(error)}); its "
-                "runs are complete, give the same command again when the tracker answers."
-            )
-            return False
+        shown = self._attempt(
+            lambda: self._nest(comparison, metrics, files, note),
+            "does not show this comparison",
+            "its runs are complete, give the same command again when the tracker answers",
+        )
+        return shown is not None
 
     def _mirror(self, run: RunDirectory) -> bool | None:
         """True: uploaded; False: the tracker had it; None: it could not be uploaded."""
+        return self._attempt(
+            lambda: self._upload(run)[1],
+            f"did not take run {run.id}",
+            "the run's directory is complete, mirror it later with `glua-bench sync --runs "
+            f"{self.runs_root}`",
+        )
+
+    def _attempt(self, action: Callable[[], Answer], failure: str, remedy: str) -> Answer | None:
+        """What an action returns; None, after a warning, if it fails."""
         try:
-            # Two processes must not find at the same time that the run is missing.
+            # Two processes must not find at the same time that a run or a parent is missing.
             with _lock(self.runs_root / ".mlflow.lock", wait=True):
-                return self._upload(run)[1]
+                return action()
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit too: a tracker never ends a run
-            self._warn(
-                f"MLflow at {self.place} did not take run {run.id} ({_reason(error)}); the run's "
-                f"directory is complete, mirror it later with `glua-bench sync --runs "
-                f"{self.runs_root}`."
-            )
+            self._warn(f"MLflow at {self.place} {failure} ({_reason(error)}); {remedy}.")
             return None
+
+    @property
+    def _remote(self) -> bool:
+        return self.uri.startswith(("http:", "https:", "databricks"))
 
     @property
     def _client(self) -> MlflowClient:
@@ -932,7 +1130,7 @@ class MLflowMirror:
 
     def _upload(self, run: RunDirectory) -> tuple[str, bool]:
         """The MLflow id of a run's copy, and whether it was made now."""
-        state, client = self._state(run), self._client
+        state, client = run_state(run), self._client
         experiment = self._experiment(run.config.dataset)
         complete, nesting = None, {}
         for found in client.search_runs(
@@ -944,39 +1142,77 @@ class MLflowMirror:
             else:
                 nesting = {name: tags[name] for name in (PARENT, ENTRY) if name in tags}
                 client.delete_run(found.info.run_id)
-        uploaded = complete or _Upload(client, experiment, run, state, nesting).send()
+        copy = complete or self._copy(run, experiment, state, nesting)
         with contextlib.suppress(RunFailure):
-            mark = {"tracking_uri": self.place, "run_id": uploaded, "mirrored": state}
+            mark = {"tracking_uri": self.place, "run_id": copy, "mirrored": state}
             write_text(run.path / "mlflow.json", _json(mark))
-        return uploaded, complete is None
+        return copy, complete is None
+
+    def _copy(
+        self, run: RunDirectory, experiment: str, state: str, nesting: Mapping[str, str]
+    ) -> str:
+        """Copy a run to a new MLflow run, with the tags by which an earlier copy was nested."""
+        from mlflow.entities import Metric, Param
+
+        client, record = self._client, RunRecord.of(run)
+        tags = {**_own_tags(record.tags), "mlflow.source.name": "glua-bench", **nesting}
+        if "git_commit" in record.tags:
+            tags["mlflow.source.git.commit"] = record.tags["git_commit"]
+        began, ended = (int(seconds * 1000) for seconds in (record.began, record.ended))
+        created = client.create_run(experiment, start_time=began, run_name=record.name, tags=tags)
+        copy: str = created.info.run_id
+        names = distinct(record.params, _key)
+        params = [Param(names[name], str(value)[:6000]) for name, value in record.params.items()]
+        keys = distinct([name for name, *_ in record.metrics], _key)
+        metrics = [
+            Metric(keys[name], value, int(seconds * 1000), step)
+            for name, value, seconds, step in record.metrics
+        ]
+        for start in range(0, len(params), 100):  # MLflow's limits of one request
+            client.log_batch(copy, params=params[start : start + 100])
+        for start in range(0, len(metrics), 1000):
+            client.log_batch(copy, metrics=metrics[start : start + 1000])
+        self._send_files(run, copy)
+        client.set_terminated(copy, "FINISHED" if run.done else "FAILED", ended)
+        # Set last: a copy without it is incomplete and will be replaced.
+        client.set_tag(copy, "glua_bench.mirrored", state)
+        return copy
+
+    def _send_files(self, run: RunDirectory, copy: str) -> None:
+        files = {file: file.relative_to(run.path) for file in copied_files(run)}
+        with tempfile.TemporaryDirectory() as directory:
+            digests, table = Path(directory) / DIGESTS, Path(directory) / "cases.csv"
+            found = {name.as_posix(): _file_digest(file) for file, name in files.items()}
+            digests.write_text(_json(found), encoding="utf-8")
+            files[digests] = Path(DIGESTS)
+            if (run.path / "cases.parquet").is_file():
+                # MLflow's page shows a CSV file as a table, and a Parquet file not at all.
+                run.read_cases().to_csv(table, index=False, float_format="%.4f")
+                files[table] = Path(table.name)
+            for file, name in files.items():
+                folder = name.parent.as_posix()
+                self._client.log_artifact(copy, str(file), None if folder == "." else folder)
 
     def _nest(
         self, comparison: Comparison, metrics: Mapping[str, float], files: Sequence[Path], note: str
-    ) -> None:
+    ) -> bool:
         from mlflow.entities import Metric, Param, RunTag
 
-        client = self._client
-        parent, members = self._parent(comparison), comparison.members
+        client, parent = self._client, self._parent(comparison)
         parent_id = parent.info.run_id
-        for entry, run in members:
+        for entry, run in comparison.members:
             if run.done or run.failed is not None:
-                shown = (parent_id, entry, run.id, self._state(run))
+                shown = (parent_id, entry, run.id, run_state(run))
                 if shown in self._nested:  # of a group that grows, by this object
                     continue
                 child, _ = self._upload(run)
                 client.set_tag(child, PARENT, parent_id)
                 client.set_tag(child, ENTRY, entry)
                 self._nested.add(shown)
-        done = sum(run.done for _, run in members)
         tags = {
-            "glua_bench.dataset": comparison.dataset,
-            "glua_bench.direction": ", ".join(comparison.directions),
-            "glua_bench.entries": ", ".join(comparison.entries),
-            "glua_bench.seeds": ", ".join(map(str, comparison.seeds)),
-            "glua_bench.runs": f"{done} of {len(members)} done",
+            **_own_tags(comparison.tags()),
             "mlflow.source.name": "glua-bench",
             "mlflow.note.content": note,
-            **{f"glua_bench.{name}": text for name, text in comparison.facts.items()},
         }
         params = comparison.parameters()
         now = int(time.time() * 1000)
@@ -1001,13 +1237,12 @@ class MLflowMirror:
         for file in files:
             client.log_artifact(parent_id, str(file))
         status = comparison.status
-        # So that a repetition does not look like a longer run.
-        if parent.info.status == status:
-            return
-        if status == "RUNNING":
-            client.update_run(parent_id, status)
-        else:
-            client.set_terminated(parent_id, status, now)
+        if parent.info.status != status:  # a repetition must not look like a longer run
+            if status == "RUNNING":
+                client.update_run(parent_id, status)
+            else:
+                client.set_terminated(parent_id, status, now)
+        return True
 
     def _parent(self, comparison: Comparison) -> Run:
         """The MLflow run of a comparison: the oldest if machines made several, else a new one."""
@@ -1028,14 +1263,6 @@ class MLflowMirror:
             tags={"glua_bench.comparison": comparison.id},
         )
 
-    def _state(self, run: RunDirectory) -> str:
-        """What a complete copy of the directory would be tagged with."""
-        if run.done:
-            return f"done {_file_digest(run.path / 'done')} {LAYOUT}"
-        if run.failed is not None:
-            return f"failed {_file_digest(run.path / 'failed')} {LAYOUT}"
-        raise RunFailure("it is neither done nor failed")
-
     def _experiment(self, dataset: str) -> str:
         from mlflow.exceptions import MlflowException
 
@@ -1044,8 +1271,7 @@ class MLflowMirror:
             found = self._client.get_experiment_by_name(name)
             if found is None:
                 # A server knows where its artifacts go; without one they lie by the runs.
-                remote = self.uri.startswith(("http:", "https:", "databricks"))
-                place = None if remote else (self.runs_root.resolve() / ARTIFACTS).as_uri()
+                place = None if self._remote else (self.runs_root.resolve() / ARTIFACTS).as_uri()
                 try:
                     self._experiments[name] = self._client.create_experiment(name, place)
                     return self._experiments[name]
@@ -1060,125 +1286,8 @@ class MLflowMirror:
         return self._experiments[name]
 
 
-@dataclass
-class _Upload:
-    """The copying of one run directory to one new MLflow run."""
-
-    client: MlflowClient
-    experiment: str
-    run: RunDirectory
-    state: str
-    nesting: Mapping[str, str]  # tags of an earlier copy, which stay
-    id: str = field(default="", init=False)
-
-    def send(self) -> str:
-        run, config = self.run, self.run.config
-        rows = run._rows()
-        began, ended = self._times(rows)
-        created = self.client.create_run(
-            self.experiment,
-            start_time=began,
-            run_name=f"{run_name(config, _method_changes(run))} | {run.id[:6]}",
-            tags=self._tags(),
-        )
-        self.id = created.info.run_id
-        self._params()
-        self._metrics(rows, ended)
-        self._artifacts()
-        self.client.set_terminated(self.id, "FINISHED" if run.done else "FAILED", ended)
-        # Set last: a copy without it is incomplete and will be replaced.
-        self.client.set_tag(self.id, "glua_bench.mirrored", self.state)
-        return self.id
-
-    def _times(self, rows: list[dict[str, Any]]) -> tuple[int, int]:
-        """When the run began and ended, in milliseconds since 1970.
-
-        The log alone would leave out reading and scoring, which may take longer than training.
-        """
-        times = [row["time"] for row in rows]
-        for name in ("environment.json", "done"):
-            with contextlib.suppress(UserError, KeyError, TypeError, ValueError):
-                written = self.run._read_json(name)["time"]
-                times.append(datetime.strptime(written, TIME).timestamp())
-        times = times or [time.time()]
-        return int(min(times) * 1000), int(max(times) * 1000)
-
-    def _tags(self) -> dict[str, str]:
-        run, config = self.run, self.run.config
-        tags = {
-            "glua_bench.id": run.id,
-            "glua_bench.method": config.method,
-            "glua_bench.dataset": config.dataset,
-            "glua_bench.direction": config.direction,
-            "glua_bench.scenario": config.scenario,
-            "glua_bench.seed": str(config.seed),
-            "glua_bench.privileged": str(config.privileged).lower(),
-            "mlflow.source.name": "glua-bench",
-            **self.nesting,
-        }
-        if changed := named_changes(config, _method_changes(run)):
-            tags["glua_bench.changed"] = _listed(changed)
-        failed = run.failed
-        if failed and not run.done:
-            tags["glua_bench.error"] = failed[:4000]
-        with contextlib.suppress(UserError):
-            environment = run.read_environment()
-            for name in ("data", "code"):
-                if name in environment:
-                    tags[f"glua_bench.{name}"] = _one_text(environment[name])
-            state = environment.get("source") or environment.get("git")
-            if state:
-                tags["mlflow.source.git.commit"] = str(state["commit"])
-                tags["glua_bench.git_dirty"] = str(state["dirty"]).lower()
-        return tags
-
-    def _params(self) -> None:
-        from mlflow.entities import Param
-
-        values = flat_settings(self.run.config.to_dict())
-        keys = distinct(values, _key)
-        params = [Param(keys[name], str(value)[:6000]) for name, value in values.items()]
-        for start in range(0, len(params), 100):  # the tracker's limit of one request
-            self.client.log_batch(self.id, params=params[start : start + 100])
-
-    def _metrics(self, rows: list[dict[str, Any]], ended: int) -> None:
-        from mlflow.entities import Metric
-
-        logged = [
-            (f"{row['stage']}/{name}", value, int(row["time"] * 1000), row["step"])
-            for row in rows
-            for name, value in row["values"].items()
-        ]
-        if self.run.done:
-            final = final_metrics(self.run.read_summary())
-            logged += [(name, value, ended, 0) for name, value in final.items()]
-        keys = distinct([name for name, *_ in logged], _key)
-        metrics = [Metric(keys[name], *rest) for name, *rest in logged]
-        for start in range(0, len(metrics), 1000):  # the tracker's limit of one request
-            self.client.log_batch(self.id, metrics=metrics[start : start + 1000])
-
-    def _artifacts(self) -> None:
-        path = self.run.path
-        files = [path / name for name in (*COPIED, "failed") if (path / name).is_file()]
-        files += [file for file in path.iterdir() if re.fullmatch(CARRIED, file.name)]
-        # The pictures of a report are drawn of predictions; the images lie with the data.
-        drawn = [path for path in entries(self.run.figures) if path.suffix == ".png"]
-        drawn += [p for p in entries(self.run.predictions) if p.name.endswith(".nii.gz")]
-        with tempfile.TemporaryDirectory() as directory:
-            digests = Path(directory) / DIGESTS
-            found = {
-                file.relative_to(path).as_posix(): _file_digest(file) for file in (*files, *drawn)
-            }
-            digests.write_text(_json(found), encoding="utf-8")
-            files.append(digests)
-            if (path / "cases.parquet").is_file():
-                # MLflow's page shows a CSV file as a table, and a Parquet file not at all.
-                files.append(Path(directory) / "cases.csv")
-                self.run.read_cases().to_csv(files[-1], index=False, float_format="%.4f")
-            for file in files:
-                self.client.log_artifact(self.id, str(file))
-        for file in sorted(drawn):
-            self.client.log_artifact(self.id, str(file), file.parent.name)
+def _own_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    return {f"glua_bench.{name}": text for name, text in tags.items()}
 
 
 def final_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -1437,7 +1546,7 @@ def _fetch(client: MlflowClient, copy: Run, into: Path) -> RunDirectory:
     for part in parts:  # they become a path, and a tracker may hold anything
         if not re.fullmatch(r"\w[\w.+-]*", part):
             raise UserError(f"'{part}' cannot be a directory's name")
-    path, mark = into.joinpath(*parts), tags["glua_bench.mirrored"].split()[1:2]
+    path, mark = into.joinpath(*parts), tags["glua_bench.mirrored"].split()[1:]
     if not _has_mark(path, mark):
         with _storing(into):
             into.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from glua_bench.errors import RunFailure
 from glua_bench.sweeps import results
 from glua_bench.sweeps.definition import Definition
 from glua_bench.sweeps.study import SweepStudy, counting
-from glua_bench.tracking import MLflowMirror
+from glua_bench.tracking import Tracker, open_tracker
 
 END_PATIENCE_SECONDS = 10.0  # with a storage that is away when a sweep ends early
 
@@ -170,7 +170,7 @@ class Tracked:
         study: of the sweep.
         runs_root: the directory of all runs.
         pause: seconds between two looks at least; ten times what a look took, if that is more.
-        mirror: of the runs; None makes one.
+        tracker: of the runs; None opens the one that the user chose.
     """
 
     def __init__(
@@ -178,10 +178,10 @@ class Tracked:
         study: SweepStudy,
         runs_root: Path,
         pause: float = 30.0,
-        mirror: MLflowMirror | None = None,
+        tracker: Tracker | None = None,
     ) -> None:
         self.study, self.runs_root, self.pause = study, runs_root, pause
-        self._mirror = mirror or MLflowMirror(runs_root)
+        self._tracker = tracker or open_tracker(runs_root)
         self._ended, self._next, self._answers = 0, 0.0, True
 
     def __enter__(self) -> Tracked:
@@ -211,7 +211,7 @@ class Tracked:
         group = results.group(self.study, self.runs_root, stopped)
         if group is not None:
             note = "The sweep is not finished; its report comes with its end."
-            self._answers = self._mirror.nest(group, {}, note=note)
+            self._answers = self._tracker.nest(group, {}, note=note)
 
 
 def _seconds(trial: FrozenTrial) -> float:

@@ -30,12 +30,15 @@ if (
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+NOT_INHERITED = ("GLUA_BENCH_DEBUG", "GLUA_BENCH_TRACKER", "LOCAL_RANK")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of the tests' own, and no tracker. GLUA_BENCH_DATA stays: real-data tests ask it."""
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
-            if name.startswith("MLFLOW_") or name in ("GLUA_BENCH_DEBUG", "LOCAL_RANK"):
+            if name.startswith("MLFLOW_") or name in NOT_INHERITED:
                 patch.delenv(name)
         patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
         patch.setenv("GLUA_BENCH_CACHE", str(tmp_path_factory.mktemp("cache")))

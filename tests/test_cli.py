@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -788,3 +789,65 @@ def test_list_says_what_each_sweep_searches(call: Call) -> None:
     assert code == 0 and "glua: mask_ratio; judged by im, grid" in out
     assert "lambda_cycle, lambda_image" in out and "glua-bench sweep NAME" in out
     assert all(len(line) < 100 for line in out.splitlines() if "Files" not in line)
+
+
+# -- another tracker ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_another_tracker_is_one_file(
+    call: Call, phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command that shows something shows it there, and nobody asks MLflow."""
+    shown = tmp_path / "shown"
+    shown.mkdir()
+    monkeypatch.setenv("GLUA_BENCH_TRACKER", "folder_tracker:FolderTracker")
+    monkeypatch.setenv("FOLDER_TRACKER", str(shown))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # of the sweep's workers
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mlflow"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "mlflow", None)  # whoever imports it fails
+
+    def group() -> dict[str, Any]:
+        (path,) = shown.glob("group-*.json")
+        found = dict(json.loads(path.read_text()))
+        path.unlink()
+        return found
+
+    small = [*SMALL, "--device=cpu", "--data-root", phantom_root]
+    run = ["--dataset=phantom", *small]
+    code, out, err = call("run", "--method=source_only", *run)
+    assert code == 0 and f"Browse:  ls {shown}" in out, err
+    (record,) = (json.loads(path.read_text()) for path in shown.glob("*/record.json"))
+    assert record["tags"]["method"] == "source_only" and record["params"]["grid.size"] == 32
+    names = {name for name, *_ in record["metrics"]}
+    assert "final/last/mean/dice" in names
+    assert any(not name.startswith("final/") for name in names), sorted(names)
+    assert (shown / record["tags"]["id"] / "cases.parquet").is_file()
+
+    code, out, err = call("compare", "--methods=source_only", "--seeds=2", "--no-bounds", *run)
+    assert code == 0, err
+    compared = group()
+    assert record["tags"]["id"] in compared["members"] and len(compared["members"]) == 2
+    assert compared["status"] == "FINISHED" and "table.csv" in compared["files"]
+    assert "mr-ct/dice/source_only" in compared["metrics"] and "Dice" in compared["note"]
+
+    (tmp_path / "rates.yaml").write_text(SWEEP)
+    code, out, err = call("sweep", "rates.yaml", "--trials=1", "--steps=2", *small[-3:])
+    assert code == 0, err
+    swept = group()
+    assert swept["tags"]["sweep"] == "rates" and "chosen/source_val" in swept["metrics"]
+    assert set(swept["members"].values()) == {"trial 0"}
+
+    (shown / "DOWN").touch()
+    code, out, err = call("doctor")
+    assert code == 0 and f"{shown} DOES NOT ANSWER" in out and "check FOLDER_TRACKER" in out
+    for path in shown.glob("*/record.json"):
+        path.unlink()
+    code, out, err = call("sync")
+    assert code == 1 and f"at {shown} did not take" in err and "check FOLDER_TRACKER" in err
+    (shown / "DOWN").unlink()
+    code, out, err = call("sync")
+    assert code == 0 and "3 runs sent, 0 there before" in out, err
+    assert f"Next: ls {shown}" in out
+    assert not (tmp_path / "runs" / "mlflow.db").exists()

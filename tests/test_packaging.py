@@ -189,6 +189,7 @@ def test_every_library_is_declared():
         "yaml": "pyyaml",
         "sklearn": "scikit_learn",
         "PIL": "pillow",
+        "google": "protobuf",
     }  # import name → package name, where they differ
     for folder in ("glua_bench", *CONTENT):
         for path in modules(folder):

@@ -9,13 +9,13 @@ from typing import Any
 
 import optuna
 import pytest
+from folder_tracker import FolderTracker
 from optuna.trial import TrialState
 from rich.console import Console
 
 from glua_bench.sweeps.definition import Definition, Parameter
 from glua_bench.sweeps.progress import Display, Tracked, state
 from glua_bench.sweeps.study import SweepStudy
-from glua_bench.tracking import MLflowMirror
 
 WEIGHTS = ("lambda_feature", "lambda_output")
 
@@ -64,16 +64,14 @@ def drawn(definition: Definition, trials: list[Any], width: int) -> list[str]:
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 
-class Recorder(MLflowMirror):
+class Recorder(FolderTracker):
     """A tracker that remembers what it is asked to show.
 
     Args:
-        root: the directory of all runs.
         answers: whether it is there.
     """
 
-    def __init__(self, root: Path, answers: bool = True) -> None:
-        super().__init__(root)
+    def __init__(self, answers: bool = True) -> None:
         self.answers, self.shown = answers, []
 
     def nest(self, comparison: Any, *rest: Any, **more: Any) -> bool:
@@ -91,7 +89,7 @@ def step(study: SweepStudy, made_runs: Any) -> None:
 
 def test_the_tracker_follows_what_has_ended(definition: Definition, made_runs: Any) -> None:
     study = SweepStudy(definition, made_runs.root)
-    tracker = Recorder(made_runs.root)
+    tracker = Recorder()
     with pytest.raises(KeyboardInterrupt), Tracked(study, made_runs.root, 0, tracker) as tracked:
         tracked.look(study.trials())
         assert not tracker.shown  # no trial has ended
@@ -109,7 +107,7 @@ def test_the_tracker_follows_what_has_ended(definition: Definition, made_runs: A
 
 def test_a_tracker_that_is_down_is_asked_once(definition: Definition, made_runs: Any) -> None:
     study = SweepStudy(definition, made_runs.root)
-    tracker = Recorder(made_runs.root, answers=False)
+    tracker = Recorder(answers=False)
     with Tracked(study, made_runs.root, 0, tracker) as tracked:
         for _ in range(3):
             step(study, made_runs)

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from glua_bench import tracking
 from glua_bench.config import RunConfig
-from glua_bench.errors import RunFailure, UserError
+from glua_bench.errors import ConfigError, RunFailure, UserError
 from glua_bench.task import Grid
 from glua_bench.tracking import (
     Comparison,
@@ -37,6 +37,7 @@ from glua_bench.tracking import (
     final_metrics,
     git_state,
     list_runs,
+    open_tracker,
     replacing,
     run_name,
     tracking_uri,
@@ -773,6 +774,31 @@ def test_the_examples_hold() -> None:
     assert doctest.testmod(tracking).failed == 0
 
 
+# -- which tracker --------------------------------------------------------------------------------
+
+
+def test_runs_are_mirrored_to_mlflow_unless_another_tracker_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(open_tracker(tmp_path), MLflowMirror)
+    assert open_tracker(tmp_path).browse.startswith("mlflow ui --backend-store-uri sqlite:///")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@tracker:5000")
+    assert open_tracker(tmp_path).browse == "http://tracker:5000"
+    monkeypatch.setenv("GLUA_BENCH_TRACKER", "folder_tracker:FolderTracker")
+    monkeypatch.setenv("FOLDER_TRACKER", str(tmp_path / "shown"))
+    assert open_tracker(tmp_path).place == str(tmp_path / "shown")
+
+
+@pytest.mark.parametrize("name", ["no_module:Class", "json:Missing", "a b", "wandb"])
+def test_a_tracker_that_is_not_there_is_one_sentence(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLUA_BENCH_TRACKER", name)
+    with pytest.raises(ConfigError, match="MODULE:CLASS") as error:
+        open_tracker(tmp_path)
+    assert name in one_sentence(error)
+
+
 # -- comparisons ----------------------------------------------------------------------------------
 
 
@@ -918,18 +944,16 @@ def test_a_group_is_followed_while_it_grows(root: Path, monkeypatch: Any) -> Non
     assert {p.info.status for p in parents_and_children(root)[0]} == {"FINISHED", "FAILED"}
 
 
-def test_syncing_keeps_runs_where_they_are_nested(root: Path, monkeypatch: Any) -> None:
+def test_syncing_keeps_runs_where_they_are_nested(root: Path) -> None:
     """Also those whose copy is replaced, here because they have succeeded since."""
     members = two_runs(root)
     members[1][1].fail("no reason")
-    monkeypatch.setattr(tracking, "LAYOUT", 1)
     assert MLflowMirror(root).nest(Comparison("compare a", members), {})
     (parent,), (_, child) = parents_and_children(root)
     assert child.info.status == parent.info.status == "FAILED"
     assert parent.data.tags["glua_bench.runs"] == "1 of 2 done"
     complete(members[1][1])
-    monkeypatch.setattr(tracking, "LAYOUT", 2)
-    assert counts(root) == (2, 0, 0, 0)
+    assert counts(root) == (1, 1, 0, 0)
     (same,), children = parents_and_children(root)
     assert same.info.run_id == parent.info.run_id
     assert [c.data.tags["mlflow.parentRunId"] for c in children] == [same.info.run_id] * 2
