@@ -1,9 +1,9 @@
-"""TFRecord files of tf.train.Example messages, read without TensorFlow.
+"""Reader for TFRecord files of tf.train.Example messages, without TensorFlow.
 
-A file is a chain of records: the length of the payload (8 bytes), a checksum of these 8 bytes (4),
-the payload, and its checksum (4), all little-endian. A checksum is CRC-32C, rotated by 15 bits and
-moved by a constant. The payload is a protocol buffer, a map from names to lists of bytes, of floats
-or of integers. Both formats are public: TensorFlow's guide "TFRecord and tf.train.Example", and
+A file is a sequence of records: the length of the payload (8 bytes), a checksum of these 8 bytes
+(4), the payload, and its checksum (4), all little-endian. A checksum is CRC-32C, rotated by 15 bits
+plus a constant. The payload is a protocol buffer, a map from names to lists of bytes, floats or
+integers. Both formats are public: TensorFlow's guide "TFRecord and tf.train.Example", and
 "Encoding" in the documentation of protocol buffers.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from glua_bench.errors import DataError
 
-# A feature's values; which of the two depends on how it was written.
+# Values of a feature: integers or bytes.
 Values = list[int] | list[memoryview]
 
 _MASK_DELTA = 0xA282EAD8
@@ -28,19 +28,19 @@ _VARINT, _EIGHT_BYTES, _DELIMITED, _FOUR_BYTES = 0, 1, 2, 5  # wire types
 
 
 def read_examples(path: Path) -> Iterator[dict[str, Values]]:
-    """The examples of a TFRecord file, each checked before it is given out.
+    """Iterate over the examples of a TFRecord file, checking each one.
 
-    Lists of floats are passed over. The bytes of a feature are views into the record, not copies.
+    Lists of floats are skipped. The bytes of a feature are views into the record, not copies.
 
     Args:
         path: an uncompressed TFRecord file.
 
-    Returns:
-        One dictionary a record: name of the feature -> its values.
+    Yields:
+        One dictionary per record: name of the feature → its values.
 
     Raises:
-        DataError: the file cannot be read, is torn, has a checksum that does not match, or holds
-            other messages than examples.
+        DataError: the file cannot be read, is truncated, has a wrong checksum, or holds other
+            messages than examples.
     """
     try:
         with path.open("rb") as stream:
@@ -64,7 +64,8 @@ def read_examples(path: Path) -> Iterator[dict[str, Values]]:
                 yield _example(memoryview(payload))
     except (_Damaged, struct.error) as error:
         raise DataError(
-            f"{path} is no intact TFRecord file of examples ({error}): unpack or download it again."
+            f"{path} is not a valid TFRecord file of examples ({error}): unpack or download it "
+            "again."
         ) from error
     except OSError as error:
         raise DataError(
@@ -74,18 +75,18 @@ def read_examples(path: Path) -> Iterator[dict[str, Values]]:
 
 
 class _Damaged(ValueError):
-    """What is wrong with a file, without its name."""
+    """Damage of a file, described without its name."""
 
 
 # -- checksums ------------------------------------------------------------------------------------
 
 
 def crc32c(data: bytes) -> int:
-    """CRC-32C (Castagnoli) of some bytes, as RFC 3720 defines it.
+    """Return the CRC-32C (Castagnoli) of some bytes, as defined in RFC 3720.
 
-    A checksum is linear, so a message may be folded in halves: the first half is moved by the
-    length of the second, which is one multiplication a word, and added to it. That leaves a few
-    array operations instead of a loop over bytes.
+    A CRC is linear, so a message can be folded in halves: the first half, advanced by the length
+    of the second (one multiplication per word), is added to the second. This replaces a loop over
+    bytes by a few array operations.
 
     Example:
         >>> hex(crc32c(b"123456789"))
@@ -93,10 +94,10 @@ def crc32c(data: bytes) -> int:
     """
     if len(data) < 64:
         return _advance(0xFFFFFFFF, data) ^ 0xFFFFFFFF
-    front = -len(data) % 4  # zeros in front of a message change nothing
+    front = -len(data) % 4  # leading zeros have no effect
     octets = np.zeros(front + len(data), np.uint8)
     octets[front:] = np.frombuffer(data, np.uint8)
-    octets[front : front + 4] ^= 0xFF  # the same as beginning with all ones
+    octets[front : front + 4] ^= 0xFF  # equivalent to the initial value of all ones
     words = octets.view("<u4")
     while len(words) > 1:
         power = (len(words) - 1).bit_length() - 1
@@ -107,13 +108,13 @@ def crc32c(data: bytes) -> int:
 
 
 def _masked(checksum: int) -> int:
-    """A checksum as it is stored."""
+    """Return a checksum in its stored form."""
     return (((checksum >> 15) | (checksum << 17)) + _MASK_DELTA) & 0xFFFFFFFF
 
 
 @lru_cache(1)
 def _steps() -> list[int]:
-    """What a byte that leaves the register does to it."""
+    """Return the CRC table for one byte."""
     table = []
     for value in range(256):
         for _ in range(8):
@@ -123,7 +124,7 @@ def _steps() -> list[int]:
 
 
 def _advance(register: int, data: bytes) -> int:
-    """The register after some bytes, one by one."""
+    """Return the register after some bytes, one by one."""
     table = _steps()
     for octet in data:
         register = table[(register ^ octet) & 0xFF] ^ (register >> 8)
@@ -132,13 +133,13 @@ def _advance(register: int, data: bytes) -> int:
 
 @lru_cache(64)
 def _moved_by(power: int) -> tuple[np.ndarray, np.ndarray]:
-    """The register after 2**power words of zeros, for its lower and its upper 16 bits."""
+    """Return tables of the register after 2**power zero words, for its lower and upper 16 bits."""
     bits = np.uint32(1) << np.arange(32, dtype=np.uint32)
     if power == 0:
         images = np.array([_advance(int(bit), bytes(4)) for bit in bits], np.uint32)
     else:
         low, high = _moved_by(power - 1)
-        images = low[bits & 0xFFFF] ^ high[bits >> 16]  # half the way
+        images = low[bits & 0xFFFF] ^ high[bits >> 16]  # half the words
         images = low[images & 0xFFFF] ^ high[images >> 16]
     tables = []
     for half in (images[:16], images[16:]):
@@ -153,7 +154,7 @@ def _moved_by(power: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _example(message: memoryview) -> dict[str, Values]:
-    """Features of an Example: message 1 of it holds entries 1, each a name 1 and a feature 2."""
+    """Return the features of an Example: field 1 holds entries 1 of name 1 and feature 2."""
     found: dict[str, Values] = {}
     for features in _messages(message, 1):
         for entry in _messages(features, 1):
@@ -170,7 +171,7 @@ def _example(message: memoryview) -> dict[str, Values]:
 
 
 def _values(feature: memoryview) -> Values | None:
-    """The list in a feature: 1 holds bytes, 3 integers; 2 holds floats, which nobody asked for."""
+    """Return the list in a feature: 1 holds bytes, 3 integers; 2 holds floats, skipped."""
     values: Values | None = None
     for number, value in _fields(feature):
         if number == 1 and isinstance(value, memoryview):
@@ -181,7 +182,7 @@ def _values(feature: memoryview) -> Values | None:
 
 
 def _integers(message: memoryview) -> list[int]:
-    """The values 1 of a list of 64-bit integers, one by one or packed."""
+    """Return the values 1 of a list of 64-bit integers, packed or not."""
     values = []
     for number, value in _fields(message):
         if number != 1:
@@ -193,19 +194,19 @@ def _integers(message: memoryview) -> list[int]:
         while at < len(value):
             one, at = _varint(value, at)
             values.append(one)
-    # Negative numbers are stored as their complement.
+    # Negative numbers are stored as two's complement.
     return [value - (1 << 64) if value >> 63 else value for value in values]
 
 
 def _messages(message: memoryview, wanted: int) -> Iterator[memoryview]:
-    """The parts of a message that have a number and a length."""
+    """Iterate over the length-delimited fields with a given number."""
     for number, value in _fields(message):
         if number == wanted and isinstance(value, memoryview):
             yield value
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Number and value of each field of a message; fields of fixed size are passed over."""
+    """Iterate over number and value of each field, skipping fields of fixed size."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
@@ -228,7 +229,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    """An unsigned integer of 7 bits a byte, lowest first, and where it ends."""
+    """Read a varint (7 bits per byte, lowest first); return its value and end position."""
     value = 0
     for place in range(10):
         if at + place >= len(message):
