@@ -31,8 +31,8 @@ _OBTAIN = {
     ),
     "mr": (
         "CHAOS's MR/1/T2SPIR to MR/39/T2SPIR, each with DICOM_anon and Ground, are in "
-        "CHAOS_Train_Sets.zip at https://doi.org/10.5281/zenodo.3431873, under its licence "
-        "(CC BY-NC-SA 4.0) and the challenge's terms; NIfTI copies are named "
+        "CHAOS_Train_Sets.zip at https://doi.org/10.5281/zenodo.3431873, after accepting its "
+        "licence (CC BY-NC-SA 4.0) and the challenge's terms; NIfTI copies are named "
         "image_1.nii.gz with label_1.nii.gz to image_39.nii.gz with label_39.nii.gz"
     ),
 }
