@@ -1,1 +1,1 @@
-"""One dataset a file; each registers through an entry point."""
+"""Datasets, one per file, registered through entry points."""

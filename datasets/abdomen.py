@@ -1,4 +1,4 @@
-"""BTCV and CHAOS: abdominal organs in CT and MR, from the owners' files as they were downloaded."""
+"""Abdominal organs in CT (BTCV) and MR (CHAOS), read from the owners' original files."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ SPLIT_FILE = SPLITS_FOLDER / "abdomen_v1.csv"
 class Abdomen(Dataset):
     """Liver, kidneys and spleen in CT (BTCV) and T2-SPIR MR (CHAOS) of different people.
 
-    Files. The owners' 30 labelled CT and 20 labelled MR scans under their own names, at any depth
-    below the root. `prepare` converts CHAOS's DICOM series and PNG masks to NIfTI in the cache.
-    NIfTI copies of CHAOS, `image_<id>.nii.gz` with `label_<id>.nii.gz`, are taken where the root
+    Files. The owners' 30 labelled CT and 20 labelled MR scans under their original names, at any
+    depth below the root. `prepare` converts CHAOS's DICOM series and PNG masks to NIfTI in the
+    cache. NIfTI copies of CHAOS, `image_<id>.nii.gz` with `label_<id>.nii.gz`, are used if the root
     holds no series.
 
     Labels. BTCV: 6 is liver, 2 right kidney, 3 left kidney, 1 spleen; the other nine organs count
     as background. CHAOS: 63, 126, 189 and 252, in copies also 1 to 4. Other values are errors.
 
-    Cases. Test ids are the literature's, of the others three CT and two MR scans are for
-    validation; see `datasets/splits/abdomen_v1.csv`. The CT is of patients of an American
-    hospital and the MR of patients of a Turkish one, so nobody is in both domains.
+    Cases. Test ids are the literature's; of the other cases, three CT and two MR scans are for
+    validation (`datasets/splits/abdomen_v1.csv`). CT patients come from a US hospital and MR
+    patients from a Turkish one, so nobody is in both domains.
 
-    Intensity. CT from -125 to 275 HU becomes -1 to 1. MR has no unit, so each volume's own
-    percentiles do.
+    Intensity. CT values from -125 to 275 HU are mapped to [-1, 1]. MR is normalised by percentiles
+    of each volume.
 
-    Slices are axial, the front of the body at the top, the patient's right at the left. The window
-    is 416 mm wide and high; where a scan is larger, it is centred on the bounding box of the body,
-    which is found in the image (`volumes.load_image`). No label is read for it.
+    Slices are axial, with the patient's front at the top and right on the left. The window is
+    416 mm wide and high; in larger scans it is centred on the bounding box of the body, which is
+    found in the image (`volumes.load_image`), not in the label.
 
     Args:
-        root: the directory with the files of both owners; None takes `$GLUA_BENCH_DATA/abdomen`.
+        root: directory with the files of both owners; None uses `$GLUA_BENCH_DATA/abdomen`.
     """
 
     name: ClassVar[str] = "abdomen"
@@ -53,7 +53,7 @@ class Abdomen(Dataset):
         "(https://doi.org/10.5281/zenodo.3431873), and both owners' terms"
     )
     partition: ClassVar[str] = "literature"  # column of SPLIT_FILE
-    # Okabe & Ito's palette, which stays distinct for colour-blind readers; values are BTCV's.
+    # Okabe & Ito's colour-blind-safe palette; values are BTCV's.
     structures: ClassVar[tuple[Structure, ...]] = (
         Structure("LIV", "liver", (6,), "#e69f00"),
         Structure("RK", "right kidney", (2,), "#56b4e9"),
@@ -61,11 +61,11 @@ class Abdomen(Dataset):
         Structure("SPL", "spleen", (1,), "#cc79a7"),
     )
     directions: ClassVar[tuple[str, ...]] = ("mr-ct", "ct-mr")
-    # In RAS+ axis 0 grows towards the patient's right and axis 1 forwards, so both are reversed.
+    # In RAS+ axis 0 points to the patient's right and axis 1 to the front, so both are flipped.
     reading: ClassVar[Reading] = Reading(
         orientation="canonical", slice_axis=2, row_axis=1, flip=(0, 1)
     )
-    # Slices of CHAOS lie 5 to 9 mm apart and those of BTCV 2.5 to 5 mm.
+    # Slice distance: 5 to 9 mm in CHAOS, 2.5 to 5 mm in BTCV.
     grids: ClassVar[Mapping[str, Grid]] = {
         "quick": Grid(80, 5.2, 8.0),
         "standard": Grid(160, 2.6, 6.0),
@@ -84,7 +84,7 @@ class Abdomen(Dataset):
 
     @classmethod
     def reading_of(cls, domain: str) -> Reading:
-        """CT has a window in HU and the values of nine other organs."""
+        """Return the reading of a domain; CT has a HU window and ignores nine further organs."""
         if domain != "ct":
             return cls.reading
         return replace(
@@ -93,7 +93,7 @@ class Abdomen(Dataset):
 
     @classmethod
     def structures_of(cls, domain: str) -> tuple[Structure, ...]:
-        """CHAOS's grey levels, and the class numbers that its NIfTI copies hold instead."""
+        """Return the structures of a domain; MR accepts CHAOS's grey levels and 1 to 4."""
         if domain != "mr":
             return cls.structures
         organs = (chaos.LIVER, chaos.RIGHT_KIDNEY, chaos.LEFT_KIDNEY, chaos.SPLEEN)
@@ -105,17 +105,16 @@ class Abdomen(Dataset):
         )
 
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
-        """Check that every file is there, and convert the MR series that are new or have changed.
+        """Check that every file is there, and convert MR series that are new or have changed.
 
-        Each volume appears complete or not at all, so a conversion that was interrupted goes on
-        where it was, and several processes may work at once. A series that cannot be used does not
-        keep the others from being converted.
+        Volumes are written atomically, so an interrupted conversion can be resumed and several
+        processes may run at once. After an unusable series, the remaining ones are still converted.
 
         Args:
             report: receives a line for each domain, each converted series, and each problem.
 
         Raises:
-            DataError: files are missing, damaged or do not make a volume.
+            DataError: files are missing, damaged or do not form a volume.
             RunFailure: the cache cannot be written.
         """
         scans = find_scans(self.root, self._splits)
@@ -144,7 +143,7 @@ class Abdomen(Dataset):
             raise problems[0]
 
     def cases(self, domain: str) -> tuple[Case, ...]:
-        """All cases of a domain, sorted by id.
+        """Return all cases of a domain, sorted by id.
 
         Args:
             domain: "ct" or "mr".
@@ -167,7 +166,7 @@ class Abdomen(Dataset):
         return read_partition(SPLIT_FILE, self.partition)
 
     def _volumes(self, domain: str) -> Mapping[int, tuple[Path, Path]]:
-        """Id → NIfTI files of image and label, which for a series lie in the cache."""
+        """Return id → NIfTI files of image and label; those of a series lie in the cache."""
         scans = find_scans(self.root, self._splits)
         scans.demand(domain)
         if domain != "mr" or not scans.series:
@@ -220,12 +219,12 @@ class AbdomenFold5(Abdomen):
 
 
 def _cache() -> Path:
-    """Where converted scans lie, for every fold."""
+    """Return the directory of converted scans, shared by all folds."""
     return cache_root() / Abdomen.name
 
 
 def _converted(number: int, slices: chaos.Slices) -> tuple[Path, Path]:
-    """Where image and label of an MR series lie once they are converted."""
+    """Return the paths of image and label of a converted MR series."""
     image, label = chaos.addresses(slices)
     return (
         _cache() / f"mr_{number:02d}-{image}.nii",

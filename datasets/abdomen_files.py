@@ -1,4 +1,4 @@
-"""Which scans of BTCV and CHAOS lie below a directory, under the owners' names.
+"""Search for the scans of BTCV and CHAOS below a directory, under their original names.
 
 BTCV: `img0001.nii.gz` with `label0001.nii.gz` (in the release `RawData/Training/img` and `label`).
 CHAOS: `MR/1/T2SPIR/DICOM_anon` with `MR/1/T2SPIR/Ground`; NIfTI copies: `image_1.nii.gz` with
@@ -26,13 +26,13 @@ _PAIR = {
 _OBTAIN = {
     "ct": (
         "BTCV's img0001.nii.gz with label0001.nii.gz to img0040.nii.gz with label0040.nii.gz are "
-        "in Abdomen/RawData.zip at https://www.synapse.org/Synapse:syn3193805, for those who "
-        "register, join the challenge and accept its terms"
+        "in Abdomen/RawData.zip at https://www.synapse.org/Synapse:syn3193805, after registering, "
+        "joining the challenge and accepting its terms"
     ),
     "mr": (
         "CHAOS's MR/1/T2SPIR to MR/39/T2SPIR, each with DICOM_anon and Ground, are in "
-        "CHAOS_Train_Sets.zip at https://doi.org/10.5281/zenodo.3431873, for those who accept its "
-        "licence (CC BY-NC-SA 4.0) and the challenge's terms; NIfTI copies are called "
+        "CHAOS_Train_Sets.zip at https://doi.org/10.5281/zenodo.3431873, after accepting its "
+        "licence (CC BY-NC-SA 4.0) and the challenge's terms; NIfTI copies are named "
         "image_1.nii.gz with label_1.nii.gz to image_39.nii.gz with label_39.nii.gz"
     ),
 }
@@ -40,10 +40,10 @@ _OBTAIN = {
 
 @dataclass(frozen=True)
 class Scans:
-    """What was found.
+    """Scans found below a directory.
 
-    Args:
-        root: the directory that was searched.
+    Attributes:
+        root: the directory.
         volumes: domain → id → image and label, complete pairs.
         series: id → folder T2SPIR of an MR scan.
         expected: domain → all ids.
@@ -55,14 +55,14 @@ class Scans:
     expected: Mapping[str, Collection[int]]
 
     def of(self, domain: str) -> Mapping[int, Path | tuple[Path, Path]]:
-        """The scans of a domain; MR as series or, where there is none, as volumes."""
+        """Return the scans of a domain; MR as series or, if there are none, as volumes."""
         return (self.series if domain == "mr" else {}) or self.volumes[domain]
 
     def demand(self, domain: str) -> None:
-        """Is every scan of a domain there?
+        """Raise if a scan of a domain is missing.
 
         Raises:
-            DataError: it is not; the sentence says what is missing and where to obtain it.
+            DataError: a scan is missing; the message says which and where to obtain it.
         """
         missing = [number for number in self.expected[domain] if number not in self.of(domain)]
         if not missing:
@@ -72,21 +72,21 @@ class Scans:
         absent = [other for other in self.expected if not self.of(other)]
         raise DataError(
             f"{self.root} lacks {len(missing)} of {len(self.expected[domain])} {domain.upper()} "
-            f"scans, first {first}: give the directory that holds both data sets, at any depth and "
-            "under the owners' names, with --data-root "
+            f"scans, first {first}: pass the directory that holds both data sets, at any depth "
+            "and under their original names, with --data-root "
             f"({'; '.join(_OBTAIN[d] for d in dict.fromkeys([domain, *absent]))})."
         )
 
 
 def find_scans(root: Path, expected: Mapping[str, Collection[int]]) -> Scans:
-    """Search a directory at any depth; links are followed.
+    """Search a directory recursively, following links.
 
     Args:
         root: the directory; it may be missing.
-        expected: "ct" and "mr" → the ids to look for; others are left alone.
+        expected: "ct" and "mr" → the ids to look for; others are skipped.
 
     Raises:
-        DataError: a scan lies in two places.
+        DataError: a scan is found twice.
     """
     files: dict[tuple[str, str, int], Path] = {}
     for path in (folder / name for folder, names in walk(root) for name in ("", *names)):

@@ -1,7 +1,7 @@
-"""CHAOS: an MR series as DICOM files, with a PNG mask for each slice, as two NIfTI volumes.
+"""Conversion of a CHAOS MR series (DICOM files with PNG masks) to two NIfTI volumes.
 
 `<id>/T2SPIR/DICOM_anon/IMG-0002-00001.dcm` with `<id>/T2SPIR/Ground/IMG-0002-00001.png`: a mask
-belongs to the slice of its own name, and lies wherever that slice lies.
+belongs to the slice of the same name and has its position.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from glua_bench.dicom_series import read_series
 from glua_bench.errors import DataError
 from glua_bench.paths import entries
 
-# Raise with every change that alters a voxel or an affine of a converted file.
+# Increment with every change that alters a voxel or an affine of a converted file.
 CONVERSION = 1
 
 Slices: TypeAlias = tuple[tuple[Path, Path], ...]  # DICOM file and mask of each slice of a scan
 
 LIVER, RIGHT_KIDNEY, LEFT_KIDNEY, SPLEEN = 63, 126, 189, 252
-# The owners give each organ a range of grey levels, and use the value in its middle: above the
-# first number, up to the second.
+# Each organ has a range of grey levels, above the first number and up to the second.
 RANGES = {
     LIVER: (55, 70),
     RIGHT_KIDNEY: (110, 135),
@@ -40,13 +39,13 @@ RANGES = {
 
 
 def slices_of(scan: Path) -> Slices:
-    """The DICOM file and the mask of each slice, sorted by name.
+    """Return the DICOM file and the mask of each slice, sorted by name.
 
     Args:
         scan: the folder that holds `DICOM_anon` and `Ground`.
 
     Raises:
-        DataError: there is none, or files have no partner of the same name.
+        DataError: there are no files, or a file lacks its counterpart.
     """
     pictures, masks = (
         {file.stem: file for file in entries(scan / folder) if file.suffix.lower() == suffix}
@@ -68,10 +67,10 @@ def slices_of(scan: Path) -> Slices:
 
 
 def addresses(slices: Slices) -> tuple[str, str]:
-    """What the volumes of a scan are called in the cache: one name for the image, one for the mask.
+    """Return the names of a scan's image and label volume in the cache.
 
-    Other files have other names, so a volume in the cache is never stale. That of the image does
-    not depend on a mask.
+    Names depend on file contents, so a cached volume is never stale. The image's name does not
+    depend on masks.
 
     Args:
         slices: from `slices_of`.
@@ -84,7 +83,7 @@ def addresses(slices: Slices) -> tuple[str, str]:
 
 @lru_cache(maxsize=256)
 def _addresses(slices: Slices, stamps: tuple[tuple[int, ...], ...]) -> tuple[str, str]:
-    """`addresses`, remembered: a run asks several times for the digests of a thousand files."""
+    """Return `addresses`, cached because a run asks repeatedly for digests of a thousand files."""
     digests = [(file.stem, file_digest(file), file_digest(mask)) for file, mask in slices]
     image = [CONVERSION, "image", sorted(content for _, content, _ in digests)]
     label = [CONVERSION, "label", digests]
@@ -95,7 +94,7 @@ def _addresses(slices: Slices, stamps: tuple[tuple[int, ...], ...]) -> tuple[str
 
 
 def _stamp(file: Path) -> tuple[int, ...]:
-    """What tells that a file has changed; `file_digest` says it of a file that is not there."""
+    """Return values that change with the file; () if it is missing, which `file_digest` reports."""
     with suppress(OSError):
         status = file.stat()
         return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
@@ -106,7 +105,7 @@ def convert(slices: Slices, image: Path, label: Path) -> None:
     """Write a scan as two NIfTI volumes in RAS+ coordinates, the image last.
 
     The image holds float32 values after slope and intercept, the label 63, 126, 189 and 252. Both
-    have the affine in sform and qform. The same files always give the same bytes.
+    have the affine in sform and qform. Equal inputs give equal bytes.
 
     Args:
         slices: from `slices_of`.
@@ -114,7 +113,7 @@ def convert(slices: Slices, image: Path, label: Path) -> None:
         label: the file to write, .nii.
 
     Raises:
-        DataError: a file cannot be used, or the slices do not stack.
+        DataError: a file is invalid, or the slices do not stack.
         OSError: a volume cannot be written.
     """
     masks = dict(slices)
@@ -132,24 +131,22 @@ def convert(slices: Slices, image: Path, label: Path) -> None:
 
 
 def _mask(file: Path, size: tuple[int, ...]) -> np.ndarray:
-    """One mask with the owners' values: uint8 (columns, rows)."""
+    """Read a mask as uint8 (columns, rows) with the values 63, 126, 189 and 252."""
     try:
         with Image.open(file) as picture:
             found = picture.size
-            # One bit is how other releases of the owners store a liver, which 255 is not here.
+            # Other releases store the liver with one bit per pixel, which would read as 255.
             usable = picture.mode in ("L", "P", "RGB", "RGBA")
             colours = np.asarray(picture.convert("RGB")) if usable and found == size else None
-    except Exception as error:  # the decoder lets through whatever broken bytes lead to
-        raise DataError(
-            f"{file} cannot be read as a PNG picture: unpack the release again."
-        ) from error
+    except Exception as error:  # the decoder raises many types for damaged files
+        raise DataError(f"{file} cannot be read as PNG: unpack the release again.") from error
     if found != size:
         raise DataError(
             f"{file} is {found[0]} pixels wide and {found[1]} high but its slice has "
             f"{size[0]} columns and {size[1]} rows: unpack the release again."
         )
     if colours is None or (colours != colours[..., :1]).any():
-        raise DataError(f"{file} is no picture of 256 grey levels: unpack the release again.")
+        raise DataError(f"{file} is not an 8-bit greyscale image: unpack the release again.")
     grey = colours[..., 0]
     table = np.zeros(256, np.uint8)
     known = np.zeros(256, bool)
@@ -161,8 +158,7 @@ def _mask(file: Path, size: tuple[int, ...]) -> np.ndarray:
     if strays.size:
         shown = ", ".join(map(str, strays[:5].tolist())) + (", …" if strays.size > 5 else "")
         raise DataError(
-            f"{file} has grey level(s) {shown}, which mean no organ (63 is liver, 126 right "
-            "kidney, 189 left kidney, 252 spleen): take the latest release, because earlier ones "
-            "had other values."
+            f"{file} has unknown grey level(s) {shown} (63 is liver, 126 right kidney, 189 left "
+            "kidney, 252 spleen): use the latest release, because earlier ones had other values."
         )
     return table[grey].T

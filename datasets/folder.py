@@ -1,4 +1,4 @@
-"""Any domains of files, described by one YAML file instead of a class."""
+"""A dataset described by a YAML file instead of a class."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from glua_bench.task import Ask, Case, Dataset, Grid, Reading, Structure
 
 
 class Folder(Dataset):
-    """Your own domains, as a YAML file describes them: `--dataset FILE.yaml`.
+    """Your own domains, described by a YAML file: `--dataset FILE.yaml`.
 
-    `glua-bench new-dataset` writes the file; what may stand in it is in docs/adding-data.md.
-    `described` makes a dataset of it, with the name and the facts that the file gives.
+    `glua-bench new-dataset` writes the file; docs/adding-data.md lists its entries. `described`
+    creates a dataset class with the name and the attributes that the file gives.
     """
 
     name: ClassVar[str] = "folder"
@@ -36,38 +36,38 @@ class Folder(Dataset):
     reading: ClassVar[Reading] = PLANES["axial"]
     grids: ClassVar[Mapping[str, Grid]] = {}
     file: ClassVar[Path | None] = None
-    told: ClassVar[Description | None] = None
+    description: ClassVar[Description | None] = None
 
     @classmethod
     def described(cls, file: Path) -> type[Dataset]:
-        """The dataset that a file describes.
+        """Return the dataset class for a description.
 
         Raises:
-            ConfigError: the file cannot be read, or says something that cannot be used; the
-                message gives the line.
+            ConfigError: the file cannot be read or has an invalid entry; the message gives the
+            line.
         """
         file = file.resolve()
-        told = describe(file)
-        readings = [domain.reading for domain in told.domains.values()]
+        description = describe(file)
+        readings = [domain.reading for domain in description.domains.values()]
         stated = any(reading.stated_spacing is not None for reading in readings)
         by = "a spacing stated in the description" if stated else "the files' headers"
-        facts = {
-            "__doc__": f"{told.title.rstrip('.')}.\n\nDescribed in {file.name}.",
+        attributes = {
+            "__doc__": f"{description.title.rstrip('.')}.\n\nDescribed in {file.name}.",
             "__module__": cls.__module__,
-            "name": told.name,
-            "reference": told.reference,
-            "needs": told.needs,
-            "structures": told.structures,
-            "directions": told.directions,
+            "name": description.name,
+            "reference": description.reference,
+            "needs": description.needs,
+            "structures": description.structures,
+            "directions": description.directions,
             "reading": readings[0],
-            "grids": told.grids,
+            "grids": description.grids,
             "distance_note": f"mm, by {by}",
-            "protocol": told.protocol,
-            "publishable": told.publishable,
+            "protocol": description.protocol,
+            "publishable": description.publishable,
             "file": file,
-            "told": told,
+            "description": description,
         }
-        return type("Described", (cls,), facts)
+        return type("Described", (cls,), attributes)
 
     @classmethod
     def draft(
@@ -78,11 +78,11 @@ class Folder(Dataset):
         domains: tuple[str, ...] = (),
         structures: Mapping[str, tuple[int, ...]] | None = None,
     ) -> str:
-        """A description of the files in a directory, with guesses that the user confirms.
+        """Return a description of the files in a directory, with guesses for the user to confirm.
 
         Raises:
             DataError: the files show no task.
-            ConfigError: an answer cannot be used.
+            ConfigError: an answer is invalid.
         """
         from glua_bench.datasets.folder_draft import draft
 
@@ -90,103 +90,111 @@ class Folder(Dataset):
 
     @classmethod
     def default_root(cls) -> Path:
-        """The root that the description names; its own directory where it names none.
+        """Return the description's `root`, or its own directory if it has none.
 
         Raises:
             DataError: there is no description.
         """
-        if cls.told is None:
+        if cls.description is None:
             raise DataError(
-                "Dataset 'folder' needs a description: give --dataset FILE.yaml, which "
-                "`glua-bench new-dataset NAME --data DIRECTORY` writes."
+                "Dataset 'folder' needs a description: pass --dataset FILE.yaml, written by "
+                "`glua-bench new-dataset NAME --data DIRECTORY`."
             )
-        return cls.told.root
+        return cls.description.root
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A described class has no name to be imported by, so another process reads the file."""
+        """Pickle by file and root, because a described class cannot be imported by name."""
         return _restored, (self.file, self.root)
 
     def carried(self) -> Mapping[str, str]:
-        """The description with its tables, for files where they lie now."""
+        """Return the description and its tables, with the current root."""
         return {} if self.file is None else carried(self.file, self.root)
 
     @classmethod
     def reading_of(cls, domain: str) -> Reading:
-        """As described for the domain."""
-        return cls.reading if cls.told is None else cls.told.domains[domain].reading
+        """Return the reading of a domain."""
+        return cls.reading if cls.description is None else cls.description.domains[domain].reading
 
     @classmethod
     def structures_of(cls, domain: str) -> tuple[Structure, ...]:
-        """The classes with the domain's own values."""
-        return cls.structures if cls.told is None else cls.told.domains[domain].structures
+        """Return the structures with the domain's label values."""
+        return (
+            cls.structures
+            if cls.description is None
+            else cls.description.domains[domain].structures
+        )
 
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
-        """Find the files, and say what should be changed in the description; nothing is made.
+        """Find the files and report what to change in the description; nothing is written.
 
         Raises:
             DataError: files are missing.
         """
-        for note in () if self.told is None else self.told.notes:
+        for note in () if self.description is None else self.description.notes:
             report(note)
         for domain in self.domains():
             cases = self.cases(domain)
-            bare = sum(case.label is None for case in cases)
-            if bare:
+            unlabelled = sum(case.label is None for case in cases)
+            if unlabelled:
                 report(
-                    f"{domain}: {bare} of {len(cases)} volumes have no label and serve as target "
-                    "images only"
+                    f"{domain}: {unlabelled} of {len(cases)} volumes have no label and are used "
+                    "only as target training images"
                 )
 
     def cases(self, domain: str) -> tuple[Case, ...]:
-        """All cases of a domain, sorted by id.
+        """Return all cases of a domain, sorted by id.
 
         Raises:
-            DataError: the domain is unknown, files are missing, or the splits do not fit them.
+            DataError: the domain is unknown, files are missing, or the splits do not match them.
         """
-        domains = {} if self.told is None else self.told.domains
+        domains = {} if self.description is None else self.description.domains
         if domain not in domains:
             raise DataError(
                 f"Dataset '{self.name}' has no domain '{domain}'; {nearest(domain, list(domains))}."
             )
-        told = domains[domain]
+        described = domains[domain]
         if not self.root.is_dir():
             raise DataError(
-                f"{self.root} is no directory: correct 'root' in {self.file}, or name the files' "
-                "directory with --data-root."
+                f"{self.root} is not a directory: correct 'root' in {self.file}, or pass the "
+                "directory of the files with --data-root."
             )
-        found = told.find(self.root)
+        found = described.find(self.root)
         ids = {entry.id for entry in found}
-        for name, listed in (("val", told.val), ("test", told.test)):
+        for name, listed in (("val", described.val), ("test", described.test)):
             unknown = [case for case in listed if case not in ids]
             if unknown:
-                raise told.place.error(
-                    f"'{name}' names {unknown[0]}, which is not among the files; "
+                raise described.place.error(
+                    f"'{name}' lists {unknown[0]}, which is not among the files; "
                     f"{nearest(unknown[0], sorted(ids)[:20])}",
                     name,
                 )
         return tuple(
-            sorted((self._case(domain, told, entry) for entry in found), key=lambda case: case.id)
+            sorted(
+                (self._case(domain, described, entry) for entry in found), key=lambda case: case.id
+            )
         )
 
-    def _case(self, domain: str, told: Domain, entry: Found) -> Case:
+    def _case(self, domain: str, described: Domain, entry: Found) -> Case:
         fault = name_fault(entry.id)
         if fault:
             raise DataError(
-                f"The id '{entry.id}' of {entry.image} {fault}, so it cannot name a file: rename "
-                "the image, or give the id in a table."
+                f"The id '{entry.id}' of {entry.image} {fault}, so it is not a valid file name: "
+                "rename the image, or give another id in a table."
             )
-        listed = "test" if entry.id in told.test else "val" if entry.id in told.val else ""
+        listed = (
+            "test" if entry.id in described.test else "val" if entry.id in described.val else ""
+        )
         split = listed or entry.split or "train"
         if entry.label is None and split != "train":
             raise DataError(
-                f"{entry.image} has no label but is a {split} case: add the label, or take the "
-                f"case out of '{split}' in {self.file}."
+                f"{entry.image} is a {split} case without a label: add the label, or remove the "
+                f"case from '{split}' in {self.file}."
             )
-        shared = self.told is not None and self.told.same_people
+        shared = self.description is not None and self.description.same_people
         who = entry.subject or (entry.id if shared else f"{domain} {entry.id}")
         return Case(f"{domain}_{entry.id}", domain, entry.image, entry.label, split, who)
 
 
 def _restored(file: Path, root: Path) -> Dataset:
-    """A described dataset in another process."""
+    """Recreate a described dataset in another process."""
     return Folder.described(file)(root)

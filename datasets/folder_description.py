@@ -1,7 +1,6 @@
-"""What a YAML file says of a data set: its classes, its domains and where their files lie.
+"""Reading and checking of a dataset description in YAML (docs/adding-data.md).
 
-The form is described in docs/adding-data.md. Everything is checked here, before a file of the data
-is opened, and a complaint names the line.
+Everything is checked before a file of the data is opened, and each error gives the line.
 """
 
 from __future__ import annotations
@@ -29,30 +28,30 @@ from glua_bench.errors import ConfigError
 from glua_bench.paths import composed
 from glua_bench.task import Grid, Reading, Structure
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# Okabe and Ito's colour-blind-safe palette.
 COLORS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#f0e442")
-# In RAS+ axis 0 grows towards the patient's right, axis 1 to the front, axis 2 upwards. Reversed,
-# slices show the right at the image's left, front or head at the top.
+# In RAS+ axis 0 points to the patient's right, axis 1 to the front, axis 2 upwards. Flipped, slices
+# show the patient's right on the image's left, and front or head at the top.
 PLANES: Mapping[str, Reading] = {
     "axial": Reading(slice_axis=2, row_axis=1, flip=(0, 1)),
     "coronal": Reading(slice_axis=1, row_axis=2, flip=(0, 2)),
     "sagittal": Reading(slice_axis=0, row_axis=2, flip=(1, 2)),
 }
-SIZES = {"quick": 64, "standard": 128, "paper": 256}  # pixels a side
+SIZES = {"quick": 64, "standard": 128, "paper": 256}  # pixels per side
 
 
 @dataclass(frozen=True)
 class Domain:
-    """What a description says of one domain.
+    """Description of one domain.
 
-    Args:
-        find: the root → what lies there.
-        reading: how its files become arrays.
+    Attributes:
+        find: function from the root to the cases found there.
+        reading: how files become arrays.
         structures: the classes with this domain's raw label values.
         val: ids of validation cases.
         test: ids of test cases.
-        place: where it is described, for messages.
-        notes: what a user should change there, in sentences.
+        place: the domain's table in the file, for messages.
+        notes: changes to suggest to the user, in sentences.
     """
 
     find: Callable[[Path], list[Found]]
@@ -66,22 +65,22 @@ class Domain:
 
 @dataclass(frozen=True)
 class Description:
-    """A whole file.
+    """Description of a dataset.
 
-    Args:
-        name: of the dataset.
-        title: what it is, in a line.
+    Attributes:
+        name: dataset name.
+        title: one-line summary.
         reference: what to cite.
-        needs: what a user must have.
-        root: the directory of the files.
-        domains: name → what is said of it, at least two.
+        needs: what the user must have.
+        root: directory of the files.
+        domains: name → domain, at least two.
         directions: "source-target"; the first is the default.
-        structures: the classes, in their order.
+        structures: the classes in order.
         grids: preset → working grid.
-        protocol: what differs from the harness's protocol; usually nothing.
-        publishable: may pictures leave the machine?
-        same_people: an id means the same person in all domains.
-        notes: what a user should change in the file, in sentences.
+        protocol: deviations from the harness's protocol, usually none.
+        publishable: whether pictures may leave the machine.
+        same_people: whether an id means the same person in all domains.
+        notes: changes to suggest to the user, in sentences.
     """
 
     name: str
@@ -103,14 +102,14 @@ def describe(file: Path) -> Description:
     """Read and check a description.
 
     Raises:
-        ConfigError: the file cannot be read, or says something that cannot be used.
-        DataError: the `dataset.json` of a nnU-Net folder that it names cannot be used.
+        ConfigError: the file cannot be read or has an invalid entry.
+        DataError: the `dataset.json` of a nnU-Net folder that it names is invalid.
     """
     text = read_document(file)
     name = text.take("name", str)
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise text.error(
-            f"'{name}' cannot name a dataset; use lower-case letters, digits and _", "name"
+            f"'{name}' is not a valid dataset name; use lower-case letters, digits and _", "name"
         )
     plane = PLANES[text.choice("plane", tuple(PLANES), "axial")]
     structures = _structures(text)
@@ -120,13 +119,13 @@ def describe(file: Path) -> Description:
         for key, part in text.tables("domains")
     }
     if len(domains) < 2:
-        raise text.error("'domains' needs two or more, a source and a target", "domains")
+        raise text.error("'domains' needs at least two, a source and a target", "domains")
     pairs = [f"{a}-{b}" for a in domains for b in domains if a != b]
     directions = text.texts("directions", pairs)
     for direction in directions:
         if direction not in pairs:
             raise text.error(
-                f"'{direction}' is no direction; {nearest(direction, pairs)}", "directions"
+                f"'{direction}' is not a direction; {nearest(direction, pairs)}", "directions"
             )
     described = Description(
         name,
@@ -148,17 +147,17 @@ def describe(file: Path) -> Description:
 
 
 def carried(file: Path, root: Path) -> dict[str, str]:
-    """A description and its tables as texts that may lie anywhere, comments left out.
+    """Return a description and its tables as texts that work at any place, without comments.
 
     Args:
-        file: the description, which `describe` has read.
-        root: where its files lie, which the new text names in full.
+        file: the description, already read by `describe`.
+        root: directory of its files, which the new text gives as an absolute path.
 
     Returns:
         `dataset.yaml`, and `dataset_DOMAIN.csv` for each domain that has a table.
 
     Raises:
-        ConfigError: the description or a table cannot be read any more.
+        ConfigError: the description or a table can no longer be read.
     """
     text = read_document(file)
     made: dict[str, str] = {}
@@ -175,12 +174,12 @@ def carried(file: Path, root: Path) -> dict[str, str]:
 
 
 def _structures(text: Table) -> tuple[Structure, ...]:
-    """The classes; values that a domain gives replace theirs."""
+    """Return the classes; values that a domain gives replace theirs."""
     made: list[Structure] = []
     for index, (name, part) in enumerate(text.tables("classes")):
         color = part.take("color", str, COLORS[index % len(COLORS)])
         if not re.fullmatch(r"#[0-9a-fA-F]{6}", color):
-            raise part.error(f"'{color}' is no colour; write it as \"#rrggbb\", quoted", "color")
+            raise part.error(f"'{color}' is not a colour; write \"#rrggbb\", quoted", "color")
         values = () if part.take("values", object, None) is None else _values(part, "values")
         title = composed(part.take("title", str, name))
         try:
@@ -189,18 +188,18 @@ def _structures(text: Table) -> tuple[Structure, ...]:
             raise part.error(str(error).rstrip(".")) from error
         part.finish()
     if not made:
-        raise text.error("'classes' names no class; give at least one", "classes")
+        raise text.error("'classes' is empty; give at least one class", "classes")
     return tuple(made)
 
 
 def _values(table: Table, name: str) -> tuple[int, ...]:
-    """One raw label value, or several."""
+    """Return one or several raw label values."""
     value: Any = table.take(name, object)
     values = value if isinstance(value, list) else [value]
     if not values or not all(type(v) is int and v != 0 for v in values):
         raise table.error(
-            f"'{name}' must be a label value or a list of them, whole numbers without 0, which is "
-            f"background; it is {value!r}",
+            f"'{name}' must be a nonzero integer or a list of them (0 is background), not "
+            f"{value!r}",
             name,
         )
     return tuple(values)
@@ -214,26 +213,28 @@ def _domain(
     root: Path,
     beside: Path,
 ) -> Domain:
-    """What the table of one domain says."""
+    """Read the table of one domain."""
     if not re.fullmatch(r"[a-z0-9_]+", name):
-        raise part.error(f"'{name}' cannot name a domain; use lower-case letters, digits and _")
-    ways = [way for way in ("images", "table", "nnunet") if way in part]
-    if len(ways) != 1:
         raise part.error(
-            f"domain '{name}' needs one of 'images' (a pattern), 'table' (a CSV file) and 'nnunet' "
-            f"(a folder), and has {' and '.join(ways) or 'none'}"
+            f"'{name}' is not a valid domain name; use lower-case letters, digits and _"
+        )
+    layouts = [layout for layout in ("images", "table", "nnunet") if layout in part]
+    if len(layouts) != 1:
+        raise part.error(
+            f"domain '{name}' needs exactly one of 'images' (a pattern), 'table' (a CSV file) and "
+            f"'nnunet' (a folder), but has {' and '.join(layouts) or 'none'}"
         )
     find: Callable[[Path], list[Found]]
     named: Mapping[str, tuple[int, ...]] = {}
     unannotated: tuple[int, ...] = ()
-    if ways == ["images"]:
+    if layouts == ["images"]:
         pattern, labels = part.take("images", str), part.take("labels", str, None)
         fault = pattern_fault(pattern, labels)
         if fault:
             raise part.error(fault, "images")
-        find = partial(by_pattern, images=pattern, labels=labels, told=part.file)
-    elif ways == ["table"]:
-        # A table lies beside its description, wherever the files are.
+        find = partial(by_pattern, images=pattern, labels=labels, description=part.file)
+    elif layouts == ["table"]:
+        # The path of a table is relative to the description, not to the root.
         find = partial(by_table, file=beside / Path(part.take("table", str)).expanduser())
     else:
         folder = Path(part.take("nnunet", str)).expanduser()
@@ -245,13 +246,13 @@ def _domain(
     notes = []
     if "ignore" in part:
         notes.append(
-            f"{part.where('ignore')}: 'ignore' is called 'background' now; rename it, or call it "
-            "'unannotated' if nobody annotated those voxels."
+            f"{part.where('ignore')}: 'ignore' is deprecated; rename it to 'background', or to "
+            "'unannotated' if those voxels were not annotated."
         )
     unannotated = tuple(dict.fromkeys((*unannotated, *_listed(part, "unannotated"))))
     own, background = _domain_values(part, structures, named, unannotated)
     plane = replace(plane, ignored_values=background, unannotated_values=unannotated)
-    told = Domain(
+    domain = Domain(
         find,
         _reading(part, plane),
         own,
@@ -260,11 +261,11 @@ def _domain(
         part,
         tuple(notes),
     )
-    both = sorted(set(told.val) & set(told.test))
+    both = sorted(set(domain.val) & set(domain.test))
     if both:
-        raise part.error(f"{both[0]} is in 'val' and in 'test'; keep one", "test")
+        raise part.error(f"{both[0]} is in both 'val' and 'test'; remove one", "test")
     part.finish()
-    return told
+    return domain
 
 
 def _nnunet(root: Path, folder: Path, channel: int, fold: int | None) -> list[Found]:
@@ -272,7 +273,7 @@ def _nnunet(root: Path, folder: Path, channel: int, fold: int | None) -> list[Fo
 
 
 def _listed(part: Table, name: str) -> tuple[int, ...]:
-    """A list of label values, which may be missing."""
+    """Return an optional list of label values."""
     values = part.take(name, list, [])
     if not all(type(v) is int for v in values):
         raise part.error(f"'{name}' must be a list of label values", name)
@@ -285,13 +286,13 @@ def _domain_values(
     named: Mapping[str, tuple[int, ...]],
     unannotated: tuple[int, ...],
 ) -> tuple[tuple[Structure, ...], tuple[int, ...]]:
-    """The classes with the domain's label values, and the values that count as background.
+    """Return the classes with the domain's label values, and the values that count as background.
 
     Args:
-        part: what is said of the domain.
+        part: the domain's table.
         structures: the classes.
         named: names in `dataset.json` and their values.
-        unannotated: values that are neither.
+        unannotated: values of unannotated voxels.
     """
     values = {s.name: s.values for s in structures if s.values}
     own = part.table("values")
@@ -299,7 +300,7 @@ def _domain_values(
         for key in own.names():
             if key not in {s.name for s in structures}:
                 hint = nearest(key, [s.name for s in structures])
-                raise own.error(f"'{key}' is none of the classes; {hint}", key)
+                raise own.error(f"'{key}' is not a class; {hint}", key)
             values[key] = _values(own, key)
     lower = {name.lower(): numbers for name, numbers in named.items()}
     for structure in structures:
@@ -309,7 +310,7 @@ def _domain_values(
     missing = [s.name for s in structures if s.name not in values]
     if missing:
         raise part.error(
-            f"no label value is given for {missing[0]}; add it under 'values', here or in its class"
+            f"{missing[0]} has no label value; add it under 'values', here or in its class"
         )
     background = (*_listed(part, "background"), *_listed(part, "ignore"))
     meanings = {s.name: values[s.name] for s in structures}
@@ -318,8 +319,8 @@ def _domain_values(
         shared = sorted(set(first) & set(second))
         if shared:
             raise part.error(
-                f"the label value {shared[0]} has two meanings, {one} and {other}, and a voxel has "
-                "one class; give each its own under 'values' (regions of nnU-Net that overlap, too)"
+                f"label value {shared[0]} is used for both {one} and {other}; give each its own "
+                "under 'values' (overlapping nnU-Net regions are not supported)"
             )
     used = {v for numbers in meanings.values() for v in numbers}
     rest = dict.fromkeys(v for numbers in named.values() for v in numbers if v not in used)
@@ -330,13 +331,16 @@ def _domain_values(
 
 
 def _reading(part: Table, reading: Reading) -> Reading:
-    """How a domain's files become arrays, from how its slices lie and what its labels mean."""
+    """Return how a domain's files become arrays."""
     stored = part.table("stored")
     if stored is not None:
         axes = [stored.take("slices", int), stored.take("rows", int)]
         flip = stored.take("flip", list, [])
         if len(set(axes)) < 2 or not {*axes, *flip} <= {0, 1, 2}:
-            raise stored.error("'slices' and 'rows' are two of the axes 0, 1, 2, 'flip' some")
+            raise stored.error(
+                "'slices' and 'rows' must be two different axes of 0, 1, 2, and 'flip' a list of "
+                "axes"
+            )
         stored.finish()
         reading = replace(
             reading,
@@ -348,15 +352,17 @@ def _reading(part: Table, reading: Reading) -> Reading:
     spacing = part.numbers("spacing", 3, None)
     if spacing is not None and not all(0 <= length < 1000 for length in spacing):
         raise part.error(
-            "'spacing' must be mm for each axis, 0 where the header is right", "spacing"
+            "'spacing' must be three lengths in mm, 0 to keep the header's value", "spacing"
         )
     window, shares = part.numbers("window", 2, None), part.numbers("percentiles", 2, None)
     if window is not None and shares is not None:
-        raise part.error("give 'window' or 'percentiles', not both", "percentiles")
+        raise part.error("give either 'window' or 'percentiles', not both", "percentiles")
     if window is not None and not window[0] < window[1]:
-        raise part.error("'window' must rise, as in [-125, 275]", "window")
+        raise part.error("'window' must be increasing, such as [-125, 275]", "window")
     if shares is not None and not 0 <= shares[0] < shares[1] <= 100:
-        raise part.error("'percentiles' must rise from 0 to 100, as in [0.5, 99.5]", "percentiles")
+        raise part.error(
+            "'percentiles' must be increasing within 0 to 100, such as [0.5, 99.5]", "percentiles"
+        )
     return replace(
         reading,
         stated_spacing=spacing,
@@ -366,12 +372,12 @@ def _reading(part: Table, reading: Reading) -> Reading:
 
 
 def _grids(text: Table) -> Mapping[str, Grid]:
-    """One working grid a preset, from a field of view or as listed."""
+    """Return one working grid per preset, from the field of view or as listed."""
     across = text.take("field_of_view", float, None)
     between = text.take("slice_spacing", float, None)
     listed = text.table("grids")
     if across is None and listed is None:
-        raise text.error("'field_of_view' is missing, the side of the window in mm; add it")
+        raise text.error("'field_of_view' is missing; add the side of the window in mm")
     made: dict[str, dict[str, Any]] = {}
     if across is not None:
         made = {

@@ -1,6 +1,6 @@
-"""A first description of somebody's files, from what they suggest and what the user answers.
+"""Draft of a dataset description from files on disk and the user's answers.
 
-Every guess is the proposed answer to a question, so that it is seen before it counts.
+Every guess is the proposed answer to a question, so the user sees it before it is used.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ from glua_bench.scaffold import (
 )
 from glua_bench.task import Ask
 
-SOFT_TISSUE = "-125 275"  # HU; the window that is common for CT of the abdomen
+SOFT_TISSUE = "-125 275"  # HU; the common window for abdominal CT
 _SHARES = {"test": 0.2, "val": 0.1}
-_NOT_ALL = "\n# The others have too few labelled cases to be trained and tested."
-_SEED = 0  # of the draw of test and validation cases
+_NOT_ALL = "\n# The other directions have too few labelled cases for training and testing."
+_SEED = 0  # for drawing test and validation cases
 
 
 # Structure → raw label values.
@@ -61,15 +61,15 @@ Values = Mapping[str, tuple[int, ...]]
 class _Domain:
     """The files of one domain.
 
-    Args:
-        name: of the domain.
-        place: lines of the description that say where the files are.
-        images: files of the images, by id.
-        labels: files of the labels, by id.
-        named: structure → raw values, where the files tell.
-        unannotated: raw values of voxels that nobody annotated, where the files tell.
-        test: ids that the files themselves set apart.
-        val: likewise, for validation.
+    Attributes:
+        name: domain name.
+        place: lines of the description that locate the files.
+        images: image files by id.
+        labels: label files by id.
+        named: structure → raw values, if the files state them.
+        unannotated: raw values of unannotated voxels, if the files state them.
+        test: ids that the files assign to the test split.
+        val: ids that the files assign to the validation split.
     """
 
     name: str
@@ -85,21 +85,21 @@ class _Domain:
 def draft(
     name: str, data: Path, ask: Ask, domains: Sequence[str], structures: Values | None
 ) -> str:
-    """The text of a description of the volumes in a directory.
+    """Return the text of a description of the volumes in a directory.
 
     Args:
-        name: of the dataset.
+        name: dataset name.
         data: the directory.
-        ask: puts a question to the user.
-        domains: words in the files' paths; empty lets the files suggest them.
-        structures: name in words → raw label values, the same in all domains; None asks.
+        ask: asks the user a question.
+        domains: words in the files' paths; empty to guess them from the files.
+        structures: structure → raw label values, the same in all domains; None to ask.
 
     Raises:
-        DataError: the directory holds no volumes, or not two domains.
-        ConfigError: an answer cannot be used.
+        DataError: the directory holds no volumes, or fewer than two domains.
+        ConfigError: an answer is invalid.
     """
     if not data.is_dir():
-        raise DataError(f"{data} is no directory: name the one of your files with --data.")
+        raise DataError(f"{data} is not a directory: pass that of your files with --data.")
     found = _nnunet(data, domains) or _patterns(data, domains, ask)
     looks = {domain.name: look(domain.images, domain.labels) for domain in found}
     titles, values, unannotated = _classes(found, looks, ask, structures)
@@ -112,15 +112,15 @@ def draft(
     across = max(max(np.delete(own.extent, axis)) for own in looks.values())
     window = ask("Side of the square window in mm", f"{math.ceil(across / 10) * 10}", _length)
     thick = max(own.spacing[axis] for own in looks.values())
-    between = ask("Distance of slices in mm, common to all domains", f"{thick:.3g}", _length)
+    between = ask("Distance between slices in mm, for all domains", f"{thick:.3g}", _length)
     shared = _shared(found, ask)
     splits = _splits(found, shared)
     pairs, served = _directions(found, splits)
     if not served:
         raise DataError(
-            f"The {sum(len(d.labels) for d in found)} labels in {data} serve no direction: a "
-            "source needs a labelled case for training, and a target needs one for the test and "
-            "another image for training; label more cases."
+            f"The {sum(len(d.labels) for d in found)} labels in {data} are too few for any "
+            "direction: a source needs a labelled training case, and a target a labelled test "
+            "case and another image for training; label more cases."
         )
     blocks = []
     for domain in found:
@@ -129,9 +129,11 @@ def draft(
         rest = sorted(set(looks[domain.name].values) - named - {*unannotated[domain.name]})
         lines = {**domain.place, "values": _mapping(own)}
         if unannotated[domain.name]:
-            lines["unannotated"] = f"{[*unannotated[domain.name]]}   # enters no loss and no score"
+            lines["unannotated"] = (
+                f"{[*unannotated[domain.name]]}   # excluded from loss and scores"
+            )
         if rest:
-            lines["background"] = f"{rest}   # known label values that count as background"
+            lines["background"] = f"{rest}   # label values that count as background"
         lines |= _intensity(domain.name, looks[domain.name], ask)
         lines |= {split: _listing(ids) for split, ids in splits[domain.name].items()}
         block = [f"  {domain.name}:", *(f"    {key}: {text}" for key, text in lines.items())]
@@ -159,7 +161,7 @@ def draft(
 
 
 def _nnunet(data: Path, names: Sequence[str]) -> list[_Domain]:
-    """One domain for each folder of nnU-Net or the Decathlon in the directory."""
+    """Return one domain per nnU-Net or Decathlon folder in the directory."""
     folders = [path for path in entries(data) if (path / "dataset.json").is_file()]
     if len(folders) < 2:
         return []
@@ -178,21 +180,21 @@ def _nnunet(data: Path, names: Sequence[str]) -> list[_Domain]:
                 name,
                 place,
                 *_files(cases),
-                _told(nnunet_values(folder)),
+                _usable_names(nnunet_values(folder)),
                 nnunet_unannotated(folder),
                 *(frozenset(c.id for c in cases if c.split == split) for split in ("test", "val")),
             )
         )
     if len(made) < 2:
         raise DataError(
-            f"{data} holds the folders {', '.join(f.name for f in folders)}: name two of them with "
-            "--domains, without Dataset or Task and number."
+            f"{data} holds the folders {', '.join(f.name for f in folders)}: select two of them "
+            "with --domains, without the prefix Dataset### or Task##."
         )
     return made
 
 
-def _told(regions: Values) -> Values:
-    """Names of a folder's labels as an answer can hold them; none where they are no classes."""
+def _usable_names(regions: Values) -> Values:
+    """Return label names normalised for answers; {} if they do not define disjoint classes."""
     made = {re.sub(r"[\s,=]+", " ", name.lower()).strip(): own for name, own in regions.items()}
     values = [value for own in regions.values() for value in own]
     named = all(any(map(str.isalpha, name)) and name.isprintable() for name in made)
@@ -201,30 +203,31 @@ def _told(regions: Values) -> Values:
 
 
 def _patterns(data: Path, names: Sequence[str], ask: Ask) -> list[_Domain]:
-    """Domains by words in paths, each with a pattern for images and one for labels."""
+    """Find domains by words in paths, each with a pattern for images and one for labels."""
     paths = volumes_in(data)
     if not paths:
         raise DataError(
-            f"{data} holds no volume: give a directory with files of {', '.join(SUFFIXES)}."
+            f"{data} holds no volumes: give a directory with files of type {', '.join(SUFFIXES)}."
         )
     groups = domains_by_name(paths, names) if names else guess_domains(paths)
     if len(groups) < 2:
         raise DataError(
-            f"The {len(paths)} volumes in {data} do not show two domains: name them with "
-            "--domains, by words in the files' paths, such as ct,mr."
+            f"No two domains are recognisable among the {len(paths)} volumes in {data}: name them "
+            "with --domains, by words in the files' paths, such as ct,mr."
         )
     made = []
     for name, own in groups.items():
         seen = {data / path for path in own}
-        told, labels = "", None
+        no_guess, labels = "", None
         try:
             images, labels = guess_patterns(own, partial(_finds, data=data, seen=seen))
-        except DataError as error:  # nothing can be proposed, but the user may know better
-            images, told = "", str(error)
+        except DataError as error:  # no proposal, but the user may know a pattern
+            images, no_guess = "", str(error)
         question = f"{name}: images, with * for the case's id"
-        images = ask(question, images, partial(_images, data=data, labels=labels, told=told))
+        read_images = partial(_images, data=data, labels=labels, no_guess=no_guess)
+        images = ask(question, images, read_images)
         place = {"images": json.dumps(images, ensure_ascii=False)}
-        question = f"{name}: labels, likewise, or none"
+        question = f"{name}: labels, with * for the case's id, or none"
         labels, cases = ask(question, labels or "none", partial(_labels, data=data, images=images))
         if labels is not None:
             place["labels"] = json.dumps(labels, ensure_ascii=False)
@@ -233,14 +236,14 @@ def _patterns(data: Path, names: Sequence[str], ask: Ask) -> list[_Domain]:
 
 
 def _finds(images: str, labels: str | None, data: Path, seen: set[Path]) -> bool:
-    """Whether patterns find exactly these files."""
+    """Return True if the patterns find exactly the files `seen`."""
     cases = _paired(data, images, labels)
     found = [file for case in cases for file in (case.image, case.label) if file is not None]
     return len(found) == len(seen) and set(found) == seen
 
 
 def _paired(data: Path, images: str, labels: str | None) -> list[Found]:
-    """The cases that patterns find together; none where they do not fit."""
+    """Return the cases that the patterns find, or [] if the patterns do not match."""
     if pattern_fault(images, labels):
         return []
     try:
@@ -250,25 +253,25 @@ def _paired(data: Path, images: str, labels: str | None) -> list[Found]:
 
 
 def _plain(name: str) -> str:
-    """A name of letters, digits and _."""
+    """Reduce a name to letters, digits and _."""
     return re.sub(r"[^a-z0-9]+", "_", name).strip("_")
 
 
 def _files(cases: Sequence[Found]) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Images and labels by id."""
+    """Return images and labels by id."""
     return (
         {case.id: case.image for case in cases},
         {case.id: case.label for case in cases if case.label is not None},
     )
 
 
-# -- what they show -------------------------------------------------------------------------------
+# -- contents -------------------------------------------------------------------------------------
 
 
 def _classes(
     found: Sequence[_Domain], looks: dict[str, Look], ask: Ask, given: Values | None
 ) -> tuple[dict[str, str], dict[str, Values], dict[str, tuple[int, ...]]]:
-    """Short name → title; for each domain short name → raw values; and what is unannotated."""
+    """Return short name → title; per domain, raw values by short name and unannotated values."""
     answers: dict[str, Values] = {}
     titles: list[str] = []
     for domain in found:
@@ -279,26 +282,26 @@ def _classes(
         values = [v for v in looks[domain.name].values if v not in domain.unannotated]
         if not values:
             raise DataError(
-                f"The labels of '{domain.name}' hold no value but 0, first "
-                f"{next(iter(domain.labels.values()))}: correct the pattern of the labels."
+                f"The labels of '{domain.name}' hold only 0, such as "
+                f"{next(iter(domain.labels.values()))}: correct the label pattern."
             )
         guess = _named(domain, found, values, answers)
         text = written_structures(guess)
         question = (
-            f"{domain.name}: the labels hold {', '.join(map(str, values))}; structures to segment, "
-            "as name=value by commas (tumour=1,2,3 merges; unannotated=255 enters no loss and no "
-            "score), what is left out is background"
+            f"{domain.name}: labels hold {', '.join(map(str, values))}; structures to segment as "
+            "comma-separated name=value (tumour=1,2,3 merges values; unannotated=255 excludes "
+            "voxels from loss and scores; the rest is background)"
         )
         read = partial(_structures, domain=domain.name, titles=tuple(titles))
         answers[domain.name] = ask(question, text, read)
         titles = titles or _titles(answers[domain.name])
     if not titles:
         raise DataError(
-            f"No file of {' or '.join(d.name for d in found)} looks like a label: give the pattern "
-            "of the labels, or name them so (label, seg, mask, gt)."
+            f"No file of {' or '.join(d.name for d in found)} looks like a label: give the label "
+            "pattern, or rename the files (label, seg, mask, gt)."
         )
     short = short_names(titles)
-    # A domain without labels takes the values of the first one that has some.
+    # A domain without labels takes the values of the first labelled one.
     first = next(answer for answer in answers.values() if answer)
     return (
         {short[title]: title for title in titles},
@@ -311,7 +314,7 @@ def _classes(
 
 
 def _titles(answer: Values) -> list[str]:
-    """The structures of an answer."""
+    """Return the structures of an answer."""
     return [title for title in answer if title != UNANNOTATED_NAME]
 
 
@@ -321,7 +324,7 @@ def _named(
     values: Sequence[int],
     answers: Mapping[str, Values],
 ) -> Values:
-    """Names for the label values of a domain; none where nothing tells what they mean."""
+    """Guess names for the label values of a domain; {} if there is no basis for a guess."""
     before = next((answer for answer in answers.values() if answer), None)
     if domain.named:
         common = set.intersection(*(set(d.named) for d in found if d.named))
@@ -329,14 +332,14 @@ def _named(
         return {title: value for title, value in domain.named.items() if title in wanted}
     if before is None:
         return {f"structure {value}": (value,) for value in values}
-    # Other values than in the domain before: what is what, only the user can know.
+    # The values differ from the previous domain's, so only the user can name them.
     if not {v for title in _titles(before) for v in before[title]} <= set(values):
         return {}
     return {title: own for title, own in before.items() if set(own) <= set(values)}
 
 
 def _plane(looks: dict[str, Look]) -> str:
-    """The plane across the thickest axis, where one is much thicker; else axial."""
+    """Return the plane across the thickest axis if one is much thicker, else axial."""
     spacing = np.max([own.spacing for own in looks.values()], axis=0)
     axis = int(np.argmax(spacing))
     if spacing[axis] < 1.5 * np.median(spacing):
@@ -345,33 +348,33 @@ def _plane(looks: dict[str, Look]) -> str:
 
 
 def _intensity(name: str, own: Look, ask: Ask) -> dict[str, str]:
-    """The line for the window, if there is one."""
-    question = f"{name}: window of intensities as 'low high', such as HU in CT, or no"
+    """Return the line for the intensity window, if any."""
+    question = f"{name}: window of intensities as 'low high' (HU for CT), or no"
     window = ask(question, SOFT_TISSUE if own.hounsfield else "no", _window)
     return {} if window is None else {"window": f"[{window[0]:g}, {window[1]:g}]"}
 
 
-# -- who is where ---------------------------------------------------------------------------------
+# -- splits ---------------------------------------------------------------------------------------
 
 
 def _shared(found: Sequence[_Domain], ask: Ask) -> bool:
-    """Whether an id means one person in all domains."""
+    """Ask whether an id means the same person in all domains."""
     common = set.intersection(*(set(domain.images) for domain in found))
     if not common:
         return False
     names = " and ".join(domain.name for domain in found)
-    question = f"Is {min(common)} the same person in {names}? yes keeps people apart"
+    question = f"Is {min(common)} the same person in {names}? (yes: one split per person)"
     return ask(question, "yes", partial(_one_of, among=("yes", "no"))) == "yes"
 
 
 def _splits(found: Sequence[_Domain], shared: bool) -> dict[str, dict[str, list[str]]]:
-    """For each domain the ids of test and validation cases, drawn once and then written down.
+    """Draw validation and test ids for each domain.
 
-    What the files set apart stays apart, in all domains where ids mean persons. Every domain
-    keeps a labelled case for training, so that a lone one is never tested on.
+    Splits given by the files are kept, in all domains if ids mean people. Every domain keeps a
+    labelled training case, so a domain with a single one has no test case.
 
     Raises:
-        DataError: somebody who is set apart for the test has an image without a label elsewhere.
+        DataError: a test case has an unlabelled image in another domain.
     """
     made: dict[str, dict[str, list[str]]] = {}
     for group in [list(found)] if shared else [[domain] for domain in found]:
@@ -385,41 +388,41 @@ def _splits(found: Sequence[_Domain], shared: bool) -> dict[str, dict[str, list[
 
 
 def _draw(group: Sequence[_Domain]) -> dict[str, str]:
-    """Id → "test" or "val", for domains in which an id means one person; others are for training.
+    """Return id → "test" or "val" for domains in which an id means one person.
 
     Args:
-        group: the domains.
+        group: the domains; ids not in the result are training cases.
     """
-    bare = {case: d.name for d in group for case in d.images if case not in d.labels}
-    drawn = dict.fromkeys((case for d in group for case in d.val if case not in bare), "val")
+    unlabelled = {case: d.name for d in group for case in d.images if case not in d.labels}
+    drawn = dict.fromkeys((case for d in group for case in d.val if case not in unlabelled), "val")
     for domain in group:
         for case in sorted(domain.test):
-            if case in bare:
+            if case in unlabelled:
                 raise DataError(
-                    f"{case} is a test case of {domain.name} ({domain.images[case]}) and has no "
-                    f"label in {bare[case]}, so that it would be trained on there: add the label, "
-                    "or move the image away."
+                    f"{case} is a test case of {domain.name} ({domain.images[case]}) but has no "
+                    f"label in {unlabelled[case]}, where it would be trained on: add the label, "
+                    "or remove the image."
                 )
             drawn[case] = "test"
     labelled = [set(domain.labels) for domain in group if domain.labels]
     everywhere = set.intersection(*labelled) if labelled else set()
 
     def spare(case: str) -> bool:
-        """Whether all domains have another labelled case left for training."""
-        return case not in bare and all(
+        """Return True if every domain keeps another labelled case for training."""
+        return case not in unlabelled and all(
             sum(other not in drawn for other in d.labels) > 1 for d in group if case in d.labels
         )
 
     for domain in group:
         free = [case for case in sorted(domain.labels) if case not in drawn]
         order = [str(case) for case in np.random.default_rng(_SEED).permutation(free or [""])]
-        if len(group) > 1:  # who has labels in all domains can be tested on in all, and comes first
+        if len(group) > 1:  # first those labelled in all domains, who can be tested on in all
             order.sort(key=lambda case: case in everywhere)
         for split, share in _SHARES.items():
             count = len(domain.labels)
             wanted = max(1, round(share * count)) if count >= 3 else int(split == "test")
             if domain.test if split == "test" else domain.val:
-                continue  # as the files have it
+                continue  # given by the files
             missing = wanted - sum(drawn.get(case) == split for case in domain.labels)
             able = [case for case in reversed(order) if case in domain.labels]
             for case in able:
@@ -432,14 +435,14 @@ def _draw(group: Sequence[_Domain]) -> dict[str, str]:
 def _directions(
     found: Sequence[_Domain], splits: dict[str, dict[str, list[str]]]
 ) -> tuple[list[str], list[str]]:
-    """All directions, and those that can be trained and tested."""
-    apart = {name: {c for ids in own.values() for c in ids} for name, own in splits.items()}
+    """Return all directions, and those with enough cases for training and testing."""
+    held_out = {name: {c for ids in own.values() for c in ids} for name, own in splits.items()}
     pairs = [(a, b) for a in found for b in found if a is not b]
     served = [
         (source, target)
         for source, target in pairs
-        if set(source.labels) - apart[source.name]
-        and set(target.images) - apart[target.name]
+        if set(source.labels) - held_out[source.name]
+        and set(target.images) - held_out[target.name]
         and splits[target.name]["test"]
     ]
     return [f"{a.name}-{b.name}" for a, b in pairs], [f"{a.name}-{b.name}" for a, b in served]
@@ -448,17 +451,17 @@ def _directions(
 # -- answers --------------------------------------------------------------------------------------
 
 
-def _images(answer: str, data: Path, labels: str | None, told: str) -> str:
-    """A pattern that finds images.
+def _images(answer: str, data: Path, labels: str | None, no_guess: str) -> str:
+    """Return the answer if the pattern finds images.
 
     Args:
         answer: the pattern.
         data: the directory of the volumes.
-        labels: the pattern that is going to be proposed for labels, which images may match, too.
-        told: why none was proposed.
+        labels: the label pattern to be proposed next; images may match it, too.
+        no_guess: why no pattern was proposed.
     """
     if not answer:
-        raise DataError(told)
+        raise DataError(no_guess)
     fault = pattern_fault(answer, None)
     if fault:
         raise ConfigError(f"{fault}.")
@@ -468,7 +471,7 @@ def _images(answer: str, data: Path, labels: str | None, told: str) -> str:
 
 
 def _labels(answer: str, data: Path, images: str) -> tuple[str | None, list[Found]]:
-    """A pattern, and the cases that it finds together with that of the images."""
+    """Return the label pattern, and the cases that it finds with the image pattern."""
     if answer.lower() in ("none", ""):
         return None, by_pattern(data, images, None, data)
     fault = pattern_fault(images, answer)
@@ -478,19 +481,19 @@ def _labels(answer: str, data: Path, images: str) -> tuple[str | None, list[Foun
 
 
 def _structures(answer: str, domain: str, titles: Sequence[str]) -> Values:
-    """Name → values; the names are those of the domains before it."""
+    """Return name → values; names must be those of the previous domains."""
     if not answer:
         raise ConfigError(
-            f"{domain}: its label values are not those of the domain before it, so nothing tells "
-            f"which is which; answer the questions (without --yes), as in {titles[0]}=63."
+            f"{domain}: the label values differ from the previous domain's; answer the questions "
+            f"(run without --yes), for example {titles[0]}=63."
         )
     found = parse_structures(answer, domain)
     if not _titles(found):
-        raise ConfigError(f"{domain}: '{answer}' names no structure; add one, such as liver=1.")
+        raise ConfigError(f"{domain}: '{answer}' has no structure; add one, such as liver=1.")
     if titles and set(_titles(found)) != set(titles):
         raise ConfigError(
-            f"{domain}: the structures must be {', '.join(titles)}, as in the domain before it; "
-            "give each its value."
+            f"{domain}: the structures must be {', '.join(titles)}, as in the previous domain; "
+            "give each a value."
         )
     return found
 
@@ -504,16 +507,17 @@ def _window(answer: str) -> tuple[float, float] | None:
         low = high = math.nan
     if not low < high:
         raise ConfigError(
-            f"'{answer}' is no window; write two numbers that rise, such as {SOFT_TISSUE}, or no."
+            f"'{answer}' is not a window; enter two increasing numbers, such as {SOFT_TISSUE}, or "
+            "no."
         )
     return low, high
 
 
 def _one_of(answer: str, among: Sequence[str]) -> str:
-    """One of a few words, or the beginning of one."""
+    """Return the word that the answer abbreviates."""
     found = [word for word in among if word.startswith(answer.strip().lower())]
     if len(found) != 1 or not answer.strip():
-        raise ConfigError(f"'{answer}' is no answer; use {' or '.join(among)}.")
+        raise ConfigError(f"'{answer}' is not valid; answer {' or '.join(among)}.")
     return found[0]
 
 
@@ -523,7 +527,7 @@ def _length(answer: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value < 10_000:
-        raise ConfigError(f"'{answer}' is no length; give mm as a number, such as 320.")
+        raise ConfigError(f"'{answer}' is not a length; enter a number in mm, such as 320.")
     return value
 
 

@@ -1,6 +1,6 @@
-"""What the files of a directory suggest: domains, patterns, planes, windows and label values.
+"""Guesses from files on disk: domains, patterns, planes, windows and label values.
 
-Guesses only; `folder_draft.py` puts each of them to the user.
+`folder_draft.py` asks the user to confirm each guess.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ LABEL_WORDS |= {"segmentation", "segmentations", "annotation", "annotations", "m
 LABEL_WORDS |= {"msk", "gt", "ground", "truth", "manual"}
 MODALITY_WORDS = {"ct", "cta", "cbct", "mr", "mri", "mra", "t1", "t2", "t1w", "t2w", "flair"}
 MODALITY_WORDS |= {"dwi", "adc", "lge", "bssfp", "c0", "pet", "us"}
-_LOOKED_AT = 4  # images of a domain whose voxels are read for a guess
-_HOUNSFIELD = (-500, 200)  # a CT reaches below the first (air, lung) and above the second (bone)
+_SAMPLED = 4  # images per domain whose voxels are read
+_HOUNSFIELD = (-500, 200)  # CT has values below the first (air, lung) and above the second (bone)
 
 
 @dataclass(frozen=True)
 class Look:
-    """What a few volumes of a domain are like.
+    """Properties of a few volumes of a domain.
 
-    Args:
-        spacing: largest median distance of voxels in mm, along right, front and up.
+    Attributes:
+        spacing: largest median voxel spacing in mm, along right, front and up.
         extent: largest median side in mm, along the same axes.
         hounsfield: whether intensities look like Hounsfield units.
-        values: label values that occur in any label, without 0.
+        values: nonzero label values that occur in any label.
     """
 
     spacing: tuple[float, float, float]
@@ -46,7 +46,7 @@ class Look:
 
 
 def volumes_in(folder: Path) -> list[str]:
-    """Paths of all volumes below a directory, relative to it, sorted; hidden ones are left out."""
+    """Return the relative paths of all volumes below a directory, sorted, without hidden ones."""
     files = files_below(folder)
     return sorted(
         file.relative_to(folder).as_posix()
@@ -56,13 +56,13 @@ def volumes_in(folder: Path) -> list[str]:
 
 
 def guess_domains(paths: Sequence[str]) -> dict[str, list[str]]:
-    """Name of a domain → its volumes: by words for modalities in the paths, else by directories.
+    """Group volumes into domains by modality words in their paths, else by directory.
 
     Args:
-        paths: relative ones, as of `volumes_in`.
+        paths: relative paths, as from `volumes_in`.
 
     Returns:
-        Two domains or more; empty where nothing tells them apart.
+        Domain name → its volumes, at least two domains; empty if none can be told apart.
     """
     by_word: dict[str, list[str]] = {}
     for path in paths:
@@ -79,7 +79,7 @@ def guess_domains(paths: Sequence[str]) -> dict[str, list[str]]:
 
 
 def domains_by_name(paths: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
-    """The volumes whose paths hold a domain's name as a word.
+    """Return the volumes whose paths contain each name as a word.
 
     Raises:
         DataError: a name occurs in no path.
@@ -89,7 +89,7 @@ def domains_by_name(paths: Sequence[str], names: Sequence[str]) -> dict[str, lis
         if not own:
             raise DataError(
                 f"No volume has '{name}' as a word in its path, such as {name}/1.nii.gz or "
-                f"img_{name}.nii.gz: correct --domains, or rename the files' directories."
+                f"img_{name}.nii.gz: correct --domains, or rename the directories."
             )
     return made
 
@@ -97,15 +97,15 @@ def domains_by_name(paths: Sequence[str], names: Sequence[str]) -> dict[str, lis
 def guess_patterns(
     paths: Sequence[str], fits: Callable[[str, str | None], bool] = lambda images, labels: True
 ) -> tuple[str, str | None]:
-    """The patterns of images and labels among the volumes of a domain.
+    """Guess the patterns of images and labels among the volumes of a domain.
 
     Args:
-        paths: relative ones.
-        fits: whether the patterns find these volumes and nothing else; of several, the first
-            that do are taken.
+        paths: relative paths.
+        fits: returns True if the patterns find these volumes and nothing else; the first patterns
+            that fit are returned.
 
     Returns:
-        Patterns for `folder_layouts.by_pattern`; None where no path speaks of labels.
+        Patterns for `folder_layouts.by_pattern`; the second is None if no path looks like a label.
 
     Raises:
         DataError: the paths have no common form.
@@ -115,8 +115,8 @@ def guess_patterns(
     images = [path for path in paths if path not in labels]
     if not images:
         raise DataError(
-            f"All volumes like {paths[0]} look like labels by their names: describe the images by "
-            "hand, as docs/adding-data.md shows."
+            f"All volumes, such as {paths[0]}, look like labels by name: describe the images by "
+            "hand (see docs/adding-data.md)."
         )
     for images_pattern, ids in _patterns(images, labels):
         drawn: list[str | None] = [p for p, own in _patterns(labels) if own <= ids]
@@ -125,14 +125,14 @@ def guess_patterns(
             if images_pattern != labels_pattern and fits(images_pattern, labels_pattern):
                 return images_pattern, labels_pattern
     raise DataError(
-        f"No pattern finds {paths[0]}, {paths[-1]} and the others of their domain, and nothing "
-        "else: sort the files of a domain into folders alike, with one id for image and label, or "
-        "describe them by a table, as docs/adding-data.md shows."
+        f"No pattern matches exactly {paths[0]}, {paths[-1]} and the rest of their domain: sort "
+        "the files of a domain into folders of one layout, with one id for image and label, or "
+        "list them in a table (see docs/adding-data.md)."
     )
 
 
 def look(images: Mapping[str, Path], labels: Mapping[str, Path]) -> Look:
-    """Open a few images of a domain, and all labels.
+    """Inspect a few images of a domain and all labels.
 
     Raises:
         DataError: a file cannot be read.
@@ -154,7 +154,7 @@ def look(images: Mapping[str, Path], labels: Mapping[str, Path]) -> Look:
         lows.append(low)
         highs.append(high)
     values: set[int] = set()
-    for path in labels.values():  # all, because a lesion may be in one case alone
+    for path in labels.values():  # all, because a lesion may occur in a single case
         volume = open_volume(path)
         found = np.unique(volume.scaled(volume.voxels()))
         values |= set(label_integers(found, path).tolist())
@@ -172,9 +172,9 @@ def _triple(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def _some(files: Mapping[str, Path]) -> list[Path]:
-    """A few files, spread over all."""
+    """Return a few files, evenly spread."""
     everything = [files[case] for case in sorted(files)]
-    count = min(_LOOKED_AT, len(everything))
+    count = min(_SAMPLED, len(everything))
     return [everything[index * len(everything) // count] for index in range(count)]
 
 
@@ -183,11 +183,11 @@ def _words(path: str) -> list[str]:
 
 
 def _patterns(paths: Sequence[str], others: Sequence[str] = ()) -> list[tuple[str, set[str]]]:
-    """Patterns that all paths match, likely ones first, with what the first star stands for.
+    """Return patterns that match all paths, likely ones first, with the ids they yield.
 
     Args:
-        paths: of one kind of file.
-        others: paths of the other kind, by which a single file is told from its id.
+        paths: paths of one kind of file.
+        others: paths of the other kind, used to find the id of a single file.
     """
     if not paths:
         return []
@@ -207,7 +207,7 @@ def _patterns(paths: Sequence[str], others: Sequence[str] = ()) -> list[tuple[st
 
 
 def _around(paths: Sequence[str], ids: set[str]) -> list[str]:
-    """Patterns of paths that all hold one of the ids, the longest first."""
+    """Return patterns that replace an id in each path, the longest first."""
     if not paths:
         return []
     made = [
@@ -218,12 +218,12 @@ def _around(paths: Sequence[str], ids: set[str]) -> list[str]:
 
 
 def _starred(path: str, own: str) -> str:
-    """A path with a star in the place of an id, wherever it stands alone."""
+    """Replace an id by a star wherever it stands as a word."""
     return re.sub(rf"(?<![A-Za-z0-9]){re.escape(own)}(?![A-Za-z0-9])", "*", path)
 
 
 def _shared_words(path: str, others: Sequence[str]) -> list[str]:
-    """Texts between separators that a path has in common with another, the longest first."""
+    """Return texts between separators that a path shares with another, the longest first."""
     ending = next((s for s in SUFFIXES if path.lower().endswith(s)), "")
     pieces = re.split(r"([^A-Za-z0-9]+)", path[: len(path) - len(ending)])
     texts = {
@@ -243,10 +243,10 @@ def _shared_words(path: str, others: Sequence[str]) -> list[str]:
 
 
 def _by_tokens(split: Sequence[tuple[str, ...]]) -> tuple[str, list[str]]:
-    """A glob that keeps what all paths have at one place; no ids where they are built unlike.
+    """Return a glob with the tokens common to all paths, and ids; no ids if token counts differ.
 
     Args:
-        split: the parts of paths of one depth.
+        split: parts of paths of equal depth.
     """
     form = re.compile(r"[A-Za-z]+|[0-9]+|[^A-Za-z0-9]")
     tokens = [form.findall("/".join(parts)) for parts in split]
@@ -270,11 +270,11 @@ def _by_tokens(split: Sequence[tuple[str, ...]]) -> tuple[str, list[str]]:
 
 
 def _pattern(split: Sequence[tuple[str, ...]], whole_words: bool) -> tuple[str, list[str]]:
-    """A glob that all paths match, and what its first star stands for in each.
+    """Return a glob that matches all paths, and the texts that its first star matches.
 
     Args:
-        split: the parts of paths of one depth.
-        whole_words: the id reaches back to a separator, instead of to the last letter before it.
+        split: parts of paths of equal depth.
+        whole_words: extend the id back to a separator instead of to the last letter before it.
     """
     made: list[str] = []
     ids: list[str] = []

@@ -1,6 +1,6 @@
-"""How the files of a described domain are found: by patterns, from a table, or in nnU-Net's layout.
+"""How the files of a described domain are found: by pattern, by table, or in nnU-Net's layout.
 
-Each gives the same thing, a `Found` for every case; `folder.py` makes cases of them.
+Each function returns a list of `Found`, from which `folder.py` makes cases.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ COLUMNS = ("id", "image", "label", "subject", "split")
 
 @dataclass(frozen=True)
 class Found:
-    """One case as the files tell it.
+    """One case found among the files.
 
-    Args:
-        id: within the domain.
+    Attributes:
+        id: id within the domain.
         image: file of the image volume.
-        label: file of the label volume; None where there is none.
-        subject: who was imaged; "" where the files do not say.
-        split: "train", "val" or "test"; "" where the files do not say.
+        label: file of the label volume, or None.
+        subject: who was imaged; "" if unknown.
+        split: "train", "val" or "test"; "" if unknown.
     """
 
     id: str
@@ -41,81 +41,80 @@ class Found:
 
 
 def pattern_fault(images: str, labels: str | None) -> str:
-    """What is wrong with the patterns of a domain, and how it is repaired; "" for nothing.
+    """Return what is wrong with the patterns of a domain and how to fix it; "" if nothing is.
 
     Args:
         images: e.g. "ct/*_image.nii.gz".
-        labels: likewise; None where the domain has none.
+        labels: likewise, or None.
     """
     if labels == images:
-        return "'labels' is the pattern of the images; give the labels their own"
+        return "'images' and 'labels' have the same pattern; give the labels their own"
     for name, pattern in (("images", images), ("labels", labels)):
         if pattern is None:
             continue
         if not any("*" in part for part in Path(pattern).parts if part != "**"):
-            return f"'{name}' needs a * where the case's id stands, as in ct/*.nii.gz"
+            return f"'{name}' needs a * in place of the case's id, as in ct/*.nii.gz"
         if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
             return f"'{name}' must be relative to the root, without .."
     return ""
 
 
-def by_pattern(root: Path, images: str, labels: str | None, told: Path) -> list[Found]:
-    """Cases by patterns, as of `paths.matching`; what their first `*` stands for is the id.
+def by_pattern(root: Path, images: str, labels: str | None, description: Path) -> list[Found]:
+    """Find cases by patterns, as in `paths.matching`; the text matched by the first `*` is the id.
 
     Args:
-        root: the patterns are relative to it.
+        root: directory that the patterns are relative to.
         images: e.g. "ct/*_image.nii.gz".
-        labels: e.g. "ct/*_label.nii.gz"; None where the domain has none.
-        told: the file that gives the patterns, for messages.
+        labels: e.g. "ct/*_label.nii.gz"; None if the domain has no labels.
+        description: file that gives the patterns, for messages.
 
     Raises:
-        DataError: nothing matches, two files have one id, or no image fits a label.
+        DataError: nothing matches, two files have one id, or a label has no image.
     """
-    drawn = {} if labels is None else _matches(root, labels, told)
-    taken = set(drawn.values())  # a wide pattern, such as *.nii.gz, matches the labels as well
-    pictures = _matches(root, images, told, taken)
-    if not pictures:
+    label_files = {} if labels is None else _matches(root, labels, description)
+    taken = set(label_files.values())  # a wide pattern, such as *.nii.gz, also matches labels
+    image_files = _matches(root, images, description, taken)
+    if not image_files:
         raise DataError(
-            f"{root} holds no file like {images} ({told}): correct the pattern, or name the "
-            "directory with --data-root."
+            f"No file in {root} matches {images} ({description}): correct the pattern, or pass "
+            "the directory with --data-root."
         )
-    strays = sorted(set(drawn) - set(pictures))
-    if strays:
+    unmatched = sorted(set(label_files) - set(image_files))
+    if unmatched:
         raise DataError(
-            f"{drawn[strays[0]]} is the label of no image like {images} ({told}): correct "
-            "the patterns, or remove the file."
+            f"{label_files[unmatched[0]]} has no image that matches {images} ({description}): "
+            "correct the patterns, or remove the file."
         )
-    if labels is not None and not drawn:
+    if labels is not None and not label_files:
         raise DataError(
-            f"{root} holds no file like {labels} ({told}): correct the pattern of the labels."
+            f"No file in {root} matches {labels} ({description}): correct the label pattern."
         )
-    return [Found(case, pictures[case], drawn.get(case)) for case in sorted(pictures)]
+    return [Found(case, image_files[case], label_files.get(case)) for case in sorted(image_files)]
 
 
 def _matches(
-    root: Path, pattern: str, told: Path, without: Collection[Path] = ()
+    root: Path, pattern: str, description: Path, without: Collection[Path] = ()
 ) -> dict[str, Path]:
-    """Id → file."""
+    """Return id → file."""
     made: dict[str, Path] = {}
     for case, path in matching(root, pattern):
         if path in without:
             continue
         if case in made:
             raise DataError(
-                f"{made[case]} and {path} are both '{case}' by the pattern {pattern} "
-                f"({told}): let the first * stand where ids differ, or list the files in a "
-                "table."
+                f"{made[case]} and {path} have the same id '{case}' by the pattern {pattern} "
+                f"({description}): put the first * where ids differ, or list the files in a table."
             )
         made[case] = path
     return made
 
 
 def by_table(root: Path, file: Path) -> list[Found]:
-    """Cases by a CSV file with the columns image and label, and id, subject and split if given.
+    """Find cases by a CSV file with columns image and label, and optionally id, subject and split.
 
     Args:
-        root: paths in the table are relative to it.
-        file: the CSV.
+        root: directory that paths in the table are relative to.
+        file: the CSV file.
 
     Raises:
         DataError: the table or one of its files cannot be read.
@@ -129,17 +128,18 @@ def by_table(root: Path, file: Path) -> list[Found]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{file} cannot be read as CSV ({reason}): check the table.") from error
-    strange = [name for name in names if name not in COLUMNS]
-    if "image" not in names or strange:
+    unknown = [name for name in names if name not in COLUMNS]
+    if "image" not in names or unknown:
+        optional = ", ".join(c for c in COLUMNS if c not in ("image", "label"))
         raise DataError(
-            f"{file} has the columns {', '.join(names) or 'none'}: give image and label, and if "
-            f"you like {', '.join(c for c in COLUMNS if c not in ('image', 'label'))}."
+            f"{file} has the columns {', '.join(names) or 'none'}: give image and label, and "
+            f"optionally {optional}."
         )
     made: dict[str, Found] = {}
     for line, row in rows:
         values = {name: (row.get(name) or "").strip() for name in names}
         if not values["image"]:
-            raise DataError(f"{file}, line {line}, names no image: fill the column.")
+            raise DataError(f"{file}, line {line}, has no image: fill in the column.")
         split = values.get("split", "")
         if split and split not in SPLITS:
             raise DataError(
@@ -150,35 +150,35 @@ def by_table(root: Path, file: Path) -> list[Found]:
         case = composed(values.get("id") or image.name.split(".")[0])
         for path in (image, label):
             if path is not None and not path.is_file():
-                raise DataError(f"{path} of {file}, line {line}, is not there: correct the path.")
+                raise DataError(f"{path} ({file}, line {line}) does not exist: correct the path.")
         if case in made:
-            raise DataError(f"{file}, line {line}, names '{case}' again: give each case one line.")
+            raise DataError(f"{file}, line {line}, repeats '{case}': give each case one line.")
         made[case] = Found(case, image, label, values.get("subject", ""), split)
     if not made:
-        raise DataError(f"{file} has no row: list the cases in it.")
+        raise DataError(f"{file} has no rows: list the cases in it.")
     return [made[case] for case in sorted(made)]
 
 
 def by_nnunet(folder: Path, channel: int = 0, fold: int | None = None) -> list[Found]:
-    """Cases as nnU-Net keeps raw data, or the Medical Segmentation Decathlon.
+    """Find cases in the raw-data layout of nnU-Net or the Medical Segmentation Decathlon.
 
-    A folder holds `dataset.json`, `imagesTr`, `labelsTr` and `imagesTs`. Images of `imagesTs` are
-    the test cases where `labelsTs` holds their labels, and are left out otherwise.
-    `splits_final.json`, where it is in the folder, and a fold give the validation cases. The
-    Decathlon's images have no channel's number in their names; its `dataset.json` lists them.
+    A folder holds `dataset.json`, `imagesTr`, `labelsTr` and `imagesTs`. Images in `imagesTs` are
+    test cases if `labelsTs` holds their labels, and are skipped otherwise. With a fold, validation
+    cases come from `splits_final.json` in the folder. Decathlon images have no channel number in
+    their names; `dataset.json` lists them.
 
     Args:
         folder: Dataset###_NAME or Task##_NAME.
-        channel: which image of a case, its four digits at the end of the name.
-        fold: position in `splits_final.json`; None leaves all training cases in training.
+        channel: image channel, the four digits at the end of the file name.
+        fold: index in `splits_final.json`; None keeps all training cases in training.
 
     Raises:
-        DataError: a file is missing or has another form.
+        DataError: a file is missing or has another format.
     """
-    facts = read_nnunet(folder)
-    ending = str(facts.get("file_ending", ".nii.gz"))
+    content = read_nnunet(folder)
+    ending = str(content.get("file_ending", ".nii.gz"))
     suffix = f"_{channel:04d}{ending}"
-    listed = facts.get("dataset")
+    listed = content.get("dataset")
     if isinstance(listed, Mapping):  # nnU-Net v2 may list the files instead
         found = [_entry(folder, str(case), entry, channel) for case, entry in listed.items()]
     else:
@@ -188,31 +188,32 @@ def by_nnunet(folder: Path, channel: int = 0, fold: int | None = None) -> list[F
             for path in entries(folder / part)
             if path.name.endswith(suffix)
         ]
-        if not found and isinstance(facts.get("training"), list):
-            found = _decathlon(folder, facts, ending, channel)
+        if not found and isinstance(content.get("training"), list):
+            found = _decathlon(folder, content, ending, channel)
         found = [entry if entry.label else _labelled(folder, entry, ending) for entry in found]
         found = [entry for entry in found if entry.label or entry.split == "train"]
     if not found:
         raise DataError(
-            f"{folder / 'imagesTr'} holds no file like CASE{suffix}: check the folder, the channel "
-            "and the file_ending of dataset.json."
+            f"No file in {folder / 'imagesTr'} matches CASE{suffix}: check the folder, the channel "
+            "and file_ending in dataset.json."
         )
     made: dict[str, Found] = {}
     for entry in found:
         if entry.id in made:
             raise DataError(
-                f"{made[entry.id].image} and {entry.image} are both '{entry.id}': keep one of them."
+                f"{made[entry.id].image} and {entry.image} have the same id '{entry.id}': remove "
+                "one of them."
             )
         made[entry.id] = entry
         for file in (entry.image, entry.label):
             if file is not None and not file.is_file():
                 raise DataError(
-                    f"{file} is not there, though {folder / 'dataset.json'} names it: restore it."
+                    f"{file}, listed in {folder / 'dataset.json'}, does not exist: restore it."
                 )
     for case in () if fold is None else validation_ids(folder, fold):
         if case not in made:
             raise DataError(
-                f"{folder / SPLITS_FILE} names '{case}', which {folder} does not hold: restore the "
+                f"{folder / SPLITS_FILE} lists '{case}', which is not in {folder}: restore the "
                 "file or choose another fold."
             )
         made[case] = replace(made[case], split="val")
@@ -220,7 +221,7 @@ def by_nnunet(folder: Path, channel: int = 0, fold: int | None = None) -> list[F
 
 
 def _entry(folder: Path, case: str, entry: Any, channel: int) -> Found:
-    """A case that the `dataset.json` of nnU-Net v2 lists."""
+    """Return a case listed in the `dataset.json` of nnU-Net v2."""
     try:
         image, label = folder / entry["images"][channel], folder / entry["label"]
     except (KeyError, IndexError, TypeError) as error:
@@ -231,24 +232,26 @@ def _entry(folder: Path, case: str, entry: Any, channel: int) -> Found:
     return Found(composed(case), located(image), located(label), split="train")
 
 
-def _decathlon(folder: Path, facts: Mapping[str, Any], ending: str, channel: int) -> list[Found]:
-    """The cases that a `dataset.json` of the Decathlon lists; its files hold every modality."""
+def _decathlon(folder: Path, content: Mapping[str, Any], ending: str, channel: int) -> list[Found]:
+    """Return the cases listed in a Decathlon `dataset.json`; its files hold every modality."""
     file = folder / "dataset.json"
-    modalities = facts.get("modality")
+    modalities = content.get("modality")
     if isinstance(modalities, Mapping) and len(modalities) > 1:
         raise DataError(
-            f"{folder} holds {len(modalities)} modalities in each 4-D file: split them by "
-            f"`nnUNetv2_convert_MSD_dataset -i {folder}`, and name the folder that it writes."
+            f"{folder} holds {len(modalities)} modalities in each 4-D file: split them with "
+            f"`nnUNetv2_convert_MSD_dataset -i {folder}`, and use the folder that it writes."
         )
     if channel:
-        raise DataError(f"{folder} has one modality, so there is no channel {channel}: leave it.")
+        raise DataError(
+            f"{folder} has a single modality and no channel {channel}: remove 'channel'."
+        )
     made = []
     for part, split in (("training", "train"), ("test", "test")):
-        for entry in facts.get(part) or ():
-            told = entry if isinstance(entry, Mapping) else {"image": entry}
-            image, label = told.get("image"), told.get("label")
+        for entry in content.get(part) or ():
+            files = entry if isinstance(entry, Mapping) else {"image": entry}
+            image, label = files.get("image"), files.get("label")
             if not isinstance(image, str) or not isinstance(label, str | None):
-                raise DataError(f"{file} lists '{entry}' under '{part}': give the files' paths.")
+                raise DataError(f"{file} lists '{entry}' under '{part}': give file paths.")
             path = located(folder / image)
             case = composed(path.name.removesuffix(ending))
             made.append(
@@ -258,38 +261,38 @@ def _decathlon(folder: Path, facts: Mapping[str, Any], ending: str, channel: int
 
 
 def _labelled(folder: Path, entry: Found, ending: str) -> Found:
-    """A case with the label of its own name, where there is one."""
+    """Return a case with the label file of the same name, if it exists."""
     part = "labelsTr" if entry.split == "train" else "labelsTs"
     label = located(folder / part / f"{entry.id}{ending}")
     return replace(entry, label=label) if label.is_file() else entry
 
 
 def read_nnunet(folder: Path) -> dict:
-    """The `dataset.json` of a folder of nnU-Net.
+    """Return the `dataset.json` of a nnU-Net folder.
 
     Raises:
-        DataError: it is missing or no JSON object.
+        DataError: it is missing or not a JSON object.
     """
     file = folder / "dataset.json"
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no JSON"
+        reason = getattr(error, "strerror", None) or "not valid JSON"
         raise DataError(
-            f"{file} cannot be read ({reason}): name a folder Dataset###_NAME of nnU-Net."
+            f"{file} cannot be read ({reason}): give a nnU-Net folder Dataset###_NAME."
         ) from error
-    if not isinstance(facts, dict):
-        raise DataError(f"{file} is no table of names and values: restore it.")
-    return facts
+    if not isinstance(content, dict):
+        raise DataError(f"{file} is not a JSON object: restore it.")
+    return content
 
 
 def nnunet_values(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name of each label of a nnU-Net folder → its raw values, without background and ignore.
+    """Return label name → raw values of a nnU-Net folder, without background and ignore.
 
-    Regions have several values each, and may share some.
+    Regions have several values each and may overlap.
 
     Raises:
-        DataError: `dataset.json` has no labels, or some that are no integers.
+        DataError: `dataset.json` has no labels, or labels that are not integers.
     """
     labels = _nnunet_labels(folder)
     return {
@@ -300,7 +303,7 @@ def nnunet_values(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def nnunet_unannotated(folder: Path) -> tuple[int, ...]:
-    """The raw values that a nnU-Net folder calls "ignore": nobody annotated those voxels.
+    """Return the raw values of nnU-Net's "ignore" label: voxels that were not annotated.
 
     Raises:
         DataError: as for `nnunet_values`.
@@ -310,10 +313,10 @@ def nnunet_unannotated(folder: Path) -> tuple[int, ...]:
 
 
 def _nnunet_labels(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name of each label → its raw values, as `dataset.json` has them."""
+    """Return label name → raw values as listed in `dataset.json`."""
     labels = read_nnunet(folder).get("labels")
     if not isinstance(labels, Mapping):
-        raise DataError(f"{folder / 'dataset.json'} has no table 'labels': complete it.")
+        raise DataError(f"{folder / 'dataset.json'} has no object 'labels': add it.")
     made: dict[str, tuple[int, ...]] = {}
     for name, value in labels.items():
         if str(name).isdigit() and isinstance(value, str):  # nnU-Net v1 has value → name
@@ -321,17 +324,17 @@ def _nnunet_labels(folder: Path) -> dict[str, tuple[int, ...]]:
         values = [str(v) for v in (value if isinstance(value, list) else [value])]
         if not values or not all(re.fullmatch(r"\d+(\.0*)?", v) for v in values):
             raise DataError(
-                f"{folder / 'dataset.json'} has the label '{name}' of {value}: give integers."
+                f"Label '{name}' in {folder / 'dataset.json'} has the value {value}: give integers."
             )
         made[composed(str(name))] = tuple(int(float(v)) for v in values)
     return made
 
 
 def validation_ids(folder: Path, fold: int) -> list[str]:
-    """Ids of one fold's validation cases, by the `splits_final.json` of a folder of nnU-Net.
+    """Return the validation ids of a fold from the `splits_final.json` of a nnU-Net folder.
 
     Raises:
-        DataError: the file cannot be read, or has no such fold.
+        DataError: the file cannot be read or has no such fold.
     """
     file = folder / SPLITS_FILE
     try:
@@ -339,9 +342,9 @@ def validation_ids(folder: Path, fold: int) -> list[str]:
         return [composed(str(case)) for case in folds[fold]["val"]]
     except OSError as error:
         raise DataError(
-            f"{file} cannot be read ({error.strerror}): copy it there, or leave 'fold' out."
+            f"{file} cannot be read ({error.strerror}): copy it there, or remove 'fold'."
         ) from error
     except (ValueError, IndexError, KeyError, TypeError) as error:
         raise DataError(
-            f"{file} has no fold {fold} with a list 'val': choose a fold from 0, or leave it out."
+            f"{file} has no fold {fold} with a list 'val': use a fold from 0, or remove 'fold'."
         ) from error

@@ -1,4 +1,4 @@
-"""MM-WHS 2017: whole hearts in CT and MR, from the owners' files as they were downloaded."""
+"""MM-WHS 2017: whole hearts in CT and MR, read from the owners' original files."""
 
 from __future__ import annotations
 
@@ -10,36 +10,35 @@ from typing import ClassVar
 from glua_bench.datasets.mmwhs_layout import LA_BLOOD, MMWHSLayout, listed
 from glua_bench.task import Grid, Structure
 
-# A value next to that of the left atrium's blood, which some copies hold in one MR label file.
+# Found in one MR label file of some copies, in place of the left atrium's 420.
 STRAY = 421
 
 
 class MMWHS(MMWHSLayout):
     """Left heart and aorta in cardiac CT and MR of different patients (MM-WHS 2017).
 
-    Files. The owners' 20 CT and 20 MR volumes with labels under their own names, from
+    Files. The owners' 20 CT and 20 MR volumes with labels under their original names, from
     `ct_train_1001_image.nii.gz` to `mr_train_1020_label.nii.gz`, in the folders `ct_train` and
-    `mr_train`, in `ct_train1`, `ct_train2` and so on as newer downloads have them, or all in one.
-    Nothing is renamed or converted by hand. The volumes that the challenge scores itself
-    (`ct_test`, `mr_test`) are not used.
+    `mr_train`, in `ct_train1`, `ct_train2` and so on as in newer downloads, or all in one folder.
+    The challenge's own test volumes (`ct_test`, `mr_test`) are not used.
 
     Labels. 205 is MYO, 420 LAC, 500 LVC and 820 AA; 550, 600 and 850 (right atrium, right
-    ventricle, pulmonary artery) count as background. 421, which some copies hold in one MR case,
+    ventricle, pulmonary artery) count as background. 421, found in one MR case of some copies,
     counts as 420. Any other value is an error.
 
-    Cases. Test ids are the literature's, of the other 16 two are for validation; see
-    `datasets/splits/mmwhs_v1.csv`. No patient has both scans.
+    Cases. Test ids are the literature's; two of the other 16 are for validation
+    (`datasets/splits/mmwhs_v1.csv`). No patient is in both domains.
 
-    Orientation and spacing are the header's: the sform, or the qform where no sform is set. Slices
-    are coronal, head at the top, the patient's right at the left.
+    Orientation and spacing are the header's: the sform, or the qform if no sform is set. Slices
+    are coronal, with the patient's head at the top and right on the left.
 
-    Heart. The working window is 320 mm wide and high. Where a volume is larger, the window is
-    centred on the bounding box of the body, which is found in the image (`volumes.load_image`);
-    no label is read for it. So a heart that lies 8 cm beside the middle of the body is still
-    inside. Along the third axis every slice is kept.
+    Window. The working window is 320 mm wide and high. In larger volumes it is centred on the
+    bounding box of the body, which is found in the image (`volumes.load_image`), not in the label;
+    a heart 8 cm off the middle of the body is still inside. Along the third axis every slice is
+    kept.
 
     Args:
-        root: the directory with the files, or with `ct_train` and `mr_train`; None takes
+        root: directory with the files, or with `ct_train` and `mr_train`; None uses
             `$GLUA_BENCH_DATA/mmwhs`, or `$GLUA_BENCH_DATA` itself.
     """
 
@@ -56,8 +55,8 @@ class MMWHS(MMWHSLayout):
         replace(s, values=(*s.values, STRAY)) if LA_BLOOD in s.values else s
         for s in MMWHSLayout.structures
     )
-    # 320 mm hold the heart wherever it lies in a scan of up to 420 mm (tests/test_mmwhs.py); the
-    # phantom's 224 mm would cut some.
+    # 320 mm cover the heart anywhere in a scan of up to 420 mm (tests/test_mmwhs.py); the phantom's
+    # 224 mm would cut some hearts.
     grids: ClassVar[Mapping[str, Grid]] = {
         "quick": Grid(80, 4.0, 4.0),
         "standard": Grid(160, 2.0, 3.0),
@@ -65,8 +64,8 @@ class MMWHS(MMWHSLayout):
     }
     obtain: ClassVar[str] = (
         " (20 CT and 20 MR volumes, ct_train_1001_image.nii.gz with ct_train_1001_label.nii.gz to "
-        "mr_train_1020_image.nii.gz with mr_train_1020_label.nii.gz, which the organisers of the "
-        "MM-WHS 2017 challenge give to those who register and accept its terms of use: "
+        "mr_train_1020_image.nii.gz with mr_train_1020_label.nii.gz, from the organisers of the "
+        "MM-WHS 2017 challenge after registering and accepting its terms of use: "
         "https://zmiclab.github.io/zxh/0/mmwhs/)"
     )
     distance_note: ClassVar[str] = "mm by the files' headers"
@@ -82,10 +81,10 @@ class MMWHS(MMWHSLayout):
         return super(MMWHS, MMWHS).default_root()
 
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
-        """Check that every file is there; nothing can be generated.
+        """Check that every file is there.
 
         Args:
-            report: receives a line for each domain, and one about the labels.
+            report: receives a line for each domain and one about the labels.
 
         Raises:
             DataError: a directory or files are missing.
@@ -101,14 +100,13 @@ class MMWHS(MMWHSLayout):
         )
 
     def folders(self, domain: str) -> tuple[Path, ...]:
-        """Where files of a domain are looked for, in order; the first is where they are expected.
+        """Return the directories to search for a domain's files, the expected one first.
 
         Args:
             domain: "ct" or "mr".
         """
         roots = [self.root]
-        # The variable may also name the files' own directory, the parent of a default root that
-        # does not exist.
+        # GLUA_BENCH_DATA may point at the files themselves, the parent of the default root.
         if not self.root.exists() and self.root.name == MMWHS.name:
             roots.append(self.root.parent)
         names = [f"{domain}_train", f"{domain}_train1", f"{domain}_train2", ""]

@@ -1,8 +1,8 @@
-"""The raw file layout of MM-WHS 2017, shared by every dataset that is stored in it.
+"""The raw file layout of MM-WHS 2017, shared by the datasets stored in it.
 
 `<root>/<domain>_train/<domain>_train_<id>_image.nii.gz` with `..._label.nii.gz` beside it, domains
 ct and mr, ids 1001 to 1020 (Zhuang & Shen, Medical Image Analysis 2016; Zhuang et al., Medical
-Image Analysis 2019). The CT and the MR subjects are different people.
+Image Analysis 2019). CT and MR subjects are different people.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SPLIT_FILE = SPLITS_FOLDER / "mmwhs_v1.csv"
 
 
 def listed(partition: str, split: str) -> dict[str, tuple[int, ...]]:
-    """Domain → sorted ids of one split in one partition of `SPLIT_FILE`.
+    """Return domain → sorted ids of one split in one partition of `SPLIT_FILE`.
 
     Args:
         partition: "literature", or "fold2" to "fold5".
@@ -41,15 +41,15 @@ def listed(partition: str, split: str) -> dict[str, tuple[int, ...]]:
 
 
 class MMWHSLayout(Dataset):
-    """A dataset in the raw layout and label values of MM-WHS 2017.
+    """Base class of datasets in the raw layout and with the label values of MM-WHS 2017.
 
-    Subclasses give the name, where the files come from, and `prepare`.
+    Subclasses define the name, the source of the files, and `prepare`.
 
     Args:
         root: the directory that holds `ct_train` and `mr_train`; None uses `default_root()`.
     """
 
-    # Okabe & Ito's palette, which stays distinct for colour-blind readers.
+    # Okabe & Ito's colour-blind-safe palette.
     structures: ClassVar[tuple[Structure, ...]] = (
         Structure("MYO", "left ventricular myocardium", (LV_MYOCARDIUM,), "#e69f00"),
         Structure("LAC", "left atrial cavity", (LA_BLOOD,), "#56b4e9"),
@@ -57,8 +57,8 @@ class MMWHSLayout(Dataset):
         Structure("AA", "ascending aorta", (ASCENDING_AORTA,), "#cc79a7"),
     )
     directions: ClassVar[tuple[str, ...]] = ("mr-ct", "ct-mr")
-    # Coronal slices, as in the literature on this task. In RAS+ axis 0 grows towards the patient's
-    # right and axis 2 upwards, so both are reversed: right at the image's left, head at the top.
+    # Coronal slices, as in the literature on this task. In RAS+ axis 0 points to the patient's
+    # right and axis 2 upwards; flipping both puts right on the image's left and head at the top.
     reading: ClassVar[Reading] = Reading(
         orientation="canonical",
         slice_axis=1,
@@ -66,8 +66,8 @@ class MMWHSLayout(Dataset):
         flip=(0, 2),
         ignored_values=(RV_BLOOD, RA_BLOOD, PULMONARY_ARTERY),
     )
-    # The test ids of the literature (SIFA, AAAI 2019, and those after it); the validation ids are
-    # ours, because the literature's are not the same from paper to paper.
+    # Test ids as in the literature (SIFA, AAAI 2019, and later papers); validation ids are ours,
+    # because they differ between papers.
     test_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("literature", "test")
     val_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("literature", "val")
     grids: ClassVar[Mapping[str, Grid]] = {
@@ -75,19 +75,19 @@ class MMWHSLayout(Dataset):
         "standard": Grid(128, 1.75, 3.0),
         "paper": Grid(256, 0.9, 2.0),
     }
-    # Ends the messages about missing files: who has them, and under which names.
+    # Appended to messages about missing files: where to obtain them.
     obtain: ClassVar[str] = ""
 
     @abstractmethod
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
-        """Make sure that the files are there."""
+        """Make sure that the files exist."""
 
     def ids(self, domain: str) -> tuple[int, ...]:
-        """The ids that the root must hold, sorted; subclasses may hold fewer."""
+        """Return the ids that the root must hold, sorted."""
         return ALL_IDS
 
     def folders(self, domain: str) -> tuple[Path, ...]:
-        """The directories in which files of a domain are looked for, in order.
+        """Return the directories to search for a domain's files, in order.
 
         Args:
             domain: "ct" or "mr".
@@ -96,22 +96,22 @@ class MMWHSLayout(Dataset):
 
     @staticmethod
     def image_path(root: Path, domain: str, number: int) -> Path:
-        """File of one subject's image volume."""
+        """Return the path of a subject's image volume."""
         return root / f"{domain}_train" / f"{domain}_train_{number}_image.nii.gz"
 
     @staticmethod
     def label_path(root: Path, domain: str, number: int) -> Path:
-        """File of one subject's label volume."""
+        """Return the path of a subject's label volume."""
         return root / f"{domain}_train" / f"{domain}_train_{number}_label.nii.gz"
 
     def split_of(self, domain: str, number: int) -> str:
-        """ "train", "val" or "test" of one id."""
+        """Return the split of an id: "train", "val" or "test"."""
         if number in self.test_ids[domain]:
             return "test"
         return "val" if number in self.val_ids[domain] else "train"
 
     def cases(self, domain: str) -> tuple[Case, ...]:
-        """All cases of a domain, sorted by id.
+        """Return all cases of a domain, sorted by id.
 
         Args:
             domain: "ct" or "mr".
@@ -149,7 +149,7 @@ class MMWHSLayout(Dataset):
             )
         if missing and len(missing) == 2 * len(numbers):
             raise DataError(
-                f"{folders[0]} holds no files of MM-WHS: give the directory that holds ct_train "
+                f"{folders[0]} holds no files of MM-WHS: pass the directory that holds ct_train "
                 f"and mr_train with --data-root{self.obtain}."
             )
         if missing:

@@ -1,4 +1,4 @@
-"""MM-WHS 2017 as the literature crops it: around the labels, in every split of both domains."""
+"""MM-WHS 2017 cropped around the labels in every split of both domains, as in the literature."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from glua_bench.formats import load_nifti, open_volume
 from glua_bench.task import Case, Grid, Reading
 from glua_bench.volumes import read_label_volume
 
-# Raise with every change that alters a crop.
+# Increment with every change that alters a crop.
 CROP_VERSION = 1
-SIDE = 256.0  # of the cropped cube, mm
+SIDE = 256.0  # side of the cropped cube in mm
 
 
 class MMWHSLiterature(MMWHS):
-    """`mmwhs` with the region found by labels, target included, as papers on this task do it.
+    """`mmwhs` cropped around its labels, including the target's, as papers on this task do.
 
-    For looking at what the crop is worth, and at a task that is closer to the published one. Every
-    run of it is stamped: by the dataset's name in each row, and by `protocol` in
-    `environment.json`, `summary.json`, the report's settings and on the terminal.
+    Use it to measure the effect of the crop and for a task closer to the published one. Every run
+    is marked: by the dataset's name in each row, and by `protocol` in `environment.json`,
+    `summary.json`, the report's settings and on the terminal.
 
-    Crop. A cube of 256 mm around the mean position of the task's structures in the label file, as
-    far as the volume reaches. Labels decide where it lies and nothing else: no voxel is resampled
-    or changed, and scores are taken in the cube, on the file's own voxels.
+    Crop. A cube of 256 mm around the mean position of the task's structures in the label file,
+    within the volume. Labels decide only its position: no voxel is resampled or changed, and scores
+    are computed in the cube, on the file's own voxels.
 
-    Intensity. The lowest value and the 98th percentile become -1 and 1, after the literature's cut
-    of the top 2 %.
+    Intensity. The lowest value and the 98th percentile are mapped to -1 and 1, because the
+    literature cuts the top 2 %.
 
-    The cropped copies lie in the cache. They are patients, too: the owners' terms hold for them.
+    The cropped copies lie in the cache. They are patient data: the owners' terms apply to them.
     """
 
     name: ClassVar[str] = "mmwhs_literature"
@@ -54,13 +54,13 @@ class MMWHSLiterature(MMWHS):
     }
 
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
-        """Crop the volumes that are not yet cropped, into the cache.
+        """Crop volumes that are not cropped yet into the cache.
 
         Args:
-            report: receives one line at a time about progress.
+            report: receives progress lines.
 
         Raises:
-            DataError: files are missing or cannot be used, or the cache cannot be written.
+            DataError: files are missing or invalid, or the cache cannot be written.
         """
         super().prepare(report)
         for domain in self.domains():
@@ -71,7 +71,7 @@ class MMWHSLiterature(MMWHS):
                     report(f"{case.id}: cropped around its labels into {cropped.image.parent}")
 
     def cases(self, domain: str) -> tuple[Case, ...]:
-        """All cases of a domain, with the files of the cropped copies.
+        """Return all cases of a domain, with the files of the cropped copies.
 
         Args:
             domain: "ct" or "mr".
@@ -82,8 +82,13 @@ class MMWHSLiterature(MMWHS):
         return tuple(_cropped(case) for case in super().cases(domain))
 
     def _crop(self, case: Case, cropped: Case) -> None:
+<<<<<<< HEAD
         """Write the cropped copies of a case, the image last: where it is, the label is."""
         labels = read_label_volume(case.truth, case.image, self.view(case.domain))
+=======
+        """Write the cropped copies of a case, the image last: an image implies its label."""
+        labels = read_label_volume(case.truth, case.image, self.structures, self.reading)
+>>>>>>> w_words
         if not labels.any():
             raise DataError(f"{case.truth} holds none of the dataset's structures: replace it.")
         half = SIDE / 2 / nib.affines.voxel_sizes(open_volume(case.image).affine)
@@ -105,7 +110,7 @@ class MMWHSLiterature(MMWHS):
 
 
 def _cropped(case: Case) -> Case:
-    """The case with the places of its cropped copies, which another original never shares."""
+    """Return the case with the paths of its cropped copies, unique to the original files."""
     parts = [str(CROP_VERSION)]
     for file in (case.image, case.truth):
         status = file.resolve().stat()

@@ -1,8 +1,8 @@
-"""MM-WHS 2017 as pre-processed for PnP-AdaNet and SIFA: the files that most laboratories have.
+"""MM-WHS 2017 as pre-processed for PnP-AdaNet and SIFA, the most widespread copy.
 
 The release holds single slices as TFRecord files for training and validation, and whole volumes
-for the test. `prepare` converts both to NIfTI in the cache, once; from there on they are read by
-the code that reads all data. docs/mmwhs_sifa.md says what is known about the release.
+for the test. `prepare` converts both to NIfTI in the cache once. docs/mmwhs_sifa.md lists what is
+known about the release.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from glua_bench.errors import DataError, RunFailure
 from glua_bench.paths import files_below
 from glua_bench.task import Case, Dataset, Grid, Reading
 
-# Raise with every change that alters a voxel of a converted file.
+# Increment with every change that alters a voxel of a converted file.
 CONVERSION = 1
-# Slices in one stack; the release says that it took 600 of each patient.
+# Slices per stack; the release says that it has 600 per patient.
 STACK = 600
 
-_STEPS = 32767  # of a converted image between 0 and 1
+_STEPS = 32767  # steps of a converted image between 0 and 1
 
 # Slices of the complete release.
 RELEASED = {
@@ -43,7 +43,7 @@ RELEASED = {
 }
 
 # `ct_train_tfs/ct_train_slice0.tfrecords` in the release, `training_ct/image_01.tfrecords` in the
-# SIFA repository. Test volumes are released as NIfTI; SIFA's script makes npz files of them.
+# SIFA repository. Test volumes are released as NIfTI; SIFA's script converts them to npz.
 _SLICE = re.compile(r"(ct|mr)_(train|val)_slice(\d+)\.tfrecords?")
 _SAMPLE = re.compile(r"(training|validation)_(ct|mr)/image_(\d+)\.tfrecords?")
 _ARRAYS = re.compile(r"(?:\w+_)?(ct|mr)_(?:\w+_)?(1\d{3})\.npz")
@@ -55,8 +55,8 @@ _LAYOUT = (
     "or ct_1003.npz"
 )
 _OBTAIN = (
-    "the README of cchen-cc/SIFA on GitHub links to all of them under Data Preparation, and "
-    "whoever uses them has to accept the terms of the MM-WHS 2017 challenge"
+    "the README of cchen-cc/SIFA on GitHub links to all of them under Data Preparation; their use "
+    "requires accepting the terms of the MM-WHS 2017 challenge"
 )
 
 
@@ -64,21 +64,21 @@ class MMWHSSIFA(Dataset):
     """MM-WHS 2017 as pre-processed for SIFA: slices in TFRecord files, test volumes apart.
 
     Cases. A test case is one volume: CT 1003, 1008, 1014, 1019 and MR 1007, 1009, 1018, 1019, as
-    in the literature. The slices for training and validation do not tell whose they are, so they
-    are served in stacks of 600, in the order of their numbers. A stack is no volume: its slices
-    come from several patients and are not neighbours. Stacks are trained and validated on, and
-    never scored in 3-D. All stacks of a split count as one subject.
+    in the literature. Training and validation slices do not state their patient, so they are served
+    in stacks of 600, in the order of their numbers. A stack is not a volume: its slices come from
+    several patients and are not neighbours. Stacks are used for training and validation, and never
+    scored in 3-D. All stacks of a split count as one subject.
 
-    Intensities were normalised by the release; its fixed range of each modality becomes [-1, 1].
+    Intensities were normalised by the release; its fixed range per modality is mapped to [-1, 1].
 
     Labels 1 to 4 are the structures. Label 5, which the release does not explain, is background
-    here, in training and in scores.
+    in training and scores.
 
-    Space. Slices are coronal; axis 0 runs to the patient's right and axis 1 to the head. Test
-    volumes lie reversed along both and are turned. The release states no voxel size.
+    Orientation. Slices are coronal; axis 0 points to the patient's right and axis 1 to the head.
+    Test volumes are stored reversed along both and are flipped. The release states no voxel size.
 
     Args:
-        root: the directory with the release's files, at any depth; None uses `default_root()`.
+        root: directory with the release's files, at any depth; None uses `default_root()`.
     """
 
     name = "mmwhs_sifa"
@@ -115,18 +115,17 @@ class MMWHSSIFA(Dataset):
 
     @property
     def converted(self) -> Path:
-        """The directory in the cache for what `prepare` makes of this root."""
+        """Directory in the cache for this root's converted files."""
         place = hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:12]
         return cache_root() / self.name / f"v{CONVERSION}-{place}"
 
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
-        """Convert what is new or has changed; the release's own files stay untouched.
+        """Convert files that are new or have changed; the release's own files are not modified.
 
-        Each case appears complete or not at all, so a conversion that was interrupted goes on
-        where it was.
+        Cases are written atomically, so an interrupted conversion can be resumed.
 
         Args:
-            report: receives one line at a time about progress.
+            report: receives progress lines.
 
         Raises:
             DataError: files are missing, damaged or not of the release.
@@ -148,7 +147,7 @@ class MMWHSSIFA(Dataset):
             plan[f"{domain}_{number}"] = domain, "test", pair
         for domain in self.domains():
             if not any(split == "test" for own, split, _ in plan.values() if own == domain):
-                report(f"{domain}: no test volumes, so it can be the source and not the target")
+                report(f"{domain}: no test volumes, so it can only be the source")
         try:
             sweep(self.converted)
             for done, (case, (domain, split, files)) in enumerate(sorted(plan.items()), start=1):
@@ -163,7 +162,7 @@ class MMWHSSIFA(Dataset):
             ) from error
 
     def cases(self, domain: str) -> tuple[Case, ...]:
-        """All cases of "ct" or "mr", as `prepare` has last made them.
+        """Return all cases of "ct" or "mr" from the last `prepare`.
 
         Raises:
             DataError: the domain is unknown, files are missing, or nothing is prepared.
@@ -191,11 +190,11 @@ class MMWHSSIFA(Dataset):
         )
 
     def _paths(self, case: str) -> tuple[Path, Path]:
-        """Image and label of a case."""
+        """Return image and label of a case."""
         return self.converted / f"{case}.nii", self.converted / f"{case}_label.nii.gz"
 
     def _files(self) -> tuple[dict[tuple[str, str], list[Path]], dict[tuple[str, int], list[Path]]]:
-        """The release's files: slices in the order of their numbers, and test volumes."""
+        """Return the release's files: slices in the order of their numbers, and test volumes."""
         slices: dict[tuple[str, str], dict[int, Path]] = {key: {} for key in RELEASED}
         volumes: dict[tuple[str, int], list[Path]] = {}
         for path in files_below(self.root):
@@ -226,16 +225,16 @@ class MMWHSSIFA(Dataset):
         slices: dict[tuple[str, str], list[Path]],
         volumes: dict[tuple[str, int], list[Path]],
     ) -> None:
-        """Is everything there that a run needs?
+        """Raise if files that a run needs are missing.
 
         Raises:
-            DataError: it is not; the sentence says what, and where to obtain it.
+            DataError: files are missing; the message says which and where to obtain them.
         """
         lacks = [f"{domain} {split} slices" for (domain, split), f in slices.items() if not f]
         for domain, ids in MMWHSLayout.test_ids.items():
             absent = [str(number) for number in ids if (domain, number) not in volumes]
-            # Without any, the domain may still be a source: the release's MR volumes for the
-            # test are a download of their own.
+            # Without any, the domain may still be a source: the release's MR test volumes are a
+            # separate download.
             if absent and (len(absent) < len(ids) or not volumes):
                 lacks.append(f"{domain} test volumes {', '.join(absent)}")
         absent = [str(file.name) for pair in volumes.values() for file in pair if not file.exists()]
@@ -249,7 +248,7 @@ class MMWHSSIFA(Dataset):
             )
 
     def _convert(self, case: str, domain: str, split: str, files: Sequence[Path]) -> bool:
-        """Write image and label of a case, unless they are there; says whether it did."""
+        """Write image and label of a case if needed; return whether they were written."""
         image, label = self._paths(case)
         record = self.converted / f"{case}.json"
         stamp = [_stamp(file) for file in files]
@@ -274,7 +273,7 @@ class MMWHSSIFA(Dataset):
 
 
 def _stack(domain: str, files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
-    """Slices behind each other: image, int16 (X, Y, slices), and labels of the same shape."""
+    """Stack slices into an image, int16 (X, Y, slices), and labels of the same shape."""
     images: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     for file in files:
@@ -284,19 +283,19 @@ def _stack(domain: str, files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
                 f"{file} has {image.shape} pixels and {files[0]} has {images[0].T.shape}: give the "
                 "release's files."
             )
-        # A NIfTI file's first axis runs fastest, so that this order needs no copy to write.
+        # The first axis of a NIfTI file varies fastest, so this order is written without a copy.
         images.append(_quantised(image, domain).T)
         labels.append(label.T)
     return np.stack(images).T, np.stack(labels).T
 
 
 def _quantised(voxels: np.ndarray, domain: str) -> np.ndarray:
-    """Intensities of the release as int16; the cache of slices, in half precision, is coarser."""
+    """Convert the release's intensities to int16, finer than the cache's half precision."""
     return np.rint(rescaled(voxels, domain) * _STEPS).astype(np.int16)
 
 
 def _stamp(file: Path) -> list[Any]:
-    """What tells that a file has changed."""
+    """Return values that change with the file."""
     try:
         status = file.stat()
     except OSError as error:
@@ -305,7 +304,7 @@ def _stamp(file: Path) -> list[Any]:
 
 
 def _write_nifti(path: Path, data: np.ndarray, affine: np.ndarray, scale: float = 1) -> None:
-    """Write integers of at most 16 bits, which mean themselves times `scale`."""
+    """Write integers of at most 16 bits with the slope `scale`."""
     volume = nib.Nifti1Image(data, affine)
     volume.header.set_slope_inter(scale, 0)
     with placed(path) as unfinished:

@@ -1,4 +1,4 @@
-"""MS-CMRSeg 2019: cardiac MR in two sequences, from the owner's files."""
+"""MS-CMRSeg 2019: cardiac MR in two sequences, read from the owners' files."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 from glua_bench.errors import DataError
 from glua_bench.task import Case, Dataset, Grid, Reading, Structure
 
-# Patients of each split. Patient N is probably one person in both sequences, so the two domains
-# share no number: whatever the direction, nobody is on both sides.
+# Patients of each split. Patient N is probably the same person in both sequences, so the domains
+# share no number.
 _SPLITS = {
     "bssfp": {"train": range(1, 15), "val": range(15, 17), "test": range(17, 21)},
     "lge": {"train": range(21, 27), "val": range(27, 29), "test": range(29, 36)},
 }
 _FOLDERS = {"bssfp": "C0", "lge": "LGE"}
 _OBTAIN = (
-    "the data come with the VarDA release, for those who register for the MS-CMRSeg 2019 challenge "
-    "(https://zmiclab.github.io/zxh/0/mscmrseg19/) and accept its terms"
+    "the data come with the VarDA release, after registering for the MS-CMRSeg 2019 challenge "
+    "(https://zmiclab.github.io/zxh/0/mscmrseg19/) and accepting its terms"
 )
 
 
@@ -25,21 +25,20 @@ class MSCMR(Dataset):
     """Myocardium and both ventricles across cardiac MR sequences, bSSFP and LGE (MS-CMRSeg 2019).
 
     Files as in the VarDA release: `C0/patientN_C0.nii.gz`, `LGE/patientN_LGE.nii.gz`, each with its
-    `_manual` label. They are read from the root itself, or from `Patch192/` or `mscmr/` (or both)
-    below it.
+    `_manual` label, in the root itself, or in `Patch192/` or `mscmr/` (or both) below it.
 
-    Cases. bSSFP takes patients 1-20 (train 1-14, val 15-16, test 17-20), LGE takes patients 21-35
-    (train 21-26, val 27-28, test 29-35). The rule keeps source and target persons apart in both
-    directions, and it is the same for partial and full releases: bSSFP 21-35 and LGE 1-20 and
-    36-45 of the full release stay unused, so that scores from different copies compare. LGE gives
-    almost half of its patients to the test, because four or five cases make wide intervals; its
-    six training volumes hold 82 slices.
+    Cases. bSSFP uses patients 1-20 (train 1-14, val 15-16, test 17-20), LGE patients 21-35 (train
+    21-26, val 27-28, test 29-35). This keeps source and target patients apart in both directions,
+    and is the same for partial and full releases: bSSFP 21-35 and LGE 1-20 and 36-45 of the full
+    release are unused, so that scores from different copies are comparable. LGE uses almost half of
+    its patients for the test, because four or five cases give wide intervals; its six training
+    volumes hold 82 slices.
 
-    Orientation. Axis codes differ between files (LSP, PSR) while the arrays lie alike, so arrays
-    are taken as stored and reversed along their second axis, which shows the anterior wall above
-    and the right ventricle on the left.
+    Orientation. Axis codes differ between files (LSP, PSR) although the arrays are oriented alike,
+    so arrays are used as stored and flipped along their second axis, which shows the anterior wall
+    at the top and the right ventricle on the left.
 
-    Spacing. The bSSFP headers say 1.19-1.25 mm in the plane, but their hearts cover as many pixels
+    Spacing. The bSSFP headers give 1.19-1.25 mm in-plane, but their hearts cover as many pixels
     as in LGE (0.73-0.76 mm by header), so 0.74 mm is stated for both. The slice distance is the
     header's in both domains (bSSFP 8-13 mm, LGE 5 mm): with it, the labelled hearts have the same
     length in both.
@@ -79,7 +78,7 @@ class MSCMR(Dataset):
     publishable = False
 
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
-        """Check that every file is there; nothing can be generated.
+        """Check that every file is there.
 
         Raises:
             DataError: the directory or files are missing.
@@ -91,7 +90,7 @@ class MSCMR(Dataset):
             )
 
     def cases(self, domain: str) -> tuple[Case, ...]:
-        """All cases of "bssfp" or "lge".
+        """Return all cases of "bssfp" or "lge".
 
         Raises:
             DataError: the directory, an image or a label is missing.
@@ -120,9 +119,8 @@ class MSCMR(Dataset):
         return tuple(cases)
 
     def _base(self) -> Path:
-        """The directory that holds C0 and LGE."""
-        # The default root is $GLUA_BENCH_DATA/mscmr; the variable may also name the files' own
-        # directory, which is then the parent of a root that does not exist.
+        """Return the directory that holds C0 and LGE."""
+        # GLUA_BENCH_DATA may point at the files themselves, the parent of the default root.
         roots = [self.root]
         if not self.root.exists() and self.root.name == self.name:
             roots.append(self.root.parent)

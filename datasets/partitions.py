@@ -1,7 +1,7 @@
-"""Who trains, validates and tests: the versioned tables in `splits/`.
+"""Partitions into training, validation and test: the versioned tables in `splits/`.
 
-A table has one row a subject and one column a partition. A new partition is a new column; one that
-has been used never changes, and a correction is a new version of the file.
+A table has one row per subject and one column per partition. Published partitions never change: a
+new partition is a new column, and a correction is a new version of the file.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ SPLITS_FOLDER = Path(__file__).with_name("splits")
 
 
 def read_partition(table: Path, partition: str) -> dict[str, dict[int, str]]:
-    """Domain → id → "train", "val" or "test", in the order of the table.
+    """Return domain → id → "train", "val" or "test", in the order of the table.
 
     Args:
-        table: a CSV file with the columns `domain`, `id` and one for each partition.
+        table: CSV file with the columns `domain`, `id` and one per partition.
         partition: the column to read, e.g. "literature".
 
     Raises:

@@ -1,7 +1,7 @@
-"""The embedded default dataset: a procedural cohort of CT and MR thoraxes with a heart.
+"""The built-in default dataset: a procedural cohort of CT and MR thoraxes with a heart.
 
-Anatomy lives in `phantom_anatomy.py`, the two scanners in `phantom_physics.py`. Here a cohort is
-written as NIfTI in the raw layout of MM-WHS, so that it is read by the code that reads patients.
+`phantom_anatomy.py` defines the anatomy and `phantom_physics.py` the two scanners. This module
+writes a cohort as NIfTI in the raw layout of MM-WHS, so it is read by the same code as patients.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from glua_bench.datasets.placed import placed
 from glua_bench.errors import DataError
 from glua_bench.paths import entries
 
-# Raise with every change that alters a voxel of any file.
+# Increment with every change that alters a voxel of any file.
 GENERATOR_VERSION = 1
 MANIFEST = "phantom.json"
-STARTED = "phantom.started.json"  # what a generation that has not finished is making
+STARTED = "phantom.started.json"  # parameters of an unfinished generation
 DOMAINS = ("ct", "mr")
-# The ids of MM-WHS, and more test cases than it has: four cannot tell two methods apart.
+# MM-WHS's ids and further test cases, because four are too few to compare two methods.
 MORE_TESTS = tuple(range(1021, 1037))
 ALL_IDS = (*mmwhs_layout.ALL_IDS, *MORE_TESTS)
 
@@ -38,18 +38,18 @@ Report = Callable[[str], None]
 
 
 def _silent(line: str) -> None:
-    """Report to nobody."""
+    """Discard a report."""
 
 
 class Phantom(MMWHSLayout):
     """Procedural thoraxes with a heart, CT and bSSFP MR; generated on first use.
 
-    The anatomy of CT and MR subjects comes from one distribution, and nobody appears twice. See
-    docs/phantom.md for what it copies of the real problem and what not.
+    The anatomy of CT and MR subjects comes from one distribution, and no subject is in both
+    domains. docs/phantom.md states which aspects of the real problem it reproduces.
 
     Args:
-        root: where the files are or shall be; None uses `default_root(seed)`.
-        seed: of the cohort.
+        root: directory of the files; None uses `default_root(seed)`.
+        seed: seed of the cohort.
     """
 
     name: ClassVar[str] = "phantom"
@@ -65,21 +65,21 @@ class Phantom(MMWHSLayout):
 
     @classmethod
     def default_root(cls, seed: int = 0) -> Path:
-        """`$GLUA_BENCH_CACHE` or `~/.cache/glua-bench`, then a directory per version and seed.
+        """Return a directory per version and seed in `$GLUA_BENCH_CACHE` or `~/.cache/glua-bench`.
 
-        GLUA_BENCH_DATA is where owners keep their files; what is generated is a cache.
+        Generated files belong to the cache, not to GLUA_BENCH_DATA.
         """
         base = os.environ.get("GLUA_BENCH_CACHE") or "~/.cache/glua-bench"
         return Path(base).expanduser() / "phantom" / f"v{GENERATOR_VERSION}-seed{seed}"
 
     def prepare(self, report: Report = _silent) -> None:
-        """Generate the files that are missing.
+        """Generate missing files.
 
-        A directory that already holds a smaller cohort (from `generate`) keeps it, unless it is
-        the whole cohort of a version with four test cases a domain, which is completed.
+        A smaller cohort (from `generate`) stays as it is, except a complete cohort of an earlier
+        version with four test cases per domain, which is extended.
 
         Args:
-            report: receives one line at a time about progress.
+            report: receives progress lines.
 
         Raises:
             DataError: the directory cannot be written, or holds something else.
@@ -91,15 +91,16 @@ class Phantom(MMWHSLayout):
         generate(self.root, self.seed, ids, scale, report=report)
 
     def ids(self, domain: str) -> tuple[int, ...]:
-        """The ids that the manifest lists.
+        """Return the ids that the manifest lists.
 
         Raises:
-            DataError: the phantom is not generated, or the manifest is damaged or another's.
+            DataError: the phantom is not generated, or the manifest is damaged or of another
+            phantom.
         """
         known = _read_manifest(self.root, self.seed)
         if known is None:
             raise DataError(
-                f"{self.root} holds no finished phantom: run "
+                f"{self.root} holds no complete phantom: run "
                 f"`glua-bench data prepare {self.name}` first."
             )
         return tuple(sorted(known["ids"].get(domain, ())))
@@ -113,23 +114,23 @@ def generate(
     workers: int | None = None,
     report: Report = _silent,
 ) -> None:
-    """Write a cohort, or what is missing of it.
+    """Write a cohort, or the missing part of it.
 
-    Every file depends on the generator's version, the seed, its domain and its id alone: not on
-    the order, the other ids or the number of processes. Files appear complete or not at all, and
-    the manifest last, so that several processes may prepare the same directory.
+    Every file depends only on the generator's version, the seed, its domain and its id, not on the
+    order, other ids or the number of processes. Files are written atomically, the manifest last, so
+    several processes may prepare the same directory.
 
     Args:
         root: the directory to fill.
-        seed: of the cohort.
-        ids: which subjects per domain; None makes 1001 to 1036 of both.
-        voxel_scale: factor on the voxel size, above 1 for quick coarse volumes.
-        workers: processes; None takes the available CPUs, 1 stays in this process.
-        report: receives one line at a time about progress.
+        seed: seed of the cohort.
+        ids: subjects per domain; None generates 1001 to 1036 of both.
+        voxel_scale: factor on the voxel size; above 1 for fast, coarse volumes.
+        workers: number of processes; None uses the available CPUs, 1 this process.
+        report: receives progress lines.
 
     Raises:
         DataError: the directory cannot be written, or holds something else.
-        ValueError: `ids` or `voxel_scale` make no sense.
+        ValueError: `ids` or `voxel_scale` is out of range.
     """
     root = Path(root).expanduser()
     wanted = _wanted(ids)
@@ -156,7 +157,7 @@ def generate(
             for domain in DOMAINS:
                 (root / f"{domain}_train").mkdir(exist_ok=True)
             _work_off(root, seed, voxel_scale, jobs, workers, report)
-        # Another process may have finished in the meantime with ids of its own.
+        # Another process may have finished in the meantime with other ids.
         latest = _read_manifest(root, seed)
         if latest is not None:
             wanted = {d: sorted({*wanted[d], *latest["ids"].get(d, ())}) for d in DOMAINS}
@@ -174,19 +175,19 @@ def write_subject(root: Path, seed: int, domain: str, number: int, voxel_scale: 
     """Generate one subject and write its label and image.
 
     Args:
-        root: the cohort's directory; `<domain>_train` exists in it.
-        seed: of the cohort.
+        root: the cohort's directory, with a folder `<domain>_train`.
+        seed: seed of the cohort.
         domain: "ct" or "mr".
         number: id, e.g. 1001.
         voxel_scale: factor on the voxel size.
     """
     from glua_bench.datasets import phantom_anatomy, phantom_physics
 
-    # One stream for who it is and one for the scan: a finer scan shows the same person.
+    # Separate streams for subject and scan, so a finer scan shows the same subject.
     key = [GENERATOR_VERSION, seed, DOMAINS.index(domain), number]
     subject = phantom_anatomy.draw_subject(np.random.default_rng([*key, 0]))
     volume = phantom_physics.ACQUIRE[domain](subject, np.random.default_rng([*key, 1]), voxel_scale)
-    # The image last: where it exists, its label does.
+    # The image last, so that an image implies its label.
     _write_nifti(Phantom.label_path(root, domain, number), volume.label, volume.affine)
     _write_nifti(Phantom.image_path(root, domain, number), volume.image, volume.affine)
 
@@ -202,13 +203,13 @@ def _work_off(
     workers: int | None,
     report: Report,
 ) -> None:
-    """Write all jobs, in several processes where that pays."""
+    """Write all jobs, in several processes if possible."""
     count = min(8, _cpus()) if workers is None else workers
     count = max(1, min(count, len(jobs)))
     total = len(jobs)
     report(f"phantom: generating {total} volumes in {root} with {count} processes")
     if count > 1:
-        # Spawned, not forked: the caller may hold threads (torch, BLAS) that a fork would break.
+        # Spawn, because the caller may have threads (torch, BLAS) that do not survive a fork.
         try:
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(count, mp_context=context) as pool:
@@ -223,8 +224,8 @@ def _work_off(
                     report(f"phantom: {done}/{total} {futures[future]}")
             return
         except BrokenProcessPool:
-            # A script without a `__main__` guard cannot spawn, and a machine may kill a child.
-            report("phantom: worker processes do not start here; going on in this one")
+            # A script without a `__main__` guard cannot spawn, and a child may be killed.
+            report("phantom: worker processes do not start; continuing in this process")
             jobs = [job for job in jobs if not _complete(root, *job)]
     for done, (domain, number) in enumerate(jobs, 1 + total - len(jobs)):
         write_subject(root, seed, domain, number, voxel_scale)
@@ -232,13 +233,13 @@ def _work_off(
 
 
 def _cpus() -> int:
-    """CPUs that this process may use; not every system knows an affinity."""
+    """Return the number of CPUs available to this process."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def _wanted(ids: Mapping[str, Sequence[int]] | None) -> dict[str, list[int]]:
-    """Sorted ids per domain, checked."""
+    """Return sorted ids per domain, checked."""
     if ids is None:
         return {domain: list(ALL_IDS) for domain in DOMAINS}
     for domain, numbers in ids.items():
@@ -251,7 +252,7 @@ def _wanted(ids: Mapping[str, Sequence[int]] | None) -> dict[str, list[int]]:
 
 
 def _complete(root: Path, domain: str, number: int) -> bool:
-    """Are both files of a subject there?"""
+    """Return True if both files of a subject exist."""
     return (
         Phantom.image_path(root, domain, number).is_file()
         and Phantom.label_path(root, domain, number).is_file()
@@ -259,7 +260,7 @@ def _complete(root: Path, domain: str, number: int) -> bool:
 
 
 def _read_manifest(root: Path, seed: int) -> dict[str, Any] | None:
-    """The manifest, None where there is none yet.
+    """Return the manifest, or None if there is none yet.
 
     Raises:
         DataError: it is damaged, or of another version or seed.
@@ -279,7 +280,7 @@ def _read_manifest(root: Path, seed: int) -> dict[str, Any] | None:
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path} is damaged: delete the directory, and the phantom is generated again."
+            f"{path} is damaged: delete the directory to generate the phantom again."
         ) from error
     if (version, made) != (GENERATOR_VERSION, seed):
         raise DataError(
@@ -291,10 +292,10 @@ def _read_manifest(root: Path, seed: int) -> dict[str, Any] | None:
 
 
 def _check_started(root: Path, plan: dict[str, Any], finished: bool) -> None:
-    """Refuse a directory with files that this generation has not begun.
+    """Raise if the directory holds files that are not of this generation.
 
     Raises:
-        DataError: the directory holds files of something else; they are left alone.
+        DataError: the directory holds other files, which are left unchanged.
     """
     if finished:
         return
@@ -302,11 +303,11 @@ def _check_started(root: Path, plan: dict[str, Any], finished: bool) -> None:
         started = json.loads((root / STARTED).read_text())
     except FileNotFoundError:
         found = [path.name for path in entries(root)]
-        # Another process may have written one of our two records just now.
+        # Another process may just have written one of the two records.
         if found and STARTED not in found and MANIFEST not in found:
             raise DataError(
-                f"{root} holds files that are not of a phantom (first {found[0]}): choose an "
-                "empty directory with --data-root."
+                f"{root} holds files of something else (first {found[0]}): choose an empty "
+                "directory with --data-root."
             ) from None
         return
     except ValueError:
@@ -319,12 +320,12 @@ def _check_started(root: Path, plan: dict[str, Any], finished: bool) -> None:
 
 
 def _write_nifti(path: Path, data: np.ndarray, affine: np.ndarray) -> None:
-    """Write an int16 volume as .nii.gz; the same voxels always give the same bytes."""
+    """Write an int16 volume as .nii.gz; equal voxels give equal bytes."""
     image = nib.Nifti1Image(data, affine)
     image.header.set_xyzt_units("mm")
     image.set_qform(affine, 1)
     image.set_sform(affine, 1)
-    # mtime 0 and no name inside, because gzip would store when and as what it was written.
+    # Without time and name, which gzip would store otherwise.
     _write_atomically(path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 
 
@@ -334,6 +335,6 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    """The file appears complete or not at all, whoever else writes it."""
+    """Write a file atomically."""
     with placed(path) as unfinished:
         unfinished.write_bytes(content)

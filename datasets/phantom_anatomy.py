@@ -2,13 +2,13 @@
 
 World coordinates are RAS+ (x to the patient's right, y forward, z up) in mm, with the origin in
 the middle of the chest at the height of the valves. Every shape is a function that is negative
-inside and approximately a distance near its surface, so the same subject can be drawn on any
-voxel grid: the fraction of a voxel that a shape covers follows from its distance.
+inside and approximately a distance near its surface, so a subject can be drawn on any voxel grid:
+the fraction of a voxel that a shape covers follows from its distance.
 
-Subjects differ in measures (`Subject`) and by a smooth warp (`Warp`) whose gradient is bounded
-below 1, which makes it invertible. CT and MR draw their subjects from the same distribution.
+Subjects differ in their measures (`Subject`) and in a smooth, invertible deformation (`Warp`). CT
+and MR draw their subjects from the same distribution.
 
-Normal measures that the ranges are built around: left ventricular diameter 45-55 mm and wall
+The ranges are built around normal measures: left ventricular diameter 45-55 mm and wall
 8-12 mm, left atrium 35-50 mm, ascending aorta 28-36 mm (adult reference ranges as in the chamber
 quantification recommendations of Lang et al., J Am Soc Echocardiogr 2015;28:1-39). Positions in the
 thorax are schematic.
@@ -35,7 +35,7 @@ from glua_bench.datasets.mmwhs_layout import (
 Box = tuple[slice, slice, slice]
 EVERYWHERE: Box = (slice(None), slice(None), slice(None))
 
-# Every material that an acquisition has to know a value of.
+# Tissues; an acquisition defines a value for each.
 TISSUES = (
     "air", "skin", "fat", "muscle", "cortical_bone", "marrow", "cartilage", "disc", "cord",
     "lung", "lung_vessel", "airway", "mediastinal_fat", "epicardial_fat", "oesophagus",
@@ -44,8 +44,8 @@ TISSUES = (
     "rv_blood", "ra_blood", "pa_blood", "svc_blood", "ivc_blood", "coronary_blood",
 )  # fmt: skip
 
-# The heart's own directions at rest: along the left ventricle's axis to the apex (left, forward,
-# down), towards the septum, and upwards across both.
+# Axes of the heart before tilting: along the left ventricle to the apex (left, forward, down),
+# towards the septum, and upwards, perpendicular to both.
 _APEX = np.array([-0.63, 0.55, -0.55])
 _APEX /= np.linalg.norm(_APEX)
 _SEPTUM = np.array([0.66, 0.74, 0.06])
@@ -64,28 +64,28 @@ _DEPTH = 86.0  # half of the chest's inner depth, mm
 
 @dataclass(frozen=True)
 class Subject:
-    """The measures of one person.
+    """Measures of one person.
 
-    Args:
-        heart_scale: of the whole heart.
+    Attributes:
+        heart_scale: scale of the whole heart.
         tilt: rotations of the heart about x, y, z in degrees.
-        shift: of the heart in mm.
-        lv_radius: of the cavity at its widest, mm.
-        lv_length: of the cavity from valve plane to apex, mm.
-        wall: of the left ventricle, mm, at the base; thinner at the apex.
+        shift: shift of the heart in mm.
+        lv_radius: largest radius of the left ventricular cavity, mm.
+        lv_length: length of the cavity from valve plane to apex, mm.
+        wall: thickness of the left ventricular wall at the base, mm; thinner at the apex.
         oval: ratio of the ventricle's two short axes.
         la, rv, ra: scale factors of the chambers.
         aorta: radius of the ascending aorta, mm.
-        arch: how far the arch bulges to the right, mm.
+        arch: bulge of the aortic arch to the right, mm.
         pulmonary: radius of the pulmonary trunk, mm.
         sac_fat: thickness of the epicardial fat, mm.
         breath: height of the diaphragm in mm, positive in expiration.
         chest: scale of the chest's width and depth.
-        subcutaneous: thickness of the fat under the skin, mm.
+        subcutaneous: thickness of the subcutaneous fat, mm.
         muscle: scale of the chest's muscles.
-        trabeculae: amplitude of the roughness of the ventricles' inner surface, mm.
-        gas: share of the stomach that holds gas.
-        warp: amplitudes (mm), wave vectors (rad/mm) and phases of the warp.
+        trabeculae: roughness of the ventricles' inner surface, mm.
+        gas: fraction of the stomach that holds gas.
+        warp: deformation.
     """
 
     heart_scale: float
@@ -112,10 +112,10 @@ class Subject:
 
 
 def draw_subject(rng: np.random.Generator) -> Subject:
-    """Draw one person; CT and MR use this same distribution."""
+    """Draw a subject; CT and MR use the same distribution."""
 
     def near(middle: float, spread: float, limit: float = 2.0) -> float:
-        """A normal number cut at `limit` standard deviations."""
+        """Return a normal number clipped at `limit` standard deviations."""
         return middle + spread * float(np.clip(rng.standard_normal(), -limit, limit))
 
     breath = rng.uniform(-14, 14)
@@ -147,12 +147,12 @@ def draw_subject(rng: np.random.Generator) -> Subject:
 
 @dataclass(frozen=True)
 class Warp:
-    """A smooth invertible deformation: q = p + Σ_k a_k sin(k·p + φ_k).
+    """Smooth invertible deformation: q = p + Σ_k a_k sin(k·p + φ_k).
 
-    The displacement's Lipschitz constant is at most L = Σ |a_k| |k_k|. With L < 1 the map is a
-    contraction away from the identity and hence a bijection, and det(∂q/∂p) ≥ (1 − L)³ > 0.
+    The displacement's Lipschitz constant is at most L = Σ |a_k| |k_k|. With L < 1, the map differs
+    from the identity by a contraction and is a bijection, and det(∂q/∂p) ≥ (1 − L)³ > 0.
 
-    Args:
+    Attributes:
         amplitudes: (K, 3) in mm.
         waves: (K, 3) in rad/mm.
         phases: (K,) in rad.
@@ -166,7 +166,7 @@ class Warp:
 
     @classmethod
     def draw(cls, rng: np.random.Generator, count: int = 7) -> Warp:
-        """Waves of 110 to 260 mm in random directions, scaled to stay below the limit."""
+        """Draw waves of 110 to 260 mm in random directions, scaled to stay below the limit."""
         directions = _unit(rng.standard_normal((count, 3)))
         waves = directions * (2 * np.pi / rng.uniform(110, 260, (count, 1)))
         amplitudes = _unit(rng.standard_normal((count, 3))) * rng.uniform(0.4, 1.0, (count, 1))
@@ -176,7 +176,7 @@ class Warp:
 
     @property
     def lipschitz(self) -> float:
-        """Upper bound of how much the displacement changes per mm."""
+        """Upper bound of the displacement's change per mm."""
         norms = np.linalg.norm(self.amplitudes, axis=1) * np.linalg.norm(self.waves, axis=1)
         return float(norms.sum())
 
@@ -186,14 +186,14 @@ class Warp:
         return float(np.linalg.norm(self.amplitudes, axis=1).sum())
 
     def __call__(self, points: np.ndarray) -> np.ndarray:
-        """Map points (..., 3) in mm; for checks, `on_lattice` is the fast way."""
+        """Map points (..., 3) in mm; `on_lattice` is faster for grids."""
         angles = points @ self.waves.T + self.phases
         return points + np.sin(angles) @ self.amplitudes
 
     def on_lattice(self, lattice: Lattice) -> np.ndarray:
-        """The mapped centre of every voxel, float32 (3, *lattice.shape).
+        """Return the mapped centre of every voxel, float32 (3, *lattice.shape).
 
-        Each wave is a product of one factor per axis, so a sine per voxel is never computed.
+        Each wave is a product of one factor per axis, which avoids a sine per voxel.
         """
         grid = lattice.points()
         steps = self.waves @ lattice.steps  # phase per voxel along each axis
@@ -215,7 +215,7 @@ class Warp:
 class Lattice:
     """A regular voxel grid in the world.
 
-    Args:
+    Attributes:
         shape: voxels per axis.
         steps: (3, 3), column i is the world vector in mm from one voxel to the next on axis i.
         origin: world position of voxel (0, 0, 0).
@@ -227,11 +227,11 @@ class Lattice:
 
     @property
     def spacing(self) -> np.ndarray:
-        """mm per voxel along each axis."""
+        """Voxel size in mm along each axis."""
         return np.linalg.norm(self.steps, axis=0)
 
     def points(self) -> np.ndarray:
-        """World position of every voxel, float32 (3, *shape)."""
+        """Return the world position of every voxel, float32 (3, *shape)."""
         i, j, k = (np.arange(n) for n in self.shape)
         made = np.empty((3, *self.shape), np.float32)
         for axis in range(3):
@@ -251,7 +251,7 @@ class Lattice:
 class Ellipsoid:
     """An ellipsoid.
 
-    Args:
+    Attributes:
         centre: in mm.
         radii: along its own axes, mm.
         axes: rows are its own axes, orthonormal.
@@ -262,12 +262,12 @@ class Ellipsoid:
     axes: np.ndarray
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper corner of the box around it."""
+        """Return lower and upper corner of the bounding box."""
         half = np.sqrt(((self.axes * self.radii[:, None]) ** 2).sum(0))
         return self.centre - half, self.centre + half
 
     def distance(self, q: np.ndarray) -> np.ndarray:
-        """About the distance in mm to its surface (first order), negative inside."""
+        """Return the approximate (first-order) distance in mm to the surface, negative inside."""
         near = np.zeros(q.shape[1:], np.float32)
         far = np.zeros(q.shape[1:], np.float32)
         for axis, radius in zip(self.axes, self.radii, strict=True):
@@ -283,9 +283,9 @@ class Ellipsoid:
 
 @dataclass(frozen=True)
 class Tube:
-    """A bent tube with round ends: segments between points, each with its radius.
+    """A bent tube with round ends: segments between points, each with a radius.
 
-    Args:
+    Attributes:
         points: (N, 3) in mm.
         radii: (N,) in mm.
     """
@@ -295,7 +295,7 @@ class Tube:
 
     @classmethod
     def through(cls, points: list, radii: list[float], parts: int = 4) -> Tube:
-        """A smooth tube through control points (Catmull-Rom), `parts` segments between each."""
+        """Return a smooth Catmull-Rom tube with `parts` segments between control points."""
         p = np.asarray(points, float)
         r = np.asarray(radii, float)
         ends = np.vstack([2 * p[0] - p[1], p, 2 * p[-1] - p[-2]])
@@ -310,16 +310,16 @@ class Tube:
         return cls(np.vstack(made), np.interp(where, np.arange(len(p)), r))
 
     def grown(self, by: float) -> Tube:
-        """The same tube with larger radii."""
+        """Return the same tube with larger radii."""
         return Tube(self.points, self.radii + by)
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper corner of the box around it."""
+        """Return lower and upper corner of the bounding box."""
         radii = self.radii[:, None]
         return (self.points - radii).min(0), (self.points + radii).max(0)
 
     def cut(self, first: int, last: int) -> Tube:
-        """The part between two points."""
+        """Return the part between two points."""
         return Tube(self.points[first : last + 1], self.radii[first : last + 1])
 
 
@@ -327,13 +327,13 @@ class Tube:
 
 
 class Canvas:
-    """Draws shapes onto a voxel grid, later ones over earlier ones.
+    """A voxel grid on which shapes are drawn, later ones over earlier ones.
 
     Args:
         lattice: the voxel grid.
         warp: the subject's deformation.
-        values: what the acquisition shows of each tissue: (mean, spread of its texture).
-        fields: random smooth fields over the grid, for textures.
+        values: mean and texture's standard deviation of each tissue.
+        fields: smooth random fields over the grid, for textures.
     """
 
     def __init__(
@@ -354,7 +354,7 @@ class Canvas:
         self._softness = np.float32(1 / float(lattice.spacing.mean()))
 
     def box(self, low: np.ndarray, high: np.ndarray, margin: float = 6.0) -> Box:
-        """The voxels that may show anything of a box in the subject's coordinates."""
+        """Return the voxels that a box in the subject's coordinates may reach."""
         grow = self._reach + margin
         ends = np.stack([np.asarray(low) - grow, np.asarray(high) + grow], 1)
         corners = np.stack(np.meshgrid(*ends, indexing="ij"), -1).reshape(-1, 3)
@@ -365,11 +365,11 @@ class Canvas:
         return a, b, c
 
     def around(self, shape: Ellipsoid | Tube, margin: float = 6.0) -> Box:
-        """The voxels that may show anything of a shape."""
+        """Return the voxels that a shape may reach."""
         return self.box(*shape.bounds(), margin)
 
     def distance(self, shape: Ellipsoid | Tube, box: Box, margin: float = 6.0) -> np.ndarray:
-        """About the distance in mm to a shape's surface; far away only a large number."""
+        """Return the approximate distance in mm to a shape's surface; far from it, a constant."""
         if isinstance(shape, Ellipsoid):
             return shape.distance(self.q[(slice(None), *box)])
         made = np.full(self.image[box].shape, 50.0, np.float32)
@@ -402,10 +402,10 @@ class Canvas:
         Args:
             tissue: one of TISSUES.
             distance: in mm, on the voxels of `box`.
-            box: where.
-            label: raw value to write where the distance is negative; None leaves the labels.
-            strength: how much of what lies below is covered, 0 to 1.
-            label_distance: a smoother surface for the label than for the image.
+            box: region to draw in.
+            label: raw value to write where the distance is negative; None keeps the labels.
+            strength: opacity, 0 to 1.
+            label_distance: smoother surface for the label than for the image.
         """
         if not distance.size:
             return
@@ -425,20 +425,20 @@ class Canvas:
             self.labels[box][edge < 0] = label
 
     def draw(self, tissue: str, shape: Ellipsoid | Tube, label: int | None = None) -> None:
-        """Draw a whole shape."""
+        """Draw a shape."""
         box = self.around(shape)
         self.paint(tissue, self.distance(shape, box), box, label)
 
 
 def smooth_field(rng: np.random.Generator, lattice: Lattice, length: float) -> np.ndarray:
-    """A Gaussian random field of unit variance, float32 on the lattice.
+    """Return a Gaussian random field of unit variance, float32 on the lattice.
 
-    Nodes of white noise lie `length` mm apart, counted over the lattice's extent in mm, so a
-    coarser lattice over the same extent shows the same field; cubic B-splines join them.
+    Nodes of white noise lie `length` mm apart over the lattice's extent in mm, so a coarser lattice
+    of the same extent shows the same field; cubic B-splines interpolate them.
 
     Args:
-        rng: source of the nodes.
-        lattice: where the field is wanted.
+        rng: random generator of the nodes.
+        lattice: grid of the field.
         length: distance of nodes in mm.
     """
     maps = []
@@ -448,17 +448,17 @@ def smooth_field(rng: np.random.Generator, lattice: Lattice, length: float) -> n
         where = (np.arange(count) + 0.5) * spacing / length + 1
         maps.append(_spline_weights(where, nodes))
     field = rng.standard_normal([m.shape[1] for m in maps], np.float32)
-    # Sparse products sum in a fixed order, whatever the number of threads.
+    # Sparse products sum in an order that does not depend on the number of threads.
     for axis, weights in enumerate(maps):
         moved = np.moveaxis(field, axis, 0)
         flat = np.ascontiguousarray(moved).reshape(moved.shape[0], -1)
         field = np.moveaxis((weights @ flat).reshape(-1, *moved.shape[1:]), 0, axis)
-    # The mean of a spline's squared weights over its period: what remains of the variance.
+    # Divide by the variance that remains: the mean of a spline's squared weights.
     return np.ascontiguousarray(field) * np.float32((151 / 315) ** -1.5)
 
 
 def draw_thorax(canvas: Canvas, subject: Subject) -> None:
-    """Draw a whole subject, from the outside in."""
+    """Draw a subject from the outside in."""
     body = _Body(canvas, subject)
     body.wall()
     body.lungs()
@@ -495,7 +495,7 @@ class _Body:
         self.spine_y = -self.depth + 18 - 0.0010 * (self.z - 10) ** 2
 
     def wall(self) -> None:
-        """Skin, fat, muscles, ribs and sternum."""
+        """Draw skin, fat, muscles, ribs and sternum."""
         s = self.subject
         front = np.clip(self.y / 80, -1, 1)
         pectoral = np.exp(-(((np.abs(self.x) - 65) / 38) ** 2) - ((self.z - 45) / 45) ** 2)
@@ -511,7 +511,7 @@ class _Body:
         self.ribs()
 
     def ribs(self) -> None:
-        """Ribs that fall forward, with cartilage near the sternum; sternum with marrow."""
+        """Draw ribs that descend to the front, cartilage near the sternum, and the sternum."""
         c = self.canvas
         along = (self.z + 0.5 * self.y + 6) / 27
         off = (along - np.round(along)) * 27 * 0.9
@@ -529,11 +529,11 @@ class _Body:
         c.paint("marrow", plate + 2.2)
 
     def lungs(self) -> None:
-        """Lungs with vessels, and the fat between them."""
+        """Draw lungs with vessels, and the fat between them."""
         c = self.canvas
         c.paint("mediastinal_fat", self.inner)
         self.diaphragm = self._diaphragm()
-        # What separates the two lungs: behind the sternum, along the great vessels, at the spine.
+        # Mediastinum: behind the sternum, along the great vessels, at the spine.
         middle = self.x - 2 + 8 * np.clip(-self.z / 60, 0, 1)
         front = np.clip((self.y - 30) / 45, 0, 1)
         column = np.sqrt((middle / 34) ** 2 + ((self.y + 6) / 38) ** 2) - 1
@@ -541,13 +541,13 @@ class _Body:
         septum = np.abs(middle) - 4 - 7 * front * np.clip((self.z + 20) / 60, 0, 1)
         back = np.sqrt((self.x + 6) ** 2 + (self.y - self.spine_y - 18) ** 2) - 24
         self.between = np.minimum(np.minimum(column, septum), back)
-        # Lymph nodes, remains of the thymus and small vessels lie in that fat.
+        # Lymph nodes, remnants of the thymus and small vessels in that fat.
         nodes = np.clip(2.2 * c.fields["tree_b"] - 1.2, 0, 0.9)
         c.paint("muscle", np.maximum(self.inner + 2, self.between + 1), strength=nodes)
         lung = np.maximum(np.maximum(self.inner + 1, -self.between), self.diaphragm)
         self.lung = lung
         c.paint("lung", lung)
-        # Two random fields vanish together along curves: branching vessels without a tree.
+        # Common zeros of two random fields are curves, which look like branching vessels.
         thick = np.float32(0.13) + np.float32(0.22) * np.exp(
             -(((np.abs(self.x + 6) - 45) / 35) ** 2) - ((self.y + 15) / 45) ** 2
         ).astype(np.float32)
@@ -565,7 +565,7 @@ class _Body:
                 c.draw(tissue, Tube.through(points, [radius + more] * 3, 3))
 
     def _diaphragm(self) -> np.ndarray:
-        """Positive below the domes of the diaphragm, in mm."""
+        """Return a distance in mm, positive below the domes of the diaphragm."""
         s = self.subject
         right = np.exp(-(((self.x - 62) / 62) ** 2) - ((self.y + 2) / 62) ** 2)
         left = np.exp(-(((self.x + 66) / 52) ** 2) - ((self.y + 8) / 58) ** 2)
@@ -574,7 +574,7 @@ class _Body:
         return (height - self.z) * np.float32(0.8)
 
     def abdomen(self) -> None:
-        """Diaphragm, liver, spleen, stomach and fat below the lungs."""
+        """Draw diaphragm, liver, spleen, stomach and fat below the lungs."""
         c, s = self.canvas, self.subject
         inside = np.maximum(self.inner, -self.diaphragm - 3)
         c.paint("muscle", np.maximum(inside, -50 - self.inner))
@@ -600,7 +600,7 @@ class _Body:
         distance = np.maximum(stomach.distance(c.q), below + 1)
         c.paint("muscle", distance)
         c.paint("stomach", distance + 4)
-        # Gas rises: lying on the back, it gathers in front.
+        # Gas rises to the front of a supine subject.
         c.paint("bowel_gas", np.maximum(distance + 4, 40 * (1 - 2 * s.gas) - self.y))
         spleen = Ellipsoid(
             np.array([-88.0, -36, top - 8]), np.array([22.0, 36, 44]), _turn((0, 15, 20))
@@ -608,7 +608,7 @@ class _Body:
         c.paint("spleen", np.maximum(spleen.distance(c.q), below + 1))
 
     def spine(self) -> None:
-        """Vertebrae with discs, the canal, processes, and the muscles beside them."""
+        """Draw vertebrae with discs, canal and processes, and the muscles beside them."""
         c = self.canvas
         y = self.y - self.spine_y
         for side in (-1, 1):
@@ -732,12 +732,12 @@ class _Heart:
         )
 
     def place(self, point: np.ndarray) -> np.ndarray:
-        """A rest position after the heart's own scale, rotation and shift."""
+        """Apply the heart's scale, rotation and shift to a rest position."""
         moved = self.turn @ (np.asarray(point) - HEART_CENTRE) * self.subject.heart_scale
         return HEART_CENTRE + moved + self.offset
 
     def vessels_behind(self) -> None:
-        """Oesophagus, descending aorta, caval and pulmonary veins, pulmonary branches."""
+        """Draw oesophagus, descending aorta, caval and pulmonary veins, pulmonary branches."""
         c = self.canvas
         back = -self.body.depth
         gullet = Tube.through(
@@ -802,7 +802,7 @@ class _Heart:
         c.draw("descending_blood", self.aorta.cut(16, len(self.aorta.points) - 1))
 
     def sac(self) -> None:
-        """Fat that fills the grooves between the chambers, and the coronary arteries in it."""
+        """Draw the fat that fills the grooves between the chambers."""
         c, s = self.canvas, self.subject
         shapes = [self.epi, self.rv, self.ra, self.la]
         low = np.min([shape.bounds()[0] for shape in shapes], 0) - s.sac_fat
@@ -830,7 +830,7 @@ class _Heart:
         c.paint("epicardial_fat", hull, box)
 
     def right_side(self) -> None:
-        """Right atrium and ventricle, pulmonary trunk."""
+        """Draw right atrium and ventricle, and pulmonary trunk."""
         c, s, box = self.canvas, self.subject, self.box
         keep = self.body.inner[box] + 4
         side = self.height + 3  # the tricuspid valve lies a little above the mitral
@@ -847,7 +847,7 @@ class _Heart:
         c.paint("pa_blood", trunk, box, PULMONARY_ARTERY)
 
     def left_side(self) -> None:
-        """Left atrium and ventricle, ascending aorta, coronary arteries."""
+        """Draw left atrium and ventricle, ascending aorta and coronary arteries."""
         c, s, box = self.canvas, self.subject, self.box
         appendage = self.appendage.distance(self.q)
         la = _blend(self.la_distance, appendage, 6)
@@ -883,7 +883,7 @@ class _Heart:
         self.coronaries()
 
     def coronaries(self) -> None:
-        """Three arteries in the grooves, thinner than a voxel."""
+        """Draw three arteries in the grooves, thinner than a voxel."""
         c, s = self.canvas, self.subject
         apex, septum, up = self.axes
         root = self.aorta.points[4]
@@ -912,16 +912,16 @@ class _Heart:
             c.draw("coronary_blood", Tube.through(path, [2.2, 2.0, 1.7, 1.3], 5))
 
 
-# -- small things ---------------------------------------------------------------------------------
+# -- helpers --------------------------------------------------------------------------------------
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors of length 1."""
+    """Normalise vectors to length 1."""
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
 def _turn(degrees: tuple[float, float, float]) -> np.ndarray:
-    """Rotation about x, then y, then z."""
+    """Return the rotation about x, then y, then z."""
     (ca, cb, cc), (sa, sb, sc) = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     about_x = np.array([[1, 0, 0], [0, ca, -sa], [0, sa, ca]])
     about_y = np.array([[cb, 0, sb], [0, 1, 0], [-sb, 0, cb]])
@@ -930,7 +930,7 @@ def _turn(degrees: tuple[float, float, float]) -> np.ndarray:
 
 
 def _project(q: np.ndarray, axis: np.ndarray, origin: np.ndarray) -> np.ndarray:
-    """(q − origin)·axis, float32; written out because a product with BLAS may sum in any order."""
+    """Return (q − origin)·axis, float32, without BLAS, which may sum in any order."""
     made = q[0] * np.float32(axis[0])
     made += q[1] * np.float32(axis[1])
     made += q[2] * np.float32(axis[2])
@@ -939,7 +939,7 @@ def _project(q: np.ndarray, axis: np.ndarray, origin: np.ndarray) -> np.ndarray:
 
 
 def _capsule(q: np.ndarray, a: np.ndarray, b: np.ndarray, ra: float, rb: float) -> np.ndarray:
-    """Distance to the segment a-b less its radius, which changes linearly."""
+    """Return the distance to the segment a-b minus its linearly interpolated radius."""
     along = b - a
     t = _project(q, along / (along @ along), a)
     np.clip(t, 0, 1, out=t)
@@ -953,19 +953,19 @@ def _capsule(q: np.ndarray, a: np.ndarray, b: np.ndarray, ra: float, rb: float) 
 
 
 def _blend(a: np.ndarray, b: np.ndarray, width: float) -> np.ndarray:
-    """Union of two shapes with a rounded groove of about `width` mm."""
+    """Return the union of two shapes with a rounded groove of about `width` mm."""
     h = np.maximum(np.float32(width) - np.abs(a - b), 0)
     return np.minimum(a, b) - h * h * np.float32(0.25 / width)
 
 
 def _explicit(box: Box, shape: tuple[int, int, int]) -> Box:
-    """The box with numbers for its ends."""
+    """Return the box with explicit ends."""
     a, b, c = (slice(*s.indices(n)[:2]) for s, n in zip(box, shape, strict=True))
     return a, b, c
 
 
 def _overlap(one: Box, other: Box) -> Box:
-    """What two boxes share."""
+    """Return the intersection of two boxes."""
     a, b, c = (
         slice(max(s.start, t.start), min(s.stop, t.stop)) for s, t in zip(one, other, strict=True)
     )
@@ -973,7 +973,7 @@ def _overlap(one: Box, other: Box) -> Box:
 
 
 def _spline_weights(where: np.ndarray, nodes: int) -> sparse.csr_array:
-    """Cubic B-spline weights of `nodes` values at positions, one row a position."""
+    """Return cubic B-spline weights of `nodes` values at positions, one row per position."""
     first = np.floor(where).astype(int)
     t = where - first
     weights = (

@@ -1,4 +1,4 @@
-"""What a CT scanner and an MR scanner make of the phantom's tissues.
+"""Simulation of the phantom's CT and MR acquisitions.
 
 CT: Hounsfield units with one contrast phase per subject, blur, correlated noise and streaks.
 
@@ -6,7 +6,7 @@ MR: magnitude images of balanced SSFP at 1.5 T. The signal is the steady-state e
 
     S = ρ · sin α (1 − E1) / (1 − (E1 − E2) cos α − E1 E2) · exp(−TE / T2),   E = exp(−TR / T)
 
-with TE = TR/2, after an optional T2 preparation exp(−TP / T2) as whole-heart protocols use it.
+with TE = TR/2, after an optional T2 preparation exp(−TP / T2) as used in whole-heart protocols.
 Fat and water have opposite phase between the bands of the sequence (Hargreaves et al., Magn Reson
 Med 2003;50:210-213), so fat enters with a negative sign and mixed voxels cancel to a dark line.
 """
@@ -28,14 +28,14 @@ from glua_bench.datasets.phantom_anatomy import (
     smooth_field,
 )
 
-Spread = tuple[float, float]  # mean and spread of the texture
+Spread = tuple[float, float]  # mean and standard deviation of the texture
 
 
 @dataclass(frozen=True)
 class Volume:
-    """One acquisition as it is stored.
+    """One acquisition in its stored form.
 
-    Args:
+    Attributes:
         image: int16, stored axes.
         label: int16, stored axes, raw label values.
         affine: voxel to RAS+ world, mm.
@@ -52,9 +52,9 @@ class Volume:
 #   S  Stanisz et al., Magn Reson Med 2005;54:507-512
 #   B  de Bazelaire et al., Radiology 2004;230:652-659
 #   ~  our approximation; no single published value is claimed
-# The numbers were entered from knowledge of these papers' 1.5 T columns; docs/phantom.md says what
-# has been checked against the text and what not.
-# Proton densities are approximate throughout (water content relative to pure water).
+# The numbers were entered from knowledge of these papers' 1.5 T columns; docs/phantom.md states
+# which have been checked against the text. Proton densities are approximate throughout (water
+# content relative to pure water).
 RELAXATION: dict[str, tuple[float, float, float, str]] = {
     "blood": (1441.0, 290.0, 0.90, "S"),
     "myocardium": (1030.0, 40.0, 0.80, "S"),
@@ -80,7 +80,7 @@ _RELAXES_LIKE = {
     "lung_vessel": "blood", "mediastinal_fat": "fat", "epicardial_fat": "fat",
     "oesophagus": "muscle", "vessel_wall": "wall", "stomach": "fluid",
 }  # fmt: skip
-_OFF_CENTRE = np.array([20.0, 8.0, 16.0])  # of the field of view along x, y, z, at most, mm
+_OFF_CENTRE = np.array([20.0, 8.0, 16.0])  # maximum shift of the field of view along x, y, z, mm
 _FATTY = ("fat", "mediastinal_fat", "epicardial_fat")
 _EMPTY = ("air", "airway", "bowel_gas")
 
@@ -88,7 +88,7 @@ _EMPTY = ("air", "airway", "bowel_gas")
 def bssfp_signal(
     t1: float, t2: float, density: float, tr: float, flip: float, preparation: float = 0.0
 ) -> float:
-    """Steady-state signal of balanced SSFP on resonance, TE = TR/2, in units of ρ M0.
+    """Return the steady-state signal of balanced SSFP on resonance, TE = TR/2, in units of ρ M0.
 
     Args:
         t1: longitudinal relaxation time, ms.
@@ -108,10 +108,10 @@ def bssfp_signal(
 
 
 def draw_hounsfield(rng: np.random.Generator) -> dict[str, Spread]:
-    """Hounsfield units of every tissue in one subject's contrast phase.
+    """Draw the Hounsfield units of every tissue in one subject's contrast phase.
 
-    The left heart is in its arterial phase. The right heart is as bright, washed out by a saline
-    chaser, or between, because protocols and circulation times differ.
+    The left heart is in its arterial phase. The right heart is equally bright, washed out by a
+    saline chaser, or in between, because protocols and circulation times differ.
     """
     arterial = rng.uniform(250, 450)
     phase = rng.random()
@@ -123,7 +123,7 @@ def draw_hounsfield(rng: np.random.Generator) -> dict[str, Spread]:
         right = rng.uniform(150, 0.85 * arterial)
     right = float(np.clip(right, 60, 450))
     lungs = rng.uniform(-880, -780)
-    mixed = 0.06 * right  # contrast and blood have not mixed yet
+    mixed = 0.06 * right  # contrast and blood are not fully mixed
     table: dict[str, Spread] = {
         "air": (-1000, 0),
         "skin": (20, 10),
@@ -163,12 +163,12 @@ def draw_hounsfield(rng: np.random.Generator) -> dict[str, Spread]:
 
 
 def acquire_ct(subject: Subject, rng: np.random.Generator, voxel_scale: float) -> Volume:
-    """One contrast-enhanced CT volume, stored as axial slices in LPS order.
+    """Simulate a contrast-enhanced CT volume, stored as axial slices in LPS order.
 
     Args:
-        subject: who is imaged.
-        rng: source of the contrast phase, the field of view, textures and noise.
-        voxel_scale: factor on the voxel size; the field of view stays.
+        subject: the subject.
+        rng: random generator for contrast phase, field of view, textures and noise.
+        voxel_scale: factor on the voxel size at constant field of view.
     """
     values = draw_hounsfield(rng)
     in_plane = rng.uniform(1.95, 2.2) * voxel_scale
@@ -183,7 +183,7 @@ def acquire_ct(subject: Subject, rng: np.random.Generator, voxel_scale: float) -
     draw_thorax(canvas, subject)
     image = canvas.image
 
-    # The kernel's blur in mm, from soft to sharper.
+    # Blur of the reconstruction kernel in mm, from soft to sharp.
     image = ndimage.gaussian_filter(image, rng.uniform(0.8, 1.4) / spacing, truncate=3)
     image += _streaks(rng, lattice, subject, values)
     noise = rng.standard_normal(shape, np.float32)
@@ -197,7 +197,7 @@ def acquire_ct(subject: Subject, rng: np.random.Generator, voxel_scale: float) -
 def _streaks(
     rng: np.random.Generator, lattice: Lattice, subject: Subject, values: dict[str, Spread]
 ) -> np.ndarray:
-    """Bright and dark rays around undiluted contrast in the upper caval vein, per axial slice."""
+    """Simulate streaks around undiluted contrast in the superior vena cava, per axial slice."""
     dense = max(0.0, values["svc_blood"][0] - 250) / 650
     x, y, z = lattice.points()
     x -= np.float32(32 + subject.shift[0])
@@ -212,7 +212,7 @@ def _streaks(
     present = 1 / (1 + np.exp(-(z - 8) / 8))
     strength = rng.uniform(25, 60) * dense
     rays *= np.float32(strength) * present / (1 + (radius / 26) ** 2)
-    # Beams along the shoulders lose most photons: faint stripes from side to side.
+    # Photon starvation along the shoulders: faint horizontal stripes.
     stripes = np.cos(y * rng.uniform(0.25, 0.4) + 0.05 * z + rng.uniform(0, 6))
     rays += np.float32(rng.uniform(0, 8)) * stripes.astype(np.float32)
     return rays
@@ -222,7 +222,7 @@ def _streaks(
 
 
 def draw_signals(rng: np.random.Generator) -> dict[str, Spread]:
-    """Signed bSSFP signal of every tissue for one subject's protocol and tissue variation."""
+    """Draw the signed bSSFP signal of every tissue for one subject's protocol and tissues."""
     tr = rng.uniform(3.0, 4.6)
     flip = rng.uniform(45, 80)
     preparation = rng.uniform(15, 40) if rng.random() < 0.4 else 0.0
@@ -232,7 +232,7 @@ def draw_signals(rng: np.random.Generator) -> dict[str, Spread]:
         base[name] = bssfp_signal(
             t1 * vary[0], t2 * vary[1], density * vary[2], tr, flip, preparation
         )
-    # ~ How bright fat comes out depends on shim and sequence: often brighter than blood.
+    # ~ The brightness of fat depends on shim and sequence; it is often brighter than blood.
     base["fat"] *= rng.uniform(1.0, 1.7)
     table: dict[str, Spread] = {}
     for tissue in TISSUES:
@@ -256,12 +256,12 @@ def draw_signals(rng: np.random.Generator) -> dict[str, Spread]:
 
 
 def acquire_mr(subject: Subject, rng: np.random.Generator, voxel_scale: float) -> Volume:
-    """One bSSFP volume of thick coronal slices, slightly oblique, stored in LIA order.
+    """Simulate a bSSFP volume of thick coronal slices, slightly oblique, stored in LIA order.
 
     Args:
-        subject: who is imaged.
-        rng: source of the protocol, the field of view, coil, textures and noise.
-        voxel_scale: factor on the voxel size; the field of view stays.
+        subject: the subject.
+        rng: random generator for protocol, field of view, coil, textures and noise.
+        voxel_scale: factor on the voxel size at constant field of view.
     """
     values = draw_signals(rng)
     in_plane = rng.uniform(1.8, 2.15) * voxel_scale
@@ -276,7 +276,7 @@ def acquire_mr(subject: Subject, rng: np.random.Generator, voxel_scale: float) -
     origin = centre - steps @ (np.array(shape) - 1) / 2
     lattice = Lattice(shape, steps, origin)
 
-    # A slice averages over its thickness: half-thickness samples at its middle and both faces.
+    # A slice averages over its thickness: sample its middle and both faces.
     fine_steps = steps * np.array([1, 1, 0.5])
     fine_shape = (shape[0], shape[1], 2 * shape[2] + 1)
     fine = Lattice(fine_shape, fine_steps, origin - fine_steps[:, 2])
@@ -286,7 +286,7 @@ def acquire_mr(subject: Subject, rng: np.random.Generator, voxel_scale: float) -
     signal = 0.25 * p[..., 0:-1:2] + 0.5 * p[..., 1::2] + 0.25 * p[..., 2::2]
     labels = np.ascontiguousarray(canvas.labels[..., 1::2])
 
-    # Breathing blurs along the body's axis, which is the second axis.
+    # Breathing blurs along the body axis, the second array axis.
     signal = ndimage.gaussian_filter1d(signal, rng.uniform(0.4, 1.4) / in_plane, axis=1, truncate=3)
     bias = _coil(rng, lattice, centre)
     signal *= bias
@@ -301,7 +301,7 @@ def acquire_mr(subject: Subject, rng: np.random.Generator, voxel_scale: float) -
 
 
 def _coil(rng: np.random.Generator, lattice: Lattice, centre: np.ndarray) -> np.ndarray:
-    """Smooth receive sensitivity of elements on chest and back, partly corrected, mean 1."""
+    """Simulate a smooth, partly corrected sensitivity of chest and back coils, with mean 1."""
     x, y, z = lattice.points()
     total = np.zeros(lattice.shape, np.float32)
     for front in (1.0, -1.0):
@@ -324,24 +324,24 @@ ACQUIRE: dict[str, Callable[[Subject, np.random.Generator, float], Volume]] = {
 
 
 def _heart_middle(subject: Subject) -> np.ndarray:
-    """Where a technologist centres the field of view: near the heart, towards the midline."""
+    """Return the centre of the field of view: near the heart, towards the midline."""
     return np.array([-16.0, 12.0, 12.0]) + 0.8 * np.array(subject.shift)
 
 
 def _counts(extent: np.ndarray, spacing: np.ndarray) -> tuple[int, int, int]:
-    """Voxels that cover an extent."""
+    """Return the number of voxels that cover an extent."""
     a, b, c = (max(8, round(float(e / s))) for e, s in zip(extent, spacing, strict=True))
     return a, b, c
 
 
 def _fields(rng: np.random.Generator, lattice: Lattice) -> dict[str, np.ndarray]:
-    """The random fields that textures are made of."""
+    """Draw the random fields used for textures."""
     lengths = {"fine": 5.0, "rough": 5.5, "tree_a": 16.0, "tree_b": 16.0}
     return {name: smooth_field(rng, lattice, length) for name, length in lengths.items()}
 
 
 def _small_turn(degrees: np.ndarray) -> np.ndarray:
-    """Rotation about x, y and z by small angles."""
+    """Return a rotation about x, y and z by small angles."""
     a, b, c = np.radians(degrees)
     about_x = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
     about_y = np.array([[np.cos(b), 0, np.sin(b)], [0, 1, 0], [-np.sin(b), 0, np.cos(b)]])
@@ -350,7 +350,7 @@ def _small_turn(degrees: np.ndarray) -> np.ndarray:
 
 
 def _affine(lattice: Lattice) -> np.ndarray:
-    """The lattice as a NIfTI affine."""
+    """Return the lattice as a NIfTI affine."""
     made = np.eye(4)
     made[:3, :3] = lattice.steps
     made[:3, 3] = lattice.origin

@@ -1,6 +1,6 @@
-"""Slices and volumes as the pre-processed MM-WHS release of PnP-AdaNet and SIFA stores them.
+"""Readers for the slices and volumes of the pre-processed MM-WHS release of PnP-AdaNet and SIFA.
 
-Nothing is clamped or folded here: what is not as the release has it is refused.
+Files that deviate from the release are rejected, never repaired.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from glua_bench.datasets.tfrecord import Values, read_examples
 from glua_bench.errors import DataError
 from glua_bench.volumes import label_integers
 
-# What its authors map to [-1, 1], in standard deviations of a volume.
+# Range that its authors map to [-1, 1], in standard deviations of a volume.
 RANGES = {"ct": (-2.8, 3.2), "mr": (-1.8, 4.4)}
-UNDOCUMENTED = 5  # a label that the release contains and does not explain
+UNDOCUMENTED = 5  # label that the release contains but does not explain
 _KNOWN = frozenset(range(UNDOCUMENTED + 1))
-_LARGEST = 2**29  # voxels of a test volume; the release has about 2**24
+_LARGEST = 2**29  # maximum number of voxels of a test volume; the release has about 2**24
 
 
 def rescaled(voxels: np.ndarray, domain: str) -> np.ndarray:
-    """The release's intensities of a domain, with its fixed range mapped to [-1, 1].
+    """Map the release's fixed intensity range of a domain to [-1, 1].
 
     Args:
         voxels: any shape, in standard deviations of the volume.
         domain: "ct" or "mr".
 
     Returns:
-        float32 of the same shape; what exceeds the range is clipped.
+        float32 of the same shape, clipped to [-1, 1].
     """
     low, high = RANGES[domain]
     return np.clip(2 * (voxels - low) / (high - low) - 1, -1, 1).astype(np.float32)
 
 
 def read_slice(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The slice in a TFRecord file: the middle one of the neighbours that it holds.
+    """Read the slice of a TFRecord file: the middle one of the neighbours that it holds.
 
     Args:
-        path: a file with one example, whose `data_vol` and `label_vol` are float32 values of the
-            shape `dsize_dim0` x `dsize_dim1` x `dsize_dim2`. (The `lsize_dim` may speak of one
-            slice, while the labels of three are there.)
+        path: file with one example, whose `data_vol` and `label_vol` are float32 values of shape
+            `dsize_dim0` x `dsize_dim1` x `dsize_dim2`. (`lsize_dim` may state one slice although
+            the labels of three are there.)
 
     Returns:
         Image, float32 (X, Y), and labels 0 to 5, uint8 (X, Y).
@@ -73,8 +73,8 @@ def read_slice(path: Path) -> tuple[np.ndarray, np.ndarray]:
         depth, rest = divmod(size, 4 * width * height)
         if rest or depth not in (1, shapes[0][2]):
             raise DataError(
-                f"{path} has {size} bytes of {name}, which is not {shapes[0]} float32 values: give "
-                "the release's files."
+                f"{path} has {size} bytes of {name}, which do not hold {shapes[0]} float32 values: "
+                "give the release's files."
             )
         values = np.frombuffer(octets, "<f4").reshape(width, height, depth)
         planes.append(values[..., depth // 2])
@@ -82,14 +82,14 @@ def read_slice(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_volume(files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A test volume, turned so that it lies as the slices for training do.
+    """Read a test volume, flipped to the orientation of the training slices.
 
     Args:
         files: one npz file (`arr_0` image, `arr_1` label), or two NIfTI files (image, label).
 
     Returns:
-        Image, float32 (X, Y, slices), labels 0 to 5, uint8 of the same shape, and the affine, with
-        which a prediction overlays the original NIfTI file (or the array's indices).
+        Image, float32 (X, Y, slices); labels 0 to 5, uint8 of the same shape; and the affine that
+        overlays a prediction on the original NIfTI file (or the array's indices).
 
     Raises:
         DataError: a file is damaged or not of the release.
@@ -107,44 +107,44 @@ def read_volume(files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray, np.ndarr
             "volumes of one 3-D shape."
         )
     image, label = _checked(image, files[0], "image"), _checked(label, files[-1], "label")
-    # The authors' evaluation turns its test volumes like this before it predicts.
+    # The authors' evaluation flips test volumes like this before prediction.
     turn = np.diag([-1.0, -1.0, 1.0, 1.0])
     turn[:2, 3] = image.shape[0] - 1, image.shape[1] - 1
     return image[::-1, ::-1], label[::-1, ::-1], affine @ turn
 
 
 def _shape(example: dict[str, Values], letter: str, path: Path) -> tuple[int, int, int]:
-    """What the three sizes of an example say."""
+    """Return the three sizes stated in an example."""
     found = []
     for axis in range(3):
         values = example.get(f"{letter}size_dim{axis}", [])
         size = values[0] if len(values) == 1 else None
         if not isinstance(size, int) or not 1 <= size <= 4096:
             raise DataError(
-                f"{path} has no usable {letter}size_dim{axis}: give a file of the release."
+                f"{path} has no valid {letter}size_dim{axis}: give a file of the release."
             )
         found.append(size)
     return found[0], found[1], found[2]
 
 
 def _checked(values: np.ndarray, path: Path, what: str) -> np.ndarray:
-    """An image as float32, or a label as uint8."""
+    """Return an image as float32, or a label as uint8."""
     if values.dtype.kind not in "iufb" or not np.isfinite(values).all():
-        raise DataError(f"{path} has {what} values that are no finite numbers: download it again.")
+        raise DataError(f"{path} has non-finite {what} values: download it again.")
     if what == "image":
         return values.astype(np.float32)
     values = label_integers(values, path)
     strays = sorted(set(np.unique(values).tolist()) - _KNOWN)
     if strays:
         raise DataError(
-            f"{path} has label value(s) {', '.join(map(str, strays[:5]))} and the "
-            f"release has 0 to {UNDOCUMENTED} alone: give the release's file."
+            f"{path} has label value(s) {', '.join(map(str, strays[:5]))}, but the release has "
+            f"only 0 to {UNDOCUMENTED}: give the release's file."
         )
     return values.astype(np.uint8)
 
 
 def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The two arrays of an npz file."""
+    """Return the two arrays of an npz file."""
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
@@ -154,19 +154,19 @@ def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
             return content["arr_0"], content["arr_1"]
     except KeyError as error:
         raise DataError(
-            f"{path} has no arr_0 and arr_1: save the image and its label with "
+            f"{path} lacks arr_0 or arr_1: save the image and its label with "
             "numpy.savez(file, image, label)."
         ) from error
     except DataError:
         raise
     except Exception as error:  # zipfile and numpy raise many types for damaged files
         raise DataError(
-            f"{path} cannot be read as npz ({_brief(error)}): make or download it again."
+            f"{path} cannot be read as npz ({_brief(error)}): create or download it again."
         ) from error
 
 
 def _nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels, float32, and affine of a NIfTI file."""
+    """Return voxels, float32, and affine of a NIfTI file."""
     try:
         volume: Any = nib.load(path)
         if math.prod(volume.shape) > _LARGEST:
@@ -181,5 +181,5 @@ def _nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _brief(error: BaseException) -> str:
-    """An error in a few words of one line."""
+    """Return an error's message on one line, shortened."""
     return " ".join(str(error).split()).rstrip(".")[:120] or type(error).__name__

@@ -1,1 +1,1 @@
-"""One adaptation method a file; each registers through an entry point."""
+"""Adaptation methods, one per file, registered through entry points."""

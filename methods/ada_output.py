@@ -16,24 +16,26 @@ from glua_bench.method import Batch, Context, TaskInfo, frozen
 from glua_bench.methods.source_only import SegmentConfig, SourceOnly, segmenter_optimizer
 from glua_bench.networks import OutputDiscriminator
 
-SMALLEST = 32  # pixels a side that five halvings need
+SMALLEST = 32  # minimum image side in pixels: the discriminators halve it five times
 SOURCE, TARGET = 0.0, 1.0  # the discriminators' labels
 
 
 @dataclass(frozen=True)
 class AdaOutputConfig(SegmentConfig):
-    """The segmenter's settings and those of the alignment; the defaults are the authors'."""
+    """Settings of the segmenter and of output alignment; defaults are the authors'."""
 
-    levels: int = setting(2, "aligned outputs: 2 with the auxiliary one, 1 without", choices=(1, 2))
+    levels: int = setting(
+        2, "number of aligned outputs: 1 (main) or 2 (main and auxiliary)", choices=(1, 2)
+    )
     gan: str = setting("vanilla", "adversarial loss", choices=("vanilla", "least-squares"))
-    lambda_main: float = setting(1e-3, "weight of the main output's alignment", low=0, high=10)
-    lambda_aux: float = setting(2e-4, "weight of the auxiliary output's alignment", low=0, high=10)
+    lambda_main: float = setting(1e-3, "weight of main-output alignment", low=0, high=10)
+    lambda_aux: float = setting(2e-4, "weight of auxiliary-output alignment", low=0, high=10)
     aux_weight: float = setting(0.1, "weight of the auxiliary segmentation loss", low=0, high=10)
     aux_depth: int = setting(
-        1, "decoder maps between the auxiliary output and the main one", low=1, high=8
+        1, "decoder levels between the auxiliary and the main output", low=1, high=8
     )
     width_discriminator: int = setting(
-        64, "channels after the first convolution of a discriminator", low=4, high=256
+        64, "channels after a discriminator's first convolution", low=4, high=256
     )
     lr_d: float = setting(
         1e-4, "learning rate of the discriminators", low=1e-6, high=1e-1, log=True
@@ -41,19 +43,19 @@ class AdaOutputConfig(SegmentConfig):
 
 
 class AdaOutput(SourceOnly):
-    """Align the softmax outputs of both domains by discriminators, at one or two levels.
+    """Align the softmax outputs of both domains with discriminators at one or two levels.
 
     AdaptSegNet: Tsai et al., *Learning to Adapt Structured Output Space for Semantic
-    Segmentation*, CVPR 2018 (`wasidennis/AdaptSegNet`). With P the softmax output and P' that of
-    an auxiliary head on an earlier decoder map, D and D' their discriminators, source = 0 and
-    target = 1, the segmenter minimises
+    Segmentation*, CVPR 2018 (`wasidennis/AdaptSegNet`). P is the softmax output, P' that of an
+    auxiliary head on an earlier decoder map, and D and D' are their discriminators, with source = 0
+    and target = 1. The segmenter minimises
 
         L_seg(source) + 0.1 L_seg'(source) + λ_aux L(D'(P'_t), 0) + λ_main L(D(P_t), 0),
 
-    where L is binary cross-entropy of logits, or squared error; each discriminator minimises
-    ½ (L(D(P_s), 0) + L(D(P_t), 1)) on the same outputs, detached. As in its medical re-use, L_seg
-    has a Dice term. The authors' segmenter is a DeepLab with ImageNet weights, trained by SGD;
-    here it is the one that all methods share, whose last decoder maps are the two levels.
+    where L is binary cross-entropy on logits or squared error. Each discriminator minimises
+    ½ (L(D(P_s), 0) + L(D(P_t), 1)) on the same outputs, detached. As in medical applications of the
+    method, L_seg has a Dice term. The authors train an ImageNet-initialised DeepLab with SGD; here
+    the two levels are the last decoder maps of the segmenter that all methods share.
     """
 
     name = "ada_output"
@@ -70,18 +72,18 @@ class AdaOutput(SourceOnly):
         super().__init__(task, config)
         if task.size < SMALLEST:
             raise ConfigError(
-                f"ada_output needs slices of at least {SMALLEST} × {SMALLEST} pixels for its "
-                f"discriminators, and those of {task.dataset} have {task.size}; choose another "
-                "preset or dataset."
+                f"ada_output needs slices of at least {SMALLEST} × {SMALLEST} pixels, but those "
+                f"of {task.dataset} are {task.size} × {task.size}; choose another preset or "
+                "dataset."
             )
         outputs = {"main": self.segmenter.feature_channels[-1]}
         if config.levels == 2:
             channels = self.segmenter.feature_channels
             if config.aux_depth >= len(channels):
                 raise ConfigError(
-                    f"method.aux_depth = {config.aux_depth} asks for a decoder map that the "
-                    f"segmenter does not have; give at most {len(channels) - 1}, a deeper "
-                    "segmenter, or method.levels=1."
+                    f"method.aux_depth = {config.aux_depth} exceeds the segmenter's depth; set "
+                    f"at most {len(channels) - 1}, use a deeper segmenter, or set "
+                    "method.levels=1."
                 )
             self.aux_head = nn.Conv2d(channels[-1 - config.aux_depth], task.classes, 1)
             outputs["aux"] = channels[-1 - config.aux_depth]
@@ -93,7 +95,7 @@ class AdaOutput(SourceOnly):
         )
 
     def optimizers(self) -> dict[str, Optimizer]:
-        """The segmenter's, and Adam with betas (0.9, 0.99) for each discriminator."""
+        """Return the segmenter's optimizer and Adam with betas (0.9, 0.99) per discriminator."""
         heads = (self.aux_head,) if self.config.levels == 2 else ()
         segmenter = segmenter_optimizer(self.segmenter, self.config, heads)
         optimizers: dict[str, Optimizer] = {"segmenter": segmenter}
@@ -104,7 +106,7 @@ class AdaOutput(SourceOnly):
         return optimizers
 
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
-        """Logits of each level at full size, name → (N, K, H, W)."""
+        """Return the full-size logits of each level, name → (N, K, H, W)."""
         segmented = self.segmenter(images)
         outputs = {"main": segmented.logits}
         if self.config.levels == 2:
@@ -115,24 +117,24 @@ class AdaOutput(SourceOnly):
         return outputs
 
     @staticmethod
-    def aligned(logits: Tensor) -> Tensor:
-        """What the discriminators see of an output, (N, K, H, W)."""
+    def discriminator_input(logits: Tensor) -> Tensor:
+        """Return the discriminators' input for an output, (N, K, H, W)."""
         return logits.float().softmax(1)
 
     def segmentation_losses(self, outputs: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """The segmentation losses of all levels, and their weighted sum as "total"."""
+        """Return the segmentation loss per level and their weighted sum as "total"."""
         losses = {name: segmentation_loss(output, labels) for name, output in outputs.items()}
         weights = {"main": 1.0, "aux": self.config.aux_weight}
         total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
         return {**losses, "total": total}
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-        """One update of the segmenter, then one of each discriminator on the same outputs."""
+        """Update the segmenter, then each discriminator on the same outputs."""
         weights = {"main": self.config.lambda_main, "aux": self.config.lambda_aux}
         source, target = self.outputs(batch.source_images), self.outputs(batch.target)
         segmentation = self.segmentation_losses(source, batch.source_labels)
-        real = {name: self.aligned(output.detach()) for name, output in source.items()}
-        fake = {name: self.aligned(output) for name, output in target.items()}
+        real = {name: self.discriminator_input(output.detach()) for name, output in source.items()}
+        fake = {name: self.discriminator_input(output) for name, output in target.items()}
         loss = segmentation.pop("total")
         logs = {f"segmentation_{name}": value for name, value in segmentation.items()}
         with frozen(self.discriminators):
@@ -149,7 +151,7 @@ class AdaOutput(SourceOnly):
         return logs
 
     def adversarial(self, scores: Tensor, label: float) -> Tensor:
-        """The loss L of a map of scores against one label, a scalar."""
+        """Return the adversarial loss L of a score map against one label, a scalar."""
         scores, wanted = scores.float(), torch.full_like(scores, label, dtype=torch.float32)
         if self.config.gan == "vanilla":
             return F.binary_cross_entropy_with_logits(scores, wanted)

@@ -1,15 +1,16 @@
-"""The style network of GLUA's Step A: AD-GAN, a component of `style.py`.
+"""AD-GAN, the style network of GLUA's Step A; a component of `style.py`.
 
-Re-implementation after the code that GLUA's authors name (`Kaiseem/AD-GAN`, and the training step
+Re-implementation of the code that GLUA's authors name (`Kaiseem/AD-GAN`, and the training step
 `synthesis_subnet.py` of GLUA's own repository), checked against its numbers. One encoder E and one
-decoder G serve both domains, told apart by AdaIN alone, whose scales and shifts follow from the
-domain y. With the content c = E(x, y), the reconstruction x' = G(c, y), the translation to the
-other domain x̂ = G(c, ŷ), its content ĉ = E(x̂, ŷ) and the cycle x'' = G(ĉ, y), E and G minimise
+decoder G serve both domains; only the AdaIN scales and shifts, computed from the domain y, differ.
+With the content c = E(x, y), the reconstruction x' = G(c, y), the translation x̂ = G(c, ŷ) to the
+other domain, its content ĉ = E(x̂, ŷ) and the cycle x'' = G(ĉ, y), E and G minimise
 
-    20 |x' - x| + 20 |x'' - x| + 1 |c - ĉ| + L_adv,
+    20 |x' - x| + 20 |x'' - x| + 1 |c - ĉ| + L_adv.
 
-the first three summed over both domains, and L_adv by least squares over the images of both, with
-a discriminator D that has one output for each domain. `MODES` holds the published trainings.
+The first three terms are summed over both domains. L_adv is a least-squares loss over the images of
+both domains, with a discriminator D that has one output per domain. `MODES` lists the published
+training schemes.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ from glua_bench.methods.image_pool import ImagePool
 from glua_bench.networks import AdaIN, PatchGAN
 
 SOURCE, TARGET = 0, 1  # the domains y
-HIDDEN = 64  # units of the layers between a domain and its scales and shifts
+HIDDEN = 64  # hidden units of `DomainAffine`
 
 
 class Mode(NamedTuple):
-    """One published way to train.
+    """A published training scheme.
 
-    Args:
-        aligned: "aligned disentangling training": the decoder learns from L_rec alone.
-        real: what D is to take for real: the reconstructions, which E and G then also try to
-            make look false; or the images themselves.
-        beta2: of Adam.
+    Attributes:
+        aligned: "aligned disentangling training": train the decoder with L_rec alone.
+        real: images that D should score as real: "reconstructions", which E and G then also train
+            to be scored as fake, or "images".
+        beta2: Adam's β₂.
     """
 
     aligned: bool
@@ -50,42 +51,44 @@ class Mode(NamedTuple):
 
 MODES = {
     "adt": Mode(True, "reconstructions", 0.99),  # AD-GAN's default
-    "no_adt": Mode(False, "reconstructions", 0.99),  # its option
+    "no_adt": Mode(False, "reconstructions", 0.99),  # AD-GAN's option
     "glua": Mode(False, "images", 0.999),  # GLUA's synthesis_subnet.py
 }
 
 
 @dataclass(frozen=True)
 class ADGANConfig:
-    """Settings of AD-GAN; the defaults are the authors'."""
+    """Settings of AD-GAN; defaults are the authors'."""
 
     adgan_width: int = setting(64, "channels of AD-GAN at full resolution", low=4, high=128)
     adgan_blocks: int = setting(4, "residual blocks of encoder and decoder", low=1, high=9)
-    adgan_batch: int = setting(8, "images per domain in a step, at most", low=1, high=64)
+    adgan_batch: int = setting(8, "maximum number of images per domain and step", low=1, high=64)
     adgan_mode: str = setting(
-        "adt", "published training: AD-GAN's with or without ADT, or GLUA's", choices=tuple(MODES)
+        "adt",
+        "training scheme: AD-GAN's with (adt) or without ADT (no_adt), or GLUA's (glua)",
+        choices=tuple(MODES),
     )
     adgan_lr: float = setting(2e-4, "learning rate of all networks", low=1e-6, high=1e-1, log=True)
-    adgan_rec: float = setting(20.0, "weight of the reconstruction", low=0, high=200)
-    adgan_cycle: float = setting(20.0, "weight of the cycle", low=0, high=200)
-    adgan_content: float = setting(1.0, "weight of equal content", low=0, high=200)
-    adgan_pool: int = setting(50, "batches of earlier translations kept", low=1, high=1000)
+    adgan_rec: float = setting(20.0, "weight of the reconstruction loss", low=0, high=200)
+    adgan_cycle: float = setting(20.0, "weight of the cycle loss", low=0, high=200)
+    adgan_content: float = setting(1.0, "weight of the content loss", low=0, high=200)
+    adgan_pool: int = setting(50, "image pool size in batches", low=1, high=1000)
 
 
-# What `quick` changes: a width that trains in minutes on two CPU cores, and weights and rates at
-# which a small budget restyles at all; chosen on a phantom cohort of another seed.
+# Overrides of the quick preset: a width that trains in minutes on two CPU cores, and a learning
+# rate at which a small budget suffices; chosen on a phantom cohort with another seed.
 QUICK_ADGAN = {"adgan_width": 8, "adgan_batch": 4, "adgan_lr": 1e-3}
 
 
 class ADGAN(nn.Module):
-    """Trains AD-GAN and restyles source images as target ones.
+    """Train AD-GAN and restyle source images as target images.
 
     Args:
         config: the settings.
-        task: for the size and the number of slices of an image.
+        task: the task, for image size, slices per image and batch size.
     """
 
-    hold, decay = 0.5, 1.0  # rates stay for half of the stage, then fall to 0 linearly
+    hold, decay = 0.5, 1.0  # constant rates for half of the stage, then linear decay to 0
 
     def __init__(self, config: ADGANConfig, task: TaskInfo) -> None:
         super().__init__()
@@ -100,14 +103,14 @@ class ADGAN(nn.Module):
         )
 
     def check(self, cases: Cases) -> dict[str, Adjustment]:
-        """Any number of cases will do."""
+        """Return no adjustments: any number of cases works."""
         return {}
 
     def finish(self, context: Context) -> None:
-        """Nothing is left to do after the last step."""
+        """Do nothing after the last step."""
 
     def optimizers(self) -> dict[str, Optimizer]:
-        """Adam with weight decay 1e-4, for encoder and decoder, and for the discriminator."""
+        """Return Adam with weight decay 1e-4 for encoder and decoder, and for the discriminator."""
         generator = nn.ModuleList([self.encoder, self.decoder])
         betas, rate = (0.5, self.mode.beta2), self.config.adgan_lr
         return {
@@ -116,7 +119,7 @@ class ADGAN(nn.Module):
         }
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-        """One update of encoder and decoder, then one of the discriminator."""
+        """Update encoder and decoder, then the discriminator."""
         cfg, mode, d = self.config, self.mode, self.discriminator
         source = batch.source_images[: cfg.adgan_batch]
         target = batch.target[: cfg.adgan_batch]
@@ -125,7 +128,7 @@ class ADGAN(nn.Module):
         other = 1 - own
 
         def distance(x: Tensor, y: Tensor) -> Tensor:
-            """The sum of both domains' mean absolute differences."""
+            """Return the mean absolute difference, summed over both domains."""
             return F.l1_loss(x[:n], y[:n]) + F.l1_loss(x[n:], y[n:])
 
         optimizer = context.optimizers["generator"]
@@ -133,7 +136,7 @@ class ADGAN(nn.Module):
         content = self.encoder(images, own)
         same = self.decoder(content, own)
         reconstruction = distance(same, images)
-        # The rest of the loss does not reach the decoder in ADT, so it is added to this first.
+        # In ADT only this term reaches the decoder, so its gradient is computed first.
         context.backward(cfg.adgan_rec * reconstruction, retain_graph=True)
         with frozen(d, *([self.decoder] if mode.aligned else [])):
             translated = self.decoder(content, other)
@@ -163,16 +166,16 @@ class ADGAN(nn.Module):
 
     @torch.no_grad()
     def restyle(self, images: Tensor) -> Tensor:
-        """G(E(x, source), target), (N, S, H, W) → the same shape in [-1, 1]."""
+        """Return G(E(x, source), target), (N, S, H, W) → the same shape in [-1, 1]."""
         own = torch.full((len(images),), SOURCE, device=images.device)
         return self.decoder(self.encoder(images, own), torch.full_like(own, TARGET))
 
 
 class DomainAffine(nn.Module):
-    """Scales and shifts of AdaIN layers from the domain alone: one-hot → 64 → 64 → all of them.
+    """AdaIN scales and shifts from the domain: one-hot → 64 → 64 → all scales and shifts.
 
     Args:
-        channels: of each AdaIN layer, in order.
+        channels: channels of each AdaIN layer, in order.
     """
 
     def __init__(self, channels: list[int]) -> None:
@@ -187,14 +190,14 @@ class DomainAffine(nn.Module):
         )
 
     def forward(self, domains: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(N,) domains → scale and shift (N, C) of each layer in turn."""
+        """Yield scale and shift (N, C) of each layer for domains (N,)."""
         codes = F.one_hot(domains, 2).to(self.layers[0].weight.dtype)  # type: ignore[arg-type]
         parts = self.layers(codes).split(self.sizes, dim=1)
-        return zip(parts[1::2], parts[::2], strict=True)  # each layer's shifts come first
+        return zip(parts[1::2], parts[::2], strict=True)  # a layer's shifts precede its scales
 
 
 class Encoder(nn.Module):
-    """Content: (N, S, H, W) and its domains → (N, 4w, H / 4, W / 4)."""
+    """Content encoder: (N, S, H, W) and domains (N,) → (N, 4w, H / 4, W / 4)."""
 
     def __init__(self, width: int = 64, blocks: int = 4, slices: int = 1) -> None:
         super().__init__()
@@ -212,7 +215,7 @@ class Encoder(nn.Module):
         initialise(self)
 
     def forward(self, images: Tensor, domains: Tensor) -> Tensor:
-        """The content of images of the given domains, (N,)."""
+        """Return the content of images of the given domains (N,)."""
         affine, x = self.affine(domains), images
         for layer in self.layers:
             x = F.relu(self.adain(layer(x), *next(affine)))
@@ -220,7 +223,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Content (N, 4w, h, w) and the wanted domains → images (N, S, 4h, 4w) in [-1, 1]."""
+    """Decoder: content (N, 4w, h, w) and domains (N,) → images (N, S, 4h, 4w) in [-1, 1]."""
 
     def __init__(self, width: int = 64, blocks: int = 4, slices: int = 1) -> None:
         super().__init__()
@@ -238,7 +241,7 @@ class Decoder(nn.Module):
         initialise(self)
 
     def forward(self, content: Tensor, domains: Tensor) -> Tensor:
-        """Images of the given domains, (N,), that show the content."""
+        """Return images of the given domains (N,) with the given content."""
         affine = self.affine(domains)
         x = residual(self.blocks, content, affine, self.adain)
         for layer in self.layers:
@@ -247,19 +250,19 @@ class Decoder(nn.Module):
 
 
 class DomainDiscriminator(PatchGAN):
-    """Patch scores with one output per domain."""
+    """PatchGAN with one output per domain."""
 
     def __init__(self, width: int = 64, slices: int = 1) -> None:
         super().__init__(width, slices, outputs=2, bias=True)
 
     def forward(self, images: Tensor, domains: Tensor) -> Tensor:  # type: ignore[override]
-        """Scores of each image for its domain, (N, S, H, W) and (N,) → (N, h, w)."""
+        """Return the scores of images (N, S, H, W) for their domains (N,), (N, h, w)."""
         scores = super().forward(images)
         return scores[torch.arange(len(scores), device=scores.device), domains]
 
 
 def residual_blocks(channels: int, count: int) -> nn.ModuleList:
-    """Two 3×3 convolutions for each of `count` blocks, reflected at the borders."""
+    """Return two reflection-padded 3×3 convolutions for each of `count` blocks."""
     return nn.ModuleList(
         nn.Conv2d(channels, channels, 3, padding=1, padding_mode="reflect")
         for _ in range(2 * count)
@@ -269,7 +272,7 @@ def residual_blocks(channels: int, count: int) -> nn.ModuleList:
 def residual(
     layers: nn.ModuleList, x: Tensor, affine: Iterator[tuple[Tensor, Tensor]], adain: AdaIN
 ) -> Tensor:
-    """x + AdaIN(conv(ReLU(AdaIN(conv(x))))) for each two layers."""
+    """Apply x + AdaIN(conv(ReLU(AdaIN(conv(x))))) for each pair of layers."""
     for first, second in zip(layers[::2], layers[1::2], strict=True):
         y = F.relu(adain(first(x), *next(affine)))
         x = x + adain(second(y), *next(affine))
@@ -277,7 +280,7 @@ def residual(
 
 
 def initialise(network: nn.Module) -> None:
-    """Weights of convolutions and linear layers by He's normal rule, biases 0."""
+    """Initialise weights with He's normal rule and biases with 0."""
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.kaiming_normal_(module.weight)

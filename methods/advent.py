@@ -16,29 +16,29 @@ from glua_bench.methods.ada_output import AdaOutput, AdaOutputConfig
 
 @dataclass(frozen=True)
 class AdventConfig(AdaOutputConfig):
-    """As for output-space alignment, and which form."""
+    """Settings of output alignment, and the form of entropy minimisation."""
 
     form: str = setting(
         "adversarial",
-        "adversarial aligns entropy maps (AdvEnt), direct minimises entropy (MinEnt)",
+        "adversarial: align entropy maps (AdvEnt); direct: minimise entropy (MinEnt)",
         choices=("adversarial", "direct"),
     )
     lambda_entropy: float = setting(
-        1e-3, "weight of the main output's entropy (direct)", low=0, high=10
+        1e-3, "weight of main-output entropy (form = direct)", low=0, high=10
     )
     lambda_entropy_aux: float = setting(
-        2e-4, "weight of the auxiliary output's entropy (direct)", low=0, high=10
+        2e-4, "weight of auxiliary-output entropy (form = direct)", low=0, high=10
     )
 
 
 class Advent(AdaOutput):
-    """Make target predictions as sure as source ones, adversarially or directly.
+    """Reduce the entropy of target predictions, adversarially or directly.
 
     Vu et al., *ADVENT: Adversarial Entropy Minimization for Domain Adaptation in Semantic
-    Segmentation*, CVPR 2019. The adversarial form is `ada_output` whose discriminators see the
-    weighted self-information I = -P log P / log K of each class instead of P (eq. 4-7). The
-    direct form adds λ · mean over pixels of the sum of I over classes (eq. 2-3), and has no
-    discriminator. Two levels as there, with the same weights.
+    Segmentation*, CVPR 2019. The adversarial form is `ada_output` with discriminators that read the
+    weighted self-information I = -P log P / log K of each class instead of P (eq. 4-7). The direct
+    form has no discriminator and adds λ · mean over pixels of the sum of I over classes (eq. 2-3).
+    Levels and their weights are those of `ada_output`.
     """
 
     name = "advent"
@@ -54,16 +54,16 @@ class Advent(AdaOutput):
 
     @classmethod
     def variants(cls) -> Mapping[str, Mapping[str, Any]]:
-        """The paper's two forms."""
+        """Return the two forms of the paper."""
         return {"AdvEnt": {}, "MinEnt": {"form": "direct"}}
 
     @staticmethod
-    def aligned(logits: Tensor) -> Tensor:
-        """Weighted self-information, (N, K, H, W)."""
+    def discriminator_input(logits: Tensor) -> Tensor:
+        """Return the weighted self-information, (N, K, H, W)."""
         return self_information(logits)
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-        """As in `ada_output`; or, in the direct form, one update with the entropies added."""
+        """Update as in `ada_output`; in the direct form, with the entropies added to the loss."""
         if self.config.form == "adversarial":
             return super().step(batch, context)
         weights = {"main": self.config.lambda_entropy, "aux": self.config.lambda_entropy_aux}
@@ -78,5 +78,5 @@ class Advent(AdaOutput):
         return logs
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """The entropy of the main output on target images."""
+        """Return the entropy of the main output on target images."""
         return {"entropy": normalised_entropy(self.segmenter(batch.target).logits)}

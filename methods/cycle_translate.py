@@ -1,4 +1,4 @@
-"""Translate by CycleGAN, then segment."""
+"""Image translation by CycleGAN, then segmentation."""
 
 from __future__ import annotations
 
@@ -18,33 +18,35 @@ from glua_bench.networks import PatchGAN, instance_norm, normal_weights
 
 @dataclass(frozen=True)
 class CycleConfig(SegmentConfig):
-    """The segmenter's and the translation's settings; the defaults are the full size."""
+    """Settings of the segmenter and of the translation; defaults are the full size."""
 
     cycle_share: float = setting(
-        2.0, "updates of the translation, as a multiple of the run's steps", low=0.001, high=100
+        2.0, "updates of the translation stage as a multiple of steps", low=0.001, high=100
     )
     cycle_width: int = setting(64, "channels of the generators at full resolution", low=4, high=128)
     cycle_blocks: int = setting(9, "residual blocks of a generator", low=1, high=18)
-    cycle_width_d: int = setting(64, "channels of a discriminator's first map", low=4, high=128)
-    cycle_batch: int = setting(4, "images per domain in a step, at most", low=1, high=64)
+    cycle_width_d: int = setting(
+        64, "channels after a discriminator's first convolution", low=4, high=128
+    )
+    cycle_batch: int = setting(4, "maximum number of images per domain and step", low=1, high=64)
     cycle_lr: float = setting(2e-4, "learning rate of all networks", low=1e-6, high=1e-1, log=True)
-    cycle_weight: float = setting(10.0, "weight of both cycles", low=0, high=1000)
-    cycle_pool: int = setting(50, "batches of earlier fakes kept", low=1, high=1000)
+    cycle_weight: float = setting(10.0, "weight of both cycle losses", low=0, high=1000)
+    cycle_pool: int = setting(50, "image pool size in batches", low=1, high=1000)
 
 
 class CycleTranslate(SourceOnly):
-    """Learn by CycleGAN to translate source images, then train the segmenter on them.
+    """Translate source images with CycleGAN, then train the segmenter on them.
 
     Zhu et al., *Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks*,
-    ICCV 2017 (eq. 1-3, least squares in place of the logarithm as there). Stage 1: with G from
-    source to target and F back, both generators in one update minimise
+    ICCV 2017 (eq. 1-3, with the paper's least-squares loss). Stage 1: with G from source to target
+    and F back, one update of both generators minimises
 
         adv_t(G(s)) + adv_s(F(t)) + 10 (|F(G(s)) - s| + |G(F(t)) - t|),
 
-    then each discriminator ½ (its loss on real images + that on fakes from a pool). Stage 2 is
-    `source_only` on G(s). Generators and 70 × 70 PatchGANs are the paper's. Ours: the learning
-    rate falls over the whole stage instead of its second half, a batch has 4 images, and the pool
-    keeps batches. The authors' identity loss is for photographs of paintings and left out.
+    then each discriminator minimises ½ (loss on real images + loss on pooled fakes). Stage 2 is
+    `source_only` on G(s). Generators and 70 × 70 PatchGANs are the paper's. Differences: the
+    learning rate decays over the whole stage instead of its second half, a batch has 4 images, and
+    the pool stores batches. The authors' identity loss, meant for paintings, is omitted.
     """
 
     name = "cycle_translate"
@@ -69,7 +71,7 @@ class CycleTranslate(SourceOnly):
         self.cycle = CycleGAN(config, batch, task.size, task.slices)
 
     def stages(self) -> tuple[Stage, ...]:
-        """Translation, cached, then segmentation of translated images."""
+        """Return the cached translation stage and the segmentation stage on translated images."""
         names = tuple(n for n in CycleConfig.__dataclass_fields__ if n.startswith("cycle_"))
         translation = Stage(
             "translate",
@@ -84,7 +86,7 @@ class CycleTranslate(SourceOnly):
         return (translation, Stage("segment", decay=0.9, translate=self.cycle.to_target))
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Source images as target ones, back again, and target images as source ones."""
+        """Return source images translated to target and back, and target images as source."""
         restyled = self.cycle.to_target(batch.source_images)
         return {
             "restyled": restyled,
@@ -94,7 +96,7 @@ class CycleTranslate(SourceOnly):
 
 
 class CycleGAN(nn.Module):
-    """Two generators, two discriminators with their pools, and their training."""
+    """Two generators, two discriminators with image pools, and their training step."""
 
     def __init__(self, config: CycleConfig, batch: int, size: int, slices: int = 1) -> None:
         super().__init__()
@@ -107,7 +109,7 @@ class CycleGAN(nn.Module):
         self.pool_source = ImagePool(config.cycle_pool, batch, size, slices)
 
     def optimizers(self) -> dict[str, Optimizer]:
-        """Adam with betas (0.5, 0.999): one for both generators, one for each discriminator."""
+        """Return Adam with betas (0.5, 0.999) for both generators, and one per discriminator."""
         generators = nn.ModuleList([self.to_target, self.to_source])
         parts = {"generators": generators, "d_target": self.d_target, "d_source": self.d_source}
         return {
@@ -116,7 +118,7 @@ class CycleGAN(nn.Module):
         }
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-        """One update of both generators, then one of each discriminator."""
+        """Update both generators, then each discriminator."""
         source = batch.source_images[: self.config.cycle_batch]
         target = batch.target[: self.config.cycle_batch]
         fake_target, fake_source = self.to_target(source), self.to_source(target)
@@ -144,7 +146,7 @@ class CycleGAN(nn.Module):
 
 
 class ResnetGenerator(nn.Module):
-    """Two halvings, residual blocks, two doublings, tanh (section 7.2 of the paper)."""
+    """ResNet generator of section 7.2 of the paper, with tanh output."""
 
     def __init__(self, width: int = 64, blocks: int = 9, slices: int = 1) -> None:
         super().__init__()
@@ -162,12 +164,12 @@ class ResnetGenerator(nn.Module):
         normal_weights(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, S, H, W) → (N, S, H, W) in [-1, 1]; H and W divisible by 4."""
+        """Map (N, S, H, W) to (N, S, H, W) in [-1, 1]; H and W must be divisible by 4."""
         return self.body(images)
 
 
 class Residual(nn.Module):
-    """x + two 3×3 convolutions of x, reflected at the borders."""
+    """Residual block: x + two reflection-padded 3×3 convolutions of x."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -178,10 +180,10 @@ class Residual(nn.Module):
         self.body = nn.Sequential(*layer(convolution()), convolution(), instance_norm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → the same shape."""
+        """Map (N, C, H, W) to the same shape."""
         return x + self.body(x)
 
 
 def layer(convolution: nn.Conv2d | nn.ConvTranspose2d) -> tuple[nn.Module, ...]:
-    """A convolution, instance norm and ReLU."""
+    """Return a convolution, instance norm and ReLU."""
     return convolution, instance_norm(convolution.out_channels), nn.ReLU(inplace=True)

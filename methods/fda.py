@@ -16,27 +16,28 @@ from glua_bench.methods.source_only import SegmentConfig, SourceOnly
 
 @dataclass(frozen=True)
 class FDAConfig(SegmentConfig):
-    """The segmenter's settings and those of the exchange."""
+    """Settings of the segmenter and of the amplitude exchange."""
 
     beta: float = setting(
-        0.05, "half side of the exchanged band, as a share of the image's", low=0, high=0.5
+        0.05, "half side of the exchanged band as a fraction of the image side", low=0, high=0.5
     )
-    lambda_entropy: float = setting(5e-3, "weight of the target's entropy", low=0, high=10)
-    eta: float = setting(2.0, "exponent of the entropy's penalty", low=0.5, high=8)
+    lambda_entropy: float = setting(5e-3, "weight of the target entropy penalty", low=0, high=10)
+    eta: float = setting(2.0, "exponent of the entropy penalty", low=0.5, high=8)
 
 
 class FDA(SourceOnly):
-    """Give source images the low-frequency amplitudes of target images, then train on them.
+    """Train on source images with the low-frequency amplitudes of target images.
 
-    Fourier domain adaptation: Yang and Soatto, CVPR 2020 (eq. 3-6), single band, without its
-    rounds of self-training. With A and P amplitude and phase of the Fourier transform,
+    Fourier domain adaptation: Yang and Soatto, CVPR 2020 (eq. 3-6), with a single band and without
+    its rounds of self-training. A and P are amplitude and phase of the Fourier transform:
 
         x̂_s = F⁻¹( A_t inside a centred square of half side ⌊β · side⌋, A_s outside; P_s )
         L = L_seg(S(x̂_s), y_s) + λ_ent · mean of (h² + 10⁻⁶)^η,
 
-    h the entropy of the softmax on the target, divided by log K. Images are shifted to [0, 2] for
-    the transform, since the amplitude of a mean has no sign. The target slice is one of the batch.
-    Of several slices, each takes the amplitudes of the target's slice in the same place.
+    where h is the entropy of the softmax on the target, divided by log K. Images are shifted to [0,
+    2] before the transform, because an amplitude drops the sign of the mean. The target slice is
+    one of the batch. Each slice of a stack takes the amplitudes of the target slice at its
+    position.
     """
 
     name = "fda"
@@ -46,7 +47,7 @@ class FDA(SourceOnly):
     Config = FDAConfig
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-        """One update on source images with target amplitudes, and on target images."""
+        """Update on source images with target amplitudes and on target images."""
         cfg = self.config
         exchanged = exchange_amplitudes(batch.source_images, batch.target, cfg.beta)
         segmentation = segmentation_loss(self.segmenter(exchanged).logits, batch.source_labels)
@@ -56,7 +57,7 @@ class FDA(SourceOnly):
         return {"segmentation": segmentation, "penalty": penalty, "entropy": entropy.mean()}
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Source images with target amplitudes; the entropy on target images."""
+        """Return source images with target amplitudes, and the entropy on target images."""
         return {
             "restyled": exchange_amplitudes(batch.source_images, batch.target, self.config.beta),
             "entropy": normalised_entropy(self.segmenter(batch.target).logits),
@@ -64,15 +65,15 @@ class FDA(SourceOnly):
 
 
 def exchange_amplitudes(images: Tensor, templates: Tensor, beta: float) -> Tensor:
-    """Images with the templates' amplitudes at low frequencies.
+    """Replace the low-frequency amplitudes of images with those of templates.
 
     Args:
         images: (N, S, H, W) in [-1, 1].
         templates: (N, S, H, W) in [-1, 1].
-        beta: half side of the band as a share of the shorter side; 0 exchanges the mean alone.
+        beta: half side of the band as a fraction of the shorter side; 0 exchanges only the mean.
 
     Returns:
-        (N, S, H, W); values may leave [-1, 1] a little.
+        (N, S, H, W); values may slightly exceed [-1, 1].
     """
     own = torch.fft.fft2(images.float() + 1)
     other = torch.fft.fft2(templates.float() + 1).abs()

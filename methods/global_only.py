@@ -1,4 +1,4 @@
-"""Global alignment alone: restyle the source as target, then segment."""
+"""Global alignment alone: restyle source images as target images, then segment."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from glua_bench.methods.style import QUICK_STYLE, StyleConfig, build_style, styl
 
 @dataclass(frozen=True)
 class GlobalConfig(SegmentConfig, StyleConfig):
-    """The segmenter's and the style stage's settings."""
+    """Settings of the segmenter and of the style stage."""
 
 
 class GlobalOnly(SourceOnly):
-    """Restyle source images as target ones, then train the segmenter on them.
+    """Restyle source images as target images, then train the segmenter on them.
 
     Step A of GLUA alone: Su et al., *Mind The Gap*, IEEE JBHI 2023 (arXiv 2205.11888). Stage 1
     trains a style network, by default AD-GAN, which the authors' code names for this step
-    (`adgan.py`; re-implemented, and checked against its numbers). Stage 2 trains the segmenter on
-    restyled source images x̂ = G(E(x, source), target) by GLUA's loss,
+    (`adgan.py`; re-implemented and checked against its numbers). Stage 2 trains the segmenter on
+    restyled source images x̂ = G(E(x, source), target) with GLUA's loss,
 
         L = ½ CE(S(x̂), y) + ½ Dice(S(x̂), y).
 
-    Images are restyled anew in every step, after their geometric augmentation; the authors restyle
-    once, and do not augment. `style=codes` is the style stage of DAR-UNet instead.
+    Images are restyled in every step, after geometric augmentation; the authors restyle once and do
+    not augment. `style=codes` selects the style stage of DAR-UNet instead.
     """
 
     name = "global_only"
@@ -48,18 +48,18 @@ class GlobalOnly(SourceOnly):
 
     @classmethod
     def variants(cls) -> Mapping[str, Mapping[str, Any]]:
-        """Both ways to restyle."""
+        """Return both style networks."""
         return {"AD-GAN": {}, "style codes (DAR-UNet)": {"style": "codes"}}
 
     def check(self, cases: Cases) -> Mapping[str, Adjustment]:
-        """As the style stage."""
+        """Return the adjustments of the style stage."""
         return self.style.check(cases)
 
     def stages(self) -> tuple[Stage, ...]:
-        """Style, then segmentation on restyled images."""
+        """Return the style stage and the segmentation stage on restyled images."""
         segment = Stage("segment", decay=0.9, translate=self.style.restyle)
         return (style_stage(self.style, self.config), segment)
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """The source images, restyled."""
+        """Return the restyled source images."""
         return {"restyled": self.style.restyle(batch.source_images)}

@@ -14,25 +14,26 @@ from glua_bench.methods.style import QUICK_STYLE
 
 @dataclass(frozen=True)
 class GLUAConfig(GlobalConfig, LocalConfig):
-    """The style stage's, the alignment's and the segmenter's settings."""
+    """Settings of the style stage, the alignment and the segmenter."""
 
 
-# In this order the style network draws its first weights before the discriminators, as in
-# `global_only`, with which its trained stage is shared.
+# This order of bases initialises the style network before the discriminators, as in
+# `global_only`, so both methods share the trained style stage.
 class GLUA(LocalOnly, GlobalOnly):
     """Global-local union alignment: restyle the source, then align and amplify target features.
 
     Su, Yao, Yang, Wang, Yan, Sun, Huang, *Mind The Gap: Alleviating Local Imbalance for
     Unsupervised Cross-Modality Medical Image Segmentation*, IEEE JBHI 2023 (arXiv 2205.11888).
-    Re-implementation, checked against the authors' published code at the level of numbers. Step A
-    is the style stage of `global_only`, after the code that they name (AD-GAN). Step B trains as
-    `local_only`, on restyled source images x̂ with source labels y and on target images:
+    Re-implementation, checked numerically against the authors' published code. Step A is the style
+    stage of `global_only`, after the code that they name (AD-GAN). Step B trains as `local_only`
+    does, on restyled source images x̂ with source labels y and on target images:
 
         f̂_t = f_t · (1 + |tanh D1(f_t)|),
         L = ½ CE(S(x̂), y) + ½ Dice(S(x̂), y) + 0.01 · (mean D1(f_t)² + mean D2(p_t)²).
 
     The gain has no ratio. The masks `topk`, `soft` and `random` of D1's loss, with `mask_ratio`,
-    are ours. What differs from the published code is said there.
+    are not from the authors. `global_only` and `local_only` list the differences from the published
+    code.
     """
 
     name = "glua"
@@ -45,7 +46,7 @@ class GLUA(LocalOnly, GlobalOnly):
 
     @classmethod
     def variants(cls) -> Mapping[str, Mapping[str, Any]]:
-        """The rows of the ablation, from no alignment over single ones to all of GLUA."""
+        """Return the rows of the ablation, from single alignments to full GLUA."""
         return {
             "Step A + D1": {"gain": "none", "lambda_output": 0.0},
             "Step A + D2": {"gain": "none", "lambda_feature": 0.0},

@@ -1,4 +1,4 @@
-"""GLUA with self-training: ours, not a paper's."""
+"""GLUA with self-training, an original method of this benchmark."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from glua_bench.methods.teacher import Teacher, TeacherConfig
 
 @dataclass(frozen=True)
 class GLUASelfTrainingConfig(GLUAConfig, TeacherConfig):
-    """GLUA's and the self-training's settings."""
+    """Settings of GLUA and of self-training."""
 
 
 class GLUASelfTraining(GLUA):
-    """GLUA whose second stage also learns from a mean teacher on target images.
+    """GLUA with a mean teacher on target images in its second stage.
 
-    Original, an entry of this benchmark and of no paper: L of `glua` + λ · L_cons of
-    `teacher.py`, in one stage, so the segmenter gets as many updates as in every other method.
-    The teacher predicts.
+    Original to this benchmark, not published. The loss is L of `glua` + λ · L_cons of `teacher.py`,
+    in one stage, so the segmenter gets as many updates as in every other method. Predictions are
+    the teacher's.
     """
 
     name = "glua_self_training"
@@ -40,11 +40,11 @@ class GLUASelfTraining(GLUA):
 
     @classmethod
     def variants(cls) -> Mapping[str, Mapping[str, Any]]:
-        """With and without the self-training."""
+        """Return GLUA with and without self-training."""
         return {"GLUA, averaged": {"lambda_consistency": 0.0}, "GLUA + self-training": {}}
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-        """One update of the segmenter, one of the discriminators, and then the teacher's."""
+        """Update the segmenter, then the discriminators, then the teacher."""
         logs = self.alignment.step(
             self.segmenter, batch, context, self.segmentation, partial(self.consistency, batch)
         )
@@ -52,17 +52,17 @@ class GLUASelfTraining(GLUA):
         return logs
 
     def consistency(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The teacher's loss on target images, which carry the gain in both networks."""
+        """Return the teacher's loss on target images; both networks apply the gain."""
         return self.teacher.loss(
             self.segmenter,
             batch.target,
-            lambda segmenter, x: self.alignment.see(segmenter, x, "target").segmented.logits,
+            lambda segmenter, x: self.alignment.segment(segmenter, x, "target").segmented.logits,
         )
 
     def predict(self, images: Tensor, domain: Role) -> Tensor:
-        """The teacher's logits, (N, S, H, W) → (N, K, H, W)."""
-        return self.alignment.see(self.teacher.segmenter, images, domain).segmented.logits
+        """Return the teacher's logits, (N, S, H, W) → (N, K, H, W)."""
+        return self.alignment.segment(self.teacher.segmenter, images, domain).segmented.logits
 
     def features(self, images: Tensor, domain: Role) -> Tensor:
-        """The teacher's last decoder map."""
-        return self.alignment.see(self.teacher.segmenter, images, domain).segmented.features[-1]
+        """Return the teacher's last decoder map."""
+        return self.alignment.segment(self.teacher.segmenter, images, domain).segmented.features[-1]

@@ -1,4 +1,4 @@
-"""Histogram matching: give source slices the intensities of target slices."""
+"""Histogram matching of source slices to target slices."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from glua_bench.methods.source_only import SourceOnly
 
 
 class HistogramMatching(SourceOnly):
-    """Give each source slice the histogram of a target slice, then train on it.
+    """Match each source slice to the histogram of a target slice, then train on it.
 
     A baseline: histogram specification (Gonzalez and Woods, *Digital Image Processing*, 2018). With
-    F the distribution function of a slice's intensities, a source pixel x becomes F_t⁻¹(F_s(x));
-    the target slice is one of the same batch, which is drawn without regard to content. Only the
-    tone curve changes, and it rises: a contrast inverted between the modalities stays inverted.
-    An image of several slices has one histogram and one curve.
+    F the distribution function of a slice's intensities, a source pixel x becomes F_t⁻¹(F_s(x)).
+    The target slice is one of the same batch, regardless of its content. The tone curve is
+    non-decreasing, so contrast that is inverted between modalities stays inverted. A stack of
+    slices has one histogram and one curve.
     """
 
     name = "histogram_matching"
@@ -26,19 +26,19 @@ class HistogramMatching(SourceOnly):
     uses_target = True
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-        """One update on matched source images."""
+        """Update on matched source images."""
         matched = match_histograms(batch.source_images, batch.target)
         loss = segmentation_loss(self.segmenter(matched).logits, batch.source_labels)
         context.update("segmenter", loss)
         return {"segmentation": loss}
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Source images with target histograms."""
+        """Return source images with target histograms."""
         return {"restyled": match_histograms(batch.source_images, batch.target)}
 
 
 def match_histograms(images: Tensor, templates: Tensor) -> Tensor:
-    """F_t⁻¹(F_s(x)) of each pixel; equal pixels stay equal.
+    """Map each pixel x to F_t⁻¹(F_s(x)); equal pixels stay equal.
 
     Args:
         images: (N, S, H, W).

@@ -1,4 +1,4 @@
-"""Earlier fakes for a discriminator, a component of AD-GAN, `sifa` and `cycle_translate`."""
+"""Image pool for discriminators; a component of AD-GAN, `sifa` and `cycle_translate`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from torch import Tensor, nn
 
 
 class ImagePool(nn.Module):
-    """Earlier fakes for a discriminator, batch by batch (Shrivastava et al., CVPR 2017).
+    """Pool of earlier fakes for a discriminator, stored by batch (Shrivastava et al., CVPR 2017).
 
-    While it fills, it returns what it gets. Full, it returns, with even odds, the new batch,
-    or a random old one whose place the new one takes. Its content is part of a checkpoint.
+    While the pool fills up, it returns its input. Once full, it returns with equal probability the
+    new batch, or a random stored batch, which the new one replaces. Its content is saved in
+    checkpoints.
 
     Args:
-        slots: batches that it holds.
-        batch: images of a batch, at most.
-        size: side of the images.
-        slices: of an image.
+        slots: number of batches to store.
+        batch: maximum number of images per batch.
+        size: image side in pixels.
+        slices: slices per image.
     """
 
     images: Tensor
@@ -29,7 +30,7 @@ class ImagePool(nn.Module):
 
     @torch.no_grad()
     def forward(self, fakes: Tensor) -> Tensor:
-        """(N, S, H, W) → as many, of now or of an earlier call."""
+        """Return a batch of fakes of the same shape, (N, S, H, W): these or earlier ones."""
         filled, count = int(self.filled), len(fakes)
         if filled < len(self.images):
             self.images[filled, :count] = fakes

@@ -1,4 +1,4 @@
-"""Local alignment alone: target features with a gain, on unstyled source images."""
+"""Local alignment alone: gain on target features, unstyled source images."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ from glua_bench.methods.source_only import SegmentConfig, SourceOnly
 
 @dataclass(frozen=True)
 class LocalConfig(SegmentConfig, AlignmentConfig):
-    """The segmenter's and the alignment's settings."""
+    """Settings of the segmenter and of the alignment."""
 
 
 class LocalOnly(SourceOnly):
-    """Align features and outputs by discriminators, and amplify where the domains differ.
+    """Align features and outputs with discriminators and amplify features where domains differ.
 
-    Step B of GLUA alone, on source images as they are: Su et al., *Mind The Gap*, IEEE JBHI 2023
-    (arXiv 2205.11888). Re-implementation, checked against the authors' published code at the level
-    of numbers. D1 scores features f at the end of the encoder, D2 the softmax output p, source → 0
-    and target → 1; target features carry a gain, in training and in prediction:
+    Step B of GLUA alone, on unstyled source images: Su et al., *Mind The Gap*, IEEE JBHI 2023
+    (arXiv 2205.11888). Re-implementation, checked numerically against the authors' published code.
+    D1 scores the encoder's last features f and D2 the softmax output p; source → 0, target → 1.
+    Target features are multiplied by a gain, in training and in prediction:
 
         f̂_t = f_t · (1 + |tanh D1(f_t)|),
         L = ½ CE(p_s, y_s) + ½ Dice(p_s, y_s) + 0.01 · (mean D1(f_t)² + mean D2(p_t)²).
 
-    The authors' segmenter is `segmenter.name=deeplab`, trained by SGD (`optimizer=sgd`, and preset
-    `paper`). Their code steps most of its weights three or four times an update, since it lists
-    them once for each module around them: `optimizer=sgd-repeated`; and sums two of the
-    classifier's four dilations: `segmenter.dilations=2`. Both are left out by default.
+    The authors' segmenter is `segmenter.name=deeplab`, trained with SGD (`optimizer=sgd`, and the
+    preset `paper`). Two quirks of their code are off by default: it steps most weights three or
+    four times per update, because it lists them once per enclosing module
+    (`optimizer=sgd-repeated`), and it sums only two of the classifier's four dilations
+    (`segmenter.dilations=2`).
     """
 
     name = "local_only"
@@ -56,27 +57,27 @@ class LocalOnly(SourceOnly):
 
     @classmethod
     def variants(cls) -> Mapping[str, Mapping[str, Any]]:
-        """With all of it, and with nothing but the loss on the source."""
+        """Return the full Step B, and training with the source loss alone."""
         nothing = {"gain": "none", "lambda_feature": 0.0, "lambda_output": 0.0}
         return {"Step B": {}, "nothing aligned": nothing}
 
     def optimizers(self) -> dict[str, Optimizer]:
-        """The segmenter's and that of both discriminators."""
+        """Return the segmenter's optimizer and that of both discriminators."""
         return {**super().optimizers(), "alignment": self.alignment.optimizer()}
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-        """One update of the segmenter, then one of both discriminators."""
+        """Update the segmenter, then both discriminators."""
         return self.alignment.step(self.segmenter, batch, context, self.segmentation)
 
     def predict(self, images: Tensor, domain: Role) -> Tensor:
-        """(N, S, H, W) → logits (N, K, H, W), with the gain on target images."""
-        return self.alignment.see(self.segmenter, images, domain).segmented.logits
+        """Return logits (N, K, H, W) for (N, S, H, W), with the gain on target images."""
+        return self.alignment.segment(self.segmenter, images, domain).segmented.logits
 
     def features(self, images: Tensor, domain: Role) -> Tensor:
-        """The segmenter's last decoder map."""
-        return self.alignment.see(self.segmenter, images, domain).segmented.features[-1]
+        """Return the segmenter's last decoder map."""
+        return self.alignment.segment(self.segmenter, images, domain).segmented.features[-1]
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """What else is to be seen, and where target features are amplified."""
+        """Return the pictures of the base class and the gain on target features."""
         gain = self.alignment.pictures(self.segmenter, batch.target)
         return {**super().pictures(batch), **gain}

@@ -1,4 +1,4 @@
-"""Self-training by a mean teacher."""
+"""Self-training with a mean teacher."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from glua_bench.methods.teacher import Teacher, TeacherConfig
 
 @dataclass(frozen=True)
 class MeanTeacherConfig(SegmentConfig, TeacherConfig):
-    """The segmenter's and the self-training's settings."""
+    """Settings of the segmenter and of self-training."""
 
 
 class MeanTeacher(SourceOnly):
-    """Learn on target images from what an averaged copy of the segmenter is sure of.
+    """Train on target images with the confident predictions of an averaged segmenter.
 
     Tarvainen and Valpola, *Mean teachers are better role models*, NeurIPS 2017; for domain
     adaptation and with a confidence threshold, French et al., *Self-ensembling for visual domain
-    adaptation*, ICLR 2018. L = L_seg(source) + λ · L_cons(target) (`teacher.py`). The teacher
-    predicts. Where the papers move or distort the images that the two see, here only the
-    student's are recoloured, by the random tone curves of the photometric augmentation.
+    adaptation*, ICLR 2018. L = L_seg(source) + λ · L_cons(target) (`teacher.py`). Predictions are
+    the teacher's. The papers also translate or distort the images; here only the student's images
+    are recoloured, with the random tone curves of the photometric augmentation.
     """
 
     name = "mean_teacher"
@@ -38,7 +38,7 @@ class MeanTeacher(SourceOnly):
         self.teacher = Teacher(self.segmenter, config)
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-        """One update of the student, then one of the teacher."""
+        """Update the student, then the teacher."""
         segmentation = segmentation_loss(
             self.segmenter(batch.source_images).logits, batch.source_labels
         )
@@ -48,13 +48,13 @@ class MeanTeacher(SourceOnly):
         return {"segmentation": segmentation, **logs}
 
     def predict(self, images: Tensor, domain: Role) -> Tensor:
-        """The teacher's logits, (N, S, H, W) → (N, K, H, W)."""
+        """Return the teacher's logits, (N, S, H, W) → (N, K, H, W)."""
         return self.teacher.segmenter(images).logits
 
     def features(self, images: Tensor, domain: Role) -> Tensor:
-        """The teacher's last decoder map."""
+        """Return the teacher's last decoder map."""
         return self.teacher.segmenter(images).features[-1]
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """How sure the teacher is on target images, in [1 / K, 1]."""
+        """Return the teacher's confidence on target images, in [1 / K, 1]."""
         return {"confidence": self.predict(batch.target, "target").softmax(1).amax(1, keepdim=True)}

@@ -26,76 +26,77 @@ from glua_bench.methods.sifa_networks import (
     Head,
 )
 
-# The authors' step runs the encoder eleven times, in its last two runs the lower level alone. Each
-# of the five passes here stands for some of these runs, by their places in that order: b and b̂
-# before the generator's update, b̂ after it, b and b̂ after the encoder's update.
+# The authors' step runs the encoder eleven times, the last two times only its lower level. Each of
+# the five passes here replaces the listed runs: b and b̂ before the generator's update, b̂ after it,
+# b and b̂ after the encoder's update.
 RUNS_LOW = ((1, 3), (2,), (4,), (5, 8, 10), (6, 7, 9, 11))
 RUNS_HIGH = ((1, 3), (2,), (4,), (5, 8), (6, 7, 9))
-# What is adversarial, in the order of its updates.
+# Adversarial networks, in the order of their updates.
 ADVERSARIAL = ("generator", "d_b", "decoder", "d_a", "d_p", "d_p_low")
 
 
 @dataclass(frozen=True)
 class SIFAConfig:
-    """Settings of SIFA; the defaults are those of the authors' code."""
+    """Settings of SIFA; defaults are those of the authors' code."""
 
     lr: float = setting(2e-4, "learning rate of all networks", low=1e-6, high=1e-1, log=True)
     width_generator: int = setting(32, "channels of generator and decoder", low=2, high=128)
-    width_encoder: int = setting(16, "channels of the encoder, even", low=2, high=64)
+    width_encoder: int = setting(16, "channels of the encoder (even)", low=2, high=64)
     width_discriminator: int = setting(64, "channels of the discriminators", low=2, high=256)
     generator_blocks: int = setting(9, "residual blocks of the generator", low=1, high=18)
     decoder_dropout: float = setting(
-        0.25, "share of features that the decoder's residual blocks drop", low=0, high=0.9
+        0.25, "dropout rate in the decoder's residual blocks", low=0, high=0.9
     )
     shared_adam: bool = setting(
-        True, "count the updates of all adversarial networks together in Adam's bias correction"
+        True, "share one update count among all adversarial networks in Adam's bias correction"
     )
-    pool_size: int = setting(50, "batches of earlier fakes kept", low=1, high=1000)
-    lambda_cycle: float = setting(10.0, "weight of both cycles", low=0, high=1000)
+    pool_size: int = setting(50, "image pool size in batches", low=1, high=1000)
+    lambda_cycle: float = setting(10.0, "weight of both cycle losses", low=0, high=1000)
     lambda_image: float = setting(
-        0.1, "weight of the decoder's loss in the encoder's", low=0, high=10
+        0.1, "weight of the decoder's loss in the encoder's loss", low=0, high=10
     )
-    lambda_p: float = setting(0.1, "weight of the alignment of predictions", low=0, high=10)
+    lambda_p: float = setting(0.1, "weight of prediction alignment", low=0, high=10)
     lambda_p_low: float = setting(
-        0.01, "the same of the auxiliary head's predictions", low=0, high=10
+        0.01, "weight of prediction alignment at the auxiliary head", low=0, high=10
     )
     lambda_aux: float = setting(
-        0.1, "weight of the second output of D_A (cycle or fake)", low=0, high=10
+        0.1, "weight of D_A's second output (cycled or fake)", low=0, high=10
     )
-    lambda_low: float = setting(0.1, "weight of the auxiliary segmentation", low=0, high=10)
-    l2: float = setting(1e-4, "weight of ½ the squared weights of encoder and heads", low=0, high=1)
+    lambda_low: float = setting(0.1, "weight of the auxiliary segmentation loss", low=0, high=10)
+    l2: float = setting(1e-4, "L2 weight for encoder and heads (times ½)", low=0, high=1)
 
 
 class SIFA(Method):
-    """Synergistic image and feature alignment (v2): translate and segment by one encoder.
+    """Synergistic image and feature alignment (v2): translate and segment with a shared encoder.
 
     Chen, Dou, Chen, Qin, Heng, *Unsupervised Bidirectional Cross-Modality Adaptation via Deeply
     Synergistic Image and Feature Alignment for Medical Image Segmentation*, IEEE TMI 2020. A
     re-implementation, checked against numbers of the authors' TensorFlow code (`cchen-cc/SIFA`):
-    outputs, losses, and all variables after one step of training agree. With G the generator
-    a → b, E the shared encoder, U the decoder, b̂ = G(a), â = U(E(b)), least-squares adversarial
-    losses, and 10 = `lambda_cycle`:
+    outputs, losses, and all variables after one training step agree. G is the generator a → b, E
+    the shared encoder, U the decoder, b̂ = G(a), â = U(E(b)); adversarial losses are least squares,
+    and 10 = `lambda_cycle`:
 
         cycles      C   = 10 |U(E(b̂)) - a| + 10 |G(â) - b|
         generator   G   : C + adv_B(b̂)
         decoder     U   : C + adv_A(â)
         encoder, heads  : CE + Dice + 0.1 (CE + Dice)_low + 10⁻⁴ · ½‖w‖² + 0.1 (C + adv_A(â))
-                          + 0.1 adv_P(S(b)) + 0.01 adv_P,low(S_low(b)) + 0.1 adv_A,aux(â),
+                          + 0.1 adv_P(S(b)) + 0.01 adv_P,low(S_low(b)) + 0.1 adv_A,aux(â).
 
-    where CE and Dice, SIFA's own, compare the prediction of b̂ with a's labels. D_A and D_B see
-    fakes from pools; D_A's second output tells cycled from fake; D_P and D_P,low read logits.
+    CE and Dice are SIFA's own and compare the prediction on b̂ with a's labels. D_A and D_B read
+    pooled fakes; D_A's second output separates cycled from fake images; D_P and D_P,low read
+    logits.
 
     The authors update G, D_B, encoder and heads, U, D_A, D_P, D_P,low, each on a new forward pass.
-    Here a pass is repeated only where weights before it have changed. Passes of b through E and U
-    serve the updates of G (where â is detached) and of the encoder; those of b and b̂ through the
+    Here a pass is repeated only after a weight it depends on has changed. Passes of b through E and
+    U serve the updates of G (with â detached) and of the encoder; passes of b and b̂ through the
     updated E, detached, serve U and the last three updates; b̂ is detached from G outside G's own
-    update. Losses and gradients are the published ones, and the moving averages of the batch norms
-    count each pass as often as the authors' code repeats it.
+    update. Losses and gradients are the published ones, and batch norm's moving averages count each
+    pass as often as the authors' code repeats it.
 
-    Two habits of that code are kept, each behind a setting. The decoder's residual blocks drop a
-    quarter of their features (`decoder_dropout`), although dropout is turned off everywhere else.
-    One Adam serves the six adversarial networks, so its bias correction advances six times a step
-    (`shared_adam`). The segmenter is SIFA's own encoder, not the one that other methods share.
+    Two quirks of that code are kept, each with a setting. The decoder's residual blocks drop a
+    quarter of their features (`decoder_dropout`), although dropout is off everywhere else. One Adam
+    serves the six adversarial networks, so its bias correction advances six times per step
+    (`shared_adam`). The segmenter is SIFA's own encoder, not the shared one of the other methods.
     """
 
     name = "sifa"
@@ -117,13 +118,13 @@ class SIFA(Method):
         super().__init__(task, config)
         if task.size % STRIDE:
             raise ConfigError(
-                f"sifa needs slices whose side is divisible by {STRIDE}, and those of "
-                f"{task.dataset} have {task.size} pixels; choose another preset or dataset."
+                f"sifa needs a slice size divisible by {STRIDE}, but that of {task.dataset} is "
+                f"{task.size}; choose another preset or dataset."
             )
         if config.width_encoder % 2:
             raise ConfigError(
-                f"method.width_encoder = {config.width_encoder} is odd, and skips are padded "
-                "alike on both sides; give an even value."
+                f"method.width_encoder = {config.width_encoder} is odd; set an even value, since "
+                "skips are padded equally on both sides."
             )
         slices = task.slices
         self.generator = Generator(config.width_generator, config.generator_blocks, slices)
@@ -142,26 +143,28 @@ class SIFA(Method):
         self.pool_b = ImagePool(config.pool_size, task.batch_size, task.size, slices)
 
     def stages(self) -> tuple[Stage, ...]:
-        """One stage with constant learning rates."""
+        """Return one stage with constant learning rates."""
         return (Stage("segment"),)
 
     def optimizers(self) -> dict[str, Optimizer]:
-        """Adam; β₁ is 0.5 for what is adversarial, and 0.9 for encoder and heads."""
-        lr, of = self.config.lr, len(ADVERSARIAL) if self.config.shared_adam else 1
+        """Return Adam with β₁ = 0.5 for adversarial networks and 0.9 for encoder and heads."""
+        lr, sharing = self.config.lr, len(ADVERSARIAL) if self.config.shared_adam else 1
         optimizers: dict[str, Optimizer] = {
-            name: TensorFlowAdam(self.get_submodule(name).parameters(), lr, 0.5, place % of, of)
-            for place, name in enumerate(ADVERSARIAL)
+            name: TensorFlowAdam(
+                self.get_submodule(name).parameters(), lr, 0.5, index % sharing, sharing
+            )
+            for index, name in enumerate(ADVERSARIAL)
         }
         optimizers["segmentation"] = TensorFlowAdam(self.segmentation_weights(), lr, 0.9)
         return optimizers
 
     def segmentation_weights(self) -> list[nn.Parameter]:
-        """Of encoder and heads."""
+        """Return the parameters of encoder and heads."""
         modules = (self.encoder, self.head, self.head_low)
         return [p for module in modules for p in module.parameters()]
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-        """Seven updates, in the authors' order."""
+        """Run the seven updates in the authors' order."""
         a, b, labels = batch.source_images, batch.target, batch.source_labels
 
         with frozen(self.decoder):
@@ -231,14 +234,14 @@ class SIFA(Method):
         }
 
     def encode(self, images: Tensor, turn: int) -> tuple[Tensor, Tensor]:
-        """A step's pass through E, counted in its moving averages as often as in the authors' code.
+        """Run a pass through E with the momentum that matches the authors' repeated passes.
 
         Args:
             images: (N, S, H, W).
-            turn: of the pass among the step's five, from 0.
+            turn: index of the pass in the step, 0 to 4.
         """
         for level, runs in ((self.encoder.low, RUNS_LOW), (self.encoder.high, RUNS_HIGH)):
-            momentum = momenta(runs)[turn]
+            momentum = batch_norm_momenta(runs)[turn]
             for layer in level.modules():
                 if isinstance(layer, nn.BatchNorm2d):
                     layer.momentum = momentum
@@ -246,7 +249,7 @@ class SIFA(Method):
         return latent, low
 
     def cycles(self, a: Tensor, cycle_a: Tensor, b: Tensor, cycle_b: Tensor) -> Tensor:
-        """Both weighted cycle losses."""
+        """Return the weighted sum of both cycle losses."""
         return self.config.lambda_cycle * (F.l1_loss(cycle_a, a) + F.l1_loss(cycle_b, b))
 
     def loss_segmentation(
@@ -258,54 +261,54 @@ class SIFA(Method):
         adv_p_low: Tensor,
         adv_a_aux: Tensor,
     ) -> Tensor:
-        """What encoder and heads minimise, of its parts; `decoder` is the decoder's loss."""
+        """Return the loss of encoder and heads from its parts; `decoder` is the decoder's loss."""
         cfg = self.config
         return (
             segmentation
             + cfg.lambda_low * segmentation_low
-            + cfg.l2 * self.half_square()
+            + cfg.l2 * self.half_squared_norm()
             + cfg.lambda_image * decoder
             + cfg.lambda_p * adv_p
             + cfg.lambda_p_low * adv_p_low
             + cfg.lambda_aux * adv_a_aux
         )
 
-    def half_square(self) -> Tensor:
-        """½‖w‖² of encoder and heads, norms' scales and shifts included."""
+    def half_squared_norm(self) -> Tensor:
+        """Return ½‖w‖² of encoder and heads, including the norms' scales and shifts."""
         return 0.5 * torch.stack([p.square().sum() for p in self.segmentation_weights()]).sum()
 
     def loss_d_a(self, real: Tensor, cycled: Tensor, fake: Tensor) -> Tensor:
-        """D_A's two losses: real or fake, and cycled or fake, in one pass."""
+        """Return D_A's loss, real or fake plus cycled or fake, in one pass."""
         scores = self.d_a(torch.cat([real, cycled, fake])).chunk(3)
         return half_real_fake(scores[0][:, 0], scores[2][:, 0]) + half_real_fake(
             scores[1][:, 1], scores[2][:, 1]
         )
 
     def predict(self, images: Tensor, domain: Role) -> Tensor:
-        """(N, S, H, W) → logits (N, K, H, W); source images are translated before."""
+        """Return logits (N, K, H, W) for (N, S, H, W); source images are translated first."""
         return self.head(self.features(images, domain))
 
     def features(self, images: Tensor, domain: Role) -> Tensor:
-        """The latent that the head reads, (N, 32 · `width_encoder`, H/8, W/8)."""
+        """Return the latent that the head reads, (N, 32 · `width_encoder`, H/8, W/8)."""
         return self.encoder(self.generator(images) if domain == "source" else images)[0]
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Source images as target ones, and target images as source ones."""
+        """Return source images translated to target, and target images translated to source."""
         back = self.decoder(self.encoder(batch.target)[0], batch.target)
         return {"restyled": self.generator(batch.source_images), "target as source": back}
 
 
 class TensorFlowAdam(Adam):
-    """Adam as TensorFlow 1 has it: ε is added to √v before v's bias correction, not after it.
+    """Adam as in TensorFlow 1: ε is added to √v before v's bias correction, not after it.
 
-    Several networks can share one count of updates, as if one optimizer stepped them in turn.
+    Several networks can share one update count, as if one optimizer stepped them in turn.
 
     Args:
-        parameters: of one network.
+        parameters: parameters of one network.
         lr: learning rate.
-        beta1: decay of the mean of gradients; that of their squares is 0.999, and ε is 1e-8.
-        place: of the network among those that share the count, from 0.
-        of: how many share it.
+        beta1: β₁; β₂ is 0.999 and ε is 1e-8.
+        index: index of the network among those that share the count.
+        sharing: number of networks that share the count.
     """
 
     def __init__(
@@ -313,20 +316,20 @@ class TensorFlowAdam(Adam):
         parameters: Iterable[nn.Parameter],
         lr: float,
         beta1: float,
-        place: int = 0,
-        of: int = 1,
+        index: int = 0,
+        sharing: int = 1,
     ) -> None:
         group = {"params": list(parameters), "updates": 0}  # a group is part of a checkpoint
         super().__init__([group], lr, (beta1, 0.999), fused=True)
-        self.place, self.of = place, of
-        # Let the scaler of float16 skip a whole step, or updates would be counted that are none.
+        self.index, self.sharing = index, sharing
+        # Let float16's gradient scaler skip the whole step, so skipped updates are not counted.
         self._step_supports_amp_scaling = False
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update, by torch's own at the rate and ε that make it TensorFlow's."""
+        """Update with torch's Adam at the rate and ε that match TensorFlow's."""
         (group,) = self.param_groups
         lr, eps = group["lr"], group["eps"]
-        counted = self.of * group["updates"] + self.place + 1
+        counted = self.sharing * group["updates"] + self.index + 1
         group["updates"] += 1
         own = correction(group["betas"], group["updates"])  # what torch applies
         group["lr"] = lr * correction(group["betas"], counted) / own
@@ -337,40 +340,40 @@ class TensorFlowAdam(Adam):
 
 
 def correction(betas: tuple[float, float], updates: int) -> float:
-    """Factor that Adam's bias corrections put before the learning rate."""
+    """Return the factor that Adam's bias corrections apply to the learning rate."""
     return math.sqrt(1 - betas[1] ** updates) / (1 - betas[0] ** updates)
 
 
-def momenta(runs: Sequence[Sequence[int]], momentum: float = 0.1) -> list[float]:
-    """Momenta of a step's passes by which moving averages become those of repeated passes.
+def batch_norm_momenta(runs: Sequence[Sequence[int]], momentum: float = 0.1) -> list[float]:
+    """Return momenta for a step's passes that reproduce the moving averages of repeated passes.
 
     Args:
-        runs: of each pass, in order, the places that it takes in the repeated ones, from 1.
-        momentum: of a repeated pass.
+        runs: for each pass, in order, the positions of the repeated passes it replaces, from 1.
+        momentum: momentum of a repeated pass.
     """
     last = max(place for places in runs for place in places)
     shares = [momentum * sum((1 - momentum) ** (last - p) for p in places) for places in runs]
-    # What a pass adds is kept by each later one in part: together, as much as their shares leave.
+    # Later passes shrink a pass's contribution, so divide by the part that they leave.
     return [share / (1 - sum(shares[turn + 1 :])) for turn, share in enumerate(shares)]
 
 
 def half_real_fake(real: Tensor, fake: Tensor) -> Tensor:
-    """½ (mean (real - 1)² + mean fake²), of scores."""
+    """Return ½ (mean (real - 1)² + mean fake²) of scores."""
     return 0.5 * (lsgan_loss(real, 1) + lsgan_loss(fake, 0))
 
 
 def discriminator_loss(discriminator: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
-    """A discriminator's loss in one pass: instance norm keeps the images of a batch apart."""
+    """Return a discriminator's loss from one joint pass; instance norm keeps images independent."""
     return half_real_fake(*discriminator(torch.cat([real, fake])).chunk(2))
 
 
 def sifa_segmentation_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """SIFA's cross-entropy + Dice, both over all classes including the background."""
+    """Return SIFA's cross-entropy + Dice loss, both including the background."""
     return sifa_cross_entropy(logits, labels) + sifa_dice_loss(logits, labels)
 
 
 def sifa_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean of -(1 - frequency of the class) log p, with p of the label clipped at 0.005.
+    """Return the mean of -(1 - class frequency) log p, with the label's p clipped at 0.005.
 
     Args:
         logits: (N, K, H, W).
@@ -378,7 +381,7 @@ def sifa_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """
     seen, classes = annotated(labels)
     own = precise(logits).softmax(1).gather(1, classes.unsqueeze(1)).squeeze(1)
-    # Means over all pixels become means over the annotated ones; exactly 1 where these are all.
+    # Factor from means over all pixels to means over annotated ones; exactly 1 if all are.
     number = seen.sum().clamp(min=1).to(own)
     more = torch.full_like(number, labels.numel()) / number
     counts = torch.bincount(labels.flatten(), minlength=logits.shape[1])[: logits.shape[1]]
@@ -388,7 +391,7 @@ def sifa_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def sifa_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """1 - mean over classes of 2 Σ p r / (Σ p² + Σ r + 1e-7), sums over the batch.
+    """Return 1 - mean over classes of 2 Σ p r / (Σ p² + Σ r + 1e-7), summed over the batch.
 
     Args:
         logits: (N, K, H, W).

@@ -1,9 +1,9 @@
 """SIFA's networks: generator, shared encoder, decoder, heads and discriminators.
 
-Chen et al., IEEE TMI 2020 (v2). Sizes and numerical conventions are those of the authors'
-TensorFlow 1 graph, whose outputs `tests/test_sifa.py` reproduces: "same" padding puts the
-odd pixel of a stride-2 convolution to the right and bottom, images are enlarged without a
-half-pixel shift, batch norm has ε = 1e-3 and instance norm ε = 1e-6.
+Chen et al., IEEE TMI 2020 (v2). Sizes and numerical conventions follow the authors' TensorFlow 1
+graph, whose outputs `tests/test_sifa.py` reproduces: "same" padding puts the odd pixel of a
+stride-2 convolution at the right and bottom, bilinear upsampling has no half-pixel shift, and ε is
+1e-3 in batch norm and 1e-6 in instance norm.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STRIDE = 8  # of the encoder
 def convolution(
     inputs: int, outputs: int, kernel: int, std: float, bias: bool = False, dilation: int = 1
 ) -> nn.Conv2d:
-    """Zero-padded convolution that keeps the size, from a normal distribution cut at 2 σ."""
+    """Return a size-preserving, zero-padded convolution with truncated-normal weights."""
     padding = dilation * (kernel - 1) // 2
     kind = DilatedConv if dilation > 1 else nn.Conv2d
     layer = kind(inputs, outputs, kernel, padding=padding, bias=bias, dilation=dilation)
@@ -26,7 +26,7 @@ def convolution(
 
 
 def initialised(layer: nn.Conv2d | nn.ConvTranspose2d, std: float) -> nn.Conv2d:
-    """Draw a layer's weights as the authors do; biases are 0."""
+    """Draw weights from a normal distribution truncated at 2 σ; set biases to 0."""
     nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -34,12 +34,12 @@ def initialised(layer: nn.Conv2d | nn.ConvTranspose2d, std: float) -> nn.Conv2d:
 
 
 def instance_norm(channels: int) -> nn.GroupNorm:
-    """Instance norm with scale and shift."""
+    """Return instance norm with scale and shift."""
     return nn.GroupNorm(channels, channels, eps=1e-6)
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """Batch norm; a pass leaves 0.9 of the moving averages, unless `SIFA.encode` says otherwise."""
+    """Return batch norm with momentum 0.1, which `SIFA.encode` overrides."""
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.1)
 
 
@@ -52,7 +52,7 @@ class Down(nn.Module):
         self.norm = instance_norm(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) with even H, W → (N, C', H/2, W/2)."""
+        """Map (N, C, H, W) with even H, W to (N, C', H/2, W/2)."""
         return F.relu(self.norm(self.conv(F.pad(x, (0, 1, 0, 1)))))
 
 
@@ -65,21 +65,21 @@ class Up(nn.Module):
         self.norm = instance_norm(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C', 2H, 2W)."""
+        """Map (N, C, H, W) to (N, C', 2H, 2W)."""
         return F.relu(self.norm(self.conv(x)[..., :-1, :-1]))
 
 
 class Residual(nn.Module):
-    """ReLU(x + two 3×3 convolutions of x); the skip's missing channels are zeros on both sides.
+    """ReLU(x + two 3×3 convolutions of x); the skip is zero-padded to `outputs` channels.
 
     Args:
         inputs: channels of x.
         outputs: channels of the result; outputs - inputs is even.
         norm: "instance" or "batch".
-        std: of the initial weights.
-        bias: of the convolutions.
-        dilation: of the convolutions.
-        dropout: share of the convolutions' outputs that training sets to 0.
+        std: standard deviation of the initial weights.
+        bias: whether the convolutions have a bias.
+        dilation: dilation of the convolutions.
+        dropout: dropout rate on the convolutions' outputs.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Residual(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, C', H, W)."""
+        """Map (N, C, H, W) to (N, C', H, W)."""
         y = F.relu(self.norm1(self.dropout(self.conv1(x))))
         y = self.norm2(self.dropout(self.conv2(y)))
         skip = F.pad(x, (0, 0, 0, 0, self.widen, self.widen)) if self.widen else x
@@ -110,25 +110,25 @@ class Residual(nn.Module):
 
 
 class DilatedConv(nn.Conv2d):
-    """A dilated convolution whose bias is a parameter, but never added, as in the authors' graph.
+    """Dilated convolution with a bias parameter that is never added, as in the authors' graph.
 
-    It counts in their number of parameters and in their L2 loss, which draws it to 0.
+    The bias counts in the number of parameters and in the L2 loss, which pulls it to 0.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Convolve."""
+        """Convolve without bias."""
         return F.conv2d(input, self.weight, None, 1, self.padding, self.dilation)
 
 
 class Generator(nn.Module):
-    """G_A: source image → target-like image, by 9 residual blocks and tanh(x + ·)."""
+    """Generator G: source image → target-like image, by 9 residual blocks and tanh(x + ·)."""
 
     def __init__(self, width: int = 32, blocks: int = 9, slices: int = 1) -> None:
         super().__init__()
         self.enter = nn.Sequential(
             convolution(slices, width, 7, 0.02, bias=True), instance_norm(width), nn.ReLU()
         )
-        # A bias before an instance norm does nothing, but it counts as a parameter of the authors'.
+        # A bias before instance norm has no effect, but counts among the authors' parameters.
         self.body = nn.Sequential(
             Down(width, 2 * width),
             Down(2 * width, 4 * width),
@@ -139,12 +139,12 @@ class Generator(nn.Module):
         self.leave = convolution(width, slices, 7, 0.02, bias=True)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, S, H, W) → (N, S, H, W) in [-1, 1]; H and W divisible by 4."""
+        """Map (N, S, H, W) to (N, S, H, W) in [-1, 1]; H and W must be divisible by 4."""
         return torch.tanh(images + self.leave(self.body(self.enter(images))))
 
 
 class Encoder(nn.Module):
-    """E: what the segmenter and the decoder share, with stride 8."""
+    """Encoder E, shared by segmenter and decoder, with stride 8."""
 
     def __init__(self, width: int = 16, slices: int = 1) -> None:
         super().__init__()
@@ -174,13 +174,13 @@ class Encoder(nn.Module):
         self.channels = 32 * w
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, S, H, W) → the latent, and the lower level's, both (N, 32w, H/8, W/8)."""
+        """Map (N, S, H, W) to the upper and the lower latent, both (N, 32w, H/8, W/8)."""
         low = self.low(images)
         return self.high(low), low
 
 
 class Decoder(nn.Module):
-    """U: the latent of a target(-like) image → a source-like image, tanh(x + ·)."""
+    """Decoder U: latent of a target(-like) image → source-like image, tanh(x + ·)."""
 
     def __init__(
         self, inputs: int, width: int = 32, dropout: float = 0.25, slices: int = 1
@@ -198,30 +198,30 @@ class Decoder(nn.Module):
         )
 
     def forward(self, latent: Tensor, images: Tensor) -> Tensor:
-        """Latent (N, C, H/8, W/8) and the encoded images (N, S, H, W) → (N, S, H, W)."""
+        """Map latent (N, C, H/8, W/8) and the encoded images (N, S, H, W) to (N, S, H, W)."""
         return torch.tanh(images + self.body(latent))
 
 
 class Head(nn.Module):
-    """1×1 convolution to logits, enlarged to the image."""
+    """1×1 convolution to logits, upsampled to image size."""
 
     def __init__(self, inputs: int, classes: int) -> None:
         super().__init__()
         self.conv = convolution(inputs, classes, 1, 0.01)
 
     def forward(self, latent: Tensor) -> Tensor:
-        """(N, C, h, w) → logits (N, K, 8h, 8w)."""
+        """Map (N, C, h, w) to logits (N, K, 8h, 8w)."""
         return enlarge(self.conv(latent), STRIDE)
 
 
 def enlarge(maps: Tensor, factor: int) -> Tensor:
-    """TensorFlow 1's bilinear enlargement: pixel i of the result lies at i / factor of the map.
+    """Upsample bilinearly as TensorFlow 1: output pixel i lies at i / factor of the input.
 
     Args:
         maps: (N, C, h, w).
-        factor: by which both sides grow.
+        factor: upsampling factor.
     """
-    # With the last row and column repeated, and corners aligned, the positions are just these.
+    # Repeating the last row and column and aligning corners gives these positions.
     height, width = (side * factor for side in maps.shape[-2:])
     padded = F.pad(maps, (0, 1, 0, 1), mode="replicate")
     large = F.interpolate(padded, size=(height + 1, width + 1), mode="bilinear", align_corners=True)
@@ -232,9 +232,9 @@ class Discriminator(nn.Module):
     """PatchGAN: 4×4 convolutions of strides 2, 2, 2, 1, 1 with two pixels of padding.
 
     Args:
-        inputs: channels of what is judged.
+        inputs: input channels.
         width: channels after the first convolution.
-        outputs: 1, or 2 for a second judgement of the same image.
+        outputs: number of scores per position.
     """
 
     def __init__(self, inputs: int, width: int = 64, outputs: int = 1) -> None:
@@ -253,5 +253,5 @@ class Discriminator(nn.Module):
         self.body = nn.Sequential(*layers, initialised(last, 0.02))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → scores (N, outputs, h, w)."""
+        """Map (N, C, H, W) to scores (N, outputs, h, w)."""
         return self.body(x)

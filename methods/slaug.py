@@ -13,37 +13,35 @@ from glua_bench.losses import annotated, segmentation_loss
 from glua_bench.method import Batch, Context
 from glua_bench.methods.source_only import SegmentConfig, SourceOnly
 
-CURVE_POINTS = 256  # at which a Bézier curve is evaluated
-BACKGROUND = 0.01  # images in [0, 1]: what is darker, the local augmentation leaves
+CURVE_POINTS = 256  # points at which a Bézier curve is evaluated
+BACKGROUND = 0.01  # intensity in [0, 1] up to which local augmentation leaves pixels unchanged
 
 
 @dataclass(frozen=True)
 class SLAugConfig(SegmentConfig):
-    """The segmenter's settings and the fusion's; the defaults are the authors'."""
+    """Settings of the segmenter and of saliency fusion; defaults are the authors'."""
 
-    saliency_grid: int = setting(
-        18, "cells a side to which the saliency is averaged", low=1, high=128
-    )
+    saliency_grid: int = setting(18, "cells per side of the saliency grid", low=1, high=128)
 
 
 class SLAug(SourceOnly):
-    """Recolour images as a whole and each structure apart, fused by saliency; no target data.
+    """Augment images globally and per structure, fused by saliency; uses no target data.
 
     Su et al., *Rethinking Data Augmentation for Single-Source Domain Generalization in Medical
-    Image Segmentation*, AAAI 2023 (`Kaiseem/SLAug`). A region's intensities pass through a random
-    cubic Bézier curve B between their extremes, then through σ · B(x) + μ, clipped, with σ from
-    N(1, 0.1) in [0.9, 1.1] and μ from N(0, 0.5) within the bounds that the 20th and 80th
-    percentile leave. The global augmentation x_g has one rising curve for the whole image; the
-    local one x_l has one for each class, which falls for the background and, with even odds, for
-    a structure. With s the gradient's magnitude at x_g, averaged to a grid, smoothed by
-    quadratic B-splines and scaled to [0, 1] in each image,
+    Image Segmentation*, AAAI 2023 (`Kaiseem/SLAug`). The intensities of a region pass through a
+    random cubic Bézier curve B between their extremes, then through σ · B(x) + μ, clipped, with σ
+    from N(1, 0.1) in [0.9, 1.1] and μ from N(0, 0.5) within the bounds that the 20th and 80th
+    percentiles leave. The global augmentation x_g applies one increasing curve to the whole image.
+    The local augmentation x_l applies one curve per class, which decreases for the background and,
+    with probability ½, for a structure. The saliency s is the magnitude of the gradient at x_g,
+    averaged to a grid, smoothed by quadratic B-splines and scaled to [0, 1] in each image:
 
-        x_f = s · x_g + (1 - s) · x_l,        L = L_seg(S(x_g), y) + L_seg(S(x_f), y),
+        x_f = s · x_g + (1 - s) · x_l,        L = L_seg(S(x_g), y) + L_seg(S(x_f), y).
 
-    and both gradients make one update. The grid's 18 cells are those of the authors' cardiac
-    configurations. The splines are made by two means over a cell of an odd number of pixels.
-    Several slices of an image share curves and saliency, and their structures are taken to lie
-    where the labels of the middle one say, since the labels of its neighbours are not given.
+    Both gradients make one update. The 18 grid cells are those of the authors' cardiac
+    configurations. The splines are two box filters whose width is an odd number of pixels. Slices
+    of a stack share curves and saliency; since only the middle slice has labels, they define the
+    structures of all.
     """
 
     name = "slaug"
@@ -53,7 +51,7 @@ class SLAug(SourceOnly):
     Config = SLAugConfig
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-        """One update by two losses: on global images, and on those fused by their gradient."""
+        """Update with two losses: on global images, and on images fused by the first gradient."""
         images, labels = batch.source_images, batch.source_labels
         whole = augment_globally(images).requires_grad_()
         parts = augment_locally(images, labels, self.task.classes)
@@ -69,7 +67,7 @@ class SLAug(SourceOnly):
         return {"segmentation": loss_global, "segmentation_fused": loss_fused}
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        """Both augmentations, the saliency, and the fused images."""
+        """Return both augmentations, the saliency, and the fused images."""
         images, labels = batch.source_images, batch.source_labels
         whole = augment_globally(images).requires_grad_()
         with torch.enable_grad():
@@ -86,18 +84,18 @@ class SLAug(SourceOnly):
 
 
 def augment_globally(images: Tensor) -> Tensor:
-    """Each image through one rising curve, (N, S, H, W) in [-1, 1]."""
+    """Map each image through one increasing curve, (N, S, H, W) in [-1, 1]."""
     whole = torch.ones_like(images[:, :1], dtype=torch.bool)
     return 2 * location_scale((images + 1) / 2, whole, torch.zeros(1)) - 1
 
 
 def augment_locally(images: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Each class of each image through its own curve; the dark background stays.
+    """Map each class of each image through its own curve; keep the dark background.
 
     Args:
         images: (N, S, H, W) in [-1, 1].
         labels: (N, H, W), class indices; `UNANNOTATED` pixels change with the background.
-        classes: K, background included.
+        classes: K, including the background.
     """
     unit = (images + 1) / 2
     regions = F.one_hot(annotated(labels)[1], classes).permute(0, 3, 1, 2).bool()
@@ -107,27 +105,27 @@ def augment_locally(images: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def location_scale(images: Tensor, regions: Tensor, falling: Tensor) -> Tensor:
-    """σ · B(x) + μ, drawn for each region of each image.
+    """Apply σ · B(x) + μ, drawn for each region of each image.
 
     Args:
         images: (N, S, H, W) in [0, 1].
         regions: (N, R, H, W), boolean; each pixel in one region, the same in all slices.
-        falling: (R,), probability that a region's curve falls.
+        falling: (R,), probability that a region's curve decreases.
 
     Returns:
         (N, S, H, W) in [0, 1].
     """
-    # With P the pixels of all slices of an image: (N, 1, P) and (N, R, P).
+    # P: pixels of all slices of an image. Shapes: (N, 1, P) and (N, R, P).
     values = images.flatten(1).unsqueeze(1)
     inside = regions.flatten(2).repeat(1, 1, images.shape[1])
     count, kinds = inside.shape[:2]
     low = torch.where(inside, values, 1.0).amin(2, keepdim=True)
     high = torch.where(inside, values, 0.0).amax(2, keepdim=True)
-    high = torch.maximum(high, low)  # a class that the image does not show has no extremes
+    high = torch.maximum(high, low)  # an absent class has no extremes
     falls = (torch.rand(count, kinds, 1) <= falling[:, None]).to(images.device)
     x, y = bezier_curves(count, kinds)
     x, y = (low + (high - low) * curve.to(images) for curve in (x, y))
-    # As in the authors' code, a falling curve is not sorted and may rise in between.
+    # As in the authors' code, a decreasing curve is not sorted and need not be monotonic.
     y = torch.where(falls, y.flip(2), y.sort(2).values)
     curved = interpolate(values.expand_as(inside), x, y)
 
@@ -140,7 +138,7 @@ def location_scale(images: Tensor, regions: Tensor, falling: Tensor) -> Tensor:
 
 
 def bezier_curves(count: int, kinds: int) -> tuple[Tensor, Tensor]:
-    """Curves from (0, 0) to (1, 1), their two inner control points uniform in the square.
+    """Draw curves from (0, 0) to (1, 1) with two uniform inner control points.
 
     Returns:
         x and y, (N, R, T) each; x is sorted.
@@ -153,7 +151,7 @@ def bezier_curves(count: int, kinds: int) -> tuple[Tensor, Tensor]:
 
 
 def interpolate(values: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """The piecewise-linear curve through (x, y) at the values, as `numpy.interp`.
+    """Evaluate the piecewise-linear curve through (x, y) at values, like `numpy.interp`.
 
     Args:
         values: (N, R, P).
@@ -168,7 +166,7 @@ def interpolate(values: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def percentile(values: Tensor, inside: Tensor, share: float) -> Tensor:
-    """The values' percentile within each region, as `numpy.percentile`; 0 for an empty region.
+    """Return the percentile within each region, like `numpy.percentile`; 0 for an empty region.
 
     Args:
         values: (N, R, P).
@@ -188,11 +186,11 @@ def percentile(values: Tensor, inside: Tensor, share: float) -> Tensor:
 
 
 def saliency_map(gradient: Tensor, grid: int) -> Tensor:
-    """The gradient's magnitude, smoothed and scaled to [0, 1] in each image.
+    """Return the gradient's magnitude, smoothed and scaled to [0, 1] in each image.
 
     Args:
         gradient: (N, S, H, W).
-        grid: cells a side.
+        grid: cells per side.
 
     Returns:
         (N, 1, H, W).
@@ -202,20 +200,20 @@ def saliency_map(gradient: Tensor, grid: int) -> Tensor:
     cells = F.adaptive_avg_pool2d(magnitude, min(grid, *size))
     smooth = F.interpolate(cells, size=size)
     kernel = max(1, size[0] // grid) // 2 * 2 + 1
-    for _ in range(2):  # a box, twice averaged: quadratic B-splines
+    for _ in range(2):  # two box filters on a piecewise-constant map: quadratic B-splines
         smooth = F.avg_pool2d(smooth, kernel, 1, kernel // 2, count_include_pad=False)
     least, most = smooth.amin((2, 3), keepdim=True), smooth.amax((2, 3), keepdim=True)
-    # Of a constant map everything is as salient; the smallest normal number decides nothing else.
+    # A constant map becomes 1 everywhere; elsewhere the smallest normal number has no effect.
     tiny = torch.finfo(smooth.dtype).tiny
     return ((smooth - least + tiny) / (most - least + tiny)).to(gradient.dtype)
 
 
 def fuse(whole: Tensor, parts: Tensor, saliency: Tensor) -> Tensor:
-    """Global images where the segmenter looks, local ones elsewhere.
+    """Blend global and local images by saliency.
 
     Args:
-        whole: (N, S, H, W).
-        parts: (N, S, H, W).
-        saliency: (N, 1, H, W).
+        whole: global images, (N, S, H, W).
+        parts: local images, (N, S, H, W).
+        saliency: weight of the global images, (N, 1, H, W).
     """
     return saliency * whole + (1 - saliency) * parts

@@ -1,4 +1,4 @@
-"""No adaptation: the lower bound, and under the supervised scenario the upper one."""
+"""Source-only training: the lower bound, and the upper bound under `--scenario supervised`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from glua_bench.networks import DeepLab, Segmenter, build_segmenter
 
 @dataclass(frozen=True)
 class SegmentConfig:
-    """Settings of the segmenter's training, the same in every method built on it."""
+    """Settings of segmenter training, shared by every method built on it."""
 
     lr: float = setting(2e-3, "learning rate of the segmenter", low=1e-6, high=1.0, log=True)
     weight_decay: float = setting(1e-4, "weight decay of the segmenter", low=0, high=1)
     optimizer: str = setting(
         "adamw",
-        "of the segmenter: adamw, or sgd with ten times the rate for the last layer, as published "
-        "for deeplab; sgd-repeated steps deeplab's weights as GLUA's code does, up to four times",
+        "segmenter optimizer: adamw; sgd with a tenfold rate for the last layer, as published for "
+        "deeplab; or sgd-repeated, which steps deeplab's weights up to four times as GLUA's code",
         choices=("adamw", "sgd", "sgd-repeated"),
     )
 
@@ -32,9 +32,9 @@ class SegmentConfig:
 class SourceOnly(Method):
     """Train the segmenter on labelled source images only.
 
-    L = Dice + cross-entropy on source images. The lower bound of every comparison. Under
-    `--scenario supervised` the harness serves labelled target-train cases as source, which
-    makes the same code the upper bound; such results are stamped privileged.
+    L = Dice + cross-entropy on source images. This is the lower bound of every comparison. Under
+    `--scenario supervised` the harness serves labelled target-train cases as source, so the same
+    code gives the upper bound; such results are stamped privileged.
     """
 
     name = "source_only"
@@ -49,43 +49,42 @@ class SourceOnly(Method):
         self.segmenter = build_segmenter(task.segmenter, task.classes, task.slices)
         if config.optimizer == "sgd-repeated" and not isinstance(self.segmenter, DeepLab):
             raise ConfigError(
-                "method.optimizer = sgd-repeated is the quirk of a published training of deeplab, "
-                f"and segmenter.name is '{task.segmenter.name}'; set method.optimizer=sgd, or "
-                "segmenter.name=deeplab."
+                "method.optimizer = sgd-repeated works only with segmenter.name = deeplab, not "
+                f"'{task.segmenter.name}'; set method.optimizer=sgd or segmenter.name=deeplab."
             )
 
     def stages(self) -> tuple[Stage, ...]:
-        """One stage with polynomial decay."""
+        """Return one stage with polynomial decay."""
         return (Stage("segment", decay=0.9),)
 
     def optimizers(self) -> dict[str, Optimizer]:
-        """AdamW, if nothing else is set."""
+        """Return the segmenter's optimizer."""
         return {"segmenter": segmenter_optimizer(self.segmenter, self.config)}
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-        """One update on source images."""
+        """Update the segmenter on source images."""
         loss = self.segmentation(self.segmenter(batch.source_images).logits, batch.source_labels)
         context.update("segmenter", loss)
         return {"segmentation": loss}
 
     def predict(self, images: Tensor, domain: Role) -> Tensor:
-        """(N, S, H, W) → logits (N, K, H, W), alike for both domains."""
+        """Return logits (N, K, H, W) for images (N, S, H, W) of either domain."""
         return self.segmenter(images).logits
 
     def features(self, images: Tensor, domain: Role) -> Tensor:
-        """The segmenter's last decoder map."""
+        """Return the segmenter's last decoder map."""
         return self.segmenter(images).features[-1]
 
 
 def segmenter_optimizer(
     segmenter: Segmenter, config: SegmentConfig, further_heads: tuple[nn.Module, ...] = ()
 ) -> Optimizer:
-    """The optimizer that every method of this package gives to its segmenter.
+    """Build the segmenter's optimizer.
 
     Args:
         segmenter: the segmenter.
-        config: says which, with its rate and weight decay.
-        further_heads: last layers of the method's own, trained as the segmenter's.
+        config: optimizer name, learning rate and weight decay.
+        further_heads: further last layers to train like the segmenter's own.
     """
     heads = [p for head in (segmenter.head, *further_heads) for p in head.parameters()]
     own = {id(p) for p in heads}
@@ -97,7 +96,7 @@ def segmenter_optimizer(
     if config.optimizer == "sgd":
         groups.append({"params": list(body.values())})
         return SGD(groups, config.lr, momentum=0.9, weight_decay=config.weight_decay)
-    # The published code lists a weight once for each module around it, so once for each dot.
+    # The published code lists a weight once per enclosing module, that is, once per dot.
     for repeats in sorted({name.count(".") for name in body}):
         weights = [p for name, p in body.items() if name.count(".") == repeats]
         groups.append({"params": weights, "repeats": repeats})
@@ -105,15 +104,15 @@ def segmenter_optimizer(
 
 
 class RepeatedSGD(SGD):
-    """SGD that steps each group `repeats` times an update, on the same gradient.
+    """SGD that steps each group `repeats` times per update with the same gradient.
 
-    What PyTorch's SGD does, one weight after the other, with weights that are listed several times,
-    as in GLUA's published code: the effective rate and the momentum grow with the listings. In the
-    first update each listing begins with a momentum of its own.
+    This reproduces PyTorch's single-tensor SGD for weights that are listed several times, as in
+    GLUA's published code: the effective rate and momentum grow with the number of listings. In the
+    first update each listing starts with its own momentum.
     """
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update."""
+        """Step each group as often as its `repeats`."""
         groups = self.param_groups
         fresh = {p for group in groups for p in group["params"] if p not in self.state}
         for repeat in range(max(group.get("repeats", 1) for group in groups)):

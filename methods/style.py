@@ -1,7 +1,8 @@
-"""Step A of GLUA: restyle source images as target ones, a component of `global_only` and `glua`.
+"""Restyling of source images as target images, Step A of GLUA; used by `global_only` and `glua`.
 
-A way to restyle is a module of the form of `Restyler`, with settings whose names begin with its
-own; `STYLES` names them, and one setting chooses. The default is what the authors' code names.
+A style network is a module that implements `Restyler`; its settings share a prefix. `STYLES` maps
+names to networks, and the setting `style` selects one. The default is the one that the authors'
+code names.
 """
 
 from __future__ import annotations
@@ -22,36 +23,41 @@ STYLES: Mapping[str, Any] = {"adgan": ADGAN, "codes": StyleCodes}
 
 
 class Restyler(Protocol):
-    """What trains itself to restyle source images, and then does it."""
+    """Protocol of a network that learns to restyle source images.
 
-    hold: float  # share of the stage with constant learning rates
-    decay: float  # power of their polynomial decay after it
+    Attributes:
+        hold: fraction of the stage with constant learning rates.
+        decay: power of their polynomial decay afterwards.
+    """
+
+    hold: float
+    decay: float
 
     def check(self, cases: Cases) -> Mapping[str, Adjustment]:
-        """Settings to fit to so many cases."""
+        """Return adjustments of settings to the number of cases."""
 
     def optimizers(self) -> dict[str, Optimizer]:
-        """The optimizers, by name."""
+        """Return the optimizers by name."""
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-        """One update; returns the scalars to log."""
+        """Update once; return the scalars to log."""
 
     def finish(self, context: Context) -> None:
-        """What is left to do after the last step."""
+        """Finish the stage after its last step."""
 
     def restyle(self, images: Tensor) -> Tensor:
-        """Source images as target ones, (N, S, H, W) → the same shape in [-1, 1]."""
+        """Restyle source images as target images, (N, S, H, W) → the same shape in [-1, 1]."""
 
 
 @dataclass(frozen=True)
 class StyleConfig(ADGANConfig, CodesConfig):
-    """Which way to restyle, its share of the budget, and the settings of all ways."""
+    """Style network, its share of the budget, and the settings of all style networks."""
 
     style: str = setting(
-        "adgan", "how to restyle: AD-GAN, or style codes as DAR-UNet", choices=tuple(STYLES)
+        "adgan", "style network: AD-GAN, or DAR-UNet's style codes", choices=tuple(STYLES)
     )
     style_share: float = setting(
-        2.0, "updates of the style stage, as a multiple of the run's steps", low=0.001, high=100
+        2.0, "updates of the style stage as a multiple of steps", low=0.001, high=100
     )
 
 
@@ -59,13 +65,13 @@ QUICK_STYLE = {**QUICK_ADGAN, **QUICK_CODES, "style_share": 3.0}
 
 
 def build_style(config: StyleConfig, task: TaskInfo) -> Restyler:
-    """The module that `config.style` names; an `nn.Module`."""
+    """Build the style network that `config.style` names."""
     restyler: Restyler = STYLES[config.style](config, task)
     return restyler
 
 
 def style_stage(style: Restyler, config: StyleConfig) -> Stage:
-    """The stage that trains the method's module `style`; runs with equal settings share it."""
+    """Return the stage that trains module `style`; runs with equal settings share its result."""
     own = tuple(n for n in StyleConfig.__dataclass_fields__ if n.startswith(f"{config.style}_"))
     return Stage(
         "style",

@@ -1,9 +1,9 @@
-"""The style stage of DAR-UNet, a component of `style.py`.
+"""The style stage of DAR-UNet; a component of `style.py`.
 
-Reconstruction after DAR-UNet (Yao et al., 2022), later work of GLUA's research group, without
+Reconstruction after DAR-UNet (Yao et al., 2022), later work of GLUA's research group; there are no
 numbers of its authors to check it against. Both domains share a content encoder and an AdaIN
-decoder; each has a style encoder.
-With c = E_c(x), s = E_s(x), x̂ = G(c, s) the generator minimises
+decoder, and each has its own style encoder. With c = E_c(x), s = E_s(x), x̂ = G(c, s), the
+generator minimises
 
     λ_rec |x̂_aa - a| + λ_cyc |x̂_aba - a| + |E_c(x̂_ab) - c_a| + |E_s(x̂_ab) - s_b|
     + LSGAN of images + LSGAN of content,      and the same with a and b exchanged.
@@ -34,26 +34,26 @@ from glua_bench.networks import (
     StyleEncoder,
 )
 
-CODES = 32  # style codes kept for each cluster
-SMALLEST = 16  # pixels that the four halvings of a patch discriminator need
+CODES = 32  # style codes stored per cluster
+SMALLEST = 16  # minimum image side in pixels: a patch discriminator halves it four times
 
 
 @dataclass(frozen=True)
 class CodesConfig:
-    """Settings of DAR-UNet's style stage; the defaults are the full size."""
+    """Settings of DAR-UNet's style stage; defaults are the full size."""
 
     codes_width: int = setting(
         32, "channels of the style networks at full resolution", low=4, high=128
     )
     codes_blocks: int = setting(4, "residual blocks of encoder and decoder", low=1, high=9)
     codes_scales: int = setting(3, "scales of the image discriminators", low=1, high=4)
-    codes_batch: int = setting(4, "images per domain in a style step, at most", low=1, high=64)
+    codes_batch: int = setting(4, "maximum number of images per domain and step", low=1, high=64)
     codes_lr: float = setting(1e-4, "learning rate of the generator", low=1e-6, high=1e-1, log=True)
     codes_lr_d: float = setting(
         2e-4, "learning rate of the discriminators", low=1e-6, high=1e-1, log=True
     )
     codes_decay: float = setting(
-        0.0, "power of the polynomial decay of both learning rates; 0 keeps them", low=0, high=3
+        0.0, "power of the polynomial decay of both learning rates; 0: no decay", low=0, high=3
     )
     codes_rec: float = setting(10.0, "weight of self-reconstruction", low=0, high=100)
     codes_cycle: float = setting(10.0, "weight of cycle reconstruction", low=0, high=100)
@@ -62,9 +62,9 @@ class CodesConfig:
     codes_clusters: int = setting(6, "k-means clusters of target styles", low=1, high=64)
 
 
-# What `quick` changes: a width that trains in minutes on two CPU cores, and weights at which
-# a small budget restyles at all (with 10/10 the reconstruction terms dominate it). The decay
-# lets the short training settle. Chosen on a phantom cohort of another seed than the reported.
+# Overrides of the quick preset: a width that trains in minutes on two CPU cores, weights at which
+# a small budget suffices (at 10/10 the reconstruction terms dominate), and a decay that lets the
+# short training converge. Chosen on a phantom cohort with another seed than the reported one.
 QUICK_CODES = {
     "codes_width": 8,
     "codes_blocks": 3,
@@ -77,7 +77,7 @@ QUICK_CODES = {
 
 
 class Generator(nn.Module):
-    """Content encoder, both style encoders, and the decoder."""
+    """Content encoder, both style encoders, and decoder."""
 
     def __init__(self, config: CodesConfig, slices: int) -> None:
         super().__init__()
@@ -89,11 +89,12 @@ class Generator(nn.Module):
 
 
 def check_size(size: int, config: CodesConfig) -> None:
-    """Decline slices of which the coarsest discriminator would see nothing.
+    """Raise if slices are too small for the coarsest discriminator.
 
     Args:
-        size: side of a slice in pixels.
-        config: its `codes_scales` halve the slice, and each then takes four halvings.
+        size: slice side in pixels.
+        config: settings; each of `codes_scales` halves the slice, and a discriminator then halves
+            it four times.
 
     Raises:
         ConfigError: the slices are too small.
@@ -101,18 +102,18 @@ def check_size(size: int, config: CodesConfig) -> None:
     if size < SMALLEST * 2 ** (config.codes_scales - 1):
         raise ConfigError(
             f"grid.size = {size} is too small for codes_scales = {config.codes_scales}, which "
-            f"need {SMALLEST * 2 ** (config.codes_scales - 1)}; change grid.size, or set "
+            f"needs {SMALLEST * 2 ** (config.codes_scales - 1)}; increase grid.size, or set "
             f"method.codes_scales to {int(math.log2(size / SMALLEST)) + 1} or less."
         )
 
 
 class StyleCodes(nn.Module):
-    """Trains the style stage and restyles source images as target ones.
+    """Train the style stage and restyle source images as target images.
 
     Args:
         config: the settings.
-        task: for the size and the number of slices of an image; a stack of several slices is
-            restyled as one, in one style.
+        task: the task, for image size and slices per image; a stack of slices is restyled as one,
+            in one style.
 
     Raises:
         ConfigError: the slices are too small for `codes_scales`.
@@ -140,15 +141,15 @@ class StyleCodes(nn.Module):
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
     def check(self, cases: Cases) -> dict[str, Adjustment]:
-        """At most as many clusters as target cases: more would hold slices of one case alone."""
+        """Limit clusters to the number of target cases, so that no cluster covers a single case."""
         if self.config.codes_clusters <= cases.target:
             return {}
-        reason = f"more clusters than target cases, of which training has {cases.target}, would "
-        reason += "each hold slices of one case"
+        reason = f"with more clusters than the {cases.target} target training cases, a cluster "
+        reason += "would hold slices of a single case"
         return {"codes_clusters": Adjustment(max(1, cases.target), reason)}
 
     def optimizers(self) -> dict[str, Optimizer]:
-        """Adam with betas (0.5, 0.9) for the generator and for all discriminators."""
+        """Return Adam with betas (0.5, 0.9) for the generator and for all discriminators."""
         discriminators = nn.ModuleList([self.d_source, self.d_target, self.d_content])
         betas = (0.5, 0.9)
         return {
@@ -159,7 +160,7 @@ class StyleCodes(nn.Module):
         }
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-        """One update of the generator, then one of the discriminators on the same fakes."""
+        """Update the generator, then the discriminators on the same fakes."""
         a = batch.source_images[: self.config.codes_batch]
         b = batch.target[: self.config.codes_batch]
         n, real = len(a), torch.cat([a, b])
@@ -167,7 +168,7 @@ class StyleCodes(nn.Module):
 
         content = g.content(real)
         style_a, style_b = g.style_source(a), g.style_target(b)
-        # One decoder call for aa, bb, ab, ba: instance norm keeps images of a batch apart.
+        # One decoder call for aa, bb, ab, ba: instance norm keeps images of a batch independent.
         images = g.decode(
             torch.cat([content, content]), torch.cat([style_a, style_b, style_b, style_a])
         )
@@ -179,7 +180,7 @@ class StyleCodes(nn.Module):
 
         with frozen(self.d_source, self.d_target, self.d_content):
             gan = lsgan_loss(self.d_target(ab), 1) + lsgan_loss(self.d_source(ba), 1)
-            content_gan = lsgan_loss(self.d_content(content), 0.5)  # neither domain's
+            content_gan = lsgan_loss(self.d_content(content), 0.5)  # ½: neither domain
         reconstruction, cycled = F.l1_loss(same, real), F.l1_loss(cycle, real)
         consistency = F.l1_loss(content_again, content.detach()) + F.l1_loss(
             style_again, torch.cat([style_a, style_b]).detach()
@@ -212,7 +213,7 @@ class StyleCodes(nn.Module):
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """Exponential moving average 0.999, faster at the start so that it forgets the init."""
+        """Update the moving average, faster at the start to forget the initialisation."""
         self.updates += 1
         done = int(self.updates)
         weight = 1 - min(0.999, (1 + done) / (10 + done))
@@ -222,7 +223,7 @@ class StyleCodes(nn.Module):
 
     @torch.no_grad()
     def finish(self, context: Context) -> None:
-        """Cluster the target's style codes by k-means and keep codes of each cluster."""
+        """Cluster the target's style codes with k-means and store codes of each cluster."""
         codes = torch.cat([self.average.style_target(x) for x in context.target_slices()])
         points = codes.float().cpu().numpy()
         rng = np.random.default_rng(0)  # the codes differ by seed; the clustering need not
@@ -236,7 +237,7 @@ class StyleCodes(nn.Module):
 
     @torch.no_grad()
     def restyle(self, images: Tensor) -> Tensor:
-        """Source images in styles drawn from the clusters by their share, (N, S, H, W)."""
+        """Restyle source images (N, S, H, W) in styles drawn from clusters by their share."""
         drawn = torch.multinomial(self.bank_share.cpu(), len(images), replacement=True)
         member = torch.randint(CODES, (len(images),))
         styles = self.bank[drawn.to(images.device), member.to(images.device)]

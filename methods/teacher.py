@@ -1,12 +1,13 @@
-"""Self-training by a mean teacher, a component of `mean_teacher` and `glua_self_training`.
+"""Mean teacher; a component of `mean_teacher` and `glua_self_training`.
 
-The teacher is the exponential moving average of the segmenter. On target images the segmenter,
-which sees them through random tone curves, is drawn to what the teacher says of them as they
-are, where the teacher is sure:
+The teacher is the exponential moving average of the segmenter. On target images, the student reads
+images recoloured by random tone curves and is trained towards the teacher's predictions on the
+original images, where the teacher is confident:
 
     L_cons = mean over pixels of [max_k q_k > τ] · mean over classes of (p - q)².
 
-Tarvainen and Valpola, NeurIPS 2017; confidence instead of a ramp: French et al., ICLR 2018.
+Tarvainen and Valpola, NeurIPS 2017; confidence threshold instead of a ramp: French et al., ICLR
+2018.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from glua_bench.config import setting
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """Settings of the self-training."""
+    """Settings of self-training."""
 
-    lambda_consistency: float = setting(3.0, "weight of the consistency", low=0, high=100)
+    lambda_consistency: float = setting(3.0, "weight of the consistency loss", low=0, high=100)
     confidence: float = setting(
-        0.968, "probability above which the teacher is believed", low=0, high=1
+        0.968, "minimum probability of a teacher prediction to train on", low=0, high=1
     )
     teacher_decay: float = setting(
-        0.99, "share of itself that the teacher keeps in an update", low=0, high=0.99999
+        0.99, "decay of the teacher's moving average per update", low=0, high=0.99999
     )
 
 
 class Teacher(nn.Module):
-    """The averaged segmenter, and the loss that it gives.
+    """Moving average of the segmenter, and the consistency loss.
 
     Args:
         segmenter: the student, whose weights are copied.
@@ -58,26 +59,26 @@ class Teacher(nn.Module):
         images: Tensor,
         logits: Callable[[Any, Tensor], Tensor] = lambda segmenter, x: segmenter(x).logits,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the student minimises on target images, and what to log of it.
+        """Return the student's loss on target images and the scalars to log.
 
         Args:
             student: the segmenter.
             images: (N, S, H, W).
-            logits: of a segmenter, the student or the teacher, and target images.
+            logits: function from a segmenter (student or teacher) and target images to logits.
         """
         with torch.no_grad():
             teacher = logits(self.segmenter, images).float().softmax(1)
         sure = (teacher.amax(1) > self.config.confidence).float()
         own = logits(student, augment.tone_curves(images)).float().softmax(1)
         consistency = (sure * (own - teacher).square().mean(1)).mean()
-        # A teacher that is sure of the background alone teaches to find nothing.
+        # Logged because a teacher that is confident only about background teaches nothing else.
         found = sure * (teacher.argmax(1) > 0)
         logs = {"consistency": consistency, "sure": sure.mean(), "sure_foreground": found.mean()}
         return self.config.lambda_consistency * consistency, logs
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
-        """Move the teacher after a step of the student; faster at first, to forget the start."""
+        """Update the teacher after a student step; faster at first to forget the initialisation."""
         self.updates += 1
         done = int(self.updates)
         keep = min(self.config.teacher_decay, done / (done + 9))

@@ -286,7 +286,7 @@ def test_missing_files_are_one_sentence(tmp_path: Path, domain: str, fault: str)
     if gone == 2:
         assert f"first {form.format(kinds[0], 5)} with {form.format('label', 5)}" in text
     ct = ("Abdomen/RawData.zip", "synapse.org", "syn3193805", "register", "img0001.nii.gz")
-    mr = ("CHAOS_Train_Sets.zip", "zenodo.3431873", "accept its licence", "MR/1/T2SPIR")
+    mr = ("CHAOS_Train_Sets.zip", "zenodo.3431873", "accepting its licence", "MR/1/T2SPIR")
     for part in (*(ct if domain == "ct" or fault == "nothing" else ()),
                  *(mr if domain == "mr" or fault == "nothing" else ())):  # fmt: skip
         assert part in text
@@ -576,24 +576,24 @@ def cut(file: Path) -> None:
 
 MASKS: dict[str, tuple[Callable[[Path], None], str]] = {
     # An early release of CHAOS had 80, 160, 240 and 255.
-    "early release": (grey(80), "grey level(s) 80,"),
-    "edge below": (grey(55), "grey level(s) 55,"),
-    "edge above": (grey(71), "grey level(s) 71,"),
-    "edge of the spleen": (grey(240), "grey level(s) 240,"),
-    "class numbers": (grey(2), "grey level(s) 2,"),
+    "early release": (grey(80), "grey level(s) 80 "),
+    "edge below": (grey(55), "grey level(s) 55 "),
+    "edge above": (grey(71), "grey level(s) 71 "),
+    "edge of the spleen": (grey(240), "grey level(s) 240 "),
+    "class numbers": (grey(2), "grey level(s) 2 "),
     "other size": (
         lambda file: Image.new("L", (SHAPE[1], SHAPE[0])).save(file),
         "is 36 pixels wide and 44 high but its slice has 44 columns and 36 rows",
     ),
-    "colours": (coloured, "256 grey levels"),
+    "colours": (coloured, "8-bit greyscale image"),
     "one bit": (
         lambda file: Image.new("1", (SHAPE[0], SHAPE[1]), 1).save(file),
-        "256 grey levels",
+        "8-bit greyscale image",
     ),
-    "deep": (lambda file: Image.new("I;16", SHAPE[:2], 63).save(file), "256 grey levels"),
-    "text": (lambda file: file.write_bytes(b"<html></html>"), "cannot be read as a PNG"),
-    "empty": (lambda file: file.write_bytes(b""), "cannot be read as a PNG"),
-    "cut": (cut, "cannot be read as a PNG"),
+    "deep": (lambda file: Image.new("I;16", SHAPE[:2], 63).save(file), "8-bit greyscale image"),
+    "text": (lambda file: file.write_bytes(b"<html></html>"), "cannot be read as PNG"),
+    "empty": (lambda file: file.write_bytes(b""), "cannot be read as PNG"),
+    "cut": (cut, "cannot be read as PNG"),
 }
 
 

@@ -191,8 +191,13 @@ def test_a_description_is_kept_as_it_reads(trained: Livers) -> None:
     again = written.with_name("again.yaml")
     again.write_text(Folder.described(written)(trained.root).carried()["dataset.yaml"])
     read = Folder.described(again)
-    assert read.told is not None and read.told.domains["ct"].test == ("007", "1e3", "08", "yes")
-    assert read.told.title == "äh: #1" and read.told.root == trained.root
+    assert read.description is not None and read.description.domains["ct"].test == (
+        "007",
+        "1e3",
+        "08",
+        "yes",
+    )
+    assert read.description.title == "äh: #1" and read.description.root == trained.root
     assert "comment" not in again.read_text()
 
 

@@ -159,7 +159,7 @@ def test_advents_discriminators_see_self_information() -> None:
     assert set(method.discriminators) == {"main", "aux"}
     p = torch.randn(1, 4, 2, 2).softmax(1)
     expected = -(p * p.log2()) / np.log2(4)
-    assert torch.allclose(method.aligned(p.log()), expected, atol=1e-6)
+    assert torch.allclose(method.discriminator_input(p.log()), expected, atol=1e-6)
     seen: list[Tensor] = []
     method.discriminators["main"].register_forward_hook(lambda _, given, out: seen.append(given[0]))
     step(method)

@@ -90,7 +90,9 @@ def test_another_process_reads_the_description_again(described: Path) -> None:
 
 def test_another_root_is_named_on_the_command_line(described: Path, tmp_path: Path) -> None:
     (tmp_path / "data").rename(tmp_path / "moved")
-    with pytest.raises(DataError, match="data is no directory: correct 'root' in .*tiny.yaml, or"):
+    with pytest.raises(
+        DataError, match="data is not a directory: correct 'root' in .*tiny.yaml, or"
+    ):
         load(described).cases("plain")
     moved = Registry("dataset", [described]).load("tiny")(tmp_path / "moved")
     assert len(moved.cases("plain")) == 4
@@ -117,10 +119,12 @@ def test_volumes_without_labels_serve_as_target(described: Path) -> None:
         (described.parent / f"data/truth/truth_of_inverted_{number}.nii.gz").unlink()
     own, lines = load(described), []
     own.prepare(lines.append)
-    assert lines == ["inverted: 2 of 4 volumes have no label and serve as target images only"]
+    assert lines == [
+        "inverted: 2 of 4 volumes have no label and are used only as target training images"
+    ]
     assert [case.label is None for case in own.cases("inverted")] == [True, True, False, False]
     (described.parent / "data/truth/truth_of_inverted_3.nii.gz").unlink()
-    with pytest.raises(DataError, match="inverted_3.nii.gz has no label but is a test case"):
+    with pytest.raises(DataError, match="inverted_3.nii.gz is a test case without a label"):
         own.cases("inverted")
 
 
@@ -132,12 +136,12 @@ def test_one_person_in_both_domains_is_one_subject(described: Path) -> None:
 
 def test_an_id_that_no_file_has_is_told(described: Path) -> None:
     described.write_text(TEXT.replace("test: [3]", "test: [13]"))
-    with pytest.raises(ConfigError, match="line 14: 'test' names 13, which is not among the files"):
+    with pytest.raises(ConfigError, match="line 14: 'test' lists 13, which is not among the files"):
         load(described).cases("plain")
 
 
 def test_without_a_description_it_says_how_to_get_one() -> None:
-    with pytest.raises(DataError, match="--dataset FILE.yaml, which `glua-bench new-dataset"):
+    with pytest.raises(DataError, match="--dataset FILE.yaml, written by `glua-bench new-data"):
         Folder()
 
 
@@ -209,6 +213,6 @@ def test_the_old_word_for_background_is_told(described: Path) -> None:
     own = load(described)
     own.prepare(said.append)
     assert [line.partition(": ")[2][:35] for line in said] == [
-        "'ignore' is called 'background' now"
+        "'ignore' is deprecated; rename it t"
     ] * 2
     assert own.reading_of("plain").ignored_values == (30,)

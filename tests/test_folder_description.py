@@ -99,9 +99,7 @@ def test_ignore_of_nnunet_is_unannotated_and_not_background(tmp_path: Path) -> N
     mr = describe(write(tmp_path, nnunet_text(tmp_path, labels, own=by_hand))).domains["mr"]
     assert mr.reading.unannotated_values == (4,) and mr.reading.ignored_values == ()
     for said in ("    values: {LIV: 1, SPL: 4}\n", "    background: [4]\n"):
-        with pytest.raises(
-            ConfigError, match="4 has two meanings, .* and 'unannotated', and a voxe"
-        ):
+        with pytest.raises(ConfigError, match="4 is used for both .* and 'unannotated'; give"):
             describe(write(tmp_path, nnunet_text(tmp_path, labels, own=said)))
 
 
@@ -119,7 +117,9 @@ def test_ignore_still_means_background_and_says_so(tmp_path: Path) -> None:
     assert told.domains["mr"].reading == describe(write(tmp_path, TEXT)).domains["mr"].reading
     (note,) = told.notes
     line = 1 + TEXT[: TEXT.index("background: [7]")].count("\n")
-    assert note.startswith(f"{file}, line {line}: 'ignore' is called 'background' now; rename it,")
+    assert note.startswith(
+        f"{file}, line {line}: 'ignore' is deprecated; rename it to 'background'"
+    )
 
 
 REGIONS = {"background": 0, "whole tumour": [1, 2, 3], "core": [2, 3], "enhancing": 3}
@@ -136,9 +136,7 @@ def test_a_region_of_nnunet_is_the_union_of_its_values(tmp_path: Path) -> None:
 
 def test_regions_that_overlap_are_no_classes(tmp_path: Path) -> None:
     both = WHOLE + "  TC: {title: core, values: 2}\n"
-    with pytest.raises(
-        ConfigError, match=r"value 2 has two meanings, WT and TC, .* under 'values'"
-    ):
+    with pytest.raises(ConfigError, match=r"value 2 is used for both WT and TC; .* under 'values'"):
         describe(write(tmp_path, nnunet_text(tmp_path, REGIONS, both)))
     apart = "    values: {WT: 1, TC: [2, 3]}\n"
     mr = describe(write(tmp_path, nnunet_text(tmp_path, REGIONS, both, apart))).domains["mr"]
@@ -149,48 +147,48 @@ def test_regions_that_overlap_are_no_classes(tmp_path: Path) -> None:
     ("old", "new", "said"),
     [
         ("  LIV:", "  mean:", "A structure cannot be called 'mean', as results call the average"),
-        ("name: own", "name: Own data", "line 1: 'Own data' cannot name a dataset; use lower"),
+        ("name: own", "name: Own data", "line 1: 'Own data' is not a valid dataset name; use"),
         ("plane: axial", "plane: axal", "line 2: 'plane' cannot be 'axal'; did you mean 'axial'?"),
         ("plane: axial", "plain: axial", "line 2: unknown 'plain'; did you mean 'plane'?"),
-        ("field_of_view: 320", "", "'field_of_view' is missing, the side of the window in mm"),
+        ("field_of_view: 320", "", "'field_of_view' is missing; add the side of the window in mm"),
         ("field_of_view: 320", "field_of_view: -1", "line 3: grids.quick.spacing = -0.015625 is"),
         ("values: 1}", "value: 1}", "line 6: unknown 'value' in 'LIV' in 'classes'; did you mean"),
-        ("values: 1}", "values: 0}", "'values' must be a label value or a list of them, whole"),
-        ("values: 1}", "values: true}", "numbers without 0, which is background; it is True."),
-        ("values: 1}", "values: [1, x]}", "which is background; it is [1, 'x']."),
+        ("values: 1}", "values: 0}", "'values' must be a nonzero integer or a list of them (0"),
+        ("values: 1}", "values: true}", "or a list of them (0 is background), not True."),
+        ("values: 1}", "values: [1, x]}", "(0 is background), not [1, 'x']."),
         ("  LIV:", "  Background:", "A structure cannot be called 'Background', which is what no"),
         ("  LIV:", "  ignore:", "A structure cannot be called 'ignore', which is nnU-Net's word"),
-        ("values: 1}", "values: one}", "numbers without 0, which is background; it is 'one'."),
-        ("values: 1}", "values: 4}", "the label value 4 has two meanings, LIV and SPL, and a"),
+        ("values: 1}", "values: one}", "or a list of them (0 is background), not 'one'."),
+        ("values: 1}", "values: 4}", "label value 4 is used for both LIV and SPL; give each"),
         ("  LIV: {title: liver, values: 1}", "  LIV:", "'LIV' in 'classes' must be a mapping of"),
-        ('"#112233"', '"red"', "'red' is no colour; write it as \"#rrggbb\", quoted."),
+        ('"#112233"', '"red"', "'red' is not a colour; write \"#rrggbb\", quoted."),
         ('"#112233"', "#112233", "expected ',' or '}'"),
-        ("window: [-125, 275]", "window: [275, -125]", "'window' must rise, as in [-125, 275]."),
+        ("window: [-125, 275]", "window: [275, -125]", "'window' must be increasing, such as"),
         ("window: [-125, 275]", "window: [-125]", "'window' must be a list of 2 numbers"),
-        ("[1, 99]", "[1, 199]", "'percentiles' must rise from 0 to 100"),
-        ("[1, 99]", "[1, 99]\n    window: [0, 1]", "give 'window' or 'percentiles', not both."),
+        ("[1, 99]", "[1, 199]", "'percentiles' must be increasing within 0 to 100"),
+        ("[1, 99]", "[1, 99]\n    window: [0, 1]", "give either 'window' or 'percentiles', not"),
         (
             "table: mr.csv",
             "",
-            "domain 'mr' needs one of 'images' (a pattern), 'table' (a CSV file)",
+            "domain 'mr' needs exactly one of 'images' (a pattern), 'table' (a CSV file)",
         ),
-        ("table: mr.csv", "table: mr.csv\n    images: '*.nii'", "and has images and table."),
-        ("LIV: 63", "LVI: 63", "line 16: 'LVI' is none of the classes; did you mean 'LIV'?"),
-        ("LIV: 63", "LIV: 7", "the label value 7 has two meanings, LIV and 'background', and"),
+        ("table: mr.csv", "table: mr.csv\n    images: '*.nii'", "but has images and table."),
+        ("LIV: 63", "LVI: 63", "line 16: 'LVI' is not a class; did you mean 'LIV'?"),
+        ("LIV: 63", "LIV: 7", "label value 7 is used for both LIV and 'background'; give"),
         ("background: [7]", "ignore: [x]", "'ignore' must be a list of label values."),
-        ("  mr:", "  m-r:", "'m-r' cannot name a domain; use lower-case letters, digits and _."),
+        ("  mr:", "  m-r:", "'m-r' is not a valid domain name; use lower-case letters"),
         ("  mr:", "  ct:", "line 13: 'ct' is given twice; keep one."),
-        ("name: own", "name: own\ndirections: [mr-pet]", "'mr-pet' is no direction; did you mean"),
-        ("background: [7]", "val: [1]\n    test: [2, 1]", "1 is in 'val' and in 'test'; keep one."),
+        ("name: own", "name: own\ndirections: [mr-pet]", "'mr-pet' is not a direction; did you"),
+        ("background: [7]", "val: [1]\n    test: [2, 1]", "1 is in both 'val' and 'test'; remove"),
         (
             "background: [7]",
             "spacing: [1, 1, -1]",
-            "'spacing' must be mm for each axis, 0 where the",
+            "'spacing' must be three lengths in mm, 0 to keep",
         ),
         (
             "background: [7]",
             "stored: {slices: 1, rows: 1}",
-            "'slices' and 'rows' are two of the axes",
+            "'slices' and 'rows' must be two different axes",
         ),
     ],
 )
@@ -204,11 +202,11 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, old: str, new: str, said: str
 
 
 def test_a_domain_alone_is_no_task(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="line 8: 'domains' needs two or more, a source and a ta"):
+    with pytest.raises(ConfigError, match="line 8: 'domains' needs at least two, a source and a t"):
         describe(write(tmp_path, TEXT[: TEXT.index("  mr:")]))
 
 
 def test_a_class_without_a_value_is_told_with_its_domain(tmp_path: Path) -> None:
     text = TEXT.replace("title: liver, values: 1", "title: liver")
-    with pytest.raises(ConfigError, match="no label value is given for LIV; add it under 'values'"):
+    with pytest.raises(ConfigError, match="LIV has no label value; add it under 'values', here"):
         describe(write(tmp_path, text))

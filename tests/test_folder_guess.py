@@ -64,9 +64,9 @@ def test_patterns_are_found(paths: list[str], expected: tuple[str, str | None]) 
 
 
 def test_paths_without_a_pattern_are_told() -> None:
-    with pytest.raises(DataError, match="No pattern finds a/1.nii, a/b/1.nii and the others"):
+    with pytest.raises(DataError, match="No pattern matches exactly a/1.nii, a/b/1.nii and"):
         guess_patterns(["a/1.nii", "a/b/1.nii"])
-    with pytest.raises(DataError, match="or describe them by a table"):
+    with pytest.raises(DataError, match="or list them in a table"):
         guess_patterns(["a/1.nii", "a/2.nii"], lambda images, labels: False)
 
 

@@ -56,14 +56,10 @@ def test_the_first_star_is_the_id(
 @pytest.mark.parametrize(
     ("images", "labels", "said"),
     [
-        ("*.mha", None, "holds no file like \\*.mha .*: correct the pattern"),
-        (
-            "*_i.nii",
-            "*_x.nii",
-            "holds no file like \\*_x.nii .*: correct the pattern of the labels.",
-        ),
-        ("*_i.nii", "*_l.nii", "c_l.nii is the label of no image like \\*_i.nii"),
-        ("*_?.nii", None, "a_i.nii and .*a_l.nii are both 'a' by the pattern"),
+        ("*.mha", None, "matches \\*.mha .*: correct the pattern"),
+        ("*_i.nii", "*_x.nii", "matches \\*_x.nii .*: correct the label pattern."),
+        ("*_i.nii", "*_l.nii", "c_l.nii has no image that matches \\*_i.nii"),
+        ("*_?.nii", None, "a_i.nii and .*a_l.nii have the same id 'a' by the pattern"),
     ],
 )
 def test_patterns_that_do_not_fit_are_told(
@@ -77,9 +73,13 @@ def test_patterns_that_do_not_fit_are_told(
 @pytest.mark.parametrize(
     ("images", "labels", "said"),
     [
-        ("*.nii", "*.nii", "'labels' is the pattern of the images; give the labels their own"),
-        ("a.nii", None, "'images' needs a * where the case's id stands, as in ct/*.nii.gz"),
-        ("**/a.nii", None, "'images' needs a * where the case's id stands, as in ct/*.nii.gz"),
+        (
+            "*.nii",
+            "*.nii",
+            "'images' and 'labels' have the same pattern; give the labels their own",
+        ),
+        ("a.nii", None, "'images' needs a * in place of the case's id, as in ct/*.nii.gz"),
+        ("**/a.nii", None, "'images' needs a * in place of the case's id, as in ct/*.nii.gz"),
         ("*.nii", "/x/*.nii", "'labels' must be relative to the root, without .."),
         ("../*.nii", None, "'images' must be relative to the root, without .."),
         ("a**/b?.nii", None, ""),
@@ -110,11 +110,11 @@ def test_a_table_names_files_subjects_and_splits(tmp_path: Path) -> None:
     [
         ("id,file\n", "has the columns id, file: give image and label"),
         ("", "has the columns none: give image"),
-        ("image,label\n", "has no row: list the cases in it"),
-        ("image,label\n,a.nii\n", "line 2, names no image: fill the column"),
-        ("image,label\nno.nii,\n", "no.nii of .*ct.csv, line 2, is not there: correct the path"),
+        ("image,label\n", "has no rows: list the cases in it"),
+        ("image,label\n,a.nii\n", "line 2, has no image: fill in the column"),
+        ("image,label\nno.nii,\n", "no.nii .*ct.csv, line 2. does not exist: correct the path"),
         ("image,split\na.nii,training\n", "line 2, has the split 'training': use train, val, test"),
-        ("image\na.nii\na.nii\n", "line 3, names 'a' again: give each case one line"),
+        ("image\na.nii\na.nii\n", "line 3, repeats 'a': give each case one line"),
     ],
 )
 def test_tables_that_cannot_be_used_are_told(tmp_path: Path, text: str, said: str) -> None:
@@ -162,27 +162,27 @@ def test_files_that_dataset_json_lists_are_taken(tmp_path: Path) -> None:
     (found,) = by_nnunet(folder)
     assert found.id == "one" and found.label == folder / "labelsTr/c_2.nii.gz"
     folder = nnunet(tmp_path, dataset={"one": {**entry, "label": "labelsTr/none.nii.gz"}})
-    with pytest.raises(DataError, match="none.nii.gz is not there, though .*dataset.json names it"):
+    with pytest.raises(DataError, match="none.nii.gz, listed in .*dataset.json, does not exist"):
         by_nnunet(folder)
     with pytest.raises(DataError, match="lists no channel 3 or no label for 'one'"):
         by_nnunet(folder, channel=3)
 
 
 def test_nnunet_s_faults_are_told(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="dataset.json cannot be read .*: name a folder Dataset###"):
+    with pytest.raises(DataError, match="dataset.json cannot be read .*: give a nnU-Net folder"):
         by_nnunet(tmp_path)
     folder = nnunet(tmp_path)
-    with pytest.raises(DataError, match="holds no file like CASE_0002.nii.gz: check the folder"):
+    with pytest.raises(DataError, match="matches CASE_0002.nii.gz: check the folder"):
         by_nnunet(folder, channel=2)
-    with pytest.raises(DataError, match="splits_final.json cannot be read .* leave 'fold' out"):
+    with pytest.raises(DataError, match="splits_final.json cannot be read .* remove 'fold'"):
         by_nnunet(folder, fold=0)
     (folder / "splits_final.json").write_text(json.dumps([{"val": ["x"]}]))
-    with pytest.raises(DataError, match="names 'x', which .* does not hold"):
+    with pytest.raises(DataError, match="lists 'x', which is not in"):
         by_nnunet(folder, fold=0)
     with pytest.raises(DataError, match="has no fold 4 with a list 'val'"):
         by_nnunet(folder, fold=4)
     (folder / "dataset.json").write_text("[]")
-    with pytest.raises(DataError, match="is no table of names and values"):
+    with pytest.raises(DataError, match="is not a JSON object"):
         by_nnunet(folder)
 
 
@@ -197,9 +197,9 @@ def test_nnunet_s_faults_are_told(tmp_path: Path) -> None:
         ({"whole": [1, 2], "core": [2]}, {"whole": (1, 2), "core": (2,)}),
         ({"0": "background", "1": "liver", "2": "ignore"}, {"liver": (1,)}),
         ({"liver": 1.0}, {"liver": (1,)}),
-        ({"liver": 1.5}, "has the label 'liver' of 1.5: give integers"),
-        ({"liver": "one"}, "has the label 'liver' of one: give integers"),
-        (None, "has no table 'labels'"),
+        ({"liver": 1.5}, "Label 'liver' in .* has the value 1.5: give integers"),
+        ({"liver": "one"}, "Label 'liver' in .* has the value one: give integers"),
+        (None, "has no object 'labels'"),
     ],
 )
 def test_nnunet_s_labels(tmp_path: Path, labels: object, expected: object) -> None:
@@ -276,7 +276,7 @@ def test_linked_directories_and_brackets_are_as_good_as_others(tmp_path: Path) -
 
 def test_one_case_in_training_and_test_is_told(tmp_path: Path) -> None:
     folder = touch(nnunet(tmp_path), "imagesTs/c_1_0000.nii.gz", "labelsTs/c_1.nii.gz")
-    with pytest.raises(DataError, match="imagesTs/c_1_0000.nii.gz are both 'c_1': keep one of th"):
+    with pytest.raises(DataError, match="imagesTs/c_1_0000.nii.gz have the same id 'c_1': remove"):
         by_nnunet(folder)
 
 
@@ -332,16 +332,16 @@ def test_the_decathlon_s_folders_are_read_as_they_are(tmp_path: Path) -> None:
         (
             {"modality": {"0": "FLAIR", "1": "T1w"}},
             0,
-            "holds 2 modalities in each 4-D file: split them by `nnUNetv2_convert_MSD_dataset",
+            "holds 2 modalities in each 4-D file: split them with `nnUNetv2_convert_MSD_dataset",
         ),
-        ({}, 1, "has one modality, so there is no channel 1"),
-        ({"training": [{"label": "x"}]}, 0, "lists .* under 'training': give the files' paths"),
+        ({}, 1, "has a single modality and no channel 1"),
+        ({"training": [{"label": "x"}]}, 0, "lists .* under 'training': give file paths"),
         (
             {"training": [{"image": "./imagesTr/none.nii.gz"}]},
             0,
-            "none.nii.gz is not there, though .* names it",
+            "none.nii.gz, listed in .*, does not exist",
         ),
-        ({"training": []}, 0, "imagesTr holds no file like CASE_0000.nii.gz"),
+        ({"training": []}, 0, "imagesTr matches CASE_0000.nii.gz"),
     ],
 )
 def test_the_decathlon_s_faults_are_told(

@@ -163,8 +163,8 @@ def test_activations_are_the_authors(reference: Reference) -> None:
     """Source and target pass, and both discriminators, with the statistics of each batch."""
     method, batch = Reproduced(reference), images(reference)
     align, segmenter = method.alignment, method.segmenter
-    source = align.see(segmenter, batch.source_images, "source")
-    target = align.see(segmenter, batch.target, "target")
+    source = align.segment(segmenter, batch.source_images, "source")
+    target = align.segment(segmenter, batch.target, "target")
     assert target.scores is not None and target.gain is not None
     outputs = {
         "src/x4": source.features,
@@ -217,7 +217,7 @@ def test_losses_and_gradients_are_the_authors(reference: Reference) -> None:
     align, segmenter = method.alignment, method.segmenter
     deviations = {}
 
-    source = align.see(segmenter, batch.source_images, "source")
+    source = align.segment(segmenter, batch.source_images, "source")
     logits = source.segmented.logits
     labels = batch.source_labels
     dice, segmentation = squared_dice_loss(logits, labels), balanced_loss(logits, labels)
@@ -227,7 +227,7 @@ def test_losses_and_gradients_are_the_authors(reference: Reference) -> None:
         deviations[f"grad/{name}"] = deviation(reference[f"grad/{name}"], gradient)
 
     with frozen(align):
-        target = align.see(segmenter, batch.target, "target")
+        target = align.segment(segmenter, batch.target, "target")
         adv, logs = align.loss(target)
         # The same pass in single steps, for the gradients in between.
         assert target.scores is not None
@@ -399,8 +399,8 @@ def test_the_evaluation_with_the_gain_is_the_authors(reference: Reference, kind:
             iterations(method, reference)
     method.eval()
     image = images(reference).target[:1]
-    seen = method.alignment.see(method.segmenter, image, "target")
-    plain = method.alignment.see(method.segmenter, image, "source")
+    seen = method.alignment.segment(method.segmenter, image, "target")
+    plain = method.alignment.segment(method.segmenter, image, "source")
     assert seen.scores is not None and seen.gain is not None
     prefix = f"eval_{kind}/"
     found = {
@@ -449,7 +449,7 @@ def test_the_local_part_alone_is_the_authors(reference: Reference) -> None:
         fill(align.feature.parameters(), reference, "part/D1/")
         fill(align.output.parameters(), reference, "init/D2/")
         x = torch.from_numpy(reference["part/x"]).requires_grad_()
-        seen = align.see(stub, x, "target")
+        seen = align.segment(stub, x, "target")
         assert seen.scores is not None and seen.gain is not None
         masked = seen.segmented.features[-1]
         adv, logs = align.loss(seen)
@@ -525,9 +525,9 @@ def test_swapped_labels_are_seen(reference: Reference, monkeypatch: pytest.Monke
 def test_a_gain_on_source_features_is_seen(
     reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    see = LocalAlignment.see
+    see = LocalAlignment.segment
     monkeypatch.setattr(
-        LocalAlignment, "see", lambda self, net, x, domain: see(self, net, x, "target")
+        LocalAlignment, "segment", lambda self, net, x, domain: see(self, net, x, "target")
     )
     assert gradients_after(Reproduced(reference), reference) > 1000
 
@@ -535,7 +535,7 @@ def test_a_gain_on_source_features_is_seen(
 def test_d1_on_masked_features_is_seen(
     reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    see = LocalAlignment.see
+    see = LocalAlignment.segment
 
     def masked(self: LocalAlignment, net: Any, x: Tensor, domain: Any) -> Aligned:
         seen = see(self, net, x, domain)
@@ -544,7 +544,7 @@ def test_d1_on_masked_features_is_seen(
         features = seen.features * seen.gain
         return seen._replace(features=features, scores=self.feature(features))
 
-    monkeypatch.setattr(LocalAlignment, "see", masked)
+    monkeypatch.setattr(LocalAlignment, "segment", masked)
     assert discriminators_after(Reproduced(reference), reference) > 1000
     assert gradients_after(Reproduced(reference), reference) > 1000
 
@@ -552,7 +552,7 @@ def test_d1_on_masked_features_is_seen(
 def test_all_dilations_are_seen(reference: Reference) -> None:
     method = Reproduced(reference)
     method.segmenter.head.summed = 4
-    seen = method.alignment.see(method.segmenter, images(reference).source_images, "source")
+    seen = method.alignment.segment(method.segmenter, images(reference).source_images, "source")
     assert deviation(reference["src/pred_lowres"], low(method.segmenter, seen)) > 1000
 
 
@@ -582,5 +582,5 @@ def test_no_entry_of_the_reference_is_left_out(reference: Reference) -> None:
 
 
 def test_a_segmenter_without_an_encoder_is_told() -> None:
-    with pytest.raises(ConfigError, match="has no end of an encoder, where GLUA's gain acts; use"):
+    with pytest.raises(ConfigError, match="has no encoder output for GLUA's gain; use"):
         LocalAlignment(TASK, AlignmentConfig(), nn.Conv2d(1, 5, 1))

@@ -239,7 +239,7 @@ def test_the_constant_gain_is_that_of_a_score_at_chance() -> None:
 @pytest.mark.parametrize("form", GAINS)
 def test_the_gain_multiplies_features_of_the_target(form: str, at: str) -> None:
     made, unet = alignment(gain=form, gain_at=at)
-    seen = made.see(unet, images(2), "target")
+    seen = made.segment(unet, images(2), "target")
     *skips, features = unet.encode(images(2))
     gain = GAINS[form](made.feature(features))
     if at == "skips":
@@ -258,7 +258,7 @@ def test_the_gain_multiplies_features_of_the_target(form: str, at: str) -> None:
 @pytest.mark.parametrize("form", GAINS)
 def test_the_gain_leaves_the_source_alone(form: str, at: str) -> None:
     made, unet = alignment(gain=form, gain_at=at)
-    seen, plain = made.see(unet, images(2), "source"), unet(images(2))
+    seen, plain = made.segment(unet, images(2), "source"), unet(images(2))
     assert torch.equal(seen.segmented.logits, plain.logits)
     assert seen.gain is None and seen.scores is None
 
@@ -271,7 +271,7 @@ def test_the_gain_at_the_skips_reaches_every_map() -> None:
         unet.decode = lambda found, size, at=at, decode=unet.decode: (  # type: ignore[method-assign]
             maps.setdefault(at, found) and decode(found, size)
         )
-        made.see(unet, images(2), "target")
+        made.segment(unet, images(2), "target")
     plain = unet.encode(images(2))
     for at, changed in (("end", [False, False, True]), ("skips", [True, True, True])):
         pairs = zip(maps[at], plain, strict=True)
@@ -312,7 +312,7 @@ def aligned(scores: Tensor) -> Aligned:
 
 def test_each_weight_scales_its_own_loss() -> None:
     made, unet = alignment(lambda_feature=0.5, lambda_output=0.25)
-    seen = made.see(unet, images(2), "target")
+    seen = made.segment(unet, images(2), "target")
     loss, logs = made.loss(seen)
     torch.testing.assert_close(logs["align_feature"], made.feature(seen.features).square().mean())
     p = seen.segmented.logits.softmax(1)
@@ -360,8 +360,8 @@ def test_without_a_mask_every_place_counts_alike() -> None:
 def test_discriminators_learn_the_domains_and_touch_nothing_else(form: str) -> None:
     """Source → 0, target → 1."""
     made, unet = alignment(gain=form, lr_d=1e-2)
-    source = made.see(unet, images(2), "source")
-    target = made.see(unet, images(2, 1) * 0.3 + 0.4, "target")
+    source = made.segment(unet, images(2), "source")
+    target = made.segment(unet, images(2, 1) * 0.3 + 0.4, "target")
     context = Context(Stage(), 0, 10, {"alignment": made.optimizer()}, lambda: iter(()))
     first = made.update(source, target, context)
     for _ in range(150):
@@ -558,7 +558,7 @@ def test_repeated_steps_are_for_deeplab(method: type[Method], name: str) -> None
     with pytest.raises(ConfigError, match=r"method\.optimizer = sgd-repeated .* set") as error:
         build(method, task, optimizer="sgd-repeated")
     said = str(error.value)
-    assert f"segmenter.name is '{name}'" in said and said.endswith(".") and "\n" not in said
+    assert f"not '{name}'" in said and said.endswith(".") and "\n" not in said
 
 
 # -- DeepLab --------------------------------------------------------------------------------------
@@ -965,7 +965,7 @@ def test_there_are_at_most_as_many_clusters_as_target_cases(
         found = runs.adjusted(config, built, chosen, lines.append)
         assert found.method_config == {**asdict(built.config), "codes_clusters": expected}
         assert len(lines) == 1
-        assert lines[0].startswith(f"method.codes_clusters is {expected} instead of 3: more clust")
+        assert lines[0].startswith(f"method.codes_clusters is {expected} instead of 3: with more")
 
 
 def test_the_default_style_takes_any_number_of_cases() -> None:
@@ -979,7 +979,7 @@ def test_slices_too_small_for_style_codes_are_declined(
     """In a sentence before training, instead of a kernel's size in the midst of it."""
     task = replace(TASK, size=size)
     config = replace(GLUA.Config(), codes_scales=scales, codes_width=4, adgan_width=4)
-    said = f"grid.size = {size} is too small .* need {16 * 2 ** (scales - 1)}; .* to {fitting} or"
+    said = f"grid.size = {size} is too small .* needs {16 * 2 ** (scales - 1)}; .* to {fitting} or"
     with pytest.raises(ConfigError, match=said):
         GLUA(task, replace(config, style="codes"))
     built = GLUA(task, replace(config, style="codes", codes_scales=fitting))

@@ -176,7 +176,7 @@ def test_missing_files_are_one_sentence(tmp_path: Path, fault: str) -> None:
         str(root),
         "MM-WHS 2017 challenge",
         "register",
-        "accept its terms",
+        "accepting its terms",
         "ct_train_1001_image.nii.gz",
         "mr_train_1020_label.nii.gz",
     ):

@@ -221,7 +221,7 @@ def test_what_is_no_record_is_one_sentence(tmp_path):
         file.write_bytes(content)
         with pytest.raises(DataError) as error:
             read_slice(file)
-        sentence(error, file, "no intact TFRecord file")
+        sentence(error, file, "not a valid TFRecord file")
     with pytest.raises(DataError) as error:
         read_slice(tmp_path)
     sentence(error, tmp_path, "permissions")
@@ -267,7 +267,7 @@ FAULTS: dict[str, tuple[dict[str, bytes | None], str]] = {
     "label of NaN": ({"label_vol": octets(NAN)}, "finite"),
     "label 6": (
         {"label_vol": octets(np.full((SIDE, SIDE, 3), 6, "<f4").tobytes())},
-        "label value(s) 6 ",
+        "label value(s) 6, ",
     ),
     "label 1.5": (
         {"label_vol": octets(np.full((SIDE, SIDE, 3), 1.5, "<f4").tobytes())},
@@ -564,7 +564,7 @@ def test_a_domain_without_test_volumes_is_a_source(tmp_path):
     dataset = MMWHSSIFA(root)
     lines: list[str] = []
     dataset.prepare(lines.append)
-    assert "mr: no test volumes, so it can be the source and not the target" in lines
+    assert "mr: no test volumes, so it can only be the source" in lines
     assert not dataset.split("mr", "test") and len(dataset.split("ct", "test")) == 4
 
 

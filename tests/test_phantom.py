@@ -248,7 +248,7 @@ def test_foreign_files_are_refused_and_left_alone(tmp_path: Path) -> None:
     foreign.write_bytes(b"a patient")
     with pytest.raises(DataError) as error:
         Phantom(tmp_path).prepare()
-    assert "not of a phantom" in one_sentence(error)
+    assert "files of something else" in one_sentence(error)
     assert snapshot(tmp_path) == {"ct_train/ct_train_1001_image.nii.gz": b"a patient"}
 
 

@@ -30,8 +30,8 @@ from glua_bench.methods.sifa import (
     SIFA,
     SIFAConfig,
     TensorFlowAdam,
+    batch_norm_momenta,
     discriminator_loss,
-    momenta,
     sifa_cross_entropy,
     sifa_dice_loss,
 )
@@ -187,7 +187,7 @@ def forward(
         "dice": sifa_dice_loss(own, labels),
         "ce_ll": sifa_cross_entropy(low_own, labels),
         "dice_ll": sifa_dice_loss(low_own, labels),
-        "l2": 1e-4 * method.half_square(),
+        "l2": 1e-4 * method.half_squared_norm(),
         "d_A": method.loss_d_a(a, cycle_a, pool_a),
         "d_B": discriminator_loss(method.d_b, b, pool_b),
         "d_P": discriminator_loss(method.d_p, own, masks["pred_mask_b"]),
@@ -342,7 +342,7 @@ def test_moving_averages_count_the_authors_passes(
     reference: dict[str, np.ndarray], method: SIFA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counting each of the five passes once is found out."""
-    monkeypatch.setattr(sifa, "momenta", lambda runs: [0.1] * 5)
+    monkeypatch.setattr(sifa, "batch_norm_momenta", lambda runs: [0.1] * 5)
     table = stepped(reference, method, monkeypatch)
     assert {n for n, value in table.items() if value > 0.01} == {n for n in table if is_average(n)}
 
@@ -353,7 +353,7 @@ def test_momenta_make_averages_those_of_repeated_passes() -> None:
     for place in range(1, 7):
         (value,) = (v for v, places in zip(values, runs, strict=True) if place in places)
         repeated += 0.1 * (value - repeated)
-    for value, momentum in zip(values, momenta(runs), strict=True):
+    for value, momentum in zip(values, batch_norm_momenta(runs), strict=True):
         passed += momentum * (value - passed)
     assert passed == pytest.approx(repeated, rel=1e-12)
 
@@ -385,9 +385,9 @@ def test_adam_is_tensorflows(place: int, of: int) -> None:
 def test_one_count_of_updates_serves_the_six_adversarial_networks() -> None:
     shared, separate = (build(shared_adam=s).optimizers() for s in (True, False))
     assert list(shared) == [*ADVERSARIAL, "segmentation"] == list(separate)
-    places = [(shared[name].place, shared[name].of) for name in shared]
+    places = [(shared[name].index, shared[name].sharing) for name in shared]
     assert places == [(0, 6), (1, 6), (2, 6), (3, 6), (4, 6), (5, 6), (0, 1)]
-    assert {(o.place, o.of) for o in separate.values()} == {(0, 1)}
+    assert {(o.index, o.sharing) for o in separate.values()} == {(0, 1)}
 
 
 @pytest.mark.parametrize("kind", ["constant", "zero", "empty", "two values"])
@@ -434,7 +434,7 @@ def test_networks_keep_the_size(size: int) -> None:
 
 def test_slices_that_the_stride_does_not_divide_are_refused() -> None:
     task = TaskInfo("odd", STRUCTURES, 60, SegmenterSpec("unet", 4, 3), 2)
-    with pytest.raises(ConfigError, match="divisible by 8.*odd have 60 pixels"):
+    with pytest.raises(ConfigError, match="divisible by 8.*odd is 60"):
         SIFA(task, SIFAConfig())
     with pytest.raises(ConfigError, match="width_encoder = 3"):
         build(width_encoder=3)

@@ -2,11 +2,11 @@
 (() => {
   const root = document.documentElement;
   const remembered = (value) => {
-    // Storage may be forbidden to a page that was opened as a file.
+    // Pages opened as files may have no access to storage.
     try {
       if (value === undefined) return localStorage.getItem("glua-bench-theme");
       localStorage.setItem("glua-bench-theme", value);
-    } catch (error) { /* the choice is then forgotten */ }
+    } catch (error) { /* the theme is not remembered */ }
     return null;
   };
   const before = remembered();
