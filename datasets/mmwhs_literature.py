@@ -10,10 +10,10 @@ from typing import ClassVar
 import nibabel as nib
 import numpy as np
 
-from glua_bench.cache import cache_root
+from glua_bench.cache import OPTION, cache_root
 from glua_bench.datasets.mmwhs import MMWHS
-from glua_bench.datasets.placed import placed
-from glua_bench.errors import DataError
+from glua_bench.errors import DataError, reason
+from glua_bench.files import replacing
 from glua_bench.formats import load_nifti, open_volume
 from glua_bench.task import Case, Grid, Reading
 from glua_bench.volumes import read_label_volume
@@ -60,7 +60,8 @@ class MMWHSLiterature(MMWHS):
             report: receives one line at a time about progress.
 
         Raises:
-            DataError: files are missing or cannot be used, or the cache cannot be written.
+            DataError: files are missing or cannot be used.
+            RunFailure: the cache cannot be written.
         """
         super().prepare(report)
         for domain in self.domains():
@@ -93,15 +94,13 @@ class MMWHSLiterature(MMWHS):
         box = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
         for source, target in ((case.truth, cropped.truth), (case.image, cropped.image)):
             try:
-                with placed(target) as unfinished:
-                    volume = load_nifti(source)
-                    nib.save(volume.slicer[box], unfinished)
+                crop = load_nifti(source).slicer[box]
             except (OSError, EOFError) as error:
                 raise DataError(
-                    f"The crop of {source} cannot be written to {target.parent} "
-                    f"({getattr(error, 'strerror', None) or error}): check the file, and the "
-                    "space of the cache (GLUA_BENCH_CACHE)."
+                    f"{source} cannot be read ({reason(error)}): replace it."
                 ) from error
+            with replacing(target, OPTION) as unfinished:
+                nib.save(crop, unfinished)
 
 
 def _cropped(case: Case) -> Case:

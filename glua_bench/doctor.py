@@ -11,14 +11,13 @@ from pathlib import Path
 from glua_bench import __version__
 from glua_bench.cache import cache_root
 from glua_bench.console import next_command
-from glua_bench.errors import UserError
+from glua_bench.errors import UserError, without_password
 from glua_bench.registry import GROUPS, Registry
 from glua_bench.tracking import (
     check_tracker,
     list_runs,
     tracking_uri,
     versions,
-    without_password,
 )
 
 

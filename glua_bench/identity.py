@@ -47,6 +47,7 @@ NO_RESULT: Mapping[str, str] = {
     f"{PACKAGE}.documents": "reads descriptions of datasets, which count by what they say",
     f"{PACKAGE}.errors": "the types of what is refused",
     f"{PACKAGE}.facts": "measures images for `carried`",
+    f"{PACKAGE}.files": "places what was computed",
     f"{PACKAGE}.identity": "names what counts",
     f"{PACKAGE}.interruption": "ends a process; the run goes on in another as if it had not",
     f"{PACKAGE}.registry": "finds the classes that count",

@@ -26,7 +26,7 @@ from typing import Any
 
 from glua_bench.documents import SUFFIXES as DESCRIPTIONS
 from glua_bench.documents import read_document
-from glua_bench.errors import PluginError, UserError
+from glua_bench.errors import PluginError, UserError, reason
 from glua_bench.paths import ARTIFACTS, SWEEPS, name_fault
 
 GROUPS = {
@@ -189,7 +189,7 @@ class Registry:
         except (Exception, SystemExit) as error:  # a plugin may raise anything on import
             raise PluginError(
                 f"The {self.kind} '{name}' from {entry.origin} cannot be imported "
-                f"({type(error).__name__}: {_one_line(error)}); repair or remove it."
+                f"({type(error).__name__}: {reason(error)}); repair or remove it."
             ) from error
         base = _base_class(self.kind)
         if not (isinstance(loaded, type) and issubclass(loaded, base)):
@@ -230,7 +230,7 @@ def _describe_entry_point(kind: str, point: EntryPoint) -> Entry:
         if node is None:
             raise PluginError(f"{path.name} defines no class {class_name}")
     except Exception as error:  # listing survives whatever a plugin's package does
-        text = f"{type(error).__name__}: {_one_line(error)}"
+        text = f"{type(error).__name__}: {reason(error)}"
         return Entry(kind, point.name, origin, point.value, error=text)
     summary, attributes = _describe_class(node)
     return Entry(kind, point.name, origin, point.value, summary, attributes)
@@ -243,7 +243,7 @@ def _describe_file(kind: str, path: Path) -> list[Entry]:
         nodes = _class_nodes(path)
     except (OSError, SyntaxError, ValueError) as error:
         raise PluginError(
-            f"The plugin file {path} cannot be read as Python ({_one_line(error)}); repair it."
+            f"The plugin file {path} cannot be read as Python ({reason(error)}); repair it."
         ) from error
     # A class counts when it extends the contract, a built-in of the kind, or one before it.
     known = {_BASES[kind], *_imported_from(path, GROUPS[kind])}
@@ -352,7 +352,3 @@ def _import_file(path: Path) -> Any:
         del sys.modules[name]
         raise
     return module
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or "no message"
