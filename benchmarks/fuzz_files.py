@@ -640,12 +640,13 @@ def _of_cache(cache: Any, case: Any, data: Any, grid: Any) -> Iterator[str]:
     """What is wrong with the entries that were made."""
     if not cache.root.exists():
         return
-    left = [file.name for file in (cache.root / "unfinished").glob("*")]
+    left = [file.name for file in cache.root.rglob(".writing-*")]
     if left:
         yield f"unfinished in the cache: {left}"
-    arrays = [file for file in cache.root.rglob("*.npy") if file.parent.name != "unfinished"]
+    arrays = [file for file in cache.root.rglob("*.npy") if file.name[0] != "."]
+    texts = [file for file in cache.root.rglob("*.json") if file.name[0] != "."]
     alone = [a.name for a in arrays if not a.with_suffix(".json").is_file()]
-    alone += [t.name for t in cache.root.rglob("*.json") if not t.with_suffix(".npy").is_file()]
+    alone += [t.name for t in texts if not t.with_suffix(".npy").is_file()]
     if alone:
         yield f"half an entry: {alone}"
     for file in arrays:

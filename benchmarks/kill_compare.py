@@ -269,7 +269,7 @@ def leftovers(*folders: Path) -> list[str]:
     return [
         path.name
         for folder in folders
-        for pattern in (".writing-*", ".*.tmp", "failed")
+        for pattern in (".writing-*", "failed")
         for path in folder.rglob(pattern)
     ]
 

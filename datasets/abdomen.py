@@ -11,8 +11,7 @@ from glua_bench.cache import cache_root
 from glua_bench.datasets import chaos
 from glua_bench.datasets.abdomen_files import find_scans
 from glua_bench.datasets.partitions import SPLITS_FOLDER, read_partition
-from glua_bench.datasets.placed import sweep
-from glua_bench.errors import DataError, RunFailure
+from glua_bench.errors import DataError
 from glua_bench.task import Case, Dataset, Grid, Reading, Structure
 
 SPLIT_FILE = SPLITS_FOLDER / "abdomen_v1.csv"
@@ -123,7 +122,6 @@ class Abdomen(Dataset):
             kind = "DICOM series with masks" if domain == "mr" and scans.series else "volumes"
             report(f"{domain}: {len(scans.of(domain))} {kind} below {self.root}")
         problems = []
-        sweep(_cache())
         for number, folder in scans.series.items():
             try:
                 slices = chaos.slices_of(folder)
@@ -134,11 +132,6 @@ class Abdomen(Dataset):
             except DataError as error:
                 report(f"mr_{number:02d}: {error}")
                 problems.append(error)
-            except OSError as error:
-                raise RunFailure(
-                    f"{_cache()} cannot be written ({error.strerror or error}): free the space, or "
-                    "set GLUA_BENCH_CACHE to another directory."
-                ) from error
         if problems:
             raise problems[0]
 

@@ -17,10 +17,10 @@ import nibabel as nib
 import numpy as np
 from PIL import Image
 
-from glua_bench.cache import file_digest
-from glua_bench.datasets.placed import placed
+from glua_bench.cache import OPTION, file_digest
 from glua_bench.dicom_series import read_series
 from glua_bench.errors import DataError
+from glua_bench.files import replacing
 from glua_bench.paths import entries
 
 # Increment with every change that alters a voxel or an affine of a converted file.
@@ -113,8 +113,8 @@ def convert(slices: Slices, image: Path, label: Path) -> None:
         label: the file to write, .nii.
 
     Raises:
-        DataError: a file is invalid, or the slices do not stack.
-        OSError: a volume cannot be written.
+        DataError: a file cannot be used, or the slices do not stack.
+        RunFailure: a volume cannot be written.
     """
     masks = dict(slices)
     series = read_series(list(masks))
@@ -126,7 +126,7 @@ def convert(slices: Slices, image: Path, label: Path) -> None:
         volume.header.set_xyzt_units("mm")
         volume.set_qform(series.affine, 1)
         volume.set_sform(series.affine, 1)
-        with placed(path) as unfinished:
+        with replacing(path, OPTION) as unfinished:
             nib.save(volume, unfinished)
 
 

@@ -10,10 +10,10 @@ from typing import ClassVar
 import nibabel as nib
 import numpy as np
 
-from glua_bench.cache import cache_root
+from glua_bench.cache import OPTION, cache_root
 from glua_bench.datasets.mmwhs import MMWHS
-from glua_bench.datasets.placed import placed
-from glua_bench.errors import DataError
+from glua_bench.errors import DataError, reason
+from glua_bench.files import replacing
 from glua_bench.formats import load_nifti, open_volume
 from glua_bench.task import Case, Grid, Reading
 from glua_bench.volumes import read_label_volume
@@ -60,7 +60,8 @@ class MMWHSLiterature(MMWHS):
             report: receives progress lines.
 
         Raises:
-            DataError: files are missing or invalid, or the cache cannot be written.
+            DataError: files are missing or cannot be used.
+            RunFailure: the cache cannot be written.
         """
         super().prepare(report)
         for domain in self.domains():
@@ -82,13 +83,8 @@ class MMWHSLiterature(MMWHS):
         return tuple(_cropped(case) for case in super().cases(domain))
 
     def _crop(self, case: Case, cropped: Case) -> None:
-<<<<<<< HEAD
-        """Write the cropped copies of a case, the image last: where it is, the label is."""
-        labels = read_label_volume(case.truth, case.image, self.view(case.domain))
-=======
         """Write the cropped copies of a case, the image last: an image implies its label."""
-        labels = read_label_volume(case.truth, case.image, self.structures, self.reading)
->>>>>>> w_words
+        labels = read_label_volume(case.truth, case.image, self.view(case.domain))
         if not labels.any():
             raise DataError(f"{case.truth} holds none of the dataset's structures: replace it.")
         half = SIDE / 2 / nib.affines.voxel_sizes(open_volume(case.image).affine)
@@ -98,15 +94,13 @@ class MMWHSLiterature(MMWHS):
         box = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
         for source, target in ((case.truth, cropped.truth), (case.image, cropped.image)):
             try:
-                with placed(target) as unfinished:
-                    volume = load_nifti(source)
-                    nib.save(volume.slicer[box], unfinished)
+                crop = load_nifti(source).slicer[box]
             except (OSError, EOFError) as error:
                 raise DataError(
-                    f"The crop of {source} cannot be written to {target.parent} "
-                    f"({getattr(error, 'strerror', None) or error}): check the file, and the "
-                    "space of the cache (GLUA_BENCH_CACHE)."
+                    f"{source} cannot be read ({reason(error)}): replace it."
                 ) from error
+            with replacing(target, OPTION) as unfinished:
+                nib.save(crop, unfinished)
 
 
 def _cropped(case: Case) -> Case:

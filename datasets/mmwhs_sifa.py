@@ -19,11 +19,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from glua_bench.cache import cache_root
+from glua_bench.cache import OPTION, cache_root
 from glua_bench.datasets.mmwhs_layout import MMWHSLayout
-from glua_bench.datasets.placed import placed, sweep
 from glua_bench.datasets.sifa_release import RANGES, UNDOCUMENTED, read_slice, read_volume, rescaled
-from glua_bench.errors import DataError, RunFailure
+from glua_bench.errors import DataError
+from glua_bench.files import replacing, write_json
 from glua_bench.paths import files_below
 from glua_bench.task import Case, Dataset, Grid, Reading
 
@@ -148,18 +148,11 @@ class MMWHSSIFA(Dataset):
         for domain in self.domains():
             if not any(split == "test" for own, split, _ in plan.values() if own == domain):
                 report(f"{domain}: no test volumes, so it can only be the source")
-        try:
-            sweep(self.converted)
-            for done, (case, (domain, split, files)) in enumerate(sorted(plan.items()), start=1):
-                if self._convert(case, domain, split, files):
-                    report(f"{self.name}: {done}/{len(plan)} {case}")
-            index = {case: [domain, split] for case, (domain, split, _) in sorted(plan.items())}
-            _write_json(self.converted / "cases.json", index)
-        except OSError as error:
-            raise RunFailure(
-                f"{self.converted} cannot be written ({error.strerror or error}): free the space, "
-                "or set GLUA_BENCH_CACHE to another directory."
-            ) from error
+        for done, (case, (domain, split, files)) in enumerate(sorted(plan.items()), start=1):
+            if self._convert(case, domain, split, files):
+                report(f"{self.name}: {done}/{len(plan)} {case}")
+        index = {case: [domain, split] for case, (domain, split, _) in sorted(plan.items())}
+        _write_json(self.converted / "cases.json", index)
 
     def cases(self, domain: str) -> tuple[Case, ...]:
         """Return all cases of "ct" or "mr" from the last `prepare`.
@@ -307,14 +300,12 @@ def _write_nifti(path: Path, data: np.ndarray, affine: np.ndarray, scale: float 
     """Write integers of at most 16 bits with the slope `scale`."""
     volume = nib.Nifti1Image(data, affine)
     volume.header.set_slope_inter(scale, 0)
-    with placed(path) as unfinished:
+    with replacing(path, OPTION) as unfinished:
         nib.save(volume, unfinished)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=1) + "\n"
     with suppress(OSError, ValueError):
-        if path.read_text() == text:
+        if json.loads(path.read_text()) == content:
             return
-    with placed(path) as unfinished:
-        unfinished.write_text(text)
+    write_json(path, content, OPTION)

@@ -21,12 +21,13 @@ import numpy as np
 
 from glua_bench.datasets import mmwhs_layout
 from glua_bench.datasets.mmwhs_layout import MMWHSLayout
-from glua_bench.datasets.placed import placed
 from glua_bench.errors import DataError
+from glua_bench.files import storing, write_bytes, write_json
 from glua_bench.paths import entries
 
 # Increment with every change that alters a voxel of any file.
 GENERATOR_VERSION = 1
+PLACE = "--data-root or GLUA_BENCH_CACHE"  # names the directory to whoever cannot write it
 MANIFEST = "phantom.json"
 STARTED = "phantom.started.json"  # parameters of an unfinished generation
 DOMAINS = ("ct", "mr")
@@ -143,7 +144,7 @@ def generate(
             "choose another directory or delete this one."
         )
     plan = {"version": GENERATOR_VERSION, "seed": seed, "voxel_scale": float(voxel_scale)}
-    try:
+    with storing(root, PLACE):
         root.mkdir(parents=True, exist_ok=True)
         _check_started(root, plan, known is not None)
         jobs = [
@@ -153,7 +154,7 @@ def generate(
             if not _complete(root, domain, number)
         ]
         if jobs:
-            _write_json(root / STARTED, plan)
+            write_json(root / STARTED, plan, PLACE)
             for domain in DOMAINS:
                 (root / f"{domain}_train").mkdir(exist_ok=True)
             _work_off(root, seed, voxel_scale, jobs, workers, report)
@@ -162,13 +163,8 @@ def generate(
         if latest is not None:
             wanted = {d: sorted({*wanted[d], *latest["ids"].get(d, ())}) for d in DOMAINS}
         if latest is None or latest["ids"] != wanted:
-            _write_json(root / MANIFEST, {**plan, "dataset": "phantom", "ids": wanted})
+            write_json(root / MANIFEST, {**plan, "dataset": "phantom", "ids": wanted}, PLACE)
         (root / STARTED).unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"{root} cannot be written ({error.strerror or error}): free the space, or choose "
-            "another directory with --data-root or GLUA_BENCH_CACHE."
-        ) from error
 
 
 def write_subject(root: Path, seed: int, domain: str, number: int, voxel_scale: float) -> None:
@@ -326,15 +322,4 @@ def _write_nifti(path: Path, data: np.ndarray, affine: np.ndarray) -> None:
     image.set_qform(affine, 1)
     image.set_sform(affine, 1)
     # Without time and name, which gzip would store otherwise.
-    _write_atomically(path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON atomically."""
-    _write_atomically(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write a file atomically."""
-    with placed(path) as unfinished:
-        unfinished.write_bytes(content)
+    write_bytes(path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0), PLACE)

@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 
 from glua_bench.datasets.tfrecord import Values, read_examples
-from glua_bench.errors import DataError
+from glua_bench.errors import DataError, reason
 from glua_bench.volumes import label_integers
 
 # Range that its authors map to [-1, 1], in standard deviations of a volume.
@@ -161,7 +161,7 @@ def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise
     except Exception as error:  # zipfile and numpy raise many types for damaged files
         raise DataError(
-            f"{path} cannot be read as npz ({_brief(error)}): create or download it again."
+            f"{path} cannot be read as npz ({reason(error)}): create or download it again."
         ) from error
 
 
@@ -176,10 +176,5 @@ def _nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise
     except Exception as error:  # nibabel raises many types for damaged files
         raise DataError(
-            f"{path} cannot be read as NIfTI ({_brief(error)}): download it again."
+            f"{path} cannot be read as NIfTI ({reason(error)}): download it again."
         ) from error
-
-
-def _brief(error: BaseException) -> str:
-    """Return an error's message on one line, shortened."""
-    return " ".join(str(error).split()).rstrip(".")[:120] or type(error).__name__

@@ -1,9 +1,8 @@
 """Preprocessed slices on disk: content-addressed, memory-mapped, shared among processes.
 
 An entry's name is the hash of everything that its content depends on, so it is never stale and
-never changes once it is there. Entries appear atomically: each of the two files of an entry is
-written under another name and moved into place, the description last. Two processes that build the
-same entry write the same bytes, so it does not matter who comes first.
+never changes once it is there. Of the two files of an entry, the description is placed last. Two
+processes that build the same entry write the same bytes, so it does not matter who comes first.
 
 Images and labels live in different directories under unrelated names. Nothing of an image entry,
 nor of the objects that serve it, leads to a label.
@@ -11,15 +10,13 @@ nor of the objects that serve it, leads to a label.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import time
-import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
@@ -27,12 +24,14 @@ from threading import Lock
 import numpy as np
 
 from glua_bench.errors import DataError, RunFailure
+from glua_bench.files import replacing, sha256, write_json, write_text
 from glua_bench.formats import files_of
 from glua_bench.identity import code_digest
 from glua_bench.neighbours import ALONE, Neighbourhood
 from glua_bench.task import Case, GridView, UnlabelledCase
 from glua_bench.volumes import Placement, load_image, load_label
 
+OPTION = "GLUA_BENCH_CACHE"  # names the cache to whoever cannot write it
 CACHE_VERSION = 2  # of what entries look like
 READING = ("glua_bench.volumes",)  # makes voxels of files; entries of other code are others
 # Half precision: its error of at most 2.4e-4 in [-1, 1] is under half a unit of a 12-bit image,
@@ -45,7 +44,6 @@ IN_MEMORY = 256 * 2**20
 OPEN_MAPS = 16
 # A file changed this recently may change again without a new time stamp.
 _SETTLED_NS = 2_000_000_000
-_ABANDONED_S = 86_400
 
 
 @dataclass(frozen=True)
@@ -98,8 +96,8 @@ class SliceCache:
         """The image of a case on the working grid.
 
         Raises:
-            DataError: the image cannot be used, or the cache directory cannot be written.
-            RunFailure: the disk is full.
+            DataError: the image cannot be used.
+            RunFailure: the disk is full or the cache cannot be written.
         """
         path = self._image_path(file_digest(case.image), view)
         found = _read_entry(path, IMAGE_TYPE)
@@ -114,8 +112,8 @@ class SliceCache:
         """The label of a case on the working grid of its image.
 
         Raises:
-            DataError: image or label cannot be used, or the cache directory cannot be written.
-            RunFailure: the disk is full.
+            DataError: image or label cannot be used.
+            RunFailure: the disk is full or the cache cannot be written.
         """
         digests = file_digest(case.truth), file_digest(case.image)
         path = self._label_path(*digests, view)
@@ -160,33 +158,11 @@ class SliceCache:
 
     def _write(self, path: Path, voxels: np.ndarray, description: dict) -> dict:
         """Put an entry in place, array first and description last."""
-        with _writing(self.root):
-            scratch = self.root / "unfinished"
-            scratch.mkdir(parents=True, exist_ok=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _sweep(scratch)
-            array_file = scratch / f"{os.getpid()}-{uuid.uuid4().hex}.npy"
-            text_file = array_file.with_suffix(".json")
-            try:
-                with array_file.open("wb") as stream:
-                    np.save(stream, voxels)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                description = {
-                    **description,
-                    "shape": list(voxels.shape),
-                    "bytes": array_file.stat().st_size,
-                }
-                text_file.write_text(json.dumps(description, sort_keys=True))
-                winner = _read_entry(path, voxels.dtype)
-                if winner is not None:
-                    return winner
-                os.replace(array_file, path)
-                os.replace(text_file, path.with_suffix(".json"))
-            finally:
-                with suppress(OSError):
-                    array_file.unlink(missing_ok=True)
-                    text_file.unlink(missing_ok=True)
+        with replacing(path, OPTION) as array_file:
+            np.save(array_file, voxels)
+            size = array_file.stat().st_size
+        description = {**description, "shape": list(voxels.shape), "bytes": size}
+        write_json(path.with_suffix(".json"), description, OPTION)
         return description
 
 
@@ -457,17 +433,14 @@ def _one_digest(path: Path) -> str:
     if digest:
         return digest
     try:
-        digest = _hash_file(path)
+        digest = sha256(path)
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}): check the file and its permissions."
         ) from error
     if settled:
-        with suppress(OSError):  # forgetting costs time only
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = memory.with_name(f"{memory.name}-{uuid.uuid4().hex}")
-            unfinished.write_text(digest)
-            os.replace(unfinished, memory)
+        with suppress(RunFailure):  # forgetting costs time only
+            write_text(memory, digest)
     return digest
 
 
@@ -475,15 +448,6 @@ def _key(*parts: object) -> str:
     """SHA-256 of a few JSON-able values and the cache's version."""
     text = json.dumps([CACHE_VERSION, *parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _hash_file(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _read_entry(path: Path, dtype: np.dtype) -> dict | None:
@@ -514,28 +478,3 @@ def _map_file(path: Path, shape: Sequence[int], dtype: np.dtype) -> np.memmap:
     if not isinstance(array, np.memmap) or array.shape != tuple(shape) or array.dtype != dtype:
         raise DataError(f"{path} of the cache is damaged: delete it and run the command again.")
     return array
-
-
-@contextmanager
-def _writing(root: Path) -> Iterator[None]:
-    """Turn the errors of a full or read-only disk into sentences."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-            raise RunFailure(
-                f"The disk of the cache {root} is full: free some space, or set GLUA_BENCH_CACHE "
-                "to another disk."
-            ) from error
-        raise DataError(
-            f"The cache {root} cannot be written ({error.strerror or error}): set "
-            "GLUA_BENCH_CACHE to a directory that can."
-        ) from error
-
-
-def _sweep(scratch: Path, now: Callable[[], float] = time.time) -> None:
-    """Remove what killed processes left behind a day ago or earlier."""
-    for leftover in scratch.iterdir():
-        with suppress(OSError):
-            if now() - leftover.stat().st_mtime > _ABANDONED_S:
-                leftover.unlink()

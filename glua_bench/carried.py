@@ -21,10 +21,10 @@ from glua_bench.cache import cache_root, file_digest
 from glua_bench.config import digest
 from glua_bench.errors import RunFailure, UserError
 from glua_bench.facts import Intensities, read_intensities
+from glua_bench.files import write_json, write_text
 from glua_bench.formats import open_volume
 from glua_bench.suspicion import Usual, usual
 from glua_bench.task import Case, Dataset, DomainView, Reading, Structure, UnlabelledCase
-from glua_bench.tracking import write_text
 from glua_bench.volumes import tuples
 
 FACTS, DESCRIPTION = "dataset.json", "dataset.yaml"  # among `tracking.CARRIED`
@@ -112,7 +112,7 @@ def _intensities(image: Path, reading: Reading) -> Intensities:
     except (OSError, ValueError, KeyError, TypeError):
         found = read_intensities(open_volume(image), reading)
         with contextlib.suppress(RunFailure):  # a cache that others filled may be read-only
-            write_text(memory, json.dumps(asdict(found)))
+            write_json(memory, asdict(found))
         return found
 
 
@@ -129,7 +129,7 @@ def write(folder: Path, carried: Carried, described: Mapping[str, str]) -> None:
     """
     for name, text in described.items():
         write_text(folder / name, text)
-    write_text(folder / FACTS, json.dumps(carried.to_dict(), indent=1) + "\n")
+    write_json(folder / FACTS, carried.to_dict())
 
 
 def read(folder: Path) -> Carried:

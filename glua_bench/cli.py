@@ -18,7 +18,7 @@ import typer
 
 from glua_bench import __version__, cli_data, cli_plugins, cli_reports, cli_runs, cli_sweeps
 from glua_bench.cli_options import Plugins, RunsRoot, Told, end, say
-from glua_bench.errors import ConfigError, RunFailure, UserError
+from glua_bench.errors import ConfigError, RunFailure, UserError, reason
 from glua_bench.interruption import Interrupted
 
 app = typer.Typer(
@@ -124,10 +124,9 @@ def main() -> None:
         if os.environ.get("GLUA_BENCH_DEBUG"):
             raise
         where = traceback.extract_tb(error.__traceback__)[-1]
-        text = " ".join(str(error).split())[:300]
         end(
-            f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno} ({text}); this "
-            "is a defect of glua-bench or of a plugin: set GLUA_BENCH_DEBUG=1 to see where, and "
-            "report it.",
+            f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno} "
+            f"({reason(error)}); this is a defect of glua-bench or of a plugin: set "
+            "GLUA_BENCH_DEBUG=1 to see where, and report it.",
             1,
         )

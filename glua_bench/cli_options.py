@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from glua_bench.documents import SUFFIXES as DESCRIPTIONS
+from glua_bench.errors import ERROR
 from glua_bench.registry import Registry
 
 if TYPE_CHECKING:
@@ -169,5 +170,5 @@ class Told(SystemExit):
 def end(message: str, code: int) -> NoReturn:
     """Say why a command ends, and end with an exit code."""
     sys.stdout.flush()
-    print(f"glua-bench: error: {message}", file=sys.stderr, flush=True)
+    print(f"{ERROR}{message}", file=sys.stderr, flush=True)
     raise Told(code)

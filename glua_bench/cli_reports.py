@@ -19,6 +19,7 @@ from glua_bench.cli_options import (
 from glua_bench.cli_sweeps import report_sweep
 from glua_bench.console import next_command
 from glua_bench.errors import ConfigError
+from glua_bench.files import write_text
 
 if TYPE_CHECKING:
     from glua_bench.prediction import Model
@@ -220,7 +221,7 @@ def predict(
     finally:  # what is segmented before an image that cannot be used has its volumes, too
         if results:
             table = prediction.volumes_table(results)
-            table.to_csv(out / prediction.VOLUMES, index=False)
+            write_text(out / prediction.VOLUMES, table.to_csv(index=False), "--out")
     say()
     for result in results:
         volumes = ", ".join(f"{name} {ml:.1f} ml" for name, ml in result.ml.items())

@@ -22,7 +22,7 @@ import pydicom
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import get_decoder
 
-from glua_bench.errors import DataError
+from glua_bench.errors import DataError, first_line
 
 # Tolerance of slice distances, relative to the median: headers are rounded, and a missing slice
 # doubles the distance.
@@ -256,7 +256,7 @@ def _header(file: Path, content: bytes, pixels: bool = True) -> pydicom.FileData
     # Damaged files raise many types of errors in pydicom: struct.error, KeyError, and more.
     except Exception as error:
         raise DataError(
-            f"{file} is a damaged DICOM file ({_brief(error)}): fetch the series again."
+            f"{file} is a damaged DICOM file ({first_line(error)}): fetch the series again."
         ) from error
 
 
@@ -305,7 +305,7 @@ def _pixels(header: pydicom.FileDataset, file: Path) -> np.ndarray:
         raise
     except Exception as error:  # as in `_header`
         raise DataError(
-            f"{file} has pixels that cannot be read ({_brief(error)}): fetch the series again."
+            f"{file} has pixels that cannot be read ({first_line(error)}): fetch the series again."
         ) from error
     if pixels.shape != size or pixels.dtype.kind not in "iu":
         raise DataError(f"{file} is not a single slice of integers: convert it to NIfTI.")
@@ -324,9 +324,3 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             log.setLevel(level)
-
-
-def _brief(error: BaseException) -> str:
-    """Return the first line of an error, shortened."""
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__).rstrip(".").replace(". ", "; ")[:120]

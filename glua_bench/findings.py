@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from glua_bench.errors import DataError
+from glua_bench.files import write_text
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,14 @@ def write_findings(path: Path, findings: Sequence[Finding]) -> None:
     """Write findings as CSV: severity, check, cases (separated by spaces), text.
 
     Raises:
-        DataError: the file cannot be written.
+        RunFailure: the file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8", newline="") as stream:
-            table = csv.writer(stream)
-            table.writerow(["severity", "check", "cases", "text"])
-            for found in findings:
-                table.writerow([found.severity, found.check, " ".join(found.cases), found.text])
-    except OSError as error:
-        raise DataError(
-            f"--out {path} cannot be written ({error.strerror}); choose another path."
-        ) from error
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(["severity", "check", "cases", "text"])
+    for found in findings:
+        table.writerow([found.severity, found.check, " ".join(found.cases), found.text])
+    write_text(path, text.getvalue(), "--out")
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:

@@ -19,6 +19,7 @@ import yaml
 from glua_bench.documents import dump, load
 from glua_bench.errors import ConfigError, DataError
 from glua_bench.facts import CaseFacts
+from glua_bench.files import write_text
 from glua_bench.findings import listed
 from glua_bench.task import SPLITS, Dataset
 
@@ -199,17 +200,11 @@ def write(path: Path, table: Mapping[str, Any]) -> None:
     """Write a fingerprint as JSON or YAML, depending on the suffix.
 
     Raises:
-        ConfigError: the suffix is neither .json, .yaml nor .yml.
-        DataError: the file cannot be written.
+        ConfigError: the suffix is another.
+        RunFailure: the file cannot be written.
     """
     text = json.dumps(table, indent=1) + "\n" if format_of(path) == ".json" else dump(table)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DataError(
-            f"--out {path} cannot be written ({error.strerror}): choose another path."
-        ) from error
+    write_text(path, text, "--out")
 
 
 def read(path: Path) -> dict[str, Any]:

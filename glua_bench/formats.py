@@ -29,7 +29,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
 
-from glua_bench.errors import DataError
+from glua_bench.errors import DataError, first_line
 from glua_bench.paths import broken
 
 NIFTI = (".nii.gz", ".nii")
@@ -203,7 +203,8 @@ class VolumeFile:
             return self.read().reshape(self.shape, order="F")
         except (*_UNREADABLE, _ITKError, MemoryError) as error:
             raise DataError(
-                f"{self.path} is damaged or truncated ({_brief(error)}): fetch or convert it again."
+                f"{self.path} is damaged or truncated ({first_line(error)}): fetch or convert it "
+                "again."
             ) from error
 
     def scaled(self, stored: np.ndarray) -> np.ndarray:
@@ -354,7 +355,7 @@ def _open_nifti(path: Path) -> VolumeFile:
         ) from error
     except _UNREADABLE as error:
         raise DataError(
-            f"{path} cannot be read as NIfTI ({_brief(error)}): replace it by an intact "
+            f"{path} cannot be read as NIfTI ({first_line(error)}): replace it by an intact "
             ".nii or .nii.gz file."
         ) from error
     if not isinstance(image, nib.nifti1.Nifti1Pair):
@@ -661,9 +662,3 @@ def _floats(values: Any) -> tuple[float, ...]:
 def _triple(values: Any) -> tuple[float, float, float]:
     first, second, third = (float(value) for value in values[:3])
     return first, second, third
-
-
-def _brief(error: BaseException) -> str:
-    """Return the first line of an error, shortened."""
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__).rstrip(".").replace(". ", ", ")[:120]

@@ -46,6 +46,7 @@ NO_RESULT: Mapping[str, str] = {
     f"{PACKAGE}.documents": "parses dataset descriptions, whose content is hashed",
     f"{PACKAGE}.errors": "exception types",
     f"{PACKAGE}.facts": "image statistics for `carried`",
+    f"{PACKAGE}.files": "writes whole files",
     f"{PACKAGE}.identity": "computes the ids",
     f"{PACKAGE}.interruption": "stops a process; the resumed run gives the same result",
     f"{PACKAGE}.registry": "finds plugin classes, whose code is hashed",

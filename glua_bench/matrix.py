@@ -25,13 +25,14 @@ import torch
 from glua_bench import runs
 from glua_bench.config import assignment, build_settings, digest, parse_overrides
 from glua_bench.console import duration
-from glua_bench.errors import ConfigError, RunFailure
+from glua_bench.errors import ConfigError, RunFailure, complaint
 from glua_bench.evaluation import mean_dice
+from glua_bench.files import try_lock
 from glua_bench.method import Method
 from glua_bench.registry import Registry
 from glua_bench.runs import PlannedRun, RunRequest
 from glua_bench.task import Dataset
-from glua_bench.tracking import Comparison, RunDirectory, try_lock
+from glua_bench.tracking import Comparison, RunDirectory
 
 POLL_SECONDS = 1.0  # between looks at runs that another process executes
 ATTEMPTS = 2  # at a run whose process ends without a reason, before it counts as failed
@@ -449,6 +450,7 @@ class Executor:
         self._lock = threading.Lock()
         self._waiting: list[Planned] = []
         self._attempts: Counter[str] = Counter()
+        self._error: BaseException | None = None
         self._began = time.monotonic()
         for item in self.planned:
             if item.state == "done":
@@ -461,9 +463,13 @@ class Executor:
         self._failed_before = len(self.outcome.failed)
 
     def run(self) -> Outcome:
-        """Execute what is open; returns when nothing of the matrix is."""
+        """Execute what is open; return when nothing of the matrix is.
+
+        Raises:
+            RunFailure: the directory of runs cannot be written or locked.
+        """
         workers = [
-            threading.Thread(target=self._work, args=(index,), daemon=True)
+            threading.Thread(target=self._guarded, args=(index,), daemon=True)
             for index in range(min(self.jobs, max(1, self._total)))
         ]
         for worker in workers:
@@ -471,11 +477,19 @@ class Executor:
         for worker in workers:
             while worker.is_alive():  # in short waits, so that Ctrl-C is heard
                 worker.join(0.2)
+        if self._error is not None:
+            raise self._error
         for item in self.planned:  # another process may have done since what failed here
             if item.run.id in self.outcome.failed and item.run.directory.done:
                 del self.outcome.failed[item.run.id]
                 self.outcome.elsewhere += 1
         return self.outcome
+
+    def _guarded(self, index: int) -> None:
+        try:
+            self._work(index)
+        except BaseException as error:  # raised again by `run`, since a thread's are lost
+            self._error = error
 
     def _work(self, index: int) -> None:
         while True:
@@ -484,7 +498,7 @@ class Executor:
                     return
                 item = self._waiting.pop(0)
             claim = item.run.request.runs_root / ".claims" / f"{item.run.id}.lock"
-            with try_lock(claim) as mine:
+            with try_lock(claim, "--runs") as mine:
                 if mine and not _running(item):
                     self._execute(item, index)
                     continue
@@ -526,7 +540,7 @@ class Executor:
             with self._lock:
                 self._waiting.insert(0, item)
             return
-        reason = recorded or (errors.strip().splitlines() or ["no reason"])[-1]
+        reason = recorded or complaint(errors)
         with self._lock:
             self.outcome.failed[item.run.id] = reason
         self.report(f"FAILED {name}: {reason}")

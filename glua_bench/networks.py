@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glua_bench.config import SegmenterSpec
-from glua_bench.errors import ConfigError
+from glua_bench.errors import ConfigError, reason
 from glua_bench.losses import precise
 
 SLOPE = 0.2  # negative slope of all LeakyReLU
@@ -223,10 +223,9 @@ class TimmSegmenter(DecodedSegmenter):
                 encoder, features_only=True, in_chans=slices, pretrained=pretrained
             )
         except Exception as error:  # timm raises many types, from network errors to asserts
-            reason = " ".join(str(error).split())[:300]
             raise ConfigError(
                 f"segmenter.name = 'timm:{encoder}' cannot be used as a segmenter "
-                f"({type(error).__name__}: {reason}); choose an encoder with feature maps"
+                f"({type(error).__name__}: {reason(error)}); choose an encoder with feature maps"
                 f"{' or set segmenter.pretrained=false' if pretrained else ''}."
             ) from error
         info: Any = self.encoder.feature_info  # timm's FeatureInfo
@@ -360,9 +359,8 @@ def build_deeplab(
             if not plain or isinstance(block.aa, nn.AvgPool2d):
                 raise TypeError("its blocks are not those of a plain ResNet")
     except Exception as error:  # timm raises many types, from network errors to asserts
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ConfigError(
-            f"segmenter.name = 'deeplab:{encoder}' cannot be used as a segmenter ({reason}); "
+            f"segmenter.name = 'deeplab:{encoder}' cannot be used as a segmenter ({reason(error)}); "
             "choose a ResNet of timm, such as deeplab:resnet50"
             f"{', or set segmenter.pretrained=false' if pretrained else ''}."
         ) from error

@@ -17,21 +17,19 @@ go to `imagesTr`; the one fold of `splits_final.json` tells them apart.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from glua_bench import __version__
 from glua_bench.cache import file_digest
 from glua_bench.console import Progress
-from glua_bench.errors import ConfigError, DataError, RunFailure
+from glua_bench.errors import ConfigError, DataError
+from glua_bench.files import replacing, sweep, write_json
 from glua_bench.formats import Forms, VolumeFile, open_volume
 from glua_bench.parallel import side_by_side
 from glua_bench.paths import entries
@@ -234,19 +232,19 @@ def _begin(folder: Path, dataset: Dataset, domain: str, cases: Sequence[Case], l
                 f"{folder} holds an export of other files or settings: delete it, or choose "
                 "another directory by --to."
             )
-    _put_text(file, record)
+    write_json(file, record, "--to")
 
 
 def _finish(folder: Path, dataset: Dataset, domain: str, cases: Sequence[Case]) -> None:
     """Write what makes the folder complete: the splits, and dataset.json last."""
-    for leftover in folder.rglob(".*"):  # of a call that was killed; nnU-Net would count them
-        leftover.unlink(missing_ok=True)
+    for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+        sweep(place)  # nnU-Net would count what a killed call left
     training = {
         split: [name_of(c) for c in cases if c.split == split] for split in ("train", "val")
     }
     if training["train"] and training["val"]:
         for place in (folder, folder.parents[1] / PREPROCESSED / folder.name):
-            _put_text(place / "splits_final.json", [training])
+            write_json(place / "splits_final.json", [training], "--to")
     names = {"background": 0}
     for index, structure in enumerate(dataset.structures, start=1):
         names[structure.name] = index
@@ -262,7 +260,7 @@ def _finish(folder: Path, dataset: Dataset, domain: str, cases: Sequence[Case]) 
         "reference": dataset.reference,
         "description": f"Domain {domain} of {dataset.name}, written by glua-bench {__version__}.",
     }
-    _put_text(folder / "dataset.json", facts)
+    write_json(folder / "dataset.json", facts, "--to")
 
 
 # -- a case ---------------------------------------------------------------------------------------
@@ -290,9 +288,11 @@ def _export_case(job: _Job) -> None:
         else:
             save_volume(image, file.scaled(stored).astype(np.float32), forms)
     elif job.link:
-        _put(image, lambda path: path.symlink_to(job.case.image.resolve()))
+        with replacing(image, "--to") as temporary:
+            temporary.symlink_to(job.case.image.resolve())
     else:
-        _put(image, lambda path: shutil.copyfile(job.case.image, path))
+        with replacing(image, "--to") as temporary:
+            shutil.copyfile(job.case.image, temporary)
 
 
 def _export_prediction(job: _Job) -> None:
@@ -323,28 +323,3 @@ def _native(stored: np.ndarray) -> np.ndarray:
     """The array in a number type that NIfTI readers have."""
     kind = np.dtype(np.uint8) if stored.dtype.kind == "b" else stored.dtype.newbyteorder("=")
     return stored.astype(kind, copy=False)
-
-
-# -- writing --------------------------------------------------------------------------------------
-
-
-def _put_text(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=1) + "\n"
-    _put(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
-
-
-def _put(path: Path, write: Callable[[Path], object]) -> None:
-    """Let a file appear complete or not at all."""
-    unfinished = path.parent / f".{path.name}-{uuid.uuid4().hex}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write(unfinished)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    except OSError as error:
-        raise RunFailure(
-            f"{path} cannot be written ({error.strerror or error}): free the space or choose "
-            "another directory by --to, and give the same command again."
-        ) from error

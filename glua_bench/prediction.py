@@ -20,9 +20,10 @@ from glua_bench import __version__, carried, runs
 from glua_bench.cache import IMAGE_TYPE
 from glua_bench.carried import Carried
 from glua_bench.config import RunConfig, build_settings
-from glua_bench.errors import ConfigError, PluginError, RunFailure, UserError
+from glua_bench.errors import ConfigError, PluginError, UserError
 from glua_bench.evaluation import predict_volumes
 from glua_bench.facts import read_intensities
+from glua_bench.files import new_folder, write_bytes, write_json, write_text
 from glua_bench.inputs import Given
 from glua_bench.method import Method, Role
 from glua_bench.neighbours import Neighbourhood, Stacks
@@ -447,7 +448,7 @@ def export(model: Model, run: RunDirectory, folder: Path, selector: str = "last"
         PluginError: the method's predictions do not follow from the networks that it calls.
         RunFailure: the disk is full or the directory cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     if folder.exists() and (not folder.is_dir() or entries(folder)):
         raise UserError(f"{folder} is not an empty directory; choose another --out.")
@@ -459,14 +460,11 @@ def export(model: Model, run: RunDirectory, folder: Path, selector: str = "last"
         "weights": sorted(weights),
     }
     licence = next(f for f in distribution("glua-bench").files or () if f.name == "LICENSE")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(weights, folder / WEIGHTS)
-        (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        (folder / CARD).write_text(card(model, run, selector), encoding="utf-8")
-        (folder / LICENSE).write_text(licence.read_text(encoding="utf-8"), encoding="utf-8")
-    except OSError as error:
-        raise RunFailure(f"{folder} cannot be written ({error.strerror or error}).") from error
+    with new_folder(folder, "--out") as unfinished:
+        write_bytes(unfinished / WEIGHTS, save(weights))
+        write_json(unfinished / CONFIG, described)
+        write_text(unfinished / CARD, card(model, run, selector))
+        write_bytes(unfinished / LICENSE, licence.locate().read_bytes())
     return folder
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from glua_bench.documents import SUFFIXES as DESCRIPTIONS
 from glua_bench.documents import read_document
-from glua_bench.errors import PluginError, UserError
+from glua_bench.errors import PluginError, UserError, reason
 from glua_bench.paths import ARTIFACTS, SWEEPS, name_fault
 
 GROUPS = {
@@ -188,7 +188,7 @@ class Registry:
         except (Exception, SystemExit) as error:  # a plugin may raise anything on import
             raise PluginError(
                 f"The {self.kind} '{name}' from {entry.origin} cannot be imported "
-                f"({type(error).__name__}: {_one_line(error)}); correct or remove it."
+                f"({type(error).__name__}: {reason(error)}); correct or remove it."
             ) from error
         base = _base_class(self.kind)
         if not (isinstance(loaded, type) and issubclass(loaded, base)):
@@ -228,7 +228,7 @@ def _describe_entry_point(kind: str, point: EntryPoint) -> Entry:
         if node is None:
             raise PluginError(f"{path.name} defines no class {class_name}")
     except Exception as error:  # a broken plugin must not break the list
-        text = f"{type(error).__name__}: {_one_line(error)}"
+        text = f"{type(error).__name__}: {reason(error)}"
         return Entry(kind, point.name, origin, point.value, error=text)
     summary, attributes = _describe_class(node)
     return Entry(kind, point.name, origin, point.value, summary, attributes)
@@ -241,7 +241,7 @@ def _describe_file(kind: str, path: Path) -> list[Entry]:
         nodes = _class_nodes(path)
     except (OSError, SyntaxError, ValueError) as error:
         raise PluginError(
-            f"The plugin file {path} cannot be parsed as Python ({_one_line(error)}); correct it."
+            f"The plugin file {path} cannot be parsed as Python ({reason(error)}); correct it."
         ) from error
     # A plugin extends the base class, a built-in plugin, or an earlier class of the file.
     known = {_BASES[kind], *_imported_from(path, GROUPS[kind])}
@@ -350,7 +350,3 @@ def _import_file(path: Path) -> Any:
         del sys.modules[name]
         raise
     return module
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or "no message"

@@ -14,6 +14,7 @@ from typing import Any
 
 from glua_bench.documents import SUFFIXES
 from glua_bench.errors import ConfigError, DataError, UserError
+from glua_bench.files import write_text
 from glua_bench.paths import ARTIFACTS, SWEEPS
 from glua_bench.registry import Registry
 from glua_bench.task import Ask
@@ -127,7 +128,7 @@ def new_description(
     drafter: Any = registry.load(reader.name)
     from glua_bench.integrity import told_by_cases
 
-    _put({file: drafter.draft(name, data, ask, domains, structures)})
+    write_text(file, drafter.draft(name, data, ask, domains, structures), "--out")
     try:
         described: Any = Registry("dataset", [file]).load(name)()
         faults = [found.text for found in told_by_cases(described) if found.problem]
@@ -231,17 +232,6 @@ def _write(kind: str, name: str, folder: Path, values: dict[str, str]) -> tuple[
         file: (templates / f"{kind}.py.txt").read_text(encoding="utf-8"),
         test: (templates / f"test_{kind}.py.txt").read_text(encoding="utf-8"),
     }
-    _put({path: Template(text).substitute(values) for path, text in texts.items()})
-    return file, test
-
-
-def _put(texts: dict[Path, str]) -> None:
     for path, text in texts.items():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"{path.parent} cannot be written ({error.strerror}); choose another --out "
-                "directory."
-            ) from error
+        write_text(path, Template(text).substitute(values), "--out")
+    return file, test

@@ -9,8 +9,6 @@ down. `fetch_runs` is the way back: the copies become directories again.
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import json
 import logging
 import math
@@ -34,7 +32,26 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
 
 from glua_bench.config import PRESETS, RunConfig, SegmenterSpec, digest, flat_settings
 from glua_bench.console import next_command
-from glua_bench.errors import ConfigError, RunFailure, UserError
+from glua_bench.errors import (
+    ConfigError,
+    RunFailure,
+    UserError,
+    reason,
+    shortened,
+    without_password,
+)
+from glua_bench.files import (
+    drop_torn_line,
+    exclusive,
+    new_folder,
+    replacing,
+    sha256,
+    storing,
+    sweep,
+    try_lock,
+    write_json,
+    write_text,
+)
 from glua_bench.paths import ARTIFACTS, distinct, entries, matching
 
 if TYPE_CHECKING:
@@ -74,120 +91,6 @@ _LIBRARIES = (
     "mlflow",
     "optuna",
 )
-
-
-# --- files -----------------------------------------------------------------------------------
-
-
-def storage_error(error: OSError, path: Path) -> RunFailure:
-    """What an operating-system error on writing means to the user, in one sentence."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunFailure(
-            f"The disk that holds {path} is full; free some space and give the same command "
-            "again, it resumes."
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return RunFailure(
-            f"{path} cannot be written ({error.strerror}); choose another directory with --runs."
-        )
-    if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return RunFailure(
-            f"{path} cannot be made because a file lies where a directory must be; move it, or "
-            "choose another directory with --runs."
-        )
-    return RunFailure(
-        f"{path} cannot be written ({error.strerror or error}); check the disk, then give the "
-        "same command again."
-    )
-
-
-@contextlib.contextmanager
-def _storing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise storage_error(error, path) from error
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes `path` when the block ends without an error.
-
-    A reader, or a run resumed after a kill, sees the old content or the new, never a part.
-
-    Raises:
-        RunFailure: the disk is full or the directory cannot be written.
-    """
-    with _storing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Keeping the suffix, since some writers choose the format by it.
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            os.chmod(temporary, 0o666 & ~_umask())
-            yield temporary
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    # The umask can only be read by setting it.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically.
-
-    Raises:
-        RunFailure: the disk is full or the directory cannot be written.
-    """
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def _lock(path: Path, wait: bool) -> contextlib.AbstractContextManager[bool]:
-    """An advisory lock that dies with its holder; yields whether it was obtained."""
-
-    @contextlib.contextmanager
-    def held() -> Iterator[bool]:
-        try:
-            import fcntl
-        except ImportError:  # not a POSIX system: runs there are not protected from each other
-            yield True
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-                return
-            except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
-                    raise
-                # A network disk without locks is no reason not to work.
-            yield True
-
-    return held()
-
-
-@contextlib.contextmanager
-def try_lock(path: Path) -> Iterator[bool]:
-    """Hold a lock file if nobody does; yields whether. It ends with the process, even killed.
-
-    Raises:
-        RunFailure: the directory cannot be written.
-    """
-    with contextlib.ExitStack() as stack:
-        with _storing(path):
-            mine = stack.enter_context(_lock(path, wait=False))
-        yield mine
 
 
 # --- the run directory -----------------------------------------------------------------------
@@ -234,7 +137,7 @@ class RunDirectory:
         """Whether the run is complete: `done` exists and fits the summary beside it."""
         try:
             mark = json.loads((self.path / "done").read_text(encoding="utf-8"))
-            return bool(mark["summary"] == _file_digest(self.path / "summary.json"))
+            return bool(mark["summary"] == _digest_of(self.path / "summary.json"))
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -256,7 +159,7 @@ class RunDirectory:
             RunFailure: another process holds it, or the directory cannot be written.
         """
         with contextlib.ExitStack() as stack:
-            if not stack.enter_context(try_lock(self.path / ".lock")):
+            if not stack.enter_context(try_lock(self.path / ".lock", "--runs")):
                 raise RunFailure(
                     f"The run {self.path} is being run by another process; wait for it, or stop "
                     "it and give the same command again."
@@ -277,14 +180,13 @@ class RunDirectory:
         for name, steps in stages:
             self._offsets[name] = before
             before += steps
-        with _storing(self.path):
-            for directory in (self.checkpoints, self.predictions, self.figures):
+        with storing(self.path, "--runs"):
+            for directory in (self.path, self.checkpoints, self.predictions, self.figures):
                 directory.mkdir(parents=True, exist_ok=True)
-            for leftover in self.path.rglob(".writing-*"):
-                leftover.unlink(missing_ok=True)
+                sweep(directory)  # also where nothing is written again
             (self.path / "failed").unlink(missing_ok=True)
-        write_text(self.path / "config.yaml", self.config.to_yaml())
-        write_text(self.path / "environment.json", _json(environment))
+        write_text(self.path / "config.yaml", self.config.to_yaml(), "--runs")
+        write_json(self.path / "environment.json", environment, "--runs")
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Add the numbers of one step to `log.jsonl`.
@@ -322,10 +224,12 @@ class RunDirectory:
         self._flushed = time.monotonic()
         if not self._buffer:
             return
-        with _storing(self.path / "log.jsonl"):
+        path = self.path / "log.jsonl"
+        with storing(path, "--runs"):
             if self._log is None:
-                self._drop_torn_line()
-                self._log = (self.path / "log.jsonl").open("a", encoding="utf-8")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                drop_torn_line(path)
+                self._log = path.open("a", encoding="utf-8")
             self._log.write("".join(self._buffer))
             self._log.flush()
         self._buffer.clear()
@@ -364,7 +268,7 @@ class RunDirectory:
                 kept.append(json.dumps(row) + "\n")
                 self._total = row["total_step"]
         if kept or (self.path / "log.jsonl").exists():
-            write_text(self.path / "log.jsonl", "".join(kept))
+            write_text(self.path / "log.jsonl", "".join(kept), "--runs")
 
     def write_cases(self, frame: pd.DataFrame) -> None:
         """Write the table of results per case, structure and selector.
@@ -372,7 +276,7 @@ class RunDirectory:
         Raises:
             RunFailure: the disk is full or the directory cannot be written.
         """
-        with replacing(self.path / "cases.parquet") as temporary:
+        with replacing(self.path / "cases.parquet", "--runs") as temporary:
             frame.to_parquet(temporary, index=False)
 
     def read_cases(self) -> pd.DataFrame:
@@ -413,7 +317,7 @@ class RunDirectory:
             self.close()
         with contextlib.suppress(OSError, RunFailure):
             (self.path / "done").unlink(missing_ok=True)
-            write_text(self.path / "failed", " ".join(message.split()) + "\n")
+            write_text(self.path / "failed", " ".join(message.split()) + "\n", "--runs")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the training metrics and the summary, then, last, `done`.
@@ -431,17 +335,17 @@ class RunDirectory:
         ]
         metrics = pd.DataFrame(rows, columns=["stage", "step", "total_step", "name", "value"])
         metrics = metrics.astype({"step": "int64", "total_step": "int64", "value": "float64"})
-        with replacing(self.path / "metrics.parquet") as temporary:
+        with replacing(self.path / "metrics.parquet", "--runs") as temporary:
             metrics.to_parquet(temporary, index=False)
-        write_text(self.path / "summary.json", _json(summary))
-        with _storing(self.path):
+        write_json(self.path / "summary.json", summary, "--runs")
+        with storing(self.path, "--runs"):
             (self.path / "failed").unlink(missing_ok=True)
         mark = {
             "id": self.id,
             "time": _now(),
-            "summary": _file_digest(self.path / "summary.json"),
+            "summary": _digest_of(self.path / "summary.json"),
         }
-        write_text(self.path / "done", _json(mark))
+        write_json(self.path / "done", mark, "--runs")
 
     # Reading.
 
@@ -489,16 +393,6 @@ class RunDirectory:
                 continue  # torn by a kill
         return rows
 
-    def _drop_torn_line(self) -> None:
-        path = self.path / "log.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            return
-        with path.open("rb+") as handle:
-            content = handle.read()
-            if content and not content.endswith(b"\n"):
-                handle.truncate(content.rfind(b"\n") + 1)
-
     def _read_table(self, name: str) -> pd.DataFrame:
         import pandas as pd
 
@@ -535,17 +429,8 @@ def _run_paths(runs_root: Path) -> list[Path]:
     return [path for path in found if path.parent.parent.name != ARTIFACTS]
 
 
-def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=2, default=_plain) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    # numpy's and torch's numbers know how to become Python's; everything else becomes text.
-    return value.item() if hasattr(value, "item") else str(value)
-
-
-def _file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def _digest_of(path: Path) -> str:
+    return sha256(path)[:16]
 
 
 def _now() -> str:
@@ -722,7 +607,7 @@ def open_tracker(runs_root: Path, warn: Callable[[str], None] = _warn) -> Tracke
         chosen: Callable[[Path, Callable[[str], None]], Tracker] = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"GLUA_BENCH_TRACKER names '{name}', which cannot be imported ({_reason(error)}); give "
+            f"GLUA_BENCH_TRACKER names '{name}', which cannot be imported ({reason(error)}); give "
             "it as MODULE:CLASS, or unset it to use MLflow."
         ) from error
     return chosen(Path(runs_root), warn)
@@ -772,9 +657,9 @@ def run_state(run: RunDirectory) -> str:
         RunFailure: it is neither done nor failed.
     """
     if run.done:
-        return f"done {_file_digest(run.path / 'done')}"
+        return f"done {_digest_of(run.path / 'done')}"
     if run.failed is not None:
-        return f"failed {_file_digest(run.path / 'failed')}"
+        return f"failed {_digest_of(run.path / 'failed')}"
     raise RunFailure("it is neither done nor failed")
 
 
@@ -995,14 +880,14 @@ class Comparison:
     def name(self) -> str:
         """A line for people, e.g. "compare glua, sifa | phantom mr-ct | 3 seeds | quick"."""
         if self.settings is not None:
-            return _shortened(self.title, 200)
+            return shortened(self.title, 200)
         count = len(self.seeds)
         changed = [named_changes(r.config, _method_changes(r)) for _, r in self.members]
         shared = {n: v for n, v in changed[0].items() if all(c.get(n) == v for c in changed)}
         preset = self.members[0][1].config.preset
         return " | ".join(
             (
-                _shortened(self.title, 100),
+                shortened(self.title, 100),
                 f"{self.dataset} {', '.join(self.directions)}",
                 f"{count} seed{'s' if count > 1 else ''}",
                 ", ".join(filter(None, (preset, _listed(shared)))),
@@ -1110,12 +995,12 @@ class MLflowMirror(Tracker):
         """What an action returns; None, after a warning, if it fails."""
         try:
             # Two processes must not find at the same time that a run or a parent is missing.
-            with _lock(self.runs_root / ".mlflow.lock", wait=True):
+            with exclusive(self.runs_root / ".mlflow.lock"):
                 return action()
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # SystemExit too: a tracker never ends a run
-            self._warn(f"MLflow at {self.place} {failure} ({_reason(error)}); {remedy}.")
+            self._warn(f"MLflow at {self.place} {failure} ({reason(error)}); {remedy}.")
             return None
 
     @property
@@ -1145,7 +1030,7 @@ class MLflowMirror(Tracker):
         copy = complete or self._copy(run, experiment, state, nesting)
         with contextlib.suppress(RunFailure):
             mark = {"tracking_uri": self.place, "run_id": copy, "mirrored": state}
-            write_text(run.path / "mlflow.json", _json(mark))
+            write_json(run.path / "mlflow.json", mark)
         return copy, complete is None
 
     def _copy(
@@ -1182,8 +1067,8 @@ class MLflowMirror(Tracker):
         files = {file: file.relative_to(run.path) for file in copied_files(run)}
         with tempfile.TemporaryDirectory() as directory:
             digests, table = Path(directory) / DIGESTS, Path(directory) / "cases.csv"
-            found = {name.as_posix(): _file_digest(file) for file, name in files.items()}
-            digests.write_text(_json(found), encoding="utf-8")
+            found = {name.as_posix(): _digest_of(file) for file, name in files.items()}
+            write_json(digests, found)
             files[digests] = Path(DIGESTS)
             if (run.path / "cases.parquet").is_file():
                 # MLflow's page shows a CSV file as a table, and a Parquet file not at all.
@@ -1375,24 +1260,16 @@ def run_name(config: RunConfig, method: Mapping[str, Any]) -> str:
     own = {n: value for n, value in changed.items() if n.startswith("method.")}
     others = {n: value for n, value in changed.items() if n not in own}
     parts = [
-        _shortened(", ".join(filter(None, (name, _listed(own)))), 120),
+        shortened(", ".join(filter(None, (name, _listed(own)))), 120),
         config.direction,
         f"seed {config.seed}",
-        _shortened(_listed(others), 120),
+        shortened(_listed(others), 120),
     ]
     return " | ".join(filter(None, parts))
 
 
 def _listed(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{n.removeprefix('method.')}={value}" for n, value in settings.items())
-
-
-def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _one_text(value: Any) -> str:
@@ -1474,10 +1351,7 @@ def fetch_runs(
                 check_tracker(uri)
             except OSError as gone:  # then every other run would wait in vain, too
                 raise _unreadable(place, gone) from error
-            warn(
-                f"Run {name} ({copy.info.run_name}) at {place} is left out: "
-                f"{_reason(error).rstrip('.')}."
-            )
+            warn(f"Run {name} ({copy.info.run_name}) at {place} is left out: {reason(error)}.")
         else:
             runs[name] = run
     if not runs:
@@ -1490,7 +1364,7 @@ def fetch_runs(
 
 def _unreadable(place: str, error: BaseException) -> UserError:
     return UserError(
-        f"The tracker at {place} cannot be read ({_reason(error).rstrip('.')}); check the address "
+        f"The tracker at {place} cannot be read ({reason(error)}); check the address "
         "and that the tracker runs."
     )
 
@@ -1548,23 +1422,13 @@ def _fetch(client: MlflowClient, copy: Run, into: Path) -> RunDirectory:
             raise UserError(f"'{part}' cannot be a directory's name")
     path, mark = into.joinpath(*parts), tags["glua_bench.mirrored"].split()[1:]
     if not _has_mark(path, mark):
-        with _storing(into):
-            into.mkdir(parents=True, exist_ok=True)
-            scratch = tempfile.TemporaryDirectory(dir=into, prefix=".fetching-")
-        with scratch as name:
-            folder = Path(name) / "run"
-            folder.mkdir()
-            _download(client, copy.info.run_id, folder)
+        with new_folder(path) as folder:
+            with tempfile.TemporaryDirectory(dir=folder) as parts:
+                _download(client, copy.info.run_id, folder, Path(parts))
             fetched = RunDirectory.open(folder)
             own = [fetched.config.dataset, fetched.config.method]
             if not fetched.done or not _has_mark(folder, mark) or own != parts[:2]:
                 raise UserError("its files do not fit together")
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                folder.rename(path)
-            except OSError as error:
-                if not path.is_dir():
-                    raise storage_error(error, path) from error
         if not _has_mark(path, mark):
             raise UserError(f"another state of it lies at {path}; choose another directory")
     return RunDirectory.open(path)
@@ -1573,24 +1437,22 @@ def _fetch(client: MlflowClient, copy: Run, into: Path) -> RunDirectory:
 def _has_mark(path: Path, mark: Sequence[str]) -> bool:
     """Whether a directory has the `done` of a digest."""
     try:
-        return [_file_digest(path / "done")] == list(mark)
+        return [_digest_of(path / "done")] == list(mark)
     except OSError:
         return False
 
 
-def _download(client: MlflowClient, run_id: str, folder: Path) -> None:
+def _download(client: MlflowClient, run_id: str, folder: Path, parts: Path) -> None:
     """The files of a copy, compared with their digests."""
-    parts = folder.parent / "parts"
 
     def fetch(name: str, target: Path) -> None:
-        parts.mkdir(exist_ok=True)
         try:
             # Whether folders are kept below the given one depends on the store.
             shutil.copyfile(client.download_artifacts(run_id, name, str(parts)), target)
         except Exception as error:
             raise UserError(f"its artifact {name} is missing") from error
 
-    listing = folder.parent / DIGESTS
+    listing = parts / "listing.json"
     fetch(DIGESTS, listing)
     try:
         digests = dict(json.loads(listing.read_text(encoding="utf-8")))
@@ -1602,5 +1464,5 @@ def _download(client: MlflowClient, run_id: str, folder: Path) -> None:
     carried = [name for name in digests if re.fullmatch(CARRIED, name)]
     for name in (*COPIED, *carried, *drawn):
         fetch(name, folder / name)
-        if _file_digest(folder / name) != digests.get(name):
+        if _digest_of(folder / name) != digests.get(name):
             raise UserError(f"its artifact {name} is damaged")

@@ -7,15 +7,12 @@ states and a position, and a resumed run ends in the same weights, bit for bit o
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import math
-import os
 import signal
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +27,8 @@ from glua_bench import augment, interruption
 from glua_bench.batches import Batches
 from glua_bench.config import RunConfig
 from glua_bench.console import Progress
-from glua_bench.errors import ConfigError, RunFailure
+from glua_bench.errors import ConfigError, RunFailure, reason
+from glua_bench.files import exclusive, replacing
 from glua_bench.interruption import Interrupted
 from glua_bench.method import Batch, Context, Method, Stage
 
@@ -52,63 +50,17 @@ class Log(Protocol):
         """Make sure that what was recorded outlives the process."""
 
 
-def save_atomically(value: Any, path: Path) -> None:
-    """`torch.save` that leaves the old file or the whole new one, whatever happens.
+def save(value: Any, path: Path) -> None:
+    """Write a file by `torch.save`.
 
     Raises:
         RunFailure: the disk is full or the directory cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Only one process at a time writes a path, so others' halves are those of killed ones.
-        for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-            leftover.unlink(missing_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise RunFailure(
-            f"{path} could not be written ({error}); free space on that disk or choose another "
-            "directory, and run the same command again to resume."
-        ) from error
-
-
-@contextmanager
-def exclusive(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold a lock file; the kernel releases it when the process ends, however it ends.
-
-    Args:
-        path: the file.
-        waiting: called where another process holds it, before waiting for that one.
-
-    Raises:
-        RunFailure: the directory cannot be written, or its file system has no locks.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")  # noqa: SIM115 (closed below; only opening it may fail)
-    except OSError as error:
-        raise RunFailure(
-            f"{path} could not be written ({error}); make that directory writable, or set "
-            "GLUA_BENCH_CACHE to another one."
-        ) from error
-    with file:
+    with replacing(path, "--runs") as temporary, temporary.open("wb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            raise RunFailure(
-                f"{path} cannot be locked ({error.strerror}); mount its file system with locks "
-                "(flock), or choose another one by --runs or GLUA_BENCH_CACHE."
-            ) from error
-        yield
+            torch.save(value, file)
+        except RuntimeError as error:  # a full disk, for one
+            raise OSError(reason(error)) from error
 
 
 def step_seed(seed: int, stage: str, step: int, rank: int = 0) -> int:
@@ -249,7 +201,7 @@ class Trainer:
                 f"Stage '{stage.name}': another run is training the same; waiting for its result."
             )
 
-        with exclusive(artefact.lock, waiting):
+        with exclusive(artefact.lock, waiting, "GLUA_BENCH_CACHE"):
             if artefact.path.is_file():
                 self._take(stage, artefact)
             else:
@@ -271,7 +223,7 @@ class Trainer:
 
     def _share(self, stage: Stage, artefact: Artefact) -> None:
         modules = {name: self.method.get_submodule(name).state_dict() for name in stage.modules}
-        save_atomically(modules, artefact.path)
+        save(modules, artefact.path)
 
     def _train(self, index: int, stage: Stage, start: int, states: Mapping[str, Any]) -> None:
         method, config, fabric = self.method, self.config, self.fabric
@@ -312,7 +264,7 @@ class Trainer:
                 self._flush(stage)
                 self._check_weights(stage, step + 1)
                 if fabric.is_global_zero:
-                    save_atomically(method.state_dict(), self.candidate_path(step + 1))
+                    save(method.state_dict(), self.candidate_path(step + 1))
                 if self.watch is not None:
                     method.eval()
                     self.watch(step + 1)
@@ -459,7 +411,7 @@ class Trainer:
                 "seconds": self.seconds,
                 "reused": sorted(self.reused),
             }
-            save_atomically(state, self.last_path)
+            save(state, self.last_path)
         self._saved_at = time.monotonic()
 
     def _load(self) -> dict[str, Any]:

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
@@ -28,7 +26,8 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage, sparse
 
-from glua_bench.errors import DataError, RunFailure
+from glua_bench.errors import DataError
+from glua_bench.files import replacing
 from glua_bench.formats import NIFTI, Forms, VolumeFile, open_volume
 from glua_bench.task import UNANNOTATED, DomainView, Grid, Reading
 
@@ -414,17 +413,8 @@ def save_volume(path: Path, voxels: np.ndarray, forms: Forms) -> None:
     header.set_data_shape(voxels.shape)
     forms.write(header)
     image = nib.Nifti1Image(voxels, None, header)
-    path = Path(path)
-    suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
-    temporary = path.parent / f".{path.name}-{uuid.uuid4().hex}{suffix}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
         nib.save(image, temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise RunFailure(f"Cannot write {path}: {error.strerror or error}.") from error
 
 
 def slice_distance(path: Path, reading: Reading) -> float:

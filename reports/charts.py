@@ -22,9 +22,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from glua_bench.errors import shortened
+from glua_bench.files import replacing
 from glua_bench.reports.comparison import LOWER, UPPER
 from glua_bench.reports.results import ORACLE
-from glua_bench.tracking import replacing
 
 INK = "#222222"
 FAINT = "#6b6b6b"
@@ -85,7 +86,7 @@ def files(figure: Figure, stem: Path) -> list[Path]:
             path = stem.with_name(stem.name + suffix)
             # A picture by itself has a paper; the same lines in a page have the page's.
             figure.patch.set_alpha(0.0 if suffix == ".svg" else 1.0)
-            with replacing(path) as temporary:
+            with replacing(path, "--out") as temporary:
                 figure.savefig(
                     temporary,
                     format=suffix[1:],
@@ -147,7 +148,7 @@ def _names(axes: Any, entries: Sequence[str]) -> None:
 
 def _short(entry: str, most: int = 46) -> str:
     name = f"{entry} (privileged)" if entry == UPPER else entry
-    return name if len(name) <= most else name[: most - 1] + "…"
+    return shortened(name, most)
 
 
 @styled

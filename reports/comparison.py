@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from glua_bench.config import RunConfig
-from glua_bench.errors import ConfigError
+from glua_bench.files import write_text
 from glua_bench.paths import distinct
 from glua_bench.reports import statistics
 from glua_bench.tracking import RunDirectory
@@ -314,17 +314,9 @@ def write(rows: pd.DataFrame, folder: Path, selector: str = "last") -> list[Path
             parts[name].append(part)
     frames = {"rows": rows, "table": table(rows, selector).reset_index()}
     frames.update({name: pd.concat(found, ignore_index=True) for name, found in parts.items()})
-    files = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, frame in frames.items():
-            files.append(folder / f"{name}.csv")
-            frame.to_csv(files[-1], index=False)
-    except OSError as error:
-        raise ConfigError(
-            f"{folder} cannot be written ({error.strerror}); choose another --out directory."
-        ) from error
-    return files
+    for name, frame in frames.items():
+        write_text(folder / f"{name}.csv", frame.to_csv(index=False), "--out")
+    return [folder / f"{name}.csv" for name in frames]
 
 
 def as_metrics(lines: pd.DataFrame) -> dict[str, float]:

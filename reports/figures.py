@@ -19,8 +19,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from glua_bench.files import replacing
 from glua_bench.task import Structure
-from glua_bench.tracking import replacing
 
 DPI = 130
 FOOTER = "not for redistribution"
@@ -336,7 +336,7 @@ def _save(
         legend.get_title().set_color(WARNING)
     elif not publishable:
         figure.supxlabel(FOOTER, fontsize=7, color=WARNING)
-    with replacing(Path(path)) as temporary:
+    with replacing(Path(path), "--out") as temporary:
         vector = Path(path).suffix == ".svg"
         # Without a date and with fixed names inside, the same drawing is the same file.
         with mpl.rc_context({"svg.hashsalt": "glua-bench"}):

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from glua_bench import __version__
-from glua_bench.errors import ConfigError
+from glua_bench.files import storing, write_text
 from glua_bench.reports import charts, tables
 from glua_bench.reports.tables import Table
-from glua_bench.tracking import write_text
 
 
 @dataclass
@@ -45,15 +44,11 @@ def make_folders(out: Path) -> None:
     """The directories of a page.
 
     Raises:
-        ConfigError: they cannot be made.
+        RunFailure: they cannot be made.
     """
-    try:
+    with storing(out, "--out"):
         for folder in (out, out / "tables", out / "figures"):
             folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{out} cannot be written ({error.strerror}); choose another --out directory."
-        ) from error
 
 
 class PageWriter:
@@ -86,7 +81,7 @@ class PageWriter:
             (".csv", table.frame().to_csv(index=False)),
         ):
             path = stem.with_name(stem.name + suffix)
-            write_text(path, text)
+            write_text(path, text, "--out")
             self.files.append(path)
         return {"kind": "table", "table": table, "name": stem.name}
 

@@ -13,6 +13,7 @@ import pandas as pd
 
 from glua_bench import carried
 from glua_bench.errors import ConfigError, UserError
+from glua_bench.files import replacing, write_text
 from glua_bench.registry import Registry
 from glua_bench.reports import (
     case_pictures,
@@ -26,7 +27,6 @@ from glua_bench.reports.comparison import UPPER
 from glua_bench.reports.page import PageWriter, Section, file_name, make_folders, render, slug
 from glua_bench.reports.results import ORACLE, Results, plain
 from glua_bench.task import Dataset
-from glua_bench.tracking import replacing, write_text
 
 RUN_PICTURES = {  # figures of a run that the page shows, and what they are
     "restyled": "source images, the same restyled or translated, and target images",
@@ -84,8 +84,8 @@ def write(
     writer = _Writer(results, out, options, report)
     sections = writer.sections()
     page = out / "report.html"
-    write_text(page, _page(results, sections, options))
-    with replacing(out / "rows.parquet") as temporary:
+    write_text(page, _page(results, sections, options), "--out")
+    with replacing(out / "rows.parquet", "--out") as temporary:
         every = results.rows
         if len(results.repeats):
             every = pd.concat([every, results.repeats], ignore_index=True)

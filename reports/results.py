@@ -19,11 +19,12 @@ import pandas as pd
 
 from glua_bench.config import RunConfig, changed_settings, digest, flat_settings, variant_name
 from glua_bench.errors import ConfigError, UserError
+from glua_bench.files import write_json
 from glua_bench.neighbours import Neighbourhood
 from glua_bench.registry import Registry
 from glua_bench.reports import comparison, statistics
 from glua_bench.reports.comparison import LOWER, UPPER
-from glua_bench.tracking import RunDirectory, list_runs, write_text
+from glua_bench.tracking import RunDirectory, list_runs
 
 ORACLE = "oracle"
 
@@ -196,7 +197,7 @@ def record(runs_root: Path, title: str, runs: Iterable[RunDirectory]) -> Path:
     ids = sorted(run.id for run in runs)
     name = re.sub(r"[^\w.+-]+", "_", title)[:60].strip("_")
     path = runs_root / "comparisons" / f"{name}_{digest(ids)[:6]}.json"
-    write_text(path, json.dumps({"title": title, "runs": ids}, indent=2) + "\n")
+    write_json(path, {"title": title, "runs": ids}, "--runs")
     return path
 
 

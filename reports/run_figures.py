@@ -166,7 +166,6 @@ def draw_prediction(
         (np.asarray(slices[z], np.float32), classes[z], f"slice {z + 1}/{len(classes)}")
         for z in chosen
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
     return domain_montage(path, title, panels, structures, publishable, columns)
 
 

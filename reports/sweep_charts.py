@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from matplotlib.tri import Triangulation
 
+from glua_bench.errors import shortened
 from glua_bench.reports.charts import (
     BOUND,
     COLOURS,
@@ -135,7 +136,7 @@ def slices(
             axes.scatter(at[own], done[objective][own], **STAR)
         _scale(axes, log)
         if words:
-            axes.set_xticks(range(len(words)), [_brief(word) for word in words], rotation=25)
+            axes.set_xticks(range(len(words)), [shortened(word, 14) for word in words], rotation=25)
             axes.set_xlim(-0.6, len(words) - 0.4)
         axes.set_xlabel(name)
         axes.grid(axis="y", color=LINE)
@@ -450,7 +451,3 @@ def time_line(trials: pd.DataFrame) -> Figure:
         handles.append(Line2D([], [], color=BOUND, lw=6, alpha=0.4, label="pale: taken up again"))
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8)
     return figure
-
-
-def _brief(word: str, most: int = 14) -> str:
-    return word if len(word) <= most else word[: most - 1] + "…"

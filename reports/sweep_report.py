@@ -17,10 +17,10 @@ from typing import Any
 import pandas as pd
 from scipy import stats
 
+from glua_bench.files import write_text
 from glua_bench.reports import sweep_charts
 from glua_bench.reports.page import PageWriter, Section, make_folders, render
 from glua_bench.reports.tables import Column, Table
-from glua_bench.tracking import write_text
 
 ORACLE_STAMP = "ORACLE (privileged): chosen by labels of target test cases, no result. "
 AFTERWARDS = "looked at afterwards"
@@ -294,11 +294,11 @@ def write(sweep: Sweep, out: Path) -> list[Path]:
         sections=sections,
         objective=sweep.objective,
     )
-    write_text(page, text)
+    write_text(page, text, "--out")
     rows = []
     for name in ("trials", "runs", "seen"):
         rows.append(out / f"{name}.csv")
-        write_text(rows[-1], getattr(sweep, name).to_csv(index=False))
+        write_text(rows[-1], getattr(sweep, name).to_csv(index=False), "--out")
     return [page, *rows, *writer.files]
 
 

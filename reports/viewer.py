@@ -27,9 +27,9 @@ import numpy as np
 
 from glua_bench.cache import cache_root
 from glua_bench.errors import ConfigError, RunFailure
+from glua_bench.files import write_text
 from glua_bench.reports.run_figures import telling_slice
 from glua_bench.task import Structure
-from glua_bench.tracking import replacing
 
 PACKAGE = "@niivue/niivue"
 VERSION = "0.69.0"
@@ -97,8 +97,8 @@ def bundle() -> str:
         ) from error
     script = _fetch()
     # A cache that cannot be written costs the next report some seconds, never this one.
-    with contextlib.suppress(RunFailure), replacing(kept) as temporary:
-        temporary.write_bytes(script.encode())
+    with contextlib.suppress(RunFailure):
+        write_text(kept, script)
     return script
 
 

@@ -15,7 +15,8 @@ from optuna.trial import FrozenTrial
 from glua_bench import console, runs
 from glua_bench.config import assignment
 from glua_bench.console import Progress, duration
-from glua_bench.errors import ConfigError
+from glua_bench.errors import ConfigError, without_password
+from glua_bench.files import write_json
 from glua_bench.runs import RunRequest
 from glua_bench.sweeps import definition as definitions
 from glua_bench.sweeps.definition import Definition
@@ -29,7 +30,6 @@ from glua_bench.sweeps.study import (
     counting,
     folder_of,
     free_name,
-    without_password,
 )
 from glua_bench.sweeps.trial import Outcome, See, execute, requests
 from glua_bench.sweeps.worker import Done, work
@@ -101,7 +101,7 @@ def open_study(
     )
     told = {**asdict(definition), "file": str(definition.file)}
     told["storage"] = None if storage is None else without_password(storage)
-    copy.write_text(json.dumps(told, indent=1))
+    write_json(copy, told, "--runs")
     return study
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from glua_bench.errors import RunFailure
+from glua_bench.errors import RunFailure, complaint
 from glua_bench.matrix import environment
 from glua_bench.sweeps.study import SweepStudy
 
@@ -73,7 +73,8 @@ class Crew:
                     if code is None or code == 0:
                         continue
                     if code in (1, 2):
-                        raise RunFailure(f"A worker ended: {last_line(worker.log)}")
+                        said = worker.log.read_text(encoding="utf-8", errors="replace")
+                        raise RunFailure(f"A worker ended: {complaint(said, f'see {worker.log}')}")
                     deaths = 0 if self._finished() > finished else deaths + 1
                     finished = self._finished()
                     if deaths >= DEATHS:
@@ -158,9 +159,3 @@ def worker_words(study: SweepStudy, runs_root: Path, plugins: Sequence[Path]) ->
     for file in plugins:
         words += ["--plugin", str(file)]
     return words
-
-
-def last_line(log: Path) -> str:
-    """The last line that a worker wrote."""
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1].removeprefix("glua-bench: error: ") if lines else f"see {log}"

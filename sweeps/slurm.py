@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from glua_bench.documents import Table, read_document
-from glua_bench.errors import ConfigError, RunFailure
+from glua_bench.errors import ConfigError, RunFailure, complaint
 from glua_bench.sweeps.job import WorkerJob
 from glua_bench.sweeps.launch import DEATHS
 from glua_bench.sweeps.study import SweepStudy
@@ -221,7 +221,9 @@ class Jobs:
             return True
         outcome, code = _result(paths.result_pickle)
         if outcome == "success" and code:
-            raise RunFailure(f"A worker ended: {_complaint(paths.stderr)}")
+            log = paths.stderr
+            said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+            raise RunFailure(f"A worker ended: {complaint(said, f'see {log}')}")
         return bool(outcome != "success")
 
     def _submitted(self) -> list[str]:
@@ -298,14 +300,6 @@ def _result(path: Path) -> tuple[str, Any]:
     with path.open("rb") as file:
         outcome, value = pickle.load(file)
     return str(outcome), value
-
-
-def _complaint(log: Path) -> str:
-    """What a worker said at its end; submitit may have written behind it."""
-    prefix = "glua-bench: error: "
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    said = [line for line in lines if line.startswith(prefix)]
-    return said[-1].removeprefix(prefix) if said else f"see {log}"
 
 
 def _submitit() -> Any:

@@ -11,7 +11,6 @@ workers on other machines.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -19,8 +18,9 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,10 +28,10 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from glua_bench.errors import ConfigError, RunFailure
+from glua_bench.errors import ConfigError, RunFailure, first_line, without_password
+from glua_bench.files import drop_torn_line, exclusive, try_lock
 from glua_bench.paths import SWEEPS, name_fault
 from glua_bench.sweeps.definition import Definition, Parameter
-from glua_bench.trainer import exclusive
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -110,15 +110,15 @@ def open_storage(url: str, workers: int = 1, begun: bool = False) -> optuna.stor
             )
         except ImportError as error:
             raise ConfigError(
-                f"--storage {shown} needs a driver that is not installed ({_brief(error)}); for "
-                "PostgreSQL: pip install 'glua-bench[cluster]'."
+                f"--storage {shown} needs a driver that is not installed ({first_line(error)}); "
+                "for PostgreSQL: pip install 'glua-bench[cluster]'."
             ) from error
         except Exception as error:  # SQLAlchemy and its drivers raise many types
             if begun and isinstance(error, away_errors()):
                 raise
             raise ConfigError(
-                f"--storage {shown} cannot be opened ({_brief(error)}); check the server, the name "
-                "of the database and the password."
+                f"--storage {shown} cannot be opened ({first_line(error)}); check the server, the "
+                "name of the database and the password."
             ) from error
 
 
@@ -132,39 +132,19 @@ class _JournalLock:
 
     def __init__(self, journal: Path) -> None:
         self._journal = journal
-        self._file: Any = None
+        self._held = ExitStack()
 
     def acquire(self) -> bool:
         """Wait for the right to write."""
-        file = self._journal.with_suffix(".lock").open("w")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        self._file = file
-        with suppress(FileNotFoundError):
+        with ExitStack() as stack:
+            stack.enter_context(exclusive(self._journal.with_suffix(".lock"), option="--runs"))
             drop_torn_line(self._journal)
+            self._held = stack.pop_all()
         return True
 
     def release(self) -> None:
         """Give the right back."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
-def drop_torn_line(path: Path) -> None:
-    """Cut off what follows the last line end of a text file."""
-    with path.open("rb+") as file:
-        end = file.seek(0, os.SEEK_END)
-        at = end
-        while at > 0:
-            start = max(0, at - 4096)
-            file.seek(start)
-            found = file.read(at - start).rfind(b"\n")
-            if found >= 0:
-                at = start + found + 1
-                break
-            at = start
-        if at < end:
-            file.truncate(at)
+        self._held.close()
 
 
 def file_system(path: Path) -> str:
@@ -180,17 +160,6 @@ def file_system(path: Path) -> str:
         if inside and len(point) >= len(best):
             best, kind = point, found
     return kind
-
-
-def without_password(url: str) -> str:
-    """A URL without its password."""
-    head, at, tail = url.rpartition("@")
-    return f"{head.rpartition(':')[0]}:…@{tail}" if at and head.count(":") > 1 else url
-
-
-def _brief(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__).rstrip(".")[:120]
 
 
 def away_errors() -> tuple[type[Exception], ...]:
@@ -224,11 +193,11 @@ def patiently(
         except away_errors() as error:
             if time.monotonic() - began > patience:
                 raise RunFailure(
-                    f"The storage did not answer for {patience:.0f} s ({_brief(error)}); start it "
-                    "and give the same command again, nothing is lost."
+                    f"The storage did not answer for {patience:.0f} s ({first_line(error)}); start "
+                    "it and give the same command again, nothing is lost."
                 ) from error
             if not away:
-                report(f"the storage does not answer ({_brief(error)}); waiting for it")
+                report(f"the storage does not answer ({first_line(error)}); waiting for it")
             away = True
             sleep(pause)
             pause = min(2 * pause, 15.0)
@@ -256,7 +225,7 @@ class Claim:
     number: int
     params: Mapping[str, Any]
     attempt: int
-    _lock: Any = field(default=None, repr=False)
+    _lock: ExitStack = field(default_factory=ExitStack, repr=False)
     _stop: threading.Event = field(default_factory=threading.Event, repr=False)
 
 
@@ -289,7 +258,8 @@ class SweepStudy:
         self.folder = folder_of(runs_root, self.name)
         self.url = storage or journal(self.folder)
         self._host = socket.gethostname()
-        with exclusive(self.folder / "ask.lock"):  # of several, one makes the tables
+        self._asking = partial(exclusive, self.folder / "ask.lock", option="--runs")
+        with self._asking():  # of several, one makes the tables
             self.storage = patiently(lambda: open_storage(self.url, workers, begun), report)
             self.study = patiently(self._open, report)
 
@@ -352,14 +322,14 @@ class SweepStudy:
 
         What dead workers left behind is offered again first.
         """
-        with exclusive(self.folder / "ask.lock"):
+        with self._asking():
             # As a whole: where the answer to a question was lost, its trial is found as dead.
             trial = patiently(self._take, self.report)
             if trial is None:
                 return None
             attempt = int(trial.user_attrs.get("attempt", 1))
             claim = Claim(trial, trial.number, trial.params, attempt)
-            claim._lock = self._hold(trial.number)
+            claim._lock.enter_context(exclusive(self._lock_file(trial.number), option="--runs"))
         self._beat(claim)
         return claim
 
@@ -417,28 +387,14 @@ class SweepStudy:
     def _lock_file(self, number: int) -> Path:
         return self.folder / "trials" / f"{number}.lock"
 
-    def _hold(self, number: int) -> Any:
-        path = self._lock_file(number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
-
     def _alive(self, trial: FrozenTrial) -> bool:
         """Whether somebody is at a running trial."""
         here = trial.user_attrs.get("host", self._host) == self._host
         if isinstance(self.storage, optuna.storages.RDBStorage) and not here:
             stale = self.storage._get_stale_trial_ids(self.study._study_id)
             return trial._trial_id not in stale
-        try:
-            # For writing: file systems of a network lock no other file for one process alone.
-            with self._lock_file(trial.number).open("r+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        return False
+        with try_lock(self._lock_file(trial.number), "--runs") as free:
+            return not free
 
     def _beat(self, claim: Claim) -> None:
         """Tell a database again and again that this process lives."""
@@ -493,7 +449,7 @@ class SweepStudy:
                 self._offer(trial, claim.attempt)
                 self._end(trial, "its worker was asked to end")
 
-        with exclusive(self.folder / "ask.lock"):
+        with self._asking():
             patiently(give, self.report, patience=30)
 
     def _tell(self, claim: Claim, facts: Mapping[str, Any], **told: Any) -> None:

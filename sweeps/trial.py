@@ -18,10 +18,10 @@ import torch
 from glua_bench import interruption, runs
 from glua_bench.config import assignment
 from glua_bench.console import Progress
-from glua_bench.errors import RunFailure
+from glua_bench.errors import RunFailure, complaint
+from glua_bench.files import try_lock
 from glua_bench.matrix import ATTEMPTS, command
 from glua_bench.sweeps.definition import Definition
-from glua_bench.tracking import try_lock
 
 WAIT_SECONDS = 0.2  # between looks at the processes of a run
 
@@ -185,13 +185,12 @@ def execute_apart(
             )
             code = _wait(process)
             errors.seek(0)
-            said = errors.read().strip().splitlines() or ["no reason"]
+            said = errors.read()
         if planned.directory.done:
             return
         interruption.end_if_asked()
         if 0 < code < 128:
-            reason = planned.directory.failed or said[-1].removeprefix("glua-bench: error: ")
-            raise RunFailure(reason)
+            raise RunFailure(planned.directory.failed or complaint(said))
     raise RunFailure(
         f"The processes of {planned.directory.path} were killed {ATTEMPTS} times; look for a lack "
         "of memory, and give the same command again."

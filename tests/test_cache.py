@@ -27,6 +27,7 @@ from glua_bench.cache import (
     fingerprint,
 )
 from glua_bench.errors import DataError, RunFailure
+from glua_bench.files import UNFINISHED
 from glua_bench.neighbours import Neighbourhood
 from glua_bench.task import Case, DomainView, Grid, Reading, Structure
 from glua_bench.volumes import load_image, load_label
@@ -196,8 +197,7 @@ from glua_bench.task import DomainView, Grid, Reading, UnlabelledCase
 where = sys.argv[2]
 if where == "array":
     def save(stream, array):
-        stream.write(b"half an array")
-        stream.flush()
+        stream.write_bytes(b"half an array")
         os.kill(os.getpid(), signal.SIGKILL)
     np.save = save
 else:
@@ -225,14 +225,12 @@ def test_killed_writer_leaves_no_entry(case, where):
     np.testing.assert_allclose(image.open(), expected, atol=2.5e-4)
 
 
-def test_leftovers_are_swept_after_a_day(case):
-    scratch = SliceCache().root / "unfinished"
-    scratch.mkdir(parents=True)
-    (scratch / "old.npy").write_bytes(b"x")
-    (scratch / "new.npy").write_bytes(b"x")
-    os.utime(scratch / "old.npy", (1, 1))
-    SliceCache().image(case.unlabelled(), VIEW)
-    assert {path.name for path in scratch.iterdir()} == {"new.npy"}
+def test_leftovers_of_killed_writers_are_swept(case):
+    for where in ("array", "before"):
+        subprocess.run([sys.executable, "-c", KILLED, str(case.image), where])
+        assert len(list(SliceCache().root.rglob(f"{UNFINISHED}*"))) == 1
+    entry = SliceCache().image(case.unlabelled(), VIEW).path
+    assert {path.name for path in entry.parent.iterdir()} == {entry.name, f"{entry.stem}.json"}
 
 
 @pytest.mark.parametrize(
@@ -285,7 +283,7 @@ def test_full_disk_is_a_failure_of_the_run(case, monkeypatch):
 def test_unwritable_cache_names_the_variable(case, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a directory")
     monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "file"))
-    with pytest.raises(DataError, match=r"GLUA_BENCH_CACHE.*\.$"):
+    with pytest.raises(RunFailure, match=r"GLUA_BENCH_CACHE.*\.$"):
         SliceCache().image(case.unlabelled(), VIEW)
 
 

@@ -97,8 +97,7 @@ def test_entries_of_the_cache_are_looked_at(fuzz: ModuleType, tmp_path: Path) ->
         broken.unlink(), broken.with_suffix(".json").unlink()
     sound.with_suffix(".json").unlink()
     assert "half an entry" in found()[0]
-    (tmp_path / "unfinished").mkdir()
-    (tmp_path / "unfinished" / "x.npy").touch()
+    (tmp_path / "images" / ".writing-x.npy").touch()
     assert "unfinished" in found()[0]
 
 

@@ -239,7 +239,7 @@ def test_what_is_finished_is_kept_whatever_ends_it(small, tmp_path, end):
     if end != "killed":  # then Python itself complains of semaphores
         assert err.count("\n") == 1
     found = entries(SliceCache())
-    assert len(found) == 4 and not [path for path in found if "unfinished" in path.parts]
+    assert len(found) == 4 and not [path for path in found if path.name.startswith(".")]
 
     blocked.unlink()
     blocked.write_bytes(content)

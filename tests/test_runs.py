@@ -796,7 +796,7 @@ def test_a_run_leaves_all_its_files(finished: tuple[runs.PlannedRun, runs.Summar
         "figures/restyled.png",  # the method's own pictures
     ):
         assert (path / name).stat().st_size > 0, name
-    assert not list(path.rglob(".writing-*")) and not list(path.rglob("*.tmp"))
+    assert not list(path.rglob(".writing-*"))
     assert not (path / "failed").exists()
     assert planned.directory.done
 

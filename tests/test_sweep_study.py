@@ -30,7 +30,6 @@ from glua_bench.sweeps.study import (
     counting,
     differences,
     distribution,
-    drop_torn_line,
     file_system,
     free_name,
     make_sampler,
@@ -416,21 +415,6 @@ def test_storages_that_cannot_be_opened_are_told_without_the_password(url: str, 
 def test_the_file_system_of_a_path_is_known() -> None:
     assert file_system(Path("/proc/self")) == "proc"
     assert file_system(Path("/")) not in ("", "proc")
-
-
-def test_half_a_line_of_a_killed_writer_is_dropped(tmp_path: Path) -> None:
-    path = tmp_path / "journal.log"
-    for before, after in (
-        (b"", b""),
-        (b"whole\n", b"whole\n"),
-        (b"whole\nhalf", b"whole\n"),
-        (b"half", b""),
-        (b"whole\n" + b"x" * 10_000, b"whole\n"),
-        (b"x" * 5000 + b"\n" + b"y" * 5000, b"x" * 5000 + b"\n"),
-    ):
-        path.write_bytes(before)
-        drop_torn_line(path)
-        assert path.read_bytes() == after
 
 
 def test_a_journal_goes_on_after_half_a_line(opened: Callable[..., SweepStudy]) -> None:

@@ -38,10 +38,8 @@ from glua_bench.tracking import (
     git_state,
     list_runs,
     open_tracker,
-    replacing,
     run_name,
     tracking_uri,
-    write_text,
 )
 
 CONFIG = RunConfig(
@@ -114,35 +112,10 @@ def steps(run: RunDirectory) -> list[tuple[str, int, int]]:
 # -- files ----------------------------------------------------------------------------------------
 
 
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "file.txt"
-    write_text(path, "old")
-    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
-        temporary.write_text("half")
-        raise ZeroDivisionError
-    assert path.read_text() == "old"
-    with replacing(path) as temporary:
-        assert temporary.suffix == ".txt"
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
-    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
-
-
-def test_others_may_read_what_the_user_lets_them(tmp_path: Path) -> None:
-    """Temporary files are private, results are not."""
-    before = os.umask(0o022)
-    try:
-        write_text(tmp_path / "file", "text")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
-
-
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from glua_bench.tracking import replacing
+from glua_bench.files import replacing
 with replacing(Path(sys.argv[1])) as temporary:
     temporary.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
