@@ -232,7 +232,7 @@ def _describe_entry_point(kind: str, point: EntryPoint) -> Entry:
     except Exception as error:  # listing survives whatever a plugin's package does
         text = f"{type(error).__name__}: {_one_line(error)}"
         return Entry(kind, point.name, origin, point.value, error=text)
-    summary, attributes = _describe_class(node)
+    summary, attributes = describe_class(node)
     return Entry(kind, point.name, origin, point.value, summary, attributes)
 
 
@@ -253,7 +253,7 @@ def _describe_file(kind: str, path: Path) -> list[Entry]:
             base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "")
             for base in node.bases
         }
-        summary, attributes = _describe_class(node)
+        summary, attributes = describe_class(node)
         if not known & bases:
             continue
         known.add(class_name)
@@ -317,7 +317,8 @@ def _imported_from(path: Path, package: str) -> set[str]:
     }
 
 
-def _describe_class(node: ast.ClassDef) -> tuple[str, dict[str, Any]]:
+def describe_class(node: ast.ClassDef) -> tuple[str, dict[str, Any]]:
+    """Return the first line of a class's docstring, and its attributes that are literals."""
     docstring = ast.get_docstring(node) or ""
     attributes: dict[str, Any] = {}
     for statement in node.body:
