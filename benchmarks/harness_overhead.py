@@ -21,20 +21,18 @@ from pathlib import Path
 import torch
 
 from glua_bench import runs
-from glua_bench.batches import Batches
-from glua_bench.cache import SliceCache
 from glua_bench.console import Progress
-from glua_bench.method import Batch, Context, Method, Stage
+from glua_bench.method import Batch, Context, Stage
 from glua_bench.tracking import RunDirectory
 from glua_bench.trainer import Trainer
 
 
-def time_steps(method: Method) -> list[float]:
-    """Let a method note the seconds of each step of its stages; the list that it notes them in."""
+def time_steps(trainer: Trainer) -> list[float]:
+    """Let a trainer note the seconds of each step of its stages; the list that it notes them in."""
     seconds: list[float] = []
 
     def timed(stage: Stage) -> Stage:
-        update, _ = stage.trained_by(method)
+        update, _ = stage.trained_by(trainer.method)
 
         def step(batch: Batch, context: Context) -> dict[str, torch.Tensor]:
             began = time.perf_counter()
@@ -44,8 +42,7 @@ def time_steps(method: Method) -> list[float]:
 
         return replace(stage, step=step)
 
-    stages = tuple(timed(stage) for stage in method.stages())
-    method.stages = lambda: stages  # type: ignore[method-assign]
+    trainer.stages = tuple(map(timed, trainer.stages))
     return seconds
 
 
@@ -71,26 +68,24 @@ def main() -> None:
             )
         )
         config = replace(planned.config, candidates=1)
-        quiet = Progress(enabled=False)
-        train, _, target = runs.stores(planned, SliceCache(), quiet)
         fabric = runs.make_fabric(planned.request, config)
-        batches = Batches(train, target, config.batch_size, config.seed, fabric.device)
-        loaded = (batches.load(0, step) for step in range(options.steps))
-        tensors = [Batch(images, labels.long(), target) for images, labels, target in loaded]
         bare_times, harness_times, ratios, outside = [], [], [], []
         for _ in range(options.rounds):
             with tempfile.TemporaryDirectory() as folder, open("/dev/null", "w") as nowhere:
                 log = RunDirectory(Path(folder), config, "overhead")
                 log.start({})
-                method = runs.build_method(config, planned.dataset, planned.method_class)
-                inside = time_steps(method)
                 with Progress(stream=nowhere) as progress:
-                    trainer = Trainer(
-                        method, config, batches, fabric, log.checkpoints, log, progress
-                    )
-                    trainer.fit()
+                    alone = replace(planned, config=config, directory=log)
+                    built = runs.build_run(alone, fabric, progress)
+                    trainer, method, batches = built.trainer, built.method, built.trainer.batches
+                    loaded = (batches.load(0, step) for step in range(options.steps))
+                    tensors = [
+                        Batch(images, labels.long(), more) for images, labels, more in loaded
+                    ]
+                    trainer.artefact = lambda stage: None
+                    inside = time_steps(trainer)
+                    built.fit()
                 log.close()
-                del method.stages  # the timed ones
                 total = sum(trainer.seconds.values())
                 outside.append(total / sum(inside) - 1)
                 harness = total / options.steps
@@ -106,7 +101,6 @@ def main() -> None:
             bare_times.append(bare)
             harness_times.append(harness)
             ratios.append(harness / bare)
-        batches.close()
         print(
             f"{augmentation:<13}{1000 * min(bare_times):>14.1f}{1000 * min(harness_times):>18.1f}"
             f"{100 * (statistics.median(ratios) - 1):>17.1f} %"

@@ -40,30 +40,25 @@ from typing import Any, ClassVar, get_args
 import nibabel as nib
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor
 from torch.optim import Optimizer
 
 from glua_bench import runs
-from glua_bench.batches import Batches
-from glua_bench.cache import SliceCache, fingerprint
+from glua_bench.cache import SliceCache
 from glua_bench.config import (
     PRESETS,
     RunConfig,
     SegmenterSpec,
     build_settings,
-    digest,
     identity,
 )
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, DataError, PluginError, RunFailure
 from glua_bench.formats import open_volume
-from glua_bench.identity import code_version
 from glua_bench.method import Batch, Context, Method, Role, Stage
-from glua_bench.registry import Registry
+from glua_bench.registry import Registry, describe_class
 from glua_bench.task import SPLITS, Case, Dataset, Grid, Reading, Structure
-from glua_bench.tracking import RunDirectory
-from glua_bench.trainer import Trainer, stage_order, to_channels_last
+from glua_bench.trainer import stage_order, to_channels_last
 from glua_bench.volumes import read_label_volume
 
 STEPS = 3  # the budget of a training: a first step, one in between, and a last one
@@ -83,15 +78,11 @@ class CheckFailure(AssertionError):
     """A plugin breaks the rule of a check; the message says how."""
 
 
-class Undecided(Exception):
-    """A check needs another one to pass first, and it did not."""
-
-
 @dataclass(frozen=True)
 class CheckResult:
     """What one check found.
 
-    Args:
+    Attributes:
         subject: name of the method or dataset.
         check: name of the check.
         status: "passed", "failed", or "undecided" where a check that it needs failed.
@@ -117,7 +108,7 @@ class CheckResult:
 class Check:
     """One rule.
 
-    Args:
+    Attributes:
         name: what results and test ids call it.
         rule: the rule in a sentence.
         needs: checks that must pass before this one can be decided.
@@ -134,7 +125,7 @@ METHOD_CHECKS: dict[str, Check] = {}
 DATASET_CHECKS: dict[str, Check] = {}
 
 
-def _register(
+def register(
     table: dict[str, Check], *needs: str
 ) -> Callable[[Callable[[Any], str | None]], Callable[[Any], str | None]]:
     def add(run: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
@@ -145,9 +136,21 @@ def _register(
     return add
 
 
-def _demand(condition: bool, message: str) -> None:
+def demand(condition: bool, message: str) -> None:
     if not condition:
         raise CheckFailure(message)
+
+
+@contextmanager
+def explained(what: str, advice: str = "") -> Iterator[None]:
+    """Turn whatever a plugin raises into a failure of the check."""
+    try:
+        yield
+    except CheckFailure:
+        raise
+    except Exception as error:  # a plugin may raise anything
+        why = f"{type(error).__name__}: {error}"
+        raise CheckFailure(f"{what}: {why}" + (f" ({advice})" if advice else "")) from error
 
 
 # -- the entry points -----------------------------------------------------------------------------
@@ -178,7 +181,7 @@ def run_checks(
     """
     results = []
     with closing(Bench(_method_class(method, plugins), config)) as bench:
-        for name in _chosen(METHOD_CHECKS, only):
+        for name in select_checks(METHOD_CHECKS, only):
             results.append(bench.outcome(name))
             report(results[-1])
     return results
@@ -206,8 +209,8 @@ def run_dataset_checks(
     found = runs.load_dataset(dataset, data_root, plugins) if isinstance(dataset, str) else dataset
     outcomes: dict[str, CheckResult] = {}
     results = []
-    for name in _chosen(DATASET_CHECKS, only):
-        results.append(_outcome(DATASET_CHECKS, name, found.name, found, outcomes))
+    for name in select_checks(DATASET_CHECKS, only):
+        results.append(run_check(DATASET_CHECKS, name, found.name, found, outcomes))
         report(results[-1])
     return results
 
@@ -231,7 +234,7 @@ def parametrize(
     """
     import pytest  # the kit works without it
 
-    names = _chosen(METHOD_CHECKS, only)
+    names = select_checks(METHOD_CHECKS, only)
     cases = []
     for method in methods:
         label = method if isinstance(method, str) else getattr(method, "name", method.__name__)
@@ -253,9 +256,9 @@ def parametrize_dataset(only: Iterable[str] | None = None) -> Any:
     import pytest  # the kit works without it
 
     def run(name: str, dataset: Dataset) -> None:
-        _raise(_outcome(DATASET_CHECKS, name, dataset.name, dataset, {}))
+        _raise(run_check(DATASET_CHECKS, name, dataset.name, dataset, {}))
 
-    names = _chosen(DATASET_CHECKS, only)
+    names = select_checks(DATASET_CHECKS, only)
     cases = [pytest.param(functools.partial(run, name), id=name) for name in names]
     return pytest.mark.parametrize("check", cases)
 
@@ -291,7 +294,7 @@ def _method_class(method: type[Method] | str, plugins: Sequence[Path]) -> type[M
     return Registry("method", plugins).load(method) if isinstance(method, str) else method
 
 
-def _chosen(table: Mapping[str, Check], only: Iterable[str] | None) -> list[str]:
+def select_checks(table: Mapping[str, Check], only: Iterable[str] | None) -> list[str]:
     if only is None:
         return list(table)
     wanted = list(only)
@@ -301,7 +304,7 @@ def _chosen(table: Mapping[str, Check], only: Iterable[str] | None) -> list[str]
     return wanted
 
 
-def _outcome(
+def run_check(
     table: Mapping[str, Check],
     name: str,
     subject: str,
@@ -313,14 +316,16 @@ def _outcome(
         return outcomes[name]
     began = time.perf_counter()
     status, message, error = "passed", "", None
+    unmet = (
+        n for n in table[name].needs if not run_check(table, n, subject, material, outcomes).passed
+    )
+    need = next(unmet, None)
     try:
-        for need in table[name].needs:
-            before = _outcome(table, need, subject, material, outcomes)
-            if not before.passed:
-                raise Undecided(f"{subject}: '{name}' cannot be decided, as '{need}' did not pass")
-        message = table[name].run(material) or ""
-    except Undecided as reason:
-        status, message = "undecided", str(reason)
+        if need is None:
+            message = table[name].run(material) or ""
+        else:
+            status = "undecided"
+            message = f"{subject}: '{name}' cannot be decided, as '{need}' did not pass"
     except CheckFailure as failure:
         status, message, error = "failed", str(failure), failure
     except Exception as failure:  # a plugin may raise anything
@@ -408,6 +413,19 @@ def _tiny_volume(rng: np.random.Generator, inverted: bool) -> tuple[np.ndarray, 
     return (image + rng.normal(0, 0.03, x.shape)).astype(np.float32), labels
 
 
+class _Spoiled(TinyDataset):
+    """A copy whose files are changed or removed: `prepare` does not write them again."""
+
+    def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
+        """Nothing."""
+
+
+def rewrite_voxels(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Replace the voxels of a NIfTI file by what a function makes of them, (X, Y, Z)."""
+    image: Any = nib.load(path)
+    nib.save(nib.Nifti1Image(change(np.array(image.dataobj)), image.affine), path)
+
+
 def poison_labels(dataset: Dataset, cases: Iterable[Case], seed: int = 0) -> None:
     """Overwrite label files with random values of the dataset's table.
 
@@ -421,11 +439,9 @@ def poison_labels(dataset: Dataset, cases: Iterable[Case], seed: int = 0) -> Non
         view = dataset.view(case.domain)
         values = [0, *view.reading.ignored_values]
         values += [v for structure in view.structures for v in structure.values]
-        if case.label is None:
-            continue
-        image: Any = nib.load(case.label)
-        noise = rng.choice(np.array(values, np.int16), image.shape)
-        nib.save(nib.Nifti1Image(noise, image.affine), case.label)
+        table = np.array(values, np.int16)
+        if case.label is not None:
+            rewrite_voxels(case.label, lambda voxels: rng.choice(table, voxels.shape))  # noqa: B023
 
 
 def flatten_slices(cases: Iterable[Case]) -> None:
@@ -439,29 +455,31 @@ def flatten_slices(cases: Iterable[Case]) -> None:
         cases: whose files; only ever those of a copy. Their slices lie along the last axis.
     """
     kinds = itertools.cycle(("constant", "empty", "halves", "pixel"))
-    for case in cases:
-        image: Any = nib.load(case.image)
-        voxels = np.array(image.dataobj, np.float32)
+
+    def flat(voxels: np.ndarray) -> np.ndarray:
         low, high = voxels.min(), voxels.max()
-        middle = (low + high) / 2
         width, height, depth = voxels.shape
         for z, kind in zip(range(1, depth), kinds, strict=False):
-            voxels[..., z] = low if kind in ("empty", "halves") else middle
+            voxels[..., z] = low if kind in ("empty", "halves") else (low + high) / 2
             if kind == "halves":
                 voxels[: width // 2, :, z] = high
             elif kind == "pixel":
                 voxels[width // 2, height // 2, z] = high
-        nib.save(nib.Nifti1Image(voxels, image.affine), case.image)
-        label: Any = nib.load(case.truth)
-        classes = np.array(label.dataobj, np.int16)
-        classes[..., 1:] = 0
-        nib.save(nib.Nifti1Image(classes, label.affine), case.truth)
+        return voxels
+
+    def background(voxels: np.ndarray) -> np.ndarray:
+        voxels[..., 1:] = 0
+        return voxels
+
+    for case in cases:
+        rewrite_voxels(case.image, flat)
+        rewrite_voxels(case.truth, background)
 
 
 # -- the bench ------------------------------------------------------------------------------------
 
 
-class _Interrupted(BaseException):
+class Killed(BaseException):
     """Ends a training as a killed process would: nobody may catch it on the way."""
 
 
@@ -469,7 +487,7 @@ class _Interrupted(BaseException):
 class Stop:
     """Where to end a training early.
 
-    Args:
+    Attributes:
         stage: name of the stage.
         step: the step within it.
         after: end after the method's update of that step, not before it.
@@ -480,34 +498,158 @@ class Stop:
     after: bool = False
 
 
-@dataclass
 class Training:
-    """What a training leaves behind.
+    """One training of a method, watched at every step.
+
+    It hooks into the trainer of a run by wrapping the steps and the optimizers of its stages.
 
     Args:
-        weights: the method's final `state_dict`.
-        method: the trained method, in eval mode.
+        built: the run.
+        cache: the cache directory of the training.
+        stop: where to end early; a checkpoint is then written after every step.
+        inspect_step: called with the batch and the context of every step.
+        even: give every stage the whole budget, whatever its share.
+
+    Attributes:
+        built: the run, with its trained method.
+        cache: the cache directory of the training.
+        initial: the method's `state_dict` before training.
+        weights: its `state_dict` afterwards.
         calls: (stage, step) of every call of `step`, in order.
         problems: what the values returned by `step` did wrong.
         updates: (stage, parameter name) → number of optimizer updates.
         hidden: stage → after each of its steps, what the method holds elsewhere than in
             parameters and buffers.
         served: whether target images were served, at every step.
-        reused: stages taken from the cache.
-        cache: the cache directory of the training.
-        initial: the `state_dict` before training.
     """
 
-    weights: dict[str, Tensor]
-    method: Method
-    calls: list[tuple[str, int]]
-    problems: list[str]
-    updates: Counter[tuple[str, str]]
-    hidden: dict[str, list[dict[str, Any]]]
-    served: list[bool]
-    reused: set[str]
-    cache: Path
-    initial: dict[str, Tensor]
+    def __init__(
+        self,
+        built: runs.BuiltRun,
+        cache: Path,
+        stop: Stop | None = None,
+        inspect_step: Callable[[Batch, Context], None] | None = None,
+        even: bool = False,
+    ) -> None:
+        self.built, self.cache = built, cache
+        self.initial = self.weights = copy_weights(built.method.state_dict())
+        self.calls: list[tuple[str, int]] = []
+        self.problems: list[str] = []
+        self.updates: Counter[tuple[str, str]] = Counter()
+        self.hidden: dict[str, list[dict[str, Any]]] = {}
+        self.served: list[bool] = []
+        self._stop, self._inspect, self._even = stop, inspect_step, even
+        self._names: dict[str, list[str]] = {}
+        built.trainer.stages = tuple(map(self._watched, built.trainer.stages))
+        built.trainer.checkpoint_seconds = math.inf if stop is None else 0.0
+
+    @property
+    def method(self) -> Method:
+        """The method; in eval mode once it is trained."""
+        return self.built.method
+
+    @property
+    def reused(self) -> set[str]:
+        """Stages taken from the cache."""
+        return self.built.trainer.reused
+
+    def fit(self) -> Training:
+        """Train to the end, and return the training.
+
+        Raises:
+            Killed: the training reached `stop`.
+        """
+        with closing(self.built.planned.directory):
+            self.built.fit()
+        self.weights = copy_weights(self.method.state_dict())
+        return self
+
+    # Partials, as no closure may lead a step to the kit, which knows the labels; see `leaks`.
+
+    def _watched(self, stage: Stage) -> Stage:
+        update, make = stage.trained_by(self.method)
+        return replace(
+            stage,
+            share=1.0 if self._even else stage.share,
+            step=functools.partial(self._step, update),
+            optimizers=functools.partial(self._optimizers, make, stage.name),
+        )
+
+    def _step(
+        self,
+        update: Callable[[Batch, Context], dict[str, Tensor]],
+        batch: Batch,
+        context: Context,
+    ) -> dict[str, Tensor]:
+        stop, stage = self._stop, context.stage.name
+        stopping = stop is not None and (stop.stage, stop.step) == (stage, context.step)
+        if stop is not None and stopping and not stop.after:
+            raise Killed
+        if self._inspect is not None:
+            self._inspect(batch, context)
+        self.calls.append((stage, context.step))
+        self.served.append(batch.target_images is not None)
+        values = self._sound(update(batch, context), stage)
+        held = held_elsewhere(self.method, (Training,))
+        self.hidden.setdefault(stage, []).append(held)
+        if stopping:
+            raise Killed
+        return values
+
+    def _sound(self, values: Any, stage: str) -> dict[str, Tensor]:
+        """What the trainer can read of the values; the rest becomes a problem of its own."""
+        if not isinstance(values, Mapping):
+            self.problems.append(f"step returned a {type(values).__name__}, not a dictionary")
+            return {}
+        names = self._names.setdefault(stage, list(values))
+        if sorted(names, key=str) != sorted(values, key=str):
+            self.problems.append(
+                f"step of stage '{stage}' returned {sorted(values, key=str)} after "
+                f"{sorted(names, key=str)}; a stage must log the same names at every step"
+            )
+        sound = {}
+        for name in names:
+            value = values.get(name)
+            if isinstance(value, Tensor) and value.ndim == 0:
+                sound[name] = value
+                continue
+            if name in values:
+                kind = (
+                    f"a tensor of shape {tuple(value.shape)}"
+                    if isinstance(value, Tensor)
+                    else f"a {type(value).__name__}"
+                )
+                self.problems.append(f"step logs '{name}' as {kind}, not as a scalar tensor")
+            sound[name] = torch.zeros(())
+        return sound
+
+    def _optimizers(
+        self, make: Callable[[], dict[str, Optimizer]], stage: str
+    ) -> dict[str, Optimizer]:
+        optimizers = make()
+        # Not by torch's hooks of a step: those of a subclass that calls its parent's step run for
+        # both, if anybody has made an optimizer of the parent's class before.
+        for optimizer in optimizers.values():
+            counted = functools.partial(self._update, stage, optimizer, optimizer.step)
+            optimizer.step = counted  # type: ignore[method-assign]
+        return optimizers
+
+    def _update(
+        self,
+        stage: str,
+        optimizer: Optimizer,
+        update: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        result = update(*args, **kwargs)
+        moved = {
+            id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        }
+        self.updates.update(
+            (stage, name) for name, p in self.method.named_parameters() if id(p) in moved
+        )
+        return result
 
 
 class Bench:
@@ -529,7 +671,6 @@ class Bench:
         self.dataset = TinyDataset(Path(self._folder.name) / "data")
         self.dataset.prepare()
         self._outcomes: dict[str, CheckResult] = {}
-        self._fabrics: dict[str, Fabric] = {}
 
     @property
     def subject(self) -> str:
@@ -538,7 +679,7 @@ class Bench:
 
     def outcome(self, name: str) -> CheckResult:
         """The result of a check, run once."""
-        return _outcome(METHOD_CHECKS, name, self.subject, self, self._outcomes)
+        return run_check(METHOD_CHECKS, name, self.subject, self, self._outcomes)
 
     def close(self) -> None:
         """Remove the files; they go at the end of the process otherwise."""
@@ -560,7 +701,7 @@ class Bench:
         """The dataset on files of its own, to be spoiled."""
         root = self.fresh("data")
         shutil.copytree(self.dataset.root, root, dirs_exist_ok=True)
-        return TinyDataset(root)
+        return _Spoiled(root)
 
     def cache(self) -> Path:
         """A cache directory that holds the slices of the bench's data, and no stage."""
@@ -573,15 +714,8 @@ class Bench:
         """The slices of the bench's data, read once."""
         path = self.fresh("cache")
         with quiet_machine(path):
-            runs.stores(self.plan(self.dataset), SliceCache(), Progress(enabled=False))
+            runs.stores(self.plan(), SliceCache(), Progress(enabled=False))
         return path / "slices"
-
-    def fabric(self, precision: str) -> Fabric:
-        """One CPU, computing in a precision."""
-        if precision not in self._fabrics:
-            config = replace(self.config(), precision=precision)
-            self._fabrics[precision] = runs.make_fabric(self.request(0, STEPS), config)
-        return self._fabrics[precision]
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
@@ -637,34 +771,29 @@ class Bench:
 
     def plan(
         self,
-        dataset: Dataset,
+        dataset: Dataset | None = None,
         settings: Mapping[str, Any] | None = None,
         seed: int = 0,
         steps: int = STEPS,
         scored: bool = False,
         options: Mapping[str, Any] | None = None,
+        root: Path | None = None,
     ) -> runs.PlannedRun:
-        """A run that is ready to be executed; reads label files of tests only if `scored`."""
-        config = runs.with_slice_distance(self.config(settings, seed, steps, options), dataset)
-        runs.check_request(config, self.method)
-        chosen = runs.roles(config, dataset)
-        config = runs.adjusted(config, self.build(config), chosen)
-        train = [fingerprint(chosen["source_train"]), fingerprint(chosen["target_train"])]
-        test = [fingerprint(chosen["source_val"]), fingerprint(chosen["test"])] if scored else []
-        prints = runs.Fingerprints(digest(train, 16), digest(test, 16))
-        code = code_version(self.method)
-        run_id = identity(config, prints.whole, code)
-        request = self.request(seed, steps)
-        return runs.PlannedRun(
-            config,
-            run_id,
-            RunDirectory(self.fresh("runs"), config, run_id),
-            dataset,
-            self.method,
-            [(s.name, s.steps(steps)) for s in self.build(config).stages()],
-            prints,
-            code,
-            request,
+        """A run that is ready to be executed.
+
+        Args:
+            dataset: another than the bench's own, e.g. a spoiled copy.
+            settings: changes of the method's settings.
+            seed: the run's seed.
+            steps: the run's budget.
+            scored: whether it is scored as well; label files of tests are read for that alone.
+            options: changes of the run's own options, e.g. its precision.
+            root: the directory of its run directory; None takes an empty one.
+        """
+        request = replace(self.request(seed, steps), runs_root=root or self.fresh("runs"))
+        config = self.config(settings, seed, steps, options)
+        return runs.plan_config(
+            request, config, dataset or self.dataset, self.method, scored=scored
         )
 
     def build(self, config: RunConfig | None = None) -> Method:
@@ -691,7 +820,7 @@ class Bench:
         steps: int = STEPS,
         dataset: Dataset | None = None,
         cache: Path | None = None,
-        checkpoints: Path | None = None,
+        root: Path | None = None,
         stop: Stop | None = None,
         inspect_step: Callable[[Batch, Context], None] | None = None,
         options: Mapping[str, Any] | None = None,
@@ -705,181 +834,24 @@ class Bench:
             steps: the run's budget.
             dataset: another than the bench's own, e.g. a spoiled copy.
             cache: the cache directory; None takes one without stages.
-            checkpoints: where checkpoints lie and are resumed from; None takes an empty one.
+            root: the directory of the run directory, from whose checkpoints an interrupted
+                training goes on; None takes an empty one.
             stop: where to end early; a checkpoint is then written after every step.
             inspect_step: called with the batch and the context of every step.
             options: changes of the run's own options, e.g. its precision.
             even: give every stage the whole budget, whatever its share.
 
         Raises:
-            _Interrupted: the training reached `stop`.
+            Killed: the training reached `stop`.
         """
         if cache is None:
             cache = self.cache() if dataset is None else self.fresh("cache")
-        dataset = self.dataset if dataset is None else dataset
-        checkpoints = self.fresh("checkpoints") if checkpoints is None else checkpoints
         with quiet_machine(cache):
-            planned = self.plan(dataset, settings, seed, steps, options=options)
-            fabric = self.fabric(planned.config.precision)
-            progress = Progress(enabled=False)
-            train, _, target = runs.stores(planned, SliceCache(), progress)
-            method = runs.build_method(planned.config, dataset, self.method)
-            initial = _copy(method.state_dict())
-            watch = _Watch(method, stop, inspect_step, even)
-            batches = Batches(train, target, BATCH, seed, fabric.device)
-            trainer = Trainer(
-                method,
-                planned.config,
-                batches,
-                fabric,
-                checkpoints,
-                _NoLog(),
-                progress,
-                runs.artefacts(planned, method),
-                checkpoint_seconds=math.inf if stop is None else 0.0,
-            )
-            try:
-                trainer.fit()
-            finally:
-                batches.close()
-                watch.detach()
-        return Training(
-            _copy(method.state_dict()),
-            method,
-            watch.calls,
-            watch.problems,
-            watch.updates,
-            watch.hidden,
-            watch.served,
-            trainer.reused,
-            cache,
-            initial,
-        )
-
-
-class _NoLog:
-    """A log that keeps nothing."""
-
-    def log(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """Nothing."""
-
-    def rewind(self, stage: str, step: int) -> None:
-        """Nothing."""
-
-    def flush(self) -> None:
-        """Nothing."""
-
-
-class _Watch:
-    """Stands between the trainer and a method, and notes what passes."""
-
-    def __init__(
-        self,
-        method: Method,
-        stop: Stop | None,
-        inspect_step: Callable[[Batch, Context], None] | None,
-        even: bool = False,
-    ) -> None:
-        self.calls: list[tuple[str, int]] = []
-        self.problems: list[str] = []
-        self.updates: Counter[tuple[str, str]] = Counter()
-        self.hidden: dict[str, list[dict[str, Any]]] = {}
-        self.served: list[bool] = []
-        self._method, self._stages = method, method.stages
-        self._stop, self._inspect, self._even = stop, inspect_step, even
-        self._names: dict[str, list[str]] = {}
-        method.stages = self._watched_stages  # type: ignore[method-assign]
-
-    def detach(self) -> None:
-        """Give the method its own function back."""
-        del self._method.stages
-
-    def _watched_stages(self) -> tuple[Stage, ...]:
-        return tuple(self._watched(stage) for stage in self._stages())
-
-    def _watched(self, stage: Stage) -> Stage:
-        update, make = stage.trained_by(self._method)
-
-        def step(batch: Batch, context: Context) -> dict[str, Tensor]:
-            return self._watched_step(update, batch, context)
-
-        def optimizers() -> dict[str, Optimizer]:
-            return self._watched_optimizers(make, stage)
-
-        share = 1.0 if self._even else stage.share
-        return replace(stage, share=share, step=step, optimizers=optimizers)
-
-    def _watched_step(
-        self,
-        update: Callable[[Batch, Context], dict[str, Tensor]],
-        batch: Batch,
-        context: Context,
-    ) -> dict[str, Tensor]:
-        here = (context.stage.name, context.step)
-        stop = self._stop
-        if stop is not None and here == (stop.stage, stop.step) and not stop.after:
-            raise _Interrupted
-        if self._inspect is not None:
-            self._inspect(batch, context)
-        self.calls.append(here)
-        self.served.append(batch.target_images is not None)
-        values = self._sound(update(batch, context), context.stage.name)
-        self.hidden.setdefault(context.stage.name, []).append(_held_elsewhere(self._method))
-        if stop is not None and here == (stop.stage, stop.step):
-            raise _Interrupted
-        return values
-
-    def _sound(self, values: Any, stage: str) -> dict[str, Tensor]:
-        """What the trainer can read of the values; the rest becomes a problem of its own."""
-        if not isinstance(values, Mapping):
-            self.problems.append(f"step returned a {type(values).__name__}, not a dictionary")
-            return {}
-        names = self._names.setdefault(stage, list(values))
-        if sorted(names, key=str) != sorted(values, key=str):
-            self.problems.append(
-                f"step of stage '{stage}' returned {sorted(values, key=str)} after "
-                f"{sorted(names, key=str)}; a stage must log the same names at every step"
-            )
-        sound = {}
-        for name in names:
-            value = values.get(name)
-            if isinstance(value, Tensor) and value.ndim == 0:
-                sound[name] = value
-                continue
-            if name in values:
-                kind = (
-                    f"a tensor of shape {tuple(value.shape)}"
-                    if isinstance(value, Tensor)
-                    else f"a {type(value).__name__}"
-                )
-                self.problems.append(f"step logs '{name}' as {kind}, not as a scalar tensor")
-            sound[name] = torch.zeros(())
-        return sound
-
-    def _watched_optimizers(
-        self, make: Callable[[], dict[str, Optimizer]], stage: Stage
-    ) -> dict[str, Optimizer]:
-        optimizers = make()
-        names = {id(p): name for name, p in self._method.named_parameters()}
-
-        # Not by torch's hooks of a step: those of a subclass that calls its parent's step run for
-        # both, if anybody has made an optimizer of the parent's class before.
-        def counted(optimizer: Optimizer, update: Callable[..., Any]) -> Callable[..., Any]:
-            def step(*args: Any, **kwargs: Any) -> Any:
-                result = update(*args, **kwargs)
-                for group in optimizer.param_groups:
-                    self.updates.update(
-                        (stage.name, names[id(p)])
-                        for p in group["params"]
-                        if p.grad is not None and id(p) in names
-                    )
-                return result
-
-            return step
-
-        for optimizer in optimizers.values():
-            optimizer.step = counted(optimizer, optimizer.step)  # type: ignore[method-assign]
-        return optimizers
+            planned = self.plan(dataset, settings, seed, steps, options=options, root=root)
+            planned.directory.start({}, planned.stages)
+            fabric = runs.make_fabric(planned.request, planned.config)
+            built = runs.build_run(planned, fabric, Progress(enabled=False))
+            return Training(built, cache, stop, inspect_step, even).fit()
 
 
 @contextmanager
@@ -934,13 +906,21 @@ def first_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> str | 
     return None
 
 
-def _copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def copy_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in weights.items()}
 
 
 def _demand_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor], what: str) -> None:
     name = first_difference(a, b)
-    _demand(name is None, f"{what}: the weights differ, first in '{name}'")
+    demand(name is None, f"{what}: the weights differ, first in '{name}'")
+
+
+def _demand_other(a: Mapping[str, Tensor], b: Mapping[str, Tensor], message: str) -> None:
+    demand(first_difference(a, b) is not None, message)
+
+
+def _demand_finite(value: Tensor, message: str) -> None:
+    demand(bool(torch.isfinite(value).all()), message)
 
 
 @torch.no_grad()
@@ -956,41 +936,41 @@ _SOURCE = re.compile(
 )
 
 
-@_register(METHOD_CHECKS)
+@register(METHOD_CHECKS)
 def _card(bench: Bench) -> None:
     """Name, reference, needs and a docstring with its source, readable without an import."""
-    return _check_card(bench.method, Method)
+    return check_card(bench.method, Method)
 
 
-def _check_card(plugin: type, base: type) -> None:
+def check_card(plugin: type, base: type) -> None:
     literals = _literals(plugin)
     for name in ("name", "reference", "needs"):
         value = getattr(plugin, name, None)
-        _demand(
+        demand(
             isinstance(value, str) and bool(value.strip()) and "\n" not in value,
             f"the class attribute `{name}` is {value!r}; give it one line of text",
         )
-        _demand(
+        demand(
             literals is None or name in literals,
             f"`{name}` must stand as a plain text in the class itself, because "
             "`glua-bench list` reads it without importing the plugin",
         )
-    _demand(
+    demand(
         re.fullmatch(r"[a-z][a-z0-9_]*", plugin.name) is not None,  # type: ignore[attr-defined]
         f"the name {plugin.name!r} must be lower-case letters, digits and _",  # type: ignore[attr-defined]
     )
     text = plugin.__doc__ or ""
-    _demand(
+    demand(
         bool(text.strip()) and text != base.__doc__, "the class has no docstring: it is the card"
     )
     lines = inspect.cleandoc(text).splitlines()
-    _demand(
+    demand(
         lines[0].endswith(".") and len(lines[0]) <= 100 and (len(lines) == 1 or not lines[1]),
         "the docstring must begin with one line of at most 100 characters that ends in a period, "
         "and then an empty line",
     )
     if base is Method:
-        _demand(
+        demand(
             _SOURCE.search(text + plugin.reference) is not None,  # type: ignore[attr-defined]
             "neither the docstring nor `reference` says where the method comes from; cite a paper "
             "(authors and year, arXiv or doi), or say baseline, reconstruction or original",
@@ -1003,32 +983,22 @@ def _literals(plugin: type) -> set[str] | None:
         tree = ast.parse(textwrap.dedent(inspect.getsource(plugin)))
     except (OSError, TypeError, SyntaxError):
         return None
-    names = set()
-    for statement in tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else ():
-        targets: Sequence[ast.expr] = ()
-        if isinstance(statement, ast.Assign):
-            targets = statement.targets
-        elif isinstance(statement, ast.AnnAssign):
-            targets = [statement.target]
-        value = getattr(statement, "value", None)
-        # Two texts in brackets are one constant after parsing, so only constants count.
-        if isinstance(value, ast.Constant):
-            names |= {target.id for target in targets if isinstance(target, ast.Name)}
-    return names
+    node = tree.body[0]
+    return set(describe_class(node)[1]) if isinstance(node, ast.ClassDef) else set()
 
 
-@_register(METHOD_CHECKS)
+@register(METHOD_CHECKS)
 def _settings(bench: Bench) -> None:
     """Every setting has a meaning, a range or choices, and a default inside them."""
     cls = bench.method.Config
-    _demand(
+    demand(
         is_dataclass(cls) and cls.__dataclass_params__.frozen,  # type: ignore[attr-defined]
         "`Config` must be a frozen dataclass",
     )
     for spec in fields(cls):
         default, meta = spec.default, spec.metadata
-        _demand(default is not MISSING, f"the setting '{spec.name}' has no default")
-        _demand(
+        demand(default is not MISSING, f"the setting '{spec.name}' has no default")
+        demand(
             bool(meta.get("help")),
             f"the setting '{spec.name}' has no help; declare it with glua_bench.config.setting",
         )
@@ -1036,7 +1006,7 @@ def _settings(bench: Bench) -> None:
         if isinstance(default, (bool, tuple)) or choices is not None:
             continue
         if isinstance(default, (int, float)):
-            _demand(
+            demand(
                 low is not None and high is not None and low < high,
                 f"the setting '{spec.name}' needs both ends of its range (low < high)",
             )
@@ -1047,25 +1017,25 @@ def _settings(bench: Bench) -> None:
     build_settings(cls, {}, "method")
 
 
-@_register(METHOD_CHECKS, "settings")
+@register(METHOD_CHECKS, "settings")
 def _round_trip(bench: Bench) -> None:
     """The settings and the run's configuration survive a dictionary, JSON and YAML."""
     cls = bench.method.Config
     for values in ({}, bench.method.presets.get("quick", {}), bench.settings):
         built = build_settings(cls, dict(values), "method")
         again = build_settings(cls, json.loads(json.dumps(asdict(built))), "method")
-        _demand(again == built, f"settings change on their way through JSON: {built} → {again}")
+        demand(again == built, f"settings change on their way through JSON: {built} → {again}")
     config = bench.config()
     for again in (RunConfig.from_dict(config.to_dict()), RunConfig.from_yaml(config.to_yaml())):
-        _demand(again.to_dict() == config.to_dict(), "the run's configuration changes in YAML")
-        _demand(identity(again, "", "") == identity(config, "", ""), "the run's identity changes")
+        demand(again.to_dict() == config.to_dict(), "the run's configuration changes in YAML")
+        demand(identity(again, "", "") == identity(config, "", ""), "the run's identity changes")
 
 
-@_register(METHOD_CHECKS, "settings")
+@register(METHOD_CHECKS, "settings")
 def _presets(bench: Bench) -> None:
     """Every preset and, under each of them, every variant gives valid settings."""
     for preset in bench.method.presets:
-        _demand(preset in PRESETS, f"there is no preset '{preset}'; known: {', '.join(PRESETS)}")
+        demand(preset in PRESETS, f"there is no preset '{preset}'; known: {', '.join(PRESETS)}")
     for preset in PRESETS:
         base = dict(bench.method.presets.get(preset, {}))
         for name, changes in {"": {}, **bench.method.variants()}.items():
@@ -1076,17 +1046,17 @@ def _presets(bench: Bench) -> None:
                 raise CheckFailure(f"{where}: {error}") from error
 
 
-@_register(METHOD_CHECKS, "settings")
+@register(METHOD_CHECKS, "settings")
 def _stages(bench: Bench) -> None:
     """Stages have different names, and depend on settings and modules that exist."""
     method = bench.build()
     stages = tuple(method.stages())
-    _demand(bool(stages), "stages() is empty")
+    demand(bool(stages), "stages() is empty")
     stage_order(stages)
     known = {spec.name for spec in fields(bench.method.Config)}
     for stage in stages:
         unknown = set(stage.depends_on or ()) - known
-        _demand(
+        demand(
             not unknown,
             f"stage '{stage.name}' depends on {sorted(unknown)}, which Config does not have",
         )
@@ -1097,13 +1067,13 @@ def _stages(bench: Bench) -> None:
                 raise CheckFailure(
                     f"stage '{stage.name}' keeps the module '{name}', which the method lacks"
                 ) from error
-        _demand(
+        demand(
             stage.depends_on is None or bool(stage.modules),
             f"stage '{stage.name}' is shared (depends_on) but names no modules to keep",
         )
-        _demand(stage.share > 0, f"stage '{stage.name}' has the share {stage.share}")
+        demand(stage.share > 0, f"stage '{stage.name}' has the share {stage.share}")
         optimizers = stage.trained_by(method)[1]()
-        _demand(
+        demand(
             isinstance(optimizers, dict)
             and bool(optimizers)
             and all(isinstance(o, Optimizer) for o in optimizers.values()),
@@ -1111,7 +1081,7 @@ def _stages(bench: Bench) -> None:
         )
 
 
-@_register(METHOD_CHECKS, "stages")
+@register(METHOD_CHECKS, "stages")
 def _optimizers(bench: Bench) -> None:
     """Every trainable weight is in one optimizer of some stage, and nothing else is."""
     method = bench.build()
@@ -1122,12 +1092,12 @@ def _optimizers(bench: Bench) -> None:
         for key, optimizer in stage.trained_by(method)[1]().items():
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 name = names.get(id(parameter))
-                _demand(
+                demand(
                     name is not None,
                     f"optimizer '{key}' of stage '{stage.name}' holds a weight that is not the "
                     "method's, so no checkpoint keeps it: make its network an attribute",
                 )
-                _demand(
+                demand(
                     id(parameter) not in owner,
                     f"'{name}' is in the optimizers '{owner.get(id(parameter))}' and '{key}' of "
                     f"stage '{stage.name}', which would both move it",
@@ -1135,20 +1105,19 @@ def _optimizers(bench: Bench) -> None:
                 owner[id(parameter)] = key
         trained |= owner.keys()
     for name, parameter in method.named_parameters():
-        _demand(
+        demand(
             id(parameter) in trained or not parameter.requires_grad,
             f"'{name}' is in no optimizer of any stage: give it to one, or say "
             "requires_grad_(False) where it is an average or fixed",
         )
 
 
-@_register(METHOD_CHECKS, "settings", "stages")
+@register(METHOD_CHECKS, "settings", "stages")
 def _trains(bench: Bench) -> None:
     """Training goes through all stages with finite losses and finite weights."""
     for name, value in bench.baseline.weights.items():
-        _demand(bool(torch.isfinite(value).all()), f"'{name}' is not finite after training")
-    changed = first_difference(bench.baseline.initial, bench.baseline.weights)
-    _demand(changed is not None, "training changes no weight")
+        _demand_finite(value, f"'{name}' is not finite after training")
+    _demand_other(bench.baseline.initial, bench.baseline.weights, "training changes no weight")
 
 
 _FLAT_ADVICE = (
@@ -1158,64 +1127,58 @@ _FLAT_ADVICE = (
 )
 
 
-@_register(METHOD_CHECKS, "trains")
+@register(METHOD_CHECKS, "trains")
 def _flat_slices(bench: Bench) -> None:
     """Constant, empty and two-valued slices give finite losses, weights and predictions."""
     data, cache = bench.copy_of_data(), bench.fresh("cache")
     for domain in data.domains():
         flatten_slices(data.split(domain, "train"))
-    with quiet_machine(cache):
-        train, _, _ = runs.stores(bench.plan(data), SliceCache(), Progress(enabled=False))
-        images = torch.from_numpy(train.images(range(len(train))))
     for precision in PRECISIONS:
         # Augmentation would move a border into the slices and add noise to them.
         options = {"precision": precision, "augmentation": "none"}
         where = f"with constant, empty and two-valued slices (precision {precision})"
         try:
-            training = bench.train(
-                steps=FLAT_STEPS, dataset=data, cache=cache, options=options, even=True
-            )
-        except RunFailure as failure:
+            with explained(f"{where} it does not train"):
+                training = bench.train(
+                    steps=FLAT_STEPS, dataset=data, cache=cache, options=options, even=True
+                )
+        except CheckFailure as failure:
+            if not isinstance(failure.__cause__, RunFailure):
+                raise
             # What the trainer advises, e.g. lower learning rates, is for other causes.
-            what = str(failure).partition(", so the run was stopped")[0]
-            raise CheckFailure(f"{where}: {what} ({_FLAT_ADVICE})") from failure
-        except Exception as error:  # a plugin may raise anything
-            raise CheckFailure(
-                f"{where} it does not train: {type(error).__name__}: {error}"
-            ) from error
+            what = str(failure.__cause__).partition(", so the run was stopped")[0]
+            raise CheckFailure(f"{where}: {what} ({_FLAT_ADVICE})") from failure.__cause__
         for name, value in training.weights.items():
-            _demand(
-                bool(torch.isfinite(value).all()),
-                f"{where} '{name}' is not finite after training ({_FLAT_ADVICE})",
-            )
+            what = f"{where} '{name}' is not finite after training ({_FLAT_ADVICE})"
+            _demand_finite(value, what)
+        slices = training.built.train
+        images = torch.from_numpy(slices.images(range(len(slices))))
         for domain in DOMAINS:
-            with bench.fabric(precision).autocast():
-                logits = _predict(training.method, images, domain)
-            _demand(
-                bool(torch.isfinite(logits).all()),
-                f"{where} predictions of the {domain} are not finite ({_FLAT_ADVICE})",
-            )
+            with quiet_machine():
+                logits = training.built.predict(images, domain)
+            what = f"{where} predictions of the {domain} are not finite ({_FLAT_ADVICE})"
+            _demand_finite(logits, what)
 
 
-@_register(METHOD_CHECKS, "trains")
+@register(METHOD_CHECKS, "trains")
 def _logs(bench: Bench) -> None:
     """A step returns scalar tensors, under the same names at every step of a stage."""
     problems = bench.baseline.problems
-    _demand(not problems, "; ".join(dict.fromkeys(problems)))
+    demand(not problems, "; ".join(dict.fromkeys(problems)))
 
 
-@_register(METHOD_CHECKS, "trains")
+@register(METHOD_CHECKS, "trains")
 def _budget(bench: Bench) -> None:
     """Each stage gets its steps, the last one the budget, and the segmenter no more than that."""
     stages = tuple(bench.build().stages())
-    _demand(
+    demand(
         stages[-1].share == 1.0,
         f"the last stage has the share {stages[-1].share}, not 1.0: all segmenters of a "
         "comparison get the same number of updates",
     )
     found = Counter(stage for stage, _ in bench.baseline.calls)
     for stage in stages:
-        _demand(
+        demand(
             found[stage.name] == stage.steps(STEPS),
             f"stage '{stage.name}' made {found[stage.name]} steps, not {stage.steps(STEPS)}",
         )
@@ -1223,7 +1186,7 @@ def _budget(bench: Bench) -> None:
     behind = _behind_predictions(bench.baseline.method, bench.images(1))
     for name in behind:
         count = sum(updates[stage.name, name] for stage in stages)
-        _demand(
+        demand(
             count <= STEPS,
             f"'{name}', which predictions depend on, was updated {count} times under a budget "
             f"of {STEPS}",
@@ -1233,7 +1196,7 @@ def _budget(bench: Bench) -> None:
     # An average of trained weights predicts. Which ones it follows cannot be seen, so none may
     # have more updates than the budget.
     for (stage_name, name), count in updates.items():
-        _demand(
+        demand(
             stage_name != stages[-1].name or count <= STEPS,
             f"'{name}' was updated {count} times under a budget of {STEPS}, and predictions come "
             "from weights that no optimizer moves, such as its average",
@@ -1252,38 +1215,38 @@ def _behind_predictions(method: Method, images: Tensor) -> list[str]:
     return [name for (name, _), g in zip(named, gradients, strict=True) if g is not None]
 
 
-@_register(METHOD_CHECKS, "trains")
+@register(METHOD_CHECKS, "trains")
 def _logits(bench: Bench) -> None:
     """predict gives finite float logits (N, K, H, W) of both domains, for one image as for many."""
     classes = len(bench.dataset.structures) + 1
     for count, domain in itertools.product((BATCH, 1, 5), DOMAINS):
         logits = _predict(bench.baseline.method, bench.images(count), domain)
         wanted = (count, classes, SIZE, SIZE)
-        _demand(isinstance(logits, Tensor), f"predict returned a {type(logits).__name__}")
-        _demand(
+        demand(isinstance(logits, Tensor), f"predict returned a {type(logits).__name__}")
+        demand(
             tuple(logits.shape) == wanted,
             f"predict of {count} images gives the shape {tuple(logits.shape)}, not {wanted}",
         )
-        _demand(logits.is_floating_point(), f"predict gives {logits.dtype}, not a float type")
-        _demand(bool(torch.isfinite(logits).all()), "predict gives values that are not finite")
+        demand(logits.is_floating_point(), f"predict gives {logits.dtype}, not a float type")
+        _demand_finite(logits, "predict gives values that are not finite")
 
 
-@_register(METHOD_CHECKS, "trains")
+@register(METHOD_CHECKS, "trains")
 def _predict_is_pure(bench: Bench) -> None:
     """In eval mode predict draws no random numbers and changes no weight."""
     method, images = bench.baseline.method, bench.images(3)
-    before = _copy(method.state_dict())
+    before = copy_weights(method.state_dict())
     for domain in DOMAINS:
         with quiet_machine():
             torch.manual_seed(1)
             first = _predict(method, images, domain)
             torch.manual_seed(2)
             second = _predict(method, images, domain)
-        _demand(torch.equal(first, second), "predict gives two answers for the same images")
+        demand(torch.equal(first, second), "predict gives two answers for the same images")
     _demand_same(before, method.state_dict(), "after predict")
 
 
-@_register(METHOD_CHECKS, "logits", "predict_is_pure")
+@register(METHOD_CHECKS, "logits", "predict_is_pure")
 def _features(bench: Bench) -> None:
     """features() gives finite maps, one for each image, that do not depend on the others."""
     method, images = bench.baseline.method, bench.images(3)
@@ -1291,67 +1254,64 @@ def _features(bench: Bench) -> None:
         with torch.no_grad(), quiet_machine():
             maps = method.eval().features(images, domain)
             alone = method.features(images[:1], domain)
-        _demand(
+        demand(
             isinstance(maps, Tensor) and maps.ndim == 4 and len(maps) == 3,
             f"features are {tuple(getattr(maps, 'shape', ()))} for three images, not (3, D, h, w)",
         )
-        _demand(bool(torch.isfinite(maps).all()), "features are not finite")
-        _demand(
+        _demand_finite(maps, "features are not finite")
+        demand(
             bool(torch.allclose(maps[:1].float(), alone.float(), rtol=1e-3, atol=1e-4)),
             "an image's features depend on the images beside it",
         )
 
 
-@_register(METHOD_CHECKS, "trains")
+@register(METHOD_CHECKS, "trains")
 def _pictures(bench: Bench) -> str | None:
     """pictures gives finite images, of one slice or of as many as the method sees."""
     with quiet_machine():
         pictures = bench.baseline.method.eval().pictures(bench.batch())
     for name, picture in pictures.items():
         shape = tuple(picture.shape)
-        _demand(
+        demand(
             len(shape) == 4
             and shape[0] > 0
             and shape[1] in (1, bench.slices)
             and shape[2:] == (SIZE, SIZE),
             f"the picture '{name}' has the shape {shape}, not (N, {bench.slices}, {SIZE}, {SIZE})",
         )
-        _demand(bool(torch.isfinite(picture).all()), f"the picture '{name}' is not finite")
+        _demand_finite(picture, f"the picture '{name}' is not finite")
     return None if pictures else "the method shows no pictures"
 
 
-@_register(METHOD_CHECKS, "trains", "logits", "pictures")
+@register(METHOD_CHECKS, "trains", "logits", "pictures")
 def _slices(bench: Bench) -> str | None:
     """With three slices in an image it trains, predicts and shows, and the neighbours count."""
     if bench.slices > 1:
         return "all checks see several slices"
     with closing(Bench(bench.method, bench.given, slices=3)) as stacked:
-        try:
-            runs.check_slices(stacked.config(), stacked.build())
+        with explained(
+            "with three slices in an image it does not train",
+            "build all networks that take or make images with task.slices channels",
+        ):
             method = stacked.train(steps=1).method
             logits = _predict(method, stacked.images(2))
             with quiet_machine():
                 pictures = method.pictures(stacked.batch())
-        except Exception as error:  # a plugin may raise anything
-            raise CheckFailure(
-                f"with three slices in an image it does not train: {type(error).__name__}: {error} "
-                "(build all networks that take or make images with task.slices channels)"
-            ) from error
         wanted = (2, len(bench.dataset.structures) + 1, SIZE, SIZE)
-        _demand(
+        demand(
             tuple(logits.shape) == wanted and bool(torch.isfinite(logits).all()),
             f"predict of two images of three slices gives {tuple(logits.shape)}, not {wanted}, or "
             "values that are not finite",
         )
         for name, picture in pictures.items():
-            _demand(
+            demand(
                 picture.shape[1:] in {(1, SIZE, SIZE), (3, SIZE, SIZE)},
                 f"of images of three slices, the picture '{name}' has the shape "
                 f"{tuple(picture.shape)}",
             )
         images = stacked.images(2)
         images[:, [0, 2]] *= -1
-        _demand(
+        demand(
             not torch.equal(logits, _predict(method, images)),
             "predictions do not depend on the neighbours of a slice, so several slices would cost "
             "and change nothing: give its networks task.slices channels",
@@ -1359,22 +1319,18 @@ def _slices(bench: Bench) -> str | None:
     return None
 
 
-@_register(METHOD_CHECKS, "trains", "presets")
+@register(METHOD_CHECKS, "trains", "presets")
 def _variants_train(bench: Bench) -> str | None:
     """Every declared variant trains a step."""
     variants = bench.method.variants()
     cache = bench.cache()  # one for all, so that a stage they share trains once
     for name, changes in variants.items():
-        try:
+        with explained(f"variant '{name}' does not train"):
             bench.train(changes, steps=1, cache=cache)
-        except Exception as error:  # a plugin may raise anything
-            raise CheckFailure(
-                f"variant '{name}' does not train: {type(error).__name__}: {error}"
-            ) from error
     return None if variants else "the method declares no variants"
 
 
-@_register(METHOD_CHECKS, "trains")
+@register(METHOD_CHECKS, "trains")
 def _checkpoint(bench: Bench) -> None:
     """A method built anew that loads saved weights predicts the same, bit for bit."""
     trained, images = bench.baseline.method, bench.images(3)
@@ -1385,7 +1341,7 @@ def _checkpoint(bench: Bench) -> None:
     other.load_state_dict(torch.load(file, weights_only=True))
     to_channels_last(other)  # as the trainer does; rounding follows from it
     for domain in DOMAINS:
-        _demand(
+        demand(
             torch.equal(_predict(trained, images, domain), _predict(other, images, domain)),
             "predictions change when the weights are saved and loaded: what they depend on must "
             "be parameters or buffers",
@@ -1393,17 +1349,17 @@ def _checkpoint(bench: Bench) -> None:
 
 
 # Attributes that torch itself keeps in every module; state in parameters and buffers is saved.
-_MODULE_ATTRIBUTES = {*vars(torch.nn.Module()), "stages"}
+_MODULE_ATTRIBUTES = set(vars(torch.nn.Module()))
 
 
-@_register(METHOD_CHECKS, "trains")
+@register(METHOD_CHECKS, "trains")
 def _hidden_state(bench: Bench) -> None:
     """What a step leaves for the next one is parameters, buffers and optimizers' state."""
     for stage, held in bench.baseline.hidden.items():
         # What the first step makes may be a constant that is made once.
         for before, after in zip(held, held[1:], strict=False):
             changed = [n for n in {**before, **after} if before.get(n) != after.get(n)]
-            _demand(
+            demand(
                 not changed,
                 f"'{changed[0] if changed else ''}' changes from step to step of stage '{stage}' "
                 "and is in no checkpoint: keep it as a buffer (pools, counters, averages), or "
@@ -1411,12 +1367,17 @@ def _hidden_state(bench: Bench) -> None:
             )
 
 
-def _held_elsewhere(method: Method) -> dict[str, Any]:
-    """What a method holds elsewhere than in parameters and buffers, name → comparable value."""
+def held_elsewhere(method: Method, leave: tuple[type, ...]) -> dict[str, Any]:
+    """What a method holds elsewhere than in parameters and buffers, name → comparable value.
+
+    Args:
+        method: is searched.
+        leave: types of objects to pass over, besides modules.
+    """
     held: dict[str, Any] = {}
     for module_name, module in method.named_modules():
         roots = {k: v for k, v in vars(module).items() if k not in _MODULE_ATTRIBUTES}
-        for way, value in _reachable(roots, leave=(torch.nn.Module,)):
+        for way, value in reachable(roots, (torch.nn.Module, *leave)):
             name = f"{module_name}.{way}".lstrip(".")
             if isinstance(value, Tensor):
                 held[name] = hashlib.sha256(
@@ -1431,7 +1392,7 @@ def _held_elsewhere(method: Method) -> dict[str, Any]:
     return held
 
 
-@_register(METHOD_CHECKS, "trains")
+@register(METHOD_CHECKS, "trains")
 def _same_seed(bench: Bench) -> None:
     """The same seed gives the same weights, bit for bit."""
     _demand_same(
@@ -1442,7 +1403,7 @@ def _same_seed(bench: Bench) -> None:
     )
 
 
-@_register(METHOD_CHECKS, "same_seed")
+@register(METHOD_CHECKS, "same_seed")
 def _other_seed(bench: Bench) -> None:
     """Another seed gives other weights, before training and after it."""
     other = bench.train(seed=1)
@@ -1451,13 +1412,14 @@ def _other_seed(bench: Bench) -> None:
         ("before", bench.baseline.initial, other.initial),
         ("after", bench.baseline.weights, other.weights),
     ):
-        difference = first_difference(
-            {name: a[name] for name in trainable}, {name: b[name] for name in trainable}
+        _demand_other(
+            {name: a[name] for name in trainable},
+            {name: b[name] for name in trainable},
+            f"two seeds give the same weights {what} training",
         )
-        _demand(difference is not None, f"two seeds give the same weights {what} training")
 
 
-@_register(METHOD_CHECKS, "same_seed")
+@register(METHOD_CHECKS, "same_seed")
 def _resume(bench: Bench) -> None:
     """A training that is interrupted again and again ends in the weights of one that is not."""
     stages = tuple(bench.build().stages())
@@ -1469,14 +1431,14 @@ def _resume(bench: Bench) -> None:
         steps = sorted({0 if index else 1, total // 2, total - 1})
         stops += [Stop(stage.name, step) for step in steps if step < total]
         stops.append(Stop(stage.name, total - 1, after=True))
-    cache, checkpoints = bench.cache(), bench.fresh("checkpoints")
+    cache, root = bench.cache(), bench.fresh("runs")
     for stop in stops:
         try:
-            bench.train(cache=cache, checkpoints=checkpoints, stop=stop)
-        except _Interrupted:
+            bench.train(cache=cache, root=root, stop=stop)
+        except Killed:
             continue
         raise CheckFailure(f"step {stop.step} of stage '{stop.stage}' was never reached")
-    resumed = bench.train(cache=cache, checkpoints=checkpoints)
+    resumed = bench.train(cache=cache, root=root)
     where = ", ".join(f"{stop.stage} {stop.step}" for stop in stops)
     _demand_same(
         bench.baseline.weights,
@@ -1486,14 +1448,14 @@ def _resume(bench: Bench) -> None:
     )
 
 
-@_register(METHOD_CHECKS, "same_seed")
+@register(METHOD_CHECKS, "same_seed")
 def _shared_stages(bench: Bench) -> str | None:
     """A run that takes a finished stage from the cache ends as the run that trained it."""
     shared = _shared(bench)
     if not shared:
         return "no stage is shared"
     again = bench.train(cache=bench.baseline.cache)
-    _demand(
+    demand(
         again.reused == set(shared),
         f"a second run reused the stages {sorted(again.reused)}, not {sorted(shared)}",
     )
@@ -1505,7 +1467,7 @@ def _shared_stages(bench: Bench) -> str | None:
     return None
 
 
-@_register(METHOD_CHECKS, "shared_stages")
+@register(METHOD_CHECKS, "shared_stages")
 def _stage_dependencies(bench: Bench) -> str | None:
     """The result of a shared stage depends on no setting but those that it names."""
     shared = _shared(bench)
@@ -1521,11 +1483,11 @@ def _stage_dependencies(bench: Bench) -> str | None:
     after = max(map(stages.index, shared)) + 1
     stop = Stop(stages[after], 0) if after < len(stages) else None
     cache = bench.cache()
-    with suppress(_Interrupted):
+    with suppress(Killed):
         bench.train(changes, cache=cache, stop=stop)
     for path in sorted((bench.baseline.cache / "stages").glob("*.pt")):
         other = cache / "stages" / path.name
-        _demand(other.is_file(), f"{path.name} was not found again under other settings")
+        demand(other.is_file(), f"{path.name} was not found again under other settings")
         a, b = (torch.load(file, weights_only=True) for file in (path, other))
         for module in a:
             _demand_same(
@@ -1556,7 +1518,7 @@ def _another(value: Any, meta: Mapping[str, Any]) -> Any:
     return value
 
 
-@_register(METHOD_CHECKS, "same_seed")
+@register(METHOD_CHECKS, "same_seed")
 def _label_poison(bench: Bench) -> None:
     """Random values in every target label file, and the weights are the same, bit for bit."""
     data = bench.copy_of_data()
@@ -1568,22 +1530,18 @@ def _label_poison(bench: Bench) -> None:
     )
 
 
-@_register(METHOD_CHECKS, "same_seed")
+@register(METHOD_CHECKS, "same_seed")
 def _labels_absent(bench: Bench) -> None:
     """Training works, and ends the same, where the target has no label files."""
     data = bench.copy_of_data()
     for case in data.cases(bench.target):
         case.truth.unlink()
-    try:
+    with explained("without target label files training stops"):
         weights = bench.train(dataset=data).weights
-    except Exception as error:  # a plugin may raise anything
-        raise CheckFailure(
-            f"without target label files training stops: {type(error).__name__}: {error}"
-        ) from error
     _demand_same(bench.baseline.weights, weights, "without target label files")
 
 
-@_register(METHOD_CHECKS, "trains")
+@register(METHOD_CHECKS, "trains")
 def _no_way_to_labels(bench: Bench) -> None:
     """Nothing that a step is given leads to a target label or to the name of its file."""
     cases = bench.dataset.cases(bench.target)
@@ -1595,24 +1553,35 @@ def _no_way_to_labels(bench: Bench) -> None:
             view = bench.dataset.view(case.domain).on(bench.dataset.grid("quick"))
             entry = SliceCache().label(case, view)
             names.add(entry.path.stem)
-            slices |= {_plane_digest(plane) for plane in entry.open() if plane.any()}
+            slices |= {plane_digest(plane) for plane in entry.open() if plane.any()}
     found: list[str] = []
 
     def look(batch: Batch, context: Context) -> None:
         if context.step == 0:
-            found.extend(_ways({"batch": batch, "context": context}, names, slices))
+            found.extend(
+                ways_to_labels({"batch": batch, "context": context}, names, slices, (Training,))
+            )
 
     bench.train(steps=1, inspect_step=look)
-    _demand(not found, f"a target label can be reached: {'; '.join(found[:3])}")
+    demand(not found, f"a target label can be reached: {'; '.join(found[:3])}")
 
 
-def _plane_digest(plane: np.ndarray) -> str:
+def plane_digest(plane: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(plane, np.uint8).tobytes()).hexdigest()
 
 
-def _ways(roots: Mapping[str, Any], names: set[str], slices: set[str]) -> Iterator[str]:
-    """Ways from objects to label files' names, or to the labels themselves."""
-    for way, value in _reachable(roots):
+def ways_to_labels(
+    roots: Mapping[str, Any], names: set[str], slices: set[str], leave: tuple[type, ...]
+) -> Iterator[str]:
+    """Ways from objects to label files' names, or to the labels themselves.
+
+    Args:
+        roots: name → object to start from.
+        names: parts of the label files' names.
+        slices: digests of slices of labels.
+        leave: types of objects to pass over.
+    """
+    for way, value in reachable(roots, leave):
         if isinstance(value, Dataset):
             yield f"{way} is the dataset"
         if isinstance(value, bytes):
@@ -1626,29 +1595,30 @@ def _ways(roots: Mapping[str, Any], names: set[str], slices: set[str]) -> Iterat
             value = value.detach().cpu().numpy() if value.dtype != torch.bfloat16 else None
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.ndim > 1:
             planes = value.reshape(-1, *value.shape[-2:])
-            if any(_plane_digest(plane) in slices for plane in planes):
+            if any(plane_digest(plane) in slices for plane in planes):
                 yield f"{way} holds a target label"
 
 
-def _reachable(
-    roots: Mapping[str, Any], limit: int = 50_000, leave: tuple[type, ...] = ()
+def reachable(
+    roots: Mapping[str, Any], leave: tuple[type, ...], limit: int = 50_000
 ) -> Iterator[tuple[str, Any]]:
     """Everything that attributes, items, bound methods and closures lead to, near things first.
 
     Modules, classes and a function's globals are left out: through them everything can be
-    reached from everywhere. So is what is of a type to `leave`.
+    reached from everywhere.
+
+    Args:
+        roots: name → object to start from.
+        leave: types of objects to pass over, e.g. of what stands between trainer and method and
+            knows the labels.
+        limit: number of objects to look at.
     """
+    left_out = (type, types.ModuleType, type(None), *leave)
     waiting = deque(roots.items())
     seen: dict[int, Any] = {}  # keeps the objects alive, so that no id is given out twice
     while waiting and len(seen) < limit:
         way, value = waiting.popleft()
-        left_out: tuple[type, ...] = (type, types.ModuleType, type(None), *leave)
         if id(value) in seen or isinstance(value, left_out):
-            continue
-        # The kit itself stands between trainer and method, and knows the labels.
-        if isinstance(value, (_Watch, Bench)) or (
-            isinstance(value, types.FunctionType) and value.__module__ == __name__
-        ):
             continue
         seen[id(value)] = value
         yield way, value
@@ -1685,74 +1655,67 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
                 yield f".{name}", getattr(value, name)
 
 
-@_register(METHOD_CHECKS, "trains")
+@register(METHOD_CHECKS, "trains")
 def _target_served(bench: Bench) -> None:
     """Target images are served exactly where `uses_target` asks for them."""
     wanted = bench.method.uses_target
-    _demand(
+    demand(
         all(served == wanted for served in bench.baseline.served),
         f"uses_target is {wanted}, but target images were {'not ' if wanted else ''}served",
     )
 
 
-@_register(METHOD_CHECKS, "same_seed")
+@register(METHOD_CHECKS, "same_seed")
 def _target_matters(bench: Bench) -> str | None:
     """A method that declares `uses_target` ends elsewhere with other target images."""
     if not bench.method.uses_target:
         return "the method does not use the target"
     data = bench.copy_of_data()
     for case in data.split(bench.target, "train"):
-        image: Any = nib.load(case.image)
-        voxels = np.asarray(image.dataobj, np.float32)
-        nib.save(nib.Nifti1Image(voxels[::-1].copy(), image.affine), case.image)
-    other = bench.train(dataset=data)
-    _demand(
-        first_difference(bench.baseline.weights, other.weights) is not None,
+        rewrite_voxels(case.image, np.flipud)
+    _demand_other(
+        bench.baseline.weights,
+        bench.train(dataset=data).weights,
         "mirrored target images change no weight: set `uses_target = False`, or use them",
     )
     return None
 
 
-@_register(METHOD_CHECKS, "same_seed")
+@register(METHOD_CHECKS, "same_seed")
 def _source_labels_matter(bench: Bench) -> None:
     """Random source labels change the weights; otherwise the label checks would prove nothing."""
     data = bench.copy_of_data()
     source = bench.config().source
     poison_labels(data, data.cases(source))
-    other = bench.train(dataset=data)
-    _demand(
-        first_difference(bench.baseline.weights, other.weights) is not None,
+    _demand_other(
+        bench.baseline.weights,
+        bench.train(dataset=data).weights,
         "random source labels change no weight",
     )
 
 
-@_register(METHOD_CHECKS, "source_labels_matter")
+@register(METHOD_CHECKS, "source_labels_matter")
 def _unannotated(bench: Bench) -> None:
     """Source pixels that nobody annotated are trained on as no class, background included."""
-    last = bench.dataset.structures[-1].values[0]
-    trained = {}
-    for name, value in (("nothing", 40), ("background", 0), ("the last structure", last)):
+    source, last = bench.config().source, bench.dataset.structures[-1].values[0]
+
+    def trained(value: int) -> dict[str, Tensor]:
+        """Weights after a training on labels of which one half has a value."""
+
+        def half(voxels: np.ndarray) -> np.ndarray:
+            voxels[: len(voxels) // 2] = value
+            return voxels
+
         data = bench.copy_of_data()
-        for case in data.split(bench.config().source, "train"):
-            label: Any = nib.load(case.truth)
-            classes = np.array(label.dataobj, np.int16)
-            classes[: classes.shape[0] // 2] = value
-            nib.save(nib.Nifti1Image(classes, label.affine), case.truth)
-        try:
-            trained[name] = bench.train(dataset=data).weights
-        except Exception as error:  # a plugin may raise anything
-            if name != "nothing":
-                raise
-            raise CheckFailure(
-                f"with labels that hold task.UNANNOTATED it does not train: "
-                f"{type(error).__name__}: {error} ({_UNANNOTATED_ADVICE})"
-            ) from error
-    for name, weights in trained.items():
-        if name != "nothing":
-            _demand(
-                first_difference(trained["nothing"], weights) is not None,
-                f"pixels that nobody annotated count as {name} ({_UNANNOTATED_ADVICE})",
-            )
+        for case in data.split(source, "train"):
+            rewrite_voxels(case.truth, half)
+        return bench.train(dataset=data).weights
+
+    with explained("with labels that hold task.UNANNOTATED it does not train", _UNANNOTATED_ADVICE):
+        unknown = trained(bench.dataset.reading.unannotated_values[0])
+    for name, value in (("background", 0), ("the last structure", last)):
+        what = f"pixels that nobody annotated count as {name} ({_UNANNOTATED_ADVICE})"
+        _demand_other(unknown, trained(value), what)
 
 
 _UNANNOTATED_ADVICE = (
@@ -1761,11 +1724,11 @@ _UNANNOTATED_ADVICE = (
 )
 
 
-@_register(METHOD_CHECKS, "trains", "logs", "logits")
+@register(METHOD_CHECKS, "trains", "logs", "logits")
 def _whole_run(bench: Bench) -> None:
     """A run trains, selects, evaluates and is done; the same run again does nothing."""
     with quiet_machine(bench.fresh("cache")):
-        planned = bench.plan(bench.dataset, scored=True)
+        planned = bench.plan(scored=True)
         runs.execute(planned, Progress(enabled=False))
         rows = planned.directory.read_cases()
         again = runs.execute(planned, Progress(enabled=False))
@@ -1774,23 +1737,23 @@ def _whole_run(bench: Bench) -> None:
     wanted = len(tests) * len(bench.dataset.structures)
     for selector in {planned.config.selectors[0], *rows["selector"]}:
         found = int((rows["selector"] == selector).sum())
-        _demand(found == wanted, f"the run has {found} rows of '{selector}', not {wanted}")
-    _demand(again.already_done, "the same run was executed twice")
+        demand(found == wanted, f"the run has {found} rows of '{selector}', not {wanted}")
+    demand(again.already_done, "the same run was executed twice")
 
 
 # -- checks of a dataset --------------------------------------------------------------------------
 
 
-@_register(DATASET_CHECKS)
+@register(DATASET_CHECKS)
 def _dataset_card(dataset: Dataset) -> None:
     """Name, reference, needs and a docstring, readable without an import."""
-    _check_card(type(dataset), Dataset)
+    check_card(type(dataset), Dataset)
 
 
-@_register(DATASET_CHECKS)
+@register(DATASET_CHECKS)
 def _dataset_structures(dataset: Dataset) -> None:
     """Structures have names, values and colours of their own."""
-    _demand(bool(dataset.structures), "the dataset has no structures")
+    demand(bool(dataset.structures), "the dataset has no structures")
     for domain in dataset.domains():
         view = dataset.view(domain)
         _check_structures(view.structures, view.reading)
@@ -1798,15 +1761,15 @@ def _dataset_structures(dataset: Dataset) -> None:
             [(s.name, s.title, s.color) for s in structures]
             for structures in (dataset.structures, view.structures)
         ]
-        _demand(same[0] == same[1], f"domain '{domain}' has other structures than the dataset")
+        demand(same[0] == same[1], f"domain '{domain}' has other structures than the dataset")
 
 
 def _check_structures(structures: Sequence[Structure], reading: Reading) -> None:
-    _demand(
+    demand(
         all(re.fullmatch(r"#[0-9a-fA-F]{6}", s.color) for s in structures),
         "a colour is not of the form #rrggbb",
     )
-    _demand(all(s.values for s in structures), "a structure has no values")
+    demand(all(s.values for s in structures), "a structure has no values")
     for what, values in (
         ("name", [s.name for s in structures]),
         ("title", [s.title for s in structures]),
@@ -1818,34 +1781,34 @@ def _check_structures(structures: Sequence[Structure], reading: Reading) -> None
         ),
     ):
         twice = [value for value, count in Counter(values).items() if count > 1]
-        _demand(not twice, f"the {what} {twice[:1]} occurs twice")
+        demand(not twice, f"the {what} {twice[:1]} occurs twice")
 
 
-@_register(DATASET_CHECKS)
+@register(DATASET_CHECKS)
 def _dataset_grids(dataset: Dataset) -> None:
     """Every preset has a grid that its segmenter can work on."""
     for preset, values in PRESETS.items():
         grid = dataset.grid(preset)
         factor = 2 ** (values["segmenter"]["depth"] - 1)
-        _demand(
+        demand(
             grid.size >= 32 and grid.size % factor == 0,
             f"the grid of '{preset}' has the size {grid.size}; give at least 32, and a multiple "
             f"of {factor}",
         )
-        _demand(
+        demand(
             grid.spacing > 0 and (grid.slice_spacing is None or grid.slice_spacing > 0),
             f"the grid of '{preset}' has no positive spacing",
         )
 
 
-@_register(DATASET_CHECKS)
+@register(DATASET_CHECKS)
 def _dataset_prepare(dataset: Dataset) -> None:
     """prepare makes the files ready; done again it changes none of them."""
     dataset.prepare()
     before = _snapshot(dataset.root)
     dataset.prepare()
     changed = {path for path, _ in before ^ _snapshot(dataset.root)}
-    _demand(not changed, f"a second prepare changed {sorted(changed)[:1]}")
+    demand(not changed, f"a second prepare changed {sorted(changed)[:1]}")
 
 
 def _snapshot(root: Path) -> set[tuple[str, tuple[int, int]]]:
@@ -1853,29 +1816,29 @@ def _snapshot(root: Path) -> set[tuple[str, tuple[int, int]]]:
     return {(str(path), (path.stat().st_size, path.stat().st_mtime_ns)) for path in files}
 
 
-@_register(DATASET_CHECKS, "prepare")
+@register(DATASET_CHECKS, "prepare")
 def _dataset_splits(dataset: Dataset) -> None:
     """Both domains of a direction have cases, each once and in one split, sorted by id."""
-    _demand(bool(dataset.directions), "the dataset has no direction")
+    demand(bool(dataset.directions), "the dataset has no direction")
     for direction in dataset.directions:
         parts = direction.split("-")
-        _demand(
+        demand(
             len(parts) == 2 and parts[0] != parts[1],
             f"the direction '{direction}' is not of the form source-target",
         )
         runs_needs = ((parts[0], "train"), (parts[1], "train"), (parts[1], "test"))
         for domain, split in runs_needs:
-            _demand(bool(dataset.split(domain, split)), f"'{domain}' has no case in '{split}'")
+            demand(bool(dataset.split(domain, split)), f"'{domain}' has no case in '{split}'")
     ids: list[str] = []
     files: set[tuple[Path, str]] = set()
     for domain in dataset.domains():
         cases = dataset.cases(domain)
         own = [case.id for case in cases]
-        _demand(own == sorted(own), f"the cases of '{domain}' are not sorted by id")
+        demand(own == sorted(own), f"the cases of '{domain}' are not sorted by id")
         for case in cases:
-            _demand(case.domain == domain, f"case {case.id} of '{domain}' says '{case.domain}'")
-            _demand(case.split in SPLITS, f"case {case.id} has the split '{case.split}'")
-            _demand(
+            demand(case.domain == domain, f"case {case.id} of '{domain}' says '{case.domain}'")
+            demand(case.split in SPLITS, f"case {case.id} has the split '{case.split}'")
+            demand(
                 case.label is not None or case.split == "train",
                 f"case {case.id} of the split '{case.split}' has no label",
             )
@@ -1883,18 +1846,18 @@ def _dataset_splits(dataset: Dataset) -> None:
         # One label may serve several sequences of a person.
         files |= {(case.image, case.id) for case in cases}
         files |= {(case.label, case.subject) for case in cases if case.label}
-    _demand(len(set(ids)) == len(ids), "two cases have the same id")
-    _demand(len({file for file, _ in files}) == len(files), "two cases share a file")
+    demand(len(set(ids)) == len(ids), "two cases have the same id")
+    demand(len({file for file, _ in files}) == len(files), "two cases share a file")
 
 
-@_register(DATASET_CHECKS, "splits")
+@register(DATASET_CHECKS, "splits")
 def _dataset_subjects(dataset: Dataset) -> None:
     """No subject is in two splits, nor on both sides of a direction."""
     for domain in dataset.domains():
         splits: dict[str, str] = {}
         for case in dataset.cases(domain):
             other = splits.setdefault(case.subject, case.split)
-            _demand(
+            demand(
                 other == case.split,
                 f"subject {case.subject} of '{domain}' is in '{other}' and in '{case.split}'",
             )
@@ -1906,17 +1869,17 @@ def _dataset_subjects(dataset: Dataset) -> None:
             )
         )
         both = sorted(source & target)
-        _demand(not both, f"subject {both[:1]} is on both sides of {direction}")
+        demand(not both, f"subject {both[:1]} is on both sides of {direction}")
 
 
-@_register(DATASET_CHECKS, "splits")
+@register(DATASET_CHECKS, "splits")
 def _dataset_files(dataset: Dataset) -> None:
     """Image and label of every case have one shape, and only values of the table."""
     for case in (case for domain in dataset.domains() for case in dataset.cases(domain)):
         if case.label is None:
             continue
         image, label = open_volume(case.image), open_volume(case.label)
-        _demand(
+        demand(
             image.shape == label.shape,
             f"image and label of {case.id} have the shapes {image.shape} and {label.shape}",
         )
@@ -1926,7 +1889,7 @@ def _dataset_files(dataset: Dataset) -> None:
             raise CheckFailure(f"the label of {case.id} cannot be used: {error}") from error
 
 
-@_register(DATASET_CHECKS, "structures", "files")
+@register(DATASET_CHECKS, "structures", "files")
 def _dataset_slices(dataset: Dataset) -> None:
     """On the working grid images are finite in [-1, 1], and every structure shows."""
     grid = dataset.grid("quick")
@@ -1938,11 +1901,11 @@ def _dataset_slices(dataset: Dataset) -> None:
             for case in dataset.split(domain, "train"):
                 image = cache.image(case.unlabelled(), view)
                 voxels = image.open()
-                _demand(
+                demand(
                     bool(np.isfinite(voxels).all()) and float(np.abs(voxels).max()) <= 1,
                     f"the image of {case.id} leaves [-1, 1]",
                 )
-                _demand(float(np.ptp(voxels)) > 0, f"the image of {case.id} is empty")
+                demand(float(np.ptp(voxels)) > 0, f"the image of {case.id} is empty")
                 if case.label is None:
                     continue
                 labels = cache.label(case, view)
@@ -1950,4 +1913,4 @@ def _dataset_slices(dataset: Dataset) -> None:
             if not dataset.labelled(domain, "train"):
                 continue
             missing = [s.name for i, s in enumerate(dataset.structures, 1) if i not in shown]
-            _demand(not missing, f"no training case of '{domain}' shows {', '.join(missing)}")
+            demand(not missing, f"no training case of '{domain}' shows {', '.join(missing)}")

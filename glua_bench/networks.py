@@ -360,8 +360,8 @@ def build_deeplab(
                 raise TypeError("its blocks are not those of a plain ResNet")
     except Exception as error:  # timm raises many types, from network errors to asserts
         raise ConfigError(
-            f"segmenter.name = 'deeplab:{encoder}' cannot be used as a segmenter ({reason(error)}); "
-            "choose a ResNet of timm, such as deeplab:resnet50"
+            f"segmenter.name = 'deeplab:{encoder}' cannot be used as a segmenter "
+            f"({reason(error)}); choose a ResNet of timm, such as deeplab:resnet50"
             f"{', or set segmenter.pretrained=false' if pretrained else ''}."
         ) from error
     return DeepLab(resnet, classes, dilations, pretrained)

@@ -230,7 +230,7 @@ def _describe_entry_point(kind: str, point: EntryPoint) -> Entry:
     except Exception as error:  # a broken plugin must not break the list
         text = f"{type(error).__name__}: {reason(error)}"
         return Entry(kind, point.name, origin, point.value, error=text)
-    summary, attributes = _describe_class(node)
+    summary, attributes = describe_class(node)
     return Entry(kind, point.name, origin, point.value, summary, attributes)
 
 
@@ -251,7 +251,7 @@ def _describe_file(kind: str, path: Path) -> list[Entry]:
             base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "")
             for base in node.bases
         }
-        summary, attributes = _describe_class(node)
+        summary, attributes = describe_class(node)
         if not known & bases:
             continue
         known.add(class_name)
@@ -315,7 +315,8 @@ def _imported_from(path: Path, package: str) -> set[str]:
     }
 
 
-def _describe_class(node: ast.ClassDef) -> tuple[str, dict[str, Any]]:
+def describe_class(node: ast.ClassDef) -> tuple[str, dict[str, Any]]:
+    """Return the first line of a class's docstring, and its attributes that are literals."""
     docstring = ast.get_docstring(node) or ""
     attributes: dict[str, Any] = {}
     for statement in node.body:

@@ -8,6 +8,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -473,6 +474,31 @@ def plan(request: RunRequest, report: Callable[[str], None] = lambda line: None)
     method_class: type[Method] = Registry("method", request.plugins).load(request.method)
     dataset = load_dataset(request.dataset, request.data_root, request.plugins)
     config = resolve(request, dataset, method_class)
+    return plan_config(request, config, dataset, method_class, report)
+
+
+def plan_config(
+    request: RunRequest,
+    config: RunConfig,
+    dataset: Dataset,
+    method_class: type[Method],
+    report: Callable[[str], None] = lambda line: None,
+    scored: bool = True,
+) -> PlannedRun:
+    """Plan the run of a resolved configuration on a given dataset and method.
+
+    Args:
+        request: where and on which devices it runs.
+        config: as from `resolve`.
+        dataset: is prepared.
+        method_class: the method.
+        report: receives lines about the data's preparation.
+        scored: False plans a training alone, and opens no file that is only scored or selected
+            on; its identity is then not that of the scored run.
+
+    Raises:
+        UserError: the configuration, the dataset and the method do not fit each other.
+    """
     check_request(config, method_class)
     method = build_method(config, dataset, method_class)
     check_batch(config, method, request.devices)
@@ -494,7 +520,7 @@ def plan(request: RunRequest, report: Callable[[str], None] = lambda line: None)
             ],
             16,
         ),
-        test=digest([fingerprint(chosen["source_val"]), fingerprint(chosen["test"])], 16),
+        test=digest([fingerprint(chosen[role]) for role in ("source_val", "test") if scored], 16),
     )
     code = code_version(method_class, scoring=True)
     run_id = identity(config, prints.whole, code)
@@ -638,7 +664,7 @@ class Stopped(Exception):
 class Watch:
     """Looks at the candidates of a run while it trains.
 
-    Args:
+    Attributes:
         selector: whose score is computed.
         see: called with the candidate's step and its score; may raise `Stopped`.
     """
@@ -733,19 +759,6 @@ def _done_before(planned: PlannedRun) -> Summary:
     return Summary(True, 0.0, summarise(cases), [])
 
 
-class _NoLog:
-    """Forgets what it is told."""
-
-    def log(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """Nothing."""
-
-    def rewind(self, stage: str, step: int) -> None:
-        """Nothing."""
-
-    def flush(self) -> None:
-        """Nothing."""
-
-
 def estimate(planned: PlannedRun, probe: int = 6) -> float:
     """Seconds that training would take, from a few steps of every stage on the real data.
 
@@ -753,41 +766,71 @@ def estimate(planned: PlannedRun, probe: int = 6) -> float:
         planned: from `plan`.
         probe: step budget of the trial.
     """
-    config = planned.config
+    config = replace(planned.config, steps=probe)
     fabric = make_fabric(planned.request, config)
-    method = build_method(config, planned.dataset, planned.method_class)
-    known = artefacts(planned, method)
-    reusable = {
-        stage.name
-        for stage in method.stages()
-        if (artefact := known(stage)) is not None and artefact.path.is_file()
-    }
-    quiet = Progress(enabled=False)
-    train, _, target = stores(planned, SliceCache(), quiet)
-    batches = Batches(train, target, config.batch_size, config.seed, fabric.device)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(
-            method, replace(config, steps=probe), batches, fabric, Path(scratch), _NoLog(), quiet
-        )
-        try:
-            trainer.fit()
-        finally:
-            batches.close()
+        directory = tracking.RunDirectory(Path(scratch), config, planned.id)
+        trial = replace(planned, config=config, directory=directory)
+        directory.start({})
+        with closing(directory):
+            built = build_run(trial, fabric, Progress(enabled=False))
+            trainer = built.trainer
+            trainer.artefact = lambda stage: None  # the cache is for stages of real runs
+            known = artefacts(planned, built.method)
+            missing = [
+                stage
+                for stage in trainer.stages
+                if (artefact := known(stage)) is None or not artefact.path.is_file()
+            ]
+            built.fit()
     return sum(
-        trainer.seconds[stage.name] / stage.steps(probe) * stage.steps(config.steps)
-        for stage in trainer.stages
-        if stage.name not in reusable
+        trainer.seconds[stage.name] / stage.steps(probe) * stage.steps(planned.config.steps)
+        for stage in missing
     )
 
 
-@dataclass
-class _Trained:
+@dataclass(frozen=True)
+class BuiltRun:
+    """A planned run with its data, its method, and the trainer that trains the one on the other.
+
+    Attributes:
+        planned: what is built.
+        trainer: has the method and the batches. Hooks go here before `fit`: its `stages` may be
+            replaced by watched copies, and it has a `watch` of its candidates.
+        train: labelled source slices.
+        val: labelled source slices that are not trained on, if there are any.
+        target: unlabelled target slices, if the method uses them.
+    """
+
+    planned: PlannedRun
     trainer: Trainer
-    method: Method
     train: LabelledStore
     val: LabelledStore | None
     target: ImageStore | None
-    batches: Batches
+
+    @property
+    def method(self) -> Method:
+        """The method that is trained."""
+        return self.trainer.method
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is trained."""
+        return self.trainer.fabric.device
+
+    def fit(self) -> None:
+        """Train all stages, from the last checkpoint where there is one; see `Trainer.fit`."""
+        try:
+            self.trainer.fit()
+        finally:
+            self.trainer.batches.close()
+
+    def load(self, step: int) -> None:
+        """Give the method the weights of a candidate."""
+        path = self.trainer.candidate_path(step)
+        weights = torch.load(path, map_location=self.device, weights_only=True)
+        self.method.load_state_dict(weights)
+        self.method.eval()
 
     @torch.no_grad()
     def predict(self, images: Tensor, domain: Role) -> Tensor:
@@ -808,11 +851,16 @@ class _Trained:
         return images if last.translate is None else last.translate(images)
 
 
-def _train(
-    planned: PlannedRun, fabric: Fabric, progress: Progress, watch: Watch | None = None
-) -> _Trained:
-    config, cache = planned.config, SliceCache()
-    train, val, target = stores(planned, cache, progress)
+def build_run(planned: PlannedRun, fabric: Fabric, progress: Progress) -> BuiltRun:
+    """Read the data of a planned run, build its method, and connect both to a trainer.
+
+    Args:
+        planned: from `plan`.
+        fabric: from `make_fabric`.
+        progress: what the user sees.
+    """
+    config = planned.config
+    train, val, target = stores(planned, SliceCache(), progress)
     method = build_method(config, planned.dataset, planned.method_class)
     batches = Batches(
         train,
@@ -833,21 +881,24 @@ def _train(
         progress,
         artefacts(planned, method),
     )
-    trained = _Trained(trainer, method, train, val, target, batches)
+    return BuiltRun(planned, trainer, train, val, target)
+
+
+def _train(
+    planned: PlannedRun, fabric: Fabric, progress: Progress, watch: Watch | None = None
+) -> BuiltRun:
+    built = build_run(planned, fabric, progress)
     if watch is not None:
-        trainer.watch = partial(_show, planned, trained, watch)
-    try:
-        trainer.fit()
-    finally:
-        batches.close()
-    return trained
+        built.trainer.watch = partial(_show, built, watch)
+    built.fit()
+    return built
 
 
-def _show(planned: PlannedRun, trained: _Trained, watch: Watch, step: int) -> None:
+def _show(built: BuiltRun, watch: Watch, step: int) -> None:
     """Score the candidate whose weights the method has, and tell the watcher."""
-    selector: Selector = Registry("selector", planned.request.plugins).load(watch.selector)()
-    samples = _samples(planned, trained) if selector.uses_samples else {}
-    watch.see(step, _score(planned, trained, selector, step, samples, {}))
+    selector: Selector = Registry("selector", built.planned.request.plugins).load(watch.selector)()
+    samples = _samples(built) if selector.uses_samples else {}
+    watch.see(step, _score(built, selector, step, samples, {}))
 
 
 def _train_and_score(
@@ -859,10 +910,10 @@ def _train_and_score(
     watch: Watch | None,
 ) -> pd.DataFrame:
     config, dataset, directory = planned.config, planned.dataset, planned.directory
-    trained = _train(planned, fabric, progress, watch)
-    trainer = trained.trainer
-    predict = partial(trained.predict, domain="target")
-    scores = _selector_scores(planned, trained)
+    built = _train(planned, fabric, progress, watch)
+    trainer = built.trainer
+    predict = partial(built.predict, domain="target")
+    scores = _selector_scores(built)
     chosen = {name: choose(by_step) for name, by_step in scores.items()}
     primary = config.selectors[0]
     test = list(dataset.split(config.target, "test"))
@@ -871,7 +922,7 @@ def _train_and_score(
     def evaluated(step: int, name: str) -> pd.DataFrame:
         """Rows of a candidate; the primary selector's predictions are kept."""
         if step not in frames:
-            _load_candidate(trained, step, fabric.device)
+            built.load(step)
             frames[step] = evaluate(
                 predict,
                 dataset,
@@ -909,8 +960,8 @@ def _train_and_score(
     )
     directory.write_cases(rows)
     if draw is not None:
-        _load_candidate(trained, chosen[primary], fabric.device)
-        batch, pictures = _pictures(planned, trained, fabric)
+        built.load(chosen[primary])
+        batch, pictures = _pictures(built)
         draw(directory, dataset, rows[rows["selector"] == primary], batch, pictures)
     keep = set(chosen.values())
     for step in trainer.candidate_steps():
@@ -924,7 +975,7 @@ def _train_and_score(
             "stage_seconds": trainer.seconds,
             "reused_stages": sorted(trainer.reused),
             "steps": dict(planned.stages),
-            "peak_memory_mib": _peak_memory(fabric),
+            "peak_memory_mib": _peak_memory(built.device),
             "selector_scores": {n: {str(s): v for s, v in b.items()} for n, b in scores.items()},
             "chosen_steps": chosen,
             "privileged": config.privileged,
@@ -936,29 +987,28 @@ def _train_and_score(
     return rows
 
 
-def _selector_scores(planned: PlannedRun, trained: _Trained) -> dict[str, dict[int, float]]:
+def _selector_scores(built: BuiltRun) -> dict[str, dict[int, float]]:
     """Selector → candidate step → score."""
-    registry = Registry("selector", planned.request.plugins)
-    selectors: dict[str, Selector] = {
-        name: registry.load(name)() for name in planned.config.selectors
-    }
-    steps, device = trained.trainer.candidate_steps(), trained.trainer.fabric.device
+    names = built.planned.config.selectors
+    registry = Registry("selector", built.planned.request.plugins)
+    selectors: dict[str, Selector] = {name: registry.load(name)() for name in names}
+    steps = built.trainer.candidate_steps()
     samples: dict[int, dict[str, Samples]] = {step: {} for step in steps}
     if any(selector.uses_samples for selector in selectors.values()):
         for step in steps:
-            _load_candidate(trained, step, device)
-            samples[step] = _samples(planned, trained)
+            built.load(step)
+            samples[step] = _samples(built)
     trajectory = {s: own["target_train"] for s, own in samples.items() if "target_train" in own}
     scores: dict[str, dict[int, float]] = {name: {} for name in selectors}
     for step in steps:
-        _load_candidate(trained, step, device)
+        built.load(step)
         for name, selector in selectors.items():
-            scores[name][step] = _score(planned, trained, selector, step, samples[step], trajectory)
+            scores[name][step] = _score(built, selector, step, samples[step], trajectory)
     # A selector that can judge no candidate (e.g. without target images) selects nothing.
     return {
         name: by_step
         for name, by_step in scores.items()
-        if name == planned.config.selectors[0] or not all(map(math.isnan, by_step.values()))
+        if name == names[0] or not all(map(math.isnan, by_step.values()))
     }
 
 
@@ -967,77 +1017,69 @@ def _domain(role: str) -> Role:
     return "target" if role.startswith("target") else "source"
 
 
-def _samples(planned: PlannedRun, trained: _Trained) -> dict[str, Samples]:
+def _samples(built: BuiltRun) -> dict[str, Samples]:
     """Role → pixels of its slices, as the method answers them with the weights that it has."""
-    torch.manual_seed(planned.config.seed)  # styles drawn alike for every candidate
+    torch.manual_seed(built.planned.config.seed)  # styles drawn alike for every candidate
     return {
         role: sample_pixels(
-            partial(trained.predict, domain=_domain(role)),
-            partial(trained.features, domain=_domain(role)),
+            partial(built.predict, domain=_domain(role)),
+            partial(built.features, domain=_domain(role)),
             store,
-            trained.translate if _domain(role) == "source" else lambda images: images,
-            trained.trainer.fabric.device,
+            built.translate if _domain(role) == "source" else lambda images: images,
+            built.device,
         )
-        for role, store in zip(ROLES, (trained.train, trained.val, trained.target), strict=True)
+        for role, store in zip(ROLES, (built.train, built.val, built.target), strict=True)
         if store is not None
     }
 
 
 def _score(
-    planned: PlannedRun,
-    trained: _Trained,
+    built: BuiltRun,
     selector: Selector,
     step: int,
     samples: Mapping[str, Samples],
     trajectory: Mapping[int, Samples],
 ) -> float:
     """What a selector says of the weights that the method has."""
-    torch.manual_seed(planned.config.seed)
+    torch.manual_seed(built.planned.config.seed)
     return selector.score(
         Candidate(
             step,
-            trained.predict,
-            trained.method.task.classes,
-            trained.val,
-            trained.translate,
-            trained.target,
-            trained.trainer.fabric.device,
+            built.predict,
+            built.method.task.classes,
+            built.val,
+            built.translate,
+            built.target,
+            built.device,
             samples,
             trajectory,
         )
     )
 
 
-def _load_candidate(trained: _Trained, step: int, device: torch.device) -> None:
-    path = trained.trainer.candidate_path(step)
-    trained.method.load_state_dict(torch.load(path, map_location=device, weights_only=True))
-    trained.method.eval()
-
-
-def _peak_memory(fabric: Fabric) -> float:
-    if fabric.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(fabric.device) / 2**20
+def _peak_memory(device: torch.device) -> float:
+    """Peak memory in MiB: of the GPU, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _pictures(
-    planned: PlannedRun, trained: _Trained, fabric: Fabric, count: int = 6
-) -> tuple[Batch, dict[str, Tensor]]:
+def _pictures(built: BuiltRun, count: int = 6) -> tuple[Batch, dict[str, Tensor]]:
     """Slices spread over the training ones, and what the method shows of them, (N, 1, H, W)."""
 
     def spread(store: ImageStore) -> np.ndarray:
         # The outermost slices of a volume show little, so the middle of each share is taken.
         return ((np.arange(count) + 0.5) * len(store) / count).astype(np.int64)
 
-    device, target = fabric.device, trained.target
-    source = spread(trained.train)
+    device, train, target = built.device, built.train, built.target
+    source = spread(train)
     batch = Batch(
-        torch.from_numpy(trained.train.images(source)).to(device),
-        torch.from_numpy(trained.train.labels(source)).to(device),
+        torch.from_numpy(train.images(source)).to(device),
+        torch.from_numpy(train.labels(source)).to(device),
         None if target is None else torch.from_numpy(target.images(spread(target))).to(device),
     )
-    torch.manual_seed(planned.config.seed)
-    pictures = trained.method.pictures(batch)
+    torch.manual_seed(built.planned.config.seed)
+    pictures = built.method.pictures(batch)
     shown = replace(
         batch,
         source_images=middle(batch.source_images),

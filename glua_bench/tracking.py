@@ -754,11 +754,6 @@ def _tags(run: RunDirectory) -> dict[str, str]:
 # --- MLflow ----------------------------------------------------------------------------------
 
 
-def without_password(uri: str) -> str:
-    """A tracker's address as it may be shown."""
-    return re.sub(r"//[^/@]*@", "//", uri)
-
-
 def tracking_uri(runs_root: Path) -> str:
     """`$MLFLOW_TRACKING_URI`, else a SQLite file among the runs."""
     return os.environ.get("MLFLOW_TRACKING_URI") or (

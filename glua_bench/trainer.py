@@ -82,16 +82,15 @@ def seed_all(seed: int, device: torch.device) -> None:
 class Artefact:
     """Where a finished stage is kept for other runs.
 
-    Args:
+    Attributes:
         path: the file.
-        lock: held while one process trains the stage.
     """
 
     path: Path
 
     @property
     def lock(self) -> Path:
-        """The lock file beside it."""
+        """The lock file beside it, held while one process trains the stage."""
         return self.path.with_suffix(".lock")
 
 
@@ -133,7 +132,7 @@ class Trainer:
         to_channels_last(self.method)
         for tensor in itertools.chain(method.parameters(), method.buffers()):
             tensor.data = fabric.broadcast(tensor.data) if fabric.world_size > 1 else tensor.data
-        self.stages = tuple(method.stages())
+        self.stages = tuple(method.stages())  # may be replaced before `fit` by watched copies
         # Stage → seconds of its steps, those of processes that were interrupted included.
         self.seconds: dict[str, float] = {}
         self.reused: set[str] = set()  # stages taken from the cache

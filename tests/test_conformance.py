@@ -9,6 +9,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -884,6 +885,42 @@ def test_target_images_served_unasked_are_found(monkeypatch: pytest.MonkeyPatch)
 
 
 # -- the kit itself -------------------------------------------------------------------------------
+
+
+def test_a_training_of_the_kit_is_planned_as_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same code, same identity; only what a training alone does not need is left out."""
+    with closing(conformance.Bench(Sound)) as bench, conformance.quiet_machine():
+        request, config = bench.request(0, conformance.STEPS), bench.config()
+        monkeypatch.setattr(runs, "load_dataset", lambda *given: bench.dataset)
+        monkeypatch.setattr(runs, "resolve", lambda *given: config)
+        monkeypatch.setattr(runs.Registry, "load", lambda *given: Sound)
+        real, scored, trained = runs.plan(request), bench.plan(scored=True), bench.plan()
+        assert real.id == scored.id != trained.id
+        assert real.fingerprints.train == trained.fingerprints.train
+        for planned in (scored, trained):
+            assert (planned.config, planned.code) == (real.config, real.code)
+            assert planned.stages == real.stages
+
+
+def test_a_training_of_the_kit_ends_in_the_weights_of_a_run() -> None:
+    with closing(conformance.Bench(Sound)) as bench:
+        with conformance.quiet_machine(bench.cache()):
+            planned = bench.plan(scored=True)
+            runs.execute(planned, runs.Progress(enabled=False))
+        path = planned.directory.checkpoints / f"candidate_{conformance.STEPS:07d}.pt"
+        weights = torch.load(path, weights_only=True)
+        assert conformance.first_difference(bench.baseline.weights, weights) is None
+
+
+def test_a_spoiled_copy_stays_spoiled() -> None:
+    """Planning prepares the data, which must not bring labels back that a check has removed."""
+    with closing(conformance.Bench(Sound)) as bench:
+        data = bench.copy_of_data()
+        labels = [case.truth for case in data.cases("inverted")]
+        for label in labels:
+            label.unlink()
+        bench.train(dataset=data, steps=1)
+        assert not any(label.exists() for label in labels)
 
 
 def test_the_callers_world_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
