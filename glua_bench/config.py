@@ -24,7 +24,10 @@ from glua_bench.errors import ConfigError
 from glua_bench.task import Grid
 
 AUGMENTATIONS = ("none", "geometric", "photometric")
-SCENARIOS = ("uda", "supervised")
+SUPERVISED = "supervised"  # the scenario whose source is the labelled target-train cases
+SCENARIOS = ("uda", SUPERVISED)
+# The entries of a comparison between which the gap lies; the upper one is the supervised scenario.
+LOWER, UPPER = "source_only", SUPERVISED
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 # What every run is judged by; the first is the one that results are reported by.
 SELECTORS = (
@@ -39,6 +42,7 @@ SELECTORS = (
     "class_silhouette",
     "agreement",
 )
+ORACLE = "oracle"  # the checkpoint of the best score on labelled test cases: privileged
 
 
 def setting(
@@ -145,7 +149,7 @@ class RunConfig:
     @property
     def privileged(self) -> bool:
         """Whether training reads labels of the target domain."""
-        return self.scenario == "supervised"
+        return self.scenario == SUPERVISED
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, for YAML and JSON."""

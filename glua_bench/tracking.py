@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from glua_bench.config import PRESETS, RunConfig, SegmenterSpec, digest, flat_settings
 from glua_bench.errors import RunFailure, UserError
+from glua_bench.metrics import METRICS
 from glua_bench.paths import ARTIFACTS, distinct, entries, matching
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 FLUSH_SECONDS = 2.0
 TIME = "%Y-%m-%dT%H:%M:%S%z"  # how a time is written in JSON
-SCORES = ("dice", "assd", "hd95", "misses")
 # What a copy holds of a directory, besides what is `DRAWN` or `CARRIED`, `cases.csv` and the list
 # of digests. Not the weights, which are large.
 COPIED = (
@@ -1199,7 +1199,7 @@ def final_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
             record[score]
         )
         for record in records
-        for score in SCORES
+        for score in (*METRICS, "misses")
         if record.get(score) is not None
     }
 
