@@ -36,6 +36,7 @@ from glua_bench.cli_options import (
     warn,
     with_descriptions,
 )
+from glua_bench.config import ORACLE
 from glua_bench.console import next_command
 from glua_bench.errors import RunFailure
 from glua_bench.interruption import listening
@@ -155,7 +156,7 @@ def _show_result(
     planned: PlannedRun, table: pd.DataFrame, done: bool, seconds: float, request: RunRequest
 ) -> None:
     from glua_bench.console import duration
-    from glua_bench.runs import ORACLE
+    from glua_bench.metrics import PRIMARY
 
     path = planned.directory.path
     if done:
@@ -167,14 +168,14 @@ def _show_result(
     say(_score_table(table[table["selector"] == primary]))
     others = table[(table["selector"] != primary) & (table["structure"] == "mean")]
     if len(others):
-        dice = ", ".join(
-            f"{row.selector} {row.dice:.3f}"
-            for row in others.itertuples()
-            if row.selector != ORACLE
-        )
-        say(f"Mean Dice by other selectors of the checkpoint: {dice}")
-    for row in others[others["selector"] == ORACLE].itertuples():
-        say(f"ORACLE (chosen by its score on the labelled test cases, no result): {row.dice:.3f}")
+        scores = others.set_index("selector")[PRIMARY.name].map(PRIMARY.text)
+        told = ", ".join(f"{name} {text}" for name, text in scores.items() if name != ORACLE)
+        say(f"Mean {PRIMARY.title} by other selectors of the checkpoint: {told}")
+        if ORACLE in scores:
+            say(
+                f"{ORACLE.upper()} (chosen by its score on the labelled test cases, no result): "
+                f"{scores[ORACLE]}"
+            )
     say(f"Checkpoint: {primary}. Distances in {planned.dataset.distance_note}.")
     if planned.config.privileged:
         say("PRIVILEGED: trained on target labels; an upper bound, not an adaptation result.")
@@ -187,13 +188,16 @@ def _show_result(
 
 
 def _score_table(table: pd.DataFrame) -> str:
+    from glua_bench.metrics import METRICS
+
     first = max([11, *(len(name) + 2 for name in table["structure"])])
-    lines = [f"{'structure':<{first}}{'Dice':>7}{'ASSD mm':>10}{'HD95 mm':>10}{'missed':>9}"]
-    for row in table.itertuples():
-        missed = f"{row.misses}/{row.cases}" if row.structure != "mean" else str(row.misses)
-        lines.append(
-            f"{row.structure:<{first}}{row.dice:>7.3f}{row.assd:>10.2f}{row.hd95:>10.2f}{missed:>9}"
-        )
+    widths = {name: len(metric.label) + 3 for name, metric in METRICS.items()}
+    heads = "".join(f"{METRICS[name].label:>{width}}" for name, width in widths.items())
+    lines = [f"{'structure':<{first}}{heads}{'missed':>9}"]
+    for row in table.to_dict("records"):
+        missed = f"{row['misses']}" + f"/{row['cases']}" * (row["structure"] != "mean")
+        cells = "".join(f"{METRICS[n].text(row[n]):>{width}}" for n, width in widths.items())
+        lines.append(f"{row['structure']:<{first}}{cells}{missed:>9}")
     return "\n".join(lines)
 
 

@@ -25,7 +25,10 @@ from glua_bench.identity import identity as identity
 from glua_bench.task import Grid
 
 AUGMENTATIONS = ("none", "geometric", "photometric")
-SCENARIOS = ("uda", "supervised")
+SUPERVISED = "supervised"  # the scenario whose source is the labelled target-train cases
+SCENARIOS = ("uda", SUPERVISED)
+# The entries of a comparison between which the gap lies; the upper one is the supervised scenario.
+LOWER, UPPER = "source_only", SUPERVISED
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 # Selectors that every run evaluates; reported results use the first.
 SELECTORS = (
@@ -40,6 +43,7 @@ SELECTORS = (
     "class_silhouette",
     "agreement",
 )
+ORACLE = "oracle"  # the checkpoint of the best score on labelled test cases: privileged
 
 
 def setting(
@@ -152,7 +156,7 @@ class RunConfig:
     @property
     def privileged(self) -> bool:
         """True if training reads labels of the target domain."""
-        return self.scenario == "supervised"
+        return self.scenario == SUPERVISED
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain lists, numbers and strings, for YAML and JSON."""

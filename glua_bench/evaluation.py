@@ -16,7 +16,7 @@ from torch import Tensor
 
 from glua_bench.cache import CachedImage, SliceCache
 from glua_bench.console import Progress
-from glua_bench.metrics import case_metrics
+from glua_bench.metrics import METRICS, PRIMARY, case_metrics, complete
 from glua_bench.neighbours import ALONE, Neighbourhood, Stacks
 from glua_bench.task import AVERAGE, UNANNOTATED, Case, Dataset, Grid
 from glua_bench.volumes import read_label_volume, restore, save_labels
@@ -114,8 +114,7 @@ def evaluate(
         neighbourhood: the slices that `predict` sees with each.
 
     Returns:
-        One row per case and structure: case, subject, domain, structure, dice, assd, hd95
-        (mm), missed, false_alarm, reference_ml, prediction_ml.
+        One row per case and structure: case, subject, domain, and what `case_metrics` gives.
     """
     rows = []
     progress.stage(title, len(cases))
@@ -132,43 +131,33 @@ def evaluate(
         # What nobody annotated can be neither right nor wrong, so that it is background in both.
         unannotated = reference == UNANNOTATED
         labels[unannotated] = reference[unannotated] = 0
-        ml = image.placement.ml
-        scores = case_metrics(labels, reference, structures, image.placement.spacing)
-        for index, (structure, score) in enumerate(zip(structures, scores, strict=True), start=1):
-            rows.append(
-                {
-                    "case": case.id,
-                    "subject": case.subject,
-                    "domain": case.domain,
-                    **score,
-                    "structure": structure.name,
-                    "reference_ml": float((reference == index).sum()) * ml,
-                    "prediction_ml": float((labels == index).sum()) * ml,
-                }
-            )
+        of_case = {"case": case.id, "subject": case.subject, "domain": case.domain}
+        spacing, ml = image.placement.spacing, image.placement.ml
+        scores = case_metrics(labels, reference, structures, spacing, ml)
+        rows += [{**of_case, **score} for score in scores]
         progress.update(done + 1)
     return pd.DataFrame(rows)
 
 
-def mean_dice(cases: pd.DataFrame) -> float:
-    """Dice of one set of predictions: mean over structures within each case, then over cases."""
-    return float(cases.groupby("case", sort=False)["dice"].mean().mean())
+def mean_score(cases: pd.DataFrame, metric: str = PRIMARY.name) -> float:
+    """Mean of a metric over the structures of each case, then over the cases."""
+    return float(cases.groupby("case", sort=False)[metric].mean().mean())
 
 
 def summarise(cases: pd.DataFrame) -> pd.DataFrame:
     """Means over cases, one row per selector and structure, and one for their mean.
 
     A structure that neither prediction nor reference shows is undefined (nan) and does not
-    enter; a missed one enters with Dice 0 and its penalty distance. The "mean" row averages
+    enter; a missed one enters with each metric's `worst` value. The "mean" row averages
     structures within each case before it averages cases.
 
     Args:
-        cases: rows of `evaluate`, with a column `selector`.
+        cases: rows of `evaluate`, with a column `selector`; a metric that they lack is nan.
 
     Returns:
-        selector, structure, dice, assd, hd95, misses, cases.
+        selector, structure, a column for each metric, misses, cases.
     """
-    metrics = ["dice", "assd", "hd95"]
+    cases, metrics = complete(cases), list(METRICS)
     rows = []
     for selector, chosen in cases.groupby("selector", sort=False):
         for structure, part in chosen.groupby("structure", sort=False):

@@ -23,12 +23,21 @@ from typing import Any
 import torch
 
 from glua_bench import runs
-from glua_bench.config import assignment, build_settings, digest, parse_overrides
+from glua_bench.config import (
+    LOWER,
+    SUPERVISED,
+    UPPER,
+    assignment,
+    build_settings,
+    digest,
+    parse_overrides,
+)
 from glua_bench.console import duration
 from glua_bench.errors import ConfigError, RunFailure, complaint
-from glua_bench.evaluation import mean_dice
+from glua_bench.evaluation import mean_score
 from glua_bench.files import try_lock
 from glua_bench.method import Method
+from glua_bench.metrics import PRIMARY
 from glua_bench.registry import Registry
 from glua_bench.runs import PlannedRun, RunRequest
 from glua_bench.task import Dataset
@@ -37,7 +46,6 @@ from glua_bench.tracking import Comparison, RunDirectory
 POLL_SECONDS = 1.0  # between looks at runs that another process executes
 ATTEMPTS = 2  # at a run whose process ends without a reason, before it counts as failed
 PHOTOMETRIC = "+photometric"
-SUPERVISED = "supervised"  # the upper bound's name among methods
 
 
 @dataclass(frozen=True)
@@ -85,14 +93,14 @@ def comparison(
     Raises:
         UserError: a name or direction is unknown, or a name is given twice.
     """
-    names = [*(("source_only", SUPERVISED) if bounds else ()), *methods]
+    names = [*((LOWER, UPPER) if bounds else ()), *methods]
     entries = {}
     for name in dict.fromkeys(names):
         changes: dict[str, Any] = {"method": name.removesuffix(PHOTOMETRIC)}
         if name.endswith(PHOTOMETRIC):
             changes["augmentation"] = "photometric"
-        if changes["method"] == SUPERVISED:
-            changes |= {"method": "source_only", "scenario": "supervised"}
+        if changes["method"] == UPPER:
+            changes |= {"method": LOWER, "scenario": SUPERVISED}
         Registry("method", base.plugins).entry(changes["method"])
         entries[name.replace(PHOTOMETRIC, " + photometric")] = changes
     return _cells(entries, datasets, directions, seeds, base, repeats)
@@ -179,9 +187,9 @@ def ablation(
 
     shared = [a for a in base.assignments if not a.strip().startswith("method.")]
     if bounds:
-        lower = replace(base, method="source_only", assignments=shared)
-        add("source_only", lower, False)
-        add(SUPERVISED, replace(lower, scenario="supervised"), False)
+        lower = replace(base, method=LOWER, assignments=shared)
+        add(LOWER, lower, False)
+        add(UPPER, replace(lower, scenario=SUPERVISED), False)
     if variants and not combine:
         for part in method_class.parts:
             add(part, replace(base, method=part, assignments=shared), False)
@@ -522,10 +530,11 @@ class Executor:
         began = time.monotonic()
         code, errors = self.start(command(item.run.request), environment(index, self.jobs))
         if item.run.directory.done:
-            dice = mean_dice(
+            score = mean_score(
                 item.run.directory.read_cases().query("selector == @item.run.config.selectors[0]")
             )
-            self._end(item, "ran", f"{name}: Dice {dice:.3f}, {duration(time.monotonic() - began)}")
+            told = f"{PRIMARY.title} {PRIMARY.text(score)}"
+            self._end(item, "ran", f"{name}: {told}, {duration(time.monotonic() - began)}")
             return
         if _running(item):  # somebody ran it by hand in the same moment
             with self._lock:

@@ -1,22 +1,28 @@
-"""Dice, ASSD and HD95 of one case, in 3-D and in mm.
+"""The metrics of one case, in 3-D and in mm.
+
+`METRICS` is the only list of metrics: evaluation, result files, comparisons, reports, sweeps and
+trackers iterate over it. To add a metric, write a function of a `MaskPair` and register it there.
 
 The definitions are those of medpy: surfaces are the voxels that a 6-neighbour erosion removes,
 ASSD and HD95 are mean and 95th percentile of the pooled distances from either surface to the
 other. What differs is the cost. A distance transform of the whole volume, twice for each metric
 and structure, is replaced by one nearest-neighbour query per surface, in a box around the
-structure, and both distances come from the same query.
+structure, and every metric of the structure reads the distances of this one query.
 
-What a mask that is not there means is decided here once:
+Masks without the structure are handled here once, for every metric:
 
-- neither has the structure: nothing was to be found, every metric is nan and enters no mean;
-- one of them has it (a miss, or a false alarm): Dice is 0, and both distances are the diagonal of
-  the volume, the largest distance that its voxels allow.
+- neither mask has the structure: nothing was to be found, every metric is nan and enters no mean;
+- one of them has it (a miss, or a false alarm): the metric takes its `worst` value. Dice is 0; a
+  distance is the diagonal of the volume, the largest distance that its voxels allow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypedDict
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import ndimage
@@ -24,127 +30,177 @@ from scipy.spatial import cKDTree
 
 from glua_bench.task import Structure
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-class Row(TypedDict):
-    """How well one structure of one case was found.
-
-    Args:
-        structure: the structure's name.
-        dice: overlap in [0, 1]; nan where neither mask has the structure.
-        assd: average symmetric surface distance in mm; nan as for `dice`.
-        hd95: 95th percentile of surface distances in mm; nan as for `dice`.
-        missed: the reference has the structure, the prediction does not.
-        false_alarm: the prediction has the structure, the reference does not.
-        reference_ml: volume of the reference structure in ml.
-        prediction_ml: volume of the predicted structure in ml.
-    """
-
-    structure: str
-    dice: float
-    assd: float
-    hd95: float
-    missed: bool
-    false_alarm: bool
-    reference_ml: float
-    prediction_ml: float
+MISSING = "–"  # printed where there is no value
 
 
-def dice_score(prediction: np.ndarray, reference: np.ndarray) -> float:
-    """Overlap of two masks, in [0, 1].
+@dataclass(frozen=True)
+class MaskPair:
+    """The predicted and the reference mask of one structure of one case.
 
-    2|P ∩ R| / (|P| + |R|); nan where both are empty, because nothing was there to find.
-
-    Args:
-        prediction: boolean mask, any shape.
+    Attributes:
+        prediction: boolean mask, any shape; a box around both masks is enough.
         reference: boolean mask, the same shape.
+        spacing: mm per axis.
+        diagonal: mm between opposite corners of the whole volume (`distance_penalty`).
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or the spacing does not fit.
+    """
+
+    prediction: np.ndarray
+    reference: np.ndarray
+    spacing: Sequence[float]
+    diagonal: float
+
+    def __post_init__(self) -> None:
+        _same_shape(self.prediction, self.reference)
+        _steps(self.spacing, self.prediction.ndim)
+
+    @cached_property
+    def sizes(self) -> tuple[int, int]:
+        """Voxels of the prediction and of the reference."""
+        return int(np.count_nonzero(self.prediction)), int(np.count_nonzero(self.reference))
+
+    @cached_property
+    def distances(self) -> np.ndarray:
+        """Distances from each surface voxel of either mask to the other mask's surface.
+
+        Computed once, on first use, and shared by all metrics that read it.
+
+        Returns:
+            float64, mm; first those from the prediction's surface, then those from the
+            reference's.
+
+        Raises:
+            ValueError: a mask is empty.
+        """
+        if not all(self.sizes):
+            raise ValueError("Surface distances need two masks that are not empty.")
+        steps = _steps(self.spacing, self.prediction.ndim)
+        # No margin is needed: what lies beyond an array counts as outside, here and in medpy.
+        first, second = _surface(self.prediction), _surface(self.reference)
+        return np.concatenate([_one_way(first, second, steps), _one_way(second, first, steps)])
+
+    def scores(self) -> dict[str, float]:
+        """The value of every metric by name, by the rules for masks without the structure."""
+        present = [size > 0 for size in self.sizes]
+        if not any(present):
+            return dict.fromkeys(METRICS, math.nan)
+        if not all(present):
+            return {
+                name: self.diagonal if metric.worst is None else metric.worst
+                for name, metric in METRICS.items()
+            }
+        return {name: float(metric.function(self)) for name, metric in METRICS.items()}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that is computed for each structure of each case.
+
+    Attributes:
+        name: the column in result files, and the key in JSON and in trackers.
+        title: what readers see.
+        unit: of the values, e.g. "mm"; "%" for a share of one that reports print in percent.
+        better: "higher" or "lower".
+        worst: the value where only one of the masks has the structure; None is the diagonal of
+            the volume, for distances in mm.
+        function: the value of two masks that are not empty.
+        digits: decimals of a printed value (of a share, of its percentage).
+        per_structure: whether main tables print each structure besides the mean.
+    """
+
+    name: str
+    title: str
+    unit: str
+    better: str
+    worst: float | None
+    function: Callable[[MaskPair], float]
+    digits: int = 1
+    per_structure: bool = False
+
+    @property
+    def scale(self) -> int:
+        """Factor from stored values to those in reports."""
+        return 100 if self.unit == "%" else 1
+
+    @property
+    def label(self) -> str:
+        """Head of a column of stored values, e.g. "Dice" or "ASSD mm"."""
+        return self.title if self.unit == "%" else f"{self.title} {self.unit}".strip()
+
+    @property
+    def key(self) -> str:
+        """Name of a mean in a tracker, e.g. "dice" or "assd_mm"."""
+        return self.name if self.unit in ("", "%") else f"{self.name}_{self.unit}"
+
+    @property
+    def heading(self) -> str:
+        """Head of a column of a report, e.g. "Dice (%)"."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+    def text(self, value: float | None) -> str:
+        """A stored value as printed below `label`; a dash where there is none."""
+        if value is None or math.isnan(value):
+            return MISSING
+        return f"{value:.{self.digits + (2 if self.unit == '%' else 0)}f}"
+
+
+def dice(masks: MaskPair) -> float:
+    """Overlap in [0, 1]: 2|P ∩ R| / (|P| + |R|).
 
     Example:
-        >>> round(dice_score(np.array([1, 1, 0], bool), np.array([1, 0, 0], bool)), 3)
+        >>> p, r = np.array([1, 1, 0], bool), np.array([1, 0, 0], bool)
+        >>> round(dice(MaskPair(p, r, (1.0,), 2.0)), 3)
         0.667
     """
-    prediction, reference = _masks(prediction, reference)
-    total = int(np.count_nonzero(prediction)) + int(np.count_nonzero(reference))
-    if not total:
-        return float("nan")
-    return 2 * int(np.count_nonzero(prediction & reference)) / total
+    return 2 * int(np.count_nonzero(masks.prediction & masks.reference)) / sum(masks.sizes)
 
 
-def surface_distances(
-    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]
-) -> np.ndarray:
-    """Distances from each surface voxel of either mask to the other mask's surface.
-
-    Args:
-        prediction: boolean mask, not empty.
-        reference: boolean mask of the same shape, not empty.
-        spacing: mm per axis.
-
-    Returns:
-        float64, mm; first those from the prediction's surface, then those from the reference's.
-
-    Raises:
-        ValueError: the shapes differ, a mask is empty, or the spacing does not fit.
-
-    Example:
-        >>> a, b = np.array([[1, 0, 0, 0]], bool), np.array([[0, 0, 0, 1]], bool)
-        >>> surface_distances(a, b, (1.0, 2.0)).tolist()
-        [6.0, 6.0]
-    """
-    prediction, reference = _masks(prediction, reference)
-    steps = _steps(spacing, prediction.ndim)
-    if not prediction.any() or not reference.any():
-        raise ValueError("Surface distances need two masks that are not empty.")
-    box = _box(prediction | reference)
-    # No margin is needed: what lies beyond an array counts as outside, here and in medpy.
-    surfaces = [_surface(mask[box]) for mask in (prediction, reference)]
-    return _pooled_distances(surfaces[0], surfaces[1], steps)
-
-
-def assd(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> float:
+def assd(masks: MaskPair) -> float:
     """Average symmetric surface distance in mm.
 
-    mean of {d(p, ∂R) : p ∈ ∂P} ∪ {d(r, ∂P) : r ∈ ∂R}, over the pooled surface voxels. nan where
-    both masks are empty, `distance_penalty` where one is.
-
-    Args:
-        prediction: boolean mask, any shape.
-        reference: boolean mask, the same shape.
-        spacing: mm per axis.
-
-    Raises:
-        ValueError: the shapes differ, or the spacing does not fit.
+    mean of {d(p, ∂R) : p ∈ ∂P} ∪ {d(r, ∂P) : r ∈ ∂R}, over the pooled surface voxels.
 
     Example:
-        >>> a, b = np.array([[1, 0, 0, 0]], bool), np.array([[0, 0, 0, 1]], bool)
-        >>> assd(a, b, (1.0, 2.0))
+        >>> p, r = np.array([[1, 0, 0, 0]], bool), np.array([[0, 0, 0, 1]], bool)
+        >>> assd(MaskPair(p, r, (1.0, 2.0), 6.0))
         6.0
     """
-    return _distances(prediction, reference, spacing)[0]
+    return float(masks.distances.mean())
 
 
-def hd95(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> float:
+def hd95(masks: MaskPair) -> float:
     """95th percentile of the surface distances in mm.
 
-    percentile₉₅ of {d(p, ∂R) : p ∈ ∂P} ∪ {d(r, ∂P) : r ∈ ∂R}, over the pooled surface voxels. nan
-    where both masks are empty, `distance_penalty` where one is.
-
-    Args:
-        prediction: boolean mask, any shape.
-        reference: boolean mask, the same shape.
-        spacing: mm per axis.
-
-    Raises:
-        ValueError: the shapes differ, or the spacing does not fit.
+    percentile₉₅ of {d(p, ∂R) : p ∈ ∂P} ∪ {d(r, ∂P) : r ∈ ∂R}, over the pooled surface voxels.
 
     Example:
-        >>> a, b = np.array([[1, 0, 0, 0]], bool), np.array([[0, 0, 0, 1]], bool)
-        >>> hd95(a, b, (1.0, 2.0))
+        >>> p, r = np.array([[1, 0, 0, 0]], bool), np.array([[0, 0, 0, 1]], bool)
+        >>> hd95(MaskPair(p, r, (1.0, 2.0), 6.0))
         6.0
     """
-    return _distances(prediction, reference, spacing)[1]
+    return float(np.percentile(masks.distances, 95))
+
+
+# Selection by the oracle, ranks, tests and charts use this one. It stands first in every table.
+PRIMARY = Metric("dice", "Dice", "%", "higher", 0.0, dice, per_structure=True)
+METRICS = {
+    metric.name: metric
+    for metric in (
+        PRIMARY,
+        Metric("assd", "ASSD", "mm", "lower", None, assd, per_structure=True),
+        Metric("hd95", "HD95", "mm", "lower", None, hd95),
+    )
+}
+
+
+def complete(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows with a column for every metric; nan for metrics that are newer than the rows."""
+    return rows.assign(**{name: math.nan for name in METRICS if name not in rows})
 
 
 def distance_penalty(shape: Sequence[int], spacing: Sequence[float]) -> float:
@@ -167,17 +223,21 @@ def case_metrics(
     reference: np.ndarray,
     structures: Sequence[Structure],
     spacing: Sequence[float],
-) -> list[Row]:
-    """Every metric of every structure of one case.
+    ml: float | None = None,
+) -> list[dict[str, Any]]:
+    """Every metric of every structure of one case, and the volumes.
 
     Args:
         prediction: class indices on the case's own grid, 0 for background.
         reference: class indices, the same shape.
         structures: class i + 1 is `structures[i]`.
         spacing: mm per axis of the arrays.
+        ml: volume of a voxel in ml; by default that of a box of this spacing.
 
     Returns:
-        one row per structure, in order.
+        One row per structure, in order: structure (its name), a value for each of `METRICS`,
+        missed (only the reference has the structure), false_alarm (only the prediction has it),
+        reference_ml, prediction_ml.
 
     Raises:
         ValueError: the shapes differ, the spacing does not fit, or an index has no structure.
@@ -192,39 +252,36 @@ def case_metrics(
     """
     prediction, reference = np.asarray(prediction), np.asarray(reference)
     _same_shape(prediction, reference)
-    steps = _steps(spacing, prediction.ndim)
     for name, labels in (("Prediction", prediction), ("Reference", reference)):
         if labels.dtype.kind not in "iu" or (labels.size and not _known(labels, len(structures))):
             raise ValueError(
                 f"{name} holds something else than class indices from 0 to {len(structures)}."
             )
-    penalty = distance_penalty(prediction.shape, spacing)
-    ml = float(np.prod(steps)) / 1000
+    diagonal = distance_penalty(prediction.shape, spacing)
+    if ml is None:
+        ml = float(np.prod(np.asarray(spacing, float))) / 1000
     # One pass over the volume finds the box of each class; everything else happens in the boxes.
     found, wanted = (
         ndimage.find_objects(np.asarray(labels, np.int32), len(structures))
         for labels in (prediction, reference)
     )
-    rows: list[Row] = []
+    rows = []
     for index, structure in enumerate(structures):
         boxes = [box for box in (found[index], wanted[index]) if box is not None]
         box = _union(boxes) if boxes else (slice(0, 0),) * prediction.ndim
-        masks = prediction[box] == index + 1, reference[box] == index + 1
-        sizes = int(np.count_nonzero(masks[0])), int(np.count_nonzero(masks[1]))
-        dice, distances = dice_score(*masks), np.array([np.nan if not boxes else penalty])
-        if len(boxes) == 2:
-            distances = _pooled_distances(_surface(masks[0]), _surface(masks[1]), steps)
+        masks = MaskPair(
+            prediction[box] == index + 1, reference[box] == index + 1, spacing, diagonal
+        )
+        predicted, expected = masks.sizes
         rows.append(
-            Row(
-                structure=structure.name,
-                dice=dice,
-                assd=float(distances.mean()),
-                hd95=float(np.percentile(distances, 95)),
-                missed=bool(sizes[1] and not sizes[0]),
-                false_alarm=bool(sizes[0] and not sizes[1]),
-                reference_ml=sizes[1] * ml,
-                prediction_ml=sizes[0] * ml,
-            )
+            {
+                "structure": structure.name,
+                **masks.scores(),
+                "missed": expected > 0 and not predicted,
+                "false_alarm": predicted > 0 and not expected,
+                "reference_ml": expected * ml,
+                "prediction_ml": predicted * ml,
+            }
         )
     return rows
 
@@ -255,35 +312,15 @@ def reference_metrics(
     )
 
 
-def _distances(
-    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]
-) -> tuple[float, float]:
-    """ASSD and HD95 with the rules for empty masks."""
-    prediction, reference = _masks(prediction, reference)
-    present = bool(prediction.any()), bool(reference.any())
-    if not any(present):
-        return float("nan"), float("nan")
-    if not all(present):
-        penalty = distance_penalty(prediction.shape, spacing)
-        return penalty, penalty
-    distances = surface_distances(prediction, reference, spacing)
-    return float(distances.mean()), float(np.percentile(distances, 95))
-
-
-def _pooled_distances(
-    prediction: np.ndarray, reference: np.ndarray, steps: np.ndarray
-) -> np.ndarray:
-    """Distances between two surfaces, given as boolean masks of one box, in both directions."""
-    pooled = []
-    for surface, other in ((prediction, reference), (reference, prediction)):
-        distances = np.zeros(int(np.count_nonzero(surface)))
-        # Where surfaces coincide the distance is 0 without a search, in a good prediction mostly.
-        apart = ~other[surface]
-        if apart.any():
-            tree = cKDTree(np.argwhere(other) * steps, balanced_tree=False, compact_nodes=False)
-            distances[apart] = tree.query(np.argwhere(surface)[apart] * steps)[0]
-        pooled.append(distances)
-    return np.concatenate(pooled)
+def _one_way(surface: np.ndarray, other: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Distances from each voxel of a surface to another one, given as masks of one box."""
+    distances = np.zeros(int(np.count_nonzero(surface)))
+    # Where surfaces coincide the distance is 0 without a search, in a good prediction mostly.
+    apart = ~other[surface]
+    if apart.any():
+        tree = cKDTree(np.argwhere(other) * steps, balanced_tree=False, compact_nodes=False)
+        distances[apart] = tree.query(np.argwhere(surface)[apart] * steps)[0]
+    return distances
 
 
 def _surface(mask: np.ndarray) -> np.ndarray:
@@ -310,22 +347,6 @@ def _union(boxes: Sequence[tuple[slice, ...]]) -> tuple[slice, ...]:
         slice(min(side.start for side in sides), max(side.stop for side in sides))
         for sides in zip(*boxes, strict=True)
     )
-
-
-def _box(mask: np.ndarray) -> tuple[slice, ...]:
-    """The smallest box around a mask that is not empty."""
-    box = []
-    for axis in range(mask.ndim):
-        hit = np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
-        box.append(slice(int(hit[0]), int(hit[-1]) + 1))
-    return tuple(box)
-
-
-def _masks(prediction: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both as boolean arrays of one shape."""
-    prediction, reference = np.asarray(prediction).astype(bool), np.asarray(reference).astype(bool)
-    _same_shape(prediction, reference)
-    return prediction, reference
 
 
 def _same_shape(prediction: np.ndarray, reference: np.ndarray) -> None:

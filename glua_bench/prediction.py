@@ -19,13 +19,14 @@ from torch import Tensor
 from glua_bench import __version__, carried, runs
 from glua_bench.cache import IMAGE_TYPE
 from glua_bench.carried import Carried
-from glua_bench.config import RunConfig, build_settings
+from glua_bench.config import ORACLE, RunConfig, build_settings
 from glua_bench.errors import ConfigError, PluginError, UserError
 from glua_bench.evaluation import predict_volumes
 from glua_bench.facts import read_intensities
 from glua_bench.files import new_folder, write_bytes, write_json, write_text
 from glua_bench.inputs import Given
 from glua_bench.method import Method, Role
+from glua_bench.metrics import METRICS
 from glua_bench.neighbours import Neighbourhood, Stacks
 from glua_bench.paths import entries
 from glua_bench.registry import Registry
@@ -563,7 +564,7 @@ def card(model: Model, run: RunDirectory, selector: str) -> str:
             else ", no target label was used in training."
         ),
         f"- Checkpoint: step {summary['chosen_steps'][selector]} of {config.steps}, chosen by "
-        f"`{selector}`" + (", **which read target labels.**" if selector == runs.ORACLE else "."),
+        f"`{selector}`" + (", **which read target labels.**" if selector == ORACLE else "."),
         f"- Working grid: {config.grid.size} × {config.grid.size} pixels of "
         f"{config.grid.spacing:g} mm; batch {config.batch_size}; augmentation "
         f"{config.augmentation}; seed {config.seed}; run {run.id}.",
@@ -575,11 +576,15 @@ def card(model: Model, run: RunDirectory, selector: str) -> str:
         "3-D, per case, on the files' own grids, means over cases; missed structures counted. One "
         "seed: no interval.",
         "",
-        "| structure | Dice | ASSD mm | HD95 mm | missed | cases |",
-        "|---|---|---|---|---|---|",
+        _line("structure", *(metric.label for metric in METRICS.values()), "missed", "cases"),
+        "|---" * (len(METRICS) + 3) + "|",
         *(
-            f"| {row['structure']} | {row['dice']:.3f} | {row['assd']:.2f} | {row['hd95']:.2f} | "
-            f"{row['misses']} | {row['cases']} |"
+            _line(
+                row["structure"],
+                *(metric.text(row.get(name)) for name, metric in METRICS.items()),
+                row["misses"],
+                row["cases"],
+            )
             for row in rows
         ),
         "",
@@ -590,3 +595,8 @@ def card(model: Model, run: RunDirectory, selector: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _line(*cells: object) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"

@@ -27,6 +27,7 @@ from glua_bench import config as configuration
 from glua_bench.batches import Batches
 from glua_bench.cache import ImageStore, LabelledStore, SliceCache, cache_root, fingerprint
 from glua_bench.config import (
+    ORACLE,
     RunConfig,
     SegmenterSpec,
     build_settings,
@@ -37,7 +38,7 @@ from glua_bench.config import (
 )
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, PluginError, RunFailure, UserError
-from glua_bench.evaluation import evaluate, mean_dice, summarise
+from glua_bench.evaluation import evaluate, mean_score, summarise
 from glua_bench.identity import code_version, stage_key
 from glua_bench.method import Batch, Cases, Method, Role, Stage, TaskInfo
 from glua_bench.neighbours import Neighbourhood, common_distance, middle
@@ -56,8 +57,6 @@ from glua_bench.task import (
 )
 from glua_bench.trainer import Artefact, Trainer, stage_order
 from glua_bench.volumes import slice_distance
-
-ORACLE = "oracle"  # the checkpoint with the best test Dice: known with target labels only
 
 
 @dataclass
@@ -941,7 +940,7 @@ def _train_and_score(
         evaluated(step, name)
     if planned.request.oracle:
         scores[ORACLE] = {
-            step: mean_dice(evaluated(step, f"step {step}")) for step in trainer.candidate_steps()
+            step: mean_score(evaluated(step, f"step {step}")) for step in trainer.candidate_steps()
         }
         chosen[ORACLE] = choose(scores[ORACLE])
     rows = pd.concat(

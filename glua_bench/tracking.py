@@ -52,6 +52,7 @@ from glua_bench.files import (
     write_json,
     write_text,
 )
+from glua_bench.metrics import METRICS
 from glua_bench.paths import ARTIFACTS, distinct, entries, matching
 
 if TYPE_CHECKING:
@@ -62,7 +63,6 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 FLUSH_SECONDS = 2.0
 TIME = "%Y-%m-%dT%H:%M:%S%z"  # how a time is written in JSON
-SCORES = ("dice", "assd", "hd95", "misses")
 # What a copy holds of a directory, besides what is `DRAWN` or `CARRIED`, `cases.csv` and the list
 # of digests. Not the weights, which are large.
 COPIED = (
@@ -1188,7 +1188,7 @@ def final_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
             record[score]
         )
         for record in records
-        for score in SCORES
+        for score in (*METRICS, "misses")
         if record.get(score) is not None
     }
 

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from glua_bench.cache import SliceCache
-from glua_bench.reports.comparison import UPPER
+from glua_bench.config import UPPER
+from glua_bench.metrics import PRIMARY
 from glua_bench.reports.figures import Panel, side_by_side
 from glua_bench.reports.report_tables import title
 from glua_bench.reports.results import Results, plain
@@ -65,7 +66,7 @@ def compared_cases(
     rows = rows[rows["seed"] == paired.seeds[0]]
     runs = rows.drop_duplicates("run").set_index("entry")["run"].astype(str).to_dict()
     directories = {entry: results.directories.get(run) for entry, run in runs.items()}
-    dice = rows.groupby(["entry", "case"], observed=True)["dice"].mean().unstack("case")
+    dice = rows.groupby(["entry", "case"], observed=True)[PRIMARY.name].mean().unstack("case")
     dice.columns = [str(name) for name in dice.columns]
     first = next(iter(d for d in directories.values() if d is not None), None)
     if first is None:

@@ -22,10 +22,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from glua_bench.config import LOWER, ORACLE, UPPER
 from glua_bench.errors import shortened
 from glua_bench.files import replacing
-from glua_bench.reports.comparison import LOWER, UPPER
-from glua_bench.reports.results import ORACLE
+from glua_bench.metrics import PRIMARY
 
 INK = "#222222"
 FAINT = "#6b6b6b"
@@ -162,9 +162,9 @@ def scores(rows: pd.DataFrame, entries: Sequence[str], palette: Palette) -> Figu
     """
     structures = [str(name) for name in rows["structure"].unique()]
     keys = ["entry", "seed", "case"]
-    own = rows[["entry", "seed", "case", "structure", "dice"]].copy()
+    own = rows[[*keys, "structure", PRIMARY.name]].copy()
     own["panel"] = own.pop("structure").astype(str)
-    mean = own.groupby(keys, observed=True)["dice"].mean().reset_index().assign(panel="mean")
+    mean = own.groupby(keys, observed=True)[PRIMARY.name].mean().reset_index().assign(panel="mean")
     points = pd.concat([own, mean], ignore_index=True)
     points["entry"] = points["entry"].astype(str)
     panels = [*structures, "mean"]
@@ -174,7 +174,7 @@ def scores(rows: pd.DataFrame, entries: Sequence[str], palette: Palette) -> Figu
         part = points[points["panel"] == panel]
         sns.stripplot(
             part,
-            x="dice",
+            x=PRIMARY.name,
             y="entry",
             order=list(entries),
             hue="entry",
@@ -187,7 +187,7 @@ def scores(rows: pd.DataFrame, entries: Sequence[str], palette: Palette) -> Figu
             ax=axes,
             rasterized=len(part) > MOST_POINTS,
         )
-        average = part.groupby("entry")["dice"].mean().reindex(entries)
+        average = part.groupby("entry")[PRIMARY.name].mean().reindex(entries)
         axes.plot(average, range(len(entries)), "|", color=INK, ms=11, mew=1.6, zorder=5)
         axes.set_title(panel)
         axes.set_xlim(-0.03, 1.03)
@@ -251,7 +251,7 @@ def cost_quality(lines: pd.DataFrame, palette: Palette) -> Figure:
             size = 30 + (150 * row["peak MiB"] / largest if largest > 0 else 0)
             axes.scatter(
                 row["training s"],
-                row["Dice"],
+                row[PRIMARY.label],
                 s=size,
                 color=palette.colour(str(entry)),
                 marker=palette.marker(str(entry)),
@@ -260,7 +260,7 @@ def cost_quality(lines: pd.DataFrame, palette: Palette) -> Figure:
             )
             axes.annotate(
                 _short(str(entry), 24),
-                (row["training s"], row["Dice"]),
+                (row["training s"], row[PRIMARY.label]),
                 # Neighbours on this axis have their names on different sides.
                 xytext=(-7 if row["training s"] > middle else 7, 5 if index % 2 else -10),
                 ha="right" if row["training s"] > middle else "left",
@@ -276,7 +276,7 @@ def cost_quality(lines: pd.DataFrame, palette: Palette) -> Figure:
         axes.set_xlabel("seconds of training")
         axes.grid(color=LINE)
         axes.margins(x=0.25, y=0.12)
-    figure.axes[0].set_ylabel("Dice")
+    figure.axes[0].set_ylabel(PRIMARY.title)
     return figure
 
 
@@ -344,7 +344,7 @@ def learning(
         if index // columns == rows - 1 or index + columns >= len(entries):
             low.set_xlabel("updates of the segmenter", fontsize=7)
         if index % columns == 0:
-            top.set_ylabel("Dice", fontsize=8)
+            top.set_ylabel(PRIMARY.title, fontsize=8)
         for axes in (top, low):
             axes.patch.set_alpha(0)
     keys = [Line2D([], [], color=FAINT, ls="-", label="source validation")]
@@ -443,7 +443,7 @@ def heat_map(table: pd.DataFrame) -> Figure:
     for spine in axes.spines.values():
         spine.set_visible(False)
     bar = figure.colorbar(drawn, ax=axes, fraction=0.03, pad=0.01, ticks=[0, 0.5, 1])
-    bar.set_label("Dice", color=INK)
+    bar.set_label(PRIMARY.title, color=INK)
     bar.outline.set_visible(False)
     return figure
 
@@ -462,11 +462,11 @@ def curve(points: pd.DataFrame, setting: str, controls: Mapping[str, pd.DataFram
     default = sorted(points.loc[~points["changed"], "value"].unique())
     for axes, task in zip(new_axes(figure, 1, len(tasks))[0], tasks, strict=True):
         part = points[points["task"] == task]
-        mean = part.groupby("value")["dice"].mean()
-        axes.plot(part["value"], part["dice"], "o", color=COLOURS[0], ms=3.5, alpha=0.5)
+        mean = part.groupby("value")[PRIMARY.name].mean()
+        axes.plot(part["value"], part[PRIMARY.name], "o", color=COLOURS[0], ms=3.5, alpha=0.5)
         axes.plot(mean.index, mean, "-o", color=COLOURS[0], ms=5, label="mean over seeds")
         for index, (name, control) in enumerate(controls.items(), start=1):
-            own = control[control["task"] == task]["dice"]
+            own = control[control["task"] == task][PRIMARY.name]
             if len(own):
                 colour = COLOURS[index % len(COLOURS)]
                 axes.axhline(own.mean(), color=colour, lw=1.2, ls="--", label=name)
@@ -487,7 +487,7 @@ def curve(points: pd.DataFrame, setting: str, controls: Mapping[str, pd.DataFram
         axes.set_xlabel(f"{setting} (dotted: the default)")
         axes.grid(color=LINE)
         axes.margins(y=0.25)
-    figure.axes[0].set_ylabel("Dice")
+    figure.axes[0].set_ylabel(PRIMARY.title)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     return figure

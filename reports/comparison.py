@@ -10,13 +10,13 @@ from typing import Any
 
 import pandas as pd
 
-from glua_bench.config import RunConfig
+from glua_bench.config import LOWER, UPPER, RunConfig
 from glua_bench.files import write_text
+from glua_bench.metrics import METRICS, PRIMARY, complete
 from glua_bench.paths import distinct
 from glua_bench.reports import statistics
 from glua_bench.tracking import RunDirectory
 
-LOWER, UPPER = "source_only", "supervised"  # the ends of the gap
 LAST_BITS = (
     "Last bits: standard deviation of Dice over repeats of one seed whose first weights differ in "
     "their last bits alone, as threads and processors make sums differ."
@@ -87,13 +87,20 @@ def compared(
 
     Returns:
         Ordinary rows of the selector (no repeats), of what is paired and of what entries that are
-        left out have; the design of each task.
+        left out have; the design of each task. A metric that some runs of an entry lack, because
+        they are older than it, is nan for the entry: its mean would be over other runs.
     """
-    rows = statistics.ordinary(rows[rows["selector"] == selector])
+    rows = complete(statistics.ordinary(rows[rows["selector"] == selector]))
     tasks = [str(task) for task in rows["task"].unique()]
     designs = {task: statistics.design(rows[rows["task"] == task]) for task in tasks}
     parts = [designs[task].of(rows[rows["task"] == task]) for task in tasks]
-    return (pd.concat(parts) if parts else rows), designs
+    rows = pd.concat(parts) if parts else rows
+    for name in METRICS:
+        lacking = rows[name].isna() & rows[PRIMARY.name].notna()
+        if lacking.any():
+            by_entry = lacking.groupby([rows["task"], rows["entry"]], observed=True)
+            rows[name] = rows[name].mask(by_entry.transform("any"))
+    return rows, designs
 
 
 def competing(scores: pd.DataFrame) -> pd.DataFrame:
@@ -141,22 +148,22 @@ def table(rows: pd.DataFrame, selector: str = "last") -> pd.DataFrame:
 
     Returns:
         Indexed by task and entry: seeds, Dice, sd (over seeds; nan for one), last bits (standard
-        deviation over repeats of one seed; nan without repeats), ASSD mm, gap recovered, gap min,
-        gap max, gap seeds (how many have one), missed (structures, over cases and seeds),
-        training s, s a step (all training, for each update of the segmenter), peak MiB, compared
-        (whether the entry is among those that are paired); sorted by Dice within a task.
+        deviation over repeats of one seed; nan without repeats), the other metrics by their labels
+        (ASSD mm, …), gap recovered, gap min, gap max, gap seeds (how many have one), missed
+        (structures, over cases and seeds), training s, s a step (all training, for each update of
+        the segmenter), peak MiB, compared (whether the entry is among those that are paired);
+        sorted by Dice within a task.
     """
     bits = statistics.last_bits(rows[rows["selector"] == selector])
     rows, designs = compared(rows, selector)
     keys = ["task", "entry", "seed"]
-    per_case = rows.groupby([*keys, "case"], observed=True)[["dice", "assd"]].mean()
-    per_seed = per_case.groupby(keys, observed=True).mean()
+    per_seed = statistics.means(rows, keys, list(METRICS))
     by_run = rows.groupby(keys, observed=True)
     per_seed["missed"] = by_run["missed"].sum()
     per_seed["seconds"] = by_run["seconds"].first()
     per_seed["memory"] = by_run["peak_memory_mib"].first()
     per_seed["a step"] = per_seed["seconds"] / by_run["step"].first()
-    dice = per_seed["dice"].unstack("entry")
+    dice = per_seed[PRIMARY.name].unstack("entry")
     if {LOWER, UPPER} <= set(dice):
         span = dice[UPPER] - dice[LOWER]
         known = [task for task in designs if gap_known(rows, task, selector)]
@@ -166,13 +173,14 @@ def table(rows: pd.DataFrame, selector: str = "last") -> pd.DataFrame:
     else:
         per_seed["gap"] = math.nan
     by_entry = per_seed.groupby(["task", "entry"], observed=True)
+    scores = {metric.label: by_entry[name].mean() for name, metric in METRICS.items()}
     lines = pd.DataFrame(
         {
             "seeds": by_entry.size(),
-            "Dice": by_entry["dice"].mean(),
-            "sd": by_entry["dice"].std(),
+            PRIMARY.label: scores.pop(PRIMARY.label),
+            "sd": by_entry[PRIMARY.name].std(),
             "last bits": math.nan,
-            "ASSD mm": by_entry["assd"].mean(),
+            **scores,
             "gap recovered": by_entry["gap"].mean(),
             "gap min": by_entry["gap"].min(),
             "gap max": by_entry["gap"].max(),
@@ -185,7 +193,7 @@ def table(rows: pd.DataFrame, selector: str = "last") -> pd.DataFrame:
     )
     lines["last bits"] = [float(bits.get(key, math.nan)) for key in lines.index]
     lines["compared"] = [entry in designs[str(task)].entries for task, entry in lines.index]
-    return lines.sort_values(["task", "Dice"])
+    return lines.sort_values(["task", PRIMARY.label])
 
 
 def gap_notes(lines: pd.DataFrame) -> list[str]:
@@ -326,17 +334,17 @@ def as_metrics(lines: pd.DataFrame) -> dict[str, float]:
         lines: as `table` gives them.
 
     Returns:
-        e.g. {"mr-ct/dice/glua": 0.8, "mr-ct/dice_sd/glua": 0.01, "mr-ct/assd_mm/glua": 4.0,
+        e.g. {"mr-ct/dice/glua": 0.8, "mr-ct/assd_mm/glua": 4.0, "mr-ct/dice_sd/glua": 0.01,
         "mr-ct/gap_recovered/glua": 0.7}; the share of the gap as a fraction, nan where a number
         is not defined; "dice_last_bits" where there are repeats.
     """
     names = {
-        "Dice": "dice",
-        "sd": "dice_sd",
-        **({"last bits": "dice_last_bits"} if lines["last bits"].notna().any() else {}),
-        "ASSD mm": "assd_mm",
+        **{metric.label: metric.key for metric in METRICS.values()},
+        "sd": f"{PRIMARY.key}_sd",
         "gap recovered": "gap_recovered",
     }
+    if lines["last bits"].notna().any():
+        names["last bits"] = f"{PRIMARY.key}_last_bits"
     plain = distinct((str(entry) for _, entry in lines.index), _plain)
     return {
         f"{str(task).split(' ')[-1]}/{name}/{plain[str(entry)]}": float(row[column])
@@ -361,19 +369,25 @@ def as_text(lines: pd.DataFrame) -> str:
     }
     width = max(map(len, named.values()))
     bits = bool(lines["last bits"].notna().any())
+    others = [metric for metric in METRICS.values() if metric != PRIMARY]
     head = (
-        f"{'':<{width}}  {'Dice ± sd':>13}  {'last bits  ' * bits}{'gap recovered':>20}  "
-        f"{'ASSD mm':>7}  {'missed':>6}  {'s a step':>8}  {'MiB':>5}  seeds"
+        f"{'':<{width}}  {PRIMARY.label + ' ± sd':>13}  {'last bits  ' * bits}"
+        f"{'gap recovered':>20}  {''.join(f'{metric.label:>7}  ' for metric in others)}"
+        f"{'missed':>6}  {'s a step':>8}  {'MiB':>5}  seeds"
     )
     text = []
     for task, block in lines.groupby(level="task", sort=False):
         text += [str(task), head]
         for (_, entry), row in block.iterrows():
             nudged = "" if math.isnan(row["last bits"]) else f"± {row['last bits']:.3f}"
+            scores = "".join(
+                f"{metric.text(row[metric.label]):>{max(7, len(metric.label))}}  "
+                for metric in others
+            )
             text.append(
-                f"{named[entry]:<{width}}  {_spread(row['Dice'], row['sd']):>13}  "
-                f"{f'{nudged:>9}  ' * bits}{_gap(row):>20}  "
-                f"{row['ASSD mm']:>7.1f}  {row['missed']:>6.0f}  {_number(row['s a step'], 2):>8}  "
+                f"{named[entry]:<{width}}  {_spread(row[PRIMARY.label], row['sd']):>13}  "
+                f"{f'{nudged:>9}  ' * bits}{_gap(row):>20}  {scores}"
+                f"{row['missed']:>6.0f}  {_number(row['s a step'], 2):>8}  "
                 f"{row['peak MiB']:>5.0f}  {row['seeds']:>5.0f}"
             )
         text.append("")

@@ -12,8 +12,10 @@ import numpy as np
 import pandas as pd
 
 from glua_bench import carried
+from glua_bench.config import ORACLE, UPPER
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.files import replacing, write_text
+from glua_bench.metrics import PRIMARY
 from glua_bench.registry import Registry
 from glua_bench.reports import (
     case_pictures,
@@ -23,9 +25,8 @@ from glua_bench.reports import (
     report_tables,
     statistics,
 )
-from glua_bench.reports.comparison import UPPER
 from glua_bench.reports.page import PageWriter, Section, file_name, make_folders, render, slug
-from glua_bench.reports.results import ORACLE, Results, plain
+from glua_bench.reports.results import Results, plain
 from glua_bench.task import Dataset
 
 RUN_PICTURES = {  # figures of a run that the page shows, and what they are
@@ -204,7 +205,7 @@ class _Writer(PageWriter):
                 )
             )
         section.blocks.append(self.table(report_tables.pairs(results, task, selector)))
-        cases = rows.groupby(["entry", "case"], observed=True)["dice"].mean().unstack("case")
+        cases = rows.groupby(["entry", "case"], observed=True)[PRIMARY.name].mean().unstack("case")
         cases.index = cases.index.astype(str)
         section.blocks.append(
             self.chart(
@@ -249,8 +250,7 @@ class _Writer(PageWriter):
             & (rows["settings"] != "{}")
         ]
         keys = ["variant", "task", "seed"]
-        per_case = rows.groupby([*keys, "case"], observed=True)["dice"].mean()
-        dice = per_case.groupby(keys, observed=True).mean().reset_index()
+        dice = statistics.means(rows, keys).reset_index()
         names, _ = self.results.declared(method)
         return {
             name: dice[dice["variant"] == name] for name in names if (dice["variant"] == name).any()

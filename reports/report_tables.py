@@ -9,9 +9,10 @@ from typing import Any
 
 import pandas as pd
 
+from glua_bench.config import LOWER, ORACLE, UPPER
+from glua_bench.metrics import METRICS, PRIMARY, Metric
 from glua_bench.reports import comparison, statistics
-from glua_bench.reports.comparison import LOWER, UPPER
-from glua_bench.reports.results import ORACLE, Results, plain
+from glua_bench.reports.results import Results, plain
 from glua_bench.reports.tables import Column, Table
 
 MOST_PAIRED = 40  # entries whose pairs are listed: 780 pairs, of which nobody reads more
@@ -28,7 +29,7 @@ PRIVILEGED = f"{UPPER} trained on labels of target cases (privileged): a bound, 
 
 def ordered(lines: pd.DataFrame) -> list[str]:
     """Entries of one task as they stand in tables: the lower bound, by Dice, the upper bound."""
-    entries = [str(entry) for entry in lines["Dice"].sort_values().index]
+    entries = [str(entry) for entry in lines[PRIMARY.label].sort_values().index]
     first, last = ([name] if name in entries else [] for name in (LOWER, UPPER))
     return [*first, *(e for e in entries if e not in (LOWER, UPPER)), *last]
 
@@ -61,7 +62,7 @@ def run_ids(rows: pd.DataFrame, entries: Sequence[str]) -> list[list[str]]:
 
 
 def main(results: Results, task: str, selector: str = "last") -> Table:
-    """A task's main table in the field's form: Dice and ASSD of each structure, and their means.
+    """A task's main table in the field's form: every metric's mean, and that of each structure.
 
     Args:
         results: the runs.
@@ -74,27 +75,22 @@ def main(results: Results, task: str, selector: str = "last") -> Table:
     lines = every.loc[task]
     entries = ordered(lines)
     keys = ["entry", "seed", "structure"]
-    by_structure = rows.groupby(keys, observed=True)[["dice", "assd"]].mean()
+    by_structure = rows.groupby(keys, observed=True)[list(METRICS)].mean()
     by_structure = by_structure.groupby(["entry", "structure"], observed=True).mean()
     structures = [str(name) for name in rows["structure"].unique()]
     lines = lines.loc[entries]
 
-    def of(metric: str, structure: str, scale: float) -> list[float]:
-        return [scale * float(by_structure[metric].get((e, structure), math.nan)) for e in entries]
-
-    dice, assd = "Dice (%)", "ASSD (mm)"
-    gap = [
-        math.nan if e in (LOWER, UPPER) else 100 * lines.loc[e, "gap recovered"] for e in entries
-    ]
-    mean = Column("mean", list(100 * lines["Dice"]), 1, list(100 * lines["sd"]), "higher", dice)
-    bits = Column("last bits ±", list(100 * lines["last bits"]), 1, None, "", dice)
-    columns = [
-        *(Column(s, of("dice", s, 100), 1, None, "higher", dice) for s in structures),
-        mean,
-        *[bits] * bool(lines["last bits"].notna().any()),
-        *(Column(s, of("assd", s, 1), 1, None, "lower", assd) for s in structures),
-        Column("mean", list(lines["ASSD mm"]), 1, None, "lower", assd),
-        Column("gap recov. (%)", gap, 0, None, "higher"),
+    columns = []
+    for metric in METRICS.values():
+        for structure in structures if metric.per_structure else ():
+            values = by_structure[metric.name].xs(structure, level="structure").reindex(entries)
+            columns.append(Column.of(metric, values, structure, group=metric.heading))
+        columns.append(_mean(metric, lines, "mean", metric.heading))
+        if metric == PRIMARY and lines["last bits"].notna().any():
+            bits = list(metric.scale * lines["last bits"])
+            columns.append(Column("last bits ±", bits, metric.digits, group=metric.heading))
+    columns += [
+        Column("gap recov. (%)", _gap(lines, entries), 0, None, "higher"),
         Column("missed", [float(v) for v in lines["missed"]], 0),
         Column("seeds", [float(v) for v in lines["seeds"]], 0),
     ]
@@ -116,7 +112,7 @@ def main(results: Results, task: str, selector: str = "last") -> Table:
     notes += [why, *designs[task].notes]
     return Table(
         f"main_{task.replace(' ', '_')}",
-        f"{task}: Dice and ASSD on the test cases, checkpoint by {_selector(selector)}.",
+        f"{task}: {_titles()} on the test cases, checkpoint by {_selector(selector)}.",
         [title(entry) for entry in entries],
         columns,
         _unranked(lines),
@@ -124,6 +120,24 @@ def main(results: Results, task: str, selector: str = "last") -> Table:
         [note for note in notes if note],
         run_ids(results.with_repeats(rows), entries),
     )
+
+
+def _titles() -> str:
+    *first, last = (metric.title for metric in METRICS.values())
+    return f"{', '.join(first)} and {last}"
+
+
+def _mean(metric: Metric, lines: pd.DataFrame, title: str = "", group: str = "") -> Column:
+    """The column of a metric's means, with the spread of the primary one."""
+    spread = lines["sd"] if metric == PRIMARY else None
+    return Column.of(metric, lines[metric.label], title, spread, group)
+
+
+def _gap(lines: pd.DataFrame, entries: Sequence[str]) -> list[float]:
+    """The share of the gap that entries recover in percent; nan for the bounds."""
+    return [
+        math.nan if e in (LOWER, UPPER) else 100 * lines.loc[e, "gap recovered"] for e in entries
+    ]
 
 
 def untested(scores: pd.DataFrame) -> str:
@@ -156,7 +170,7 @@ def cost(results: Results, task: str, selector: str = "last") -> Table:
         f"{task}: what training costs, stages that runs share counted in each.",
         [title(entry) for entry in entries],
         [
-            Column("Dice (%)", list(100 * lines["Dice"]), 1, list(100 * lines["sd"]), "higher"),
+            _mean(PRIMARY, lines),
             Column("training (s)", list(lines["training s"]), 0, None, "lower"),
             Column("s an update", list(lines["s a step"]), 3, None, "lower"),
             Column("peak memory (MiB)", list(lines["peak MiB"]), 0, None, "lower"),
@@ -184,7 +198,7 @@ def ranking(results: Results, task: str, selector: str = "last") -> Table:
     entries = [str(entry) for entry in ranks.index]
     seeds, cases = statistics.counts(scores)
     columns = [
-        Column("Dice (%)", list(100 * ranks["mean"]), 1, None, "higher"),
+        Column.of(PRIMARY, ranks["mean"]),
         Column("low", list(100 * spans["low"]), 1, None, "", "95 % interval"),
         Column("high", list(100 * spans["high"]), 1, None, "", "95 % interval"),
         Column("of the mean", list(ranks["rank"]), 0, None, "", "rank"),
@@ -315,13 +329,11 @@ def ablation(results: Results, method: str, selector: str = "last") -> Table:
     columns = []
     for task in [t for t in results.tasks if method in set(own.loc[own["task"] == t, "method"])]:
         part = lines.loc[task].reindex(entries)
-        gap = [
-            math.nan if e in (LOWER, UPPER) else 100 * part.loc[e, "gap recovered"] for e in entries
-        ]
+        first, *others = (_mean(metric, part, group=task) for metric in METRICS.values())
         columns += [
-            Column("Dice (%)", list(100 * part["Dice"]), 1, list(100 * part["sd"]), "higher", task),
-            Column("gap (%)", gap, 0, None, "higher", task),
-            Column("ASSD (mm)", list(part["ASSD mm"]), 1, None, "lower", task),
+            first,
+            Column("gap (%)", _gap(part, entries), 0, None, "higher", task),
+            *others,
             Column("seeds", list(part["seeds"]), 0, None, "", task),
         ]
     seconds = lines["s a step"].groupby("entry", observed=True).mean()
@@ -353,8 +365,7 @@ def curves(results: Results, method: str, selector: str = "last") -> dict[str, p
     rows = results.chosen_by(selector)
     rows = rows[(rows["method"] == method) & (rows["base"] == method)]
     runs = rows.drop_duplicates("run").set_index("run")
-    per_case = rows.groupby(["run", "case"], observed=True)["dice"].mean()
-    dice = per_case.groupby("run", observed=True).mean()
+    dice = statistics.means(rows, ["run"])
     found: dict[str, list[dict[str, Any]]] = {}
     settings = {run: json.loads(str(text)) for run, text in runs["settings"].items()}
     configs = {run: json.loads(str(text)) for run, text in runs["config"].items()}
@@ -375,7 +386,7 @@ def curves(results: Results, method: str, selector: str = "last") -> dict[str, p
                     "entry": str(runs.loc[run, "entry"]),
                     "value": float(configs[run][name]),
                     "seed": int(runs.loc[run, "seed"]),
-                    "dice": float(dice[run]),
+                    PRIMARY.name: float(dice[run]),
                     "changed": bool(changes),
                 }
             )
@@ -389,18 +400,9 @@ def curve(method: str, setting: str, points: pd.DataFrame) -> Table:
     columns = []
     few: set[float] = set()  # values with fewer seeds than others, which compete with none
     for task, part in points.groupby("task"):
-        by_value = part.groupby("value")["dice"]
-        mean, deviation = by_value.mean(), by_value.std()
-        columns.append(
-            Column(
-                "Dice (%)",
-                [100 * float(mean.get(value, math.nan)) for value in values],
-                1,
-                [100 * float(deviation.get(value, math.nan)) for value in values],
-                "higher",
-                str(task),
-            )
-        )
+        by_value = part.groupby("value")[PRIMARY.name]
+        mean, deviation = (found.reindex(values) for found in (by_value.mean(), by_value.std()))
+        columns.append(Column.of(PRIMARY, mean, spread=deviation, group=str(task)))
         seeds = by_value.size().reindex(values, fill_value=0)
         columns.append(Column("seeds", list(seeds.astype(float)), 0, None, "", str(task)))
         few |= set(seeds.index[seeds < seeds.max()])
@@ -413,7 +415,7 @@ def curve(method: str, setting: str, points: pd.DataFrame) -> Table:
         columns,
         frozenset(names[v] for v in few),
         notes=[
-            *_means(points.groupby(["task", "value"])["dice"].agg(sd="std")),
+            *_means(points.groupby(["task", "value"])[PRIMARY.name].agg(sd="std")),
             "The best value here was found with target labels, so it is not a choice.",
         ],
         first=setting,
@@ -449,7 +451,7 @@ def selectors(results: Results, task: str) -> Table:
 def _by_selector(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
     """Mean Dice, entry × selector, of the seeds that all selectors of an entry judged; how many."""
     keys = ["entry", "selector", "seed", "case"]
-    per_case = rows.groupby(keys, observed=True)["dice"].mean()
+    per_case = rows.groupby(keys, observed=True)[PRIMARY.name].mean()
     per_run = per_case.groupby(["entry", "seed", "selector"], observed=True).mean()
     per_run = per_run.unstack("selector")
     per_run.columns = [str(name) for name in per_run.columns]
@@ -470,8 +472,7 @@ def regrets(results: Results) -> pd.DataFrame:
     rows = plain(results.rows)
     rows = rows[rows["entry"] != UPPER]
     keys = ["task", "entry", "seed", "selector"]
-    per_case = rows.groupby([*keys, "case"], observed=True)["dice"].mean()
-    dice = per_case.groupby(keys, observed=True).mean().unstack("selector")
+    dice = statistics.means(rows, keys).unstack("selector")
     dice.columns = [str(name) for name in dice.columns]
     if ORACLE not in dice:
         return pd.DataFrame(columns=[*keys, "regret"])
@@ -580,8 +581,7 @@ def _selector(name: str) -> str:
 def runs(results: Results, selector: str = "last") -> Table:
     """Every run, with what its numbers were made by."""
     rows = results.with_repeats(results.chosen_by(selector))
-    per_case = rows.groupby(["run", "case"], observed=True)["dice"].mean()
-    dice = per_case.groupby("run", observed=True).mean()
+    dice = statistics.means(rows, ["run"])
     order = ["task", "entry", "seed", statistics.REPEAT]
     lines = rows.drop_duplicates("run").sort_values(order)
     nudged = [int(value) for value in lines[statistics.REPEAT]]
@@ -598,7 +598,7 @@ def runs(results: Results, selector: str = "last") -> Table:
             Column("entry", entries),
             Column("task", [str(task) for task in lines["task"]]),
             Column("seed", [float(seed) for seed in lines["seed"]], 0),
-            Column("Dice (%)", [100 * float(dice[run]) for run in names], 1),
+            Column(PRIMARY.heading, list(PRIMARY.scale * dice[names]), PRIMARY.digits),
             Column("training (s)", [float(value) for value in lines["seconds"]], 0),
             Column("on", [str(device) for device in lines["device"]]),
             Column("commit", [str(commit) for commit in lines["commit"]]),

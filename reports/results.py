@@ -17,22 +17,31 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from glua_bench.config import RunConfig, changed_settings, digest, flat_settings, variant_name
+from glua_bench.config import (
+    LOWER,
+    UPPER,
+    RunConfig,
+    changed_settings,
+    digest,
+    flat_settings,
+    variant_name,
+)
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.files import write_json
+from glua_bench.metrics import METRICS, PRIMARY
 from glua_bench.neighbours import Neighbourhood
 from glua_bench.registry import Registry
 from glua_bench.reports import comparison, statistics
-from glua_bench.reports.comparison import LOWER, UPPER
 from glua_bench.tracking import RunDirectory, list_runs
 
-ORACLE = "oracle"
-
 TEXTS = ("case", "structure", "selector")
-# What identifies a row, and what was measured; the rest of the columns belong to a run.
-MEASURED = ["case", "structure", "dice", "assd", "hd95", "missed", "reference_ml", "prediction_ml"]
+# What every row of a run has, besides metrics that may be newer than the run.
+MEASURED = [
+    *("case", "structure", PRIMARY.name),
+    *("missed", "reference_ml", "prediction_ml", "selector", "step"),
+]
 KEY = ["task", "entry", "seed"]
-NEEDED = [*MEASURED, *KEY, "run", "selector", "step", "method", "dataset", "direction", "seconds"]
+NEEDED = [*MEASURED, *KEY, "run", "method", "dataset", "direction", "seconds"]
 FROM_OLDER = {  # columns that rows of an older version lack
     "settings": "{}",
     "config": "{}",
@@ -308,16 +317,15 @@ class _Record:
 
 def _read(run: RunDirectory) -> _Record:
     rows = run.read_cases()
-    lacking = [name for name in (*MEASURED, "selector", "step") if name not in rows]
+    lacking = [name for name in MEASURED if name not in rows]
     if lacking:
         raise UserError(f"{run.path / 'cases.parquet'} has no column {lacking[0]}; run it again.")
     for name in TEXTS:  # as numbers into a list of texts: a thousand runs hold few different ones
         rows[name] = rows[name].astype("category")
     environment = run.read_environment()
     ended = json.loads((run.path / "done").read_text(encoding="utf-8"))["time"]
-    return _Record(
-        run, rows[[*MEASURED, "selector", "step"]], run.read_summary(), environment, ended
-    )
+    columns = list(dict.fromkeys(["case", "structure", *METRICS, *MEASURED]))
+    return _Record(run, rows.reindex(columns=columns), run.read_summary(), environment, ended)
 
 
 def _matches(run: RunDirectory, where: Mapping[str, Sequence[str]]) -> bool:

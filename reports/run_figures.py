@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from glua_bench.cache import SliceCache
+from glua_bench.metrics import PRIMARY
 from glua_bench.reports.figures import (
     Panel,
     domain_montage,
@@ -66,7 +67,7 @@ def draw_run(
 def _draw_cases(run: RunDirectory, dataset: Dataset, rows: pd.DataFrame) -> None:
     config = run.config
     # A healthy case in which nothing was found has no Dice, and is the worst of none.
-    dice = rows.groupby("case")["dice"].mean().sort_values(ascending=False)
+    dice = rows.groupby("case")[PRIMARY.name].mean().sort_values(ascending=False)
     dice = dice.dropna() if dice.notna().any() else dice
     chosen = {"best": 0, "median": len(dice) // 2, "worst": len(dice) - 1}
     test = {case.id: case for case in dataset.split(config.target, "test")}

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from glua_bench.errors import DataError
+from glua_bench.metrics import PRIMARY
 
 LEVEL = 0.95
 SIGNIFICANT = 0.05
@@ -30,6 +32,21 @@ REPEAT = "perturbation"  # of a run: 0, or which draw nudged the last bits of it
 
 
 # -- what is compared ----------------------------------------------------------------------------
+
+
+def means(rows: pd.DataFrame, keys: list[str], metric: str | list[str] = PRIMARY.name) -> Any:
+    """Means over the structures of each case, then over the cases.
+
+    Args:
+        rows: per case and structure.
+        keys: columns; each combination of their values has a mean of its own.
+        metric: the name of one metric, or a list of names.
+
+    Returns:
+        A series indexed by `keys`; for a list of names, a frame.
+    """
+    per_case = rows.groupby([*keys, "case"], observed=True)[metric].mean()
+    return per_case.groupby(keys, observed=True).mean()
 
 
 def ordinary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -80,9 +97,10 @@ def design(rows: pd.DataFrame) -> Design:
     Raises:
         DataError: no case has a score in every run.
     """
-    per_run = rows.groupby(["entry", "seed", "case"], observed=True)["dice"].mean().unstack("case")
+    by_case = rows.groupby(["entry", "seed", "case"], observed=True)
+    per_run = by_case[PRIMARY.name].mean().unstack("case")
     # Whether a run was scored on a case is one thing, whether the score is defined another.
-    scored = rows.groupby(["entry", "seed", "case"], observed=True).size().unstack("case").notna()
+    scored = by_case.size().unstack("case").notna()
     undefined = (scored & per_run.isna()).any()
     if len(undefined) and undefined.all():
         raise DataError(
@@ -127,7 +145,7 @@ def design(rows: pd.DataFrame) -> Design:
 
 
 def scores(
-    rows: pd.DataFrame, task: str, metric: str = "dice", selector: str = "last"
+    rows: pd.DataFrame, task: str, metric: str = PRIMARY.name, selector: str = "last"
 ) -> pd.DataFrame:
     """One score for each entry, seed and case of a task: the mean over its structures.
 
@@ -136,7 +154,7 @@ def scores(
     Args:
         rows: as `comparison.collect` gives them.
         task: e.g. "phantom mr-ct".
-        metric: "dice", "assd" or "hd95".
+        metric: a name in `METRICS`.
         selector: whose checkpoints count.
 
     Returns:
@@ -381,9 +399,7 @@ def last_bits(rows: pd.DataFrame) -> pd.Series:
         index = pd.MultiIndex.from_arrays([[], []], names=keys[:2])
         return pd.Series(index=index, dtype=float)
     rows = rows.assign(**{REPEAT: rows[REPEAT].fillna(0)})
-    per_case = rows.groupby([*keys, REPEAT, "case"], observed=True)["dice"].mean()
-    per_run = per_case.groupby([*keys, REPEAT], observed=True).mean()
-    groups = per_run.groupby(keys, observed=True)
+    groups = means(rows, [*keys, REPEAT]).groupby(keys, observed=True)
     freedom = groups.size() - 1
     squares = (groups.var() * freedom)[freedom > 0].groupby(keys[:2], observed=True).sum()
     return np.sqrt(squares / freedom[freedom > 0].groupby(keys[:2], observed=True).sum())

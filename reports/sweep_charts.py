@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from matplotlib.tri import Triangulation
 
 from glua_bench.errors import shortened
+from glua_bench.metrics import PRIMARY
 from glua_bench.reports.charts import (
     BOUND,
     COLOURS,
@@ -250,7 +251,7 @@ def curve(
     panels = [("quality", objective, (FOUND, WORSE))]
     if dice:
         label = "test Dice, looked at afterwards"
-        panels.append(("dice", label, (AFTERWARDS, COLOURS[4])))
+        panels.append((PRIMARY.name, label, (AFTERWARDS, COLOURS[4])))
     directions = list(dict.fromkeys(points["direction"]))
     figure = new_figure(1.0 + 3.9 * len(panels), 3.3)
     grid = new_axes(figure, 1, len(panels))[0]
@@ -276,9 +277,9 @@ def curve(
                 label=name,
             )
         axes.axvline(chosen, color=INK, lw=0.9, ls="-", zorder=0, label=f"chosen by {objective}")
-        if column == "dice":
+        if column == PRIMARY.name:
             # A trial that lacks a score is no candidate, as in `sweep_report.price`.
-            best = points.groupby("trial")["dice"].agg(lambda own: own.mean(skipna=False))
+            best = points.groupby("trial")[PRIMARY.name].agg(lambda own: own.mean(skipna=False))
             if best.notna().any():
                 at = points.loc[points["trial"] == best.idxmax(), "value"].iloc[0]
                 axes.axvline(
@@ -307,7 +308,7 @@ def agreement(trials: pd.DataFrame, objective: str, chosen: int | None, rho: flo
     axes = new_axes(figure)[0, 0]
     axes.errorbar(
         trials[objective],
-        trials["dice"],
+        trials[PRIMARY.name],
         yerr=trials["sd"].fillna(0.0),
         fmt="o",
         color=AFTERWARDS,
@@ -316,11 +317,10 @@ def agreement(trials: pd.DataFrame, objective: str, chosen: int | None, rho: flo
         elinewidth=1,
     )
     own = trials[trials["number"] == chosen]
-    axes.scatter(own[objective], own["dice"], label="chosen", **STAR)
-    best = trials.loc[trials["dice"].idxmax()]
-    axes.scatter(
-        best[objective], best["dice"], s=110, fc="none", ec=AFTERWARDS, label="highest test Dice"
-    )
+    axes.scatter(own[objective], own[PRIMARY.name], label="chosen", **STAR)
+    best = trials.loc[trials[PRIMARY.name].idxmax()]
+    ring = {"s": 110, "fc": "none", "ec": AFTERWARDS, "label": "highest test Dice"}
+    axes.scatter(best[objective], best[PRIMARY.name], **ring)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel(objective)
     axes.set_ylabel("test Dice, looked at afterwards")

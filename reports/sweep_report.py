@@ -18,6 +18,7 @@ import pandas as pd
 from scipy import stats
 
 from glua_bench.files import write_text
+from glua_bench.metrics import METRICS, PRIMARY
 from glua_bench.reports import sweep_charts
 from glua_bench.reports.page import PageWriter, Section, make_folders, render
 from glua_bench.reports.tables import Column, Table
@@ -134,15 +135,15 @@ class Price:
     def dice(self, number: int) -> tuple[float, float]:
         """Mean and standard deviation over seeds of a trial."""
         row = self.trials[self.trials["number"] == number].iloc[0]
-        return float(row["dice"]), float(row["sd"])
+        return float(row[PRIMARY.name]), float(row["sd"])
 
 
 def price(sweep: Sweep) -> Price | None:
     """The price of not knowing; None where the chosen trial's runs have no test scores."""
     chosen = sweep.chosen
-    if chosen is None or sweep.runs["dice"].isna().all():
+    if chosen is None or sweep.runs[PRIMARY.name].isna().all():
         return None
-    by_run = sweep.runs.groupby(["trial", "seed", "direction"])["dice"].mean()
+    by_run = sweep.runs.groupby(["trial", "seed", "direction"])[PRIMARY.name].mean()
     # Trials that lack a score of some run would be unequal.
     by_run = by_run.unstack(["seed", "direction"]).dropna()
     by_seed = by_run.T.groupby(level="seed").mean().T
@@ -152,11 +153,11 @@ def price(sweep: Sweep) -> Price | None:
     best = int(means.idxmax())
     gap = by_seed.loc[best] - by_seed.loc[chosen]
     table = sweep.done[sweep.done["number"].isin(means.index)][["number", sweep.objective]].copy()
-    table["dice"] = table["number"].map(means)
+    table[PRIMARY.name] = table["number"].map(means)
     table["sd"] = table["number"].map(by_seed.std(axis=1))
     rho = math.nan
     if len(table) >= FEWEST_RANKED and table[sweep.objective].nunique() > 1 < means.nunique():
-        rho = float(stats.spearmanr(table[sweep.objective], table["dice"]).statistic)
+        rho = float(stats.spearmanr(table[sweep.objective], table[PRIMARY.name]).statistic)
     left_out = sorted(int(n) for n in set(sweep.done["number"]) - set(table["number"]))
     spread = float(gap.std())
     return Price(table, chosen, best, float(gap.mean()), spread, rho, by_seed.shape[1], left_out)
@@ -240,7 +241,7 @@ def notices(sweep: Sweep) -> list[str]:
         found.append(
             "One seed a trial: differences between neighbouring trials may be chance (--seeds 3)."
         )
-    lost = int(sweep.runs["dice"].isna().sum())
+    lost = int(sweep.runs[PRIMARY.name].isna().sum())
     if lost:
         found.append(f"{lost} of {len(sweep.runs)} runs have no readable test scores any more.")
     return found
@@ -255,8 +256,8 @@ def as_metrics(sweep: Sweep) -> dict[str, float]:
     known = None if sweep.oracle else price(sweep)
     if known is not None:
         found |= {
-            "afterwards/dice/chosen": known.dice(known.chosen)[0],
-            "afterwards/dice/highest": known.dice(known.best)[0],
+            f"afterwards/{PRIMARY.key}/chosen": known.dice(known.chosen)[0],
+            f"afterwards/{PRIMARY.key}/highest": known.dice(known.best)[0],
             "afterwards/price": known.difference,
             "afterwards/rank_correlation": known.rho,
         }
@@ -503,7 +504,7 @@ class _Writer(PageWriter):
         numbers = [known.chosen, known.best]
         dice = [known.dice(number) for number in numbers]
         values = known.trials.set_index("number")[sweep.objective]
-        by_direction = sweep.runs.groupby(["direction", "trial"])["dice"].mean()
+        by_direction = sweep.runs.groupby(["direction", "trial"])[PRIMARY.name].mean()
         directions = list(dict.fromkeys(sweep.runs["direction"]))
         columns = [
             Column("trial", [*map(str, numbers), ""]),
@@ -513,7 +514,7 @@ class _Writer(PageWriter):
             ),
             Column(sweep.objective, [*(shown(values[n]) for n in numbers), ""]),
             Column(
-                "test Dice (%)",
+                f"test {PRIMARY.heading}",
                 [*(100 * mean for mean, _ in dice), -100 * known.difference],
                 spread=[*(100 * sd for _, sd in dice), 100 * known.spread],
                 group=AFTERWARDS,
@@ -578,10 +579,15 @@ class _Writer(PageWriter):
                 Column("direction", list(runs["direction"])),
                 Column("seed", [str(n) for n in runs["seed"]]),
                 Column(self.label, [shown(v) for v in runs["quality"]]),
-                Column("test Dice (%)", list(100 * runs["dice"]), group=AFTERWARDS),
+                *(
+                    Column.of(metric, runs[name], f"test {metric.heading}", group=AFTERWARDS)
+                    for name, metric in METRICS.items()
+                ),
             ]
-            table = Table("runs", "The runs of finished trials.", list(runs["run"]), columns)
-            section.blocks.append(self.table(Table(**{**vars(table), "first": "run"})))
+            names = list(runs["run"])
+            caption = "The runs of finished trials."
+            table = Table("runs", caption, names, columns, frozenset(names), first="run")
+            section.blocks.append(self.table(table))
         return section
 
     def _of_trials(

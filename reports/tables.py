@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-MISSING = "–"
+from glua_bench.metrics import MISSING, Metric
+
 WIDE = 55  # letters in a row; a text width of `article` holds about sixty
 
 
@@ -36,6 +37,20 @@ class Column:
     spread: Sequence[float] | None = None
     better: str = ""
     group: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        metric: Metric,
+        values: pd.Series,
+        title: str = "",
+        spread: pd.Series | None = None,
+        group: str = "",
+    ) -> Column:
+        """A metric's stored values, and their spread, as reports print them."""
+        around = None if spread is None else list(metric.scale * spread)
+        numbers = list(metric.scale * values)
+        return cls(title or metric.heading, numbers, metric.digits, around, metric.better, group)
 
     def text(self, row: int) -> str:
         """The value as it is shown, without its spread."""

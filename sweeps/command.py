@@ -13,7 +13,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from glua_bench import console, runs
-from glua_bench.config import assignment
+from glua_bench.config import ORACLE, assignment
 from glua_bench.console import Progress, duration
 from glua_bench.errors import ConfigError, without_password
 from glua_bench.files import write_json
@@ -123,7 +123,7 @@ def described(definition: Definition) -> list[str]:
     """The sweep in two lines."""
     searched = ", ".join(_range(parameter) for parameter in definition.space)
     judged = " and ".join(definition.objectives)
-    stamp = ", ORACLE (reads target labels)" if definition.selector == definitions.ORACLE else ""
+    stamp = ", ORACLE (reads target labels)" if definition.selector == ORACLE else ""
     return [
         f"sweep {definition.name}: {definition.method} on {definition.dataset} "
         f"{', '.join(definition.directions)}, preset {definition.preset}, "
@@ -294,7 +294,7 @@ def conclude(study: SweepStudy) -> list[str]:
     trials = counting(study.trials())
     complete = [t for t in trials if t.values]
     objectives = study.definition.objectives
-    stamp = " (ORACLE: chosen by labels of test cases, no result)" if "oracle" in objectives else ""
+    stamp = " (ORACLE: chosen by labels of test cases, no result)" if ORACLE in objectives else ""
     if not complete:
         return [f"No trial of '{study.name}' has a value{_why_none(trials)}."]
     if len(objectives) > 1:

@@ -11,13 +11,19 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from glua_bench.config import PRESETS, SELECTORS, assignment, build_settings, setting_type
+from glua_bench.config import (
+    ORACLE,
+    PRESETS,
+    SELECTORS,
+    assignment,
+    build_settings,
+    setting_type,
+)
 from glua_bench.documents import Table, nearest, read_document
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.paths import entries, name_fault
 from glua_bench.registry import Registry
 
-ORACLE = "oracle"
 COSTS = ("seconds",)  # of training, without the stages that trials share
 SAMPLERS = ("grid", "random", "tpe", "cmaes", "nsga2")
 PRUNERS = ("none", "median", "hyperband", "wilcoxon")

@@ -15,8 +15,10 @@ import optuna
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
+from glua_bench.config import ORACLE
 from glua_bench.errors import UserError
-from glua_bench.sweeps.definition import ORACLE, Definition, Parameter
+from glua_bench.metrics import METRICS, complete
+from glua_bench.sweeps.definition import Definition, Parameter
 from glua_bench.sweeps.study import SweepStudy, counting
 from glua_bench.tracking import Comparison, RunDirectory
 
@@ -158,8 +160,9 @@ def run_table(definition: Definition, trials: list[FrozenTrial], runs_root: Path
     """One row for each run of a finished trial.
 
     Returns:
-        trial, run (its id), direction, seed, quality (the objective's score), dice (of the test
-        cases, at the checkpoint that the objective chose; nan where the run has gone).
+        trial, run (its id), direction, seed, quality (the objective's score), and each metric's
+        mean (of the test cases, at the checkpoint that the objective chose; nan where the run has
+        gone or is older than the metric).
     """
     rows = []
     for trial in counting(trials):
@@ -177,25 +180,25 @@ def run_table(definition: Definition, trials: list[FrozenTrial], runs_root: Path
                     "direction": direction,
                     "seed": int(seed),
                     "quality": float(quality),
-                    "dice": _dice(definition, runs_root, run),
+                    **_scores(definition, runs_root, run),
                 }
             )
-    columns = ["trial", "run", "direction", "seed", "quality", "dice"]
+    columns = ["trial", "run", "direction", "seed", "quality", *METRICS]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _dice(definition: Definition, runs_root: Path, run: str) -> float:
-    from glua_bench.evaluation import mean_dice
+def _scores(definition: Definition, runs_root: Path, run: str) -> dict[str, float]:
+    from glua_bench.evaluation import mean_score
 
     directory = _run(definition, runs_root, run)
     if directory is None:
-        return math.nan
+        return {}
     try:
-        cases = directory.read_cases()
+        cases = complete(directory.read_cases())
     except UserError:
-        return math.nan
+        return {}
     chosen = cases[cases["selector"] == definition.selector]
-    return mean_dice(chosen) if len(chosen) else math.nan
+    return {name: mean_score(chosen, name) for name in METRICS}
 
 
 def _run(definition: Definition, runs_root: Path, run: str) -> RunDirectory | None:

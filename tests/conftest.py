@@ -465,13 +465,15 @@ def made_sweep() -> Callable[..., Any]:
                 "seed": seed,
                 "quality": quality[number] + 0.01 * seed,
                 "dice": own,
+                "assd": 10 * (1 - own),
+                "hd95": 20 * (1 - own),
             }
             for number in range(count)
             if states[number] == "done"
             for seed, own in enumerate(dice[number])
             for direction in directions
         ]
-        columns = ["trial", "run", "direction", "seed", "quality", "dice"]
+        columns = ["trial", "run", "direction", "seed", "quality", "dice", "assd", "hd95"]
         return Sweep(
             name="ratio",
             title="How much of it?",

@@ -138,7 +138,7 @@ def test_repeats_show_the_last_bits_and_change_nothing_else() -> None:
 
 def test_the_numbers_have_names_that_a_tracker_takes() -> None:
     numbers = as_metrics(table(made().replace("mine", "mine + masked (ours)")))
-    assert len(numbers) == 12
+    assert len(numbers) == 15
     assert numbers["x-y/dice/mine masked ours"] == pytest.approx(0.45)
     assert numbers["x-y/dice_sd/mine masked ours"] == pytest.approx(0.0707, abs=1e-3)
     assert numbers["x-y/assd_mm/source_only"] == pytest.approx(3.0)
@@ -169,7 +169,7 @@ def test_entries_whose_names_are_alike_to_a_tracker_stay_apart(more: str) -> Non
     rows = made().replace({"mine": f"mine {more}(a)", "source_only": f"mine {more}[a]"})
     numbers = as_metrics(table(rows))
     dice = {name.split("/")[2]: v for name, v in numbers.items() if "/dice/" in name}
-    assert len(numbers) == 12 and sorted(dice.values()) == pytest.approx([0.21, 0.45, 0.81])
+    assert len(numbers) == 15 and sorted(dice.values()) == pytest.approx([0.21, 0.45, 0.81])
     for name in dice:
         assert {f"x-y/{what}/{name}" for what in ("dice_sd", "assd_mm", "gap_recovered")} <= set(
             numbers
