@@ -88,8 +88,8 @@ def without_password(url: str) -> str:
         >>> without_password("postgresql://me:se/c:r@t@host/base?password=secret&x=1")
         'postgresql://me:…@host/base?password=…&x=1'
         >>> without_password("https://token@host:5000")
-        'https://…@host:5000'
+        'https://host:5000'
     """
-    url = re.sub(r"(?i)^(https?://)[^/]*.*@", r"\1…@", url)
+    url = re.sub(r"(?i)^(https?://).*@", r"\1", url)
     url = re.sub(r"^([\w+.-]+://[^/:@?#]*):.*@", r"\1:…@", url)
     return re.sub(r"(?i)([?&][^=&]*(?:passw|token|secret|key)[^=&]*=)[^&]*", r"\1…", url)

@@ -60,7 +60,8 @@ def storing(path: Path, option: str = "") -> Iterator[None]:
         elsewhere = f"choose another directory{f' with {option}' if option else ''}"
         why = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            text = f"The disk that holds {path} is full; free some space and {again}."
+            other = f" or {elsewhere}" if option else ""
+            text = f"The disk that holds {path} is full; free some space{other}, then {again}."
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             text = f"{path} cannot be written ({why}); {elsewhere}."
         elif error.errno in (errno.ENOTDIR, errno.EEXIST):
@@ -111,16 +112,17 @@ def new_folder(path: Path, option: str = "") -> Iterator[Path]:
     """
     with storing(path, option):
         temporary = _unfinished(path)
-        try:
-            temporary.mkdir()
-            yield temporary
+        temporary.mkdir()
+    try:
+        yield temporary
+        with storing(path, option):
             try:
                 os.rename(temporary, path)
             except OSError:
                 if not path.is_dir() or not any(path.iterdir()):
                     raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_bytes(path: Path, content: bytes, option: str = "") -> None:

@@ -1418,8 +1418,8 @@ def _fetch(client: MlflowClient, copy: Run, into: Path) -> RunDirectory:
     path, mark = into.joinpath(*parts), tags["glua_bench.mirrored"].split()[1:]
     if not _has_mark(path, mark):
         with new_folder(path) as folder:
-            with tempfile.TemporaryDirectory(dir=folder) as parts:
-                _download(client, copy.info.run_id, folder, Path(parts))
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                _download(client, copy.info.run_id, folder, Path(scratch))
             fetched = RunDirectory.open(folder)
             own = [fetched.config.dataset, fetched.config.method]
             if not fetched.done or not _has_mark(folder, mark) or own != parts[:2]:

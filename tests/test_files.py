@@ -117,7 +117,7 @@ def test_errors_on_writing_name_the_file_and_what_to_do(
 
     monkeypatch.setattr(os, "replace", refuse)
     advice = {
-        errno.ENOSPC: "full; free some space",
+        errno.ENOSPC: "full; free some space or choose another directory with --out",
         errno.EIO: "check the disk",
     }.get(number, "choose another directory with --out")
     with pytest.raises(RunFailure, match=rf"{tmp_path / 'x'} .*{advice}.*\.$"):
@@ -360,8 +360,8 @@ def test_a_quoted_reason_is_one_line_of_one_sentence() -> None:
         ("postgresql://me:secret@host/base", "postgresql://me:…@host/base"),
         ("postgresql+psycopg://me:se/c:r@et@host:5432/b", "postgresql+psycopg://me:…@host:5432/b"),
         ("postgresql://host/b?user=me&password=secret", "postgresql://host/b?user=me&password=…"),
-        ("http://me:secret@host:5000/x", "http://…@host:5000/x"),
-        ("https://secret@host", "https://…@host"),
+        ("http://me:secret@host:5000/x", "http://host:5000/x"),
+        ("https://secret@host", "https://host"),
         ("http://host:5000", "http://host:5000"),
         ("sqlite:////home/me@work/a:b.db", "sqlite:////home/me@work/a:b.db"),
         ("/a/journal.log", "/a/journal.log"),

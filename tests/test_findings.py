@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from glua_bench.errors import DataError
+from glua_bench.errors import RunFailure
 from glua_bench.findings import Finding, listed, write_findings
 
 
@@ -27,7 +27,7 @@ def test_the_table_holds_every_finding(tmp_path: Path) -> None:
 
 def test_a_table_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="--out .*cannot be written"):
+    with pytest.raises(RunFailure, match="cannot be made.*--out"):
         write_findings(tmp_path / "file" / "found.csv", [])
 
 

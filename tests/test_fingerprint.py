@@ -16,7 +16,7 @@ import SimpleITK as sitk
 
 from glua_bench.console import Progress
 from glua_bench.datasets.phantom import Phantom
-from glua_bench.errors import ConfigError, DataError
+from glua_bench.errors import ConfigError, DataError, RunFailure
 from glua_bench.facts import gather
 from glua_bench.fingerprint import case_digest, describe, differences, fingerprint, read, write
 from glua_bench.task import Case, Dataset
@@ -177,5 +177,5 @@ def test_other_suffixes_and_places_are_sentences(known: dict[str, Any], tmp_path
     with pytest.raises(ConfigError, match="must end in .json or .yaml"):
         write(tmp_path / "sum.txt", known)
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(RunFailure, match="cannot be made.*--out"):
         write(tmp_path / "file" / "sum.json", known)

@@ -27,7 +27,7 @@ from glua_bench.datasets import (
 )
 from glua_bench.datasets.mmwhs import MMWHS, STRAY, MMWHSFold2, MMWHSFold3, MMWHSFold4, MMWHSFold5
 from glua_bench.datasets.mmwhs_literature import MMWHSLiterature
-from glua_bench.errors import DataError
+from glua_bench.errors import DataError, RunFailure
 from glua_bench.integrity import check_dataset
 from glua_bench.runs import RunRequest, execute, plan
 from glua_bench.task import SPLITS, Dataset, Grid
@@ -526,7 +526,7 @@ def test_a_crop_without_labels_or_space_is_one_sentence(
     (tmp_path / "file").touch()
     monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "file"))
     store(path, label, "LPS", "both")
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(RunFailure) as caught:
         One(tmp_path).prepare()
     text = str(caught.value)
     assert "GLUA_BENCH_CACHE" in text and text.endswith(".") and "\n" not in text

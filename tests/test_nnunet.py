@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from glua_bench.datasets.folder_layouts import nnunet_unannotated
 from glua_bench.datasets.phantom import Phantom
 from glua_bench.errors import ConfigError, DataError, RunFailure
 from glua_bench.facts import gather
+from glua_bench.files import UNFINISHED
 from glua_bench.fingerprint import differences, fingerprint
 from glua_bench.nnunet import RECORD, export, export_predictions, folder_of, name_of
 from glua_bench.reports.run_figures import read_prediction
@@ -281,7 +283,8 @@ def test_the_same_command_goes_on_where_it_was(phantom_root: Path, tmp_path: Pat
     for path in lost:
         path.unlink()
     (folder / "dataset.json").unlink()
-    (folder / "imagesTr" / ".1009_0000.nii.gz-killed.nii.gz").write_bytes(b"half")
+    (folder / "imagesTr" / f"{UNFINISHED}1009_0000.nii.gz").write_bytes(b"half")
+    os.utime(folder / "imagesTr" / f"{UNFINISHED}1009_0000.nii.gz", (1, 1))
     exported(data, tmp_path)
     assert [path.read_bytes() for path in lost] == content
     assert (folder / "dataset.json").is_file() and not list(folder.rglob(".*"))
@@ -329,7 +332,7 @@ def test_numbers_are_three_digits_and_free(phantom_root: Path, tmp_path: Path) -
 
 def test_a_place_that_cannot_be_written_is_a_sentence(phantom_root: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RunFailure, match="cannot be written.*--to"):
+    with pytest.raises(RunFailure, match="cannot be made.*--to"):
         exported(Phantom(phantom_root), tmp_path / "file")
 
 

@@ -16,7 +16,7 @@ import pytest
 from glua_bench.datasets import phantom, phantom_anatomy, phantom_physics
 from glua_bench.datasets.mmwhs_layout import MMWHSLayout
 from glua_bench.datasets.phantom import MANIFEST, STARTED, Phantom, generate, write_subject
-from glua_bench.errors import DataError
+from glua_bench.errors import DataError, RunFailure
 from glua_bench.task import Grid
 from glua_bench.volumes import load_image, load_label, read_label_volume
 
@@ -274,9 +274,9 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(DataError) as error:
+        with pytest.raises(RunFailure) as error:
             Phantom(place).prepare()
-        assert "cannot be written" in one_sentence(error)
+        assert "choose another directory with --data-root" in one_sentence(error)
 
 
 def test_layout_errors_name_directory_and_domain(dataset: Phantom, tmp_path: Path) -> None:

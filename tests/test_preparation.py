@@ -113,7 +113,7 @@ def test_a_second_call_reads_nothing_and_starts_nothing(small, monkeypatch):
     for module, name in (
         (cache_module, "load_image"),
         (cache_module, "load_label"),
-        (cache_module, "_hash_file"),
+        (cache_module, "sha256"),
         (preparation, "_prepare"),
         (parallel, "ProcessPoolExecutor"),
     ):

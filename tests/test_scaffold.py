@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from glua_bench import conformance, scaffold
-from glua_bench.errors import ConfigError
+from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.registry import Registry
 
 STRUCTURES = {"liver": (1,), "left kidney": (3,), "left lung": (9,)}
@@ -148,5 +148,5 @@ def test_domains_that_cannot_be_used_are_refused(domains: tuple[str, str], tmp_p
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="choose another --out directory"):
+    with pytest.raises(RunFailure, match="choose another directory with --out"):
         scaffold.new_method("my_method", tmp_path / "file" / "folder")
