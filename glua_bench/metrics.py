@@ -286,32 +286,6 @@ def case_metrics(
     return rows
 
 
-def reference_metrics(
-    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]
-) -> tuple[float, float, float]:
-    """Dice, ASSD and HD95 of two masks by medpy, to check this module against.
-
-    medpy is licensed under GPL-3; this function is the only place that imports it, and nothing
-    that a benchmark run executes calls it.
-
-    Args:
-        prediction: boolean mask, not empty.
-        reference: boolean mask of the same shape, not empty.
-        spacing: mm per axis.
-
-    Raises:
-        RuntimeError: a mask is empty (medpy's error).
-    """
-    from medpy.metric import binary
-
-    steps = tuple(float(step) for step in spacing)
-    return (
-        float(binary.dc(prediction, reference)),
-        float(binary.assd(prediction, reference, voxelspacing=steps, connectivity=1)),
-        float(binary.hd95(prediction, reference, voxelspacing=steps, connectivity=1)),
-    )
-
-
 def _one_way(surface: np.ndarray, other: np.ndarray, steps: np.ndarray) -> np.ndarray:
     """Distances from each voxel of a surface to another one, given as masks of one box."""
     distances = np.zeros(int(np.count_nonzero(surface)))

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from references import reference_metrics
 
 from glua_bench import metrics
-from glua_bench.metrics import METRICS, MaskPair, case_metrics, distance_penalty, reference_metrics
+from glua_bench.metrics import METRICS, MaskPair, case_metrics, distance_penalty
 from glua_bench.task import Structure
 
 A, B, C = (Structure(name, name, (value,), "#000000") for value, name in enumerate("ABC", 1))
@@ -78,6 +79,23 @@ def ball(shape, centre, radii) -> np.ndarray:
     return (
         sum(((x - c) / r) ** 2 for x, c, r in zip(grid, centre, radii, strict=True)) <= 1
     )  # fmt: skip
+
+
+def test_surfaces_are_those_of_face_neighbours():
+    """Of single voxels and where medpy's connectivity matters, with voxels far from cubic."""
+    spacing, speck, far = (0.5, 3.0, 7.0), np.zeros((3, 4, 5), bool), np.zeros((3, 4, 5), bool)
+    speck[0, 0, 0] = far[2, 3, 4] = True
+    expected = reference_metrics(speck, far, spacing)
+    found = values(speck, far, spacing)
+    assert found == pytest.approx(expected, abs=1e-9)
+    assert found[1] == pytest.approx(distance_penalty(speck.shape, spacing))
+
+    whole = np.ones((7, 7, 7), bool)
+    notched = whole.copy()
+    notched[:2, :2, :2] = False  # the voxel inside the notch touches it by a corner alone
+    found = values(notched, whole, spacing)[1:]
+    assert found == pytest.approx(reference_metrics(notched, whole, spacing)[1:], abs=1e-9)
+    assert abs(found[0] - reference_metrics(notched, whole, spacing, connectivity=3)[1]) > 1e-3
 
 
 def test_organ_like_structures_are_medpys_too():
