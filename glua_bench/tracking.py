@@ -1041,9 +1041,9 @@ class MLflowMirror(Tracker):
         began, ended = (int(seconds * 1000) for seconds in (record.began, record.ended))
         created = client.create_run(experiment, start_time=began, run_name=record.name, tags=tags)
         copy: str = created.info.run_id
-        names = distinct(record.params, _key)
+        names = distinct(record.params, tracker_key)
         params = [Param(names[name], str(value)[:6000]) for name, value in record.params.items()]
-        keys = distinct([name for name, *_ in record.metrics], _key)
+        keys = distinct([name for name, *_ in record.metrics], tracker_key)
         metrics = [
             Metric(keys[name], value, int(seconds * 1000), step)
             for name, value, seconds, step in record.metrics
@@ -1096,7 +1096,7 @@ class MLflowMirror(Tracker):
         }
         params = comparison.parameters()
         now = int(time.time() * 1000)
-        keys, names = distinct(metrics, _key), distinct(params, _key)
+        keys, names = distinct(metrics, tracker_key), distinct(params, tracker_key)
         values = {keys[name]: float(value) for name, value in metrics.items()}
         client.log_batch(
             parent_id,
@@ -1273,7 +1273,7 @@ def _one_text(value: Any) -> str:
     return str(value)
 
 
-def _key(name: str) -> str:
+def tracker_key(name: str) -> str:
     """A name with only the characters that a tracker accepts; others may come out alike."""
     return "/".join(map(_word, name.split("/")))[:240].rstrip("/")  # of 250; `distinct` adds some
 

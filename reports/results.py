@@ -17,15 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from glua_bench.config import (
-    LOWER,
-    UPPER,
-    RunConfig,
-    changed_settings,
-    digest,
-    flat_settings,
-    variant_name,
-)
+from glua_bench.config import LOWER, UPPER, RunConfig, digest, flat_settings
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.files import write_json
 from glua_bench.metrics import METRICS, PRIMARY
@@ -178,7 +170,7 @@ def from_runs(
             records.append(_read(run))
         except UserError as error:
             notice(f"Left out: {error}")
-    lines = _lines(records, Registry("method", plugins), notice)
+    lines = _lines(records, notice)
     if lines.empty:
         raise ConfigError(
             f"No run below {runs_root} is finished and readable; look at the warnings, or begin "
@@ -323,6 +315,8 @@ def _read(run: RunDirectory) -> _Record:
     for name in TEXTS:  # as numbers into a list of texts: a thousand runs hold few different ones
         rows[name] = rows[name].astype("category")
     environment = run.read_environment()
+    if not {"changed", "variant"} <= set(environment):
+        raise UserError(f"{run.path / 'environment.json'} has no changed settings; run it again.")
     ended = json.loads((run.path / "done").read_text(encoding="utf-8"))["time"]
     columns = list(dict.fromkeys(["case", "structure", *METRICS, *MEASURED]))
     return _Record(run, rows.reindex(columns=columns), run.read_summary(), environment, ended)
@@ -381,19 +375,6 @@ def _protocol(record: _Record) -> dict[str, Any]:
 # -- names -------------------------------------------------------------------------------------
 
 
-def _changes(record: _Record, registry: Registry) -> tuple[dict[str, Any], str]:
-    """What differs from the method's defaults, and the method's name for it.
-
-    Raises:
-        UserError: the run does not say (it is of an older version), and the method is gone.
-    """
-    if "changed" in record.environment:
-        return record.environment["changed"], record.environment["variant"]
-    config = record.run.config
-    method = registry.load(config.method)
-    return changed_settings(config, method), variant_name(config, method)
-
-
 def _base(config: RunConfig) -> str:
     if config.privileged and config.method == LOWER:
         name = UPPER
@@ -411,19 +392,13 @@ def _shown(value: Any) -> str:
 # -- all runs ----------------------------------------------------------------------------------
 
 
-def _lines(
-    records: Sequence[_Record], registry: Registry, notice: Callable[[str], None]
-) -> pd.DataFrame:
+def _lines(records: Sequence[_Record], notice: Callable[[str], None]) -> pd.DataFrame:
     """One line a run: what it is called and was made of; the newest run of each cell."""
     newest: dict[tuple[str, str, int, int, str], dict[str, Any]] = {}
     replaced = 0
     for record in sorted(records, key=lambda record: (record.time, record.run.id)):
         config = record.run.config
-        try:
-            changes, variant = _changes(record, registry)
-        except UserError as error:
-            notice(f"Left out: run {record.run.id} ({error})")
-            continue
+        changes = record.environment["changed"]
         base = _base(config)
         entry = ", ".join([base, *(f"{n} = {_shown(v)}" for n, v in changes.items())])
         task = f"{config.dataset} {config.direction}"
@@ -440,7 +415,7 @@ def _lines(
             "base": base,
             "settings": json.dumps(changes, sort_keys=True),
             "config": json.dumps(dict(config.method_config), sort_keys=True),
-            "variant": variant,
+            "variant": record.environment["variant"],
             "task": task,
             "protocol": json.dumps(_protocol(record)),
             "method": config.method,

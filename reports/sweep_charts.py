@@ -2,6 +2,8 @@
 
 A trial that gave a value is a dot, a pruned one a cross, a failed one a mark at the lower edge, and
 the chosen one a star, in every chart. Numbers of test labels are drawn in a colour of their own.
+`optuna.visualization.matplotlib`, which is experimental, is not used: it leaves out pruned, failed
+and chosen trials, and fills contours where no trial was.
 """
 
 from __future__ import annotations

@@ -333,7 +333,14 @@ class MadeRuns:
 
         import pandas as pd
 
-        from glua_bench.config import PRESETS, RunConfig, SegmenterSpec, build_settings
+        from glua_bench.config import (
+            PRESETS,
+            RunConfig,
+            SegmenterSpec,
+            build_settings,
+            changed_settings,
+            variant_name,
+        )
         from glua_bench.errors import UserError
         from glua_bench.registry import Registry
         from glua_bench.task import Grid
@@ -345,7 +352,7 @@ class MadeRuns:
             values = {**loaded.presets.get("quick", {}), **(settings or {})}
             method_config = asdict(build_settings(loaded.Config, values, "method"))
         except UserError:
-            method_config = dict(settings or {})
+            loaded, method_config = None, dict(settings or {})
         config = RunConfig(
             method, "phantom", direction, Grid(64, 3.5, 4.0), method_config, seed=seed, **quick
         )
@@ -371,6 +378,9 @@ class MadeRuns:
             for i, structure in enumerate(self.structures)
         ]
         facts = {"code": "c1", "device": "cpu", "threads": 1, "data": {"train": "t", "test": "t"}}
+        if loaded is not None:
+            facts["changed"] = changed_settings(config, loaded)
+            facts["variant"] = variant_name(config, loaded)
         run.start({**facts, **(environment or {})}, [("train", 500)])
         run.write_cases(pd.DataFrame(rows))
         run.finish(

@@ -235,6 +235,18 @@ def test_no_module_imports_medpy():
     assert users == []
 
 
+def test_commands_know_no_tracker_but_its_protocol():
+    """Another one is a file of its own (tests/folder_tracker.py), selected in one place."""
+    users = {
+        path.name
+        for folder in ("glua_bench", *CONTENT)
+        for path in modules(folder)
+        if "MLflowMirror" in path.read_text(encoding="utf-8")
+        or any(name.split(".")[0] == "mlflow" for name in imports(path))
+    }
+    assert users == {"tracking.py"}
+
+
 @pytest.mark.parametrize("arguments", [None, ["list"], ["--help"], ["run", "--help"]])
 def test_answers_without_the_heavy_libraries(arguments, tmp_path):
     heavy = {"torch", "mlflow", "optuna", "matplotlib", "timm", "lightning_fabric", "pandas"}

@@ -52,9 +52,10 @@ def test_what_a_run_said_of_its_settings_counts_before_today_s_defaults(made_run
     made_runs.add("glua", 0.6, environment=said)
     made_runs.add("gone_since", 0.5, environment={"changed": {}, "variant": ""})
     assert entries(from_runs(made_runs.root)) == ["glua, mask = soft", "gone_since"]
-    made_runs.add("gone_too", 0.5)  # neither said nor installed
+    made_runs.add("gone_too", 0.5)  # which does not say it
     found = from_runs(made_runs.root)
-    assert len(entries(found)) == 2 and any("gone_too" in text for text in found.notices)
+    assert len(entries(found)) == 2
+    assert any("gone_too" in text and "changed settings" in text for text in found.notices)
     with pytest.raises(ConfigError, match="finished and readable"):  # nothing else is left
         from_runs(made_runs.root, {"method": ["gone_too"]})
 
