@@ -100,7 +100,7 @@ def test_guesses_make_a_dataset_that_passes_every_check(
     file = tmp_path / "livers.yaml"
     results = run_dataset_checks("livers", plugins=[file])
     assert not [(r.check, r.message) for r in results if not r.passed]
-    assert "# What a paper has to cite." in file.read_text()
+    assert "# What to cite." in file.read_text()
 
 
 def test_label_values_that_storage_rounded_lose_no_class(
