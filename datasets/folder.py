@@ -118,11 +118,8 @@ class Folder(Dataset):
     @classmethod
     def structures_of(cls, domain: str) -> tuple[Structure, ...]:
         """Return the structures with the domain's label values."""
-        return (
-            cls.structures
-            if cls.description is None
-            else cls.description.domains[domain].structures
-        )
+        own = cls.description
+        return cls.structures if own is None else own.domains[domain].structures
 
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
         """Find the files and report what to change in the description; nothing is written.
@@ -152,38 +149,34 @@ class Folder(Dataset):
             raise DataError(
                 f"Dataset '{self.name}' has no domain '{domain}'; {nearest(domain, list(domains))}."
             )
-        described = domains[domain]
+        own = domains[domain]
         if not self.root.is_dir():
             raise DataError(
                 f"{self.root} is not a directory: correct 'root' in {self.file}, or pass the "
                 "directory of the files with --data-root."
             )
-        found = described.find(self.root)
+        found = own.find(self.root)
         ids = {entry.id for entry in found}
-        for name, listed in (("val", described.val), ("test", described.test)):
+        for name, listed in (("val", own.val), ("test", own.test)):
             unknown = [case for case in listed if case not in ids]
             if unknown:
-                raise described.place.error(
+                raise own.place.error(
                     f"'{name}' lists {unknown[0]}, which is not among the files; "
                     f"{nearest(unknown[0], sorted(ids)[:20])}",
                     name,
                 )
         return tuple(
-            sorted(
-                (self._case(domain, described, entry) for entry in found), key=lambda case: case.id
-            )
+            sorted((self._case(domain, own, entry) for entry in found), key=lambda case: case.id)
         )
 
-    def _case(self, domain: str, described: Domain, entry: Found) -> Case:
+    def _case(self, domain: str, own: Domain, entry: Found) -> Case:
         fault = name_fault(entry.id)
         if fault:
             raise DataError(
                 f"The id '{entry.id}' of {entry.image} {fault}, so it is not a valid file name: "
                 "rename the image, or give another id in a table."
             )
-        listed = (
-            "test" if entry.id in described.test else "val" if entry.id in described.val else ""
-        )
+        listed = "test" if entry.id in own.test else "val" if entry.id in own.val else ""
         split = listed or entry.split or "train"
         if entry.label is None and split != "train":
             raise DataError(

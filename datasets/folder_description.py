@@ -215,9 +215,7 @@ def _domain(
 ) -> Domain:
     """Read the table of one domain."""
     if not re.fullmatch(r"[a-z0-9_]+", name):
-        raise part.error(
-            f"'{name}' is not a valid domain name; use lower-case letters, digits and _"
-        )
+        raise part.error(f"'{name}' is not a domain name; use lower-case letters, digits and _")
     layouts = [layout for layout in ("images", "table", "nnunet") if layout in part]
     if len(layouts) != 1:
         raise part.error(
@@ -337,10 +335,7 @@ def _reading(part: Table, reading: Reading) -> Reading:
         axes = [stored.take("slices", int), stored.take("rows", int)]
         flip = stored.take("flip", list, [])
         if len(set(axes)) < 2 or not {*axes, *flip} <= {0, 1, 2}:
-            raise stored.error(
-                "'slices' and 'rows' must be two different axes of 0, 1, 2, and 'flip' a list of "
-                "axes"
-            )
+            raise stored.error("'slices' and 'rows' must be different axes (0-2), 'flip' a list")
         stored.finish()
         reading = replace(
             reading,
@@ -360,9 +355,7 @@ def _reading(part: Table, reading: Reading) -> Reading:
     if window is not None and not window[0] < window[1]:
         raise part.error("'window' must be increasing, such as [-125, 275]", "window")
     if shares is not None and not 0 <= shares[0] < shares[1] <= 100:
-        raise part.error(
-            "'percentiles' must be increasing within 0 to 100, such as [0.5, 99.5]", "percentiles"
-        )
+        raise part.error("'percentiles' must increase from 0 to 100, e.g. [1, 99]", "percentiles")
     return replace(
         reading,
         stated_spacing=spacing,

@@ -86,9 +86,7 @@ def by_pattern(root: Path, images: str, labels: str | None, description: Path) -
             "correct the patterns, or remove the file."
         )
     if labels is not None and not label_files:
-        raise DataError(
-            f"No file in {root} matches {labels} ({description}): correct the label pattern."
-        )
+        raise DataError(f"No file in {root} matches {labels} ({description}): correct the pattern.")
     return [Found(case, image_files[case], label_files.get(case)) for case in sorted(image_files)]
 
 
@@ -130,10 +128,9 @@ def by_table(root: Path, file: Path) -> list[Found]:
         raise DataError(f"{file} cannot be read as CSV ({reason}): check the table.") from error
     unknown = [name for name in names if name not in COLUMNS]
     if "image" not in names or unknown:
-        optional = ", ".join(c for c in COLUMNS if c not in ("image", "label"))
         raise DataError(
             f"{file} has the columns {', '.join(names) or 'none'}: give image and label, and "
-            f"optionally {optional}."
+            "optionally id, subject, split."
         )
     made: dict[str, Found] = {}
     for line, row in rows:
@@ -242,9 +239,7 @@ def _decathlon(folder: Path, content: Mapping[str, Any], ending: str, channel: i
             f"`nnUNetv2_convert_MSD_dataset -i {folder}`, and use the folder that it writes."
         )
     if channel:
-        raise DataError(
-            f"{folder} has a single modality and no channel {channel}: remove 'channel'."
-        )
+        raise DataError(f"{folder} has a single modality, not {channel + 1}: remove 'channel'.")
     made = []
     for part, split in (("training", "train"), ("test", "test")):
         for entry in content.get(part) or ():

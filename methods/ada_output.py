@@ -24,9 +24,7 @@ SOURCE, TARGET = 0.0, 1.0  # the discriminators' labels
 class AdaOutputConfig(SegmentConfig):
     """Settings of the segmenter and of output alignment; defaults are the authors'."""
 
-    levels: int = setting(
-        2, "number of aligned outputs: 1 (main) or 2 (main and auxiliary)", choices=(1, 2)
-    )
+    levels: int = setting(2, "aligned outputs: 1 (main) or 2 (and auxiliary)", choices=(1, 2))
     gan: str = setting("vanilla", "adversarial loss", choices=("vanilla", "least-squares"))
     lambda_main: float = setting(1e-3, "weight of main-output alignment", low=0, high=10)
     lambda_aux: float = setting(2e-4, "weight of auxiliary-output alignment", low=0, high=10)
@@ -72,18 +70,16 @@ class AdaOutput(SourceOnly):
         super().__init__(task, config)
         if task.size < SMALLEST:
             raise ConfigError(
-                f"ada_output needs slices of at least {SMALLEST} × {SMALLEST} pixels, but those "
-                f"of {task.dataset} are {task.size} × {task.size}; choose another preset or "
-                "dataset."
+                f"ada_output needs slices of at least {SMALLEST} × {SMALLEST} pixels, not "
+                f"{task.size} × {task.size} as in {task.dataset}; choose another preset or dataset."
             )
         outputs = {"main": self.segmenter.feature_channels[-1]}
         if config.levels == 2:
             channels = self.segmenter.feature_channels
             if config.aux_depth >= len(channels):
                 raise ConfigError(
-                    f"method.aux_depth = {config.aux_depth} exceeds the segmenter's depth; set "
-                    f"at most {len(channels) - 1}, use a deeper segmenter, or set "
-                    "method.levels=1."
+                    f"method.aux_depth = {config.aux_depth} exceeds the segmenter's depth; set at "
+                    f"most {len(channels) - 1}, a deeper segmenter, or method.levels=1."
                 )
             self.aux_head = nn.Conv2d(channels[-1 - config.aux_depth], task.classes, 1)
             outputs["aux"] = channels[-1 - config.aux_depth]

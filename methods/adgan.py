@@ -64,9 +64,7 @@ class ADGANConfig:
     adgan_blocks: int = setting(4, "residual blocks of encoder and decoder", low=1, high=9)
     adgan_batch: int = setting(8, "maximum number of images per domain and step", low=1, high=64)
     adgan_mode: str = setting(
-        "adt",
-        "training scheme: AD-GAN's with (adt) or without ADT (no_adt), or GLUA's (glua)",
-        choices=tuple(MODES),
+        "adt", "training scheme: AD-GAN's with or without ADT, or GLUA's", choices=tuple(MODES)
     )
     adgan_lr: float = setting(2e-4, "learning rate of all networks", low=1e-6, high=1e-1, log=True)
     adgan_rec: float = setting(20.0, "weight of the reconstruction loss", low=0, high=200)

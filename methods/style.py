@@ -1,8 +1,7 @@
 """Restyling of source images as target images, Step A of GLUA; used by `global_only` and `glua`.
 
-A style network is a module that implements `Restyler`; its settings share a prefix. `STYLES` maps
-names to networks, and the setting `style` selects one. The default is the one that the authors'
-code names.
+A style network is a module that implements `Restyler`, with a prefix for its settings. `STYLES`
+maps names to networks; the setting `style` selects one, by default that of the authors' code.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ STYLES: Mapping[str, Any] = {"adgan": ADGAN, "codes": StyleCodes}
 
 
 class Restyler(Protocol):
-    """Protocol of a network that learns to restyle source images.
+    """A network that learns to restyle source images.
 
     Attributes:
         hold: fraction of the stage with constant learning rates.

@@ -6,8 +6,7 @@ original images, where the teacher is confident:
 
     L_cons = mean over pixels of [max_k q_k > τ] · mean over classes of (p - q)².
 
-Tarvainen and Valpola, NeurIPS 2017; confidence threshold instead of a ramp: French et al., ICLR
-2018.
+Tarvainen and Valpola, NeurIPS 2017; confidence threshold: French et al., ICLR 2018.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ def test_regions_that_overlap_are_no_classes(tmp_path: Path) -> None:
         ('"#112233"', "#112233", "expected ',' or '}'"),
         ("window: [-125, 275]", "window: [275, -125]", "'window' must be increasing, such as"),
         ("window: [-125, 275]", "window: [-125]", "'window' must be a list of 2 numbers"),
-        ("[1, 99]", "[1, 199]", "'percentiles' must be increasing within 0 to 100"),
+        ("[1, 99]", "[1, 199]", "'percentiles' must increase from 0 to 100"),
         ("[1, 99]", "[1, 99]\n    window: [0, 1]", "give either 'window' or 'percentiles', not"),
         (
             "table: mr.csv",
@@ -176,7 +176,7 @@ def test_regions_that_overlap_are_no_classes(tmp_path: Path) -> None:
         ("LIV: 63", "LVI: 63", "line 16: 'LVI' is not a class; did you mean 'LIV'?"),
         ("LIV: 63", "LIV: 7", "label value 7 is used for both LIV and 'background'; give"),
         ("background: [7]", "ignore: [x]", "'ignore' must be a list of label values."),
-        ("  mr:", "  m-r:", "'m-r' is not a valid domain name; use lower-case letters"),
+        ("  mr:", "  m-r:", "'m-r' is not a domain name; use lower-case letters"),
         ("  mr:", "  ct:", "line 13: 'ct' is given twice; keep one."),
         ("name: own", "name: own\ndirections: [mr-pet]", "'mr-pet' is not a direction; did you"),
         ("background: [7]", "val: [1]\n    test: [2, 1]", "1 is in both 'val' and 'test'; remove"),
@@ -188,7 +188,7 @@ def test_regions_that_overlap_are_no_classes(tmp_path: Path) -> None:
         (
             "background: [7]",
             "stored: {slices: 1, rows: 1}",
-            "'slices' and 'rows' must be two different axes",
+            "'slices' and 'rows' must be different axes",
         ),
     ],
 )

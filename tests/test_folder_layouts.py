@@ -57,7 +57,7 @@ def test_the_first_star_is_the_id(
     ("images", "labels", "said"),
     [
         ("*.mha", None, "matches \\*.mha .*: correct the pattern"),
-        ("*_i.nii", "*_x.nii", "matches \\*_x.nii .*: correct the label pattern."),
+        ("*_i.nii", "*_x.nii", "matches \\*_x.nii .*: correct the pattern."),
         ("*_i.nii", "*_l.nii", "c_l.nii has no image that matches \\*_i.nii"),
         ("*_?.nii", None, "a_i.nii and .*a_l.nii have the same id 'a' by the pattern"),
     ],
@@ -334,7 +334,7 @@ def test_the_decathlon_s_folders_are_read_as_they_are(tmp_path: Path) -> None:
             0,
             "holds 2 modalities in each 4-D file: split them with `nnUNetv2_convert_MSD_dataset",
         ),
-        ({}, 1, "has a single modality and no channel 1"),
+        ({}, 1, "has a single modality, not 2"),
         ({"training": [{"label": "x"}]}, 0, "lists .* under 'training': give file paths"),
         (
             {"training": [{"image": "./imagesTr/none.nii.gz"}]},
