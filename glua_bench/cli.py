@@ -1,9 +1,8 @@
-"""The command line: which commands there are, and how errors reach the user.
+"""The command line: registers the commands and reports errors.
 
-The commands are in `cli_*.py`, thin: they read options, call the harness, and say where the
-results lie. torch, mlflow and the content packages are imported inside a command, so that `--help`
-and `list` answer at once. These files are also the one place that wires the harness to `reports`
-and `sweeps`.
+The commands in `cli_*.py` parse options, call the harness, and print where the results are. They
+import torch, mlflow and content packages inside functions, so that `--help` and `list` are fast.
+Only these files connect the harness to `reports` and `sweeps`.
 """
 
 from __future__ import annotations
@@ -23,9 +22,8 @@ from glua_bench.interruption import Interrupted
 
 app = typer.Typer(
     name="glua-bench",
-    help="Unsupervised domain adaptation for medical image segmentation, measured so that the "
-    "number can be trusted.",
-    epilog="Begin with: glua-bench run --method source_only --dataset phantom",
+    help="Reproducible benchmark of unsupervised domain adaptation for medical image segmentation.",
+    epilog="Start with: glua-bench run --method source_only --dataset phantom",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -50,30 +48,28 @@ app.command()(cli_plugins.new_dataset)
 
 @app.command()
 def sync(runs_root: RunsRoot = Path("runs")) -> None:
-    """Upload the runs that the tracker (MLflow) lacks."""
+    """Upload finished runs that the tracker (MLflow) lacks."""
     if not runs_root.is_dir():
-        raise ConfigError(
-            f"There is no directory {runs_root}; name the one of your runs by --runs."
-        )
+        raise ConfigError(f"The directory {runs_root} does not exist; give --runs DIRECTORY.")
     from glua_bench.tracking import open_tracker
 
     tracker = open_tracker(runs_root)
     counts = tracker.sync()
     say(
-        f"{tracker.place}: {counts.uploaded} runs sent, {counts.present} there before, "
-        f"{counts.unfinished} unfinished and left out, {counts.missed} not taken."
+        f"{tracker.place}: {counts.uploaded} runs uploaded, {counts.present} already present, "
+        f"{counts.unfinished} unfinished and skipped, {counts.missed} failed."
     )
     if counts.missed:
         raise RunFailure(
-            f"The tracker at {tracker.place} did not take {counts.missed} runs; "
-            f"{tracker.remedy}, and give the command again, nothing is lost."
+            f"{counts.missed} runs could not be uploaded to {tracker.place}; {tracker.remedy}, and "
+            "repeat the command."
         )
     say(f"Next: {tracker.browse}")
 
 
 @app.command()
 def doctor(runs_root: RunsRoot = Path("runs"), plugin: Plugins = None) -> None:
-    """Versions, devices, data, tracker, plugins: what works here and what to do next."""
+    """Check versions, devices, data, tracker and plugins, and suggest next steps."""
     from glua_bench.doctor import examine
 
     findings, todo = examine(runs_root, plugin or [])
@@ -98,26 +94,29 @@ def options(
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    """Options before the command."""
+    """Global options."""
 
 
 def main() -> None:
-    """The console script: errors are one sentence, without a traceback."""
+    """Entry point of the console script; prints errors as one sentence without a traceback."""
     try:
         app()
     except (UserError, RunFailure) as error:
         end(str(error), error.exit_code)
     except (KeyboardInterrupt, SystemExit) as stop:
-        # Typer turns an interruption within a command into this code, and says nothing.
+        # Typer exits with 130 on an interrupt within a command, without a message.
         if isinstance(stop, SystemExit) and (stop.code != 130 or isinstance(stop, Told)):
             raise
         end("interrupted; the same command resumes.", 130)
     except Interrupted as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            return  # the first process of the run says it; an error here would kill that one
-        end(f"ended by {error}, after a checkpoint; the same command resumes.", 128 + error.number)
+            return  # the first process prints the message, and an error here would kill it
+        end(
+            f"stopped by {error} after saving a checkpoint; the same command resumes.",
+            128 + error.number,
+        )
     except BrokenPipeError:
-        # The reader of a pipe (e.g. head) has gone; Python must not complain at exit.
+        # The reader of a pipe (e.g. head) has exited; avoid Python's message at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
@@ -126,7 +125,7 @@ def main() -> None:
         where = traceback.extract_tb(error.__traceback__)[-1]
         end(
             f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno} "
-            f"({reason(error)}); this is a defect of glua-bench or of a plugin: set "
-            "GLUA_BENCH_DEBUG=1 to see where, and report it.",
+            f"({reason(error)}); this is a bug in glua-bench or in a plugin: set "
+            "GLUA_BENCH_DEBUG=1 for a traceback, and report it.",
             1,
         )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from glua_bench.task import Dataset
 
 data_app = typer.Typer(
-    help="Prepare, check or look at a dataset.", no_args_is_help=True, rich_markup_mode=None
+    help="Prepare, check, show or export a dataset.", no_args_is_help=True, rich_markup_mode=None
 )
 _SHOW = ("glua-bench", "data", "show")
 _RUN = ("glua-bench", "run", "--method", "source_only", "--dataset")
@@ -47,7 +47,7 @@ def prepare(
     jobs: Processes = None,
     plugin: Plugins = None,
 ) -> None:
-    """Generate or find a dataset's files, and preprocess them into the cache."""
+    """Generate or locate a dataset's files, and preprocess them into the cache."""
     from glua_bench.cache import cache_root
     from glua_bench.console import Progress
     from glua_bench.preparation import prepare_cases
@@ -58,15 +58,15 @@ def prepare(
     for domain in data.domains():
         counts = ", ".join(f"{len(data.split(domain, s))} {s}" for s in ("train", "val", "test"))
         bare = sum(case.label is None for case in data.cases(domain))
-        note = f"; {bare} without a label, target images only" if bare else ""
+        note = f"; {bare} without a label, used as target images only" if bare else ""
         say(f"{domain}: {counts}{note}")
     say(f"Files: {data.root}   cache: {cache_root()}")
     for problem in problems:
         say(f"PROBLEM: {problem}")
     if problems:
         raise DataError(
-            f"Not all cases of '{dataset}' in {data.root} could be prepared; repair or replace the "
-            "files named above and give the same command again, which does the rest."
+            f"Some cases of '{dataset}' in {data.root} could not be prepared; correct or replace "
+            "the files listed above and repeat the command."
         )
     say(f"Next: {next_command(*_SHOW, dataset, plugins=plugin, data_root=data_root)}")
 
@@ -77,14 +77,13 @@ def check(
     data_root: DataRoot = None,
     jobs: Processes = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Also write what is found to this CSV file.")
+        Path | None, typer.Option("--out", help="Also write the findings to this CSV file.")
     ] = None,
     plugin: Plugins = None,
 ) -> None:
-    """Read every file of a dataset; say what cannot be used, and what looks wrong.
+    """Read every file of a dataset, and report problems and suspicious cases.
 
-    The labels of all cases are read, of the target's too: that is no training, and nothing of it
-    reaches a run.
+    Labels of all cases are read, including those of the target; nothing of it is used by runs.
     """
     from glua_bench.console import Progress
     from glua_bench.findings import write_findings
@@ -118,7 +117,7 @@ def check(
         say(f"{found.severity} ({found.check}): {found.text}")
     if out is not None:
         write_findings(out, findings)
-        say(f"Written: {out}")
+        say(f"Wrote {out}")
     refuse_problems(findings, len(facts), f"'{dataset}' in {data.root}")
     say(f"All {len(facts)} cases in {data.root} can be used; {summary(findings)}.")
     say(f"Next: {next_command(*_SHOW, dataset, plugins=plugin, data_root=data_root)}")
@@ -131,40 +130,40 @@ def fingerprint(
     data_root: DataRoot = None,
     jobs: Processes = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Also write it, to FILE.json or FILE.yaml.")
+        Path | None, typer.Option("--out", help="Also write it to FILE.json or FILE.yaml.")
     ] = None,
     against: Annotated[
-        Path | None, typer.Option("--against", help="A fingerprint: say what differs from it.")
+        Path | None, typer.Option("--against", help="Compare with this fingerprint file.")
     ] = None,
     plugin: Plugins = None,
 ) -> None:
-    """Sum a dataset up without a voxel, a name or a path; compare it with another's sum."""
-    from glua_bench import fingerprint as sums
+    """Fingerprint a dataset without voxels, names or paths; compare it with another."""
+    from glua_bench import fingerprint as prints
     from glua_bench.console import Progress
     from glua_bench.facts import gather
     from glua_bench.parallel import cores
 
     if out is not None:
-        sums.format_of(out)  # before everything is read
-    known = sums.read(against) if against is not None else None
+        prints.format_of(out)  # fail early
+    known = prints.read(against) if against is not None else None
     data = _dataset(dataset, data_root, plugin)
     with Progress() as progress:
         facts = gather(data, jobs or cores(), progress)
-    table = sums.fingerprint(data, facts)
-    for line in sums.describe(table):
+    table = prints.fingerprint(data, facts)
+    for line in prints.describe(table):
         say(line)
     if out is not None:
-        sums.write(out, table)
-        say(f"Written: {out}")
+        prints.write(out, table)
+        say(f"Wrote {out}")
     if known is not None:
         say()
-        names = {sums.case_digest(one): one.case.id for one in facts}
-        found = sums.differences(table, known, names)
+        names = {prints.case_digest(one): one.case.id for one in facts}
+        found = prints.differences(table, known, names)
         for sentence in found:
             say(sentence)
         if found:
-            raise DataError(f"The data of '{dataset}' in {data.root} are not those of {against}.")
-        say(f"The same cases in the same splits as {against}.")
+            raise DataError(f"The data of '{dataset}' in {data.root} differ from {against}.")
+        say(f"The data have the same cases in the same splits as {against}.")
 
 
 @data_app.command(name="export")
@@ -173,19 +172,22 @@ def export_data(
     to: Annotated[Path, typer.Option("--to", help="Directory of the export.")],
     data_root: DataRoot = None,
     number: Annotated[
-        int, typer.Option("--number", help="Of the first domain's dataset; the others count on.")
+        int,
+        typer.Option(
+            "--number", help="nnU-Net dataset id of the first domain; others get the following ids."
+        ),
     ] = 501,
     link: Annotated[
-        bool, typer.Option("--link", help="Link images where they can stay as they are.")
+        bool, typer.Option("--link", help="Link images that need no conversion.")
     ] = False,
     run: Annotated[
-        str | None, typer.Option("--run", help="Also the predictions of this finished run.")
+        str | None, typer.Option("--run", help="Also export the predictions of this finished run.")
     ] = None,
     runs_root: RunsRoot = Path("runs"),
     jobs: Processes = None,
     plugin: Plugins = None,
 ) -> None:
-    """Write a dataset, its splits and a run's predictions as nnU-Net keeps them."""
+    """Export a dataset, its splits and a run's predictions in nnU-Net's layout."""
     from glua_bench import nnunet
     from glua_bench.console import Progress
     from glua_bench.parallel import cores
@@ -198,8 +200,8 @@ def export_data(
         found = find_run(run, runs_root)
         if found.config.dataset != data.name:
             raise ConfigError(
-                f"--run {run} is a run on '{found.config.dataset}', not on '{data.name}': give one "
-                "of this dataset."
+                f"--run {run} is a run on '{found.config.dataset}', not on '{data.name}': give a "
+                "run on this dataset."
             )
     with Progress() as progress:
         made = nnunet.export(data, to, number, link, jobs or cores(), progress)
@@ -211,14 +213,14 @@ def export_data(
                 data, target, found.predictions, place, jobs or cores(), progress
             )
     for one in made:
-        note = f"; {one.left_out} without a label are left out" if one.left_out else ""
+        note = f"; {one.left_out} without a label skipped" if one.left_out else ""
         say(f"{one.folder}: {one.cases} cases, {one.mebibytes:.1f} MiB{note}")
         if not (one.folder / "splits_final.json").is_file():
-            say("  no validation cases, so nnU-Net will draw splits of its own")
+            say("  no validation cases: nnU-Net will draw its own splits")
     if found is not None:
         say(f"{place}: predictions of {count} test cases")
     if not data.publishable:
-        say("The owner's terms hold for the copies as well.")
+        say("The data owner's terms of use also apply to the copies.")
     raw, preprocessed = (shlex.quote(str(to / part)) for part in (nnunet.RAW, nnunet.PREPROCESSED))
     say(f"Next: export nnUNet_raw={raw} nnUNet_preprocessed={preprocessed}")
     say(f"      nnUNetv2_plan_and_preprocess -d {number} --verify_dataset_integrity")
@@ -229,15 +231,15 @@ def show(
     dataset: DatasetName,
     data_root: DataRoot = None,
     preset: PresetName = "standard",
-    out: Annotated[Path, typer.Option(help="Directory of the pictures.")] = Path("figures"),
+    out: Annotated[Path, typer.Option(help="Output directory.")] = Path("figures"),
     plugin: Plugins = None,
 ) -> None:
-    """Draw each domain: slices with label contours, and how intensities are distributed."""
+    """Plot each domain: slices with label contours, and intensity distributions."""
     data = _dataset(dataset, data_root, plugin)
     from glua_bench.reports.run_figures import draw_dataset
 
     for file in draw_dataset(data, data.grid(preset), out):
         say(f"Wrote {file}")
     if not data.publishable:
-        say("These pictures show the data's owner's images: look at them, do not pass them on.")
+        say("These figures show images of the data's owner: do not share them.")
     say(f"Next: {next_command(*_RUN, dataset, plugins=plugin, data_root=data_root)}")

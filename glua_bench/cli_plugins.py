@@ -1,7 +1,4 @@
-"""The commands that show what there is and begin something new.
-
-`list`, `new-method`, `new-dataset`.
-"""
+"""The commands `list`, `new-method` and `new-dataset`."""
 
 from __future__ import annotations
 
@@ -18,11 +15,11 @@ from glua_bench.console import next_command
 from glua_bench.errors import ConfigError
 from glua_bench.registry import Registry
 
-Out = Annotated[Path, typer.Option("--out", help="Directory of the new files.")]
+Out = Annotated[Path, typer.Option("--out", help="Output directory.")]
 
 
 class Kind(str, Enum):
-    """What `list` can list."""
+    """Kinds of entries for `list`."""
 
     methods = "methods"
     datasets = "datasets"
@@ -31,13 +28,13 @@ class Kind(str, Enum):
 
 
 def list_(
-    kind: Annotated[Kind | None, typer.Argument(help="Only these.")] = None,
+    kind: Annotated[Kind | None, typer.Argument(help="List only this kind.")] = None,
     plugin: Plugins = None,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Settings too (imports the methods).")
+        bool, typer.Option("--verbose", "-v", help="Include settings (imports the methods).")
     ] = False,
 ) -> None:
-    """List methods, datasets, selectors and sweeps: what each does, its paper, what it needs."""
+    """List methods, datasets, selectors and sweeps with summary, reference and required data."""
     import textwrap
 
     broken = 0
@@ -69,7 +66,7 @@ def list_(
                 _list_settings(Registry(singular, plugin or []).load(entry.name))
         say()
     if broken:
-        say(f"{broken} plugin(s) cannot be used; repair or uninstall them.")
+        say(f"{broken} plugin(s) cannot be used; correct or uninstall them.")
     if kind is Kind.sweeps:
         say("Next: glua-bench sweep NAME --dry-run, or glua-bench sweep --help")
     else:
@@ -86,15 +83,15 @@ def _list_sweeps() -> None:
     for name, file in shipped().items():
         text = read_document(file)
         space, objective = text.take("space", object), text.take("objective", object)
-        judged = ", ".join(objective) if isinstance(objective, list) else objective
+        objectives = ", ".join(objective) if isinstance(objective, list) else objective
         searched = space if isinstance(space, str) else ", ".join(space)
         say(f"  {name:<17} {text.take('title', str)}")
-        told = (
-            f"{text.take('method', str)}: {searched}; judged by {judged}, "
-            f"{text.take('sampler', str, 'tpe')}"
+        summary = (
+            f"{text.take('method', str)}: {searched}; objective {objectives}, "
+            f"sampler {text.take('sampler', str, 'tpe')}"
         )
-        say(textwrap.indent(textwrap.fill(told, 76), " " * 20))
-    say(f"  Files: {shipped()['example'].parent}; example.yaml is the one to copy.")
+        say(textwrap.indent(textwrap.fill(summary, 76), " " * 20))
+    say(f"  Files: {shipped()['example'].parent}; copy example.yaml to define your own.")
     say()
 
 
@@ -112,54 +109,52 @@ def _list_settings(method: Any) -> None:
 
 
 def new_method(
-    name: Annotated[str, typer.Argument(help="Of the method, e.g. my_method.")],
+    name: Annotated[str, typer.Argument(help="Name of the method, e.g. my_method.")],
     out: Out = Path("."),
 ) -> None:
-    """Write a method that runs, with its settings, its card and its conformance test."""
+    """Write a working example method with its conformance test."""
     from glua_bench import scaffold
 
     file, test = scaffold.new_method(name, out)
-    say(f"Wrote {file} and {test}; it runs as it is, and is yours to change.")
+    say(f"Wrote {file} and {test}; the method runs as it is: replace it by your own.")
     say(f"Check: {next_command('pytest', test)}")
     following = next_command("glua-bench", "run", "--plugin", file, "--method", name)
     say(f"Next:  {following} --dataset phantom")
 
 
 def new_dataset(
-    name: Annotated[str, typer.Argument(help="Of the dataset, e.g. my_data.")],
-    data: Annotated[
-        Path | None, typer.Option("--data", help="The directory of your volumes.")
-    ] = None,
+    name: Annotated[str, typer.Argument(help="Name of the dataset, e.g. my_data.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Directory of your volumes.")] = None,
     out: Out = Path("."),
     domains: Annotated[
         str | None,
-        typer.Option(help="Names of the domains, e.g. ct,mr: words in the files' paths."),
+        typer.Option(help="Names of the domains in the files' paths, e.g. ct,mr."),
     ] = None,
     structures: Annotated[
         str | None,
         typer.Option(help="Structures and their raw label values, e.g. liver=1,tumour=2,3."),
     ] = None,
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Ask nothing: take what the files suggest.")
+        bool, typer.Option("--yes", "-y", help="Accept all suggestions without asking.")
     ] = False,
     python: Annotated[
         bool,
-        typer.Option("--python", help="Write a class with its test, for what YAML cannot say."),
+        typer.Option("--python", help="Write a Python class with a test instead of YAML."),
     ] = False,
 ) -> None:
-    """Describe your own volumes for the other commands: asks, guesses, and writes NAME.yaml."""
+    """Describe your own volumes in NAME.yaml, with prompts and suggestions from the files."""
     from glua_bench import scaffold
 
     names = tuple(part.strip() for part in (domains or "").split(",") if part.strip())
     if names and len(names) < 2:
-        raise ConfigError(f"--domains {domains} does not name two domains; write e.g. ct,mr.")
+        raise ConfigError(f"--domains {domains} needs two domains; write e.g. ct,mr.")
     given = None if structures is None else scaffold.parse_structures(structures)
     if python:
         if len(names) > 2:
-            raise ConfigError(f"--domains {domains} names more than two; give two with --python.")
+            raise ConfigError(f"--domains {domains} has more than two; --python takes two.")
         pair = (names[0], names[1]) if names else ("ct", "mr")
         file, test = scaffold.new_dataset(name, out, pair, given or {"organ": (1,)})
-        say(f"Wrote {file} and {test}; set splits, orientation and grids in it.")
+        say(f"Wrote {file} and {test}; set splits, orientation and grids in the first.")
         say(f"Files: DIRECTORY/{{{pair[0]},{pair[1]}}}/PERSON_image.nii.gz and PERSON_label.nii.gz")
         following = next_command("glua-bench", "data", "check", name, plugins=[file])
         say(f"Next:  {following} --data-root DIRECTORY")
@@ -171,9 +166,9 @@ def new_dataset(
         if not asked:
             raise ConfigError(
                 "new-dataset needs the directory of your volumes: give --data DIRECTORY, or "
-                "--python for a class to fill in."
+                "--python for a template class."
             )
         data = ask("Directory of the volumes", ".", Path)
     file = scaffold.new_description(name, out, data, partial(ask, asked=asked), names, given)
-    say(f"Wrote {file}: read it, and change what is not so.")
+    say(f"Wrote {file}: review and correct it.")
     say(f"Next: {next_command('glua-bench', 'data', 'check', file)}")

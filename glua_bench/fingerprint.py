@@ -146,7 +146,7 @@ def _domain_differences(
         alone = sorted(names.get(digest, digest) for digest in own.keys() - other.keys())
         if alone:
             yield (
-                f"{len(alone)} case{'s' * (len(alone) > 1)} of {domain} "
+                f"By content, {len(alone)} case{'s' * (len(alone) > 1)} of {domain} "
                 f"{'exist' if len(alone) > 1 else 'exists'} only {place} ({listed(alone)})."
             )
     moved = [d for d in sorted(splits[0].keys() & splits[1].keys()) if splits[0][d] != splits[1][d]]

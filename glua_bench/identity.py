@@ -1,10 +1,10 @@
 """Compute run ids and stage keys: how they are hashed, and which code is part of them.
 
-Code is found by following imports, wherever they stand in a file, from training, scoring and the
-method. Comments, docstrings and layout are ignored, and modules are identified by name and not by
-path, so that every installation gives the same digest. Three kinds of modules are excluded: those
-in `NO_RESULT`, the standard library, and libraries (dependencies of the harness and installed
-packages that register no plugin). `environment.json` records the versions of libraries.
+Code is found by following imports, anywhere in a file, from training, scoring and the method.
+Comments, docstrings and layout are ignored, and modules are identified by name and not by path, so
+that every installation gives the same digest. Three kinds of modules are excluded: those in
+`NO_RESULT`, the standard library, and libraries (dependencies of the harness and installed packages
+that register no plugin). `environment.json` records the versions of libraries.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def code_version(*parts: Any, scoring: bool = False) -> str:
         parts: the method's class, or the classes, functions and objects that make up a stage.
         scoring: include the code that scores the weights.
     """
-    homes = {home for part in parts for home in _homes(part)}
+    homes = {home for part in parts for home in _defining_modules(part)}
     harness = (*TRAINING, *SCORING) if scoring else TRAINING
     return f"{glua_bench.__version__}+{code_digest(harness, tuple(sorted(homes)))}"
 
@@ -109,7 +109,7 @@ def stage_key(method: Method, stage: Stage) -> dict[str, Any]:
         values = {item.name: getattr(each, item.name) for item in fields(each)}
         values["step"], values["optimizers"] = each.trained_by(method)
         trained = [method.get_submodule(name) for name in each.modules]
-        stages.append([_described(values, parts), _described(trained, parts)])
+        stages.append([_serialisable(values, parts), _serialisable(trained, parts)])
     if any(part.__module__ not in sys.modules for part in parts):
         parts.append(type(method))  # the part comes from a module that the method loaded itself
     return {"stages": stages, "code": code_version(*parts)}
@@ -140,7 +140,7 @@ def reached(harness: Sequence[str], homes: Iterable[str] = ()) -> list[tuple[str
                 if ours and _top(name) != PACKAGE:
                     libraries.add(_top(name))
                 elif _top(name) not in libraries:
-                    waiting += filter(None, [_module(name) or _beside(module, name)])
+                    waiting += filter(None, [_module(name) or _sibling(module, name)])
             waiting += [] if ours else _modules_of_values(module)
     return sorted((label, path) for path, label in found.items())
 
@@ -179,10 +179,10 @@ class _Module:
 
 def _module(name: str) -> _Module | None:
     """Find a module by name; None if it does not exist or has no file, such as built-in ones."""
-    return _of(sys.modules[name], name) if name in sys.modules else _find(name)
+    return _from_loaded(sys.modules[name], name) if name in sys.modules else _find(name)
 
 
-def _of(loaded: Any, name: str) -> _Module | None:
+def _from_loaded(loaded: Any, name: str) -> _Module | None:
     path = getattr(loaded, "__file__", None)
     if not isinstance(path, str) or not Path(path).is_file():
         return None
@@ -203,7 +203,7 @@ def _find(name: str) -> _Module | None:
     return _Module(name, path.resolve(), is_package) if path.is_file() else None
 
 
-def _beside(module: _Module, name: str) -> _Module | None:
+def _sibling(module: _Module, name: str) -> _Module | None:
     """Find a module next to a plugin, which may extend `sys.path` only when it runs."""
     path = module.root.joinpath(*name.split("."))
     for file in (path.with_name(f"{path.name}.py"), path / "__init__.py"):
@@ -255,13 +255,13 @@ def _imported_names(module: _Module) -> Iterator[str]:
 
 def _modules_of_values(module: _Module) -> list[_Module]:
     """Find modules through a module's attributes, such as files that it loaded by their path."""
-    held = []
+    modules = []
     for value in list(vars(module.loaded).values()) if module.loaded is not None else ():
         if inspect.ismodule(value):
-            held.append(_of(value, value.__name__))
+            modules.append(_from_loaded(value, value.__name__))
         elif inspect.isclass(value) or inspect.isfunction(value):
-            held.append(_module(str(value.__module__)))
-    return [each for each in held if each is not None]
+            modules.append(_module(str(value.__module__)))
+    return [each for each in modules if each is not None]
 
 
 # -- code -----------------------------------------------------------------------------------------
@@ -394,13 +394,13 @@ def _imports(node: ast.AST) -> Iterator[Import]:
 # -- parts of a stage -----------------------------------------------------------------------------
 
 
-def _homes(part: Any) -> set[str]:
+def _defining_modules(part: Any) -> set[str]:
     """Names of the modules that define a function, or a class and its bases."""
     defined = part.__mro__ if isinstance(part, type) else (part,)
     return {str(each.__module__) for each in defined}  # None for what was made by exec
 
 
-def _described(value: Any, parts: list[Any]) -> Any:
+def _serialisable(value: Any, parts: list[Any]) -> Any:
     """Convert a value to a JSON-serialisable one for `digest`.
 
     Objects are represented by their types, since their settings are in the stage's `depends_on`.
@@ -412,19 +412,19 @@ def _described(value: Any, parts: list[Any]) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
-        return [_described(item, parts) for item in value]
+        return [_serialisable(item, parts) for item in value]
     if isinstance(value, dict):
-        return [[_described(k, parts), _described(v, parts)] for k, v in value.items()]
+        return [[_serialisable(k, parts), _serialisable(v, parts)] for k, v in value.items()]
     if isinstance(value, functools.partial):
-        return _described([value.func, value.args, value.keywords], parts)
+        return _serialisable([value.func, value.args, value.keywords], parts)
     if inspect.ismethod(value):
-        return _described([value.__self__, value.__func__], parts)
+        return _serialisable([value.__self__, value.__func__], parts)
     if inspect.isfunction(value):
         if any(value is part for part in parts):
             return value.__qualname__
         parts.append(value)
         given = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
-        return [value.__qualname__, _described(given, parts)]
+        return [value.__qualname__, _serialisable(given, parts)]
     if inspect.isbuiltin(value):
         return value.__qualname__
     from torch import nn  # imported late: most users of this module do not need torch

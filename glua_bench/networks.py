@@ -604,8 +604,8 @@ class MultiScaleDiscriminator(nn.Module):
 class PatchGAN(nn.Module):
     """Discriminator of 70 × 70 patches: 4×4 convolutions w-2w-4w-8w-K, strides 2, 2, 2, 1, 1.
 
-    Instance norm follows the second to fourth convolution, LeakyReLU all but the last; initial
-    weights are from N(0, 0.02). This is CycleGAN's discriminator; with one output per domain,
+    Instance norm follows the second to fourth convolution, LeakyReLU all but the last. Initial
+    weights are from N(0, 0.02). This is CycleGAN's discriminator and, with one output per domain,
     AD-GAN's.
 
     Args:

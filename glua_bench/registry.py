@@ -81,8 +81,8 @@ class Registry:
         for point in entry_points(group=GROUPS[kind]):
             self._add(_describe_entry_point(kind, point))
         for path in map(Path, plugin_files):
-            described = path.suffix in DESCRIPTIONS
-            for entry in self._described(path) if described else _describe_file(kind, path):
+            is_yaml = path.suffix in DESCRIPTIONS
+            for entry in self._from_yaml(path) if is_yaml else _describe_file(kind, path):
                 self._add(entry)
 
     def _add(self, entry: Entry) -> None:
@@ -101,7 +101,7 @@ class Registry:
         """Return the entries whose classes read descriptions with a suffix."""
         return [e for e in self.entries() if suffix in e.attributes.get("described_by", ())]
 
-    def _described(self, path: Path) -> list[Entry]:
+    def _from_yaml(self, path: Path) -> list[Entry]:
         """Return the entry of a description, if a registered class reads such files."""
         readers = self.readers(path.suffix)
         if not readers:

@@ -123,8 +123,8 @@ def test_run_then_again_then_sync(call: Call, phantom_root: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in done.parent.rglob("*")} == before
     code, plan, _ = call(*command, *SMALL, "--dry-run")
     assert code == 0 and "Already done" in plan
-    assert "1 runs sent, 0 there before" in call("sync")[1]
-    assert "0 runs sent, 1 there before" in call("sync")[1]
+    assert "1 runs uploaded, 0 already present" in call("sync")[1]
+    assert "0 runs uploaded, 1 already present" in call("sync")[1]
     code, health, _ = call("doctor")
     assert code == 0 and "1 finished, 0 unfinished" in health and "Next:" in health
 
@@ -204,12 +204,12 @@ def test_fingerprint_tells_whether_two_copies_are_the_same(
     assert code == 0 and "ct: 3 cases (1 train, 1 val, 1 test)" in out, err
     copy = shutil.copytree(phantom_root, tmp_path / "copy")
     code, out, err = call(*where, copy, "--against=sum.yaml")
-    assert code == 0 and "The same cases in the same splits" in out, err
+    assert code == 0 and "the same cases in the same splits" in out, err
     label = copy / "mr_train" / "mr_train_1007_label.nii.gz"
     volume = nib.load(label)
     nib.save(nib.Nifti1Image(np.asarray(volume.dataobj)[:, ::-1], volume.affine), label)
     result = call(*where, copy, "--against=sum.yaml")
-    refused(result, "are not those of sum.yaml")
+    refused(result, "differ from sum.yaml")
     assert "only here (mr_1007)." in result[1] and " of ct" not in result[1].split("\n\n")[-1]
     refused(call(*where, phantom_root, "--out=sum.txt"), "--out sum.txt")
     refused(call(*where, phantom_root, "--against=nothing.json"), "--against")
@@ -422,7 +422,7 @@ def test_new_files_and_the_command_that_uses_them(call, tmp_path):
         (["new-dataset", "livers"], "give --data DIRECTORY, or --python"),
         (["new-dataset", "livers", "--data", "/nowhere"], "/nowhere is no directory"),
         (["new-dataset", "phantom", "--data", "."], "'phantom' exists already"),
-        (["new-dataset", "livers", "--python", "--domains=a,b,c"], "names more than two"),
+        (["new-dataset", "livers", "--python", "--domains=a,b,c"], "has more than two"),
     ],
 )
 def test_new_files_that_cannot_be_are_one_sentence(words, said, call, tmp_path):
@@ -786,7 +786,7 @@ def test_a_sweep_that_cannot_be_reported_is_one_sentence(call: Call, words, said
 
 def test_list_says_what_each_sweep_searches(call: Call) -> None:
     code, out, _ = call("list", "sweeps")
-    assert code == 0 and "glua: mask_ratio; judged by im, grid" in out
+    assert code == 0 and "glua: mask_ratio; objective im, sampler grid" in out
     assert "lambda_cycle, lambda_image" in out and "glua-bench sweep NAME" in out
     assert all(len(line) < 100 for line in out.splitlines() if "Files" not in line)
 

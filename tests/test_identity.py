@@ -18,8 +18,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glua_bench import identity
+from glua_bench import config, identity, matrix, runs
 from glua_bench.cache import READING
+from glua_bench.config import RunConfig
 from glua_bench.conformance import Bench
 from glua_bench.identity import (
     NO_RESULT,
@@ -34,6 +35,7 @@ from glua_bench.methods.cycle_translate import CycleTranslate
 from glua_bench.methods.global_only import GlobalOnly
 from glua_bench.methods.glua import GLUA
 from glua_bench.registry import Registry
+from glua_bench.task import Grid
 
 ALL = TRAINING + SCORING
 PLUGIN = """
@@ -64,6 +66,23 @@ def scaled(loss):
 
 def homes(method: type[Method]) -> list[str]:
     return [base.__module__ for base in method.__mro__]
+
+
+# -- hashes ---------------------------------------------------------------------------------------
+
+
+def test_run_ids_stage_keys_and_code_are_hashed_by_one_function(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another hash function or length is a change of identity.py alone."""
+    run = RunConfig("m", "d", "a-b", Grid(64, 2.0))
+    monkeypatch.setattr(identity, "_sha256", lambda content: "f" * 64)
+    monkeypatch.setattr(identity, "_read", identity._read.__wrapped__)  # caches no such digest
+    assert identity.identity(run, "data", "code") == "f" * 12 == config.identity(run, "", "")
+    assert identity.code_digest.__wrapped__(ALL) == "f" * 10
+    for module in (config, matrix, runs):
+        assert getattr(module, "digest", identity.digest) is identity.digest
+        assert not hasattr(module, "hashlib")
 
 
 # -- the text of code -----------------------------------------------------------------------------

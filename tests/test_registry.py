@@ -207,7 +207,7 @@ def test_a_class_that_is_no_literal_plugin_is_passed_over(write: Callable[..., P
 
 @pytest.mark.parametrize("text", ["def broken(:\n", "\0", "class A(\n"])
 def test_a_file_that_is_not_python_is_one_sentence(text: str, write: Callable[..., Path]) -> None:
-    with pytest.raises(PluginError, match="repair it") as error:
+    with pytest.raises(PluginError, match="correct it") as error:
         Registry("method", [write(text)])
     assert "mine.py" in one_sentence(error)
 

@@ -81,7 +81,7 @@ def test_structures_merge_label_values(tmp_path: Path) -> None:
     file, _ = scaffold.new_dataset("organs", tmp_path, ("a", "b"), parsed)
     found = Registry("dataset", [file]).load("organs").structures
     assert [s.values for s in found] == [(1, 2, 3), (4,)]
-    with pytest.raises(ConfigError, match="write unannotated_values into the reading"):
+    with pytest.raises(ConfigError, match="set unannotated_values in the reading"):
         scaffold.new_dataset("others", tmp_path, ("a", "b"), {**parsed, "unannotated": (9,)})
 
 
