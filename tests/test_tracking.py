@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from glua_bench import tracking
 from glua_bench.config import RunConfig
 from glua_bench.errors import ConfigError, RunFailure, UserError
+from glua_bench.files import UNFINISHED, replacing
 from glua_bench.task import Grid
 from glua_bench.tracking import (
     Comparison,
@@ -491,6 +492,23 @@ def test_a_mirrored_run_shows_everything(root: Path) -> None:
     assert [f.path for f in figures] == ["figures/cases.png"]
     table = pd.read_csv(client.download_artifacts(shown.info.run_id, "cases.csv"))
     assert table["dice"].tolist() == [0.25, 0.75]
+
+
+def test_nothing_half_written_is_mirrored_or_fetched(root: Path, tmp_path: Path) -> None:
+    run = complete(started(root))
+    names = (*tracking.COPIED, "failed", "dataset.json", "figures/x.png", "predictions/x.nii.gz")
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(replacing(run.path / name)).write_text("half")
+        assert MLflowMirror(root).mirror(run)
+        (shown,) = mirrored(root)
+        client = tracking.mlflow_client(tracking_uri(root))
+        files = {f.path for f in client.list_artifacts(shown.info.run_id)}
+        assert files == {*tracking.COPIED, tracking.DIGESTS, "cases.csv", "figures"}
+        figures = client.list_artifacts(shown.info.run_id, "figures")
+        assert [f.path for f in figures] == ["figures/cases.png"]
+        (fetched,) = tracking.fetch_runs(tracking_uri(root), tmp_path / "fetched")
+        assert fetched.done and not list((tmp_path / "fetched").rglob(f"{UNFINISHED}*"))
 
 
 def test_a_mirrored_run_takes_from_its_first_file_to_its_last(root: Path) -> None:
