@@ -877,7 +877,6 @@ def build_run(planned: PlannedRun, fabric: Fabric, progress: Progress) -> BuiltR
         config,
         batches,
         fabric,
-        planned.directory.checkpoints,
         planned.directory,
         progress,
         artefacts(planned, method),
