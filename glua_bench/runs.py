@@ -493,8 +493,8 @@ def plan_config(
         dataset: is prepared.
         method_class: the method.
         report: receives lines about the data's preparation.
-        scored: False plans a training alone, and opens no file that is only scored or selected
-            on; its identity is then not that of the scored run.
+        scored: False plans a training alone: files that are only scored or selected on are left
+            out of the identity, so that labels of test cases need not exist.
 
     Raises:
         UserError: the configuration, the dataset and the method do not fit each other.
