@@ -804,7 +804,7 @@ class Bench:
     def build(self, config: RunConfig | None = None) -> Method:
         """A method with the weights of the run's seed."""
         with quiet_machine():
-            return runs.build_method(config or self.config(), self.dataset, self.method)
+            return runs.build_method(config or self.config(), self.dataset.structures, self.method)
 
     def images(self, count: int, seed: int = 0) -> Tensor:
         """Random images, (N, S, H, W) in [-1, 1]."""
