@@ -1,8 +1,8 @@
 """The checks that every plugin must pass: many small named ones, for methods and for datasets.
 
-A method is trained on a task of a few small volumes, through the same code as in a real run
-(`runs.py`, `Trainer`, `Batches`, the slice cache), and one rule of the contract is checked at a
-time. In a test of a plugin:
+A method is trained on a task of a few small volumes, through the functions that plan and build a
+real run (`runs.plan_config`, `runs.build_run`), and one rule of the contract is checked at a time.
+In a test of a plugin:
 
     from glua_bench import conformance
 
@@ -53,7 +53,7 @@ from glua_bench.config import (
     identity,
 )
 from glua_bench.console import Progress
-from glua_bench.errors import ConfigError, DataError, PluginError, RunFailure
+from glua_bench.errors import ConfigError, DataError, PluginError
 from glua_bench.formats import open_volume
 from glua_bench.method import Batch, Context, Method, Role, Stage
 from glua_bench.registry import Registry, describe_class
@@ -128,6 +128,13 @@ DATASET_CHECKS: dict[str, Check] = {}
 def register(
     table: dict[str, Check], *needs: str
 ) -> Callable[[Callable[[Any], str | None]], Callable[[Any], str | None]]:
+    """Add a function to a table of checks; its docstring is the rule.
+
+    Args:
+        table: `METHOD_CHECKS` or `DATASET_CHECKS`.
+        needs: checks that must pass before this one can be decided.
+    """
+
     def add(run: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
         name = run.__name__.removeprefix("_dataset_").removeprefix("_")
         table[name] = Check(name, " ".join((run.__doc__ or "").split()), needs, run)
@@ -137,6 +144,7 @@ def register(
 
 
 def demand(condition: bool, message: str) -> None:
+    """Fail the check with a message unless a condition holds."""
     if not condition:
         raise CheckFailure(message)
 
@@ -149,8 +157,67 @@ def explained(what: str, advice: str = "") -> Iterator[None]:
     except CheckFailure:
         raise
     except Exception as error:  # a plugin may raise anything
-        why = f"{type(error).__name__}: {error}"
+        # What the trainer advises after it stopped a run is for users, not for authors.
+        why = f"{type(error).__name__}: {error}".partition(", so the run was stopped")[0]
         raise CheckFailure(f"{what}: {why}" + (f" ({advice})" if advice else "")) from error
+
+
+def select_checks(table: Mapping[str, Check], only: Iterable[str] | None) -> list[str]:
+    """Names of checks; all of the table for None.
+
+    Raises:
+        PluginError: no check has one of the names.
+    """
+    wanted = list(table if only is None else only)
+    for name in wanted:
+        if name not in table:
+            raise PluginError(f"There is no check '{name}'; known: {', '.join(table)}.")
+    return wanted
+
+
+class Checklist:
+    """The checks of one plugin; each runs once.
+
+    Args:
+        table: `METHOD_CHECKS` or `DATASET_CHECKS`.
+        subject: name of the method or dataset.
+        material: what the checks are given: a `Bench` or the dataset.
+    """
+
+    def __init__(self, table: Mapping[str, Check], subject: str, material: Any) -> None:
+        self.table, self.subject, self.material = table, subject, material
+        self._results: dict[str, CheckResult] = {}
+
+    def result(self, name: str) -> CheckResult:
+        """Run a check, and first those that it needs."""
+        if name not in self._results:
+            began = time.perf_counter()
+            status, message, error = self._outcome(self.table[name])
+            seconds = time.perf_counter() - began
+            self._results[name] = CheckResult(self.subject, name, status, message, seconds, error)
+        return self._results[name]
+
+    def run(
+        self, only: Iterable[str] | None, report: Callable[[CheckResult], None]
+    ) -> list[CheckResult]:
+        """Run several checks, and report each result as soon as it is there."""
+        results = []
+        for name in select_checks(self.table, only):
+            results.append(self.result(name))
+            report(results[-1])
+        return results
+
+    def _outcome(self, check: Check) -> tuple[str, str, Exception | None]:
+        unmet = next((need for need in check.needs if not self.result(need).passed), None)
+        if unmet is not None:
+            why = f"{self.subject}: '{check.name}' cannot be decided, as '{unmet}' did not pass"
+            return "undecided", why, None
+        try:
+            return "passed", check.run(self.material) or "", None
+        except CheckFailure as failure:
+            return "failed", str(failure), failure
+        except Exception as error:  # a plugin may raise anything
+            return "failed", f"{type(error).__name__}: {error}", error
 
 
 # -- the entry points -----------------------------------------------------------------------------
@@ -179,12 +246,8 @@ def run_checks(
     Raises:
         PluginError: no method has the name, or no check has one of the names.
     """
-    results = []
     with closing(Bench(_method_class(method, plugins), config)) as bench:
-        for name in select_checks(METHOD_CHECKS, only):
-            results.append(bench.outcome(name))
-            report(results[-1])
-    return results
+        return bench.checks.run(only, report)
 
 
 def run_dataset_checks(
@@ -207,12 +270,7 @@ def run_dataset_checks(
         PluginError: no dataset has the name, or no check has one of the names.
     """
     found = runs.load_dataset(dataset, data_root, plugins) if isinstance(dataset, str) else dataset
-    outcomes: dict[str, CheckResult] = {}
-    results = []
-    for name in select_checks(DATASET_CHECKS, only):
-        results.append(run_check(DATASET_CHECKS, name, found.name, found, outcomes))
-        report(results[-1])
-    return results
+    return Checklist(DATASET_CHECKS, found.name, found).run(only, report)
 
 
 def parametrize(
@@ -256,7 +314,7 @@ def parametrize_dataset(only: Iterable[str] | None = None) -> Any:
     import pytest  # the kit works without it
 
     def run(name: str, dataset: Dataset) -> None:
-        _raise(run_check(DATASET_CHECKS, name, dataset.name, dataset, {}))
+        _raise(Checklist(DATASET_CHECKS, dataset.name, dataset).result(name))
 
     names = select_checks(DATASET_CHECKS, only)
     cases = [pytest.param(functools.partial(run, name), id=name) for name in names]
@@ -292,48 +350,6 @@ def _raise(result: CheckResult) -> None:
 
 def _method_class(method: type[Method] | str, plugins: Sequence[Path]) -> type[Method]:
     return Registry("method", plugins).load(method) if isinstance(method, str) else method
-
-
-def select_checks(table: Mapping[str, Check], only: Iterable[str] | None) -> list[str]:
-    if only is None:
-        return list(table)
-    wanted = list(only)
-    for name in wanted:
-        if name not in table:
-            raise PluginError(f"There is no check '{name}'; known: {', '.join(table)}.")
-    return wanted
-
-
-def run_check(
-    table: Mapping[str, Check],
-    name: str,
-    subject: str,
-    material: Any,
-    outcomes: dict[str, CheckResult],
-) -> CheckResult:
-    """Run a check, and first what it needs; each runs once."""
-    if name in outcomes:
-        return outcomes[name]
-    began = time.perf_counter()
-    status, message, error = "passed", "", None
-    unmet = (
-        n for n in table[name].needs if not run_check(table, n, subject, material, outcomes).passed
-    )
-    need = next(unmet, None)
-    try:
-        if need is None:
-            message = table[name].run(material) or ""
-        else:
-            status = "undecided"
-            message = f"{subject}: '{name}' cannot be decided, as '{need}' did not pass"
-    except CheckFailure as failure:
-        status, message, error = "failed", str(failure), failure
-    except Exception as failure:  # a plugin may raise anything
-        status, error = "failed", failure  # type: ignore[assignment]
-        message = f"{type(failure).__name__}: {failure}"
-    seconds = time.perf_counter() - began
-    outcomes[name] = CheckResult(subject, name, status, message, seconds, error)
-    return outcomes[name]
 
 
 # -- the tiny task --------------------------------------------------------------------------------
@@ -435,13 +451,17 @@ def poison_labels(dataset: Dataset, cases: Iterable[Case], seed: int = 0) -> Non
         seed: of the random values.
     """
     rng = np.random.default_rng(seed)
+
+    def noise(values: Sequence[int], voxels: np.ndarray) -> np.ndarray:
+        return rng.choice(np.array(values, np.int16), voxels.shape)
+
     for case in cases:
         view = dataset.view(case.domain)
         values = [0, *view.reading.ignored_values]
         values += [v for structure in view.structures for v in structure.values]
         table = np.array(values, np.int16)
         if case.label is not None:
-            rewrite_voxels(case.label, lambda voxels: rng.choice(table, voxels.shape))  # noqa: B023
+            rewrite_voxels(case.label, functools.partial(noise, values))
 
 
 def flatten_slices(cases: Iterable[Case]) -> None:
@@ -614,11 +634,8 @@ class Training:
                 sound[name] = value
                 continue
             if name in values:
-                kind = (
-                    f"a tensor of shape {tuple(value.shape)}"
-                    if isinstance(value, Tensor)
-                    else f"a {type(value).__name__}"
-                )
+                shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+                kind = f"a {type(value).__name__}{shape}"
                 self.problems.append(f"step logs '{name}' as {kind}, not as a scalar tensor")
             sound[name] = torch.zeros(())
         return sound
@@ -670,16 +687,13 @@ class Bench:
         self._made = 0
         self.dataset = TinyDataset(Path(self._folder.name) / "data")
         self.dataset.prepare()
-        self._outcomes: dict[str, CheckResult] = {}
-
-    @property
-    def subject(self) -> str:
-        """The method's name, for results."""
-        return str(getattr(self.method, "name", self.method.__name__))
+        # The name for results; the checks may find out that it has none.
+        name = str(getattr(method, "name", method.__name__))
+        self.checks = Checklist(METHOD_CHECKS, name, self)
 
     def outcome(self, name: str) -> CheckResult:
         """The result of a check, run once."""
-        return run_check(METHOD_CHECKS, name, self.subject, self, self._outcomes)
+        return self.checks.result(name)
 
     def close(self) -> None:
         """Remove the files; they go at the end of the process otherwise."""
@@ -772,34 +786,27 @@ class Bench:
     def plan(
         self,
         dataset: Dataset | None = None,
-        settings: Mapping[str, Any] | None = None,
-        seed: int = 0,
-        steps: int = STEPS,
         scored: bool = False,
-        options: Mapping[str, Any] | None = None,
         root: Path | None = None,
+        **changes: Any,
     ) -> runs.PlannedRun:
         """A run that is ready to be executed.
 
         Args:
             dataset: another than the bench's own, e.g. a spoiled copy.
-            settings: changes of the method's settings.
-            seed: the run's seed.
-            steps: the run's budget.
             scored: whether it is scored as well; label files of tests are read for that alone.
-            options: changes of the run's own options, e.g. its precision.
             root: the directory of its run directory; None takes an empty one.
+            changes: arguments of `config`.
         """
-        request = replace(self.request(seed, steps), runs_root=root or self.fresh("runs"))
-        config = self.config(settings, seed, steps, options)
-        return runs.plan_config(
-            request, config, dataset or self.dataset, self.method, scored=scored
-        )
+        config = self.config(**changes)
+        asked = self.request(config.seed, config.steps)
+        asked = replace(asked, runs_root=root or self.fresh("runs"))
+        return runs.plan_config(asked, config, dataset or self.dataset, self.method, scored=scored)
 
     def build(self, config: RunConfig | None = None) -> Method:
         """A method with the weights of the run's seed."""
         with quiet_machine():
-            return runs.build_method(config or self.config(), self.dataset, self.method)
+            return runs.build_method(config or self.config(), self.dataset.structures, self.method)
 
     def images(self, count: int, seed: int = 0) -> Tensor:
         """Random images, (N, S, H, W) in [-1, 1]."""
@@ -816,30 +823,24 @@ class Bench:
     def train(
         self,
         settings: Mapping[str, Any] | None = None,
-        seed: int = 0,
-        steps: int = STEPS,
         dataset: Dataset | None = None,
         cache: Path | None = None,
-        root: Path | None = None,
         stop: Stop | None = None,
         inspect_step: Callable[[Batch, Context], None] | None = None,
-        options: Mapping[str, Any] | None = None,
         even: bool = False,
+        **changes: Any,
     ) -> Training:
         """Train the method as `runs.execute` does, and watch every step.
 
         Args:
             settings: changes of the method's settings.
-            seed: the run's seed.
-            steps: the run's budget.
             dataset: another than the bench's own, e.g. a spoiled copy.
             cache: the cache directory; None takes one without stages.
-            root: the directory of the run directory, from whose checkpoints an interrupted
-                training goes on; None takes an empty one.
-            stop: where to end early; a checkpoint is then written after every step.
-            inspect_step: called with the batch and the context of every step.
-            options: changes of the run's own options, e.g. its precision.
-            even: give every stage the whole budget, whatever its share.
+            stop: as for `Training`.
+            inspect_step: as for `Training`.
+            even: as for `Training`.
+            changes: further arguments of `plan`; a training whose `root` is that of an
+                interrupted one goes on from its checkpoint.
 
         Raises:
             Killed: the training reached `stop`.
@@ -847,7 +848,7 @@ class Bench:
         if cache is None:
             cache = self.cache() if dataset is None else self.fresh("cache")
         with quiet_machine(cache):
-            planned = self.plan(dataset, settings, seed, steps, options=options, root=root)
+            planned = self.plan(dataset, settings=settings, **changes)
             planned.directory.start({}, planned.stages)
             fabric = runs.make_fabric(planned.request, planned.config)
             built = runs.build_run(planned, fabric, Progress(enabled=False))
@@ -907,19 +908,23 @@ def first_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> str | 
 
 
 def copy_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights that further training leaves alone."""
     return {name: value.detach().clone() for name, value in weights.items()}
 
 
-def _demand_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor], what: str) -> None:
+def demand_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor], what: str) -> None:
+    """Fail the check where two sets of weights differ."""
     name = first_difference(a, b)
     demand(name is None, f"{what}: the weights differ, first in '{name}'")
 
 
-def _demand_other(a: Mapping[str, Tensor], b: Mapping[str, Tensor], message: str) -> None:
+def demand_other(a: Mapping[str, Tensor], b: Mapping[str, Tensor], message: str) -> None:
+    """Fail the check where two sets of weights are the same."""
     demand(first_difference(a, b) is not None, message)
 
 
-def _demand_finite(value: Tensor, message: str) -> None:
+def demand_finite(value: Tensor, message: str) -> None:
+    """Fail the check where a tensor holds NaN or an infinity."""
     demand(bool(torch.isfinite(value).all()), message)
 
 
@@ -943,6 +948,7 @@ def _card(bench: Bench) -> None:
 
 
 def check_card(plugin: type, base: type) -> None:
+    """Fail the check where the card of a method or dataset is incomplete."""
     literals = _literals(plugin)
     for name in ("name", "reference", "needs"):
         value = getattr(plugin, name, None)
@@ -1116,8 +1122,8 @@ def _optimizers(bench: Bench) -> None:
 def _trains(bench: Bench) -> None:
     """Training goes through all stages with finite losses and finite weights."""
     for name, value in bench.baseline.weights.items():
-        _demand_finite(value, f"'{name}' is not finite after training")
-    _demand_other(bench.baseline.initial, bench.baseline.weights, "training changes no weight")
+        demand_finite(value, f"'{name}' is not finite after training")
+    demand_other(bench.baseline.initial, bench.baseline.weights, "training changes no weight")
 
 
 _FLAT_ADVICE = (
@@ -1137,27 +1143,19 @@ def _flat_slices(bench: Bench) -> None:
         # Augmentation would move a border into the slices and add noise to them.
         options = {"precision": precision, "augmentation": "none"}
         where = f"with constant, empty and two-valued slices (precision {precision})"
-        try:
-            with explained(f"{where} it does not train"):
-                training = bench.train(
-                    steps=FLAT_STEPS, dataset=data, cache=cache, options=options, even=True
-                )
-        except CheckFailure as failure:
-            if not isinstance(failure.__cause__, RunFailure):
-                raise
-            # What the trainer advises, e.g. lower learning rates, is for other causes.
-            what = str(failure.__cause__).partition(", so the run was stopped")[0]
-            raise CheckFailure(f"{where}: {what} ({_FLAT_ADVICE})") from failure.__cause__
+        with explained(f"{where} it does not train", _FLAT_ADVICE):
+            training = bench.train(
+                steps=FLAT_STEPS, dataset=data, cache=cache, options=options, even=True
+            )
         for name, value in training.weights.items():
-            what = f"{where} '{name}' is not finite after training ({_FLAT_ADVICE})"
-            _demand_finite(value, what)
+            demand_finite(value, f"{where} '{name}' is not finite after training ({_FLAT_ADVICE})")
         slices = training.built.train
         images = torch.from_numpy(slices.images(range(len(slices))))
         for domain in DOMAINS:
             with quiet_machine():
                 logits = training.built.predict(images, domain)
             what = f"{where} predictions of the {domain} are not finite ({_FLAT_ADVICE})"
-            _demand_finite(logits, what)
+            demand_finite(logits, what)
 
 
 @register(METHOD_CHECKS, "trains")
@@ -1218,17 +1216,22 @@ def _behind_predictions(method: Method, images: Tensor) -> list[str]:
 @register(METHOD_CHECKS, "trains")
 def _logits(bench: Bench) -> None:
     """predict gives finite float logits (N, K, H, W) of both domains, for one image as for many."""
-    classes = len(bench.dataset.structures) + 1
     for count, domain in itertools.product((BATCH, 1, 5), DOMAINS):
-        logits = _predict(bench.baseline.method, bench.images(count), domain)
-        wanted = (count, classes, SIZE, SIZE)
-        demand(isinstance(logits, Tensor), f"predict returned a {type(logits).__name__}")
-        demand(
-            tuple(logits.shape) == wanted,
-            f"predict of {count} images gives the shape {tuple(logits.shape)}, not {wanted}",
-        )
-        demand(logits.is_floating_point(), f"predict gives {logits.dtype}, not a float type")
-        _demand_finite(logits, "predict gives values that are not finite")
+        _sound_logits(bench, bench.baseline.method, count, domain)
+
+
+def _sound_logits(bench: Bench, method: Method, count: int, domain: Role = "target") -> Tensor:
+    """Predict random images, and demand sound logits."""
+    logits = _predict(method, bench.images(count), domain)
+    wanted = (count, len(bench.dataset.structures) + 1, SIZE, SIZE)
+    demand(isinstance(logits, Tensor), f"predict returned a {type(logits).__name__}")
+    demand(
+        tuple(logits.shape) == wanted,
+        f"predict of {count} images gives the shape {tuple(logits.shape)}, not {wanted}",
+    )
+    demand(logits.is_floating_point(), f"predict gives {logits.dtype}, not a float type")
+    demand_finite(logits, "predict gives values that are not finite")
+    return logits
 
 
 @register(METHOD_CHECKS, "trains")
@@ -1243,7 +1246,7 @@ def _predict_is_pure(bench: Bench) -> None:
             torch.manual_seed(2)
             second = _predict(method, images, domain)
         demand(torch.equal(first, second), "predict gives two answers for the same images")
-    _demand_same(before, method.state_dict(), "after predict")
+    demand_same(before, method.state_dict(), "after predict")
 
 
 @register(METHOD_CHECKS, "logits", "predict_is_pure")
@@ -1258,7 +1261,7 @@ def _features(bench: Bench) -> None:
             isinstance(maps, Tensor) and maps.ndim == 4 and len(maps) == 3,
             f"features are {tuple(getattr(maps, 'shape', ()))} for three images, not (3, D, h, w)",
         )
-        _demand_finite(maps, "features are not finite")
+        demand_finite(maps, "features are not finite")
         demand(
             bool(torch.allclose(maps[:1].float(), alone.float(), rtol=1e-3, atol=1e-4)),
             "an image's features depend on the images beside it",
@@ -1268,8 +1271,14 @@ def _features(bench: Bench) -> None:
 @register(METHOD_CHECKS, "trains")
 def _pictures(bench: Bench) -> str | None:
     """pictures gives finite images, of one slice or of as many as the method sees."""
+    pictures = _sound_pictures(bench, bench.baseline.method)
+    return None if pictures else "the method shows no pictures"
+
+
+def _sound_pictures(bench: Bench, method: Method) -> dict[str, Tensor]:
+    """Let a method show a batch, and demand sound pictures."""
     with quiet_machine():
-        pictures = bench.baseline.method.eval().pictures(bench.batch())
+        pictures = method.eval().pictures(bench.batch())
     for name, picture in pictures.items():
         shape = tuple(picture.shape)
         demand(
@@ -1279,8 +1288,8 @@ def _pictures(bench: Bench) -> str | None:
             and shape[2:] == (SIZE, SIZE),
             f"the picture '{name}' has the shape {shape}, not (N, {bench.slices}, {SIZE}, {SIZE})",
         )
-        _demand_finite(picture, f"the picture '{name}' is not finite")
-    return None if pictures else "the method shows no pictures"
+        demand_finite(picture, f"the picture '{name}' is not finite")
+    return pictures
 
 
 @register(METHOD_CHECKS, "trains", "logits", "pictures")
@@ -1294,21 +1303,8 @@ def _slices(bench: Bench) -> str | None:
             "build all networks that take or make images with task.slices channels",
         ):
             method = stacked.train(steps=1).method
-            logits = _predict(method, stacked.images(2))
-            with quiet_machine():
-                pictures = method.pictures(stacked.batch())
-        wanted = (2, len(bench.dataset.structures) + 1, SIZE, SIZE)
-        demand(
-            tuple(logits.shape) == wanted and bool(torch.isfinite(logits).all()),
-            f"predict of two images of three slices gives {tuple(logits.shape)}, not {wanted}, or "
-            "values that are not finite",
-        )
-        for name, picture in pictures.items():
-            demand(
-                picture.shape[1:] in {(1, SIZE, SIZE), (3, SIZE, SIZE)},
-                f"of images of three slices, the picture '{name}' has the shape "
-                f"{tuple(picture.shape)}",
-            )
+            logits = _sound_logits(stacked, method, 2)
+            _sound_pictures(stacked, method)
         images = stacked.images(2)
         images[:, [0, 2]] *= -1
         demand(
@@ -1395,7 +1391,7 @@ def held_elsewhere(method: Method, leave: tuple[type, ...]) -> dict[str, Any]:
 @register(METHOD_CHECKS, "trains")
 def _same_seed(bench: Bench) -> None:
     """The same seed gives the same weights, bit for bit."""
-    _demand_same(
+    demand_same(
         bench.baseline.weights,
         bench.train().weights,
         "two trainings with one seed (draw random numbers from torch only, which the harness "
@@ -1412,7 +1408,7 @@ def _other_seed(bench: Bench) -> None:
         ("before", bench.baseline.initial, other.initial),
         ("after", bench.baseline.weights, other.weights),
     ):
-        _demand_other(
+        demand_other(
             {name: a[name] for name in trainable},
             {name: b[name] for name in trainable},
             f"two seeds give the same weights {what} training",
@@ -1440,7 +1436,7 @@ def _resume(bench: Bench) -> None:
         raise CheckFailure(f"step {stop.step} of stage '{stop.stage}' was never reached")
     resumed = bench.train(cache=cache, root=root)
     where = ", ".join(f"{stop.stage} {stop.step}" for stop in stops)
-    _demand_same(
+    demand_same(
         bench.baseline.weights,
         resumed.weights,
         f"after interruptions at {where} (what a step depends on must be weights, buffers or "
@@ -1459,7 +1455,7 @@ def _shared_stages(bench: Bench) -> str | None:
         again.reused == set(shared),
         f"a second run reused the stages {sorted(again.reused)}, not {sorted(shared)}",
     )
-    _demand_same(
+    demand_same(
         bench.baseline.weights,
         again.weights,
         f"a run that reuses {', '.join(shared)} (`modules` must name all that a stage trains)",
@@ -1490,7 +1486,7 @@ def _stage_dependencies(bench: Bench) -> str | None:
         demand(other.is_file(), f"{path.name} was not found again under other settings")
         a, b = (torch.load(file, weights_only=True) for file in (path, other))
         for module in a:
-            _demand_same(
+            demand_same(
                 a[module],
                 b[module],
                 f"'{module}' of the stage {path.stem.rsplit('-', 1)[0]} changes with one of the "
@@ -1523,7 +1519,7 @@ def _label_poison(bench: Bench) -> None:
     """Random values in every target label file, and the weights are the same, bit for bit."""
     data = bench.copy_of_data()
     poison_labels(data, data.cases(bench.target))
-    _demand_same(
+    demand_same(
         bench.baseline.weights,
         bench.train(dataset=data).weights,
         "with random target labels (the method reads target labels)",
@@ -1538,7 +1534,7 @@ def _labels_absent(bench: Bench) -> None:
         case.truth.unlink()
     with explained("without target label files training stops"):
         weights = bench.train(dataset=data).weights
-    _demand_same(bench.baseline.weights, weights, "without target label files")
+    demand_same(bench.baseline.weights, weights, "without target label files")
 
 
 @register(METHOD_CHECKS, "trains")
@@ -1567,6 +1563,7 @@ def _no_way_to_labels(bench: Bench) -> None:
 
 
 def plane_digest(plane: np.ndarray) -> str:
+    """Digest of a slice of labels, (H, W)."""
     return hashlib.sha256(np.ascontiguousarray(plane, np.uint8).tobytes()).hexdigest()
 
 
@@ -1613,7 +1610,7 @@ def reachable(
             knows the labels.
         limit: number of objects to look at.
     """
-    left_out = (type, types.ModuleType, type(None), *leave)
+    left_out: tuple[type, ...] = (type, types.ModuleType, type(None), *leave)
     waiting = deque(roots.items())
     seen: dict[int, Any] = {}  # keeps the objects alive, so that no id is given out twice
     while waiting and len(seen) < limit:
@@ -1673,7 +1670,7 @@ def _target_matters(bench: Bench) -> str | None:
     data = bench.copy_of_data()
     for case in data.split(bench.target, "train"):
         rewrite_voxels(case.image, np.flipud)
-    _demand_other(
+    demand_other(
         bench.baseline.weights,
         bench.train(dataset=data).weights,
         "mirrored target images change no weight: set `uses_target = False`, or use them",
@@ -1687,7 +1684,7 @@ def _source_labels_matter(bench: Bench) -> None:
     data = bench.copy_of_data()
     source = bench.config().source
     poison_labels(data, data.cases(source))
-    _demand_other(
+    demand_other(
         bench.baseline.weights,
         bench.train(dataset=data).weights,
         "random source labels change no weight",
@@ -1715,7 +1712,7 @@ def _unannotated(bench: Bench) -> None:
         unknown = trained(bench.dataset.reading.unannotated_values[0])
     for name, value in (("background", 0), ("the last structure", last)):
         what = f"pixels that nobody annotated count as {name} ({_UNANNOTATED_ADVICE})"
-        _demand_other(unknown, trained(value), what)
+        demand_other(unknown, trained(value), what)
 
 
 _UNANNOTATED_ADVICE = (

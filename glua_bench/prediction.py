@@ -259,15 +259,7 @@ def _built(config: RunConfig, structures: tuple[Structure, ...], plugins: Sequen
     plain = RunConfig.from_dict(
         {**config.to_dict(), "segmenter": {**asdict(config.segmenter), "pretrained": False}}
     )
-    return runs.build_method(plain, _Task(config.dataset, structures), method_class)
-
-
-@dataclass(frozen=True)
-class _Task:
-    """As much of a dataset as a method is built from."""
-
-    name: str
-    structures: tuple[Structure, ...]
+    return runs.build_method(plain, structures, method_class)
 
 
 def _model(method: Method, config: RunConfig, data: Carried, device: str, source: Path) -> Model:
@@ -529,8 +521,7 @@ def _dots(name: str) -> list[int]:
 def _fresh(model: Model, weights: Mapping[str, Tensor]) -> Method:
     """Another method of the same class, of another seed, with the given weights."""
     config = RunConfig.from_dict({**model.config.to_dict(), "seed": model.config.seed + 1})
-    task = _Task(config.dataset, model.structures)
-    method = runs.build_method(config, task, type(model.method))
+    method = runs.build_method(config, model.structures, type(model.method))
     method.load_state_dict(weights, strict=False)
     method = method.to(model.device).eval()
     to_channels_last(method)

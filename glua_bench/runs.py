@@ -12,7 +12,6 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -215,30 +214,6 @@ def check_request(config: RunConfig, method_class: type[Method]) -> None:
         raise ConfigError(f"grid.size = {config.grid.size} must be at least 32 and divisible by 4.")
 
 
-class Task(Protocol):
-    """As much of a dataset as a method is built from."""
-
-    @property
-    def name(self) -> str:
-        """The dataset's name."""
-
-    @property
-    def structures(self) -> tuple[Structure, ...]:
-        """The classes."""
-
-
-def task_info(config: RunConfig, dataset: Task) -> TaskInfo:
-    """What a method may know about the task."""
-    return TaskInfo(
-        dataset.name,
-        dataset.structures,
-        config.grid.size,
-        config.segmenter,
-        config.batch_size,
-        config.slices,
-    )
-
-
 def check_contract(method_class: type[Method]) -> None:
     """Refuse a method whose functions cannot be called as the harness calls them.
 
@@ -260,8 +235,15 @@ def check_contract(method_class: type[Method]) -> None:
             ) from error
 
 
-def build_method(config: RunConfig, dataset: Task, method_class: type[Method]) -> Method:
-    """The method with weights initialised from the run's seed.
+def build_method(
+    config: RunConfig, structures: tuple[Structure, ...], method_class: type[Method]
+) -> Method:
+    """Build a method with weights initialised from the run's seed.
+
+    Args:
+        config: of the run.
+        structures: the dataset's classes.
+        method_class: the method.
 
     Raises:
         PluginError: its functions have other arguments than the contract says.
@@ -270,7 +252,15 @@ def build_method(config: RunConfig, dataset: Task, method_class: type[Method]) -
     check_contract(method_class)
     torch.manual_seed(config.seed)
     settings = build_settings(method_class.Config, config.method_config, "method")
-    method = method_class(task_info(config, dataset), settings)
+    task = TaskInfo(
+        config.dataset,
+        structures,
+        config.grid.size,
+        config.segmenter,
+        config.batch_size,
+        config.slices,
+    )
+    method = method_class(task, settings)
     stage_order(tuple(method.stages()))
     if config.perturbation:
         perturb(method, config.perturbation)
@@ -492,14 +482,14 @@ def plan_config(
         dataset: is prepared.
         method_class: the method.
         report: receives lines about the data's preparation.
-        scored: False plans a training alone, and opens no file that is only scored or selected
-            on; its identity is then not that of the scored run.
+        scored: False plans a training alone: files that are only scored or selected on are left
+            out of the identity, so that labels of test cases need not exist.
 
     Raises:
         UserError: the configuration, the dataset and the method do not fit each other.
     """
     check_request(config, method_class)
-    method = build_method(config, dataset, method_class)
+    method = build_method(config, dataset.structures, method_class)
     check_batch(config, method, request.devices)
     check_slices(config, method)
     dataset.prepare(report)
@@ -507,7 +497,7 @@ def plan_config(
     config = with_slice_distance(config, dataset)
     fitted = adjusted(config, method, chosen, report)
     if fitted != config:
-        config, method = fitted, build_method(fitted, dataset, method_class)
+        config, method = fitted, build_method(fitted, dataset.structures, method_class)
     views = [dataset.view(domain) for domain in (config.source, config.target)]
     prints = Fingerprints(
         train=digest(
@@ -860,7 +850,7 @@ def build_run(planned: PlannedRun, fabric: Fabric, progress: Progress) -> BuiltR
     """
     config = planned.config
     train, val, target = stores(planned, SliceCache(), progress)
-    method = build_method(config, planned.dataset, planned.method_class)
+    method = build_method(config, planned.dataset.structures, planned.method_class)
     batches = Batches(
         train,
         target,
@@ -875,7 +865,6 @@ def build_run(planned: PlannedRun, fabric: Fabric, progress: Progress) -> BuiltR
         config,
         batches,
         fabric,
-        planned.directory.checkpoints,
         planned.directory,
         progress,
         artefacts(planned, method),

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -31,23 +31,11 @@ from glua_bench.errors import ConfigError, RunFailure, reason
 from glua_bench.files import exclusive, replacing
 from glua_bench.interruption import Interrupted
 from glua_bench.method import Batch, Context, Method, Stage
+from glua_bench.tracking import RunDirectory
 
 LOG_EVERY = 10  # steps between reading the losses back from the device
 CHECKPOINT_SECONDS = 30.0
 AGREE_EVERY = 10  # steps between questions whether one of several processes was asked to end
-
-
-class Log(Protocol):
-    """Where the trainer reports, e.g. `tracking.RunDirectory`."""
-
-    def log(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """Record the scalars of one step."""
-
-    def rewind(self, stage: str, step: int) -> None:
-        """Forget what was recorded behind a position."""
-
-    def flush(self) -> None:
-        """Make sure that what was recorded outlives the process."""
 
 
 def save(value: Any, path: Path) -> None:
@@ -102,8 +90,7 @@ class Trainer:
         config: the run.
         batches: the data; see `Batches`.
         fabric: devices and precision.
-        checkpoints: directory of `last.pt` and the candidates.
-        log: where losses are recorded.
+        directory: where checkpoints are written and losses recorded.
         progress: what the user sees.
         artefact: stage → where its result is shared, or None.
         checkpoint_seconds: pause between checkpoints; 0 writes one after every step.
@@ -117,17 +104,15 @@ class Trainer:
         config: RunConfig,
         batches: Batches,
         fabric: Fabric,
-        checkpoints: Path,
-        log: Log,
+        directory: RunDirectory,
         progress: Progress,
         artefact: Callable[[Stage], Artefact | None] = lambda stage: None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
         watch: Callable[[int], None] | None = None,
     ) -> None:
         self.config, self.batches, self.fabric = config, batches, fabric
-        self.log, self.progress, self.artefact = log, progress, artefact
-        self.checkpoints, self.checkpoint_seconds = checkpoints, checkpoint_seconds
-        self.watch = watch
+        self.directory, self.progress, self.artefact = directory, progress, artefact
+        self.checkpoint_seconds, self.watch = checkpoint_seconds, watch
         self.method = method.to(fabric.device)
         to_channels_last(self.method)
         for tensor in itertools.chain(method.parameters(), method.buffers()):
@@ -150,11 +135,11 @@ class Trainer:
     @property
     def last_path(self) -> Path:
         """The state from which an interrupted training goes on."""
-        return self.checkpoints / "last.pt"
+        return self.directory.checkpoints / "last.pt"
 
     def candidate_path(self, step: int) -> Path:
         """The file of a candidate."""
-        return self.checkpoints / f"candidate_{step:07d}.pt"
+        return self.directory.checkpoints / f"candidate_{step:07d}.pt"
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -371,7 +356,7 @@ class Trainer:
                     f"'{stage.name}'"
                 )
             if self.fabric.is_global_zero:
-                self.log.log(stage.name, step, values)
+                self.directory.log(stage.name, step, values)
         self._pending.clear()
 
     def _check_weights(self, stage: Stage, step: int) -> None:
@@ -400,7 +385,7 @@ class Trainer:
         self._check_weights(stage, step or stage.steps(self.config.steps))
         if self.fabric.is_global_zero:
             # Steps before the checkpoint are not repeated, so their losses must be on disk first.
-            self.log.flush()
+            self.directory.flush()
             state = {
                 "stage": index,
                 "step": step,
@@ -418,7 +403,7 @@ class Trainer:
         path = self.last_path
         if not path.is_file():
             if self.fabric.is_global_zero:
-                self.log.rewind(self.stages[0].name, 0)
+                self.directory.rewind(self.stages[0].name, 0)
             return {"stage": 0, "step": 0, "optimizers": {}}
         try:
             state: dict[str, Any] = torch.load(
@@ -434,7 +419,7 @@ class Trainer:
         if state["stage"] < len(self.stages):
             stage = self.stages[state["stage"]]
             if self.fabric.is_global_zero:
-                self.log.rewind(stage.name, state["step"])
+                self.directory.rewind(stage.name, state["step"])
             if state["stage"] or state["step"]:
                 self.progress.line(f"Resuming stage '{stage.name}' at step {state['step']}.")
         return state

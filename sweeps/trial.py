@@ -226,7 +226,8 @@ def _wait(process: subprocess.Popen) -> int:
 
 def planned_stages(planned: runs.PlannedRun) -> tuple:
     """The stages of a planned run's method."""
-    method = runs.build_method(planned.config, planned.dataset, planned.method_class)
+    structures = planned.dataset.structures
+    method = runs.build_method(planned.config, structures, planned.method_class)
     return tuple(method.stages())
 
 

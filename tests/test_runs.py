@@ -421,13 +421,13 @@ def test_a_method_that_is_not_made_for_several_slices_is_declined_before_trainin
 ) -> None:
     dataset = Phantom(phantom_root)
     one = resolve(ask(phantom_root), dataset, SourceOnly)
-    runs.check_slices(one, runs.build_method(one, dataset, method))
+    runs.check_slices(one, runs.build_method(one, dataset.structures, method))
     three = replace(one, slices=3)
     with pytest.raises(ConfigError) as error:
-        runs.check_slices(three, runs.build_method(three, dataset, method))
+        runs.check_slices(three, runs.build_method(three, dataset.structures, method))
     text = one_sentence(error)
     assert said in text and text.startswith("slices = 3: method 'source_only' is not made for")
-    sound = runs.build_method(three, dataset, SourceOnly)
+    sound = runs.build_method(three, dataset.structures, SourceOnly)
     torch.manual_seed(0)
     runs.check_slices(three, sound)
     assert sound.training and torch.equal(torch.rand(1), torch.manual_seed(0) and torch.rand(1))
@@ -555,7 +555,8 @@ def test_a_perturbation_moves_last_bits_alone_and_is_another_run(
 ) -> None:
     def built(*sets: str) -> tuple[runs.PlannedRun, Method]:
         planned = plan(ask(phantom_root, tmp_path / "runs", *sets))
-        return planned, runs.build_method(planned.config, planned.dataset, planned.method_class)
+        structures = planned.dataset.structures
+        return planned, runs.build_method(planned.config, structures, planned.method_class)
 
     (plain, first), (moved, second), (_, third) = (
         built(*sets) for sets in ((), ("perturbation=1",), ("perturbation=2",))
@@ -589,7 +590,8 @@ def test_a_stage_is_shared_by_runs_on_as_many_slices_and_last_bits_alone(
     for sets in ((), *sliced, ("perturbation=1",)):
         asked = ask(phantom_root, tmp_path / "runs", *small, *sets, method="cycle_translate")
         planned = plan(asked)
-        method = runs.build_method(planned.config, planned.dataset, planned.method_class)
+        structures = planned.dataset.structures
+        method = runs.build_method(planned.config, structures, planned.method_class)
         artefact = runs.artefacts(planned, method)(method.stages()[0])
         assert artefact is not None
         places.add(artefact.path)

@@ -32,7 +32,7 @@ from glua_bench import interruption, runs
 from glua_bench.batches import Batches
 from glua_bench.cache import ImageStore, LabelledStore, SliceCache
 from glua_bench.config import RunConfig, SegmenterSpec, setting
-from glua_bench.conformance import Bench, TinyDataset, _reachable, first_difference
+from glua_bench.conformance import Bench, TinyDataset, first_difference, reachable
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.method import Batch, Context, Method, Role, Stage, TaskInfo
@@ -162,7 +162,6 @@ def make(
             source, target, 4, config.seed, fabric.device, fabric.global_rank, fabric.world_size
         ),
         fabric,
-        directory.checkpoints,
         directory,
         Progress(enabled=False),
         lambda stage: (
@@ -185,16 +184,16 @@ def quiet(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.batches.close()
-        trainer.log.close()  # type: ignore[attr-defined]
+        trainer.directory.close()
 
 
 def log_rows(trainer: Trainer) -> list[dict[str, Any]]:
-    lines = (trainer.log.path / "log.jsonl").read_text().splitlines()  # type: ignore[attr-defined]
+    lines = (trainer.directory.path / "log.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "time"} for line in lines]
 
 
 def last(trainer: Trainer) -> dict[str, Any]:
-    return torch.load(trainer.checkpoints / "last.pt", weights_only=True)  # type: ignore[no-any-return]
+    return torch.load(trainer.directory.checkpoints / "last.pt", weights_only=True)  # type: ignore[no-any-return]
 
 
 # -- asked to end, and watched --------------------------------------------------------------------
@@ -393,7 +392,7 @@ def two(root: Path) -> None:
         def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
             assert len(batch.source_images) == len(batch.target) == 2
             if not ways:
-                found = _reachable({"batch": batch, "context": context})
+                found = reachable({"batch": batch, "context": context}, ())
                 ways.extend(way for way, value in found if isinstance(value, Trainer))
                 ways.append("looked")
             return super().step(batch, context)
@@ -445,7 +444,7 @@ def test_killed_anywhere_it_ends_in_the_same_weights(tmp_path: Path, alone: Path
         killed = make(alone / "kill" / seed)
         # Every step stands in the log exactly once, with the same numbers.
         assert log_rows(killed) == log_rows(whole), (seed, kills)
-        names = {path.name for path in killed.checkpoints.iterdir()}
+        names = {path.name for path in killed.directory.checkpoints.iterdir()}
         assert names == {"last.pt", *(f"candidate_{step:07d}.pt" for step in (4, 8, 12))}
         for step in (4, 8, 12):
             a, b = (torch.load(t.candidate_path(step), weights_only=True) for t in (whole, killed))
@@ -494,7 +493,7 @@ def test_candidates_are_kept_at_the_declared_steps(tmp_path: Path) -> None:
     trainer = make(tmp_path, Keeping, candidates=5, checkpoint_seconds=math.inf)
     assert trainer.candidate_steps() == [2, 5, 7, 10, 12]
     kept[12] = finish(trainer)
-    files = sorted(path.name for path in trainer.checkpoints.glob("candidate_*"))
+    files = sorted(path.name for path in trainer.directory.checkpoints.glob("candidate_*"))
     assert files == [f"candidate_{step:07d}.pt" for step in (2, 5, 7, 10, 12)]
     for step in trainer.candidate_steps():
         found = torch.load(trainer.candidate_path(step), weights_only=True)
@@ -816,7 +815,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     state = last(trainer)
     assert (state["stage"], state["step"]) == position
     assert all(torch.isfinite(value).all() for value in state["method"].values())
-    assert not list(trainer.checkpoints.glob("candidate_*"))
+    assert not list(trainer.directory.checkpoints.glob("candidate_*"))
     assert all(math.isfinite(v) for row in log_rows(trainer) for v in row["values"].values())
     # Repaired, the run goes on from there and ends as if nothing had been.
     assert first_difference(finish(make(tmp_path)), finish(make(tmp_path / "other"))) is None
@@ -849,7 +848,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, lost: int) 
         finish(trainer)
     assert f"(its last good checkpoint is {trainer.last_path})" in advice(failure)
     assert last(trainer)["step"] == lost - 1
-    assert not list(trainer.checkpoints.glob("candidate_*"))
+    assert not list(trainer.directory.checkpoints.glob("candidate_*"))
 
 
 @pytest.mark.parametrize(
@@ -886,7 +885,7 @@ def test_a_run_that_stops_says_whether_anything_is_left(
 def test_a_damaged_checkpoint_is_a_sentence(tmp_path: Path, damage: str) -> None:
     trainer = make(tmp_path)
     finish(trainer)
-    path = trainer.checkpoints / "last.pt"
+    path = trainer.directory.checkpoints / "last.pt"
     content = path.read_bytes()
     if damage == "other":
         torch.save({"stage": 0, "step": 0, "method": {"no": torch.zeros(1)}}, path)
@@ -928,7 +927,7 @@ def test_a_full_disk_stops_the_run_and_the_old_checkpoint_stays(
         finish(trainer)
     monkeypatch.undo()
     assert (last(trainer)["stage"], last(trainer)["step"]) == (1, 4)
-    assert [path.name for path in trainer.checkpoints.iterdir()] == ["last.pt"]
+    assert [path.name for path in trainer.directory.checkpoints.iterdir()] == ["last.pt"]
     resumed = make(tmp_path, candidates=1)
     assert first_difference(finish(resumed), finish(make(tmp_path / "other"))) is None
     assert [row["step"] for row in log_rows(resumed)] == [*range(1, 7), *range(1, 13)]
