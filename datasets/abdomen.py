@@ -30,8 +30,9 @@ class Abdomen(Dataset):
     as background. CHAOS: 63, 126, 189 and 252, in copies also 1 to 4. Other values are errors.
 
     Cases. Test ids are the literature's, of the others three CT and two MR scans are for
-    validation; see `datasets/splits/abdomen_v1.csv`. The CT is of patients of an American
-    hospital and the MR of patients of a Turkish one, so nobody is in both domains.
+    validation; folds 2 to 5 test the others. See `datasets/splits/abdomen_v1.csv`. The CT is of
+    patients of an American hospital and the MR of patients of a Turkish one, so nobody is in both
+    domains.
 
     Intensity. CT from -125 to 275 HU becomes -1 to 1. MR has no unit, so each volume's own
     percentiles do.
@@ -52,7 +53,6 @@ class Abdomen(Dataset):
         "registration for BTCV (https://www.synapse.org/Synapse:syn3193805), CHAOS_Train_Sets.zip "
         "(https://doi.org/10.5281/zenodo.3431873), and both owners' terms"
     )
-    partition: ClassVar[str] = "literature"  # column of SPLIT_FILE
     # Okabe & Ito's palette, which stays distinct for colour-blind readers; values are BTCV's.
     structures: ClassVar[tuple[Structure, ...]] = (
         Structure("LIV", "liver", (6,), "#e69f00"),
@@ -72,15 +72,7 @@ class Abdomen(Dataset):
         "paper": Grid(320, 1.3, 5.0),
     }
     publishable: ClassVar[bool] = False
-
-    @classmethod
-    def default_root(cls) -> Path:
-        """`$GLUA_BENCH_DATA/abdomen`, for every fold.
-
-        Raises:
-            DataError: the variable is not set.
-        """
-        return super().default_root().with_name(Abdomen.name)
+    folds: ClassVar[int] = 5
 
     @classmethod
     def reading_of(cls, domain: str) -> Reading:
@@ -164,7 +156,7 @@ class Abdomen(Dataset):
     @property
     def _splits(self) -> Mapping[str, Mapping[int, str]]:
         """Domain → id → split."""
-        return read_partition(SPLIT_FILE, self.partition)
+        return read_partition(SPLIT_FILE, self.fold)
 
     def _volumes(self, domain: str) -> Mapping[int, tuple[Path, Path]]:
         """Id → NIfTI files of image and label, which for a series lie in the cache."""
@@ -183,44 +175,8 @@ class Abdomen(Dataset):
         return made
 
 
-class AbdomenFold2(Abdomen):
-    """`abdomen` with other test cases: the second of five folds; `abdomen` is the first."""
-
-    name: ClassVar[str] = "abdomen_fold2"
-    reference: ClassVar[str] = "as abdomen"
-    needs: ClassVar[str] = "the files of abdomen"
-    partition: ClassVar[str] = "fold2"
-
-
-class AbdomenFold3(Abdomen):
-    """`abdomen` with other test cases: the third of five folds."""
-
-    name: ClassVar[str] = "abdomen_fold3"
-    reference: ClassVar[str] = "as abdomen"
-    needs: ClassVar[str] = "the files of abdomen"
-    partition: ClassVar[str] = "fold3"
-
-
-class AbdomenFold4(Abdomen):
-    """`abdomen` with other test cases: the fourth of five folds."""
-
-    name: ClassVar[str] = "abdomen_fold4"
-    reference: ClassVar[str] = "as abdomen"
-    needs: ClassVar[str] = "the files of abdomen"
-    partition: ClassVar[str] = "fold4"
-
-
-class AbdomenFold5(Abdomen):
-    """`abdomen` with other test cases: the fifth of five folds."""
-
-    name: ClassVar[str] = "abdomen_fold5"
-    reference: ClassVar[str] = "as abdomen"
-    needs: ClassVar[str] = "the files of abdomen"
-    partition: ClassVar[str] = "fold5"
-
-
 def _cache() -> Path:
-    """Where converted scans lie, for every fold."""
+    """Where converted scans lie, of all folds."""
     return cache_root() / Abdomen.name
 
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from glua_bench.datasets.mmwhs_layout import LA_BLOOD, MMWHSLayout, listed
+from glua_bench.datasets.mmwhs_layout import LA_BLOOD, SPLIT_FILE, MMWHSLayout
+from glua_bench.datasets.partitions import read_partition
 from glua_bench.task import Grid, Structure
 
 # A value next to that of the left atrium's blood, which some copies hold in one MR label file.
@@ -27,8 +28,8 @@ class MMWHS(MMWHSLayout):
     ventricle, pulmonary artery) count as background. 421, which some copies hold in one MR case,
     counts as 420. Any other value is an error.
 
-    Cases. Test ids are the literature's, of the other 16 two are for validation; see
-    `datasets/splits/mmwhs_v1.csv`. No patient has both scans.
+    Cases. Test ids are the literature's, of the other 16 two are for validation; folds 2 to 5 test
+    the others. See `datasets/splits/mmwhs_v1.csv`. No patient has both scans.
 
     Orientation and spacing are the header's: the sform, or the qform where no sform is set. Slices
     are coronal, head at the top, the patient's right at the left.
@@ -71,10 +72,11 @@ class MMWHS(MMWHSLayout):
     )
     distance_note: ClassVar[str] = "mm by the files' headers"
     publishable: ClassVar[bool] = False
+    folds: ClassVar[int] = 5
 
     @classmethod
     def default_root(cls) -> Path:
-        """`$GLUA_BENCH_DATA/mmwhs`, for every fold.
+        """`$GLUA_BENCH_DATA/mmwhs`, for subclasses as well.
 
         Raises:
             DataError: the variable is not set.
@@ -100,6 +102,10 @@ class MMWHS(MMWHSLayout):
             "(right heart, pulmonary artery) count as background"
         )
 
+    def split_of(self, domain: str, number: int) -> str:
+        """ "train", "val" or "test" of one id, in the fold."""
+        return read_partition(SPLIT_FILE, self.fold)[domain][number]
+
     def folders(self, domain: str) -> tuple[Path, ...]:
         """Where files of a domain are looked for, in order; the first is where they are expected.
 
@@ -113,43 +119,3 @@ class MMWHS(MMWHSLayout):
             roots.append(self.root.parent)
         names = [f"{domain}_train", f"{domain}_train1", f"{domain}_train2", ""]
         return tuple(root / name for root in roots for name in names)
-
-
-class MMWHSFold2(MMWHS):
-    """`mmwhs` with other test cases: the second of five folds, of which `mmwhs` is the first."""
-
-    name: ClassVar[str] = "mmwhs_fold2"
-    reference: ClassVar[str] = "as mmwhs"
-    needs: ClassVar[str] = "the files of mmwhs"
-    test_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold2", "test")
-    val_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold2", "val")
-
-
-class MMWHSFold3(MMWHS):
-    """`mmwhs` with other test cases: the third of five folds."""
-
-    name: ClassVar[str] = "mmwhs_fold3"
-    reference: ClassVar[str] = "as mmwhs"
-    needs: ClassVar[str] = "the files of mmwhs"
-    test_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold3", "test")
-    val_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold3", "val")
-
-
-class MMWHSFold4(MMWHS):
-    """`mmwhs` with other test cases: the fourth of five folds."""
-
-    name: ClassVar[str] = "mmwhs_fold4"
-    reference: ClassVar[str] = "as mmwhs"
-    needs: ClassVar[str] = "the files of mmwhs"
-    test_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold4", "test")
-    val_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold4", "val")
-
-
-class MMWHSFold5(MMWHS):
-    """`mmwhs` with other test cases: the fifth of five folds."""
-
-    name: ClassVar[str] = "mmwhs_fold5"
-    reference: ClassVar[str] = "as mmwhs"
-    needs: ClassVar[str] = "the files of mmwhs"
-    test_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold5", "test")
-    val_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold5", "val")

@@ -21,7 +21,7 @@ import yaml
 
 from glua_bench.documents import WORDS, dump, dump_line, load
 from glua_bench.errors import ConfigError
-from glua_bench.task import Grid
+from glua_bench.task import Grid, fold_name
 
 AUGMENTATIONS = ("none", "geometric", "photometric")
 SCENARIOS = ("uda", "supervised")
@@ -101,6 +101,7 @@ class RunConfig:
         choices=SCENARIOS,
     )
     preset: str = "quick"
+    fold: int = setting(1, "the dataset's fold; 1 is its default split", low=1, high=10_000)
     seed: int = setting(0, "seed of everything random", low=0, high=2**31 - 1)
     perturbation: int = setting(
         0,
@@ -131,6 +132,11 @@ class RunConfig:
                 f"slice_distance = {self.slice_distance} needs neighbouring slices, and slices = "
                 "1 has none; set slices to 3, 5 or 7, or leave slice_distance out."
             )
+
+    @property
+    def fold_name(self) -> str:
+        """The dataset with its fold, e.g. "mmwhs_fold2"; what a table of results is about."""
+        return fold_name(self.dataset, self.fold)
 
     @property
     def source(self) -> str:

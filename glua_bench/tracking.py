@@ -203,7 +203,7 @@ class RunDirectory:
     def __init__(self, runs_root: Path, config: RunConfig, run_id: str) -> None:
         self.config, self.id = config, run_id
         self.runs_root = Path(runs_root)
-        self.path = self.runs_root / config.dataset / config.method / run_id
+        self.path = self.runs_root / config.fold_name / config.method / run_id
         self._offsets: dict[str, int] = {}
         self._total = 0
         self._buffer: list[str] = []
@@ -742,8 +742,8 @@ class Comparison:
 
     @property
     def dataset(self) -> str:
-        """The dataset of all members."""
-        return self.members[0][1].config.dataset
+        """The dataset, with its fold, of all members."""
+        return self.members[0][1].config.fold_name
 
     @property
     def id(self) -> str:
@@ -933,7 +933,7 @@ class MLflowMirror:
     def _upload(self, run: RunDirectory) -> tuple[str, bool]:
         """The MLflow id of a run's copy, and whether it was made now."""
         state, client = self._state(run), self._client
-        experiment = self._experiment(run.config.dataset)
+        experiment = self._experiment(run.config.fold_name)
         complete, nesting = None, {}
         for found in client.search_runs(
             [experiment], filter_string=f"tags.`glua_bench.id` = '{run.id}'"
@@ -1108,7 +1108,7 @@ class _Upload:
         tags = {
             "glua_bench.id": run.id,
             "glua_bench.method": config.method,
-            "glua_bench.dataset": config.dataset,
+            "glua_bench.dataset": config.fold_name,
             "glua_bench.direction": config.direction,
             "glua_bench.scenario": config.scenario,
             "glua_bench.seed": str(config.seed),
@@ -1447,7 +1447,7 @@ def _fetch(client: MlflowClient, copy: Run, into: Path) -> RunDirectory:
             folder.mkdir()
             _download(client, copy.info.run_id, folder)
             fetched = RunDirectory.open(folder)
-            own = [fetched.config.dataset, fetched.config.method]
+            own = [fetched.config.fold_name, fetched.config.method]
             if not fetched.done or not _has_mark(folder, mark) or own != parts[:2]:
                 raise UserError("its files do not fit together")
             try:
