@@ -259,9 +259,10 @@ FOLDED = """\
 from dataclasses import replace
 
 from glua_bench.conformance import TinyDataset
+from glua_bench.task import Dataset
 
 
-class Folded(TinyDataset):
+class Folded(TinyDataset, Dataset):
     \"\"\"The tiny task with two folds.\"\"\"
 
     name = "folded"
@@ -304,7 +305,7 @@ def test_a_fold_is_a_setting_with_runs_and_tables_of_its_own(call: Call, tmp_pat
     # Folds are no seeds of one another: each has its own table.
     code, out, err = call("report", "--out=page", *mine)
     assert code == 0, err
-    text = Path("page/index.html").read_text()
+    text = Path("page/report.html").read_text()
     assert "folded plain-inverted" in text and "folded_fold2 plain-inverted" in text
     image = tmp_path / "files/images/inverted_2.nii.gz"
     code, out, err = call("predict", "--run", second.name, "--out=found", image, "--device=cpu")

@@ -354,7 +354,8 @@ def test_a_dataset_that_is_called_like_a_fold_is_itself(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text(
         "from glua_bench.conformance import TinyDataset\n"
-        "class Own(TinyDataset):\n"
+        "from glua_bench.task import Dataset\n"
+        "class Own(TinyDataset, Dataset):\n"
         "    name = 'mmwhs_fold2'\n"
         "    def __init__(self, root):  # of a time before folds\n"
         "        super().__init__(root)\n"
