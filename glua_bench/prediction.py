@@ -55,7 +55,7 @@ class Model:
     Args:
         method: in eval mode, on `device`.
         config: of the run that trained it.
-        data: the domains whose images it can read; one alone in models of an older version.
+        data: the domains whose images it can read.
         device: where it predicts.
         source: what it was read from, for messages.
     """
@@ -88,11 +88,6 @@ class Model:
         config = self.config
         if name is None or name in self.data.domains:
             return name or config.target
-        if name == config.source:
-            raise ConfigError(
-                f"--domain {name}: {self.source} was exported by an older version of glua-bench, "
-                f"for images of {config.target} alone; export its run again."
-            )
         raise ConfigError(
             f"--domain {name}: {self.source} reads images of {config.source}, its source domain, "
             f"and of {config.target}, its target domain; give one of these."
@@ -211,9 +206,6 @@ def from_directory(folder: Path, plugins: Sequence[Path] = (), device: str = "au
         described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         weights = load_file(folder / WEIGHTS)
         config = RunConfig.from_dict(described["run"])
-        if "domains" not in described:  # an older version wrote down the target alone
-            own = {"reading": described["reading"], "structures": described["structures"]}
-            described["domains"] = {config.target: {**own, "usual": None}}
         data, expected = Carried.from_dict(described), set(described["weights"])
         structures = data.domains[config.target].structures
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:

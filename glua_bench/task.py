@@ -158,10 +158,7 @@ class GridView(DomainView):
     """A domain on a working grid: what a file's slices depend on, besides the file.
 
     Attributes:
-        name: of the domain.
-        reading: how its files become arrays.
-        structures: the classes, with the raw label values of the domain's files.
-        grid: on which networks see the slices.
+        grid: on which networks see the slices; the others are those of `DomainView`.
     """
 
     grid: Grid
@@ -277,11 +274,7 @@ class Dataset(ABC):
             ConfigError: the message names the folds that it has.
         """
         if not 1 <= fold <= cls.folds:
-            has = (
-                f"folds 1 to {cls.folds}: choose one of them"
-                if cls.folds > 1
-                else ("one split: leave --fold out")
-            )
+            has = f"folds 1 to {cls.folds}" if cls.folds > 1 else "one split: leave --fold out"
             raise ConfigError(f"Dataset '{cls.name}' has no fold {fold}; it has {has}.")
 
     @property

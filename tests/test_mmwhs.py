@@ -232,7 +232,7 @@ def test_the_split_file_is_complete() -> None:
     assert list(table.columns[2:]) == ["literature", "fold2", "fold3", "fold4", "fold5"]
     assert not table.duplicated(["domain", "id"]).any() and len(table) == 40
     assert set(np.unique(table.iloc[:, 2:])) == set(SPLITS)
-    with pytest.raises(ConfigError, match="'mmwhs' has no fold 9; it has folds 1 to 5: choose one"):
+    with pytest.raises(ConfigError, match="'mmwhs' has no fold 9; it has folds 1 to 5"):
         MMWHS(Path(), 9)
     with pytest.raises(ConfigError, match="'mmwhs_literature' has no fold 2; it has one split"):
         MMWHSLiterature(Path(), 2)

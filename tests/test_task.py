@@ -317,7 +317,7 @@ def test_a_fold_is_one_that_the_dataset_has(tmp_path: Path) -> None:
 
     assert [Folded(tmp_path, n).fold_name for n in (1, 3)] == ["folded", "folded_fold3"]
     for fold in (0, 4):
-        with pytest.raises(ConfigError, match=f"no fold {fold}; it has folds 1 to 3: choose one"):
+        with pytest.raises(ConfigError, match=f"no fold {fold}; it has folds 1 to 3"):
             Folded(tmp_path, fold)
     with pytest.raises(ConfigError, match="no fold 2; it has one split: leave --fold out"):
         TinyDataset(tmp_path, 2)
