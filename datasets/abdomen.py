@@ -29,8 +29,8 @@ class Abdomen(Dataset):
     as background. CHAOS: 63, 126, 189 and 252, in copies also 1 to 4. Other values are errors.
 
     Cases. Test ids are the literature's; of the other cases, three CT and two MR scans are for
-    validation (`datasets/splits/abdomen_v1.csv`). CT patients come from a US hospital and MR
-    patients from a Turkish one, so nobody is in both domains.
+    validation; folds 2 to 5 test the others (`datasets/splits/abdomen_v1.csv`). CT patients come
+    from a US hospital and MR patients from a Turkish one, so nobody is in both domains.
 
     Intensity. CT values from -125 to 275 HU are mapped to [-1, 1]. MR is normalised by percentiles
     of each volume.
@@ -51,7 +51,6 @@ class Abdomen(Dataset):
         "registration for BTCV (https://www.synapse.org/Synapse:syn3193805), CHAOS_Train_Sets.zip "
         "(https://doi.org/10.5281/zenodo.3431873), and both owners' terms"
     )
-    partition: ClassVar[str] = "literature"  # column of SPLIT_FILE
     # Okabe & Ito's colour-blind-safe palette; values are BTCV's.
     structures: ClassVar[tuple[Structure, ...]] = (
         Structure("LIV", "liver", (6,), "#e69f00"),
@@ -71,15 +70,7 @@ class Abdomen(Dataset):
         "paper": Grid(320, 1.3, 5.0),
     }
     publishable: ClassVar[bool] = False
-
-    @classmethod
-    def default_root(cls) -> Path:
-        """`$GLUA_BENCH_DATA/abdomen`, for every fold.
-
-        Raises:
-            DataError: the variable is not set.
-        """
-        return super().default_root().with_name(Abdomen.name)
+    folds: ClassVar[int] = 5
 
     @classmethod
     def reading_of(cls, domain: str) -> Reading:
@@ -156,7 +147,7 @@ class Abdomen(Dataset):
     @property
     def _splits(self) -> Mapping[str, Mapping[int, str]]:
         """Domain → id → split."""
-        return read_partition(SPLIT_FILE, self.partition)
+        return read_partition(SPLIT_FILE, self.fold)
 
     def _volumes(self, domain: str) -> Mapping[int, tuple[Path, Path]]:
         """Return id → NIfTI files of image and label; those of a series lie in the cache."""
@@ -173,42 +164,6 @@ class Abdomen(Dataset):
                     f"`glua-bench data prepare {self.name}` first."
                 )
         return made
-
-
-class AbdomenFold2(Abdomen):
-    """`abdomen` with other test cases: the second of five folds; `abdomen` is the first."""
-
-    name: ClassVar[str] = "abdomen_fold2"
-    reference: ClassVar[str] = "as abdomen"
-    needs: ClassVar[str] = "the files of abdomen"
-    partition: ClassVar[str] = "fold2"
-
-
-class AbdomenFold3(Abdomen):
-    """`abdomen` with other test cases: the third of five folds."""
-
-    name: ClassVar[str] = "abdomen_fold3"
-    reference: ClassVar[str] = "as abdomen"
-    needs: ClassVar[str] = "the files of abdomen"
-    partition: ClassVar[str] = "fold3"
-
-
-class AbdomenFold4(Abdomen):
-    """`abdomen` with other test cases: the fourth of five folds."""
-
-    name: ClassVar[str] = "abdomen_fold4"
-    reference: ClassVar[str] = "as abdomen"
-    needs: ClassVar[str] = "the files of abdomen"
-    partition: ClassVar[str] = "fold4"
-
-
-class AbdomenFold5(Abdomen):
-    """`abdomen` with other test cases: the fifth of five folds."""
-
-    name: ClassVar[str] = "abdomen_fold5"
-    reference: ClassVar[str] = "as abdomen"
-    needs: ClassVar[str] = "the files of abdomen"
-    partition: ClassVar[str] = "fold5"
 
 
 def _cache() -> Path:

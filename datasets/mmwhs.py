@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from glua_bench.datasets.mmwhs_layout import LA_BLOOD, MMWHSLayout, listed
+from glua_bench.datasets.mmwhs_layout import LA_BLOOD, SPLIT_FILE, MMWHSLayout
+from glua_bench.datasets.partitions import read_partition
 from glua_bench.task import Grid, Structure
 
 # Found in one MR label file of some copies, in place of the left atrium's 420.
@@ -26,8 +27,8 @@ class MMWHS(MMWHSLayout):
     ventricle, pulmonary artery) count as background. 421, found in one MR case of some copies,
     counts as 420. Any other value is an error.
 
-    Cases. Test ids are the literature's; two of the other 16 are for validation
-    (`datasets/splits/mmwhs_v1.csv`). No patient is in both domains.
+    Cases. Test ids are the literature's; two of the other 16 are for validation; folds 2 to 5 test
+    the others (`datasets/splits/mmwhs_v1.csv`). No patient is in both domains.
 
     Orientation and spacing are the header's: the sform, or the qform if no sform is set. Slices
     are coronal, with the patient's head at the top and right on the left.
@@ -70,10 +71,11 @@ class MMWHS(MMWHSLayout):
     )
     distance_note: ClassVar[str] = "mm by the files' headers"
     publishable: ClassVar[bool] = False
+    folds: ClassVar[int] = 5
 
     @classmethod
     def default_root(cls) -> Path:
-        """`$GLUA_BENCH_DATA/mmwhs`, for every fold.
+        """`$GLUA_BENCH_DATA/mmwhs`, for subclasses as well.
 
         Raises:
             DataError: the variable is not set.
@@ -99,6 +101,10 @@ class MMWHS(MMWHSLayout):
             "(right heart, pulmonary artery) count as background"
         )
 
+    def split_of(self, domain: str, number: int) -> str:
+        """ "train", "val" or "test" of one id, in the fold."""
+        return read_partition(SPLIT_FILE, self.fold)[domain][number]
+
     def folders(self, domain: str) -> tuple[Path, ...]:
         """Return the directories to search for a domain's files, the expected one first.
 
@@ -111,43 +117,3 @@ class MMWHS(MMWHSLayout):
             roots.append(self.root.parent)
         names = [f"{domain}_train", f"{domain}_train1", f"{domain}_train2", ""]
         return tuple(root / name for root in roots for name in names)
-
-
-class MMWHSFold2(MMWHS):
-    """`mmwhs` with other test cases: the second of five folds, of which `mmwhs` is the first."""
-
-    name: ClassVar[str] = "mmwhs_fold2"
-    reference: ClassVar[str] = "as mmwhs"
-    needs: ClassVar[str] = "the files of mmwhs"
-    test_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold2", "test")
-    val_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold2", "val")
-
-
-class MMWHSFold3(MMWHS):
-    """`mmwhs` with other test cases: the third of five folds."""
-
-    name: ClassVar[str] = "mmwhs_fold3"
-    reference: ClassVar[str] = "as mmwhs"
-    needs: ClassVar[str] = "the files of mmwhs"
-    test_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold3", "test")
-    val_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold3", "val")
-
-
-class MMWHSFold4(MMWHS):
-    """`mmwhs` with other test cases: the fourth of five folds."""
-
-    name: ClassVar[str] = "mmwhs_fold4"
-    reference: ClassVar[str] = "as mmwhs"
-    needs: ClassVar[str] = "the files of mmwhs"
-    test_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold4", "test")
-    val_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold4", "val")
-
-
-class MMWHSFold5(MMWHS):
-    """`mmwhs` with other test cases: the fifth of five folds."""
-
-    name: ClassVar[str] = "mmwhs_fold5"
-    reference: ClassVar[str] = "as mmwhs"
-    needs: ClassVar[str] = "the files of mmwhs"
-    test_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold5", "test")
-    val_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("fold5", "val")

@@ -24,19 +24,11 @@ ALL_IDS = tuple(range(1001, 1021))
 SPLIT_FILE = SPLITS_FOLDER / "mmwhs_v1.csv"
 
 
-def listed(partition: str, split: str) -> dict[str, tuple[int, ...]]:
-    """Return domain → sorted ids of one split in one partition of `SPLIT_FILE`.
-
-    Args:
-        partition: "literature", or "fold2" to "fold5".
-        split: "train", "val" or "test".
-
-    Raises:
-        KeyError: the file has no such partition.
-    """
+def listed(split: str) -> dict[str, tuple[int, ...]]:
+    """Return domain → sorted ids of one split of the literature's partition."""
     return {
         domain: tuple(sorted(number for number, own in ids.items() if own == split))
-        for domain, ids in read_partition(SPLIT_FILE, partition).items()
+        for domain, ids in read_partition(SPLIT_FILE, 1).items()
     }
 
 
@@ -68,8 +60,8 @@ class MMWHSLayout(Dataset):
     )
     # Test ids as in the literature (SIFA, AAAI 2019, and later papers); validation ids are ours,
     # because they differ between papers.
-    test_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("literature", "test")
-    val_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("literature", "val")
+    test_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("test")
+    val_ids: ClassVar[Mapping[str, tuple[int, ...]]] = listed("val")
     grids: ClassVar[Mapping[str, Grid]] = {
         "quick": Grid(64, 3.5, 4.0),
         "standard": Grid(128, 1.75, 3.0),

@@ -46,6 +46,7 @@ class MMWHSLiterature(MMWHS):
     protocol: ClassVar[str] = (
         "literature: volumes are cropped around their labels, those of the target included"
     )
+    folds: ClassVar[int] = 1
     reading: ClassVar[Reading] = replace(MMWHS.reading, percentiles=(0.0, 98.0))
     grids: ClassVar[Mapping[str, Grid]] = {
         "quick": Grid(64, 4.0, 4.0),

@@ -38,11 +38,8 @@ class KnownDomain(DomainView):
     """What a run knows of one of its domains.
 
     Attributes:
-        name: of the domain.
-        reading: how its files become arrays.
-        structures: the classes, with the raw label values of the domain's files.
         usual: how intensities of its training images are distributed; None where the run trained
-            on too few of them.
+            on too few of them. The others are those of `DomainView`.
     """
 
     usual: Usual | None = None

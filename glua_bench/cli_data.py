@@ -11,6 +11,7 @@ import typer
 from glua_bench.cli_options import (
     DataRoot,
     DatasetName,
+    Fold,
     Plugins,
     PresetName,
     Processes,
@@ -20,7 +21,7 @@ from glua_bench.cli_options import (
 )
 from glua_bench.console import next_command
 from glua_bench.errors import ConfigError, DataError
-from glua_bench.registry import Registry
+from glua_bench.registry import load_dataset
 
 if TYPE_CHECKING:
     from glua_bench.task import Dataset
@@ -32,16 +33,23 @@ _SHOW = ("glua-bench", "data", "show")
 _RUN = ("glua-bench", "run", "--method", "source_only", "--dataset")
 
 
-def _dataset(name: str, root: Path | None, plugins: list[Path] | None) -> Dataset:
+def _dataset(name: str, root: Path | None, plugins: list[Path] | None, fold: int) -> Dataset:
     name, plugins = with_descriptions(name, plugins)
-    loaded: Dataset = Registry("dataset", plugins or []).load(name)(root)
+    loaded = load_dataset(name, root, plugins, fold)
     loaded.prepare(say)
     return loaded
+
+
+def _command(
+    words: tuple[str, ...], name: str, root: Path | None, plugins: list[Path] | None, fold: int
+) -> str:
+    return next_command(*words, name, plugins=plugins, data_root=root, fold=fold)
 
 
 @data_app.command()
 def prepare(
     dataset: DatasetName,
+    fold: Fold = 1,
     data_root: DataRoot = None,
     preset: PresetName = "quick",
     jobs: Processes = None,
@@ -52,7 +60,7 @@ def prepare(
     from glua_bench.console import Progress
     from glua_bench.preparation import prepare_cases
 
-    data = _dataset(dataset, data_root, plugin)
+    data = _dataset(dataset, data_root, plugin, fold)
     with Progress() as progress:
         problems = prepare_cases(data, data.grid(preset), progress, jobs)
     for domain in data.domains():
@@ -68,12 +76,13 @@ def prepare(
             f"Some cases of '{dataset}' in {data.root} could not be prepared; correct or replace "
             "the files listed above and repeat the command."
         )
-    say(f"Next: {next_command(*_SHOW, dataset, plugins=plugin, data_root=data_root)}")
+    say(f"Next: {_command(_SHOW, dataset, data_root, plugin, fold)}")
 
 
 @data_app.command()
 def check(
     dataset: DatasetName,
+    fold: Fold = 1,
     data_root: DataRoot = None,
     jobs: Processes = None,
     out: Annotated[
@@ -90,7 +99,7 @@ def check(
     from glua_bench.integrity import check_dataset, refuse_problems, summary
     from glua_bench.parallel import cores
 
-    data = _dataset(dataset, data_root, plugin)
+    data = _dataset(dataset, data_root, plugin, fold)
     with Progress() as progress:
         facts, findings = check_dataset(data, progress, jobs or cores())
     heads = [f"{structure.name} ml" for structure in data.structures]
@@ -120,13 +129,14 @@ def check(
         say(f"Wrote {out}")
     refuse_problems(findings, len(facts), f"'{dataset}' in {data.root}")
     say(f"All {len(facts)} cases in {data.root} can be used; {summary(findings)}.")
-    say(f"Next: {next_command(*_SHOW, dataset, plugins=plugin, data_root=data_root)}")
-    say(f"      {next_command(*_RUN, dataset, plugins=plugin, data_root=data_root)}")
+    say(f"Next: {_command(_SHOW, dataset, data_root, plugin, fold)}")
+    say(f"      {_command(_RUN, dataset, data_root, plugin, fold)}")
 
 
 @data_app.command()
 def fingerprint(
     dataset: DatasetName,
+    fold: Fold = 1,
     data_root: DataRoot = None,
     jobs: Processes = None,
     out: Annotated[
@@ -146,7 +156,7 @@ def fingerprint(
     if out is not None:
         prints.format_of(out)  # fail early
     known = prints.read(against) if against is not None else None
-    data = _dataset(dataset, data_root, plugin)
+    data = _dataset(dataset, data_root, plugin, fold)
     with Progress() as progress:
         facts = gather(data, jobs or cores(), progress)
     table = prints.fingerprint(data, facts)
@@ -170,6 +180,7 @@ def fingerprint(
 def export_data(
     dataset: DatasetName,
     to: Annotated[Path, typer.Option("--to", help="Directory of the export.")],
+    fold: Fold = 1,
     data_root: DataRoot = None,
     number: Annotated[
         int,
@@ -192,16 +203,16 @@ def export_data(
     from glua_bench.console import Progress
     from glua_bench.parallel import cores
 
-    data = _dataset(dataset, data_root, plugin)
+    data = _dataset(dataset, data_root, plugin, fold)
     found = None
     if run is not None:
         from glua_bench.prediction import find_run
 
         found = find_run(run, runs_root)
-        if found.config.dataset != data.name:
+        if found.config.fold_name != data.fold_name:
             raise ConfigError(
-                f"--run {run} is a run on '{found.config.dataset}', not on '{data.name}': give a "
-                "run on this dataset."
+                f"--run {run} is a run on '{found.config.fold_name}', not on '{data.fold_name}': "
+                "give a run on this dataset."
             )
     with Progress() as progress:
         made = nnunet.export(data, to, number, link, jobs or cores(), progress)
@@ -229,17 +240,18 @@ def export_data(
 @data_app.command()
 def show(
     dataset: DatasetName,
+    fold: Fold = 1,
     data_root: DataRoot = None,
     preset: PresetName = "standard",
     out: Annotated[Path, typer.Option(help="Output directory.")] = Path("figures"),
     plugin: Plugins = None,
 ) -> None:
     """Plot each domain: slices with label contours, and intensity distributions."""
-    data = _dataset(dataset, data_root, plugin)
+    data = _dataset(dataset, data_root, plugin, fold)
     from glua_bench.reports.run_figures import draw_dataset
 
     for file in draw_dataset(data, data.grid(preset), out):
         say(f"Wrote {file}")
     if not data.publishable:
         say("These figures show images of the data's owner: do not share them.")
-    say(f"Next: {next_command(*_RUN, dataset, plugins=plugin, data_root=data_root)}")
+    say(f"Next: {_command(_RUN, dataset, data_root, plugin, fold)}")

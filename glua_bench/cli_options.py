@@ -74,6 +74,14 @@ DatasetNames = Annotated[
     str,
     typer.Option("--datasets", "--dataset", help="Names, or descriptions FILE.yaml, by commas."),
 ]
+Fold = Annotated[
+    int,
+    typer.Option(
+        "--fold",
+        min=1,
+        help="Of the dataset, each with other test cases; 1 is its default split.",
+    ),
+]
 DirectionNames = Annotated[
     str | None,
     typer.Option(

@@ -51,7 +51,7 @@ def list_(
                 say(f"  {entry.name:<13} BROKEN ({entry.origin}): {entry.error}")
                 continue
             say(f"  {entry.name:<13} {entry.summary}")
-            for label, key in (("paper", "reference"), ("needs", "needs")):
+            for label, key in (("paper", "reference"), ("needs", "needs"), ("folds", "folds")):
                 text = entry.attributes.get(key)
                 if text:
                     say(

@@ -191,7 +191,7 @@ def predict(
         loaded = prediction.from_run(found, plugin or [], device, selector)
     config, name = loaded.config, loaded.domain(domain)
     say(
-        f"{config.method}, trained on {config.dataset} {config.direction}"
+        f"{config.method}, trained on {config.fold_name} {config.direction}"
         + (", PRIVILEGED (trained on target labels)" if config.privileged else "")
     )
     say(_read_as(loaded, name))

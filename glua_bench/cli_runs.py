@@ -18,6 +18,7 @@ from glua_bench.cli_options import (
     Device,
     DirectionNames,
     DryRun,
+    Fold,
     Jobs,
     Mirrored,
     Numbers,
@@ -61,6 +62,7 @@ def run(
     direction: Annotated[
         str | None, typer.Option(help="source-target, e.g. mr-ct; default is the dataset's first.")
     ] = None,
+    fold: Fold = 1,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     preset: RunPreset = None,
     set_: Assignments = None,
@@ -90,7 +92,8 @@ def run(
     dataset, plugin = with_descriptions(dataset, plugin)
     # A wrong name is found before the seconds that importing torch takes.
     Registry("method", plugin or []).entry(method)
-    Registry("dataset", plugin or []).entry(dataset)
+    datasets = Registry("dataset", plugin or [])
+    datasets.entry(datasets.fold_of(dataset, fold)[0])
     from glua_bench import runs
     from glua_bench.console import Progress
     from glua_bench.neighbours import Neighbourhood
@@ -99,6 +102,7 @@ def run(
         method=method,
         dataset=dataset,
         direction=direction,
+        fold=fold,
         scenario=scenario,
         preset=preset,
         seed=seed,
@@ -117,7 +121,7 @@ def run(
     planned = runs.plan(request, say)
     config = planned.config
     say(
-        f"{config.method} on {config.dataset} {config.direction}, seed {config.seed}, preset "
+        f"{config.method} on {config.fold_name} {config.direction}, seed {config.seed}, preset "
         f"{config.preset}, augmentation {config.augmentation}"
         + (f", slices {Neighbourhood.of(config)}" if config.slices > 1 else "")
         + (f", perturbation {config.perturbation}" if config.perturbation else "")
@@ -220,7 +224,9 @@ def _next_run(planned: PlannedRun, request: RunRequest) -> str:
     own = any(assignment.startswith("method.") for assignment in request.assignments)
     if own:
         words.append("--no-bounds")  # which do not have these settings
-    line = next_command(*words, plugins=request.plugins, data_root=request.data_root)
+    line = next_command(
+        *words, plugins=request.plugins, data_root=request.data_root, fold=config.fold
+    )
     return line if own else f"{line}   (both bounds, three seeds)"
 
 
@@ -234,6 +240,7 @@ def compare(
     ],
     datasets: DatasetNames,
     directions: DirectionNames = None,
+    fold: Fold = 1,
     seeds: Seeds = 3,
     repeats: Repeats = 0,
     bounds: Bounds = True,
@@ -271,6 +278,7 @@ def ablate(
     method: Annotated[str, typer.Option(help="Which method; see `glua-bench list methods -v`.")],
     datasets: DatasetNames,
     directions: DirectionNames = None,
+    fold: Fold = 1,
     seeds: Seeds = 3,
     repeats: Repeats = 0,
     vary: Annotated[
@@ -333,6 +341,7 @@ def _shared_request(options: Mapping[str, Any]) -> RunRequest:
     from glua_bench.runs import RunRequest
 
     same = [
+        "fold",
         "preset",
         "augmentation",
         "steps",

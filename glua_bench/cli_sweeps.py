@@ -54,6 +54,7 @@ def sweep(
     ] = 1,
     trials: Annotated[int | None, typer.Option(min=1, help="In the place of the file's.")] = None,
     dataset: Annotated[str | None, typer.Option(help="In the place of the file's.")] = None,
+    fold: Annotated[int | None, typer.Option(min=1, help="In the place of the file's.")] = None,
     directions: DirectionNames = None,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Of every trial, in the place of the file's.")
@@ -122,6 +123,7 @@ def sweep(
         plugin or [],
         trials=trials,
         dataset=dataset,
+        fold=fold,
         directions=split_names(directions or ""),
         seeds=seeds,
         space=space,

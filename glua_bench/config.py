@@ -22,7 +22,7 @@ from glua_bench.documents import WORDS, dump, dump_line, load
 from glua_bench.errors import ConfigError
 from glua_bench.identity import digest as digest  # names that other modules import from here
 from glua_bench.identity import identity as identity
-from glua_bench.task import Grid
+from glua_bench.task import Grid, fold_name
 
 AUGMENTATIONS = ("none", "geometric", "photometric")
 SUPERVISED = "supervised"  # the scenario whose source is the labelled target-train cases
@@ -106,6 +106,7 @@ class RunConfig:
         choices=SCENARIOS,
     )
     preset: str = "quick"
+    fold: int = setting(1, "the dataset's fold; 1 is its default split", low=1, high=10_000)
     seed: int = setting(0, "random seed", low=0, high=2**31 - 1)
     perturbation: int = setting(
         0,
@@ -142,6 +143,11 @@ class RunConfig:
                 f"slice_distance = {self.slice_distance} has no effect with slices = 1; set slices "
                 "to 3, 5 or 7, or remove slice_distance."
             )
+
+    @property
+    def fold_name(self) -> str:
+        """The dataset with its fold, e.g. "mmwhs_fold2"; what a table of results is about."""
+        return fold_name(self.dataset, self.fold)
 
     @property
     def source(self) -> str:

@@ -459,7 +459,6 @@ def poison_labels(dataset: Dataset, cases: Iterable[Case], seed: int = 0) -> Non
         view = dataset.view(case.domain)
         values = [0, *view.reading.ignored_values]
         values += [v for structure in view.structures for v in structure.values]
-        table = np.array(values, np.int16)
         if case.label is not None:
             rewrite_voxels(case.label, functools.partial(noise, values))
 

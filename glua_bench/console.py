@@ -26,7 +26,10 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def next_command(
-    *words: object, plugins: Sequence[Path] | None = None, data_root: Path | None = None
+    *words: object,
+    plugins: Sequence[Path] | None = None,
+    data_root: Path | None = None,
+    fold: int = 1,
 ) -> str:
     """Format a command for a shell, with quotes where they are needed.
 
@@ -34,8 +37,11 @@ def next_command(
         words: the command and its options.
         plugins: plugin files to pass on.
         data_root: data directory to pass on.
+        fold: fold to pass on.
     """
     line = [str(word) for word in words]
+    if fold > 1:
+        line += ["--fold", str(fold)]
     for file in plugins or ():
         line += ["--plugin", str(file)]
     if data_root is not None:

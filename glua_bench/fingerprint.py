@@ -61,7 +61,7 @@ def fingerprint(dataset: Dataset, facts: Sequence[CaseFacts]) -> dict[str, Any]:
     content = _digest({domain: table["content"] for domain, table in domains.items()})
     return {
         "version": VERSION,
-        "dataset": dataset.name,
+        "dataset": dataset.fold_name,
         "content": content,
         "structures": names,
         "domains": domains,

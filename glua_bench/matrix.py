@@ -40,7 +40,7 @@ from glua_bench.method import Method
 from glua_bench.metrics import PRIMARY
 from glua_bench.registry import Registry
 from glua_bench.runs import PlannedRun, RunRequest
-from glua_bench.task import Dataset
+from glua_bench.task import Dataset, fold_name
 from glua_bench.tracking import Comparison, RunDirectory
 
 POLL_SECONDS = 1.0  # between looks at runs that another process executes
@@ -257,9 +257,10 @@ def _cells(
             "out, and give --repeats."
         )
     starts = [(seed, 0) for seed in range(seeds)] + [(0, draw + 1) for draw in range(repeats)]
-    tasks = []
-    for name in dict.fromkeys(datasets):
-        dataset: type[Dataset] = Registry("dataset", base.plugins).load(name)
+    tasks, registry = [], Registry("dataset", base.plugins)
+    for name, fold in dict.fromkeys(registry.fold_of(name, base.fold) for name in datasets):
+        dataset: type[Dataset] = registry.load(name)
+        dataset.check_fold(fold)
         known = dataset.directions
         chosen = known if tuple(directions) == ("all",) else directions or known[:1]
         for direction in dict.fromkeys(chosen):
@@ -268,15 +269,16 @@ def _cells(
                     f"Dataset '{name}' has no direction '{direction}'; use --directions with all, "
                     f"or some of {', '.join(known)}."
                 )
-            tasks.append((name, direction))
+            tasks.append((name, fold, direction))
     cells = []
-    for (seed, draw), (entry, changes), (name, direction) in itertools.product(
+    for (seed, draw), (entry, changes), (name, fold, direction) in itertools.product(
         starts, entries.items(), tasks
     ):
-        request = replace(base, dataset=name, direction=direction, seed=seed, **changes)
+        place = {"dataset": name, "fold": fold, "direction": direction}
+        request = replace(base, **place, seed=seed, **changes)
         if draw:
             request.assignments = [*request.assignments, f"perturbation={draw}"]
-        cells.append(Cell(entry, f"{name} {direction}", request))
+        cells.append(Cell(entry, f"{fold_name(name, fold)} {direction}", request))
     return cells
 
 
@@ -381,7 +383,9 @@ def by_dataset(title: str, planned: Sequence[Planned]) -> list[Comparison]:
     """
     groups: dict[str, list[tuple[str, RunDirectory]]] = {}
     for item in planned:
-        groups.setdefault(item.run.config.dataset, []).append((item.cell.entry, item.run.directory))
+        groups.setdefault(item.run.config.fold_name, []).append(
+            (item.cell.entry, item.run.directory)
+        )
     return [Comparison(title, members) for members in groups.values()]
 
 

@@ -170,7 +170,7 @@ def folder_of(dataset: Dataset, domain: str, to: Path, number: int) -> Path:
             f"--number {number} leads to dataset {own}; give one of {FIRST} to {LAST}, so that all "
             "domains have three digits."
         )
-    name = re.sub(r"\W+", "_", f"{dataset.name}_{domain}")
+    name = re.sub(r"\W+", "_", f"{dataset.fold_name}_{domain}")
     folder = to / RAW / f"Dataset{own:03d}_{name}"
     others = [
         other for other in sorted(folder.parent.glob(f"Dataset{own:03d}_*")) if other != folder
@@ -204,7 +204,7 @@ def _begin(folder: Path, dataset: Dataset, domain: str, cases: Sequence[Case], l
     view = dataset.view(domain)
     record = {
         "version": EXPORT_VERSION,
-        "dataset": dataset.name,
+        "dataset": dataset.fold_name,
         "domain": domain,
         "links": link,
         "reading": json.loads(json.dumps(view.reading.identity())),
@@ -258,7 +258,8 @@ def _finish(folder: Path, dataset: Dataset, domain: str, cases: Sequence[Case]) 
         "file_ending": ENDING,
         "name": folder.name.split("_", 1)[1],
         "reference": dataset.reference,
-        "description": f"Domain {domain} of {dataset.name}, written by glua-bench {__version__}.",
+        "description": f"Domain {domain} of {dataset.fold_name}, written by glua-bench "
+        f"{__version__}.",
     }
     write_json(folder / "dataset.json", facts, "--to")
 

@@ -533,7 +533,7 @@ def card(model: Model, run: RunDirectory, selector: str) -> str:
     config, summary = model.config, run.read_summary()
     rows = [row for row in summary["scores"] if row["selector"] == selector]
     lines = [
-        f"# {config.method}, trained on {config.dataset} {config.direction}",
+        f"# {config.method}, trained on {config.fold_name} {config.direction}",
         "",
         "Segments slices of "
         + ", ".join(f"{s.title} ({s.name})" for s in model.structures)

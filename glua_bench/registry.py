@@ -14,19 +14,23 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import re
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glua_bench.documents import SUFFIXES as DESCRIPTIONS
 from glua_bench.documents import read_document
-from glua_bench.errors import PluginError, UserError, reason
+from glua_bench.errors import ConfigError, PluginError, UserError, reason
 from glua_bench.paths import ARTIFACTS, SWEEPS, name_fault
+
+if TYPE_CHECKING:
+    from glua_bench.task import Dataset
 
 GROUPS = {
     "method": "glua_bench.methods",
@@ -144,6 +148,29 @@ class Registry:
             f"{known} (see `glua-bench list`, or add one with --plugin FILE)."
         )
 
+    def fold_of(self, name: str, fold: int = 1) -> tuple[str, int]:
+        """Read the name of a dataset with its fold: `mmwhs_fold2` is fold 2 of `mmwhs`.
+
+        Args:
+            name: of a dataset, alone or as `task.fold_name` writes it.
+            fold: what was asked for besides.
+
+        Returns:
+            The dataset's name and the fold.
+
+        Raises:
+            ConfigError: the name and `fold` contradict each other.
+        """
+        match = re.fullmatch(r"(.+)_fold(\d+)", name)
+        if match is None or name in self or match[1] not in self:
+            return name, fold
+        if fold not in (1, int(match[2])):
+            raise ConfigError(
+                f"--dataset {name} is fold {match[2]} of '{match[1]}' and --fold is {fold}: leave "
+                "one of the two out."
+            )
+        return match[1], int(match[2])
+
     def name_of(self, file: Path) -> str:
         """Return the name of the plugin that a description defines.
 
@@ -202,6 +229,30 @@ class Registry:
                 f"'{getattr(loaded, 'name', None)}'; make it equal to the registered name."
             )
         return loaded
+
+
+def load_dataset(
+    name: str, data_root: Path | None, plugins: Sequence[Path], fold: int = 1
+) -> Dataset:
+    """Load a dataset on its directory.
+
+    Args:
+        name: of the dataset; `mmwhs_fold2` is fold 2 of `mmwhs`.
+        data_root: directory of its files; None is the dataset's default.
+        plugins: files with further datasets.
+        fold: which of its folds.
+
+    Raises:
+        PluginError: no dataset has the name, or it cannot be imported.
+        ConfigError: the dataset has no such fold.
+        DataError: the default directory is not known.
+    """
+    registry = Registry("dataset", plugins)
+    name, fold = registry.fold_of(name, fold)
+    dataset: Any = registry.load(name)
+    dataset.check_fold(fold)  # here, since a plugin's own __init__ may take no fold
+    loaded: Dataset = dataset(data_root) if fold == 1 else dataset(data_root, fold)
+    return loaded
 
 
 def _base_class(kind: str) -> type:

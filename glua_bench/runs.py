@@ -43,7 +43,7 @@ from glua_bench.method import Batch, Cases, Method, Role, Stage, TaskInfo
 from glua_bench.neighbours import Neighbourhood, common_distance, middle
 from glua_bench.networks import DEEPLAB_STRIDE
 from glua_bench.paths import name_fault
-from glua_bench.registry import Registry
+from glua_bench.registry import Registry, load_dataset
 from glua_bench.selection import ROLES, Candidate, Samples, Selector, choose, sample_pixels
 from glua_bench.task import (
     Case,
@@ -65,6 +65,7 @@ class RunRequest:
     method: str
     dataset: str
     direction: str | None = None
+    fold: int = 1
     scenario: str = "uda"
     preset: str | None = None
     seed: int = 0
@@ -179,6 +180,7 @@ def resolve(request: RunRequest, dataset: Dataset, method_class: type[Method]) -
             segmenter=build_settings(SegmenterSpec, segmenter, "segmenter"),
             scenario=request.scenario,
             preset=preset,
+            fold=dataset.fold,
             seed=request.seed,
             **values,
         )
@@ -444,12 +446,6 @@ def adjusted(
     return replace(config, method_config={**config.method_config, **values})
 
 
-def load_dataset(name: str, data_root: Path | None, plugins: Sequence[Path]) -> Dataset:
-    """The dataset by name, on its directory."""
-    loaded: Dataset = Registry("dataset", plugins).load(name)(data_root)
-    return loaded
-
-
 def plan(request: RunRequest, report: Callable[[str], None] = lambda line: None) -> PlannedRun:
     """Resolve a request, make the data ready, and compute the run's identity.
 
@@ -461,7 +457,7 @@ def plan(request: RunRequest, report: Callable[[str], None] = lambda line: None)
         UserError: anything in the request cannot be used.
     """
     method_class: type[Method] = Registry("method", request.plugins).load(request.method)
-    dataset = load_dataset(request.dataset, request.data_root, request.plugins)
+    dataset = load_dataset(request.dataset, request.data_root, request.plugins, request.fold)
     config = resolve(request, dataset, method_class)
     return plan_config(request, config, dataset, method_class, report)
 
@@ -940,7 +936,7 @@ def _train_and_score(
     rows = rows.assign(
         privileged_selection=rows["selector"] == ORACLE,
         method=config.method,
-        dataset=config.dataset,
+        dataset=config.fold_name,
         direction=config.direction,
         scenario=config.scenario,
         seed=config.seed,

@@ -30,6 +30,18 @@ _RESERVED = {
 Answer = TypeVar("Answer")
 
 
+def fold_name(dataset: str, fold: int) -> str:
+    """Name a dataset with its fold, as results, tables and directories of runs do.
+
+    `Registry.fold_of` reads the name back, so it may be given in the place of the dataset's.
+
+    Example:
+        >>> fold_name("mmwhs", 1), fold_name("mmwhs", 2)
+        ('mmwhs', 'mmwhs_fold2')
+    """
+    return dataset if fold == 1 else f"{dataset}_fold{fold}"
+
+
 @dataclass(frozen=True)
 class Structure:
     """One class of the segmentation task.
@@ -146,10 +158,7 @@ class GridView(DomainView):
     """A domain on a working grid: what a file's slices depend on, besides the file.
 
     Attributes:
-        name: of the domain.
-        reading: how its files become arrays.
-        structures: the classes, with the raw label values of the domain's files.
-        grid: on which networks see the slices.
+        grid: on which networks see the slices; the others are those of `DomainView`.
     """
 
     grid: Grid
@@ -227,8 +236,10 @@ class Dataset(ABC):
 
     Args:
         root: the directory of the data; None uses `default_root()`.
+        fold: which split of the cases, from 1 to `folds`.
 
     Raises:
+        ConfigError: the dataset has no such fold.
         DataError: from `prepare` or `cases`, naming the directory or file and the fix.
     """
 
@@ -240,6 +251,9 @@ class Dataset(ABC):
     reading: ClassVar[Reading]
     grids: ClassVar[Mapping[str, Grid]]  # preset -> grid
     distance_note: ClassVar[str] = "mm by the files' headers"
+    # Splits of the same files with other test cases; 1 is the default one, the literature's if any.
+    folds: ClassVar[int] = 1
+    fold: int = 1
     # What differs from the harness's protocol, for the stamp on every result; usually nothing.
     protocol: ClassVar[str] = ""
     publishable: ClassVar[bool] = False  # may pictures of it leave the machine?
@@ -248,8 +262,25 @@ class Dataset(ABC):
     # Do slices that follow each other in a file lie side by side in the body?
     neighbouring_slices: ClassVar[bool] = True
 
-    def __init__(self, root: Path | None = None) -> None:
-        self.root = (root or self.default_root()).expanduser()
+    def __init__(self, root: Path | None = None, fold: int = 1) -> None:
+        self.check_fold(fold)
+        self.root, self.fold = (root or self.default_root()).expanduser(), fold
+
+    @classmethod
+    def check_fold(cls, fold: int) -> None:
+        """Refuse a fold that the dataset does not have.
+
+        Raises:
+            ConfigError: the message names the folds that it has.
+        """
+        if not 1 <= fold <= cls.folds:
+            has = f"folds 1 to {cls.folds}" if cls.folds > 1 else "one split: leave --fold out"
+            raise ConfigError(f"Dataset '{cls.name}' has no fold {fold}; it has {has}.")
+
+    @property
+    def fold_name(self) -> str:
+        """The name with the fold, e.g. "mmwhs_fold2"; the name alone for fold 1."""
+        return fold_name(self.name, self.fold)
 
     @classmethod
     def default_root(cls) -> Path:

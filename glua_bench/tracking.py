@@ -108,7 +108,7 @@ class RunDirectory:
     def __init__(self, runs_root: Path, config: RunConfig, run_id: str) -> None:
         self.config, self.id = config, run_id
         self.runs_root = Path(runs_root)
-        self.path = self.runs_root / config.dataset / config.method / run_id
+        self.path = self.runs_root / config.fold_name / config.method / run_id
         self._offsets: dict[str, int] = {}
         self._total = 0
         self._buffer: list[str] = []
@@ -730,7 +730,7 @@ def _tags(run: RunDirectory) -> dict[str, str]:
     tags = {
         "id": run.id,
         "method": config.method,
-        "dataset": config.dataset,
+        "dataset": config.fold_name,
         "direction": config.direction,
         "scenario": config.scenario,
         "seed": str(config.seed),
@@ -834,8 +834,8 @@ class Comparison:
 
     @property
     def dataset(self) -> str:
-        """The dataset of all members."""
-        return self.members[0][1].config.dataset
+        """The dataset, with its fold, of all members."""
+        return self.members[0][1].config.fold_name
 
     @property
     def id(self) -> str:
@@ -1011,7 +1011,7 @@ class MLflowMirror(Tracker):
     def _upload(self, run: RunDirectory) -> tuple[str, bool]:
         """The MLflow id of a run's copy, and whether it was made now."""
         state, client = run_state(run), self._client
-        experiment = self._experiment(run.config.dataset)
+        experiment = self._experiment(run.config.fold_name)
         complete, nesting = None, {}
         for found in client.search_runs(
             [experiment], filter_string=f"tags.`glua_bench.id` = '{run.id}'"
@@ -1421,7 +1421,7 @@ def _fetch(client: MlflowClient, copy: Run, into: Path) -> RunDirectory:
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 _download(client, copy.info.run_id, folder, Path(scratch))
             fetched = RunDirectory.open(folder)
-            own = [fetched.config.dataset, fetched.config.method]
+            own = [fetched.config.fold_name, fetched.config.method]
             if not fetched.done or not _has_mark(folder, mark) or own != parts[:2]:
                 raise UserError("its files do not fit together")
         if not _has_mark(path, mark):

@@ -60,7 +60,7 @@ def costs(runs: Sequence[tuple[RunConfig, Mapping[str, Any]]]) -> list[float]:
     """
 
     def key(config: RunConfig, stage: str) -> tuple[Any, ...]:
-        shared = config.dataset, config.direction, config.seed, config.preset, config.steps
+        shared = config.fold_name, config.direction, config.seed, config.preset, config.steps
         return *shared, getattr(config, statistics.REPEAT, 0), stage
 
     trained = {

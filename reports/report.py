@@ -16,7 +16,7 @@ from glua_bench.config import ORACLE, UPPER
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.files import replacing, write_text
 from glua_bench.metrics import PRIMARY
-from glua_bench.registry import Registry
+from glua_bench.registry import Registry, load_dataset
 from glua_bench.reports import (
     case_pictures,
     charts,
@@ -370,8 +370,7 @@ class _Writer(PageWriter):
     def _dataset(self, name: str) -> Dataset | None:
         if name not in self._datasets:
             try:
-                loaded: Any = self._registry(name).load(name)
-                dataset: Dataset = loaded(self.options.data_root)
+                dataset = load_dataset(name, self.options.data_root, self._plugins(name))
                 dataset.prepare(self.report)
                 self._datasets[name] = dataset
             except UserError as error:
@@ -379,15 +378,14 @@ class _Writer(PageWriter):
                 self._datasets[name] = None
         return self._datasets[name]
 
-    def _registry(self, name: str) -> Registry:
-        """Of data sets, with the description of one that only the runs still know."""
-        registry = Registry("dataset", self.options.plugins)
-        if name not in registry:
+    def _plugins(self, name: str) -> list[Path]:
+        """Plugins, with the description of a dataset that only its runs still know."""
+        plugins = list(self.options.plugins)
+        if name not in Registry("dataset", plugins):
             runs = self.results.directories.values()
-            own = [run.path for run in runs if run.config.dataset == name]
-            kept = [file for file in map(carried.description, own) if file is not None]
-            registry = Registry("dataset", [*self.options.plugins, *kept[:1]])
-        return registry
+            own = [run.path for run in runs if run.config.fold_name == name]
+            plugins += [file for file in map(carried.description, own) if file is not None][:1]
+        return plugins
 
 
 # -- the page ----------------------------------------------------------------------------------

@@ -326,6 +326,7 @@ def _matches(run: RunDirectory, where: Mapping[str, Sequence[str]]) -> bool:
     if not where:
         return True
     values = {"run": run.id, **flat_settings(run.config.to_dict())}
+    values["dataset"] = run.config.fold_name  # as in the rows
     if "code" in where:
         values["code"] = run.read_environment().get("code", "")
     for name, allowed in where.items():
@@ -401,7 +402,7 @@ def _lines(records: Sequence[_Record], notice: Callable[[str], None]) -> pd.Data
         changes = record.environment["changed"]
         base = _base(config)
         entry = ", ".join([base, *(f"{n} = {_shown(v)}" for n, v in changes.items())])
-        task = f"{config.dataset} {config.direction}"
+        task = f"{config.fold_name} {config.direction}"
         state = record.environment.get("source") or record.environment.get("git") or {}
         # Runs of other budgets, grids or slices are not older versions of each other; `_check`
         # refuses them.
@@ -419,7 +420,7 @@ def _lines(records: Sequence[_Record], notice: Callable[[str], None]) -> pd.Data
             "task": task,
             "protocol": json.dumps(_protocol(record)),
             "method": config.method,
-            "dataset": config.dataset,
+            "dataset": config.fold_name,
             "direction": config.direction,
             "scenario": config.scenario,
             "augmentation": config.augmentation,

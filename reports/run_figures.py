@@ -94,7 +94,7 @@ def _draw_cases(run: RunDirectory, dataset: Dataset, rows: pd.DataFrame) -> None
         run.figures / "cases.png",
         panels,
         dataset.structures,
-        f"{config.method} on {config.dataset} {config.direction}, seed {config.seed}{privileged}",
+        f"{config.method} on {config.fold_name} {config.direction}, seed {config.seed}{privileged}",
         dataset.publishable,
     )
 
@@ -205,8 +205,8 @@ def draw_dataset(dataset: Dataset, grid: Grid, out: Path, columns: int = 6) -> l
             )
         files.append(
             domain_montage(
-                out / f"{dataset.name}_{domain}.png",
-                f"{dataset.name}, domain {domain}: {grid.size}×{grid.size} pixels of "
+                out / f"{dataset.fold_name}_{domain}.png",
+                f"{dataset.fold_name}, domain {domain}: {grid.size}×{grid.size} pixels of "
                 f"{grid.spacing:g} mm",
                 slices,
                 dataset.structures,

@@ -125,7 +125,7 @@ def described(definition: Definition) -> list[str]:
     judged = " and ".join(definition.objectives)
     stamp = ", ORACLE (reads target labels)" if definition.selector == ORACLE else ""
     return [
-        f"sweep {definition.name}: {definition.method} on {definition.dataset} "
+        f"sweep {definition.name}: {definition.method} on {definition.fold_name} "
         f"{', '.join(definition.directions)}, preset {definition.preset}, "
         f"{definition.seeds} seed{'s' if definition.seeds > 1 else ''} a trial{stamp}",
         f"{definition.trials} trials by {definition.sampler}, judged by {judged}: {searched}",
@@ -349,4 +349,6 @@ def next_command(study: SweepStudy, base: RunRequest) -> str:
         words += ["--steps", base.steps]
     if base.runs_root != Path("runs"):
         words += ["--runs", base.runs_root]
-    return console.next_command(*words, plugins=base.plugins, data_root=base.data_root)
+    return console.next_command(
+        *words, plugins=base.plugins, data_root=base.data_root, fold=definition.fold
+    )

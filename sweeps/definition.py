@@ -23,6 +23,7 @@ from glua_bench.documents import Table, nearest, read_document
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.paths import entries, name_fault
 from glua_bench.registry import Registry
+from glua_bench.task import fold_name
 
 COSTS = ("seconds",)  # of training, without the stages that trials share
 SAMPLERS = ("grid", "random", "tpe", "cmaes", "nsga2")
@@ -86,6 +87,7 @@ class Definition:
         pruner: one of `PRUNERS`.
         trials: how many.
         seed: of the sampler.
+        fold: of the dataset.
     """
 
     file: Path
@@ -103,6 +105,12 @@ class Definition:
     pruner: str
     trials: int
     seed: int
+    fold: int = 1
+
+    @property
+    def fold_name(self) -> str:
+        """The dataset with its fold, e.g. "mmwhs_fold2"."""
+        return fold_name(self.dataset, self.fold)
 
     @property
     def selector(self) -> str:
@@ -172,9 +180,7 @@ def read(file: Path, oracle: bool, plugins: Sequence[Path] = (), **changes: Any)
     fault = name_fault(name)
     if fault:
         raise text.error(f"the name '{name}' {fault}; choose another, such as loss_weights", "name")
-    dataset_name = changes.get("dataset") or text.take("dataset", str)
-    text.take("dataset", str, "")
-    dataset: Any = _loaded(text, "dataset", dataset_name, plugins)
+    dataset, fold = _dataset(text, changes, plugins)
     preset = changes.get("preset") or text.choice("preset", tuple(PRESETS), "quick")
     text.take("preset", str, "")
     directions = _directions(text, dataset, changes.get("directions"))
@@ -186,7 +192,7 @@ def read(file: Path, oracle: bool, plugins: Sequence[Path] = (), **changes: Any)
         name=name,
         title=text.take("title", str, ""),
         method=method_name,
-        dataset=dataset_name,
+        dataset=dataset.name,
         directions=directions,
         seeds=_positive(text, "seeds", changes.get("seeds"), 1),
         preset=preset,
@@ -197,10 +203,26 @@ def read(file: Path, oracle: bool, plugins: Sequence[Path] = (), **changes: Any)
         pruner=text.choice("pruner", PRUNERS, "none"),
         trials=_budget(text, space, changes.get("trials")),
         seed=text.take("seed", int, 0),
+        fold=fold,
     )
     text.finish()
     _agree(text, made, plugins)
     return made
+
+
+def _dataset(text: Table, changes: Mapping[str, Any], plugins: Sequence[Path]) -> tuple[Any, int]:
+    """The dataset's class and its fold; the file's fold is one of the file's dataset."""
+    given = changes.get("dataset")
+    name, written = given or text.take("dataset", str), text.take("fold", int, 1)
+    text.take("dataset", str, "")
+    asked = changes.get("fold") or (1 if given else written)
+    name, fold = Registry("dataset", plugins).fold_of(name, asked)
+    dataset: Any = _loaded(text, "dataset", name, plugins)
+    try:
+        dataset.check_fold(fold)
+    except ConfigError as error:
+        raise (text.error(str(error).rstrip("."), "fold") if fold == written else error) from error
+    return dataset, fold
 
 
 def _loaded(text: Table, kind: str, name: str, plugins: Sequence[Path]) -> type:

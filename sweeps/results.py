@@ -87,7 +87,7 @@ def facts(definition: Definition) -> dict[str, str]:
     """A definition in words, entry by entry."""
     told = {
         "method": definition.method,
-        "dataset": f"{definition.dataset} {', '.join(definition.directions)}",
+        "dataset": f"{definition.fold_name} {', '.join(definition.directions)}",
         "preset": definition.preset,
         "set for all": ", ".join(definition.settings),
         "runs a trial": f"{definition.runs_per_trial} "
@@ -204,7 +204,7 @@ def _scores(definition: Definition, runs_root: Path, run: str) -> dict[str, floa
 def _run(definition: Definition, runs_root: Path, run: str) -> RunDirectory | None:
     """The directory of a trial's run; None where it has gone."""
     try:
-        return RunDirectory.open(runs_root / definition.dataset / definition.method / run)
+        return RunDirectory.open(runs_root / definition.fold_name / definition.method / run)
     except UserError:
         return None
 

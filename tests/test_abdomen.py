@@ -26,10 +26,6 @@ from glua_bench.console import Progress
 from glua_bench.datasets import abdomen, chaos
 from glua_bench.datasets.abdomen import (
     Abdomen,
-    AbdomenFold2,
-    AbdomenFold3,
-    AbdomenFold4,
-    AbdomenFold5,
 )
 from glua_bench.errors import DataError, RunFailure
 from glua_bench.reports import published
@@ -37,7 +33,7 @@ from glua_bench.runs import RunRequest, execute, plan
 from glua_bench.task import SPLITS, Dataset, Grid
 from glua_bench.volumes import load_image, load_label, read_label_volume
 
-FOLDS = (Abdomen, AbdomenFold2, AbdomenFold3, AbdomenFold4, AbdomenFold5)
+FOLDS = range(1, Abdomen.folds + 1)
 CT_IDS = (*range(1, 11), *range(21, 41))
 # Of the forty MR scans those with masks, as the folders of CHAOS's Train_Sets are called.
 MR_IDS = (1, 2, 3, 5, 8, 10, 13, 15, 19, 20, 21, 22, 31, 32, 33, 34, 36, 37, 38, 39)
@@ -227,9 +223,9 @@ def sentence(error: pytest.ExceptionInfo[Exception], *named: object) -> str:
 def test_volumes_are_found_at_any_depth(tmp_path: Path, ct: str) -> None:
     touch(tmp_path, ct, "." if ct == "." else "chaos/niis/T2SPIR")
     lines: list[str] = []
-    for kind in FOLDS:
+    for fold in FOLDS:
         lines.clear()
-        kind(tmp_path).prepare(lines.append)
+        Abdomen(tmp_path, fold).prepare(lines.append)
     assert [line.split(" below")[0] for line in lines] == ["mr: 20 volumes", "ct: 30 volumes"]
     cases = Abdomen(tmp_path).cases("ct")
     assert [case.id for case in cases] == [f"ct_{n:02d}" for n in CT_IDS]
@@ -321,13 +317,13 @@ def test_an_unset_variable_and_a_wrong_domain_are_sentences(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GLUA_BENCH_DATA", str(tmp_path))
-    for kind in FOLDS:
-        assert kind().root == tmp_path / "abdomen"
+    for fold in FOLDS:
+        assert Abdomen(fold=fold).root == tmp_path / "abdomen"
     with pytest.raises(DataError, match="no domain 'pet'"):
         Abdomen(touch(tmp_path)).cases("pet")
     monkeypatch.delenv("GLUA_BENCH_DATA")
     with pytest.raises(DataError, match="GLUA_BENCH_DATA"):
-        AbdomenFold3()
+        Abdomen(fold=3)
 
 
 # -- splits ---------------------------------------------------------------------------------------
@@ -349,8 +345,8 @@ def test_folds_test_everybody_once(tmp_path: Path) -> None:
     touch(tmp_path)
     for domain, ids, sizes in (("ct", CT_IDS, [21, 3, 6]), ("mr", MR_IDS, [14, 2, 4])):
         tested: list[str] = []
-        for kind in FOLDS:
-            dataset = kind(tmp_path)
+        for fold in FOLDS:
+            dataset = Abdomen(tmp_path, fold)
             assert [len(dataset.split(domain, split)) for split in SPLITS] == sizes
             tested += [case.id for case in dataset.split(domain, "test")]
         assert sorted(tested) == [f"{domain}_{n:02d}" for n in ids]
@@ -358,7 +354,7 @@ def test_folds_test_everybody_once(tmp_path: Path) -> None:
 
 def test_the_split_file_is_complete() -> None:
     table = pd.read_csv(abdomen.SPLIT_FILE)
-    assert list(table.columns) == ["domain", "id", *(k.partition for k in FOLDS)]
+    assert list(table.columns) == ["domain", "id", "literature", *(f"fold{n}" for n in FOLDS[1:])]
     assert list(table["id"]) == [*CT_IDS, *MR_IDS] and set(table["domain"]) == {"ct", "mr"}
     assert set(np.unique(table.iloc[:, 2:])) == set(SPLITS)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
@@ -253,6 +254,67 @@ def test_export_writes_data_and_a_run_s_predictions(call: Call, phantom_root: Pa
     assert call(*command)[0] == 0  # again, nothing to do
     refused(call(*command, "--link"), "other files or settings")
     refused(call(*command, "--run", "nothing"), "--run nothing")
+
+
+FOLDED = """\
+from dataclasses import replace
+
+from glua_bench.conformance import TinyDataset
+from glua_bench.task import Dataset
+
+
+class Folded(TinyDataset, Dataset):
+    \"\"\"The tiny task with two folds.\"\"\"
+
+    name = "folded"
+    folds = 2
+
+    def cases(self, domain):
+        swapped = {"val": "test", "test": "val"} if self.fold == 2 else {}
+        return tuple(replace(c, split=swapped.get(c.split, c.split)) for c in super().cases(domain))
+"""
+
+
+@pytest.mark.slow
+def test_a_fold_is_a_setting_with_runs_and_tables_of_its_own(call: Call, tmp_path: Path) -> None:
+    plugin = tmp_path / "folded.py"
+    plugin.write_text(FOLDED)
+    mine = ["--plugin", plugin, "--data-root", tmp_path / "files"]
+    run = ["run", "--method=source_only", *mine, *SMALL, "--no-mlflow", "--set=grid.spacing=1"]
+    assert call(*run, "--dataset=folded")[0] == 0
+    code, out, err = call(*run, "--dataset=folded", "--fold=2")
+    assert code == 0, err
+    (next_one,) = re.findall("^Next:.*", out, re.MULTILINE)
+    assert "--dataset folded " in next_one and "--fold 2" in next_one
+    (first,) = Path("runs").glob("folded/source_only/*")
+    (second,) = Path("runs").glob("folded_fold2/source_only/*")
+    assert first.name != second.name
+    config = yaml.safe_load((second / "config.yaml").read_text())
+    assert (config["dataset"], config["fold"]) == ("folded", 2)
+    rows = [pd.read_parquet(folder / "cases.parquet") for folder in (first, second)]
+    assert [set(r["dataset"]) for r in rows] == [{"folded"}, {"folded_fold2"}]
+    assert [set(r["case"]) for r in rows] == [{"inverted_3"}, {"inverted_2"}]
+    # The name of the fold means the same; an impossible fold is one sentence.
+    code, again, err = call(*run, "--dataset=folded_fold2")
+    assert code == 0 and "already done" in again, err
+    refused(call(*run, "--dataset=folded", "--fold=3"), "'folded' has no fold 3", "folds 1 to 2")
+    refused(call(*run, "--dataset=folded_fold2", "--fold=3"), "fold 2 of 'folded'", "--fold is 3")
+    refused(call("data", "check", "phantom", "--fold=2"), "no fold 2; it has one split")
+    code, out, err = call("data", "check", "folded", "--fold=2", "--jobs=1", *mine)
+    assert code == 0, err
+    assert re.search(r"^inverted_2 +test", out, re.MULTILINE) and out.count("--fold 2") == 2
+    # Folds are no seeds of one another: each has its own table.
+    code, out, err = call("report", "--out=page", *mine)
+    assert code == 0, err
+    text = Path("page/report.html").read_text()
+    assert "folded plain-inverted" in text and "folded_fold2 plain-inverted" in text
+    image = tmp_path / "files/images/inverted_2.nii.gz"
+    code, out, err = call("predict", "--run", second.name, "--out=found", image, "--device=cpu")
+    assert code == 0, err
+    export = ["data", "export", "folded", *mine, "--to=nn", "--jobs=1", "--fold=2"]
+    code, out, err = call(*export, "--run", second.name)
+    assert code == 0 and "Dataset501_folded_fold2_plain" in out, err
+    refused(call(*export, "--run", first.name), "a run on 'folded', not on 'folded_fold2'")
 
 
 def test_a_file_is_enough_for_a_method(call: Call, tmp_path: Path) -> None:

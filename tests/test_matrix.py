@@ -79,6 +79,20 @@ def test_the_default_is_each_datasets_first_direction(base: RunRequest) -> None:
     assert [c.task for c in cells] == ["phantom mr-ct", "discs bright-dark"]
 
 
+def test_folds_are_tasks_of_their_own(base: RunRequest) -> None:
+    def made(datasets: list[str], fold: int = 1) -> list[tuple[str, str, int]]:
+        cells = comparison(["glua"], datasets, [], 1, replace(base, fold=fold), bounds=False)
+        return [(c.task, c.request.dataset, c.request.fold) for c in cells]
+
+    assert made(["mmwhs", "mmwhs_fold2"]) == [
+        ("mmwhs mr-ct", "mmwhs", 1),
+        ("mmwhs_fold2 mr-ct", "mmwhs", 2),
+    ]
+    assert made(["mmwhs", "mmwhs_fold3"], fold=3) == [("mmwhs_fold3 mr-ct", "mmwhs", 3)]
+    with pytest.raises(ConfigError, match="'phantom' has no fold 2; it has one split"):
+        made(["mmwhs", "phantom"], fold=2)
+
+
 def test_a_perturbation_of_everything_is_refused(base: RunRequest) -> None:
     base.assignments = [*base.assignments, "perturbation=1"]
     with pytest.raises(ConfigError, match="leave it out, and give --repeats"):
@@ -289,6 +303,7 @@ def test_a_request_survives_the_command_line(
         dataset="discs",
         direction="dark-bright",
         scenario="supervised",
+        fold=2,
         seed=3,
         augmentation="photometric",
         precision="bf16-mixed",

@@ -25,15 +25,15 @@ from glua_bench.datasets import (
     phantom_anatomy,
     phantom_physics,
 )
-from glua_bench.datasets.mmwhs import MMWHS, STRAY, MMWHSFold2, MMWHSFold3, MMWHSFold4, MMWHSFold5
+from glua_bench.datasets.mmwhs import MMWHS, STRAY
 from glua_bench.datasets.mmwhs_literature import MMWHSLiterature
-from glua_bench.errors import DataError, RunFailure
+from glua_bench.errors import ConfigError, DataError, RunFailure
 from glua_bench.integrity import check_dataset
 from glua_bench.runs import RunRequest, execute, plan
 from glua_bench.task import SPLITS, Dataset, Grid
 from glua_bench.volumes import load_image, load_label, read_label_volume
 
-FOLDS = (MMWHS, MMWHSFold2, MMWHSFold3, MMWHSFold4, MMWHSFold5)
+FOLDS = range(1, MMWHS.folds + 1)
 SPACING = (6.0, 5.0, 8.0)  # mm along the world's x, y, z: anisotropic
 SHAPE = (40, 40, 26)
 # What stands where in a drawn chest: raw value, centre (right, front, up) and radius in mm.
@@ -140,8 +140,8 @@ def test_files_are_found(
     monkeypatch.setenv("GLUA_BENCH_DATA", str(tmp_path))
     base = touch(tmp_path / variable, layout)
     lines: list[str] = []
-    for kind in FOLDS:
-        found = kind() if variable else kind(tmp_path)
+    for fold in FOLDS:
+        found = MMWHS(None if variable else tmp_path, fold)
         lines.clear()
         found.prepare(lines.append)
         first = found.cases("mr")[0].label
@@ -189,9 +189,9 @@ def test_missing_files_are_one_sentence(tmp_path: Path, fault: str) -> None:
 
 def test_an_unset_variable_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLUA_BENCH_DATA", raising=False)
-    for kind in (MMWHS, MMWHSFold3):
+    for fold in (1, 3):
         with pytest.raises(DataError, match="GLUA_BENCH_DATA"):
-            kind()
+            MMWHS(fold=fold)
 
 
 # -- splits ---------------------------------------------------------------------------------------
@@ -215,8 +215,8 @@ def test_folds_share_nobody_and_test_everybody_once(tmp_path: Path) -> None:
     touch(tmp_path)
     for domain in ("ct", "mr"):
         tested: list[str] = []
-        for kind in FOLDS:
-            dataset = kind(tmp_path)
+        for fold in FOLDS:
+            dataset = MMWHS(tmp_path, fold)
             cases = dataset.cases(domain)
             assert [case.id for case in cases] == [f"{domain}_{n}" for n in range(1001, 1021)]
             assert [len(dataset.split(domain, split)) for split in SPLITS] == [14, 2, 4]
@@ -232,8 +232,10 @@ def test_the_split_file_is_complete() -> None:
     assert list(table.columns[2:]) == ["literature", "fold2", "fold3", "fold4", "fold5"]
     assert not table.duplicated(["domain", "id"]).any() and len(table) == 40
     assert set(np.unique(table.iloc[:, 2:])) == set(SPLITS)
-    with pytest.raises(KeyError):
-        mmwhs_layout.listed("fold9", "test")
+    with pytest.raises(ConfigError, match="'mmwhs' has no fold 9; it has folds 1 to 5"):
+        MMWHS(Path(), 9)
+    with pytest.raises(ConfigError, match="'mmwhs_literature' has no fold 2; it has one split"):
+        MMWHSLiterature(Path(), 2)
 
 
 # -- voxels ---------------------------------------------------------------------------------------

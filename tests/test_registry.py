@@ -13,7 +13,7 @@ import pytest
 from glua_bench import scaffold
 from glua_bench.console import ask
 from glua_bench.errors import ConfigError, PluginError
-from glua_bench.registry import GROUPS, Registry
+from glua_bench.registry import GROUPS, Registry, load_dataset
 
 METHOD = '''
 from glua_bench.method import Method
@@ -332,3 +332,35 @@ def test_a_dataset_is_not_called_like_another_directory_of_the_runs(
         Registry("dataset", [file]).load(name)
     with pytest.raises(ConfigError, match=f"'{name}' is not a valid name for a dataset"):
         scaffold.new_description(name, tmp_path, tmp_path, ask)
+
+
+def test_a_name_with_a_fold_is_the_fold_of_the_dataset(tmp_path: Path) -> None:
+    registry = Registry("dataset")
+    assert registry.fold_of("mmwhs") == ("mmwhs", 1) and registry.fold_of("mmwhs", 4)[1] == 4
+    for fold in (1, 3):
+        assert registry.fold_of("abdomen_fold3", fold) == ("abdomen", 3)
+    with pytest.raises(ConfigError, match="mmwhs_fold2 is fold 2 of 'mmwhs' and --fold is 3"):
+        registry.fold_of("mmwhs_fold2", 3)
+    with pytest.raises(PluginError, match="No dataset is called 'mine_fold2'"):
+        load_dataset("mine_fold2", tmp_path, ())
+    for name, fold in (("mmwhs_fold2", 1), ("mmwhs", 2)):
+        found = load_dataset(name, tmp_path, (), fold)
+        assert (found.name, found.fold, found.fold_name) == ("mmwhs", 2, "mmwhs_fold2")
+    with pytest.raises(ConfigError, match="'mmwhs' has no fold 6; it has folds 1 to 5"):
+        load_dataset("mmwhs_fold6", tmp_path, ())
+
+
+def test_a_dataset_that_is_called_like_a_fold_is_itself(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from glua_bench.conformance import TinyDataset\n"
+        "from glua_bench.task import Dataset\n"
+        "class Own(TinyDataset, Dataset):\n"
+        "    name = 'mmwhs_fold2'\n"
+        "    def __init__(self, root):  # of a time before folds\n"
+        "        super().__init__(root)\n"
+    )
+    found = load_dataset("mmwhs_fold2", tmp_path, [file])
+    assert (found.name, found.fold_name) == ("mmwhs_fold2", "mmwhs_fold2")
+    with pytest.raises(ConfigError, match="'mmwhs_fold2' has no fold 2; it has one split"):
+        load_dataset("mmwhs_fold2", tmp_path, [file], 2)

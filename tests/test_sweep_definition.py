@@ -237,3 +237,16 @@ def test_no_name_of_a_sweep_leads_out_of_the_runs(tmp_path: Path, name: str) -> 
     with pytest.raises(ConfigError, match="The sweep's name .*, so it cannot name a directory"):
         folder_of(tmp_path, name)
     assert folder_of(tmp_path, "Ränge (2)").parent == tmp_path / "sweeps"
+
+
+def test_a_fold_is_said_by_the_file_or_the_command_line(tmp_path: Path) -> None:
+    text = TEXT.replace("dataset: phantom", "dataset: mmwhs\nfold: 2")
+    told = make(tmp_path, text)
+    assert (told.dataset, told.fold, told.fold_name) == ("mmwhs", 2, "mmwhs_fold2")
+    assert make(tmp_path, text, fold=3).fold_name == "mmwhs_fold3"
+    assert make(tmp_path, text, dataset="abdomen").fold_name == "abdomen"  # the fold was of mmwhs
+    assert make(tmp_path, TEXT, dataset="mmwhs_fold4").fold_name == "mmwhs_fold4"
+    with pytest.raises(ConfigError, match="line 4: .*'mmwhs' has no fold 9; it has folds 1 to 5"):
+        make(tmp_path, text.replace("fold: 2", "fold: 9"))
+    with pytest.raises(ConfigError, match="'phantom' has no fold 2; it has one split"):
+        make(tmp_path, TEXT, fold=2)

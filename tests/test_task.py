@@ -108,7 +108,7 @@ def test_a_run_scores_and_saves_in_the_target_s_own_values(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, two = both
-    monkeypatch.setattr(runs, "load_dataset", lambda name, root, plugins: two)
+    monkeypatch.setattr(runs, "load_dataset", lambda *request: two)
     request = runs.RunRequest(
         "source_only",
         "two_tables",
@@ -141,7 +141,7 @@ def test_a_domain_s_table_changes_the_run_s_identity(
     both: tuple[TinyDataset, TwoTables], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, two = both
-    monkeypatch.setattr(runs, "load_dataset", lambda name, root, plugins: two)
+    monkeypatch.setattr(runs, "load_dataset", lambda *request: two)
     request = runs.RunRequest(
         "source_only", "two_tables", direction="plain-inverted", preset="quick", runs_root=tmp_path
     )
@@ -195,7 +195,7 @@ def failed_checks(data: TinyDataset) -> set[str]:
 
 def planned(data: TinyDataset, monkeypatch: pytest.MonkeyPatch, **options: Any) -> runs.PlannedRun:
     """A run on a data set that is there as an object."""
-    monkeypatch.setattr(runs, "load_dataset", lambda name, root, plugins: data)
+    monkeypatch.setattr(runs, "load_dataset", lambda *request: data)
     request = runs.RunRequest(
         "advent",
         "conformance",
@@ -306,3 +306,18 @@ def test_unlabelled_cases_are_checked_prepared_and_drawn(tmp_path: Path) -> None
     assert [f.case.id for f in facts if f.label is None] == ["inverted_0", "inverted_1"]
     assert len(draw_dataset(data, GRID, tmp_path / "figures")) == 2
     assert not failed_checks(data)
+
+
+def test_a_fold_is_one_that_the_dataset_has(tmp_path: Path) -> None:
+    class Folded(TinyDataset):
+        """The tiny task with three folds."""
+
+        name: ClassVar[str] = "folded"
+        folds: ClassVar[int] = 3
+
+    assert [Folded(tmp_path, n).fold_name for n in (1, 3)] == ["folded", "folded_fold3"]
+    for fold in (0, 4):
+        with pytest.raises(ConfigError, match=f"no fold {fold}; it has folds 1 to 3"):
+            Folded(tmp_path, fold)
+    with pytest.raises(ConfigError, match="no fold 2; it has one split: leave --fold out"):
+        TinyDataset(tmp_path, 2)
