@@ -146,18 +146,14 @@ def pin() -> None:
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
 
 
-def worker_words(study: SweepStudy, runs_root: Path, plugins: Sequence[Path]) -> list[str]:
+def worker_words(study: SweepStudy, runs_root: Path) -> list[str]:
     """The words behind `glua-bench` that start a worker of a study anywhere.
 
     Args:
         study: its name.
         runs_root: the directory of all runs.
-        plugins: files with further methods, datasets or selectors.
     """
-    words = ["worker", "--study", study.name, "--runs", str(runs_root)]
-    for file in plugins:
-        words += ["--plugin", str(file)]
-    return words
+    return ["worker", "--study", study.name, "--runs", str(runs_root)]
 
 
 def last_line(log: Path) -> str:

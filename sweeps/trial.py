@@ -6,11 +6,10 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from glua_bench import interruption, runs
 from glua_bench.config import assignment
 from glua_bench.console import Progress
 from glua_bench.errors import RunFailure
-from glua_bench.matrix import ATTEMPTS, command
+from glua_bench.matrix import ATTEMPTS, child_command
+from glua_bench.request import RunOptions, RunRequest
 from glua_bench.sweeps.definition import Definition
 from glua_bench.tracking import try_lock
 
@@ -54,7 +54,9 @@ class Pruned(runs.Stopped):
         self.facts = facts
 
 
-def requests(definition: Definition, base: runs.RunRequest, params: Mapping[str, Any]) -> list:
+def requests(
+    definition: Definition, base: RunOptions, params: Mapping[str, Any]
+) -> list[RunRequest]:
     """The runs of a configuration: every direction with every seed, in a fixed order.
 
     Args:
@@ -64,8 +66,7 @@ def requests(definition: Definition, base: runs.RunRequest, params: Mapping[str,
     """
     chosen = [assignment(f"method.{name}", value) for name, value in params.items()]
     return [
-        replace(
-            base,
+        base.request(
             method=definition.method,
             dataset=definition.dataset,
             direction=direction,
@@ -80,7 +81,7 @@ def requests(definition: Definition, base: runs.RunRequest, params: Mapping[str,
 
 def execute(
     definition: Definition,
-    base: runs.RunRequest,
+    base: RunOptions,
     params: Mapping[str, Any],
     progress: Progress,
     see: See,
@@ -176,7 +177,7 @@ def execute_apart(
         progress.line(f"run {planned.id} begins in {devices} processes")
         with tempfile.TemporaryFile("w+") as errors:
             process = start(
-                [sys.executable, "-m", "glua_bench", *command(planned.request)],
+                child_command(planned),
                 env=changed,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
