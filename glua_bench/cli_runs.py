@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from glua_bench.matrix import Cell
-    from glua_bench.runs import PlannedRun
+    from glua_bench.runs import PlannedRun, Summary
     from glua_bench.tracking import Comparison
 
 
@@ -81,7 +81,7 @@ def _run(request: RunRequest, dry_run: bool = False) -> None:
         return
     for text in summary.warnings:
         warn(text)
-    _show_result(planned, summary.table, summary.already_done, summary.seconds)
+    _show_result(planned, summary)
 
 
 def _show_plan(planned: PlannedRun) -> None:
@@ -98,15 +98,15 @@ def _show_plan(planned: PlannedRun) -> None:
     say("Next: the same command without --dry-run.")
 
 
-def _show_result(planned: PlannedRun, table: pd.DataFrame, done: bool, seconds: float) -> None:
+def _show_result(planned: PlannedRun, summary: Summary) -> None:
     from glua_bench.console import duration
     from glua_bench.runs import ORACLE
 
-    path = planned.directory.path
-    if done:
+    path, table = planned.directory.path, summary.table
+    if summary.already_done:
         say(f"This run is already done (same settings, data and code): {path}")
     else:
-        say(f"Finished in {duration(seconds)}.")
+        say(f"Finished in {duration(summary.seconds)}.")
     say()
     primary = planned.config.selectors[0]
     say(_score_table(table[table["selector"] == primary]))
@@ -224,10 +224,8 @@ def ablate(
     from glua_bench import matrix
 
     datasets, directions, base = _resolved(tasks, shared)
-    cells = matrix.ablation(
-        *(method, datasets, directions, tasks.seeds, base),
-        *(combine, vary or [], variants, bounds, say, tasks.repeats),
-    )
+    asked = method, datasets, directions, tasks.seeds, base
+    cells = matrix.ablation(*asked, combine, vary or [], variants, bounds, say, tasks.repeats)
     title = f"ablate {method}" + (", combinations" if combine else "")
     _run_matrix(title, cells, work, dry_run)
 
@@ -294,16 +292,9 @@ def _run_matrix(title: str, cells: list[Cell], work: Work, dry_run: bool) -> Non
     say(f"Rows:    {request.runs_root}/*/*/*/cases.parquet")
     say_browse(request)
     members = results.record(request.runs_root, title, [p.run.directory for p in planned])
-    say(f"Next:    {_report_command(members, request)}")
-
-
-def _report_command(members: Path, request: RunRequest) -> str:
-    """The command that reports on the runs of a comparison and no others."""
-    return next_command(
-        *("glua-bench", "report", "--runs", members),
-        plugins=request.plugins,
-        data_root=request.data_root,
-    )
+    words = ("glua-bench", "report", "--runs", members)
+    line = next_command(*words, plugins=request.plugins, data_root=request.data_root)
+    say(f"Next:    {line}")
 
 
 def _show_in_tracker(groups: list[Comparison], rows: pd.DataFrame, runs_root: Path) -> None:

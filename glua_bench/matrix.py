@@ -44,7 +44,7 @@ SUPERVISED = "supervised"  # the upper bound's name among methods
 class Cell:
     """One run of a matrix.
 
-    Args:
+    Attributes:
         entry: name of its row in tables, e.g. "glua" or "glua + photometric".
         task: name of its column group, e.g. "phantom mr-ct".
         request: what to run.
@@ -281,7 +281,7 @@ def _cells(
 class Planned:
     """A cell whose run is resolved.
 
-    Args:
+    Attributes:
         cell: the cell.
         run: its run.
     """
@@ -382,7 +382,7 @@ def estimate(
 class Outcome:
     """What became of a matrix.
 
-    Args:
+    Attributes:
         ran: runs that this process executed.
         before: runs that were done before.
         elsewhere: runs that another process finished meanwhile.
@@ -457,7 +457,7 @@ class Executor:
                 item = self._waiting.pop(0)
             claim = item.run.request.runs_root / CLAIMS / f"{item.run.id}.lock"
             with try_lock(claim) as mine:
-                if mine and not _running(item):
+                if mine and not running(item.run):
                     self._execute(item, index)
                     continue
             # Another process has it, or one whose starter was killed: look again when the rest is
@@ -485,7 +485,7 @@ class Executor:
             )
             self._end(item, "ran", f"{name}: Dice {dice:.3f}, {duration(time.monotonic() - began)}")
             return
-        if _running(item):  # somebody ran it by hand in the same moment
+        if running(item.run):  # somebody ran it by hand in the same moment
             with self._lock:
                 self._waiting.append(item)
             return
@@ -518,9 +518,9 @@ class Executor:
             self.report(f"done   {text} ({ended} of {self._total}{rest})")
 
 
-def _running(item: Planned) -> bool:
-    """Whether a process is at the run now."""
-    path = item.run.directory.path
+def running(run: PlannedRun) -> bool:
+    """Return True if a process is executing the run now."""
+    path = run.directory.path
     if not path.is_dir():
         return False
     with try_lock(path / ".lock") as free:

@@ -178,7 +178,7 @@ class RunRequest(RunOptions):
 def options(kind: type) -> Iterator[tuple[Field[Any], Any]]:
     """Yield each field of a class of options and its annotation, in the order of the help."""
     hints = get_type_hints(kind, include_extras=True)
-    for spec in sorted(fields(kind), key=lambda spec: spec.kw_only):
+    for spec in sorted(fields(kind), key=lambda spec: bool(spec.kw_only)):
         yield spec, hints[spec.name]
 
 

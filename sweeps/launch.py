@@ -26,7 +26,7 @@ DEATHS = 10  # of workers without a trial finished in between
 class Worker:
     """A process and where it writes.
 
-    Args:
+    Attributes:
         process: running `glua-bench worker`.
         log: its output.
     """
@@ -39,7 +39,7 @@ class Worker:
 class Crew:
     """The workers of one machine.
 
-    Args:
+    Attributes:
         study: what they work on.
         words: of the command that starts one, after `glua-bench`.
         count: how many.

@@ -18,10 +18,9 @@ from glua_bench import interruption, runs
 from glua_bench.config import assignment
 from glua_bench.console import Progress
 from glua_bench.errors import RunFailure
-from glua_bench.matrix import ATTEMPTS, child_command
+from glua_bench.matrix import ATTEMPTS, child_command, running
 from glua_bench.request import RunOptions, RunRequest
 from glua_bench.sweeps.definition import Definition
-from glua_bench.tracking import try_lock
 
 WAIT_SECONDS = 0.2  # between looks at the processes of a run
 
@@ -33,7 +32,7 @@ Begin = Callable[[list[str]], None]
 class Outcome:
     """What a trial came to.
 
-    Args:
+    Attributes:
         values: one for each objective: quality (larger is better), then costs.
         facts: run ids, and the quality of each run under "direction, seed N".
     """
@@ -171,7 +170,9 @@ def execute_apart(
     changed = dict(os.environ)
     changed["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // devices))
     for _ in range(ATTEMPTS):
-        _wait_for_others(planned)
+        while running(planned):  # processes of a killed worker go on with it
+            interruption.end_if_asked()
+            time.sleep(WAIT_SECONDS)
         if planned.directory.done:
             return
         progress.line(f"run {planned.id} begins in {devices} processes")
@@ -197,17 +198,6 @@ def execute_apart(
         f"The processes of {planned.directory.path} were killed {ATTEMPTS} times; look for a lack "
         "of memory, and give the same command again."
     )
-
-
-def _wait_for_others(planned: runs.PlannedRun) -> None:
-    """Wait until no process is at a run: those of a worker that was killed go on with it."""
-    path = planned.directory.path
-    while path.is_dir():
-        with try_lock(path / ".lock") as free:
-            if free:
-                return
-        interruption.end_if_asked()
-        time.sleep(WAIT_SECONDS)
 
 
 def _wait(process: subprocess.Popen) -> int:
