@@ -19,7 +19,7 @@ from glua_bench.errors import ConfigError
 from glua_bench.request import RunOptions
 from glua_bench.sweeps import definition as definitions
 from glua_bench.sweeps.definition import Definition
-from glua_bench.sweeps.launch import Crew, worker_words
+from glua_bench.sweeps.launch import Crew
 from glua_bench.sweeps.progress import Display, Tracked, shown
 from glua_bench.sweeps.results import chosen_trial
 from glua_bench.sweeps.slurm import Jobs, Resources
@@ -206,7 +206,7 @@ def run_crew(
     """Start workers on this machine, and show what they do until the study is finished."""
     if study.ended:
         return
-    words = worker_words(study, base.runs_root)
+    words = ["worker", "--study", study.name, "--runs", str(base.runs_root)]
     with _inherited(storage), _shown(study, base, workers, stream) as show:
         Crew(study, words, workers, show, base.devices).run()
 
@@ -229,7 +229,7 @@ def run_jobs(
     if study.ended:
         return True
     # A job begins in the directory of this command, but what is shared is named as a whole.
-    words = worker_words(study, base.runs_root.absolute())
+    words = ["worker", "--study", study.name, "--runs", str(base.runs_root.absolute())]
     with _inherited(storage):
         jobs = Jobs(study, words, workers, resources, report=report)
         if detach:

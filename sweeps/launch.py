@@ -146,16 +146,6 @@ def pin() -> None:
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
 
 
-def worker_words(study: SweepStudy, runs_root: Path) -> list[str]:
-    """The words behind `glua-bench` that start a worker of a study anywhere.
-
-    Args:
-        study: its name.
-        runs_root: the directory of all runs.
-    """
-    return ["worker", "--study", study.name, "--runs", str(runs_root)]
-
-
 def last_line(log: Path) -> str:
     """The last line that a worker wrote."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()

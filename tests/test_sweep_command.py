@@ -178,6 +178,24 @@ def test_what_cannot_be_swept_is_one_sentence(
     assert code == 2 and said in err and err.count("\n") == 1, err
 
 
+def test_a_worker_has_the_options_of_the_sweep(
+    definition: Definition, base: RunOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its plugins too, wherever the worker begins, unless it names them itself."""
+    (tmp_path / "mine.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    asked = replace(base, plugins=[Path("mine.py")], precision="bf16-mixed")
+    command.open_study(definition, asked, None, 1, fork=False, resume=False, report=print)
+    _, found = command.join("own", base.runs_root, None, [], print)
+    assert found == replace(asked, plugins=[tmp_path / "mine.py"])
+    _, found = command.join("own", base.runs_root, None, [Path("other.py")], print)
+    assert found == replace(asked, plugins=[Path("other.py")])
+    file = base.runs_root / "sweeps" / "own" / "request.json"
+    file.write_text(file.read_text().replace("precision", "accuracy"))
+    with pytest.raises(ConfigError, match="request.json does not hold the options of this version"):
+        command.join("own", base.runs_root, None, [], print)
+
+
 def test_a_worker_of_an_unknown_sweep_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="There is no sweep 'none' in .*; begin it by"):
         command.join("none", tmp_path, None, [], print)
