@@ -33,7 +33,7 @@ import torch
 
 from glua_bench import matrix
 from glua_bench.matrix import Planned
-from glua_bench.runs import RunRequest
+from glua_bench.request import RunOptions
 
 TICK = 0.1  # seconds between looks at processes and marks
 MOST_STARTS = 30  # of one comparison; more means that it cannot end
@@ -81,16 +81,17 @@ class Comparison:
         self.start()
 
 
-def processes(sessions: list[int]) -> Iterator[tuple[int, int, list[str]]]:
-    """Id, session and words of each run process in some sessions."""
+def processes(sessions: list[int]) -> Iterator[tuple[int, int, str]]:
+    """Yield process id, session and run id of each run process in some sessions."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
             words = (folder / "cmdline").read_bytes().decode().split("\0")[:-1]
         except OSError:  # it ended meanwhile
             continue
-        if int(session) in sessions and state != "Z" and words[2:4] == ["glua_bench", "run"]:
-            yield int(folder.name), int(session), words[3:]
+        found = words[2:4] == ["glua_bench", "run-request"]
+        if found and int(session) in sessions and state != "Z":
+            yield int(folder.name), int(session), Path(words[4]).stem
 
 
 @dataclass
@@ -122,7 +123,7 @@ class Watched:
     def doing(self) -> str:
         """What its process is at."""
         directory = self.item.run.directory
-        if not matrix._running(self.item):
+        if not matrix.running(self.item.run):
             return "starting"
         if (directory.path / "cases.parquet").is_file():
             return "writing results"
@@ -142,7 +143,7 @@ def disturb(
 
     Args:
         comparisons: the processes.
-        watched: words of a run process → the run.
+        watched: id of a run → the run.
         kills: how many.
         pause: mean seconds between them.
         seed: of pauses and draws.
@@ -157,8 +158,8 @@ def disturb(
         ended = [comparison.ended() for comparison in comparisons]
         sessions = [session for c in comparisons for session in c.sessions]
         running = sorted(processes(sessions))
-        for pid, _, words in running:
-            watched[" ".join(words)].starts.add(pid)
+        for pid, _, run_id in running:
+            watched[run_id].starts.add(pid)
         for run in watched.values():
             run.look()
         if all(ended):
@@ -175,8 +176,8 @@ def disturb(
             alive[hit].kill()
             print(f"{at}{alive[hit].name:<44}{leaves} runs go on without it", flush=True)
         else:
-            pid, session, words = running[hit - len(alive)]
-            run = watched[" ".join(words)]
+            pid, session, run_id = running[hit - len(alive)]
+            run = watched[run_id]
             doing = run.doing()
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -294,7 +295,7 @@ class Checks:
 # -- the whole -----------------------------------------------------------------------------------
 
 
-def cells(base: RunRequest, methods: str, seeds: int) -> list[Planned]:
+def cells(base: RunOptions, methods: str, seeds: int) -> list[Planned]:
     """The matrix that the commands work off."""
     return matrix.plan(matrix.comparison(methods.split(","), ["phantom"], [], seeds, base))
 
@@ -321,9 +322,7 @@ def measure(folder: Path, options: argparse.Namespace) -> int:
     root = options.data_root and options.data_root.resolve()
     where = ["--data-root", str(root)] if root else []
     few = "candidates=2"  # checkpoints to score, so that more of a run's time is training
-    base = RunRequest(
-        method="",
-        dataset="",
+    base = RunOptions(
         preset="quick",
         steps=options.steps,
         assignments=[few],
@@ -338,7 +337,7 @@ def measure(folder: Path, options: argparse.Namespace) -> int:
     prepare = [sys.executable, "-m", "glua_bench", "data", "prepare", "phantom", *where]
     subprocess.run(prepare, check=True, stdout=subprocess.DEVNULL)
     planned = cells(base, options.methods, options.seeds)
-    watched = {" ".join(matrix.command(item.cell.request)): Watched(item) for item in planned}
+    watched = {item.run.id: Watched(item) for item in planned}
     print(f"{os.cpu_count()} processors, {len(planned)} runs, kills drawn with seed {options.seed}")
     print(f"glua-bench {' '.join(words)}\n")
 

@@ -16,9 +16,10 @@ from typing import Annotated
 import typer
 
 from glua_bench import __version__, cli_data, cli_plugins, cli_reports, cli_runs, cli_sweeps
-from glua_bench.cli_options import Plugins, RunsRoot, Told, end, say
+from glua_bench.cli_options import Plugins, Told, end, say
 from glua_bench.errors import ConfigError, RunFailure, UserError, reason
 from glua_bench.interruption import Interrupted
+from glua_bench.request import RunsRoot
 
 app = typer.Typer(
     name="glua-bench",
@@ -41,6 +42,7 @@ for command in (
     cli_sweeps.worker,
 ):
     app.command()(command)
+app.command(name="run-request", hidden=True)(cli_runs.run_request)
 app.command(name="list")(cli_plugins.list_)
 app.command()(cli_plugins.new_method)
 app.command()(cli_plugins.new_dataset)

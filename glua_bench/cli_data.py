@@ -9,19 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from glua_bench.cli_options import (
-    DataRoot,
     DatasetName,
     Fold,
     Plugins,
     PresetName,
     Processes,
-    RunsRoot,
     say,
     with_descriptions,
 )
 from glua_bench.console import next_command
 from glua_bench.errors import ConfigError, DataError
 from glua_bench.registry import load_dataset
+from glua_bench.request import DataRoot, Fold, RunsRoot
 
 if TYPE_CHECKING:
     from glua_bench.task import Dataset

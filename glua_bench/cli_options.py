@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import sys
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
 from glua_bench.documents import SUFFIXES as DESCRIPTIONS
 from glua_bench.errors import ERROR
 from glua_bench.registry import Registry
+from glua_bench.request import PLUGIN, Fold, RunOptions, options
 
-if TYPE_CHECKING:
-    from glua_bench.runs import RunRequest
-
-Plugins = Annotated[
-    list[Path] | None,
-    typer.Option("--plugin", help="A Python file with further methods, datasets or selectors."),
-]
-DataRoot = Annotated[
-    Path | None,
-    typer.Option(
-        "--data-root",
-        help="The dataset's directory; default is $GLUA_BENCH_DATA/DATASET (generated data: "
-        "the cache).",
-    ),
-]
-RunsRoot = Annotated[Path, typer.Option("--runs", help="The directory of all runs.")]
+Plugins = Annotated[list[Path] | None, PLUGIN]
 DatasetName = Annotated[
     str,
     typer.Argument(metavar="DATASET", help="See `glua-bench list`; or a description, FILE.yaml."),
@@ -36,51 +26,8 @@ DatasetName = Annotated[
 PresetName = Annotated[
     str, typer.Option("--preset", help="Whose working grid: quick, standard or paper.")
 ]
-RunPreset = Annotated[
-    str | None,
-    typer.Option("--preset", help="quick, standard or paper; default: quick, with a GPU standard."),
-]
-Assignments = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        help="Change a setting, e.g. method.lr=1e-3, segmenter.name=timm:resnet18, "
-        "grid.size=96, batch_size=4, slices=3. Repeatable; `list methods -v` names them.",
-    ),
-]
-Augmentation = Annotated[
-    str | None,
-    typer.Option("--augmentation", help="none, geometric (default) or photometric."),
-]
-Steps = Annotated[int | None, typer.Option("--steps", help="Updates of the segmenter.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-Precision = Annotated[
-    str | None,
-    typer.Option("--precision", help="32-true (default), bf16-mixed or 16-mixed."),
-]
-Oracle = Annotated[
-    bool,
-    typer.Option(
-        "--oracle",
-        help="Also score every checkpoint on the labelled test cases, to see what a selector "
-        "misses; flagged, and never a result.",
-    ),
-]
-Mirrored = Annotated[bool, typer.Option("--mlflow/--no-mlflow", help="Mirror runs to MLflow.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show what would run, and how long; train nothing.")
-]
-DatasetNames = Annotated[
-    str,
-    typer.Option("--datasets", "--dataset", help="Names, or descriptions FILE.yaml, by commas."),
-]
-Fold = Annotated[
-    int,
-    typer.Option(
-        "--fold",
-        min=1,
-        help="Of the dataset, each with other test cases; 1 is its default split.",
-    ),
 ]
 DirectionNames = Annotated[
     str | None,
@@ -90,16 +37,6 @@ DirectionNames = Annotated[
         help="all, or some by commas, e.g. mr-ct; default is each dataset's first.",
     ),
 ]
-Seeds = Annotated[int, typer.Option("--seeds", help="How many, from 0.")]
-Repeats = Annotated[
-    int,
-    typer.Option(
-        "--repeats",
-        min=0,
-        help="Train seed 0 this many times more, from initial weights that differ in their last "
-        "bits alone, and print how far results move.",
-    ),
-]
 Bounds = Annotated[
     bool,
     typer.Option(
@@ -107,18 +44,8 @@ Bounds = Annotated[
         help="Add source_only and supervised, between which the gap lies.",
     ),
 ]
-Jobs = Annotated[
-    int,
-    typer.Option(
-        "--jobs", min=1, help="Runs at once: one a GPU, or each with its share of the cores."
-    ),
-]
 Processes = Annotated[
     int | None, typer.Option("--jobs", min=1, help="Processes, a case each; default: all cores.")
-]
-Numbers = Annotated[
-    Path | None,
-    typer.Option("--out", help="Also write rows, table, intervals, pairs and ranking as CSV here."),
 ]
 Storage = Annotated[
     str | None,
@@ -130,9 +57,91 @@ Storage = Annotated[
         show_envvar=False,
     ),
 ]
-RetryFailed = Annotated[
-    bool, typer.Option("--retry-failed", help="Begin again what failed earlier.")
-]
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The options of `compare` and `ablate` that say on what each entry is run."""
+
+    datasets: Annotated[
+        str,
+        typer.Option(
+            "--datasets", "--dataset", help="Names, or descriptions FILE.yaml, by commas."
+        ),
+    ]
+    directions: DirectionNames = None
+    fold: Fold = 1
+    seeds: Annotated[int, typer.Option(help="How many, from 0.")] = 3
+    repeats: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Train seed 0 this many times more, from initial weights that differ in their "
+            "last bits alone, and print how far results move.",
+        ),
+    ] = 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """The options of `compare` and `ablate` that say how their runs are executed."""
+
+    jobs: Annotated[
+        int,
+        typer.Option(min=1, help="Runs at once: one a GPU, or each with its share of the cores."),
+    ] = 1
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Begin again what failed earlier.")
+    ] = False
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Also write rows, table, intervals, pairs and ranking as CSV here."),
+    ] = None
+
+
+def with_options(without: Collection[str] = ()) -> Callable[[Callable], Callable[..., None]]:
+    """Make a command's parameters that are dataclasses, e.g. `RunOptions`, one option a field.
+
+    Typer reads options from a signature: it is given one with the fields in the place of the
+    dataclass, and the command receives the dataclass made of them.
+
+    Args:
+        without: fields that are no options of this command, and keep their defaults.
+    """
+
+    def decorate(command: Callable) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        groups: dict[str, list[str]] = {}  # parameter → its fields that are options
+        parameters = []
+        for name, own in inspect.signature(command).parameters.items():
+            if not is_dataclass(hints[name]):
+                parameters.append(own.replace(kind=own.KEYWORD_ONLY, annotation=hints[name]))
+                continue
+            groups[name] = []
+            for spec, hint in options(hints[name]):
+                if spec.name not in without:
+                    value = own.empty if spec.default is MISSING else spec.default
+                    if spec.default_factory is not MISSING:
+                        value = None  # as Typer passes on a list that nobody gave
+                    groups[name].append(spec.name)
+                    parameters.append(
+                        inspect.Parameter(
+                            spec.name, own.KEYWORD_ONLY, default=value, annotation=hint
+                        )
+                    )
+
+        @functools.wraps(command)
+        def called(**given: Any) -> None:
+            for group, names in groups.items():
+                values = {name: given.pop(name) for name in names}
+                told = {name: value for name, value in values.items() if value is not None}
+                given[group] = hints[group](**told)
+            command(**given)
+
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return called
+
+    return decorate
 
 
 def say(text: str = "") -> None:
@@ -163,12 +172,12 @@ def split_names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def say_browse(request: RunRequest) -> None:
+def say_browse(shared: RunOptions) -> None:
     """Say how to look at the tracker."""
     from glua_bench.tracking import open_tracker
 
-    if request.mlflow:
-        say(f"Browse:  {open_tracker(request.runs_root).browse}")
+    if shared.mlflow:
+        say(f"Browse:  {open_tracker(shared.runs_root).browse}")
 
 
 class Told(SystemExit):

@@ -7,19 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from glua_bench.cli_options import (
-    DataRoot,
-    Device,
-    Plugins,
-    RunsRoot,
-    Storage,
-    say,
-    warn,
-)
+from glua_bench.cli_options import Plugins, Storage, say, warn
 from glua_bench.cli_sweeps import report_sweep
 from glua_bench.console import next_command
 from glua_bench.errors import ConfigError
 from glua_bench.files import write_text
+from glua_bench.request import DataRoot, Device, RunsRoot
 
 if TYPE_CHECKING:
     from glua_bench.prediction import Model

@@ -3,121 +3,66 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from glua_bench.cli_options import (
-    Assignments,
-    Augmentation,
     Bounds,
-    DataRoot,
-    DatasetNames,
-    Device,
-    DirectionNames,
     DryRun,
-    Fold,
-    Jobs,
-    Mirrored,
-    Numbers,
-    Oracle,
-    Plugins,
-    Precision,
-    Repeats,
-    RetryFailed,
-    RunPreset,
-    RunsRoot,
-    Seeds,
-    Steps,
+    Tasks,
+    Work,
     say,
     say_browse,
     split_names,
     warn,
     with_descriptions,
+    with_options,
 )
 from glua_bench.config import ORACLE
 from glua_bench.console import next_command
 from glua_bench.errors import RunFailure
 from glua_bench.interruption import listening
 from glua_bench.registry import Registry
+from glua_bench.request import RunOptions, RunRequest
+from glua_bench.task import fold_name
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from glua_bench.matrix import Cell
-    from glua_bench.runs import PlannedRun, RunRequest
+    from glua_bench.runs import PlannedRun, Summary
     from glua_bench.tracking import Comparison
 
 
-def run(
-    method: Annotated[str, typer.Option(help="Which method; see `glua-bench list methods`.")],
-    dataset: Annotated[
-        str,
-        typer.Option(
-            help="Which dataset; see `glua-bench list datasets`. Or FILE.yaml, which describes one."
-        ),
-    ],
-    direction: Annotated[
-        str | None, typer.Option(help="source-target, e.g. mr-ct; default is the dataset's first.")
-    ] = None,
-    fold: Fold = 1,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    preset: RunPreset = None,
-    set_: Assignments = None,
-    scenario: Annotated[
-        str,
-        typer.Option(
-            help="uda, or supervised: source_only on labelled target-train cases, the upper "
-            "bound (privileged)."
-        ),
-    ] = "uda",
-    augmentation: Augmentation = None,
-    steps: Steps = None,
-    data_root: DataRoot = None,
-    runs_root: RunsRoot = Path("runs"),
-    device: Device = "auto",
-    devices: Annotated[int, typer.Option(help="Processes, one a GPU (or CPU).", min=1)] = 1,
-    precision: Precision = None,
-    plugin: Plugins = None,
-    oracle: Oracle = False,
-    mlflow: Mirrored = True,
-    dry_run: DryRun = False,
-) -> None:
+@with_options()
+def run(request: RunRequest, dry_run: DryRun = False) -> None:
     """Train one method on one dataset, evaluate it, and record everything.
 
     The same command again resumes an interrupted run, and does nothing for a finished one.
     """
-    dataset, plugin = with_descriptions(dataset, plugin)
+    dataset, plugins = with_descriptions(request.dataset, request.plugins)
+    _run(replace(request, dataset=dataset, plugins=plugins), dry_run)
+
+
+def run_request(
+    file: Annotated[Path, typer.Argument(help="A request as JSON.", exists=True)],
+) -> None:
+    """Do what `run` does, as a file says; other commands start their runs so."""
+    _run(RunRequest.from_json(file.read_text(encoding="utf-8"), file))
+
+
+def _run(request: RunRequest, dry_run: bool = False) -> None:
     # A wrong name is found before the seconds that importing torch takes.
-    Registry("method", plugin or []).entry(method)
-    datasets = Registry("dataset", plugin or [])
-    datasets.entry(datasets.fold_of(dataset, fold)[0])
+    Registry("method", request.plugins).entry(request.method)
+    datasets = Registry("dataset", request.plugins)
+    datasets.entry(datasets.fold_of(request.dataset, request.fold)[0])
     from glua_bench import runs
     from glua_bench.console import Progress
     from glua_bench.neighbours import Neighbourhood
 
-    request = runs.RunRequest(
-        method=method,
-        dataset=dataset,
-        direction=direction,
-        fold=fold,
-        scenario=scenario,
-        preset=preset,
-        seed=seed,
-        augmentation=augmentation,
-        steps=steps,
-        assignments=set_ or [],
-        plugins=plugin or [],
-        data_root=data_root,
-        runs_root=runs_root,
-        device=device,
-        devices=devices,
-        precision=precision,
-        oracle=oracle,
-        mlflow=mlflow,
-    )
     planned = runs.plan(request, say)
     config = planned.config
     say(
@@ -135,11 +80,11 @@ def run(
     leading = os.environ.get("LOCAL_RANK", "0") == "0"
     with listening(), Progress(enabled=leading) as progress:
         summary = runs.execute(planned, progress, draw_run)
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if not leading:
         return
     for text in summary.warnings:
         warn(text)
-    _show_result(planned, summary.table, summary.already_done, summary.seconds, request)
+    _show_result(planned, summary)
 
 
 def _show_plan(planned: PlannedRun) -> None:
@@ -156,17 +101,15 @@ def _show_plan(planned: PlannedRun) -> None:
     say("Next: the same command without --dry-run.")
 
 
-def _show_result(
-    planned: PlannedRun, table: pd.DataFrame, done: bool, seconds: float, request: RunRequest
-) -> None:
+def _show_result(planned: PlannedRun, summary: Summary) -> None:
     from glua_bench.console import duration
     from glua_bench.metrics import PRIMARY
 
-    path = planned.directory.path
-    if done:
+    path, table = planned.directory.path, summary.table
+    if summary.already_done:
         say(f"This run is already done (same settings, data and code): {path}")
     else:
-        say(f"Finished in {duration(seconds)}.")
+        say(f"Finished in {duration(summary.seconds)}.")
     say()
     primary = planned.config.selectors[0]
     say(_score_table(table[table["selector"] == primary]))
@@ -187,8 +130,8 @@ def _show_result(
         say(f"PROTOCOL {planned.dataset.protocol}.")
     say()
     say(f"Results: {path} (cases.parquet, predictions/, figures/)")
-    say_browse(request)
-    say(f"Next:    {_next_run(planned, request)}")
+    say_browse(planned.request)
+    say(f"Next:    {_next_run(planned)}")
 
 
 def _score_table(table: pd.DataFrame) -> str:
@@ -205,32 +148,23 @@ def _score_table(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def _next_run(planned: PlannedRun, request: RunRequest) -> str:
+def _next_run(planned: PlannedRun) -> str:
     """The command that makes the result comparable: both bounds, and three seeds."""
-    config = planned.config
-    words: list[object] = ["glua-bench", "compare", "--methods", config.method]
-    words += ["--dataset", config.dataset, "--direction", config.direction]
-    for assignment in request.assignments:
-        if not assignment.startswith("perturbation="):  # compare --repeats makes these
-            words += ["--set", assignment]
-    for option, value in (
-        ("--preset", request.preset),
-        ("--augmentation", request.augmentation),
-        ("--steps", request.steps),
-        ("--runs", None if request.runs_root == Path("runs") else request.runs_root),
-    ):
-        if value is not None:
-            words += [option, value]
-    own = any(assignment.startswith("method.") for assignment in request.assignments)
-    if own:
-        words.append("--no-bounds")  # which do not have these settings
-    line = next_command(
-        *words, plugins=request.plugins, data_root=request.data_root, fold=config.fold
-    )
-    return line if own else f"{line}   (both bounds, three seeds)"
+    config, request = planned.config, planned.request
+    # `compare` gives each run one process, and makes perturbations by --repeats.
+    kept = [a for a in request.assignments if not a.startswith("perturbation=")]
+    shared = replace(request.shared(), devices=1, assignments=kept)
+    words = ["glua-bench", "compare", "--methods", config.method]
+    words += ["--dataset", config.fold_name, "--direction", config.direction, *shared.words()]
+    if any(assignment.startswith("method.") for assignment in kept):
+        return next_command(*words, "--no-bounds")  # which do not have these settings
+    return f"{next_command(*words)}   (both bounds, three seeds)"
 
 
+# Each run of a matrix has one GPU or its share of the cores.
+@with_options(without=["devices"])
 def compare(
+    *,
     methods: Annotated[
         str,
         typer.Option(
@@ -238,26 +172,10 @@ def compare(
             "the upper bound."
         ),
     ],
-    datasets: DatasetNames,
-    directions: DirectionNames = None,
-    fold: Fold = 1,
-    seeds: Seeds = 3,
-    repeats: Repeats = 0,
+    tasks: Tasks,
     bounds: Bounds = True,
-    jobs: Jobs = 1,
-    retry_failed: RetryFailed = False,
-    out: Numbers = None,
-    preset: RunPreset = None,
-    set_: Assignments = None,
-    augmentation: Augmentation = None,
-    steps: Steps = None,
-    data_root: DataRoot = None,
-    runs_root: RunsRoot = Path("runs"),
-    device: Device = "auto",
-    precision: Precision = None,
-    plugin: Plugins = None,
-    oracle: Oracle = False,
-    mlflow: Mirrored = True,
+    work: Work,
+    shared: RunOptions,
     dry_run: DryRun = False,
 ) -> None:
     """Run methods side by side under one protocol, and print their table.
@@ -267,20 +185,17 @@ def compare(
     """
     from glua_bench import matrix
 
-    datasets, plugin = with_descriptions(datasets, plugin)
-    base = _shared_request(locals())
-    asked = split_names(methods), split_names(datasets), split_names(directions or "")
-    cells = matrix.comparison(*asked, seeds, base, bounds, repeats)
-    _run_matrix(f"compare {', '.join(asked[0])}", cells, jobs, retry_failed, dry_run, out)
+    asked = split_names(methods)
+    datasets, directions, base = _resolved(tasks, shared)
+    cells = matrix.comparison(asked, datasets, directions, tasks.seeds, base, bounds, tasks.repeats)
+    _run_matrix(f"compare {', '.join(asked)}", cells, work, dry_run)
 
 
+@with_options(without=["devices"])
 def ablate(
+    *,
     method: Annotated[str, typer.Option(help="Which method; see `glua-bench list methods -v`.")],
-    datasets: DatasetNames,
-    directions: DirectionNames = None,
-    fold: Fold = 1,
-    seeds: Seeds = 3,
-    repeats: Repeats = 0,
+    tasks: Tasks,
     vary: Annotated[
         list[str] | None,
         typer.Option(
@@ -303,20 +218,8 @@ def ablate(
         ),
     ] = False,
     bounds: Bounds = True,
-    jobs: Jobs = 1,
-    retry_failed: RetryFailed = False,
-    out: Numbers = None,
-    preset: RunPreset = None,
-    set_: Assignments = None,
-    augmentation: Augmentation = None,
-    steps: Steps = None,
-    data_root: DataRoot = None,
-    runs_root: RunsRoot = Path("runs"),
-    device: Device = "auto",
-    precision: Precision = None,
-    plugin: Plugins = None,
-    oracle: Oracle = False,
-    mlflow: Mirrored = True,
+    work: Work,
+    shared: RunOptions,
     dry_run: DryRun = False,
 ) -> None:
     """Run a method's declared variants and varied settings side by side, and print their table.
@@ -326,44 +229,22 @@ def ablate(
     """
     from glua_bench import matrix
 
-    datasets, plugin = with_descriptions(datasets, plugin)
-    base = _shared_request(locals())
-    asked = method, split_names(datasets), split_names(directions or "")
-    cells = matrix.ablation(
-        *asked, seeds, base, combine, vary or [], variants, bounds, say, repeats
-    )
+    datasets, directions, base = _resolved(tasks, shared)
+    asked = method, datasets, directions, tasks.seeds, base
+    cells = matrix.ablation(*asked, combine, vary or [], variants, bounds, say, tasks.repeats)
     title = f"ablate {method}" + (", combinations" if combine else "")
-    _run_matrix(title, cells, jobs, retry_failed, dry_run, out)
+    _run_matrix(title, cells, work, dry_run)
 
 
-def _shared_request(options: Mapping[str, Any]) -> RunRequest:
-    """What all runs of a matrix share, from a command's options."""
-    from glua_bench.runs import RunRequest
-
-    same = [
-        "fold",
-        "preset",
-        "augmentation",
-        "steps",
-        "data_root",
-        "runs_root",
-        "device",
-        "precision",
-        "oracle",
-        "mlflow",
-    ]
-    return RunRequest(
-        method="",
-        dataset="",
-        assignments=options["set_"] or [],
-        plugins=options["plugin"] or [],
-        **{name: options[name] for name in same},
-    )
+def _resolved(tasks: Tasks, shared: RunOptions) -> tuple[list[str], list[str], RunOptions]:
+    """Datasets, with their folds, and directions as lists; descriptions become plugins."""
+    datasets, plugins = with_descriptions(tasks.datasets, shared.plugins)
+    base, registry = replace(shared, plugins=plugins), Registry("dataset", plugins)
+    names = [fold_name(*registry.fold_of(name, tasks.fold)) for name in split_names(datasets)]
+    return names, split_names(tasks.directions or ""), base
 
 
-def _run_matrix(
-    title: str, cells: list[Cell], jobs: int, retry_failed: bool, dry_run: bool, out: Path | None
-) -> None:
+def _run_matrix(title: str, cells: list[Cell], work: Work, dry_run: bool) -> None:
     from glua_bench import matrix
     from glua_bench.console import duration
     from glua_bench.reports import comparison, results
@@ -383,11 +264,14 @@ def _run_matrix(
             total += left * seconds.get(key, 0.0)
             say(f"  {key[0]:<{width}}  {key[1]:<20}  {counts}{cost}")
         done = sum(item.state == "done" for item in planned)
-        say(f"{len(planned)} runs, {done} done; about {duration(total / jobs)} with --jobs {jobs}.")
+        say(
+            f"{len(planned)} runs, {done} done; about {duration(total / work.jobs)} "
+            f"with --jobs {work.jobs}."
+        )
         say("Next: the same command without --dry-run.")
         return
     groups = matrix.by_dataset(title, planned)
-    outcome = matrix.Executor(planned, jobs, retry_failed, say).run()
+    outcome = matrix.Executor(planned, work.jobs, work.retry_failed, say).run()
     say(
         f"{len(planned)} runs: {outcome.ran} run now, {outcome.before} done before, "
         f"{outcome.elsewhere} by another process, {len(outcome.failed)} failed."
@@ -401,8 +285,8 @@ def _run_matrix(
         say()
         for task in rows["task"].unique():
             say(comparison.verdict(rows, task))
-        if out is not None:
-            say(f"Wrote {', '.join(str(file) for file in comparison.write(rows, out))}")
+        if work.out is not None:
+            say(f"Wrote {', '.join(str(file) for file in comparison.write(rows, work.out))}")
         if request.mlflow:
             _show_in_tracker(groups, rows, request.runs_root)
     if outcome.failed:
@@ -415,16 +299,9 @@ def _run_matrix(
     say(f"Rows:    {request.runs_root}/*/*/*/cases.parquet")
     say_browse(request)
     members = results.record(request.runs_root, title, [p.run.directory for p in planned])
-    say(f"Next:    {_report_command(members, request)}")
-
-
-def _report_command(members: Path, request: RunRequest) -> str:
-    """The command that reports on the runs of a comparison and no others."""
-    return next_command(
-        *("glua-bench", "report", "--runs", members),
-        plugins=request.plugins,
-        data_root=request.data_root,
-    )
+    words = ("glua-bench", "report", "--runs", members)
+    line = next_command(*words, plugins=request.plugins, data_root=request.data_root)
+    say(f"Next:    {line}")
 
 
 def _show_in_tracker(groups: list[Comparison], rows: pd.DataFrame, runs_root: Path) -> None:

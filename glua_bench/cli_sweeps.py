@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,17 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from glua_bench.cli_options import (
-    DataRoot,
-    Device,
     DirectionNames,
     DryRun,
-    Mirrored,
-    Oracle,
     Plugins,
-    Precision,
-    RunPreset,
-    RunsRoot,
-    Steps,
     Storage,
     end,
     say,
@@ -28,12 +21,13 @@ from glua_bench.cli_options import (
     split_names,
     warn,
     with_descriptions,
+    with_options,
 )
 from glua_bench.errors import ConfigError
 from glua_bench.interruption import listening
+from glua_bench.request import RunOptions, RunsRoot
 
 if TYPE_CHECKING:
-    from glua_bench.runs import RunRequest
     from glua_bench.sweeps.study import SweepStudy
 
 
@@ -45,23 +39,67 @@ class Where(str, Enum):
     debug = "debug"
 
 
+@dataclass(frozen=True)
+class Changes:
+    """The options of `sweep` that replace what its file says."""
+
+    trials: Annotated[int | None, typer.Option(min=1, help="In the place of the file's.")] = None
+    dataset: Annotated[str | None, typer.Option(help="In the place of the file's.")] = None
+    fold: Annotated[int | None, typer.Option(min=1, help="In the place of the file's.")] = None
+    directions: DirectionNames = None
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Of every trial, in the place of the file's.")
+    ] = None
+    space: Annotated[
+        str | None, typer.Option(help="auto: every setting of the method that has a range.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """The options of `sweep` that say where its workers are.
+
+    Raises:
+        ConfigError: the options contradict each other.
+    """
+
+    executor: Annotated[
+        Where,
+        typer.Option(
+            help="Where workers are: local, processes of this machine; slurm, jobs of a cluster; "
+            "debug, one in this process."
+        ),
+    ] = Where.local
+    slurm: Annotated[
+        Path | None, typer.Option(help="A YAML file of what a job asks for: docs/cluster.md.")
+    ] = None
+    detach: Annotated[
+        bool,
+        typer.Option("--detach", help="Leave the jobs to SLURM; the same command looks at them."),
+    ] = False
+
+    def __post_init__(self) -> None:
+        if (self.slurm is not None) != (self.executor is Where.slurm):
+            raise ConfigError(
+                "--executor slurm and --slurm FILE.yaml belong together; give both or neither."
+            )
+        if self.detach and self.executor is not Where.slurm:
+            raise ConfigError(
+                "--detach leaves jobs to SLURM; add --executor slurm, or leave it out."
+            )
+
+
+# The file says what all runs share of settings and augmentation.
+@with_options(without=["assignments", "augmentation"])
 def sweep(
+    *,
     file: Annotated[
         str, typer.Argument(help="A sweep's YAML file, or the name of one: `list sweeps`.")
     ],
     workers: Annotated[
         int, typer.Option(min=1, help="Processes on this machine, each with its GPU or cores.")
     ] = 1,
-    trials: Annotated[int | None, typer.Option(min=1, help="In the place of the file's.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="In the place of the file's.")] = None,
-    fold: Annotated[int | None, typer.Option(min=1, help="In the place of the file's.")] = None,
-    directions: DirectionNames = None,
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="Of every trial, in the place of the file's.")
-    ] = None,
-    space: Annotated[
-        str | None, typer.Option(help="auto: every setting of the method that has a range.")
-    ] = None,
+    changes: Changes,
     storage: Storage = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a sweep that has begun, or say it has not.")
@@ -69,79 +107,26 @@ def sweep(
     fork: Annotated[
         bool, typer.Option("--fork", help="Begin a new study beside one of the same name.")
     ] = False,
-    preset: RunPreset = None,
-    steps: Steps = None,
-    data_root: DataRoot = None,
-    runs_root: RunsRoot = Path("runs"),
-    device: Device = "auto",
-    devices: Annotated[
-        int, typer.Option(help="Processes of each run, one a GPU (or CPU).", min=1)
-    ] = 1,
-    precision: Precision = None,
-    plugin: Plugins = None,
-    oracle: Oracle = False,
-    mlflow: Mirrored = True,
-    executor: Annotated[
-        Where,
-        typer.Option(
-            help="Where workers are: local, processes of this machine; slurm, jobs of a cluster; "
-            "debug, one in this process."
-        ),
-    ] = Where.local,
-    slurm: Annotated[
-        Path | None,
-        typer.Option("--slurm", help="A YAML file of what a job asks for: docs/cluster.md."),
-    ] = None,
-    detach: Annotated[
-        bool,
-        typer.Option("--detach", help="Leave the jobs to SLURM; the same command looks at them."),
-    ] = False,
+    shared: RunOptions,
+    place: Place,
     dry_run: DryRun = False,
 ) -> None:
     """Search settings of a method by a score that needs no target label.
 
     The same command again goes on where it was, and does nothing for a finished sweep.
     """
-    if (slurm is not None) != (executor is Where.slurm):
-        raise ConfigError(
-            "--executor slurm and --slurm FILE.yaml belong together; give both or neither."
-        )
-    if detach and executor is not Where.slurm:
-        raise ConfigError("--detach leaves jobs to SLURM; add --executor slurm, or leave it out.")
-    if dataset is not None:
-        dataset, plugin = with_descriptions(dataset, plugin)
+    if changes.dataset is not None:
+        dataset, plugins = with_descriptions(changes.dataset, shared.plugins)
+        changes, shared = replace(changes, dataset=dataset), replace(shared, plugins=plugins)
     from glua_bench.console import Progress
-    from glua_bench.runs import RunRequest
     from glua_bench.sweeps import command, definition
     from glua_bench.sweeps.slurm import read
 
-    resources = None if slurm is None else read(slurm, devices)
-
-    told = definition.read(
-        definition.find(file),
-        oracle,
-        plugin or [],
-        trials=trials,
-        dataset=dataset,
-        fold=fold,
-        directions=split_names(directions or ""),
-        seeds=seeds,
-        space=space,
-        preset=preset,
-    )
-    base = RunRequest(
-        told.method,
-        told.dataset,
-        steps=steps,
-        data_root=data_root,
-        runs_root=runs_root,
-        device=device,
-        devices=devices,
-        precision=precision,
-        plugins=plugin or [],
-        oracle=oracle,
-        mlflow=mlflow,
-    )
+    resources = None if place.slurm is None else read(place.slurm, shared.devices)
+    directions = split_names(changes.directions or "")
+    given = {**vars(changes), "directions": directions, "preset": shared.preset}
+    told = definition.read(definition.find(file), shared.oracle, shared.plugins, **given)
+    base = replace(shared, preset=None)  # each run has the definition's
     for line in command.described(told):
         say(line)
     if dry_run:
@@ -153,11 +138,11 @@ def sweep(
     try:
         if resources is not None:
             if not command.run_jobs(
-                study, base, storage, workers, resources, detach, sys.stdout, say
+                study, base, storage, workers, resources, place.detach, sys.stdout, say
             ):
                 say("Next: the same command without --detach shows what they do.")
                 return
-        elif executor is Where.debug:
+        elif place.executor is Where.debug:
             with listening():
                 command.run_worker(study, base, say, Progress())
         else:
@@ -177,7 +162,7 @@ def sweep(
         raise typer.Exit(1)
 
 
-def report_sweep(study: SweepStudy, base: RunRequest, out: Path) -> Path:
+def report_sweep(study: SweepStudy, base: RunOptions, out: Path) -> Path:
     """Write a sweep's report, and show the sweep in the tracker."""
     from glua_bench.reports import sweep_report
     from glua_bench.sweeps import results

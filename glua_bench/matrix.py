@@ -16,8 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,20 +38,22 @@ from glua_bench.files import try_lock
 from glua_bench.method import Method
 from glua_bench.metrics import PRIMARY
 from glua_bench.registry import Registry
-from glua_bench.runs import PlannedRun, RunRequest
+from glua_bench.request import RunOptions, RunRequest
+from glua_bench.runs import PlannedRun
 from glua_bench.task import Dataset, fold_name
 from glua_bench.tracking import Comparison, RunDirectory
 
 POLL_SECONDS = 1.0  # between looks at runs that another process executes
 ATTEMPTS = 2  # at a run whose process ends without a reason, before it counts as failed
 PHOTOMETRIC = "+photometric"
+CLAIMS = ".claims"  # below the directory of all runs: locks and requests of runs
 
 
 @dataclass(frozen=True)
 class Cell:
     """One run of a matrix.
 
-    Args:
+    Attributes:
         entry: name of its row in tables, e.g. "glua" or "glua + photometric".
         task: name of its column group, e.g. "phantom mr-ct".
         request: what to run.
@@ -71,7 +72,7 @@ def comparison(
     datasets: Sequence[str],
     directions: Sequence[str],
     seeds: int,
-    base: RunRequest,
+    base: RunOptions,
     bounds: bool = True,
     repeats: int = 0,
 ) -> list[Cell]:
@@ -111,7 +112,7 @@ def ablation(
     datasets: Sequence[str],
     directions: Sequence[str],
     seeds: int,
-    base: RunRequest,
+    base: RunOptions,
     combine: bool = False,
     vary: Sequence[str] = (),
     variants: bool = True,
@@ -158,9 +159,10 @@ def ablation(
             if variants
             else "--no-variants leaves nothing to run; give values by --vary NAME=V1,V2."
         )
-    asked = replace(base, method=method)
     varied = {
-        f"{name} = {value}": {name: value} for text in vary for name, value in _values(text, asked)
+        f"{name} = {value}": {name: value}
+        for text in vary
+        for name, value in _values(text, method, base)
     }
     if combine:
         declared, varied = combinations({**declared, **varied}), {}
@@ -170,8 +172,10 @@ def ablation(
     entries: dict[str, dict[str, Any]] = {}
     owner: dict[str, str] = {}  # digest of method and settings → entry
 
-    def add(entry: str, request: RunRequest, optional: bool) -> None:
-        key = digest([request.method, request.scenario, asdict(_settings(request))])
+    def add(
+        entry: str, name: str, own: list[str], scenario: str = "uda", optional: bool = False
+    ) -> None:
+        key = digest([name, scenario, asdict(_settings(name, replace(base, assignments=own)))])
         if optional and key in owner:
             if entry != "default":
                 report(f"'{entry}' has the settings of '{owner[key]}', which stands for it")
@@ -182,25 +186,23 @@ def ablation(
                 "variant, or leave it out by --no-variants, or the bounds by --no-bounds."
             )
         owner.setdefault(key, entry)
-        changes = ("method", "scenario", "assignments")
-        entries[entry] = {name: getattr(request, name) for name in changes}
+        entries[entry] = {"method": name, "scenario": scenario, "assignments": own}
 
     shared = [a for a in base.assignments if not a.strip().startswith("method.")]
     if bounds:
-        lower = replace(base, method=LOWER, assignments=shared)
-        add(LOWER, lower, False)
-        add(UPPER, replace(lower, scenario=SUPERVISED), False)
+        add(LOWER, LOWER, shared)
+        add(UPPER, LOWER, shared, SUPERVISED)
     if variants and not combine:
         for part in method_class.parts:
-            add(part, replace(base, method=part, assignments=shared), False)
+            add(part, part, shared)
     for group, optional in ((declared, combine), (varied, True)):
         for entry, changes in group.items():
             own = [assignment(f"method.{name}", value) for name, value in changes.items()]
-            add(entry, replace(asked, assignments=[*base.assignments, *own]), optional)
+            add(entry, method, [*base.assignments, *own], optional=optional)
     return _cells(entries, datasets, directions, seeds, base, repeats)
 
 
-def _values(text: str, request: RunRequest) -> Iterator[tuple[str, Any]]:
+def _values(text: str, method: str, base: RunOptions) -> Iterator[tuple[str, Any]]:
     """Name and value of each of "NAME=V1,V2", read and checked as `--set` does."""
     name, _, listed = text.partition("=")
     name = name.strip().removeprefix("method.")
@@ -208,15 +210,15 @@ def _values(text: str, request: RunRequest) -> Iterator[tuple[str, Any]]:
     if not name or not values:
         raise ConfigError(f"--vary {text} is not of the form NAME=V1,V2.")
     for value in values:
-        assignments = [*request.assignments, f"method.{name}={value}"]
-        yield name, getattr(_settings(replace(request, assignments=assignments)), name)
+        assignments = [*base.assignments, f"method.{name}={value}"]
+        yield name, getattr(_settings(method, replace(base, assignments=assignments)), name)
 
 
-def _settings(request: RunRequest) -> Any:
-    """The method's settings that a request comes to: its preset, then `--set`."""
-    method_class: type[Method] = Registry("method", request.plugins).load(request.method)
-    preset = method_class.presets.get(request.preset or runs.default_preset(), {})
-    chosen = parse_overrides(request.assignments)["method"]
+def _settings(method: str, options: RunOptions) -> Any:
+    """The method's settings that options come to: its preset, then `--set`."""
+    method_class: type[Method] = Registry("method", options.plugins).load(method)
+    preset = method_class.presets.get(options.preset or runs.default_preset(), {})
+    chosen = parse_overrides(options.assignments)["method"]
     return build_settings(method_class.Config, {**preset, **chosen}, "method")
 
 
@@ -246,7 +248,7 @@ def _cells(
     datasets: Sequence[str],
     directions: Sequence[str],
     seeds: int,
-    base: RunRequest,
+    base: RunOptions,
     repeats: int,
 ) -> list[Cell]:
     if seeds < 1:
@@ -258,7 +260,7 @@ def _cells(
         )
     starts = [(seed, 0) for seed in range(seeds)] + [(0, draw + 1) for draw in range(repeats)]
     tasks, registry = [], Registry("dataset", base.plugins)
-    for name, fold in dict.fromkeys(registry.fold_of(name, base.fold) for name in datasets):
+    for name, fold in dict.fromkeys(registry.fold_of(name) for name in datasets):
         dataset: type[Dataset] = registry.load(name)
         dataset.check_fold(fold)
         known = dataset.directions
@@ -275,42 +277,12 @@ def _cells(
         starts, entries.items(), tasks
     ):
         place = {"dataset": name, "fold": fold, "direction": direction}
-        request = replace(base, **place, seed=seed, **changes)
+        request = base.request(**place, seed=seed, **changes)
         if draw:
-            request.assignments = [*request.assignments, f"perturbation={draw}"]
+            own = [*request.assignments, f"perturbation={draw}"]
+            request = replace(request, assignments=own)
         cells.append(Cell(entry, f"{fold_name(name, fold)} {direction}", request))
     return cells
-
-
-def command(request: RunRequest) -> list[str]:
-    """The words behind `glua-bench` that run a request.
-
-    Raises:
-        TypeError: a field of the request has no option.
-    """
-    words = ["run"]
-    for spec in fields(request):
-        value = getattr(request, spec.name)
-        option = {
-            "data_root": "--data-root",
-            "runs_root": "--runs",
-            "assignments": "--set",
-            "plugins": "--plugin",
-        }.get(spec.name, f"--{spec.name}")
-        if value is None:
-            continue
-        if isinstance(value, bool):
-            if spec.name == "mlflow":
-                words.append("--mlflow" if value else "--no-mlflow")
-            elif value:
-                words.append(option)
-        elif isinstance(value, list):
-            words += itertools.chain.from_iterable((option, str(item)) for item in value)
-        elif isinstance(value, (str, int, Path)):
-            words += [option, str(value)]
-        else:
-            raise TypeError(f"no option says {spec.name} = {value!r}")
-    return words
 
 
 # -- planning ------------------------------------------------------------------------------------
@@ -320,7 +292,7 @@ def command(request: RunRequest) -> list[str]:
 class Planned:
     """A cell whose run is resolved.
 
-    Args:
+    Attributes:
         cell: the cell.
         run: its run.
     """
@@ -423,7 +395,7 @@ def estimate(
 class Outcome:
     """What became of a matrix.
 
-    Args:
+    Attributes:
         ran: runs that this process executed.
         before: runs that were done before.
         elsewhere: runs that another process finished meanwhile.
@@ -445,7 +417,7 @@ class Executor:
             equal share of the CPU cores.
         retry_failed: begin again what failed earlier.
         report: receives a line when a run begins or ends.
-        start: runs the words of `command` with an environment and returns exit code and stderr.
+        start: executes a run with an environment and returns exit code and stderr.
     """
 
     def __init__(
@@ -454,7 +426,7 @@ class Executor:
         jobs: int = 1,
         retry_failed: bool = False,
         report: Callable[[str], None] = lambda line: None,
-        start: Callable[[list[str], Mapping[str, str]], tuple[int, str]] | None = None,
+        start: Callable[[PlannedRun, Mapping[str, str]], tuple[int, str]] | None = None,
     ) -> None:
         self.planned, self.jobs, self.report = list(planned), jobs, report
         self.start = start or start_process
@@ -509,9 +481,9 @@ class Executor:
                 if not self._waiting:
                     return
                 item = self._waiting.pop(0)
-            claim = item.run.request.runs_root / ".claims" / f"{item.run.id}.lock"
+            claim = item.run.request.runs_root / CLAIMS / f"{item.run.id}.lock"
             with try_lock(claim, "--runs") as mine:
-                if mine and not _running(item):
+                if mine and not running(item.run):
                     self._execute(item, index)
                     continue
             # Another process has it, or one whose starter was killed: look again when the rest is
@@ -532,7 +504,7 @@ class Executor:
         name += f", repeat {config.perturbation}" if config.perturbation else ""
         self.report(f"begin  {name}")
         began = time.monotonic()
-        code, errors = self.start(command(item.run.request), environment(index, self.jobs))
+        code, errors = self.start(item.run, environment(index, self.jobs))
         if item.run.directory.done:
             score = mean_score(
                 item.run.directory.read_cases().query("selector == @item.run.config.selectors[0]")
@@ -540,7 +512,7 @@ class Executor:
             told = f"{PRIMARY.title} {PRIMARY.text(score)}"
             self._end(item, "ran", f"{name}: {told}, {duration(time.monotonic() - began)}")
             return
-        if _running(item):  # somebody ran it by hand in the same moment
+        if running(item.run):  # somebody ran it by hand in the same moment
             with self._lock:
                 self._waiting.append(item)
             return
@@ -573,9 +545,9 @@ class Executor:
             self.report(f"done   {text} ({ended} of {self._total}{rest})")
 
 
-def _running(item: Planned) -> bool:
-    """Whether a process is at the run now."""
-    path = item.run.directory.path
+def running(run: PlannedRun) -> bool:
+    """Return True if a process is executing the run now."""
+    path = run.directory.path
     if not path.is_dir():
         return False
     with try_lock(path / ".lock") as free:
@@ -593,10 +565,18 @@ def environment(index: int, jobs: int) -> dict[str, str]:
     return changed
 
 
-def start_process(words: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
-    """Run `glua-bench` with words; its exit code and what it wrote to stderr."""
+def child_command(run: PlannedRun) -> list[str]:
+    """Write a run's request to a file, and return the command that executes it."""
+    file = run.request.runs_root / CLAIMS / f"{run.id}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, run.request.to_json())
+    return [sys.executable, "-m", "glua_bench", "run-request", str(file)]
+
+
+def start_process(run: PlannedRun, environment: Mapping[str, str]) -> tuple[int, str]:
+    """Execute a run in a process of its own; its exit code and what it wrote to stderr."""
     done = subprocess.run(
-        [sys.executable, "-m", "glua_bench", *words],
+        child_command(run),
         env=dict(environment),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +44,7 @@ from glua_bench.neighbours import Neighbourhood, common_distance, middle
 from glua_bench.networks import DEEPLAB_STRIDE
 from glua_bench.paths import name_fault
 from glua_bench.registry import Registry, load_dataset
+from glua_bench.request import RunRequest
 from glua_bench.selection import ROLES, Candidate, Samples, Selector, choose, sample_pixels
 from glua_bench.task import (
     Case,
@@ -56,30 +57,6 @@ from glua_bench.task import (
 )
 from glua_bench.trainer import Artefact, Trainer, stage_order
 from glua_bench.volumes import slice_distance
-
-
-@dataclass
-class RunRequest:
-    """What a user asks for; `plan` turns it into a complete configuration."""
-
-    method: str
-    dataset: str
-    direction: str | None = None
-    fold: int = 1
-    scenario: str = "uda"
-    preset: str | None = None
-    seed: int = 0
-    augmentation: str | None = None
-    steps: int | None = None
-    assignments: list[str] = field(default_factory=list)
-    plugins: list[Path] = field(default_factory=list)
-    data_root: Path | None = None
-    runs_root: Path = Path("runs")
-    device: str = "auto"
-    devices: int = 1
-    precision: str | None = None
-    oracle: bool = False
-    mlflow: bool = True
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,11 +16,11 @@ from glua_bench import console, runs
 from glua_bench.config import ORACLE, assignment
 from glua_bench.console import Progress, duration
 from glua_bench.errors import ConfigError, without_password
-from glua_bench.files import write_json
-from glua_bench.runs import RunRequest
+from glua_bench.files import write_json, write_text
+from glua_bench.request import RunOptions
 from glua_bench.sweeps import definition as definitions
 from glua_bench.sweeps.definition import Definition
-from glua_bench.sweeps.launch import Crew, worker_words
+from glua_bench.sweeps.launch import Crew
 from glua_bench.sweeps.progress import Display, Tracked, shown
 from glua_bench.sweeps.results import chosen_trial
 from glua_bench.sweeps.slurm import Jobs, Resources
@@ -33,25 +33,15 @@ from glua_bench.sweeps.study import (
 )
 from glua_bench.sweeps.trial import Outcome, See, execute, requests
 from glua_bench.sweeps.worker import Done, work
+from glua_bench.tracking import write_text
 
 STORAGE_VARIABLE = "GLUA_BENCH_STORAGE"  # what stands for --storage
-
-# What of a request a worker has to know; the definition gives the rest.
-CARRIED = (
-    "data_root",
-    "device",
-    "devices",
-    "precision",
-    "oracle",
-    "mlflow",
-    "steps",
-    "augmentation",
-)
+OWN = ("runs_root", "plugins")  # of the options, what each machine may name otherwise
 
 
 def open_study(
     definition: Definition,
-    base: RunRequest,
+    base: RunOptions,
     storage: str | None,
     workers: int,
     fork: bool,
@@ -95,12 +85,15 @@ def open_study(
         {
             **definition.meaning(),
             "name": name,
-            "request": {key: _plain(getattr(base, key)) for key in CARRIED},
+            "request": {k: v for k, v in json.loads(base.to_json()).items() if k not in OWN},
             "code": planned.code,
         }
     )
     told = {**asdict(definition), "file": str(definition.file)}
     told["storage"] = None if storage is None else without_password(storage)
+    # A worker may begin in another directory.
+    named = replace(base, plugins=[file.absolute() for file in base.plugins])
+    write_text(copy.with_name("request.json"), named.to_json(), "--runs")
     write_json(copy, told, "--runs")
     return study
 
@@ -140,7 +133,7 @@ def _range(parameter: definitions.Parameter) -> str:
 
 
 def planned(
-    definition: Definition, base: RunRequest, workers: int, report: Callable[[str], None]
+    definition: Definition, base: RunOptions, workers: int, report: Callable[[str], None]
 ) -> list[str]:
     """What a sweep would cost, from a few steps on the real data."""
     ready = [
@@ -162,13 +155,9 @@ def first_values(definition: Definition) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
-
-
 def join(
     name: str, runs_root: Path, storage: str | None, plugins: list[Path], report: Any
-) -> tuple[SweepStudy, RunRequest]:
+) -> tuple[SweepStudy, RunOptions]:
     """A study that `sweep` has begun, for a worker anywhere.
 
     Raises:
@@ -177,11 +166,13 @@ def join(
     folder = folder_of(runs_root, name)
     try:
         told = json.loads((folder / "definition.json").read_text(encoding="utf-8"))
+        request = (folder / "request.json").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"There is no sweep '{name}' in {runs_root}; begin it by `glua-bench sweep`, or name "
             "the directory of its runs by --runs."
         ) from error
+    base = RunOptions.from_json(request, folder / "request.json")
     _same_storage(told, storage, name)
     space = tuple(
         definitions.Parameter(**{**p, "choices": tuple(p["choices"])}) for p in told.pop("space")
@@ -192,16 +183,11 @@ def join(
         space=space,
     )
     study = SweepStudy(definition, runs_root, storage, name, report, begun=True)
-    carried = study.facts.get("request", {})
-    values = {key: carried.get(key) for key in CARRIED}
-    if values["data_root"] is not None:
-        values["data_root"] = Path(values["data_root"])
-    base = RunRequest(definition.method, definition.dataset, runs_root=runs_root, plugins=plugins)
-    return study, replace(base, **values)
+    return study, replace(base, runs_root=runs_root, plugins=plugins or base.plugins)
 
 
 def run_worker(
-    study: SweepStudy, base: RunRequest, report: Callable[[str], None], progress: Progress
+    study: SweepStudy, base: RunOptions, report: Callable[[str], None], progress: Progress
 ) -> Done:
     """Take trials until there is none."""
 
@@ -215,19 +201,19 @@ def run_worker(
 
 
 def run_crew(
-    study: SweepStudy, base: RunRequest, storage: str | None, workers: int, stream: Any
+    study: SweepStudy, base: RunOptions, storage: str | None, workers: int, stream: Any
 ) -> None:
     """Start workers on this machine, and show what they do until the study is finished."""
     if study.ended:
         return
-    words = worker_words(study, base.runs_root, base.plugins)
+    words = ["worker", "--study", study.name, "--runs", str(base.runs_root)]
     with _inherited(storage), _shown(study, base, workers, stream) as show:
         Crew(study, words, workers, show, base.devices).run()
 
 
 def run_jobs(
     study: SweepStudy,
-    base: RunRequest,
+    base: RunOptions,
     storage: str | None,
     workers: int,
     resources: Resources,
@@ -243,8 +229,7 @@ def run_jobs(
     if study.ended:
         return True
     # A job begins in the directory of this command, but what is shared is named as a whole.
-    plugins = [file.absolute() for file in base.plugins]
-    words = worker_words(study, base.runs_root.absolute(), plugins)
+    words = ["worker", "--study", study.name, "--runs", str(base.runs_root.absolute())]
     with _inherited(storage):
         jobs = Jobs(study, words, workers, resources, report=report)
         if detach:
@@ -257,7 +242,7 @@ def run_jobs(
 
 @contextmanager
 def _shown(
-    study: SweepStudy, base: RunRequest, workers: int, stream: Any
+    study: SweepStudy, base: RunOptions, workers: int, stream: Any
 ) -> Iterator[Callable[[], None]]:
     """What shows the sweep on the terminal and, if the user wants it, in the tracker."""
     tracked = Tracked(study, base.runs_root) if base.mlflow else None
@@ -306,11 +291,12 @@ def conclude(study: SweepStudy) -> list[str]:
             lines.append(f"  {values}  {shown(trial.params)}")
         return lines
     chosen = max(complete, key=lambda t: t.values[0])
-    options = words_of(chosen.params, study.definition.method_settings)
+    own = [assignment(f"method.{name}", value) for name, value in chosen.params.items()]
+    options = RunOptions(assignments=[*study.definition.method_settings, *own])
     return [
         f"Chosen by {objectives[0]}{stamp}: {shown(chosen.params)} "
         f"({objectives[0]} {chosen.values[0]:.4g}, trial {chosen.number} of {len(trials)})",
-        f"Use it: {console.next_command(*options)}",
+        f"Use it: {console.next_command(*options.words())}",
     ]
 
 
@@ -325,30 +311,10 @@ def _why_none(trials: list[FrozenTrial]) -> str:
     return f"; the last one failed: {reasons[-1].rstrip('.')}" if reasons else ""
 
 
-def words_of(params: Mapping[str, Any], settings: Sequence[str] = ()) -> list[str]:
-    """The options that give a choice to a run.
-
-    Args:
-        params: what was searched, and found.
-        settings: `--set` texts that the choice needs besides.
-    """
-    own = [assignment(f"method.{name}", value) for name, value in params.items()]
-    return [word for text in (*settings, *own) for word in ("--set", text)]
-
-
-def next_command(study: SweepStudy, base: RunRequest) -> str:
+def next_command(study: SweepStudy, base: RunOptions) -> str:
     """The command that tries what was chosen with a seed that the search has not used."""
     definition, chosen = study.definition, chosen_trial(counting(study.trials()))
     if chosen is None:
         return "repair what the trials fail by, and the same command with --fork"
-    words: list[object] = ["glua-bench", "run", "--method", definition.method]
-    words += ["--dataset", definition.dataset, "--direction", definition.directions[0]]
-    words += ["--seed", definition.seeds, "--preset", definition.preset]
-    words += words_of(chosen.params, definition.settings)
-    if base.steps is not None:
-        words += ["--steps", base.steps]
-    if base.runs_root != Path("runs"):
-        words += ["--runs", base.runs_root]
-    return console.next_command(
-        *words, plugins=base.plugins, data_root=base.data_root, fold=definition.fold
-    )
+    request = replace(requests(definition, base, chosen.params)[0], seed=definition.seeds)
+    return console.next_command("glua-bench", "run", *request.words())

@@ -37,7 +37,7 @@ WILCOXON_RUNS = 3  # fewer pairs than this can never be told apart
 class Parameter:
     """One setting and the values that a sweep may give it.
 
-    Args:
+    Attributes:
         name: of the method's setting.
         choices: the values, where they are listed; otherwise `low` to `high`.
         low: smallest value.
@@ -71,7 +71,7 @@ class Parameter:
 class Definition:
     """A sweep.
 
-    Args:
+    Attributes:
         file: where it was read.
         name: of the sweep and its study.
         title: what it asks, in a line.
@@ -428,7 +428,7 @@ def _positive(text: Table, name: str, given: int | None, default: int) -> int:
 
 
 def _budget(text: Table, space: Sequence[Parameter], given: int | None) -> int:
-    """Trials: as told; of a grid all combinations where nothing is told."""
+    """Return the number of trials; defaults to the full grid."""
     combinations = 1
     for parameter in space:
         combinations *= len(parameter.values())

@@ -24,7 +24,7 @@ ANNOUNCED_SECONDS = 120.0
 class WorkerJob:
     """A worker for submitit, which calls `checkpoint` before a preemption or a time limit.
 
-    Args:
+    Attributes:
         command: starts the worker.
     """
 

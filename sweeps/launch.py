@@ -26,7 +26,7 @@ DEATHS = 10  # of workers without a trial finished in between
 class Worker:
     """A process and where it writes.
 
-    Args:
+    Attributes:
         process: running `glua-bench worker`.
         log: its output.
     """
@@ -39,7 +39,7 @@ class Worker:
 class Crew:
     """The workers of one machine.
 
-    Args:
+    Attributes:
         study: what they work on.
         words: of the command that starts one, after `glua-bench`.
         count: how many.
@@ -145,17 +145,3 @@ def pin() -> None:
     cores = os.environ.get("GLUA_BENCH_CORES")
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
-
-
-def worker_words(study: SweepStudy, runs_root: Path, plugins: Sequence[Path]) -> list[str]:
-    """The words behind `glua-bench` that start a worker of a study anywhere.
-
-    Args:
-        study: its name.
-        runs_root: the directory of all runs.
-        plugins: files with further methods, datasets or selectors.
-    """
-    words = ["worker", "--study", study.name, "--runs", str(runs_root)]
-    for file in plugins:
-        words += ["--plugin", str(file)]
-    return words

@@ -26,7 +26,7 @@ TIME_LIMITS = 1000  # that a job may reach and be queued again
 class Resources:
     """What a worker's job asks SLURM for.
 
-    Args:
+    Attributes:
         hours: time limit of a job; a job that reaches it is queued again and goes on.
         partition: None takes the cluster's default, as do the next ones.
         account: who pays.
@@ -137,7 +137,7 @@ def _extra(text: Table) -> tuple[tuple[str, Any], ...]:
 class Jobs:
     """The workers of a sweep that are jobs, also those that an earlier command submitted.
 
-    Args:
+    Attributes:
         study: what they work on.
         words: of the command that starts a worker, after `glua-bench`.
         count: how many there shall be.

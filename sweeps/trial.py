@@ -6,11 +6,10 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ from glua_bench import interruption, runs
 from glua_bench.config import assignment
 from glua_bench.console import Progress
 from glua_bench.errors import RunFailure, complaint
-from glua_bench.files import try_lock
-from glua_bench.matrix import ATTEMPTS, command
+from glua_bench.matrix import ATTEMPTS, child_command, running
+from glua_bench.request import RunOptions, RunRequest
 from glua_bench.sweeps.definition import Definition
 
 WAIT_SECONDS = 0.2  # between looks at the processes of a run
@@ -33,7 +32,7 @@ Begin = Callable[[list[str]], None]
 class Outcome:
     """What a trial came to.
 
-    Args:
+    Attributes:
         values: one for each objective: quality (larger is better), then costs.
         facts: run ids, and the quality of each run under "direction, seed N".
     """
@@ -54,7 +53,9 @@ class Pruned(runs.Stopped):
         self.facts = facts
 
 
-def requests(definition: Definition, base: runs.RunRequest, params: Mapping[str, Any]) -> list:
+def requests(
+    definition: Definition, base: RunOptions, params: Mapping[str, Any]
+) -> list[RunRequest]:
     """The runs of a configuration: every direction with every seed, in a fixed order.
 
     Args:
@@ -64,8 +65,7 @@ def requests(definition: Definition, base: runs.RunRequest, params: Mapping[str,
     """
     chosen = [assignment(f"method.{name}", value) for name, value in params.items()]
     return [
-        replace(
-            base,
+        base.request(
             method=definition.method,
             dataset=definition.dataset,
             fold=definition.fold,
@@ -81,7 +81,7 @@ def requests(definition: Definition, base: runs.RunRequest, params: Mapping[str,
 
 def execute(
     definition: Definition,
-    base: runs.RunRequest,
+    base: RunOptions,
     params: Mapping[str, Any],
     progress: Progress,
     see: See,
@@ -171,13 +171,15 @@ def execute_apart(
     changed = dict(os.environ)
     changed["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // devices))
     for _ in range(ATTEMPTS):
-        _wait_for_others(planned)
+        while running(planned):  # processes of a killed worker go on with it
+            interruption.end_if_asked()
+            time.sleep(WAIT_SECONDS)
         if planned.directory.done:
             return
         progress.line(f"run {planned.id} begins in {devices} processes")
         with tempfile.TemporaryFile("w+") as errors:
             process = start(
-                [sys.executable, "-m", "glua_bench", *command(planned.request)],
+                child_command(planned),
                 env=changed,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -196,17 +198,6 @@ def execute_apart(
         f"The processes of {planned.directory.path} were killed {ATTEMPTS} times; look for a lack "
         "of memory, and give the same command again."
     )
-
-
-def _wait_for_others(planned: runs.PlannedRun) -> None:
-    """Wait until no process is at a run: those of a worker that was killed go on with it."""
-    path = planned.directory.path
-    while path.is_dir():
-        with try_lock(path / ".lock") as free:
-            if free:
-                return
-        interruption.end_if_asked()
-        time.sleep(WAIT_SECONDS)
 
 
 def _wait(process: subprocess.Popen) -> int:

@@ -15,7 +15,7 @@ from glua_bench.sweeps.study import Claim, SweepStudy, counting
 from glua_bench.sweeps.trial import Outcome, Pruned, See
 
 POLL_SECONDS = 1.0  # between looks at trials that other workers are at
-HOPELESS = 3  # trials that all fail, without one that works, end a sweep
+MAX_FAILURES = 3  # trials that all fail, without one that works, end a sweep
 
 Run = Callable[[Claim, See], Outcome]
 
@@ -24,7 +24,7 @@ Run = Callable[[Claim, See], Outcome]
 class Done:
     """What one worker did.
 
-    Args:
+    Attributes:
         finished: trials with values.
         pruned: trials that were ended early.
         failed: trials that have no value.
@@ -72,8 +72,8 @@ def work(
         report(f"trial {claim.number}: {said}{again}")
         with study.holding(claim):
             _run(study, claim, run, report, done)
-        if done.failed >= HOPELESS:
-            _check_hope(study)
+        if done.failed >= MAX_FAILURES:
+            _check_failures(study)
 
 
 def _run(
@@ -88,21 +88,19 @@ def _run(
     except (Interrupted, KeyboardInterrupt):
         study.give_back(claim)
         raise
-    except (UserError, RunFailure) as error:
-        study.fail(claim, str(error))
-        done.failed += 1
-        report(f"trial {claim.number} FAILED: {error}")
     except Exception as error:  # a plugin may raise anything
-        study.fail(claim, f"{type(error).__name__}: {error}")
+        known = isinstance(error, (UserError, RunFailure))
+        reason = str(error) if known else f"{type(error).__name__}: {error}"
+        study.fail(claim, reason)
         done.failed += 1
-        report(f"trial {claim.number} FAILED: {type(error).__name__}: {error}")
+        report(f"trial {claim.number} FAILED: {reason}")
     else:
         study.finish(claim, outcome.values, outcome.facts)
         done.finished += 1
         report(f"trial {claim.number}: {' '.join(f'{value:.4g}' for value in outcome.values)}")
 
 
-def _check_hope(study: SweepStudy) -> None:
+def _check_failures(study: SweepStudy) -> None:
     """End a sweep of which nothing works.
 
     Raises:
@@ -111,7 +109,7 @@ def _check_hope(study: SweepStudy) -> None:
     trials = counting(study.trials())
     failed = [t for t in trials if t.state == TrialState.FAIL]
     good = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-    if len(failed) >= HOPELESS and not good:
+    if len(failed) >= MAX_FAILURES and not good:
         reason = str(failed[-1].user_attrs.get("reason", "no reason")).rstrip(".")
         raise RunFailure(
             f"The first {len(failed)} trials of '{study.name}' failed ({reason}); repair this and "

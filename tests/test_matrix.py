@@ -10,8 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import pandas as pd
 import pytest
 
 from glua_bench import cli, matrix, runs
+from glua_bench.cli_options import Tasks
+from glua_bench.cli_runs import _resolved
 from glua_bench.errors import ConfigError, PluginError, RunFailure
 from glua_bench.matrix import (
     Executor,
@@ -26,22 +28,20 @@ from glua_bench.matrix import (
     ablation,
     by_dataset,
     combinations,
-    command,
     comparison,
     plan,
 )
 from glua_bench.reports.comparison import collect
-from glua_bench.runs import RunRequest
+from glua_bench.request import RunOptions
+from glua_bench.runs import PlannedRun
 
 SAMPLE = Path(__file__).resolve().parent / "sample_plugin" / "src" / "glua_bench_sample"
 PLUGINS = [SAMPLE / "discs.py", SAMPLE / "random_gamma.py"]
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> RunRequest:
-    return RunRequest(
-        method="",
-        dataset="",
+def base(tmp_path: Path) -> RunOptions:
+    return RunOptions(
         preset="quick",
         steps=2,
         assignments=["segmenter.width=4", "segmenter.depth=3", "batch_size=2", "candidates=2"],
@@ -56,7 +56,7 @@ def base(tmp_path: Path) -> RunRequest:
 # -- enumeration ----------------------------------------------------------------------------------
 
 
-def test_a_comparison_is_every_method_on_every_direction_with_every_seed(base: RunRequest) -> None:
+def test_a_comparison_is_every_method_on_every_direction_with_every_seed(base: RunOptions) -> None:
     names = ["glua", "glua+photometric", "source_only"]
     cells = comparison(names, ["phantom", "mscmr"], ["all"], 2, base)
     entries = ["source_only", "supervised", "glua", "glua + photometric"]
@@ -74,41 +74,42 @@ def test_a_comparison_is_every_method_on_every_direction_with_every_seed(base: R
     assert {c.request.runs_root for c in cells} == {base.runs_root}
 
 
-def test_the_default_is_each_datasets_first_direction(base: RunRequest) -> None:
+def test_the_default_is_each_datasets_first_direction(base: RunOptions) -> None:
     cells = comparison(["glua"], ["phantom", "discs"], [], 1, base, bounds=False)
     assert [c.task for c in cells] == ["phantom mr-ct", "discs bright-dark"]
 
 
-def test_folds_are_tasks_of_their_own(base: RunRequest) -> None:
-    def made(datasets: list[str], fold: int = 1) -> list[tuple[str, str, int]]:
-        cells = comparison(["glua"], datasets, [], 1, replace(base, fold=fold), bounds=False)
+def test_folds_are_tasks_of_their_own(base: RunOptions) -> None:
+    def made(datasets: str, fold: int = 1) -> list[tuple[str, str, int]]:
+        names, _, _ = _resolved(Tasks(datasets, fold=fold), base)
+        cells = comparison(["glua"], names, [], 1, base, bounds=False)
         return [(c.task, c.request.dataset, c.request.fold) for c in cells]
 
-    assert made(["mmwhs", "mmwhs_fold2"]) == [
+    assert made("mmwhs,mmwhs_fold2") == [
         ("mmwhs mr-ct", "mmwhs", 1),
         ("mmwhs_fold2 mr-ct", "mmwhs", 2),
     ]
-    assert made(["mmwhs", "mmwhs_fold3"], fold=3) == [("mmwhs_fold3 mr-ct", "mmwhs", 3)]
+    assert made("mmwhs,mmwhs_fold3", fold=3) == [("mmwhs_fold3 mr-ct", "mmwhs", 3)]
     with pytest.raises(ConfigError, match="'phantom' has no fold 2; it has one split"):
-        made(["mmwhs", "phantom"], fold=2)
+        made("mmwhs,phantom", fold=2)
 
 
-def test_a_perturbation_of_everything_is_refused(base: RunRequest) -> None:
-    base.assignments = [*base.assignments, "perturbation=1"]
+def test_a_perturbation_of_everything_is_refused(base: RunOptions) -> None:
+    moved = replace(base, assignments=[*base.assignments, "perturbation=1"])
     with pytest.raises(ConfigError, match="leave it out, and give --repeats"):
-        comparison(["glua"], ["discs"], [], 1, base)
-    base.assignments[-1] = "perturbation=0"
-    assert comparison(["glua"], ["discs"], [], 1, base)
+        comparison(["glua"], ["discs"], [], 1, moved)
+    none = replace(base, assignments=[*base.assignments, "perturbation=0"])
+    assert comparison(["glua"], ["discs"], [], 1, none)
 
 
 def test_repeats_are_named_and_count_beside_their_run_only(
-    base: RunRequest, monkeypatch: pytest.MonkeyPatch
+    base: RunOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = plan(comparison(["source_only"], ["discs"], [], 1, base, bounds=False, repeats=1))
     first, repeat = planned
     said: list[str] = []
 
-    def fails(words: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
+    def fails(run: PlannedRun, environment: Mapping[str, str]) -> tuple[int, str]:
         return 2, "no"
 
     Executor(planned, report=said.append, start=fails).run()
@@ -122,7 +123,7 @@ def test_repeats_are_named_and_count_beside_their_run_only(
         assert {directory.id for _, _, directory in matrix.finished(planned)} == names
 
 
-def test_repeats_are_seed_0_with_other_last_bits(base: RunRequest) -> None:
+def test_repeats_are_seed_0_with_other_last_bits(base: RunOptions) -> None:
     for make in (
         lambda repeats: comparison(["glua"], ["discs"], [], 2, base, repeats=repeats),
         lambda repeats: ablation("glua", ["discs"], [], 2, base, repeats=repeats),
@@ -141,7 +142,7 @@ def test_repeats_are_seed_0_with_other_last_bits(base: RunRequest) -> None:
                 assert cell.request.assignments[:-1] == known.request.assignments
 
 
-def test_an_ablation_is_what_the_method_declares(base: RunRequest) -> None:
+def test_an_ablation_is_what_the_method_declares(base: RunOptions) -> None:
     cells = ablation("glua", ["phantom"], [], 1, base)
     entries = [c.entry for c in cells]
     assert entries[:4] == ["source_only", "supervised", "local_only", "global_only"]
@@ -169,27 +170,27 @@ def test_combinations_are_of_values_and_of_leaving_them() -> None:
     ],
 )
 def test_what_cannot_be_enumerated_is_refused(
-    change: dict[str, Any], error: type[Exception], said: str, base: RunRequest
+    change: dict[str, Any], error: type[Exception], said: str, base: RunOptions
 ) -> None:
     asked = {"methods": ["glua"], "datasets": ["phantom"], "directions": [], "seeds": 1, **change}
     with pytest.raises(error, match=said):
         comparison(**asked, base=base)
 
 
-def test_a_method_without_variants_cannot_be_ablated(base: RunRequest) -> None:
+def test_a_method_without_variants_cannot_be_ablated(base: RunOptions) -> None:
     with pytest.raises(ConfigError, match="declares no variants; give values by --vary"):
         ablation("random_gamma", ["discs"], [], 1, base)
     with pytest.raises(ConfigError, match="--no-variants leaves nothing"):
         ablation("glua", ["discs"], [], 1, base, variants=False)
 
 
-def varied(method: str, base: RunRequest, *vary: str, **options: Any) -> dict[str, list[str]]:
+def varied(method: str, base: RunOptions, *vary: str, **options: Any) -> dict[str, list[str]]:
     """Entry → what its requests set of the method, for entries other than the bounds."""
     cells = ablation(method, ["discs"], [], 1, base, vary=vary, bounds=False, **options)
     return {c.entry: [a for a in c.request.assignments if a.startswith("method.")] for c in cells}
 
 
-def test_a_setting_is_varied_beside_its_reference(base: RunRequest) -> None:
+def test_a_setting_is_varied_beside_its_reference(base: RunOptions) -> None:
     said: list[str] = []
     found = varied("random_gamma", base, "strength=0.5,1,1.0,2, 0.50", report=said.append)
     assert found == {
@@ -207,7 +208,7 @@ def test_a_setting_is_varied_beside_its_reference(base: RunRequest) -> None:
     }
 
 
-def test_a_value_that_a_variant_has_is_the_variant(base: RunRequest) -> None:
+def test_a_value_that_a_variant_has_is_the_variant(base: RunOptions) -> None:
     vary = ("gain=none,constant,tanh", "lr_d=0.1,0.001", "mask=random,soft")
     said: list[str] = []
     found = varied("glua", base, *vary, report=said.append)
@@ -236,7 +237,7 @@ def test_a_value_that_a_variant_has_is_the_variant(base: RunRequest) -> None:
     assert list(other) == ["default", "lr_d = 0.001"]
 
 
-def test_values_and_variants_combine(base: RunRequest) -> None:
+def test_values_and_variants_combine(base: RunOptions) -> None:
     found = varied(
         "random_gamma", base, "strength=1,2", "lr=0.1", combine=True, report=lambda line: None
     )
@@ -250,12 +251,13 @@ def test_values_and_variants_combine(base: RunRequest) -> None:
     ]
 
 
-def test_bounds_do_not_follow_the_methods_settings(base: RunRequest) -> None:
+def test_bounds_do_not_follow_the_methods_settings(base: RunOptions) -> None:
     asked = replace(base, assignments=[*base.assignments, "method.strength=2"])
     cells = ablation("random_gamma", ["discs"], [], 1, asked, vary=["strength=1"])
     assert [c.entry for c in cells] == ["source_only", "supervised", "default", "strength = 1.0"]
     lower, upper = (c.request for c in cells[:2])
-    assert lower == replace(base, method="source_only", dataset="discs", direction="bright-dark")
+    task = {"dataset": "discs", "direction": "bright-dark"}
+    assert lower == base.request(method="source_only", **task)
     assert upper == replace(lower, scenario="supervised")
     planned = plan(cells)  # every run is another
     assert [p.run.config.method for p in planned] == ["source_only"] * 2 + ["random_gamma"] * 2
@@ -263,13 +265,13 @@ def test_bounds_do_not_follow_the_methods_settings(base: RunRequest) -> None:
     assert settings == [None, None, 2.0, 1.0]
 
 
-def test_a_bound_that_is_varied_is_its_own_reference(base: RunRequest) -> None:
+def test_a_bound_that_is_varied_is_its_own_reference(base: RunOptions) -> None:
     cells = ablation("source_only", ["discs"], [], 1, base, vary=["lr=0.002,0.1"])
     assert [c.entry for c in cells] == ["source_only", "supervised", "lr = 0.1"]
     plan(cells)
 
 
-def test_two_entries_of_one_name_are_refused(base: RunRequest, tmp_path: Path) -> None:
+def test_two_entries_of_one_name_are_refused(base: RunOptions, tmp_path: Path) -> None:
     plugin = tmp_path / "mine.py"
     plugin.write_text(
         "from glua_bench.methods.source_only import SourceOnly\n"
@@ -286,71 +288,30 @@ def test_two_entries_of_one_name_are_refused(base: RunRequest, tmp_path: Path) -
     assert len(ablation("mine", ["discs"], [], 1, asked, bounds=False)) == 1
 
 
-def test_a_request_survives_the_command_line(
-    base: RunRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run that a matrix starts is the run that was planned, whatever was set."""
-    seen: list[RunRequest] = []
-
-    def capture(request: RunRequest, report: Any = None) -> None:
-        seen.append(request)
-        raise ConfigError("enough.")
-
-    monkeypatch.setattr(runs, "plan", capture)
-    changed = replace(
-        base,
-        method="random_gamma",
-        dataset="discs",
-        direction="dark-bright",
-        scenario="supervised",
-        fold=2,
-        seed=3,
-        augmentation="photometric",
-        precision="bf16-mixed",
-        devices=2,
-        oracle=True,
-    )
-    default = {f.name: f.default for f in fields(RunRequest)}
-    same = {f.name for f in fields(RunRequest) if getattr(changed, f.name) == default[f.name]}
-    assert not same - {"mlflow"}, "this test must change every field"
-    for request in (changed, replace(base, method="random_gamma", dataset="discs", mlflow=True)):
-        monkeypatch.setattr(sys, "argv", ["glua-bench", *command(request)])
-        with pytest.raises(SystemExit):
-            cli.main()
-        assert seen.pop() == request
-
-
 # -- execution ------------------------------------------------------------------------------------
 
 
-def cells_of(base: RunRequest, seeds: int = 2) -> list[Planned]:
+def cells_of(base: RunOptions, seeds: int = 2) -> list[Planned]:
     return plan(comparison(["random_gamma"], ["discs"], [], seeds, base, bounds=False))
 
 
-def in_process(words: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
+def in_process(run: PlannedRun, environment: Mapping[str, str]) -> tuple[int, str]:
     """What a started process would do."""
-    seed = int(words[words.index("--seed") + 1])
-    request = in_process.requests[seed]  # type: ignore[attr-defined]
-    runs.execute(runs.plan(request), runs.Progress(enabled=False))
+    runs.execute(runs.plan(run.request), runs.Progress(enabled=False))
     return 0, ""
 
 
-def starter(planned: list[Planned]) -> Callable[..., tuple[int, str]]:
-    in_process.requests = {p.cell.request.seed: p.cell.request for p in planned}  # type: ignore[attr-defined]
-    return in_process
-
-
-def test_two_cells_of_one_run_are_refused(base: RunRequest) -> None:
+def test_two_cells_of_one_run_are_refused(base: RunOptions) -> None:
     cells = comparison(["random_gamma", "source_only"], ["discs"], [], 1, base, bounds=False)
     twice = [*cells, replace(cells[0], entry="again")]
     with pytest.raises(ConfigError, match="'random_gamma' and 'again' on discs bright-dark"):
         plan(twice)
 
 
-def test_runs_are_done_once_and_skipped_afterwards(base: RunRequest) -> None:
+def test_runs_are_done_once_and_skipped_afterwards(base: RunOptions) -> None:
     planned = cells_of(base)
     said: list[str] = []
-    outcome = Executor(planned, report=said.append, start=starter(planned)).run()
+    outcome = Executor(planned, report=said.append, start=in_process).run()
     assert (outcome.ran, outcome.before, outcome.elsewhere, outcome.failed) == (2, 0, 0, {})
     assert [line.split()[0] for line in said] == ["begin", "done", "begin", "done"]
     assert "(2 of 2)" in said[-1]
@@ -364,7 +325,7 @@ def test_runs_are_done_once_and_skipped_afterwards(base: RunRequest) -> None:
     assert (outcome.ran, outcome.before) == (0, 2)
 
 
-def test_a_matrix_is_shown_by_dataset(base: RunRequest, phantom_root: Path) -> None:
+def test_a_matrix_is_shown_by_dataset(base: RunOptions, phantom_root: Path) -> None:
     discs = plan(comparison(["random_gamma"], ["discs"], [], 2, base))
     other = replace(base, data_root=phantom_root)
     phantom = plan(comparison(["source_only"], ["phantom"], ["all"], 1, other, bounds=False))
@@ -378,36 +339,36 @@ def test_a_matrix_is_shown_by_dataset(base: RunRequest, phantom_root: Path) -> N
     assert alone.id == groups[0].id != groups[1].id
 
 
-def test_a_failure_is_kept_and_tried_again_only_if_asked(base: RunRequest) -> None:
+def test_a_failure_is_kept_and_tried_again_only_if_asked(base: RunOptions) -> None:
     planned = cells_of(base)
 
-    def failing(words: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
-        if words[words.index("--seed") + 1] == "0":
+    def failing(run: PlannedRun, environment: Mapping[str, str]) -> tuple[int, str]:
+        if run.request.seed == 0:
             planned[0].run.directory.fail("the disk is full.")
             return 1, "glua-bench: error: the disk is full."
-        return starter(planned)(words, environment)
+        return in_process(run, environment)
 
     outcome = Executor(planned, start=failing).run()
     assert outcome.ran == 1 and list(outcome.failed.values()) == ["the disk is full."]
     assert [p.state for p in planned] == ["failed", "done"]
     said: list[str] = []
     more = cells_of(base, 3)
-    outcome = Executor(more, report=said.append, start=starter(more)).run()
+    outcome = Executor(more, report=said.append, start=in_process).run()
     assert (outcome.ran, outcome.before, len(outcome.failed)) == (1, 1, 1)
     assert "(1 of 1)" in said[-1]  # what failed earlier is not part of this work
-    outcome = Executor(cells_of(base), retry_failed=True, start=starter(planned)).run()
+    outcome = Executor(cells_of(base), retry_failed=True, start=in_process).run()
     assert (outcome.ran, outcome.before, outcome.failed) == (1, 1, {})
 
 
-def test_a_killed_process_is_started_again_once(base: RunRequest) -> None:
+def test_a_killed_process_is_started_again_once(base: RunOptions) -> None:
     planned, started = cells_of(base, 1), []
 
-    def killed(words: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
-        started.append(words)
-        return (-9, "") if len(started) == 1 else starter(planned)(words, environment)
+    def killed(run: PlannedRun, environment: Mapping[str, str]) -> tuple[int, str]:
+        started.append(run.id)
+        return (-9, "") if len(started) == 1 else in_process(run, environment)
 
     outcome = Executor(planned, start=killed).run()
-    assert outcome.ran == 1 and len(started) == 2
+    assert outcome.ran == 1 and started == [planned[0].run.id] * 2
 
     planned = cells_of(replace(base, runs_root=base.runs_root / "more"), 1)
     outcome = Executor(planned, start=lambda *given: (-9, "")).run()
@@ -415,16 +376,16 @@ def test_a_killed_process_is_started_again_once(base: RunRequest) -> None:
 
 
 def test_a_process_that_loses_the_run_to_one_that_is_killed_is_started_again(
-    base: RunRequest,
+    base: RunOptions,
 ) -> None:
     """That another process had the run is no failure of the run."""
     planned, errors = cells_of(base, 1), []
     lock = planned[0].run.directory.path / ".lock"
 
-    def beaten(words: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
+    def beaten(run: PlannedRun, environment: Mapping[str, str]) -> tuple[int, str]:
         with matrix.try_lock(lock) if not errors else contextlib.nullcontext():
             try:
-                return starter(planned)(words, environment)
+                return in_process(run, environment)
             except RunFailure as error:
                 errors.append(str(error))
         return RunFailure.exit_code, errors[-1]  # and the other process is gone
@@ -438,30 +399,30 @@ def test_a_process_that_loses_the_run_to_one_that_is_killed_is_started_again(
     assert list(outcome.failed.values()) == ["ImportError: none"]
 
 
-def test_what_failed_here_and_was_done_elsewhere_is_no_failure(base: RunRequest) -> None:
+def test_what_failed_here_and_was_done_elsewhere_is_no_failure(base: RunOptions) -> None:
     planned = cells_of(base)
 
-    def killed(words: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
-        if words[words.index("--seed") + 1] == "0":
+    def killed(run: PlannedRun, environment: Mapping[str, str]) -> tuple[int, str]:
+        if run.request.seed == 0:
             return -9, ""
         runs.execute(planned[0].run, runs.Progress(enabled=False))  # as another process would
-        return starter(planned)(words, environment)
+        return in_process(run, environment)
 
     outcome = Executor(planned, start=killed).run()
     assert (outcome.ran, outcome.elsewhere, outcome.failed) == (1, 1, {})
 
 
-def test_two_executors_share_the_runs(base: RunRequest) -> None:
+def test_two_executors_share_the_runs(base: RunOptions) -> None:
     first, second = cells_of(base, 4), cells_of(base, 4)
-    began: list[str] = []
+    began: list[int] = []
     guard = threading.Lock()
 
-    def once(words: list[str], environment: Mapping[str, str]) -> tuple[int, str]:
+    def once(run: PlannedRun, environment: Mapping[str, str]) -> tuple[int, str]:
         with guard:
-            began.append(words[words.index("--seed") + 1])
+            began.append(run.request.seed)
         time.sleep(0.2)
         with guard:
-            return starter(first)(words, environment)
+            return in_process(run, environment)
 
     executors = [Executor(planned, jobs=2, start=once) for planned in (first, second)]
     threads = [threading.Thread(target=executor.run) for executor in executors]
@@ -469,13 +430,13 @@ def test_two_executors_share_the_runs(base: RunRequest) -> None:
         thread.start()
     for thread in threads:
         thread.join(120)
-    assert sorted(began) == ["0", "1", "2", "3"]
+    assert sorted(began) == [0, 1, 2, 3]
     outcomes = [executor.outcome for executor in executors]
     assert sum(outcome.ran for outcome in outcomes) == 4
     assert all(o.ran + o.before + o.elsewhere == 4 and not o.failed for o in outcomes)
 
 
-def test_a_run_whose_starter_was_killed_is_waited_for_then_taken_over(base: RunRequest) -> None:
+def test_a_run_whose_starter_was_killed_is_waited_for_then_taken_over(base: RunOptions) -> None:
     planned = cells_of(base, 1)
     item = planned[0]
     item.run.directory.path.mkdir(parents=True)
@@ -490,7 +451,7 @@ def test_a_run_whose_starter_was_killed_is_waited_for_then_taken_over(base: RunR
     orphan = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     try:
         assert orphan.stdout is not None and orphan.stdout.readline() == "held\n"
-        executor = Executor(planned, start=starter(planned))
+        executor = Executor(planned, start=in_process)
         thread = threading.Thread(target=executor.run)
         thread.start()
         time.sleep(1.5)
@@ -520,7 +481,7 @@ def test_jobs_have_a_gpu_or_a_share_of_the_cores_each(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_two_commands_at_once_make_one_comparison(base: RunRequest, tmp_path: Path) -> None:
+def test_two_commands_at_once_make_one_comparison(base: RunOptions, tmp_path: Path) -> None:
     options = ["--data-root", "discs", "--steps", "2", "--device", "cpu", "--no-mlflow"]
     options += [f"--plugin={path}" for path in PLUGINS] + ["--preset", "quick", "--seeds", "1"]
     words = ["compare", "--methods", "random_gamma", "--dataset", "discs", *options]
@@ -545,7 +506,7 @@ def test_two_commands_at_once_make_one_comparison(base: RunRequest, tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_comparison_is_one_group_of_runs_in_the_tracker(
-    base: RunRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    base: RunOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """Mirrored runs lie under it; a second command changes nothing, a dead tracker costs a line."""
     words = ["compare", "--methods=random_gamma", "--dataset=discs", "--no-bounds", "--seeds=2"]

@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 from glua_bench import runs
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, RunFailure
-from glua_bench.runs import RunRequest
+from glua_bench.request import RunOptions
 from glua_bench.sweeps import command, launch
 from glua_bench.sweeps.definition import Definition, Parameter, find, read, shipped
 from glua_bench.sweeps.progress import Display, state
@@ -59,10 +59,8 @@ def definition(tmp_path: Path) -> Definition:
 
 
 @pytest.fixture
-def base(phantom_root: Path, tmp_path: Path) -> RunRequest:
-    return RunRequest(
-        "glua",
-        "phantom",
+def base(phantom_root: Path, tmp_path: Path) -> RunOptions:
+    return RunOptions(
         steps=2,
         data_root=phantom_root,
         runs_root=tmp_path / "runs",
@@ -130,13 +128,11 @@ SMALL = ("grid.size=32", "grid.spacing=7", "grid.slice_spacing=16", "batch_size=
 
 
 @pytest.mark.parametrize("name", list(shipped()))
-def test_every_definition_that_is_shipped_runs(name: str, base: RunRequest) -> None:
+def test_every_definition_that_is_shipped_runs(name: str, base: RunOptions) -> None:
     """Two of its trials, on small images and for two updates each."""
     told = read(find(name), oracle=False, trials=2, seeds=1)
     glua = ["method.adgan_width=4", "method.codes_width=4", "method.codes_scales=2"]
-    small = replace(
-        base, method=told.method, assignments=[*SMALL, *(glua if told.method == "glua" else [])]
-    )
+    small = replace(base, assignments=[*SMALL, *(glua if told.method == "glua" else [])])
     study = command.open_study(told, small, None, 1, fork=False, resume=False, report=print)
     done = command.run_worker(study, small, print, Progress(enabled=False))
     assert (done.finished, done.failed) == (2, 0), [t.user_attrs for t in study.trials()]
@@ -182,6 +178,24 @@ def test_what_cannot_be_swept_is_one_sentence(
     assert code == 2 and said in err and err.count("\n") == 1, err
 
 
+def test_a_worker_has_the_options_of_the_sweep(
+    definition: Definition, base: RunOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its plugins too, wherever the worker begins, unless it names them itself."""
+    (tmp_path / "mine.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    asked = replace(base, plugins=[Path("mine.py")], precision="bf16-mixed")
+    command.open_study(definition, asked, None, 1, fork=False, resume=False, report=print)
+    _, found = command.join("own", base.runs_root, None, [], print)
+    assert found == replace(asked, plugins=[tmp_path / "mine.py"])
+    _, found = command.join("own", base.runs_root, None, [Path("other.py")], print)
+    assert found == replace(asked, plugins=[Path("other.py")])
+    file = base.runs_root / "sweeps" / "own" / "request.json"
+    file.write_text(file.read_text().replace("precision", "accuracy"))
+    with pytest.raises(ConfigError, match="request.json does not hold the options of this version"):
+        command.join("own", base.runs_root, None, [], print)
+
+
 def test_a_worker_of_an_unknown_sweep_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="There is no sweep 'none' in .*; begin it by"):
         command.join("none", tmp_path, None, [], print)
@@ -191,7 +205,7 @@ def test_a_worker_of_an_unknown_sweep_is_told(tmp_path: Path) -> None:
 
 
 def test_a_trial_is_every_direction_with_every_seed(
-    definition: Definition, base: RunRequest
+    definition: Definition, base: RunOptions
 ) -> None:
     several = replace(definition, directions=("mr-ct", "ct-mr"), seeds=2)
     made = requests(several, base, {"mask_ratio": 0.2})
@@ -206,7 +220,7 @@ def test_a_trial_is_every_direction_with_every_seed(
 
 
 def test_a_trial_s_value_is_the_mean_of_its_runs_and_a_watcher_may_end_it(
-    definition: Definition, base: RunRequest
+    definition: Definition, base: RunOptions
 ) -> None:
     small = replace(
         definition,
@@ -217,7 +231,6 @@ def test_a_trial_s_value_is_the_mean_of_its_runs_and_a_watcher_may_end_it(
         seeds=2,
         pruner="median",
     )
-    base = replace(base, method="source_only")
     seen: list[tuple[int, float]] = []
 
     def see(step: int, value: float) -> bool:
@@ -430,5 +443,5 @@ def test_nothing_is_concluded_of_nothing(tmp_path: Path, definition: Definition)
         study.fail(claim, "the disk is full.")
     lines = command.conclude(study)
     assert lines == ["No trial of 'own' has a value; the last one failed: the disk is full."]
-    base = RunRequest("glua", "phantom", runs_root=tmp_path / "runs")
+    base = RunOptions(runs_root=tmp_path / "runs")
     assert "--fork" in command.next_command(study, base)

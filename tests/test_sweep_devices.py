@@ -20,7 +20,7 @@ from glua_bench import interruption, runs
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.interruption import Interrupted
-from glua_bench.runs import RunRequest
+from glua_bench.request import RunOptions, RunRequest
 from glua_bench.sweeps import command
 from glua_bench.sweeps.definition import Definition, Parameter
 from glua_bench.sweeps.launch import worker_environment
@@ -41,10 +41,8 @@ DEFINITION = Definition(
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> RunRequest:
-    return RunRequest(
-        "slow",
-        "discs",
+def base(tmp_path: Path) -> RunOptions:
+    return RunOptions(
         steps=30,
         plugins=PLUGINS,
         data_root=tmp_path / "discs",
@@ -56,9 +54,10 @@ def base(tmp_path: Path) -> RunRequest:
     )
 
 
-def plan(base: RunRequest, pause: float = 0.0) -> runs.PlannedRun:
+def plan(base: RunOptions, pause: float = 0.0) -> runs.PlannedRun:
     own = [*DEFINITION.settings, f"method.pause={pause}"]
-    return runs.plan(replace(base, preset="quick", direction="bright-dark", assignments=own))
+    task = {"method": "slow", "dataset": "discs", "direction": "bright-dark"}
+    return runs.plan(base.request(**task, preset="quick", assignments=own))
 
 
 def finish(planned: runs.PlannedRun) -> None:
@@ -71,7 +70,7 @@ def no_look(step: int, value: float) -> bool:
     return False
 
 
-def test_a_trial_in_two_processes_is_that_in_one(base: RunRequest, tmp_path: Path) -> None:
+def test_a_trial_in_two_processes_is_that_in_one(base: RunOptions, tmp_path: Path) -> None:
     found = {}
     for devices in (1, 2):
         own = replace(base, devices=devices, runs_root=tmp_path / str(devices))
@@ -85,7 +84,7 @@ def test_a_trial_in_two_processes_is_that_in_one(base: RunRequest, tmp_path: Pat
 
 
 def test_a_run_in_two_processes_ends_politely_and_goes_on(
-    base: RunRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: RunOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = plan(base, pause=0.1)
     began = tmp_path / "steps.txt"
@@ -126,23 +125,24 @@ class Started:
         return subprocess.Popen([words[0], "-c", act.format(end)], **told)
 
 
-def test_killed_processes_are_tried_again(base: RunRequest) -> None:
+def test_killed_processes_are_tried_again(base: RunOptions) -> None:
     planned = plan(base)
     started = Started(-9, -9)
     with pytest.raises(RunFailure, match="were killed 2 times"):
         execute_apart(planned, QUIET, started)
     words, told = started.commands[0]
-    assert words[3] == "run" and words[words.index("--devices") + 1] == "2"
+    assert words[3] == "run-request"
+    assert RunRequest.from_json(Path(words[4]).read_text(), words[4]) == planned.request
     assert told["env"]["OMP_NUM_THREADS"] == "1"
     execute_apart(planned, QUIET, Started(-9, 0, then=lambda: finish(planned)))
 
 
-def test_what_a_run_says_at_its_end_is_the_reason(base: RunRequest) -> None:
+def test_what_a_run_says_at_its_end_is_the_reason(base: RunOptions) -> None:
     with pytest.raises(RunFailure, match="^too bad$"):
         execute_apart(plan(base), QUIET, Started(1))
 
 
-def test_what_a_killed_worker_left_running_is_awaited(base: RunRequest) -> None:
+def test_what_a_killed_worker_left_running_is_awaited(base: RunOptions) -> None:
     planned = plan(base)
     held = threading.Event()
 
@@ -160,7 +160,7 @@ def test_what_a_killed_worker_left_running_is_awaited(base: RunRequest) -> None:
 
 
 @pytest.mark.parametrize("pruner", ["median", "hyperband"])
-def test_pruning_within_a_run_needs_one_process(pruner: str, base: RunRequest) -> None:
+def test_pruning_within_a_run_needs_one_process(pruner: str, base: RunOptions) -> None:
     own = replace(DEFINITION, pruner=pruner)
     with pytest.raises(ConfigError, match=f"--devices 2: {pruner} looks at"):
         command.open_study(own, base, None, 1, False, False, print)
@@ -174,7 +174,7 @@ def test_workers_with_two_gpus_each_share_none(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_runs_in_a_job_of_slurm_start_their_own_processes(
-    base: RunRequest, monkeypatch: pytest.MonkeyPatch
+    base: RunOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fabric would take the job's one task for a process that srun started for a run."""
     for name, value in {

@@ -13,7 +13,7 @@ import pytest
 from glua_bench.console import Progress
 from glua_bench.errors import RunFailure
 from glua_bench.reports.sweep_report import Sweep
-from glua_bench.runs import RunRequest
+from glua_bench.request import RunOptions
 from glua_bench.sweeps import command, results, trial
 from glua_bench.sweeps.definition import Definition, Parameter
 from glua_bench.sweeps.study import Claim, SweepStudy
@@ -225,7 +225,7 @@ def test_a_pruned_trial_names_the_runs_that_it_finished(
     monkeypatch.setattr(trial, "planned_stages", lambda planned: ())
     told = define(space=(WEIGHT,), pruner="median", trials=1)
     study = SweepStudy(told, tmp_path / "runs")
-    base = RunRequest("glua", "phantom", runs_root=tmp_path / "runs")
+    base = RunOptions(runs_root=tmp_path / "runs")
 
     def run(claim: Claim, see: Any) -> Any:
         quiet = Progress(enabled=False)
@@ -255,7 +255,7 @@ def test_a_failed_trial_names_the_run_that_failed(made_runs, monkeypatch) -> Non
     monkeypatch.setattr(trial, "best", lambda *_: 0.5)
     monkeypatch.setattr(trial, "planned_stages", lambda planned: ())
     study = SweepStudy(define(trials=1), made_runs.root)
-    base = RunRequest("glua", "phantom", runs_root=made_runs.root)
+    base = RunOptions(runs_root=made_runs.root)
     done = command.run_worker(study, base, lambda line: None, Progress(enabled=False))
     (only,) = study.trials()
     assert done.failed == 1 and only.user_attrs["runs"] == [run.id for run in made]

@@ -1,0 +1,197 @@
+"""What a user asks for: the options of a run, as Python, as a command line and as JSON.
+
+A field of `RunOptions` is all that an option of `run`, `compare`, `ablate` and `sweep` needs: the
+commands read their options from the fields, and a process that is started for a run reads them
+from a JSON file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+import typer
+
+from glua_bench.errors import ConfigError
+
+PLUGIN = typer.Option("--plugin", help="A Python file with further methods, datasets or selectors.")
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-root",
+        help="The dataset's directory; default is $GLUA_BENCH_DATA/DATASET (generated data: "
+        "the cache).",
+    ),
+]
+Fold = Annotated[
+    int,
+    typer.Option(
+        "--fold", min=1, help="The dataset's fold, with test cases of its own; 1 is its default."
+    ),
+]
+RunsRoot = Annotated[Path, typer.Option("--runs", help="The directory of all runs.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+
+Options = TypeVar("Options", bound="RunOptions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The options that all runs of a comparison, an ablation or a sweep share.
+
+    Attributes:
+        preset: "quick", "standard" or "paper"; None takes "standard" on a GPU, else "quick".
+        assignments: `--set` texts, e.g. "method.lr=1e-3".
+        augmentation: "none", "geometric" or "photometric"; None takes the preset's.
+        steps: updates of the segmenter; None takes the preset's.
+        data_root: the dataset's directory; None takes the dataset's default.
+        runs_root: the directory of all runs.
+        device: "auto", "cpu" or "cuda".
+        devices: processes of a run.
+        precision: "32-true", "bf16-mixed" or "16-mixed"; None takes the preset's.
+        plugins: files with further methods, datasets or selectors.
+        oracle: also score every checkpoint on the labelled test cases.
+        mlflow: mirror runs to MLflow.
+    """
+
+    preset: Annotated[
+        str | None,
+        typer.Option(help="quick, standard or paper; default: quick, with a GPU standard."),
+    ] = None
+    assignments: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            help="Change a setting, e.g. method.lr=1e-3, segmenter.name=timm:resnet18, "
+            "grid.size=96, batch_size=4, slices=3. Repeatable; `list methods -v` names them.",
+        ),
+    ] = field(default_factory=list)
+    augmentation: Annotated[
+        str | None, typer.Option(help="none, geometric (default) or photometric.")
+    ] = None
+    steps: Annotated[int | None, typer.Option(help="Updates of the segmenter.")] = None
+    data_root: DataRoot = None
+    runs_root: RunsRoot = Path("runs")
+    device: Device = "auto"
+    devices: Annotated[
+        int, typer.Option(min=1, help="Processes of each run, one a GPU (or CPU).")
+    ] = 1
+    precision: Annotated[
+        str | None, typer.Option(help="32-true (default), bf16-mixed or 16-mixed.")
+    ] = None
+    plugins: Annotated[list[Path], PLUGIN] = field(default_factory=list)
+    oracle: Annotated[
+        bool,
+        typer.Option(
+            "--oracle",
+            help="Also score every checkpoint on the labelled test cases, to see what a selector "
+            "misses; flagged, and never a result.",
+        ),
+    ] = False
+    mlflow: Annotated[bool, typer.Option("--mlflow/--no-mlflow", help="Mirror runs to MLflow.")] = (
+        True
+    )
+
+    def request(self, **changes: Any) -> RunRequest:
+        """Return the request for one run with these options.
+
+        Args:
+            changes: `method`, `dataset` and what else differs.
+        """
+        return RunRequest(**{**vars(self), **changes})
+
+    def words(self) -> list[str]:
+        """Return the command-line options that ask for this, without those at their default."""
+        words = []
+        for spec, hint in options(type(self)):
+            value = getattr(self, spec.name)
+            if value == spec.default:
+                continue
+            declared = hint.__metadata__[0].default  # the first argument of `typer.Option`
+            name = f"--{spec.name.replace('_', '-')}" if declared is ... else declared
+            if isinstance(value, bool):
+                words.append(name.split("/")[0 if value else 1])
+            else:
+                for item in value if isinstance(value, list) else [value]:
+                    words += [name, str(item)]
+        return words
+
+    def to_json(self) -> str:
+        """Return the text from which `from_json` makes this again."""
+        return json.dumps(asdict(self), default=str, indent=1)
+
+    @classmethod
+    def from_json(cls: type[Options], text: str, file: object) -> Options:
+        """Read what `to_json` wrote.
+
+        Args:
+            text: JSON.
+            file: where it stands, for errors.
+
+        Raises:
+            ConfigError: the text is no JSON object, or its keys are not this version's options.
+        """
+        hints = get_type_hints(cls)
+        try:
+            values = json.loads(text)
+            return cls(**{name: _from_json(value, hints[name]) for name, value in values.items()})
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{file} does not hold the options of this version ({error}); give the command "
+                "again that wrote it."
+            ) from error
+
+
+@dataclass(frozen=True)
+class RunRequest(RunOptions):
+    """What a user asks for; `plan` turns it into a complete configuration.
+
+    Attributes:
+        method: the method's name.
+        dataset: the dataset's name.
+        direction: "source-target"; None takes the dataset's first.
+        fold: the dataset's fold; 1 is its default split.
+        seed: of everything random.
+        scenario: "uda" or "supervised".
+    """
+
+    method: Annotated[str, typer.Option(help="Which method; see `glua-bench list methods`.")]
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="Which dataset; see `glua-bench list datasets`. Or FILE.yaml, which describes one."
+        ),
+    ]
+    direction: Annotated[
+        str | None, typer.Option(help="source-target, e.g. mr-ct; default is the dataset's first.")
+    ] = None
+    fold: Fold = 1
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0
+    scenario: Annotated[
+        str,
+        typer.Option(
+            help="uda, or supervised: source_only on labelled target-train cases, the upper "
+            "bound (privileged)."
+        ),
+    ] = "uda"
+
+    def shared(self) -> RunOptions:
+        """Return the options that do not say which run it is."""
+        return RunOptions(**{spec.name: getattr(self, spec.name) for spec in fields(RunOptions)})
+
+
+def options(kind: type) -> Iterator[tuple[Field[Any], Any]]:
+    """Yield each field of a class of options and its annotation, in the order of the help."""
+    hints = get_type_hints(kind, include_extras=True)
+    for spec in sorted(fields(kind), key=lambda spec: bool(spec.kw_only)):
+        yield spec, hints[spec.name]
+
+
+def _from_json(value: Any, hint: Any) -> Any:
+    """Return a JSON value as its field's type, of which only paths differ."""
+    if value is None or Path not in (hint, *get_args(hint)):
+        return value
+    return [Path(item) for item in value] if isinstance(value, list) else Path(value)
