@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from glua_bench import carried
-from glua_bench.errors import ConfigError, UserError
+from glua_bench.errors import ConfigError, RunFailure, UserError
 from glua_bench.files import replacing, write_text
 from glua_bench.registry import Registry
 from glua_bench.reports import (
@@ -71,7 +71,8 @@ def write(
         The files, the page first.
 
     Raises:
-        UserError: the directory cannot be written, or the selector judged no run.
+        UserError: the selector judged no run.
+        RunFailure: the directory cannot be written.
     """
     known = {str(name) for name in results.rows["selector"].unique()}
     if options.selector not in known:
@@ -374,7 +375,7 @@ class _Writer(PageWriter):
                 dataset: Dataset = loaded(self.options.data_root)
                 dataset.prepare(self.report)
                 self._datasets[name] = dataset
-            except UserError as error:
+            except (UserError, RunFailure) as error:
                 self.notices.append(f"No pictures of {name}: {error}")
                 self._datasets[name] = None
         return self._datasets[name]
