@@ -10,7 +10,6 @@ import typer
 
 from glua_bench.cli_options import (
     DatasetName,
-    Fold,
     Plugins,
     PresetName,
     Processes,

@@ -34,7 +34,7 @@ from glua_bench.config import (
 from glua_bench.console import duration
 from glua_bench.errors import ConfigError, RunFailure, complaint
 from glua_bench.evaluation import mean_score
-from glua_bench.files import try_lock
+from glua_bench.files import try_lock, write_text
 from glua_bench.method import Method
 from glua_bench.metrics import PRIMARY
 from glua_bench.registry import Registry
@@ -568,8 +568,7 @@ def environment(index: int, jobs: int) -> dict[str, str]:
 def child_command(run: PlannedRun) -> list[str]:
     """Write a run's request to a file, and return the command that executes it."""
     file = run.request.runs_root / CLAIMS / f"{run.id}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, run.request.to_json())
+    write_text(file, run.request.to_json(), "--runs")
     return [sys.executable, "-m", "glua_bench", "run-request", str(file)]
 
 

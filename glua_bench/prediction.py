@@ -457,7 +457,7 @@ def export(model: Model, run: RunDirectory, folder: Path, selector: str = "last"
         write_bytes(unfinished / WEIGHTS, save(weights))
         write_json(unfinished / CONFIG, described)
         write_text(unfinished / CARD, card(model, run, selector))
-        write_bytes(unfinished / LICENSE, Path(str(licence.locate())).read_bytes())
+        write_text(unfinished / LICENSE, licence.read_text(encoding="utf-8"))
     return folder
 
 

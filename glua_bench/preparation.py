@@ -40,7 +40,7 @@ def prepare_cases(
 
     Raises:
         DataError: the dataset's directory cannot be used at all.
-        RunFailure: the disk is full, or a process was killed.
+        RunFailure: the cache cannot be written, or a process was killed.
     """
     cache = SliceCache()
     cases = [case for domain in dataset.domains() for case in dataset.cases(domain)]
@@ -58,7 +58,7 @@ def prepare_cases(
         if problem:
             problems[place] = problem
         progress.update(there + done)
-    # A cache that cannot be written is the same sentence to all cases.
+    # What several cases share is the same sentence to all of them.
     return list(dict.fromkeys(problems[place] for place in sorted(problems)))
 
 

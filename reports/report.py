@@ -13,7 +13,7 @@ import pandas as pd
 
 from glua_bench import carried
 from glua_bench.config import ORACLE, UPPER
-from glua_bench.errors import ConfigError, UserError
+from glua_bench.errors import ConfigError, RunFailure, UserError
 from glua_bench.files import replacing, write_text
 from glua_bench.metrics import PRIMARY
 from glua_bench.registry import Registry, load_dataset
@@ -72,7 +72,8 @@ def write(
         The files, the page first.
 
     Raises:
-        UserError: the directory cannot be written, or the selector judged no run.
+        UserError: the selector judged no run.
+        RunFailure: the directory cannot be written.
     """
     known = {str(name) for name in results.rows["selector"].unique()}
     if options.selector not in known:
@@ -373,7 +374,7 @@ class _Writer(PageWriter):
                 dataset = load_dataset(name, self.options.data_root, self._plugins(name))
                 dataset.prepare(self.report)
                 self._datasets[name] = dataset
-            except UserError as error:
+            except (UserError, RunFailure) as error:
                 self.notices.append(f"No pictures of {name}: {error}")
                 self._datasets[name] = None
         return self._datasets[name]

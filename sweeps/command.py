@@ -33,7 +33,6 @@ from glua_bench.sweeps.study import (
 )
 from glua_bench.sweeps.trial import Outcome, See, execute, requests
 from glua_bench.sweeps.worker import Done, work
-from glua_bench.tracking import write_text
 
 STORAGE_VARIABLE = "GLUA_BENCH_STORAGE"  # what stands for --storage
 OWN = ("runs_root", "plugins")  # of the options, what each machine may name otherwise

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from glua_bench.config import RunConfig
-from glua_bench.errors import ConfigError
+from glua_bench.errors import RunFailure
 from glua_bench.reports import statistics
 from glua_bench.reports.comparison import as_metrics, as_text, costs, table, verdict, write
 from glua_bench.task import Grid
@@ -219,7 +219,7 @@ def test_the_files_hold_every_number(tmp_path: Path) -> None:
     assert mine["mean"] == pytest.approx(0.45) and mine["low"] <= 0.45 <= mine["high"]
     assert list(read["ranking"]["entry"]) == ["mine", "source_only"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="--out"):
+    with pytest.raises(RunFailure, match="--out"):
         write(made(), tmp_path / "file" / "more")
 
 

@@ -363,7 +363,7 @@ def test_a_quoted_reason_is_one_line_of_one_sentence() -> None:
         ("http://me:secret@host:5000/x", "http://host:5000/x"),
         ("https://secret@host", "https://host"),
         ("http://host:5000", "http://host:5000"),
-        ("sqlite:////home/me@work/a:b.db", "sqlite:////home/me@work/a:b.db"),
+        ("sqlite:////data/me@lab/a:b.db", "sqlite:////data/me@lab/a:b.db"),
         ("/a/journal.log", "/a/journal.log"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from glua_bench.errors import ConfigError
+from glua_bench.errors import RunFailure
 from glua_bench.reports import charts, page
 from glua_bench.reports.page import PageWriter, Section, file_name, make_folders, render, slug
 from glua_bench.reports.tables import Column, Table
@@ -53,7 +53,7 @@ def test_names_are_fit_for_files_and_anchors():
 
 def test_a_directory_that_cannot_be_is_said(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="--out"):
+    with pytest.raises(RunFailure, match="--out"):
         page.make_folders(tmp_path / "file" / "report")
 
 

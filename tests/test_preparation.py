@@ -18,6 +18,7 @@ from glua_bench import cache as cache_module
 from glua_bench import parallel, preparation
 from glua_bench.cache import SliceCache
 from glua_bench.console import Progress
+from glua_bench.errors import RunFailure
 from glua_bench.preparation import prepare_cases
 from glua_bench.task import Case, Dataset, Grid, Reading, Structure
 
@@ -160,8 +161,8 @@ def test_bad_files_are_named_and_the_others_prepared(small, jobs):
 def test_a_cache_that_cannot_be_written_is_one_sentence(small, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "file"))
-    (problem,) = prepare_cases(small, GRID, quiet(), jobs=1)
-    assert "GLUA_BENCH_CACHE" in problem
+    with pytest.raises(RunFailure, match=r"^[^\n]*GLUA_BENCH_CACHE\.$"):
+        prepare_cases(small, GRID, quiet(), jobs=1)
 
 
 PROGRAM = """

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from glua_bench.errors import ConfigError
+from glua_bench.errors import RunFailure
 from glua_bench.reports import sweep_report
 from glua_bench.reports.sweep_report import ORACLE_STAMP, notices, price, sentences, write
 
@@ -201,7 +201,7 @@ def test_an_empty_sweep_has_a_page(made_sweep, tmp_path):
 
 def test_a_directory_that_cannot_be_is_said(ratios, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="--out"):
+    with pytest.raises(RunFailure, match="--out"):
         write(ratios(), tmp_path / "file" / "report")
 
 
