@@ -24,10 +24,9 @@ from glua_bench.errors import ConfigError
 from glua_bench.task import Grid
 
 AUGMENTATIONS = ("none", "geometric", "photometric")
-SUPERVISED = "supervised"  # the scenario whose source is the labelled target-train cases
-SCENARIOS = ("uda", SUPERVISED)
-# The entries of a comparison between which the gap lies; the upper one is the supervised scenario.
-LOWER, UPPER = "source_only", SUPERVISED
+# The entries of a comparison between which the gap lies; the upper one is also a scenario.
+LOWER, UPPER = "source_only", "supervised"
+SCENARIOS = ("uda", UPPER)
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 # What every run is judged by; the first is the one that results are reported by.
 SELECTORS = (
@@ -149,7 +148,7 @@ class RunConfig:
     @property
     def privileged(self) -> bool:
         """Whether training reads labels of the target domain."""
-        return self.scenario == SUPERVISED
+        return self.scenario == UPPER
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, for YAML and JSON."""

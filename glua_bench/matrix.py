@@ -23,15 +23,7 @@ from typing import Any
 import torch
 
 from glua_bench import runs
-from glua_bench.config import (
-    LOWER,
-    SUPERVISED,
-    UPPER,
-    assignment,
-    build_settings,
-    digest,
-    parse_overrides,
-)
+from glua_bench.config import LOWER, UPPER, assignment, build_settings, digest, parse_overrides
 from glua_bench.console import duration
 from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.evaluation import mean_score
@@ -99,7 +91,7 @@ def comparison(
         if name.endswith(PHOTOMETRIC):
             changes["augmentation"] = "photometric"
         if changes["method"] == UPPER:
-            changes |= {"method": LOWER, "scenario": SUPERVISED}
+            changes |= {"method": LOWER, "scenario": UPPER}
         Registry("method", base.plugins).entry(changes["method"])
         entries[name.replace(PHOTOMETRIC, " + photometric")] = changes
     return _cells(entries, datasets, directions, seeds, base, repeats)
@@ -188,7 +180,7 @@ def ablation(
     if bounds:
         lower = replace(base, method=LOWER, assignments=shared)
         add(LOWER, lower, False)
-        add(UPPER, replace(lower, scenario=SUPERVISED), False)
+        add(UPPER, replace(lower, scenario=UPPER), False)
     if variants and not combine:
         for part in method_class.parts:
             add(part, replace(base, method=part, assignments=shared), False)

@@ -24,6 +24,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from glua_bench.config import LOWER, ORACLE, UPPER
 from glua_bench.metrics import PRIMARY
+from glua_bench.reports.comparison import title
 from glua_bench.tracking import replacing
 
 INK = "#222222"
@@ -146,7 +147,7 @@ def _names(axes: Any, entries: Sequence[str]) -> None:
 
 
 def _short(entry: str, most: int = 46) -> str:
-    name = f"{entry} (privileged)" if entry == UPPER else entry
+    name = title(entry)
     return name if len(name) <= most else name[: most - 1] + "…"
 
 

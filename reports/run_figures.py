@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from glua_bench.cache import SliceCache
-from glua_bench.metrics import PRIMARY
+from glua_bench.metrics import PRIMARY, volumes_ml
 from glua_bench.reports.figures import (
     Panel,
     domain_montage,
@@ -232,6 +232,5 @@ def _volumes(
             continue
         ml = cache.image(case.unlabelled(), reading, grid).placement.grid_ml
         labels = np.asarray(cache.label(case, reading, grid, structures).open())
-        counts = np.bincount(labels.ravel(), minlength=len(structures) + 1)
-        rows.append([float(count * ml) for count in counts[1 : len(structures) + 1]])
+        rows.append(volumes_ml(labels, structures, ml).values())
     return list(zip(*rows, strict=True))
