@@ -101,7 +101,7 @@ class Metric:
         better: "higher" or "lower".
         worst: the value where only one of the masks has the structure; None is the diagonal of
             the volume, for distances in mm.
-        function: the value of two masks that are not empty.
+        function: the value of two masks that are not empty; finite.
         digits: decimals of a printed value (of a share, of its percentage).
         per_structure: whether main tables print each structure besides the mean.
     """
