@@ -25,10 +25,9 @@ from glua_bench.identity import identity as identity
 from glua_bench.task import Grid, fold_name
 
 AUGMENTATIONS = ("none", "geometric", "photometric")
-SUPERVISED = "supervised"  # the scenario whose source is the labelled target-train cases
-SCENARIOS = ("uda", SUPERVISED)
-# The entries of a comparison between which the gap lies; the upper one is the supervised scenario.
-LOWER, UPPER = "source_only", SUPERVISED
+# The entries of a comparison between which the gap lies; the upper one is also a scenario.
+LOWER, UPPER = "source_only", "supervised"
+SCENARIOS = ("uda", UPPER)
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 # Selectors that every run evaluates; reported results use the first.
 SELECTORS = (
@@ -162,7 +161,7 @@ class RunConfig:
     @property
     def privileged(self) -> bool:
         """True if training reads labels of the target domain."""
-        return self.scenario == SUPERVISED
+        return self.scenario == UPPER
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain lists, numbers and strings, for YAML and JSON."""

@@ -157,27 +157,19 @@ def summarise(cases: pd.DataFrame) -> pd.DataFrame:
     Returns:
         selector, structure, a column for each metric, misses, cases.
     """
-    cases, metrics = complete(cases), list(METRICS)
-    rows = []
+    cases, metrics, rows = complete(cases), list(METRICS), []
     for selector, chosen in cases.groupby("selector", sort=False):
-        for structure, part in chosen.groupby("structure", sort=False):
-            rows.append(
-                {
-                    "selector": selector,
-                    "structure": structure,
-                    **part[metrics].mean().to_dict(),
-                    "misses": int(part["missed"].sum()),
-                    "cases": len(part),
-                }
-            )
-        per_case = chosen.groupby("case", sort=False)[metrics].mean()
-        rows.append(
+        by_structure = chosen.groupby("structure", sort=False)
+        parts = [(name, part, part[metrics]) for name, part in by_structure]
+        parts.append((AVERAGE, chosen, chosen.groupby("case", sort=False)[metrics].mean()))
+        rows += [
             {
                 "selector": selector,
-                "structure": AVERAGE,
-                **per_case.mean().to_dict(),
-                "misses": int(chosen["missed"].sum()),
-                "cases": len(per_case),
+                "structure": structure,
+                **scores.mean().to_dict(),
+                "misses": int(part["missed"].sum()),
+                "cases": len(scores),
             }
-        )
+            for structure, part, scores in parts
+        ]
     return pd.DataFrame(rows)

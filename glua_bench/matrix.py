@@ -22,15 +22,7 @@ from typing import Any
 import torch
 
 from glua_bench import runs
-from glua_bench.config import (
-    LOWER,
-    SUPERVISED,
-    UPPER,
-    assignment,
-    build_settings,
-    digest,
-    parse_overrides,
-)
+from glua_bench.config import LOWER, UPPER, assignment, build_settings, digest, parse_overrides
 from glua_bench.console import duration
 from glua_bench.errors import ConfigError, RunFailure, complaint
 from glua_bench.evaluation import mean_score
@@ -101,7 +93,7 @@ def comparison(
         if name.endswith(PHOTOMETRIC):
             changes["augmentation"] = "photometric"
         if changes["method"] == UPPER:
-            changes |= {"method": LOWER, "scenario": SUPERVISED}
+            changes |= {"method": LOWER, "scenario": UPPER}
         Registry("method", base.plugins).entry(changes["method"])
         entries[name.replace(PHOTOMETRIC, " + photometric")] = changes
     return _cells(entries, datasets, directions, seeds, base, repeats)
@@ -191,7 +183,7 @@ def ablation(
     shared = [a for a in base.assignments if not a.strip().startswith("method.")]
     if bounds:
         add(LOWER, LOWER, shared)
-        add(UPPER, LOWER, shared, SUPERVISED)
+        add(UPPER, LOWER, shared, UPPER)
     if variants and not combine:
         for part in method_class.parts:
             add(part, part, shared)

@@ -45,19 +45,12 @@ class MaskPair:
         reference: boolean mask, the same shape.
         spacing: mm per axis.
         diagonal: mm between opposite corners of the whole volume (`distance_penalty`).
-
-    Raises:
-        ValueError: the shapes differ, or the spacing does not fit.
     """
 
     prediction: np.ndarray
     reference: np.ndarray
     spacing: Sequence[float]
     diagonal: float
-
-    def __post_init__(self) -> None:
-        _same_shape(self.prediction, self.reference)
-        _steps(self.spacing, self.prediction.ndim)
 
     @cached_property
     def sizes(self) -> tuple[int, int]:
@@ -108,7 +101,7 @@ class Metric:
         better: "higher" or "lower".
         worst: the value where only one of the masks has the structure; None is the diagonal of
             the volume, for distances in mm.
-        function: the value of two masks that are not empty.
+        function: the value of two masks that are not empty; finite.
         digits: decimals of a printed value (of a share, of its percentage).
         per_structure: whether main tables print each structure besides the mean.
     """
@@ -251,18 +244,21 @@ def case_metrics(
         ('LV', 1.0, 0.0)
     """
     prediction, reference = np.asarray(prediction), np.asarray(reference)
-    _same_shape(prediction, reference)
+    if prediction.shape != reference.shape:
+        raise ValueError(
+            f"Prediction {prediction.shape} and reference {reference.shape} differ in shape."
+        )
+    count = len(structures)
     for name, labels in (("Prediction", prediction), ("Reference", reference)):
-        if labels.dtype.kind not in "iu" or (labels.size and not _known(labels, len(structures))):
-            raise ValueError(
-                f"{name} holds something else than class indices from 0 to {len(structures)}."
-            )
+        indices = labels.dtype.kind in "iu"
+        if not indices or (labels.size and (labels.min() < 0 or labels.max() > count)):
+            raise ValueError(f"{name} holds something else than class indices from 0 to {count}.")
     diagonal = distance_penalty(prediction.shape, spacing)
     if ml is None:
         ml = float(np.prod(np.asarray(spacing, float))) / 1000
     # One pass over the volume finds the box of each class; everything else happens in the boxes.
     found, wanted = (
-        ndimage.find_objects(np.asarray(labels, np.int32), len(structures))
+        ndimage.find_objects(np.asarray(labels, np.int32), count)
         for labels in (prediction, reference)
     )
     rows = []
@@ -284,6 +280,11 @@ def case_metrics(
             }
         )
     return rows
+
+
+def volumes_ml(labels: np.ndarray, structures: Sequence[Structure], ml: float) -> dict[str, float]:
+    """Return the volume of each structure in ml, from class indices and the volume of a voxel."""
+    return {s.name: np.count_nonzero(labels == i) * ml for i, s in enumerate(structures, start=1)}
 
 
 def _one_way(surface: np.ndarray, other: np.ndarray, steps: np.ndarray) -> np.ndarray:
@@ -310,24 +311,12 @@ def _surface(mask: np.ndarray) -> np.ndarray:
     return mask & ~inner
 
 
-def _known(labels: np.ndarray, highest: int) -> bool:
-    """Whether all labels lie between 0 and the highest class index."""
-    return int(labels.min()) >= 0 and int(labels.max()) <= highest
-
-
 def _union(boxes: Sequence[tuple[slice, ...]]) -> tuple[slice, ...]:
     """The smallest box around boxes."""
     return tuple(
         slice(min(side.start for side in sides), max(side.stop for side in sides))
         for sides in zip(*boxes, strict=True)
     )
-
-
-def _same_shape(prediction: np.ndarray, reference: np.ndarray) -> None:
-    if prediction.shape != reference.shape:
-        raise ValueError(
-            f"Prediction {prediction.shape} and reference {reference.shape} differ in shape."
-        )
 
 
 def _steps(spacing: Sequence[float], axes: int) -> np.ndarray:

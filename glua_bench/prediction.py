@@ -26,7 +26,7 @@ from glua_bench.facts import read_intensities
 from glua_bench.files import new_folder, write_bytes, write_json, write_text
 from glua_bench.inputs import Given
 from glua_bench.method import Method, Role
-from glua_bench.metrics import METRICS
+from glua_bench.metrics import METRICS, volumes_ml
 from glua_bench.neighbours import Neighbourhood, Stacks
 from glua_bench.paths import entries
 from glua_bench.registry import Registry
@@ -324,10 +324,7 @@ def predict(
         if probabilities:
             maps = restore_probabilities(found, image.placement)
             save_maps(out / f"{given.name}_prob.nii.gz", maps, image.placement)
-        ml = {
-            structure.name: float((labels == index).sum()) * image.placement.ml
-            for index, structure in enumerate(model.structures, start=1)
-        }
+        ml = volumes_ml(labels, model.structures, image.placement.ml)
         classes = found.argmax(0).astype(np.uint8)
         yield Predicted(given.path, given.name, path, image.voxels, classes, ml)
         report(done)

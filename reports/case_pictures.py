@@ -12,8 +12,8 @@ import pandas as pd
 from glua_bench.cache import SliceCache
 from glua_bench.config import UPPER
 from glua_bench.metrics import PRIMARY
+from glua_bench.reports.comparison import title
 from glua_bench.reports.figures import Panel, side_by_side
-from glua_bench.reports.report_tables import title
 from glua_bench.reports.results import Results, plain
 from glua_bench.reports.run_figures import read_prediction, telling_slice
 from glua_bench.reports.statistics import design

@@ -26,6 +26,7 @@ from glua_bench.config import LOWER, ORACLE, UPPER
 from glua_bench.errors import shortened
 from glua_bench.files import replacing
 from glua_bench.metrics import PRIMARY
+from glua_bench.reports.comparison import title
 
 INK = "#222222"
 FAINT = "#6b6b6b"
@@ -147,8 +148,7 @@ def _names(axes: Any, entries: Sequence[str]) -> None:
 
 
 def _short(entry: str, most: int = 46) -> str:
-    name = f"{entry} (privileged)" if entry == UPPER else entry
-    return shortened(name, most)
+    return shortened(title(entry), most)
 
 
 @styled

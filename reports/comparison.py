@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from glua_bench.config import LOWER, UPPER, RunConfig
+from glua_bench.config import LOWER, ORACLE, UPPER, RunConfig
 from glua_bench.files import write_text
 from glua_bench.metrics import METRICS, PRIMARY, complete
 from glua_bench.paths import distinct
@@ -103,6 +103,11 @@ def compared(
     return rows, designs
 
 
+def title(name: str) -> str:
+    """An entry's or a selector's name as it is shown: one that saw target labels says so."""
+    return f"{name} (privileged)" if name in (UPPER, ORACLE) else name
+
+
 def competing(scores: pd.DataFrame) -> pd.DataFrame:
     """Scores without the upper bound, which has seen target labels and takes no part.
 
@@ -126,7 +131,7 @@ def gap_known(rows: pd.DataFrame, task: str, selector: str = "last") -> bool:
     bounds = rows[rows["entry"].isin((LOWER, UPPER)) & (rows["task"] == task)]
     if not {LOWER, UPPER} <= set(bounds["entry"]):
         return False
-    scores = statistics.scores(bounds, task, selector=selector)
+    scores = statistics.scores(bounds, task, selector)
     if scores.shape[1] < 2:
         return False
     spans = (scores[UPPER] - scores[LOWER]).groupby("seed").mean()
@@ -255,7 +260,7 @@ def verdict(rows: pd.DataFrame, task: str, selector: str = "last", percent: bool
 
     _, designs = compared(rows[rows["task"] == task], selector)
     left_out = "".join(f" {note}" for note in designs[task].notes)
-    scores = competing(statistics.scores(rows, task, selector=selector))
+    scores = competing(statistics.scores(rows, task, selector))
     if not scores.shape[1]:
         return f"{task}: nothing is there to compare besides {UPPER}.{left_out}"
     seeds, cases = statistics.counts(scores)
@@ -312,7 +317,7 @@ def write(rows: pd.DataFrame, folder: Path, selector: str = "last") -> list[Path
     """
     parts: dict[str, list[pd.DataFrame]] = {"intervals": [], "pairs": [], "ranking": []}
     for task in rows["task"].unique():
-        scores = statistics.scores(rows, task, selector=selector)
+        scores = statistics.scores(rows, task, selector)
         for name, part in (
             ("intervals", statistics.intervals(scores).reset_index(names="entry")),
             ("pairs", statistics.pairs(competing(scores))),
@@ -364,33 +369,23 @@ def as_text(lines: pd.DataFrame) -> str:
     Args:
         lines: as `table` gives them.
     """
-    named = {
-        entry: f"{entry} (privileged)" if entry == UPPER else entry for _, entry in lines.index
+    texts = {
+        f"{PRIMARY.label} ± sd": map(_spread, lines[PRIMARY.label], lines["sd"]),
+        "last bits": ("" if math.isnan(v) else f"± {v:.3f}" for v in lines["last bits"]),
+        "gap recovered": (_gap(row) for _, row in lines.iterrows()),
+        **{m.label: map(m.text, lines[m.label]) for m in METRICS.values() if m != PRIMARY},
+        "missed": lines["missed"],
+        "s a step": (_number(value, 2) for value in lines["s a step"]),
+        "MiB": (_number(value, 0) for value in lines["peak MiB"]),
+        "seeds": lines["seeds"],
     }
-    width = max(map(len, named.values()))
-    bits = bool(lines["last bits"].notna().any())
-    others = [metric for metric in METRICS.values() if metric != PRIMARY]
-    head = (
-        f"{'':<{width}}  {PRIMARY.label + ' ± sd':>13}  {'last bits  ' * bits}"
-        f"{'gap recovered':>20}  {''.join(f'{metric.label:>7}  ' for metric in others)}"
-        f"{'missed':>6}  {'s a step':>8}  {'MiB':>5}  seeds"
-    )
+    if lines["last bits"].isna().all():
+        del texts["last bits"]
+    shown = pd.DataFrame({name: list(values) for name, values in texts.items()}, lines.index)
     text = []
-    for task, block in lines.groupby(level="task", sort=False):
-        text += [str(task), head]
-        for (_, entry), row in block.iterrows():
-            nudged = "" if math.isnan(row["last bits"]) else f"± {row['last bits']:.3f}"
-            scores = "".join(
-                f"{metric.text(row[metric.label]):>{max(7, len(metric.label))}}  "
-                for metric in others
-            )
-            text.append(
-                f"{named[entry]:<{width}}  {_spread(row[PRIMARY.label], row['sd']):>13}  "
-                f"{f'{nudged:>9}  ' * bits}{_gap(row):>20}  {scores}"
-                f"{row['missed']:>6.0f}  {_number(row['s a step'], 2):>8}  "
-                f"{row['peak MiB']:>5.0f}  {row['seeds']:>5.0f}"
-            )
-        text.append("")
+    for task, block in shown.groupby(level="task", sort=False):
+        block = block.droplevel("task").rename(index=title).rename_axis(None)
+        text += [str(task), block.to_string(), ""]
     if (lines["seeds"] == 1).any():
         text.append("One seed has no standard deviation, and decides nothing: give --seeds 3.")
     text += [*gap_notes(lines), last_bits_note(lines)]

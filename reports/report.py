@@ -190,7 +190,7 @@ class _Writer(PageWriter):
                     charts.scores(rows, entries, self.palette),
                 )
             )
-        scores = comparison.competing(statistics.scores(rows, task, selector=selector))
+        scores = comparison.competing(statistics.scores(rows, task, selector))
         if not 2 <= scores.shape[1] <= report_tables.MOST_PAIRED:
             return section
         section.blocks.append(self.table(report_tables.ranking(results, task, selector)))

@@ -12,6 +12,7 @@ import pandas as pd
 from glua_bench.config import LOWER, ORACLE, UPPER
 from glua_bench.metrics import METRICS, PRIMARY, Metric
 from glua_bench.reports import comparison, statistics
+from glua_bench.reports.comparison import title
 from glua_bench.reports.results import Results, plain
 from glua_bench.reports.tables import Column, Table
 
@@ -37,11 +38,6 @@ def ordered(lines: pd.DataFrame) -> list[str]:
 def entries_of(results: Results, task: str, selector: str = "last") -> list[str]:
     """The entries of a task in the order of its main table."""
     return ordered(comparison.table(plain(results.of(task, selector)), selector).loc[task])
-
-
-def title(entry: str) -> str:
-    """An entry's name in a table."""
-    return f"{entry} (privileged)" if entry == UPPER else entry
 
 
 def _unranked(lines: pd.DataFrame) -> frozenset[str]:
@@ -96,7 +92,7 @@ def main(results: Results, task: str, selector: str = "last") -> Table:
     ]
     marks, notes = {}, [*_means(lines), comparison.last_bits_note(lines)]
     notes += [PRIVILEGED] * (UPPER in entries) + comparison.gap_notes(every)
-    scores = comparison.competing(statistics.scores(rows, task, selector=selector))
+    scores = comparison.competing(statistics.scores(rows, task, selector))
     why = untested(scores)
     if not why:
         best = str(scores.mean().idxmax())
@@ -112,7 +108,7 @@ def main(results: Results, task: str, selector: str = "last") -> Table:
     notes += [why, *designs[task].notes]
     return Table(
         f"main_{task.replace(' ', '_')}",
-        f"{task}: {_titles()} on the test cases, checkpoint by {_selector(selector)}.",
+        f"{task}: {_titles()} on the test cases, checkpoint by {title(selector)}.",
         [title(entry) for entry in entries],
         columns,
         _unranked(lines),
@@ -192,7 +188,7 @@ MISSING_DEVICE = "unknown"
 def ranking(results: Results, task: str, selector: str = "last") -> Table:
     """Ranks by both ways to aggregate, with intervals and what the tests leave open."""
     rows, designs = comparison.compared(plain(results.of(task, selector)), selector)
-    scores = comparison.competing(statistics.scores(rows, task, selector=selector))
+    scores = comparison.competing(statistics.scores(rows, task, selector))
     ranks, spans = statistics.ranking(scores), statistics.intervals(scores)
     spans = spans.loc[ranks.index]
     entries = [str(entry) for entry in ranks.index]
@@ -247,7 +243,7 @@ def interval_note(seeds: int, cases: int) -> str:
 def pairs(results: Results, task: str, selector: str = "last") -> Table:
     """Every two entries: difference, interval, test."""
     rows, designs = comparison.compared(plain(results.of(task, selector)), selector)
-    scores = comparison.competing(statistics.scores(rows, task, selector=selector))
+    scores = comparison.competing(statistics.scores(rows, task, selector))
     found = statistics.pairs(scores)
     why = untested(scores)
     # The better entry first, so that every line reads the same way.
@@ -438,7 +434,7 @@ def selectors(results: Results, task: str) -> Table:
         f"{task}: Dice (%) of the checkpoint that each selector chooses.",
         entries,
         [
-            *(Column(_selector(name), list(100 * dice[name]), 1) for name in names),
+            *(Column(title(name), list(100 * dice[name]), 1) for name in names),
             Column("seeds", [float(seeds[entry]) for entry in entries], 0),
         ],
         notes=["oracle chose by Dice on the test cases (privileged): never a result."]
@@ -558,7 +554,7 @@ def selector_quality(results: Results) -> Table | None:
     return Table(
         "selectors",
         "What choosing a checkpoint by each selector gives away.",
-        [_selector(name) for name in names],
+        [title(name) for name in names],
         columns,
         notes=[
             "Regret: the oracle's Dice minus that of the chosen checkpoint, in points, over the "
@@ -569,10 +565,6 @@ def selector_quality(results: Results) -> Table | None:
         ],
         first="selector",
     )
-
-
-def _selector(name: str) -> str:
-    return f"{name} (privileged)" if name == ORACLE else name
 
 
 # -- provenance --------------------------------------------------------------------------------

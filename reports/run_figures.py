@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from glua_bench.cache import SliceCache
-from glua_bench.metrics import PRIMARY
+from glua_bench.metrics import PRIMARY, volumes_ml
 from glua_bench.reports.figures import (
     Panel,
     domain_montage,
@@ -220,12 +220,11 @@ def draw_dataset(dataset: Dataset, grid: Grid, out: Path, columns: int = 6) -> l
 
 def _volumes(cache: SliceCache, cases: Sequence[Case], view: GridView) -> list[tuple[float, ...]]:
     """ml of each structure in each labelled case; empty where no case has a label."""
-    classes, rows = len(view.structures) + 1, []
+    rows = []
     for case in cases:
         if case.label is None:
             continue
         ml = cache.image(case.unlabelled(), view).placement.grid_ml
         labels = np.asarray(cache.label(case, view).open())
-        counts = np.bincount(labels.ravel(), minlength=classes)
-        rows.append([float(count * ml) for count in counts[1:classes]])
+        rows.append(volumes_ml(labels, view.structures, ml).values())
     return list(zip(*rows, strict=True))

@@ -144,17 +144,14 @@ def design(rows: pd.DataFrame) -> Design:
     return Design(tuple(entries), tuple(sorted(seeds)), cases, tuple(notes))
 
 
-def scores(
-    rows: pd.DataFrame, task: str, metric: str = PRIMARY.name, selector: str = "last"
-) -> pd.DataFrame:
-    """One score for each entry, seed and case of a task: the mean over its structures.
+def scores(rows: pd.DataFrame, task: str, selector: str = "last") -> pd.DataFrame:
+    """The primary metric of each entry, seed and case of a task: its mean over structures.
 
     A missed structure enters with its penalty, one that nobody shows (nan) does not enter.
 
     Args:
         rows: as `comparison.collect` gives them.
         task: e.g. "phantom mr-ct".
-        metric: a name in `METRICS`.
         selector: whose checkpoints count.
 
     Returns:
@@ -165,7 +162,7 @@ def scores(
     own = paired.of(own)
     table = (
         own[own["entry"].isin(paired.entries)]
-        .groupby(["seed", "case", "entry"], observed=True)[metric]
+        .groupby(["seed", "case", "entry"], observed=True)[PRIMARY.name]
         .mean()
         .unstack("entry")
     )

@@ -166,17 +166,8 @@ def price(sweep: Sweep) -> Price | None:
 def sentences(sweep: Sweep) -> list[str]:
     """The answer in plain words."""
     counts = sweep.counted["state"].value_counts()
-    told = ", ".join(
-        f"{counts[state]} {word}"
-        for state, word in (
-            ("done", "finished"),
-            ("pruned", "pruned"),
-            ("failed", "failed"),
-            ("running", "running"),
-            ("waiting", "waiting"),
-        )
-        if state in counts
-    )
+    states = ("done", "pruned", "failed", "running", "waiting")
+    told = ", ".join(f"{counts[s]} {s}" for s in states if s in counts).replace("done", "finished")
     number = sweep.chosen
     if number is None:
         return [f"No trial has a value yet ({told or 'none has begun'} of {sweep.budget})."]
