@@ -482,7 +482,7 @@ def test_new_files_and_the_command_that_uses_them(call, tmp_path):
         (["new-dataset", "livers", "--domains", "ct"], "--domains ct"),
         (["new-dataset", "livers", "--structures", "liver"], "--structures: 'liver'"),
         (["new-dataset", "livers"], "give --data DIRECTORY, or --python"),
-        (["new-dataset", "livers", "--data", "/nowhere"], "/nowhere is no directory"),
+        (["new-dataset", "livers", "--data", "/nowhere"], "/nowhere is not a directory"),
         (["new-dataset", "phantom", "--data", "."], "'phantom' exists already"),
         (["new-dataset", "livers", "--python", "--domains=a,b,c"], "has more than two"),
     ],

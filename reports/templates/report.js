@@ -34,14 +34,14 @@
         const rows = [...table.tBodies[0].rows];
         const values = rows.map((row) => key(row, index)).filter((value) => value !== "");
         const numeric = values.every((value) => !Number.isNaN(Number(value)));
-        // Numbers begin with the largest, words with the first; a second click turns round.
+        // Sort numbers descending and words ascending first; a second click reverses the order.
         const now = head.getAttribute("aria-sort");
         const up = now ? now === "descending" : !numeric;
         heads.forEach((other) => other.removeAttribute("aria-sort"));
         head.setAttribute("aria-sort", up ? "ascending" : "descending");
         rows.sort((a, b) => {
           const [x, y] = [key(a, index), key(b, index)];
-          if (x === "" || y === "") return (x === "") - (y === "");  // what is missing, last
+          if (x === "" || y === "") return (x === "") - (y === "");  // missing values last
           const order = numeric ? Number(x) - Number(y) : x.localeCompare(y);
           return up ? order : -order;
         });
