@@ -29,11 +29,16 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def arrows(found: Mapping[str, Path]) -> dict[str, set[str]]:
-    """Return the modules of the product that each module imports, wherever the import stands."""
+    """Return the modules of the product that each module imports, wherever the import stands.
+
+    Imports for the type checker alone do not count.
+    """
     reached: dict[str, set[str]] = {}
     for name, path in found.items():
         named: set[str] = set()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree.body = [node for node in tree.body if not _for_types(node)]
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 named |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
@@ -41,6 +46,10 @@ def arrows(found: Mapping[str, Path]) -> dict[str, set[str]]:
                 named |= (whole & found.keys()) or {node.module}
         reached[name] = (named & found.keys()) - {name}
     return reached
+
+
+def _for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 def floors(reached: Mapping[str, set[str]]) -> tuple[dict[str, int], list[list[str]]]:

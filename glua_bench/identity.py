@@ -13,6 +13,7 @@ import ast
 import functools
 import hashlib
 import importlib.machinery
+import importlib.util
 import inspect
 import itertools
 import json
@@ -20,6 +21,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from importlib.machinery import ModuleSpec
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import CellType
@@ -27,12 +29,17 @@ from typing import TYPE_CHECKING, Any
 
 import glua_bench
 from glua_bench.errors import PluginError
-from glua_bench.registry import GROUPS, PLUGIN_FILE, module_spec
 
 if TYPE_CHECKING:
     from glua_bench.config import RunConfig
     from glua_bench.method import Method, Stage
 
+GROUPS = {  # kind of plugin → group of its entry points
+    "method": "glua_bench.methods",
+    "dataset": "glua_bench.datasets",
+    "selector": "glua_bench.selectors",
+}
+PLUGIN_FILE = "glua_bench_plugin_"  # prefix of the module names of plugin files
 PACKAGE = "glua_bench"
 # Where training starts. The code of datasets is not followed: what they provide (files, readings,
 # structures, splits, grid) is hashed instead (`runs.Fingerprints`, `RunConfig`).
@@ -154,6 +161,28 @@ def code_digest(harness: tuple[str, ...], homes: tuple[str, ...] = ()) -> str:
 
 
 # -- modules --------------------------------------------------------------------------------------
+
+
+def module_spec(name: str) -> ModuleSpec:
+    """Find a module without importing its parent packages.
+
+    Raises:
+        ModuleNotFoundError: the module does not exist.
+    """
+    above, _, _ = name.rpartition(".")
+    if not above:
+        found = importlib.util.find_spec(name)
+    else:
+        package = module_spec(above)
+        if package.submodule_search_locations is None:
+            raise ModuleNotFoundError(f"'{above}' is not a package")
+        # Sub-packages may be mapped to other directories (as here), so each level asks the finders.
+        finders = [f for finder in sys.meta_path if (f := getattr(finder, "find_spec", None))]
+        asked = (find(name, package.submodule_search_locations) for find in finders)
+        found = next((spec for spec in asked if spec is not None), None)
+    if found is None:
+        raise ModuleNotFoundError(f"No module named '{name}'")
+    return found
 
 
 @dataclass(frozen=True)

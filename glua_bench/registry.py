@@ -19,7 +19,6 @@ import sys
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,17 +26,12 @@ from typing import TYPE_CHECKING, Any
 from glua_bench.documents import SUFFIXES as DESCRIPTIONS
 from glua_bench.documents import read_document
 from glua_bench.errors import ConfigError, PluginError, UserError, reason
+from glua_bench.identity import GROUPS, PLUGIN_FILE, module_spec
 from glua_bench.paths import ARTIFACTS, SWEEPS, name_fault
 
 if TYPE_CHECKING:
     from glua_bench.task import Dataset
 
-GROUPS = {
-    "method": "glua_bench.methods",
-    "dataset": "glua_bench.datasets",
-    "selector": "glua_bench.selectors",
-}
-PLUGIN_FILE = "glua_bench_plugin_"  # prefix of the module names of plugin files
 _BASES = {"method": "Method", "dataset": "Dataset", "selector": "Selector"}
 
 
@@ -318,28 +312,6 @@ def _describe_file(kind: str, path: Path) -> list[Entry]:
                     file=path.resolve(),
                 )
             )
-    return found
-
-
-def module_spec(name: str) -> ModuleSpec:
-    """Find a module without importing its parent packages.
-
-    Raises:
-        ModuleNotFoundError: the module does not exist.
-    """
-    above, _, _ = name.rpartition(".")
-    if not above:
-        found = importlib.util.find_spec(name)
-    else:
-        package = module_spec(above)
-        if package.submodule_search_locations is None:
-            raise ModuleNotFoundError(f"'{above}' is not a package")
-        # Sub-packages may be mapped to other directories (as here), so each level asks the finders.
-        finders = [f for finder in sys.meta_path if (f := getattr(finder, "find_spec", None))]
-        asked = (find(name, package.submodule_search_locations) for find in finders)
-        found = next((spec for spec in asked if spec is not None), None)
-    if found is None:
-        raise ModuleNotFoundError(f"No module named '{name}'")
     return found
 
 
