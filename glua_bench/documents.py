@@ -125,7 +125,7 @@ class Table:
     def __init__(self, file: Path, node: yaml.Node, title: str = "") -> None:
         self.file, self.node, self.title = file, node, title
         if not isinstance(node, yaml.MappingNode):
-            raise self.error(f"{title or 'the file'} must be {_KINDS[dict]}, e.g. 'name: value'")
+            raise self.error(f"{title or 'the file'} must be {_KINDS[dict]}, such as 'name: value'")
         self._keys: dict[str, yaml.Node] = {}
         self._nodes: dict[str, yaml.Node] = {}
         self._taken: set[str] = set()

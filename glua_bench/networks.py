@@ -387,8 +387,8 @@ def build_segmenter(spec: SegmenterSpec, classes: int, slices: int = 1) -> Segme
         name = encoder or "resnet101"
         return build_deeplab(name, classes, spec.dilations, spec.pretrained, slices)
     raise ConfigError(
-        f"segmenter.name = '{spec.name}' is unknown; write unet, timm:<encoder> (e.g. "
-        "timm:resnet18), deeplab or deeplab:<resnet> (e.g. deeplab:resnet50)."
+        f"segmenter.name = '{spec.name}' is unknown; write unet, timm:<encoder> such as "
+        "timm:resnet18, deeplab, or deeplab:<resnet> such as deeplab:resnet50."
     )
 
 

@@ -156,7 +156,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "candidates": (["candidates=-1"], "candidates = -1"),
     "run option": (["stepps=3"], "--set stepps"),
     "seed by set": (["seed=3"], "--set seed"),
-    "group": (["net.width=3"], "no group 'net'"),
+    "group": (["net.width=3"], "unknown group 'net'"),
     "form": (["steps"], "--set steps is not of the form"),
     "method option": (["method.lrr=3"], "'method.lrr'"),
     "method range": (["method.lr=-1"], "method.lr = -1"),
@@ -176,7 +176,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an even number of slices": (["slices=2"], "slices = 2 is invalid; choose one of 1, 3, 5"),
     "slices as text": (["slices=three"], "slices = 'three'"),
-    "a distance of one slice": (["slice_distance=4"], "slice_distance = 4 needs neighbouring"),
+    "a distance of one slice": (["slice_distance=4"], "slice_distance = 4 has no effect"),
     "a distance of nothing": (["slices=3", "slice_distance=0"], "slice_distance = 0 is out of"),
     "one image for each process": (
         {"method": "sifa", "devices": 2},  # a batch of two
