@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import doctest
+import errno
 import os
 import shlex
 import subprocess
@@ -373,6 +374,18 @@ def test_a_killed_process_is_started_again_once(base: RunOptions) -> None:
     planned = cells_of(replace(base, runs_root=base.runs_root / "more"), 1)
     outcome = Executor(planned, start=lambda *given: (-9, "")).run()
     assert outcome.ran == 0 and len(outcome.failed) == 1
+
+
+def test_a_file_system_without_locks_ends_the_matrix_with_the_reason(
+    base: RunRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    planned = cells_of(base, 1)
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(RunFailure, match="cannot be locked"):
+        Executor(planned, jobs=2, start=starter(planned)).run()
 
 
 def test_a_process_that_loses_the_run_to_one_that_is_killed_is_started_again(
