@@ -377,7 +377,7 @@ def test_a_killed_process_is_started_again_once(base: RunOptions) -> None:
 
 
 def test_a_file_system_without_locks_ends_the_matrix_with_the_reason(
-    base: RunRequest, monkeypatch: pytest.MonkeyPatch
+    base: RunOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -385,7 +385,7 @@ def test_a_file_system_without_locks_ends_the_matrix_with_the_reason(
     planned = cells_of(base, 1)
     monkeypatch.setattr("fcntl.flock", refuse)
     with pytest.raises(RunFailure, match="cannot be locked"):
-        Executor(planned, jobs=2, start=starter(planned)).run()
+        Executor(planned, jobs=2, start=in_process).run()
 
 
 def test_a_process_that_loses_the_run_to_one_that_is_killed_is_started_again(
