@@ -64,7 +64,7 @@ def make_slices(domain: str, volume: int) -> tuple[np.ndarray, np.ndarray]:
 
 def make_files(folder: Path) -> None:
     """What each of the contenders reads."""
-    from glua_bench.cache import IMAGE_TYPE
+    from glua_bench.data.stores import IMAGE_TYPE
 
     for volume in range(VOLUMES):
         for domain in ("mr", "ct"):
@@ -82,10 +82,10 @@ def make_files(folder: Path) -> None:
 def ours(folder: Path, in_memory: bool) -> Source:
     """`Batches` over stores of cached volumes."""
     from glua_bench import augment
-    from glua_bench.batches import Batches
-    from glua_bench.cache import CachedImage, CachedLabel, ImageStore, LabelledStore
-    from glua_bench.formats import Forms
-    from glua_bench.volumes import Placement
+    from glua_bench.data.batches import Batches
+    from glua_bench.data.formats import Forms
+    from glua_bench.data.resampling import Placement
+    from glua_bench.data.stores import CachedImage, CachedLabel, ImageStore, LabelledStore
 
     shape = (DEPTH, SIZE, SIZE)
     placement = Placement(

@@ -21,7 +21,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from glua_bench.cache import CachedImage, ImageStore, SliceCache
+from glua_bench.data.cache import SliceCache
+from glua_bench.data.stores import CachedImage, ImageStore
 from glua_bench.task import DomainView, Grid, Reading, UnlabelledCase
 
 SHAPE = (256, 256, 130)

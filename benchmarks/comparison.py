@@ -17,9 +17,9 @@ from pathlib import Path
 import pandas as pd
 
 from glua_bench.config import PRESETS
+from glua_bench.records.run_directory import RunDirectory, list_runs
 from glua_bench.reports import statistics
 from glua_bench.reports.comparison import collect, competing, table, verdict
-from glua_bench.tracking import RunDirectory, list_runs
 
 
 def entry_of(run: RunDirectory) -> str:

@@ -528,11 +528,11 @@ class _Hang(BaseException):
 
 def child(folder: Path, first: int, last: int, count: int, seed: int, only: str) -> None:
     """Try files, and print a line of JSON about each; memory is bounded."""
-    from glua_bench.cache import SliceCache
     from glua_bench.console import Progress
+    from glua_bench.data.cache import SliceCache
+    from glua_bench.data.preparation import prepare_cases
     from glua_bench.errors import RunFailure, UserError
-    from glua_bench.integrity import check_dataset
-    from glua_bench.preparation import prepare_cases
+    from glua_bench.inspection.integrity import check_dataset
     from glua_bench.task import Case, Dataset, Grid, Reading, Structure
 
     class Two(Dataset):

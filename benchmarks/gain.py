@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from glua_bench.records.run_directory import list_runs
 from glua_bench.reports.results import from_rows
-from glua_bench.tracking import list_runs
 
 RESULTS = Path(__file__).parent.parent / "results"
 PARTS = ((1, 25), (26, 150), (151, 300), (301, 500))  # first and last update

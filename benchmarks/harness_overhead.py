@@ -20,11 +20,12 @@ from pathlib import Path
 
 import torch
 
-from glua_bench import runs
 from glua_bench.console import Progress
 from glua_bench.method import Batch, Context, Stage
-from glua_bench.tracking import RunDirectory
-from glua_bench.trainer import Trainer
+from glua_bench.records.run_directory import RunDirectory
+from glua_bench.runs import execution
+from glua_bench.runs.plan import make_fabric, plan
+from glua_bench.runs.trainer import Trainer
 
 
 def time_steps(trainer: Trainer) -> list[float]:
@@ -58,8 +59,8 @@ def main() -> None:
         "augmentation   bare ms/step   harness ms/step   overhead (median of rounds)   outside step"
     )
     for augmentation in ("none", "geometric", "photometric"):
-        planned = runs.plan(
-            runs.RunRequest(
+        planned = plan(
+            execution.RunRequest(
                 options.method,
                 "phantom",
                 preset="quick",
@@ -68,7 +69,7 @@ def main() -> None:
             )
         )
         config = replace(planned.config, candidates=1)
-        fabric = runs.make_fabric(planned.request, config)
+        fabric = make_fabric(planned.request, config)
         bare_times, harness_times, ratios, outside = [], [], [], []
         for _ in range(options.rounds):
             with tempfile.TemporaryDirectory() as folder, open("/dev/null", "w") as nowhere:
@@ -76,7 +77,7 @@ def main() -> None:
                 log.start({})
                 with Progress(stream=nowhere) as progress:
                     alone = replace(planned, config=config, directory=log)
-                    built = runs.build_run(alone, fabric, progress)
+                    built = execution.build_run(alone, fabric, progress)
                     trainer, method, batches = built.trainer, built.method, built.trainer.batches
                     loaded = (batches.load(0, step) for step in range(options.steps))
                     tensors = [

@@ -31,9 +31,9 @@ from pathlib import Path
 
 import torch
 
-from glua_bench import matrix
-from glua_bench.matrix import Planned
-from glua_bench.request import RunOptions
+from glua_bench.runs import matrix
+from glua_bench.runs.matrix import Planned
+from glua_bench.runs.request import RunOptions
 
 TICK = 0.1  # seconds between looks at processes and marks
 MOST_STARTS = 30  # of one comparison; more means that it cannot end

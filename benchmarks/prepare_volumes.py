@@ -78,7 +78,7 @@ def make_volume(folder: Path, number: int) -> None:
 
 def ours() -> Work:
     """This project's cache."""
-    from glua_bench.cache import SliceCache
+    from glua_bench.data.cache import SliceCache
     from glua_bench.task import Case, DomainView, Grid, Reading, Structure
 
     structures = tuple(Structure(str(value), "", (value,), "") for value in VALUES)

@@ -24,8 +24,8 @@ import numpy as np
 import pandas as pd
 
 from glua_bench.config import PRESETS, RunConfig, SegmenterSpec
+from glua_bench.records.run_directory import RunDirectory
 from glua_bench.task import Grid
-from glua_bench.tracking import RunDirectory
 
 STRUCTURES = ("MYO", "LAC", "LVC", "AA")
 CASES, SEEDS, DIRECTIONS = 20, 10, ("mr-ct", "ct-mr")

@@ -17,7 +17,7 @@ import numpy as np
 from medpy.metric import binary
 from scipy import ndimage
 
-from glua_bench.metrics import case_metrics
+from glua_bench.scoring.metrics import case_metrics
 from glua_bench.task import Structure
 
 SHAPE = (130, 256, 256)

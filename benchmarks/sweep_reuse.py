@@ -20,7 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from glua_bench.matrix import environment
+from glua_bench.runs.executor import environment
 from glua_bench.sweeps.definition import find, read
 
 

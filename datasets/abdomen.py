@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from glua_bench.cache import cache_root
+from glua_bench.data.cache import cache_root
 from glua_bench.datasets import chaos
 from glua_bench.datasets.abdomen_files import find_scans
 from glua_bench.datasets.partitions import SPLITS_FOLDER, read_partition

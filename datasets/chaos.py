@@ -17,8 +17,8 @@ import nibabel as nib
 import numpy as np
 from PIL import Image
 
-from glua_bench.cache import OPTION, file_digest
-from glua_bench.dicom_series import read_series
+from glua_bench.data.cache import OPTION, file_digest
+from glua_bench.data.dicom_series import read_series
 from glua_bench.errors import DataError
 from glua_bench.files import replacing
 from glua_bench.paths import entries

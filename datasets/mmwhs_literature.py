@@ -10,13 +10,13 @@ from typing import ClassVar
 import nibabel as nib
 import numpy as np
 
-from glua_bench.cache import OPTION, cache_root
+from glua_bench.data.cache import OPTION, cache_root
+from glua_bench.data.formats import load_nifti, open_volume
+from glua_bench.data.volumes import read_label_volume
 from glua_bench.datasets.mmwhs import MMWHS
 from glua_bench.errors import DataError, reason
 from glua_bench.files import replacing
-from glua_bench.formats import load_nifti, open_volume
 from glua_bench.task import Case, Grid, Reading
-from glua_bench.volumes import read_label_volume
 
 # Increment with every change that alters a crop.
 CROP_VERSION = 1

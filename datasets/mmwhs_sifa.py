@@ -19,7 +19,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from glua_bench.cache import OPTION, cache_root
+from glua_bench.data.cache import OPTION, cache_root
 from glua_bench.datasets.mmwhs_layout import MMWHSLayout
 from glua_bench.datasets.sifa_release import RANGES, UNDOCUMENTED, read_slice, read_volume, rescaled
 from glua_bench.errors import DataError

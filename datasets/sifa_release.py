@@ -14,9 +14,9 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from glua_bench.data.volumes import label_integers
 from glua_bench.datasets.tfrecord import Values, read_examples
 from glua_bench.errors import DataError, reason
-from glua_bench.volumes import label_integers
 
 # Range that its authors map to [-1, 1], in standard deviations of a volume.
 RANGES = {"ct": (-2.8, 3.2), "mr": (-1.8, 4.4)}

@@ -42,23 +42,30 @@ GROUPS = {  # kind of plugin → group of its entry points
 PLUGIN_FILE = "glua_bench_plugin_"  # prefix of the module names of plugin files
 PACKAGE = "glua_bench"
 # Where training starts. The code of datasets is not followed: what they provide (files, readings,
-# structures, splits, grid) is hashed instead (`runs.Fingerprints`, `RunConfig`).
-TRAINING = (f"{PACKAGE}.runs",)
+# structures, splits, grid) is hashed instead (`runs.plan.Fingerprints`, `RunConfig`).
+TRAINING = (f"{PACKAGE}.runs.execution",)
 # Code that runs on finished weights: it can change scores but no weights.
-SCORING = tuple(f"{PACKAGE}.{name}" for name in ("evaluation", "metrics", "selection", "selectors"))
+SCORING = tuple(
+    f"{PACKAGE}.{name}"
+    for name in ("scoring.evaluation", "scoring.metrics", "selection", "scoring.selectors")
+)
 # Modules that training imports but that change neither weights nor scores, with the reason.
 NO_RESULT: Mapping[str, str] = {
-    f"{PACKAGE}.carried": "stores what is needed to segment new volumes beside the run",
+    f"{PACKAGE}.runs.carried": "stores what is needed to segment new volumes beside the run",
     f"{PACKAGE}.console": "progress bars and prompts",
     f"{PACKAGE}.documents": "parses dataset descriptions, whose content is hashed",
     f"{PACKAGE}.errors": "exception types",
-    f"{PACKAGE}.facts": "image statistics for `carried`",
+    f"{PACKAGE}.inspection.measurements": "image statistics for `runs.carried`",
     f"{PACKAGE}.files": "writes whole files",
     f"{PACKAGE}.identity": "computes the ids",
-    f"{PACKAGE}.interruption": "stops a process; the resumed run gives the same result",
+    f"{PACKAGE}.runs.interruption": "stops a process; the resumed run gives the same result",
     f"{PACKAGE}.registry": "finds plugin classes, whose code is hashed",
-    f"{PACKAGE}.suspicion": "compares the statistics of `facts`",
-    f"{PACKAGE}.tracking": "records results",
+    f"{PACKAGE}.inspection.outliers": "compares these statistics",
+    f"{PACKAGE}.records.environment": "describes the machine",
+    f"{PACKAGE}.records.mlflow_mirror": "copies results",
+    f"{PACKAGE}.records.naming": "names copies of results",
+    f"{PACKAGE}.records.run_directory": "records results",
+    f"{PACKAGE}.records.tracker": "copies results",
 }
 
 # An import in a file: its level (0 is absolute), the module, and the names imported from it.

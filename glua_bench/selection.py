@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glua_bench.cache import ImageStore, LabelledStore
+from glua_bench.data.stores import ImageStore, LabelledStore
 from glua_bench.method import Role
 
 # Size of `Samples`: evenly spaced slices, and random pixels of each, which are the same for all

@@ -11,7 +11,7 @@ from torch.optim import Adam, Optimizer
 from glua_bench.config import setting
 from glua_bench.losses import lsgan_loss, real_fake_loss
 from glua_bench.method import Batch, Context, Stage, TaskInfo, frozen
-from glua_bench.methods.image_pool import ImagePool
+from glua_bench.methods.components.image_pool import ImagePool
 from glua_bench.methods.source_only import SegmentConfig, SourceOnly
 from glua_bench.networks import PatchGAN, instance_norm, normal_weights
 

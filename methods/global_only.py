@@ -10,9 +10,9 @@ from torch import Tensor
 
 from glua_bench.losses import balanced_loss
 from glua_bench.method import Adjustment, Batch, Cases, Stage, TaskInfo
-from glua_bench.methods.alignment import PAPER_ALIGNMENT
+from glua_bench.methods.components.alignment import PAPER_ALIGNMENT
+from glua_bench.methods.components.style import QUICK_STYLE, StyleConfig, build_style, style_stage
 from glua_bench.methods.source_only import SegmentConfig, SourceOnly
-from glua_bench.methods.style import QUICK_STYLE, StyleConfig, build_style, style_stage
 
 
 @dataclass(frozen=True)

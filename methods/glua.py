@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from glua_bench.methods.alignment import PAPER_ALIGNMENT, QUICK_ALIGNMENT
+from glua_bench.methods.components.alignment import PAPER_ALIGNMENT, QUICK_ALIGNMENT
+from glua_bench.methods.components.style import QUICK_STYLE
 from glua_bench.methods.global_only import GlobalConfig, GlobalOnly
 from glua_bench.methods.local_only import LocalConfig, LocalOnly
-from glua_bench.methods.style import QUICK_STYLE
 
 
 @dataclass(frozen=True)

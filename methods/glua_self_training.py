@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from glua_bench.method import Batch, Context, Role, TaskInfo
+from glua_bench.methods.components.teacher import Teacher, TeacherConfig
 from glua_bench.methods.glua import GLUA, GLUAConfig
-from glua_bench.methods.teacher import Teacher, TeacherConfig
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from glua_bench.losses import balanced_loss
 from glua_bench.method import Batch, Context, Role, TaskInfo
-from glua_bench.methods.alignment import (
+from glua_bench.methods.components.alignment import (
     PAPER_ALIGNMENT,
     QUICK_ALIGNMENT,
     AlignmentConfig,

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from glua_bench.losses import segmentation_loss
 from glua_bench.method import Batch, Context, Role, TaskInfo
+from glua_bench.methods.components.teacher import Teacher, TeacherConfig
 from glua_bench.methods.source_only import SegmentConfig, SourceOnly
-from glua_bench.methods.teacher import Teacher, TeacherConfig
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from glua_bench.config import setting
 from glua_bench.errors import ConfigError
 from glua_bench.losses import annotated, class_maps, lsgan_loss, precise
 from glua_bench.method import Batch, Context, Method, Role, Stage, TaskInfo, frozen
-from glua_bench.methods.image_pool import ImagePool
-from glua_bench.methods.sifa_networks import (
+from glua_bench.methods.components.image_pool import ImagePool
+from glua_bench.methods.components.sifa_networks import (
     STRIDE,
     Decoder,
     Discriminator,

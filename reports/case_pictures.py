@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from glua_bench.cache import SliceCache
 from glua_bench.config import UPPER
-from glua_bench.metrics import PRIMARY
+from glua_bench.data.cache import SliceCache
 from glua_bench.reports.comparison import title
 from glua_bench.reports.figures import Panel, side_by_side
 from glua_bench.reports.results import Results, plain
 from glua_bench.reports.run_figures import read_prediction, telling_slice
 from glua_bench.reports.statistics import design
+from glua_bench.scoring.metrics import PRIMARY
 from glua_bench.task import UNANNOTATED, Dataset
 
 

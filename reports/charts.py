@@ -25,8 +25,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from glua_bench.config import LOWER, ORACLE, UPPER
 from glua_bench.errors import shortened
 from glua_bench.files import replacing
-from glua_bench.metrics import PRIMARY
 from glua_bench.reports.comparison import title
+from glua_bench.scoring.metrics import PRIMARY
 
 INK = "#222222"
 FAINT = "#6b6b6b"

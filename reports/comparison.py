@@ -12,10 +12,10 @@ import pandas as pd
 
 from glua_bench.config import LOWER, ORACLE, UPPER, RunConfig
 from glua_bench.files import write_text
-from glua_bench.metrics import METRICS, PRIMARY, complete
 from glua_bench.paths import distinct
+from glua_bench.records.run_directory import RunDirectory
 from glua_bench.reports import statistics
-from glua_bench.tracking import RunDirectory
+from glua_bench.scoring.metrics import METRICS, PRIMARY, complete
 
 LAST_BITS = (
     "Last bits: standard deviation of Dice over repeats of one seed whose first weights differ in "

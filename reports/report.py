@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from glua_bench import carried
 from glua_bench.config import ORACLE, UPPER
 from glua_bench.errors import ConfigError, RunFailure, UserError
 from glua_bench.files import replacing, write_text
-from glua_bench.metrics import PRIMARY
 from glua_bench.registry import Registry, load_dataset
 from glua_bench.reports import (
     case_pictures,
@@ -27,6 +25,8 @@ from glua_bench.reports import (
 )
 from glua_bench.reports.page import PageWriter, Section, file_name, make_folders, render, slug
 from glua_bench.reports.results import Results, plain
+from glua_bench.runs import carried
+from glua_bench.scoring.metrics import PRIMARY
 from glua_bench.task import Dataset
 
 RUN_PICTURES = {  # figures of a run that the page shows, and what they are

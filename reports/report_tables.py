@@ -10,11 +10,11 @@ from typing import Any
 import pandas as pd
 
 from glua_bench.config import LOWER, ORACLE, UPPER
-from glua_bench.metrics import METRICS, PRIMARY, Metric
 from glua_bench.reports import comparison, statistics
 from glua_bench.reports.comparison import title
 from glua_bench.reports.results import Results, plain
 from glua_bench.reports.tables import Column, Table
+from glua_bench.scoring.metrics import METRICS, PRIMARY, Metric
 
 MOST_PAIRED = 40  # entries whose pairs are listed: 780 pairs, of which nobody reads more
 MEANS = (

@@ -18,13 +18,13 @@ import numpy as np
 import pandas as pd
 
 from glua_bench.config import LOWER, UPPER, RunConfig, digest, flat_settings
+from glua_bench.data.neighbours import Neighbourhood
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.files import write_json
-from glua_bench.metrics import METRICS, PRIMARY
-from glua_bench.neighbours import Neighbourhood
+from glua_bench.records.run_directory import RunDirectory, list_runs
 from glua_bench.registry import Registry
 from glua_bench.reports import comparison, statistics
-from glua_bench.tracking import RunDirectory, list_runs
+from glua_bench.scoring.metrics import METRICS, PRIMARY
 
 TEXTS = ("case", "structure", "selector")
 # What every row of a run has, besides metrics that may be newer than the run.

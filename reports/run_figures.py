@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from glua_bench.cache import SliceCache
-from glua_bench.metrics import PRIMARY, volumes_ml
+from glua_bench.data.cache import SliceCache
+from glua_bench.data.resampling import Placement
+from glua_bench.data.volumes import load_label
+from glua_bench.records.run_directory import RunDirectory
 from glua_bench.reports.figures import (
     Panel,
     domain_montage,
@@ -18,9 +20,8 @@ from glua_bench.reports.figures import (
     picture_grid,
     restyle_grid,
 )
+from glua_bench.scoring.metrics import PRIMARY, volumes_ml
 from glua_bench.task import UNANNOTATED, Case, Dataset, Grid, GridView, Structure
-from glua_bench.tracking import RunDirectory
-from glua_bench.volumes import Placement, load_label
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from glua_bench.errors import DataError
-from glua_bench.metrics import PRIMARY
+from glua_bench.scoring.metrics import PRIMARY
 
 LEVEL = 0.95
 SIGNIFICANT = 0.05

@@ -20,7 +20,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from matplotlib.tri import Triangulation
 
 from glua_bench.errors import shortened
-from glua_bench.metrics import PRIMARY
 from glua_bench.reports.charts import (
     BOUND,
     COLOURS,
@@ -32,6 +31,7 @@ from glua_bench.reports.charts import (
     new_figure,
     styled,
 )
+from glua_bench.scoring.metrics import PRIMARY
 
 FOUND, WORSE, AFTERWARDS, PRUNED = COLOURS[0], COLOURS[5], COLOURS[1], COLOURS[3]
 STAR: dict[str, Any] = {"marker": "*", "s": 130, "color": INK, "zorder": 6, "linewidths": 0}

@@ -18,10 +18,10 @@ import pandas as pd
 from scipy import stats
 
 from glua_bench.files import write_text
-from glua_bench.metrics import METRICS, PRIMARY
 from glua_bench.reports import sweep_charts
 from glua_bench.reports.page import PageWriter, Section, make_folders, render
 from glua_bench.reports.tables import Column, Table
+from glua_bench.scoring.metrics import METRICS, PRIMARY
 
 ORACLE_STAMP = "ORACLE (privileged): chosen by labels of target test cases, no result. "
 AFTERWARDS = "looked at afterwards"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
-from glua_bench.metrics import MISSING, Metric
+from glua_bench.scoring.metrics import MISSING, Metric
 
 WIDE = 55  # letters in a row; a text width of `article` holds about sixty
 

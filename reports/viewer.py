@@ -25,7 +25,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from glua_bench.cache import cache_root
+from glua_bench.data.cache import cache_root
 from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.files import write_text
 from glua_bench.reports.run_figures import telling_slice

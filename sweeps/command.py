@@ -12,12 +12,14 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from glua_bench import console, runs
+from glua_bench import console
 from glua_bench.config import ORACLE, assignment
 from glua_bench.console import Progress, duration
 from glua_bench.errors import ConfigError, without_password
 from glua_bench.files import write_json, write_text
-from glua_bench.request import RunOptions
+from glua_bench.runs import execution
+from glua_bench.runs.plan import plan
+from glua_bench.runs.request import RunOptions
 from glua_bench.sweeps import definition as definitions
 from glua_bench.sweeps.definition import Definition
 from glua_bench.sweeps.launch import Crew
@@ -75,7 +77,7 @@ def open_study(
         )
     # Before anything is written, so that what cannot run leaves no study behind.
     for request in requests(definition, base, first_values(definition)):
-        planned = runs.plan(request, report)
+        planned = plan(request, report)
     copy = folder_of(base.runs_root, name) / "definition.json"
     if copy.is_file():
         _same_storage(json.loads(copy.read_text(encoding="utf-8")), storage, name)
@@ -136,10 +138,9 @@ def planned(
 ) -> list[str]:
     """What a sweep would cost, from a few steps on the real data."""
     ready = [
-        runs.plan(request, report)
-        for request in requests(definition, base, first_values(definition))
+        plan(request, report) for request in requests(definition, base, first_values(definition))
     ]
-    seconds = runs.estimate(ready[0]) * len(ready) * definition.trials
+    seconds = execution.estimate(ready[0]) * len(ready) * definition.trials
     return [
         f"{definition.trials * len(ready)} runs, at most about {duration(seconds / workers)} of "
         f"training with --workers {workers}; stages that trials share are trained once"

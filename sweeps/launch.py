@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from glua_bench.errors import RunFailure, complaint
-from glua_bench.matrix import environment
+from glua_bench.runs.executor import environment
 from glua_bench.sweeps.study import SweepStudy
 
 LOOK_SECONDS = 1.0

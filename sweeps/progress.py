@@ -14,10 +14,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from glua_bench.console import duration, is_terminal
 from glua_bench.errors import RunFailure
+from glua_bench.records.tracker import Tracker, open_tracker
 from glua_bench.sweeps import results
 from glua_bench.sweeps.definition import Definition
 from glua_bench.sweeps.study import SweepStudy, counting
-from glua_bench.tracking import Tracker, open_tracker
 
 END_PATIENCE_SECONDS = 10.0  # with a storage that is away when a sweep ends early
 

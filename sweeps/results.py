@@ -17,10 +17,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from glua_bench.config import ORACLE
 from glua_bench.errors import UserError
-from glua_bench.metrics import METRICS, complete
+from glua_bench.records.naming import Comparison
+from glua_bench.records.run_directory import RunDirectory
+from glua_bench.scoring.metrics import METRICS, complete
 from glua_bench.sweeps.definition import Definition, Parameter
 from glua_bench.sweeps.study import SweepStudy, counting
-from glua_bench.tracking import Comparison, RunDirectory
 
 STATES = {
     TrialState.COMPLETE: "done",
@@ -188,7 +189,7 @@ def run_table(definition: Definition, trials: list[FrozenTrial], runs_root: Path
 
 
 def _scores(definition: Definition, runs_root: Path, run: str) -> dict[str, float]:
-    from glua_bench.evaluation import mean_score
+    from glua_bench.scoring.evaluation import mean_score
 
     directory = _run(definition, runs_root, run)
     if directory is None:

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
-from glua_bench import interruption, runs
 from glua_bench.config import assignment
 from glua_bench.console import Progress
 from glua_bench.errors import RunFailure, complaint
-from glua_bench.matrix import ATTEMPTS, child_command, running
-from glua_bench.request import RunOptions, RunRequest
+from glua_bench.runs import execution, interruption
+from glua_bench.runs.executor import ATTEMPTS
+from glua_bench.runs.matrix import child_command, running
+from glua_bench.runs.plan import PlannedRun, build_method, plan
+from glua_bench.runs.request import RunOptions, RunRequest
 from glua_bench.sweeps.definition import Definition
 
 WAIT_SECONDS = 0.2  # between looks at the processes of a run
@@ -41,7 +43,7 @@ class Outcome:
     facts: Mapping[str, Any]
 
 
-class Pruned(runs.Stopped):
+class Pruned(execution.Stopped):
     """A trial was ended early.
 
     Args:
@@ -110,29 +112,29 @@ def execute(
     seconds: list[float] = []
     ids: list[str] = []
     for request in requests(definition, base, params):
-        planned = runs.plan(request)
+        planned = plan(request)
         ids.append(planned.id)
         begin(list(ids))  # so that a run that fails is known as this trial's
         known = list(qualities.values())
 
         def watched(
-            step: int, score: float, known: list[float] = known, run: runs.PlannedRun = planned
+            step: int, score: float, known: list[float] = known, run: PlannedRun = planned
         ) -> None:
             # The mean of what is known by now, at a position that all trials pass alike.
             steps = len(known) * run.config.candidates
             place = steps + math.ceil(step * run.config.candidates / run.config.steps)
             mean = (sum(known) + score) / (len(known) + 1)
             if math.isfinite(mean) and see(place, mean):
-                raise runs.Stopped
+                raise execution.Stopped
 
         pruned = definition.pruner in ("median", "hyperband")
-        watch = runs.Watch(definition.selector, watched) if pruned else None
+        watch = execution.Watch(definition.selector, watched) if pruned else None
         try:
             if base.devices > 1:
                 execute_apart(planned, progress)
             else:
-                runs.execute(planned, progress, watch=watch)
-        except runs.Stopped as stopped:
+                execution.execute(planned, progress, watch=watch)
+        except execution.Stopped as stopped:
             raise Pruned({"runs": ids[:-1], "qualities": qualities}) from stopped
         summary = planned.directory.read_summary()
         quality = best(summary, definition.selector, planned.directory.path)
@@ -149,7 +151,7 @@ def execute(
 
 
 def execute_apart(
-    planned: runs.PlannedRun,
+    planned: PlannedRun,
     progress: Progress,
     start: Callable[..., subprocess.Popen] = subprocess.Popen,
 ) -> None:
@@ -216,10 +218,10 @@ def _wait(process: subprocess.Popen) -> int:
     return int(process.returncode)
 
 
-def planned_stages(planned: runs.PlannedRun) -> tuple:
+def planned_stages(planned: PlannedRun) -> tuple:
     """The stages of a planned run's method."""
     structures = planned.dataset.structures
-    method = runs.build_method(planned.config, structures, planned.method_class)
+    method = build_method(planned.config, structures, planned.method_class)
     return tuple(method.stages())
 
 

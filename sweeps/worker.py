@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from optuna.trial import TrialState
 
-from glua_bench import interruption, runs
 from glua_bench.errors import RunFailure, UserError
-from glua_bench.interruption import Interrupted
+from glua_bench.runs import execution, interruption
+from glua_bench.runs.interruption import Interrupted
 from glua_bench.sweeps.study import Claim, SweepStudy, counting
 from glua_bench.sweeps.trial import Outcome, Pruned, See
 
@@ -81,7 +81,7 @@ def _run(
 ) -> None:
     try:
         outcome = run(claim, lambda step, value: study.see(claim, step, value))
-    except runs.Stopped as stopped:
+    except execution.Stopped as stopped:
         study.prune(claim, stopped.facts if isinstance(stopped, Pruned) else {})
         done.pruned += 1
         report(f"trial {claim.number}: pruned")

@@ -71,7 +71,7 @@ def phantom_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Tests that change a file copy the directory first.
     """
-    from glua_bench.datasets.phantom import generate
+    from glua_bench.datasets.phantom.dataset import generate
 
     root = tmp_path_factory.mktemp("phantom") / "tiny"
     ids = {"ct": [1001, 1003, 1004], "mr": [1001, 1003, 1007]}
@@ -342,9 +342,9 @@ class MadeRuns:
             variant_name,
         )
         from glua_bench.errors import UserError
+        from glua_bench.records.run_directory import RunDirectory
         from glua_bench.registry import Registry
         from glua_bench.task import Grid
-        from glua_bench.tracking import RunDirectory
 
         quick = {**PRESETS["quick"], "segmenter": SegmenterSpec(width=8, depth=4)}
         try:

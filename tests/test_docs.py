@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from glua_bench import conformance
+from glua_bench.conformance import DATASET_CHECKS, METHOD_CHECKS, run_checks, run_dataset_checks
 from glua_bench.registry import Registry
 from glua_bench.reports import report_tables, statistics
 from glua_bench.reports.comparison import competing, table
@@ -52,8 +52,8 @@ def test_the_method_of_the_guide_is_sound(plugin):
     assert len(file.read_text().splitlines()) <= 60
     entry = Registry("method", [file]).entry(file.stem)
     assert entry.summary.endswith(".") and entry.attributes["needs"]
-    results = conformance.run_checks(file.stem, plugins=[file])
-    assert len(results) == len(conformance.METHOD_CHECKS)
+    results = run_checks(file.stem, plugins=[file])
+    assert len(results) == len(METHOD_CHECKS)
     assert not [f"{r.check}: {r.message}" for r in results if not r.passed]
 
 
@@ -107,16 +107,16 @@ def test_the_description_of_the_guide_is_sound(write_livers, tmp_path):
     file = tmp_path / "liver.yaml"
     file.write_text(shown[0])
     write_livers(tmp_path / "volumes")
-    results = conformance.run_dataset_checks("liver", plugins=[file])
-    assert len(results) == len(conformance.DATASET_CHECKS)
+    results = run_dataset_checks("liver", plugins=[file])
+    assert len(results) == len(DATASET_CHECKS)
     assert not [f"{r.check}: {r.message}" for r in results if not r.passed]
 
 
 def test_the_guide_explains_every_entry_of_a_description(write_livers, tmp_path):
     """What the reader of descriptions takes is in the page's tables, and nothing else is."""
-    from glua_bench.datasets import folder_description
+    from glua_bench.datasets.folder import description
 
-    source = Path(folder_description.__file__).read_text(encoding="utf-8")
+    source = Path(description.__file__).read_text(encoding="utf-8")
     calls = r"(?:\.(?:take|texts|numbers|table|tables|choice)\(\s*|_listed\(part, )\"(\w+)\""
     taken = set(re.findall(calls, source))
     taken -= {"slices", "rows", "flip", "size"}  # within `stored` and `grids`
@@ -134,8 +134,8 @@ def test_the_dataset_of_the_guide_is_sound(plugin, write_livers, tmp_path, monke
     write_livers(tmp_path / "data" / file.stem)
     monkeypatch.setenv("GLUA_BENCH_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "cache"))
-    results = conformance.run_dataset_checks(file.stem, plugins=[file])
-    assert len(results) == len(conformance.DATASET_CHECKS)
+    results = run_dataset_checks(file.stem, plugins=[file])
+    assert len(results) == len(DATASET_CHECKS)
     assert not [f"{r.check}: {r.message}" for r in results if not r.passed]
 
 

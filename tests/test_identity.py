@@ -18,10 +18,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glua_bench import config, identity, matrix, runs
-from glua_bench.cache import READING
+from glua_bench import config, identity
 from glua_bench.config import RunConfig
 from glua_bench.conformance import Bench
+from glua_bench.data.cache import READING
 from glua_bench.identity import (
     NO_RESULT,
     SCORING,
@@ -35,6 +35,7 @@ from glua_bench.methods.cycle_translate import CycleTranslate
 from glua_bench.methods.global_only import GlobalOnly
 from glua_bench.methods.glua import GLUA
 from glua_bench.registry import Registry
+from glua_bench.runs import execution, matrix
 from glua_bench.task import Grid
 
 ALL = TRAINING + SCORING
@@ -80,7 +81,7 @@ def test_run_ids_stage_keys_and_code_are_hashed_by_one_function(
     monkeypatch.setattr(identity, "_read", identity._read.__wrapped__)  # caches no such digest
     assert identity.identity(run, "data", "code") == "f" * 12 == config.identity(run, "", "")
     assert identity.code_digest.__wrapped__(ALL) == "f" * 10
-    for module in (config, matrix, runs):
+    for module in (config, matrix, execution):
         assert getattr(module, "digest", identity.digest) is identity.digest
         assert not hasattr(module, "hashlib")
 

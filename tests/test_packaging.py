@@ -236,7 +236,7 @@ def test_no_module_imports_medpy():
 
 
 def test_commands_know_no_tracker_but_its_protocol():
-    """Another one is a file of its own (tests/folder_tracker.py), selected in one place."""
+    """Another one is a file of its own (tests/support/folder_tracker.py), selected in one place."""
     users = {
         path.name
         for folder in ("glua_bench", *CONTENT)

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glua_bench import inputs
+from glua_bench.data.formats import open_volume
 from glua_bench.errors import DataError
-from glua_bench.formats import open_volume
 from glua_bench.paths import (
     LONGEST_NAME,
     composed,
@@ -23,6 +22,7 @@ from glua_bench.paths import (
     matching,
     name_fault,
 )
+from glua_bench.runs import inputs
 
 NFC, NFD = (unicodedata.normalize(form, "Müller") for form in ("NFC", "NFD"))
 

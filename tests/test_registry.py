@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from glua_bench import scaffold
+from glua_bench.cli import scaffold
 from glua_bench.console import ask
 from glua_bench.errors import ConfigError, PluginError
 from glua_bench.registry import GROUPS, Registry, load_dataset

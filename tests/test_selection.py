@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from glua_bench.cache import ImageStore, LabelledStore, SliceCache
 from glua_bench.conformance import TinyDataset
+from glua_bench.data.cache import SliceCache
+from glua_bench.data.stores import ImageStore, LabelledStore
 from glua_bench.selection import Candidate, Samples, choose, sample_pixels
 
 

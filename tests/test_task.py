@@ -13,13 +13,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from glua_bench import runs
-from glua_bench.cache import SliceCache
 from glua_bench.conformance import TinyDataset, run_dataset_checks
 from glua_bench.console import Progress
+from glua_bench.data.cache import SliceCache
 from glua_bench.errors import ConfigError, DataError
-from glua_bench.integrity import check_dataset, refuse_problems
+from glua_bench.inspection.integrity import check_dataset, refuse_problems
 from glua_bench.reports.run_figures import draw_dataset
+from glua_bench.runs import execution
+from glua_bench.runs.plan import PlannedRun, plan
 from glua_bench.task import Case, DomainView, Reading, Structure, parse_direction
 
 GRID = TinyDataset.grids["quick"]
@@ -108,8 +109,8 @@ def test_a_run_scores_and_saves_in_the_target_s_own_values(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, two = both
-    monkeypatch.setattr(runs, "load_dataset", lambda *request: two)
-    request = runs.RunRequest(
+    monkeypatch.setattr(execution, "load_dataset", lambda *request: two)
+    request = execution.RunRequest(
         "source_only",
         "two_tables",
         direction=direction,
@@ -120,8 +121,8 @@ def test_a_run_scores_and_saves_in_the_target_s_own_values(
         mlflow=False,
         assignments=["segmenter.width=8", "segmenter.depth=3", "candidates=1"],
     )
-    planned = runs.plan(request)
-    runs.execute(planned, Progress(enabled=False))
+    planned = plan(request)
+    execution.execute(planned, Progress(enabled=False))
     target = planned.config.target
     (case,) = two.split(target, "test")
     reference = np.asarray(nib.load(case.label).dataobj)
@@ -141,18 +142,18 @@ def test_a_domain_s_table_changes_the_run_s_identity(
     both: tuple[TinyDataset, TwoTables], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, two = both
-    monkeypatch.setattr(runs, "load_dataset", lambda *request: two)
-    request = runs.RunRequest(
+    monkeypatch.setattr(execution, "load_dataset", lambda *request: two)
+    request = execution.RunRequest(
         "source_only", "two_tables", direction="plain-inverted", preset="quick", runs_root=tmp_path
     )
-    before = runs.plan(request).id
-    assert runs.plan(request).id == before
+    before = plan(request).id
+    assert plan(request).id == before
     narrower = replace(two.reading_of("inverted"), intensity_range=(0.3, 0.8))
     own = TwoTables.reading_of
     monkeypatch.setattr(
         TwoTables, "reading_of", lambda domain: narrower if domain == "inverted" else own(domain)
     )
-    assert runs.plan(request).id != before
+    assert plan(request).id != before
 
 
 def test_a_direction_is_one_of_the_dataset_s() -> None:
@@ -193,10 +194,10 @@ def failed_checks(data: TinyDataset) -> set[str]:
     return {r.check for r in run_dataset_checks(data) if r.status == "failed"} - {"card"}
 
 
-def planned(data: TinyDataset, monkeypatch: pytest.MonkeyPatch, **options: Any) -> runs.PlannedRun:
+def planned(data: TinyDataset, monkeypatch: pytest.MonkeyPatch, **options: Any) -> PlannedRun:
     """A run on a data set that is there as an object."""
-    monkeypatch.setattr(runs, "load_dataset", lambda *request: data)
-    request = runs.RunRequest(
+    monkeypatch.setattr(execution, "load_dataset", lambda *request: data)
+    request = execution.RunRequest(
         "advent",
         "conformance",
         preset="quick",
@@ -206,7 +207,7 @@ def planned(data: TinyDataset, monkeypatch: pytest.MonkeyPatch, **options: Any) 
         assignments=["segmenter.width=8", "segmenter.depth=3", "candidates=1"],
         **options,
     )
-    return runs.plan(request)
+    return plan(request)
 
 
 def test_a_target_is_trained_on_without_labels(
@@ -219,7 +220,7 @@ def test_a_target_is_trained_on_without_labels(
     )
     # The labels of a target's training cases are no part of a run: it is the same one.
     assert bare.id == full.id
-    runs.execute(bare, Progress(enabled=False))
+    execution.execute(bare, Progress(enabled=False))
     assert bare.directory.done
 
 

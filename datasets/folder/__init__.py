@@ -1,0 +1,1 @@
+"""Datasets described by a YAML file."""

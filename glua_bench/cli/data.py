@@ -1,0 +1,255 @@
+"""The commands of `glua-bench data`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from glua_bench.cli.options import (
+    DatasetName,
+    Plugins,
+    PresetName,
+    Processes,
+    say,
+    with_descriptions,
+)
+from glua_bench.console import next_command
+from glua_bench.errors import ConfigError, DataError
+from glua_bench.registry import load_dataset
+from glua_bench.runs.request import DataRoot, Fold, RunsRoot
+
+if TYPE_CHECKING:
+    from glua_bench.task import Dataset
+
+data_app = typer.Typer(
+    help="Prepare, check, show or export a dataset.", no_args_is_help=True, rich_markup_mode=None
+)
+_SHOW = ("glua-bench", "data", "show")
+_RUN = ("glua-bench", "run", "--method", "source_only", "--dataset")
+
+
+def _dataset(name: str, root: Path | None, plugins: list[Path] | None, fold: int) -> Dataset:
+    name, plugins = with_descriptions(name, plugins)
+    loaded = load_dataset(name, root, plugins, fold)
+    loaded.prepare(say)
+    return loaded
+
+
+def _command(
+    words: tuple[str, ...], name: str, root: Path | None, plugins: list[Path] | None, fold: int
+) -> str:
+    return next_command(*words, name, plugins=plugins, data_root=root, fold=fold)
+
+
+@data_app.command()
+def prepare(
+    dataset: DatasetName,
+    fold: Fold = 1,
+    data_root: DataRoot = None,
+    preset: PresetName = "quick",
+    jobs: Processes = None,
+    plugin: Plugins = None,
+) -> None:
+    """Generate or locate a dataset's files, and preprocess them into the cache."""
+    from glua_bench.console import Progress
+    from glua_bench.data.cache import cache_root
+    from glua_bench.data.preparation import prepare_cases
+
+    data = _dataset(dataset, data_root, plugin, fold)
+    with Progress() as progress:
+        problems = prepare_cases(data, data.grid(preset), progress, jobs)
+    for domain in data.domains():
+        counts = ", ".join(f"{len(data.split(domain, s))} {s}" for s in ("train", "val", "test"))
+        bare = sum(case.label is None for case in data.cases(domain))
+        note = f"; {bare} without a label, used as target images only" if bare else ""
+        say(f"{domain}: {counts}{note}")
+    say(f"Files: {data.root}   cache: {cache_root()}")
+    for problem in problems:
+        say(f"PROBLEM: {problem}")
+    if problems:
+        raise DataError(
+            f"Some cases of '{dataset}' in {data.root} could not be prepared; correct or replace "
+            "the files listed above and repeat the command."
+        )
+    say(f"Next: {_command(_SHOW, dataset, data_root, plugin, fold)}")
+
+
+@data_app.command()
+def check(
+    dataset: DatasetName,
+    fold: Fold = 1,
+    data_root: DataRoot = None,
+    jobs: Processes = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also write the findings to this CSV file.")
+    ] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Read every file of a dataset, and report problems and suspicious cases.
+
+    Labels of all cases are read, including those of the target; nothing of it is used by runs.
+    """
+    from glua_bench.console import Progress
+    from glua_bench.data.parallel import cores
+    from glua_bench.inspection.findings import write_findings
+    from glua_bench.inspection.integrity import check_dataset, refuse_problems, summary
+
+    data = _dataset(dataset, data_root, plugin, fold)
+    with Progress() as progress:
+        facts, findings = check_dataset(data, progress, jobs or cores())
+    heads = [f"{structure.name} ml" for structure in data.structures]
+    widths = [max(10, len(head) + 2) for head in heads]
+    first = max([14, *(len(one.case.id) + 2 for one in facts)])
+    say(
+        f"{'case':<{first}}{'split':<7}{'voxels':<16}{'mm':<20}"
+        + "".join(f"{head:>{width}}" for head, width in zip(heads, widths, strict=True))
+    )
+    for one in facts:
+        line = f"{one.case.id:<{first}}{one.case.split:<7}"
+        if one.image is not None:
+            line += f"{'×'.join(map(str, one.image.shape)):<16}"
+            line += f"{'×'.join(f'{value:.2f}' for value in one.image.spacing):<20}"
+        if one.image is not None and one.label is not None:
+            line += "".join(
+                f"{s.ml if s else 0:>{width}.1f}"
+                for s, width in zip(one.label.structures, widths, strict=True)
+            )
+        say(line.rstrip())
+    if findings:
+        say()
+    for found in findings:
+        say(f"{found.severity} ({found.check}): {found.text}")
+    if out is not None:
+        write_findings(out, findings)
+        say(f"Wrote {out}")
+    refuse_problems(findings, len(facts), f"'{dataset}' in {data.root}")
+    say(f"All {len(facts)} cases in {data.root} can be used; {summary(findings)}.")
+    say(f"Next: {_command(_SHOW, dataset, data_root, plugin, fold)}")
+    say(f"      {_command(_RUN, dataset, data_root, plugin, fold)}")
+
+
+@data_app.command()
+def fingerprint(
+    dataset: DatasetName,
+    fold: Fold = 1,
+    data_root: DataRoot = None,
+    jobs: Processes = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also write it to FILE.json or FILE.yaml.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", help="Compare with this fingerprint file.")
+    ] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Fingerprint a dataset without voxels, names or paths; compare it with another."""
+    from glua_bench.console import Progress
+    from glua_bench.data.parallel import cores
+    from glua_bench.inspection import fingerprint as prints
+    from glua_bench.inspection.measurements import gather
+
+    if out is not None:
+        prints.format_of(out)  # fail early
+    known = prints.read(against) if against is not None else None
+    data = _dataset(dataset, data_root, plugin, fold)
+    with Progress() as progress:
+        facts = gather(data, jobs or cores(), progress)
+    table = prints.fingerprint(data, facts)
+    for line in prints.describe(table):
+        say(line)
+    if out is not None:
+        prints.write(out, table)
+        say(f"Wrote {out}")
+    if known is not None:
+        say()
+        names = {prints.case_digest(one): one.case.id for one in facts}
+        found = prints.differences(table, known, names)
+        for sentence in found:
+            say(sentence)
+        if found:
+            raise DataError(f"The data of '{dataset}' in {data.root} differ from {against}.")
+        say(f"The data have the same cases in the same splits as {against}.")
+
+
+@data_app.command(name="export")
+def export_data(
+    dataset: DatasetName,
+    to: Annotated[Path, typer.Option("--to", help="Directory of the export.")],
+    fold: Fold = 1,
+    data_root: DataRoot = None,
+    number: Annotated[
+        int,
+        typer.Option(
+            "--number", help="nnU-Net dataset id of the first domain; others get the following ids."
+        ),
+    ] = 501,
+    link: Annotated[
+        bool, typer.Option("--link", help="Link images that need no conversion.")
+    ] = False,
+    run: Annotated[
+        str | None, typer.Option("--run", help="Also export the predictions of this finished run.")
+    ] = None,
+    runs_root: RunsRoot = Path("runs"),
+    jobs: Processes = None,
+    plugin: Plugins = None,
+) -> None:
+    """Export a dataset, its splits and a run's predictions in nnU-Net's layout."""
+    from glua_bench.console import Progress
+    from glua_bench.data.parallel import cores
+    from glua_bench.inspection import nnunet
+
+    data = _dataset(dataset, data_root, plugin, fold)
+    found = None
+    if run is not None:
+        from glua_bench.runs.prediction import find_run
+
+        found = find_run(run, runs_root)
+        if found.config.fold_name != data.fold_name:
+            raise ConfigError(
+                f"--run {run} is a run on '{found.config.fold_name}', not on '{data.fold_name}': "
+                "give a run on this dataset."
+            )
+    with Progress() as progress:
+        made = nnunet.export(data, to, number, link, jobs or cores(), progress)
+        if found is not None:
+            target = found.config.target
+            folder = nnunet.folder_of(data, target, to, number).name
+            place = to / nnunet.PREDICTIONS / folder / f"{found.config.method}_{found.id}"
+            count = nnunet.export_predictions(
+                data, target, found.predictions, place, jobs or cores(), progress
+            )
+    for one in made:
+        note = f"; {one.left_out} without a label skipped" if one.left_out else ""
+        say(f"{one.folder}: {one.cases} cases, {one.mebibytes:.1f} MiB{note}")
+        if not (one.folder / "splits_final.json").is_file():
+            say("  no validation cases: nnU-Net will draw its own splits")
+    if found is not None:
+        say(f"{place}: predictions of {count} test cases")
+    if not data.publishable:
+        say("The data owner's terms of use also apply to the copies.")
+    raw, preprocessed = (shlex.quote(str(to / part)) for part in (nnunet.RAW, nnunet.PREPROCESSED))
+    say(f"Next: export nnUNet_raw={raw} nnUNet_preprocessed={preprocessed}")
+    say(f"      nnUNetv2_plan_and_preprocess -d {number} --verify_dataset_integrity")
+
+
+@data_app.command()
+def show(
+    dataset: DatasetName,
+    fold: Fold = 1,
+    data_root: DataRoot = None,
+    preset: PresetName = "standard",
+    out: Annotated[Path, typer.Option(help="Output directory.")] = Path("figures"),
+    plugin: Plugins = None,
+) -> None:
+    """Plot each domain: slices with label contours, and intensity distributions."""
+    data = _dataset(dataset, data_root, plugin, fold)
+    from glua_bench.reports.run_figures import draw_dataset
+
+    for file in draw_dataset(data, data.grid(preset), out):
+        say(f"Wrote {file}")
+    if not data.publishable:
+        say("These figures show images of the data's owner: do not share them.")
+    say(f"Next: {_command(_RUN, dataset, data_root, plugin, fold)}")

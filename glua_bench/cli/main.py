@@ -1,0 +1,134 @@
+"""The command line: registers the commands and reports errors.
+
+The commands in `cli_*.py` parse options, call the harness, and print where the results are. They
+import torch, mlflow and content packages inside functions, so that `--help` and `list` are fast.
+Only these files connect the harness to `reports` and `sweeps`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from glua_bench import __version__
+from glua_bench.cli import data, plugins, reports, runs, sweeps
+from glua_bench.cli.options import Plugins, Told, end, say
+from glua_bench.errors import ConfigError, RunFailure, UserError, reason
+from glua_bench.runs.interruption import Interrupted
+from glua_bench.runs.request import RunsRoot
+
+app = typer.Typer(
+    name="glua-bench",
+    help="Reproducible benchmark of unsupervised domain adaptation for medical image segmentation.",
+    epilog="Start with: glua-bench run --method source_only --dataset phantom",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(data.data_app, name="data")
+for command in (
+    runs.run,
+    runs.compare,
+    runs.ablate,
+    reports.report,
+    reports.predict,
+    reports.export,
+    sweeps.sweep,
+    sweeps.worker,
+):
+    app.command()(command)
+app.command(name="run-request", hidden=True)(runs.run_request)
+app.command(name="list")(plugins.list_)
+app.command()(plugins.new_method)
+app.command()(plugins.new_dataset)
+
+
+@app.command()
+def sync(runs_root: RunsRoot = Path("runs")) -> None:
+    """Upload finished runs that the tracker (MLflow) lacks."""
+    if not runs_root.is_dir():
+        raise ConfigError(f"The directory {runs_root} does not exist; give --runs DIRECTORY.")
+    from glua_bench.records.tracker import open_tracker
+
+    tracker = open_tracker(runs_root)
+    counts = tracker.sync()
+    say(
+        f"{tracker.place}: {counts.uploaded} runs uploaded, {counts.present} already present, "
+        f"{counts.unfinished} unfinished and skipped, {counts.missed} failed."
+    )
+    if counts.missed:
+        raise RunFailure(
+            f"{counts.missed} runs could not be uploaded to {tracker.place}; {tracker.remedy}, and "
+            "repeat the command."
+        )
+    say(f"Next: {tracker.browse}")
+
+
+@app.command()
+def doctor(runs_root: RunsRoot = Path("runs"), plugin: Plugins = None) -> None:
+    """Check versions, devices, data, tracker and plugins, and suggest next steps."""
+    from glua_bench.cli.doctor import examine
+
+    findings, todo = examine(runs_root, plugin or [])
+    width = max(len(name) for name, _ in findings)
+    for name, text in findings:
+        say(f"{name:<{width}}  {text}")
+    say()
+    for line in todo:
+        say(f"Next: {line}")
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"glua-bench {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Global options."""
+
+
+def main() -> None:
+    """Entry point of the console script; prints errors as one sentence without a traceback."""
+    try:
+        app()
+    except (UserError, RunFailure) as error:
+        end(str(error), error.exit_code)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Typer exits with 130 on an interrupt within a command, without a message.
+        if isinstance(stop, SystemExit) and (stop.code != 130 or isinstance(stop, Told)):
+            raise
+        end("interrupted; the same command resumes.", 130)
+    except Interrupted as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return  # the first process prints the message, and an error here would kill it
+        end(
+            f"stopped by {error} after saving a checkpoint; the same command resumes.",
+            128 + error.number,
+        )
+    except BrokenPipeError:
+        # The reader of a pipe (e.g. head) has exited; avoid Python's message at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get("GLUA_BENCH_DEBUG"):
+            raise
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        end(
+            f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno} "
+            f"({reason(error)}); this is a bug in glua-bench or in a plugin: set "
+            "GLUA_BENCH_DEBUG=1 for a traceback, and report it.",
+            1,
+        )

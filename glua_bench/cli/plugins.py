@@ -1,0 +1,174 @@
+"""The commands `list`, `new-method` and `new-dataset`."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from glua_bench.cli.options import Plugins, say
+from glua_bench.console import next_command
+from glua_bench.errors import ConfigError
+from glua_bench.registry import Registry
+
+Out = Annotated[Path, typer.Option("--out", help="Output directory.")]
+
+
+class Kind(str, Enum):
+    """Kinds of entries for `list`."""
+
+    methods = "methods"
+    datasets = "datasets"
+    selectors = "selectors"
+    sweeps = "sweeps"
+
+
+def list_(
+    kind: Annotated[Kind | None, typer.Argument(help="List only this kind.")] = None,
+    plugin: Plugins = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Include settings (imports the methods).")
+    ] = False,
+) -> None:
+    """List methods, datasets, selectors and sweeps with summary, reference and required data."""
+    import textwrap
+
+    broken = 0
+    for chosen in [kind] if kind is not None else list(Kind):
+        if chosen is Kind.sweeps:
+            _list_sweeps()
+            continue
+        singular = chosen.value[:-1]
+        entries = Registry(singular, plugin or []).entries()
+        say(chosen.value.capitalize())
+        for entry in entries:
+            if entry.error:
+                broken += 1
+                say(f"  {entry.name:<13} BROKEN ({entry.origin}): {entry.error}")
+                continue
+            say(f"  {entry.name:<13} {entry.summary}")
+            for label, key in (("paper", "reference"), ("needs", "needs"), ("folds", "folds")):
+                text = entry.attributes.get(key)
+                if text:
+                    say(
+                        textwrap.fill(
+                            f"{label}: {text}",
+                            96,
+                            initial_indent=" " * 16,
+                            subsequent_indent=" " * 23,
+                        )
+                    )
+            if verbose and singular == "method":
+                _list_settings(Registry(singular, plugin or []).load(entry.name))
+        say()
+    if broken:
+        say(f"{broken} plugin(s) cannot be used; correct or uninstall them.")
+    if kind is Kind.sweeps:
+        say("Next: glua-bench sweep NAME --dry-run, or glua-bench sweep --help")
+    else:
+        say("Next: glua-bench run --method NAME --dataset NAME, or glua-bench run --help")
+
+
+def _list_sweeps() -> None:
+    import textwrap
+
+    from glua_bench.documents import read_document
+    from glua_bench.sweeps.definition import shipped
+
+    say("Sweeps")
+    for name, file in shipped().items():
+        text = read_document(file)
+        space, objective = text.take("space", object), text.take("objective", object)
+        objectives = ", ".join(objective) if isinstance(objective, list) else objective
+        searched = space if isinstance(space, str) else ", ".join(space)
+        say(f"  {name:<17} {text.take('title', str)}")
+        summary = (
+            f"{text.take('method', str)}: {searched}; objective {objectives}, "
+            f"sampler {text.take('sampler', str, 'tpe')}"
+        )
+        say(textwrap.indent(textwrap.fill(summary, 76), " " * 20))
+    say(f"  Files: {shipped()['example'].parent}; copy example.yaml to define your own.")
+    say()
+
+
+def _list_settings(method: Any) -> None:
+    from dataclasses import fields
+
+    for spec in fields(method.Config):
+        meta = spec.metadata
+        allowed = ""
+        if meta.get("choices"):
+            allowed = f" [{', '.join(map(str, meta['choices']))}]"
+        elif meta.get("low") is not None:
+            allowed = f" [{meta['low']:g} to {meta['high']:g}]"
+        say(f"{'':16}method.{spec.name} = {spec.default}{allowed}  {meta.get('help', '')}")
+
+
+def new_method(
+    name: Annotated[str, typer.Argument(help="Name of the method, e.g. my_method.")],
+    out: Out = Path("."),
+) -> None:
+    """Write a working example method with its conformance test."""
+    from glua_bench.cli import scaffold
+
+    file, test = scaffold.new_method(name, out)
+    say(f"Wrote {file} and {test}; the method runs as it is: replace it by your own.")
+    say(f"Check: {next_command('pytest', test)}")
+    following = next_command("glua-bench", "run", "--plugin", file, "--method", name)
+    say(f"Next:  {following} --dataset phantom")
+
+
+def new_dataset(
+    name: Annotated[str, typer.Argument(help="Name of the dataset, e.g. my_data.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Directory of your volumes.")] = None,
+    out: Out = Path("."),
+    domains: Annotated[
+        str | None,
+        typer.Option(help="Names of the domains in the files' paths, e.g. ct,mr."),
+    ] = None,
+    structures: Annotated[
+        str | None,
+        typer.Option(help="Structures and their raw label values, e.g. liver=1,tumour=2,3."),
+    ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Accept all suggestions without asking.")
+    ] = False,
+    python: Annotated[
+        bool,
+        typer.Option("--python", help="Write a Python class with a test instead of YAML."),
+    ] = False,
+) -> None:
+    """Describe your own volumes in NAME.yaml, with prompts and suggestions from the files."""
+    from glua_bench.cli import scaffold
+
+    names = tuple(part.strip() for part in (domains or "").split(",") if part.strip())
+    if names and len(names) < 2:
+        raise ConfigError(f"--domains {domains} needs two domains; write e.g. ct,mr.")
+    given = None if structures is None else scaffold.parse_structures(structures)
+    if python:
+        if len(names) > 2:
+            raise ConfigError(f"--domains {domains} has more than two; --python takes two.")
+        pair = (names[0], names[1]) if names else ("ct", "mr")
+        file, test = scaffold.new_dataset(name, out, pair, given or {"organ": (1,)})
+        say(f"Wrote {file} and {test}; set splits, orientation and grids in the first.")
+        say(f"Files: DIRECTORY/{{{pair[0]},{pair[1]}}}/PERSON_image.nii.gz and PERSON_label.nii.gz")
+        following = next_command("glua-bench", "data", "check", name, plugins=[file])
+        say(f"Next:  {following} --data-root DIRECTORY")
+        return
+    from glua_bench.console import ask
+
+    asked = not yes and sys.stdin.isatty()
+    if data is None:
+        if not asked:
+            raise ConfigError(
+                "new-dataset needs the directory of your volumes: give --data DIRECTORY, or "
+                "--python for a template class."
+            )
+        data = ask("Directory of the volumes", ".", Path)
+    file = scaffold.new_description(name, out, data, partial(ask, asked=asked), names, given)
+    say(f"Wrote {file}: review and correct it.")
+    say(f"Next: {next_command('glua-bench', 'data', 'check', file)}")

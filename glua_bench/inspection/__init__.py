@@ -1,0 +1,1 @@
+"""Check whether data are what they should be."""

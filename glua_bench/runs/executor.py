@@ -1,0 +1,202 @@
+"""Execute the runs of a matrix, several at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from glua_bench.console import duration
+from glua_bench.errors import RunFailure, complaint
+from glua_bench.files import try_lock
+from glua_bench.runs.matrix import CLAIMS, Planned, child_command, running
+from glua_bench.runs.plan import PlannedRun
+from glua_bench.scoring.evaluation import mean_score
+from glua_bench.scoring.metrics import PRIMARY
+
+POLL_SECONDS = 1.0  # between looks at runs that another process executes
+
+ATTEMPTS = 2  # at a run whose process ends without a reason, before it counts as failed
+
+
+@dataclass
+class Outcome:
+    """What became of a matrix.
+
+    Attributes:
+        ran: runs that this process executed.
+        before: runs that were done before.
+        elsewhere: runs that another process finished meanwhile.
+        failed: run → why, also those that failed earlier and were not tried again.
+    """
+
+    ran: int = 0
+    before: int = 0
+    elsewhere: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+class Executor:
+    """Works off a matrix with some processes at once.
+
+    Args:
+        planned: the matrix.
+        jobs: runs at once, each on a GPU of its own where there are some, otherwise with an
+            equal share of the CPU cores.
+        retry_failed: begin again what failed earlier.
+        report: receives a line when a run begins or ends.
+        start: executes a run with an environment and returns exit code and stderr.
+    """
+
+    def __init__(
+        self,
+        planned: Sequence[Planned],
+        jobs: int = 1,
+        retry_failed: bool = False,
+        report: Callable[[str], None] = lambda line: None,
+        start: Callable[[PlannedRun, Mapping[str, str]], tuple[int, str]] | None = None,
+    ) -> None:
+        self.planned, self.jobs, self.report = list(planned), jobs, report
+        self.start = start or start_process
+        self.outcome = Outcome()
+        self._lock = threading.Lock()
+        self._waiting: list[Planned] = []
+        self._attempts: Counter[str] = Counter()
+        self._error: BaseException | None = None
+        self._began = time.monotonic()
+        for item in self.planned:
+            if item.state == "done":
+                self.outcome.before += 1
+            elif item.state == "failed" and not retry_failed:
+                self.outcome.failed[item.run.id] = str(item.run.directory.failed)
+            else:
+                self._waiting.append(item)
+        self._total = len(self._waiting)
+        self._failed_before = len(self.outcome.failed)
+
+    def run(self) -> Outcome:
+        """Execute what is open; return when nothing of the matrix is.
+
+        Raises:
+            RunFailure: the directory of runs cannot be written or locked.
+        """
+        workers = [
+            threading.Thread(target=self._guarded, args=(index,), daemon=True)
+            for index in range(min(self.jobs, max(1, self._total)))
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            while worker.is_alive():  # in short waits, so that Ctrl-C is heard
+                worker.join(0.2)
+        if self._error is not None:
+            raise self._error
+        for item in self.planned:  # another process may have done since what failed here
+            if item.run.id in self.outcome.failed and item.run.directory.done:
+                del self.outcome.failed[item.run.id]
+                self.outcome.elsewhere += 1
+        return self.outcome
+
+    def _guarded(self, index: int) -> None:
+        try:
+            self._work(index)
+        except BaseException as error:  # raised again by `run`, since a thread's are lost
+            self._error = error
+
+    def _work(self, index: int) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    return
+                item = self._waiting.pop(0)
+            claim = item.run.request.runs_root / CLAIMS / f"{item.run.id}.lock"
+            with try_lock(claim, "--runs") as mine:
+                if mine and not running(item.run):
+                    self._execute(item, index)
+                    continue
+            # Another process has it, or one whose starter was killed: look again when the rest is
+            # done.
+            if item.run.directory.done:
+                self._end(item, "done elsewhere")
+            else:
+                with self._lock:
+                    self._waiting.append(item)
+                time.sleep(POLL_SECONDS)
+
+    def _execute(self, item: Planned, index: int) -> None:
+        if item.run.directory.done:  # finished by another process since the matrix was read
+            self._end(item, "done elsewhere")
+            return
+        config = item.run.config
+        name = f"{item.cell.entry}, {item.cell.task}, seed {config.seed}"
+        name += f", repeat {config.perturbation}" if config.perturbation else ""
+        self.report(f"begin  {name}")
+        began = time.monotonic()
+        code, errors = self.start(item.run, environment(index, self.jobs))
+        if item.run.directory.done:
+            score = mean_score(
+                item.run.directory.read_cases().query("selector == @item.run.config.selectors[0]")
+            )
+            told = f"{PRIMARY.title} {PRIMARY.text(score)}"
+            self._end(item, "ran", f"{name}: {told}, {duration(time.monotonic() - began)}")
+            return
+        if running(item.run):  # somebody ran it by hand in the same moment
+            with self._lock:
+                self._waiting.append(item)
+            return
+        self._attempts[item.run.id] += 1
+        recorded = item.run.directory.failed
+        # Killed, or ended because it found the run's lock held by a process that is gone by now.
+        unexplained = code < 0 or (code == RunFailure.exit_code and recorded is None)
+        if unexplained and self._attempts[item.run.id] < ATTEMPTS:
+            self.report(f"{'killed' if code < 0 else 'again '} {name}; it goes on where it was")
+            with self._lock:
+                self._waiting.insert(0, item)
+            return
+        reason = recorded or complaint(errors)
+        with self._lock:
+            self.outcome.failed[item.run.id] = reason
+        self.report(f"FAILED {name}: {reason}")
+
+    def _end(self, item: Planned, how: str, text: str = "") -> None:
+        with self._lock:
+            if how == "ran":
+                self.outcome.ran += 1
+            else:
+                self.outcome.elsewhere += 1
+            failed = len(self.outcome.failed) - self._failed_before
+            ended = self.outcome.ran + self.outcome.elsewhere + failed
+            left = len(self._waiting)
+            mean = (time.monotonic() - self._began) / max(1, self.outcome.ran)
+        if text:
+            rest = f", about {duration(mean * left)} left" if left else ""
+            self.report(f"done   {text} ({ended} of {self._total}{rest})")
+
+
+def environment(index: int, jobs: int) -> dict[str, str]:
+    """The environment of one of several processes: its share of the cores, and its GPU."""
+    changed = dict(os.environ)
+    gpus = torch.cuda.device_count()
+    if gpus:
+        changed["CUDA_VISIBLE_DEVICES"] = str(index % gpus)
+    if "OMP_NUM_THREADS" not in os.environ:
+        changed["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    return changed
+
+
+def start_process(run: PlannedRun, environment: Mapping[str, str]) -> tuple[int, str]:
+    """Execute a run in a process of its own; its exit code and what it wrote to stderr."""
+    done = subprocess.run(
+        child_command(run),
+        env=dict(environment),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    return done.returncode, done.stderr

@@ -1,0 +1,508 @@
+"""From a request to a plan: configuration, method, data and the run's id."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from glua_bench import config as configuration
+from glua_bench.config import RunConfig, SegmenterSpec, build_settings, digest, identity
+from glua_bench.data.cache import fingerprint
+from glua_bench.data.neighbours import common_distance
+from glua_bench.data.volumes import slice_distance
+from glua_bench.errors import ConfigError, PluginError
+from glua_bench.identity import code_version
+from glua_bench.method import Cases, Method, TaskInfo
+from glua_bench.networks import DEEPLAB_STRIDE
+from glua_bench.paths import name_fault
+from glua_bench.records.run_directory import RunDirectory
+from glua_bench.registry import Registry, load_dataset
+from glua_bench.runs.request import RunRequest
+from glua_bench.runs.trainer import stage_order
+from glua_bench.task import (
+    Case,
+    Dataset,
+    Grid,
+    Structure,
+    UnlabelledCase,
+    parse_direction,
+    role_fault,
+)
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """Digests of the files that play each role."""
+
+    train: str  # labelled source images, and target images without labels
+    test: str  # everything that is scored or selected on
+
+    @property
+    def whole(self) -> str:
+        """One digest for all roles."""
+        return digest([self.train, self.test], 16)
+
+
+@dataclass
+class PlannedRun:
+    """A run that is ready to be executed."""
+
+    config: RunConfig
+    id: str
+    directory: RunDirectory
+    dataset: Dataset
+    method_class: type[Method]
+    stages: list[tuple[str, int]]
+    fingerprints: Fingerprints
+    code: str
+    request: RunRequest
+
+
+def default_preset() -> str:
+    """ "standard" where there is a CUDA device, else "quick"."""
+    return "standard" if torch.cuda.is_available() else "quick"
+
+
+def resolve(request: RunRequest, dataset: Dataset, method_class: type[Method]) -> RunConfig:
+    """The complete configuration: preset, then options, then `--set`.
+
+    Raises:
+        ConfigError: an unknown or impossible option.
+    """
+    preset = request.preset or default_preset()
+    if preset not in configuration.PRESETS:
+        raise ConfigError(
+            f"There is no preset '{preset}'; use --preset with one of "
+            f"{', '.join(configuration.PRESETS)}."
+        )
+    values = dict(configuration.PRESETS[preset])
+    groups = configuration.parse_overrides(request.assignments)
+    direction = "-".join(parse_direction(dataset, request.direction))
+    segmenter = {**values.pop("segmenter"), **groups["segmenter"]}
+    method_values = {**method_class.presets.get(preset, {}), **groups["method"]}
+    method_config = build_settings(method_class.Config, method_values, "method")
+    options = {
+        "steps": request.steps,
+        "augmentation": request.augmentation,
+        "precision": request.precision,
+    }
+    values.update({name: value for name, value in options.items() if value is not None})
+    settable = {
+        "perturbation",
+        "steps",
+        "batch_size",
+        "augmentation",
+        "candidates",
+        "precision",
+        "slices",
+        "slice_distance",
+    }
+    for name, value in groups["run"].items():
+        if name not in settable:
+            raise ConfigError(
+                f"--set {name} is not a run option; settable are {', '.join(sorted(settable))}, "
+                "and method.NAME, segmenter.NAME, grid.NAME."
+            )
+        values[name] = value
+    grid = build_settings(Grid, {**asdict(dataset.grid(preset)), **groups["grid"]}, "grid")
+    try:
+        return RunConfig(
+            method=method_class.name,
+            dataset=dataset.name,
+            direction=direction,
+            grid=grid,
+            method_config=asdict(method_config),
+            segmenter=build_settings(SegmenterSpec, segmenter, "segmenter"),
+            scenario=request.scenario,
+            preset=preset,
+            fold=dataset.fold,
+            seed=request.seed,
+            **values,
+        )
+    except TypeError as error:
+        raise ConfigError(f"An option has the wrong type ({error}); check --set.") from error
+
+
+def check_request(config: RunConfig, method_class: type[Method]) -> None:
+    """Refuse what the method cannot serve, before anything is trained.
+
+    Raises:
+        ConfigError: the scenario or the grid does not fit.
+    """
+    if config.privileged and method_class.uses_target:
+        raise ConfigError(
+            f"--scenario supervised serves target labels as source, so it needs a method without "
+            f"adaptation; '{config.method}' adapts: use --method source_only."
+        )
+    if config.segmenter.name == "unet":
+        factor = 2 ** (config.segmenter.depth - 1)
+        if config.grid.size % factor:
+            raise ConfigError(
+                f"grid.size = {config.grid.size} is not divisible by {factor}, which a U-Net of "
+                f"depth {config.segmenter.depth} needs; change grid.size or segmenter.depth."
+            )
+    if config.segmenter.name.startswith("deeplab") and config.grid.size % DEEPLAB_STRIDE:
+        raise ConfigError(
+            f"grid.size = {config.grid.size} is not divisible by {DEEPLAB_STRIDE}, the stride of "
+            f"segmenter.name = '{config.segmenter.name}'; change grid.size or choose another "
+            "segmenter."
+        )
+    if config.grid.size % 4 or config.grid.size < 32:
+        raise ConfigError(f"grid.size = {config.grid.size} must be at least 32 and divisible by 4.")
+
+
+def check_contract(method_class: type[Method]) -> None:
+    """Refuse a method whose functions cannot be called as the harness calls them.
+
+    Python would say so by a TypeError in the middle of a training; e.g. `predict` once had no
+    domain.
+
+    Raises:
+        PluginError: a function does not take what it is given.
+    """
+    for name in ("stages", "optimizers", "step", "predict", "features", "pictures", "check"):
+        given = list(inspect.signature(getattr(Method, name)).parameters)
+        own = inspect.signature(getattr(method_class, name))
+        try:
+            own.bind(*given)
+        except TypeError as error:
+            raise PluginError(
+                f"Method '{method_class.name}' defines {name}({', '.join(own.parameters)}), which "
+                f"glua-bench calls as {name}({', '.join(given)}); change its definition to that."
+            ) from error
+
+
+def build_method(
+    config: RunConfig, structures: tuple[Structure, ...], method_class: type[Method]
+) -> Method:
+    """Build a method with weights initialised from the run's seed.
+
+    Args:
+        config: of the run.
+        structures: the dataset's classes.
+        method_class: the method.
+
+    Raises:
+        PluginError: its functions have other arguments than the contract says.
+        ConfigError: it declines a setting, or two of its stages share a name.
+    """
+    check_contract(method_class)
+    torch.manual_seed(config.seed)
+    settings = build_settings(method_class.Config, config.method_config, "method")
+    task = TaskInfo(
+        config.dataset,
+        structures,
+        config.grid.size,
+        config.segmenter,
+        config.batch_size,
+        config.slices,
+    )
+    method = method_class(task, settings)
+    stage_order(tuple(method.stages()))
+    if config.perturbation:
+        perturb(method, config.perturbation)
+    return method
+
+
+@torch.no_grad()
+def perturb(module: nn.Module, draw: int) -> None:
+    """Move every weight to the next float above or below it, by chance.
+
+    Threads, processors and versions of libraries change last bits as much, and nobody controls
+    them: how far a result moves between draws is how far it moves between machines. Zeros stay,
+    since their neighbours are denormal and slow.
+
+    Args:
+        module: changed in place; the global random state is not.
+        draw: seed of the directions.
+    """
+    generator = torch.Generator().manual_seed(draw)
+    for weight in module.parameters():
+        up = torch.rand(weight.shape, generator=generator).to(weight.device) < 0.5
+        moved = torch.nextafter(weight, torch.where(up, torch.inf, -torch.inf).to(weight))
+        weight.copy_(torch.where(weight == 0, weight, moved))
+
+
+def check_batch(config: RunConfig, method: Method, devices: int) -> None:
+    """Refuse to normalise over a batch of one image.
+
+    Raises:
+        ConfigError: a process would see one image, and the method has batch normalisation.
+    """
+    if config.batch_size > devices:
+        return
+    for name, module in method.named_modules():
+        if isinstance(module, _BatchNorm):
+            raise ConfigError(
+                f"batch_size = {config.batch_size} with --devices {devices} leaves one image a "
+                f"process, and '{config.method}' has batch normalisation (at {name}), which needs "
+                "several; "
+                f"set batch_size to {2 * devices} or more"
+                + (
+                    ", or segmenter.name=unet."
+                    if config.segmenter.name != "unet" and name.startswith("segmenter.")
+                    else "."
+                )
+            )
+
+
+@torch.no_grad()
+def check_slices(config: RunConfig, method: Method) -> None:
+    """Refuse several slices where a method's networks are not made for them.
+
+    Raises:
+        ConfigError: it cannot predict a stack of slices, or not translate it.
+    """
+    if config.slices == 1:
+        return
+    size = config.grid.size
+    images = torch.zeros(1, config.slices, size, size)
+    wanted = {"predict": (1, method.task.classes, size, size), "translate": tuple(images.shape)}
+    calls: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+        ("predict", lambda stack: method.predict(stack, "target"))
+    ]
+    calls += [("translate", s.translate) for s in method.stages() if s.translate is not None]
+    for name, call in calls:
+        try:
+            with torch.random.fork_rng(devices=[]):
+                method.eval()
+                shape = tuple(call(images).shape)
+            reason = f"gives the shape {shape}" if shape != wanted[name] else ""
+        except Exception as error:  # a plugin may raise anything
+            reason = f"raises {type(error).__name__}"
+        finally:
+            method.train()
+        if reason:
+            raise ConfigError(
+                f"slices = {config.slices}: method '{config.method}' is not made for images of "
+                f"several slices ({name} {reason}); build its networks with task.slices channels, "
+                "or leave slices out."
+            )
+
+
+def with_slice_distance(config: RunConfig, dataset: Dataset) -> RunConfig:
+    """The configuration with the distance of neighbouring slices in mm, if it has several slices.
+
+    It is the one that was asked for, or that of the working grid's slices; or, where volumes keep
+    their own, `common_distance` of the training volumes of both domains, by their headers. All
+    methods and scenarios of a comparison come to the same.
+
+    Raises:
+        ConfigError: slices that follow each other in the dataset's files are no neighbours.
+        DataError: a file cannot be read.
+    """
+    if config.slices == 1:
+        return config
+    if not dataset.neighbouring_slices:
+        raise ConfigError(
+            f"slices = {config.slices} needs volumes, and dataset '{dataset.name}' trains on "
+            "slices that are not neighbours; leave slices out."
+        )
+    distance = config.slice_distance or config.grid.slice_spacing
+    if distance is None:
+        distance = common_distance(
+            [
+                slice_distance(case.image, dataset.view(domain).reading)
+                for case in dataset.split(domain, "train")
+            ]
+            for domain in (config.source, config.target)
+        )
+    return replace(config, slice_distance=float(distance))
+
+
+def roles(config: RunConfig, dataset: Dataset) -> dict[str, Sequence[Case | UnlabelledCase]]:
+    """Which cases play which role.
+
+    Target cases are handed to training as `UnlabelledCase`s. Under the supervised scenario
+    the labelled target-train cases play the source, and nothing else of the target is trained
+    on.
+
+    Raises:
+        ConfigError: a role has no cases, or an id cannot name a file.
+    """
+    labelled = config.target if config.privileged else config.source
+    chosen: dict[str, Sequence[Case | UnlabelledCase]] = {
+        "source_train": dataset.labelled(labelled, "train"),
+        "source_val": dataset.labelled(labelled, "val"),
+        "target_train": [c.unlabelled() for c in dataset.split(config.target, "train")],
+        "test": dataset.split(config.target, "test"),
+    }
+    bare = set(dataset.split(config.target, "test")) - set(dataset.labelled(config.target, "test"))
+    if bare:
+        raise ConfigError(
+            f"Test case {min(case.id for case in bare)} of dataset '{dataset.name}' has no label, "
+            "so it cannot be scored: give its label file, or put it into another split."
+        )
+    fault = role_fault(dataset, config.direction, config.privileged)
+    if fault:
+        raise ConfigError(fault)
+    for case in dataset.split(config.target, "test"):
+        fault = name_fault(case.id)
+        if fault:
+            raise ConfigError(
+                f"The id '{case.id}' in dataset '{dataset.name}' {fault}, so it cannot name the "
+                "file of its prediction: give the case another."
+            )
+    trained = {
+        c.subject for c in [*chosen["source_train"], *chosen["source_val"]] if isinstance(c, Case)
+    }
+    tested = {c.subject for c in chosen["test"] if isinstance(c, Case)}
+    if trained & tested:
+        raise ConfigError(
+            f"Subject {sorted(trained & tested)[0]} of dataset '{dataset.name}' is in training "
+            "and in test; give every subject to one split only."
+        )
+    return chosen
+
+
+def adjusted(
+    config: RunConfig,
+    method: Method,
+    chosen: Mapping[str, Sequence[Case | UnlabelledCase]],
+    report: Callable[[str], None] = lambda line: None,
+) -> RunConfig:
+    """The configuration with the settings that a method fits to its data, each told in a line.
+
+    Args:
+        config: of the run.
+        method: built from it.
+        chosen: the cases of each role, as from `roles`.
+        report: receives the lines.
+
+    Raises:
+        ConfigError: the method declines the data.
+    """
+    cases = Cases(len(chosen["source_train"]), len(chosen["target_train"]))
+    changes = method.check(cases) or {}  # a check that only declines returns nothing
+    for name, change in changes.items():
+        asked = config.method_config[name]
+        report(f"method.{name} is {change.value} instead of {asked}: {change.reason}.")
+    values = {name: change.value for name, change in changes.items()}
+    return replace(config, method_config={**config.method_config, **values})
+
+
+def plan(request: RunRequest, report: Callable[[str], None] = lambda line: None) -> PlannedRun:
+    """Resolve a request, make the data ready, and compute the run's identity.
+
+    Args:
+        request: what the user asks for.
+        report: receives lines about the data's preparation.
+
+    Raises:
+        UserError: anything in the request cannot be used.
+    """
+    method_class: type[Method] = Registry("method", request.plugins).load(request.method)
+    dataset = load_dataset(request.dataset, request.data_root, request.plugins, request.fold)
+    config = resolve(request, dataset, method_class)
+    return plan_config(request, config, dataset, method_class, report)
+
+
+def plan_config(
+    request: RunRequest,
+    config: RunConfig,
+    dataset: Dataset,
+    method_class: type[Method],
+    report: Callable[[str], None] = lambda line: None,
+    scored: bool = True,
+) -> PlannedRun:
+    """Plan the run of a resolved configuration on a given dataset and method.
+
+    Args:
+        request: where and on which devices it runs.
+        config: as from `resolve`.
+        dataset: is prepared.
+        method_class: the method.
+        report: receives lines about the data's preparation.
+        scored: False plans a training alone: files that are only scored or selected on are left
+            out of the identity, so that labels of test cases need not exist.
+
+    Raises:
+        UserError: the configuration, the dataset and the method do not fit each other.
+    """
+    check_request(config, method_class)
+    method = build_method(config, dataset.structures, method_class)
+    check_batch(config, method, request.devices)
+    check_slices(config, method)
+    dataset.prepare(report)
+    chosen = roles(config, dataset)
+    config = with_slice_distance(config, dataset)
+    fitted = adjusted(config, method, chosen, report)
+    if fitted != config:
+        config, method = fitted, build_method(fitted, dataset.structures, method_class)
+    views = [dataset.view(domain) for domain in (config.source, config.target)]
+    prints = Fingerprints(
+        train=digest(
+            [
+                fingerprint(chosen["source_train"]),
+                fingerprint(chosen["target_train"]),
+                [view.reading.identity() for view in views],
+                [[asdict(structure) for structure in view.structures] for view in views],
+            ],
+            16,
+        ),
+        test=digest([fingerprint(chosen[role]) for role in ("source_val", "test") if scored], 16),
+    )
+    code = code_version(method_class, scoring=True)
+    run_id = identity(config, prints.whole, code)
+    return PlannedRun(
+        config,
+        run_id,
+        RunDirectory(request.runs_root, config, run_id),
+        dataset,
+        method_class,
+        [(s.name, s.steps(config.steps)) for s in method.stages()],
+        prints,
+        code,
+        request,
+    )
+
+
+def choose_device(name: str) -> str:
+    """ "cuda" or "cpu" for "auto", "cuda" or "cpu".
+
+    Raises:
+        ConfigError: the name is another, or the device is not there.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name} is unknown; use auto, cpu or cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: there is no CUDA device; use --device cpu.")
+    return name
+
+
+def make_fabric(request: RunRequest, config: RunConfig) -> Fabric:
+    """Devices and precision.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    accelerator = choose_device(request.device)
+    if accelerator == "cuda" and request.devices > torch.cuda.device_count():
+        raise ConfigError(
+            f"--devices {request.devices}: this machine has {torch.cuda.device_count()}; ask for "
+            "fewer."
+        )
+    if config.precision == "16-mixed" and accelerator == "cpu":
+        raise ConfigError("--precision 16-mixed needs a GPU; use bf16-mixed or 32-true.")
+    if config.batch_size % request.devices:
+        raise ConfigError(
+            f"batch_size = {config.batch_size} is not divisible by --devices {request.devices}."
+        )
+    torch.backends.cudnn.deterministic = True  # same seed, same weights; costs little here
+    return Fabric(
+        accelerator=accelerator,
+        devices=request.devices,
+        strategy="ddp" if request.devices > 1 else "auto",
+        precision=config.precision,  # type: ignore[arg-type]
+        # A run starts its own processes, in a job of SLURM as well, where Fabric expects srun's.
+        plugins=[LightningEnvironment()],
+    )

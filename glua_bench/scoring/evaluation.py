@@ -1,0 +1,176 @@
+"""Volumes → predictions → one tidy row per case and structure.
+
+Every slice of every case is predicted, the probabilities are carried back to the file's own
+grid, and the metrics are computed there, in mm, against the label file as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from glua_bench.console import Progress
+from glua_bench.data.cache import SliceCache
+from glua_bench.data.neighbours import ALONE, Neighbourhood, Stacks
+from glua_bench.data.stores import CachedImage
+from glua_bench.data.volumes import read_label_volume, restore, save_labels
+from glua_bench.scoring.metrics import METRICS, PRIMARY, case_metrics, complete
+from glua_bench.task import AVERAGE, UNANNOTATED, Case, Dataset, Grid
+
+Predict = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def predict_volumes(
+    predict: Predict,
+    volumes: Iterable[Stacks],
+    device: torch.device,
+    batch_size: int = 32,
+) -> Iterator[np.ndarray]:
+    """Class probabilities of every slice of volumes, in their order.
+
+    A batch is filled with slices of as many volumes as it takes; a volume is given back once its
+    last slice is predicted.
+
+    Args:
+        predict: (N, S, H, W) → logits (N, K, H, W).
+        volumes: the stacks of each, in [-1, 1].
+        device: where `predict` expects images.
+        batch_size: slices in one pass.
+
+    Returns:
+        float32 (K, Z, H, W) of each volume.
+    """
+    waiting: list[tuple[Stacks, int]] = []  # volume and slice, not predicted yet
+    done: list[np.ndarray] = []  # predicted slices that are not given back yet
+    depths: list[int] = []
+
+    def pass_on(size: int) -> None:
+        images = np.stack([np.asarray(stacks[z], np.float32) for stacks, z in waiting[:size]])
+        batch = torch.from_numpy(images).to(device)
+        done.extend(predict(batch).float().softmax(1).cpu().numpy())
+        del waiting[:size]
+
+    def complete() -> Iterator[np.ndarray]:
+        while depths and len(done) >= depths[0]:
+            depth = depths.pop(0)
+            yield np.stack(done[:depth], axis=1)
+            del done[:depth]
+
+    for stacks in volumes:
+        depths.append(len(stacks))
+        waiting.extend((stacks, z) for z in range(len(stacks)))
+        while len(waiting) >= batch_size:
+            pass_on(batch_size)
+        yield from complete()
+    while waiting:
+        pass_on(batch_size)
+    yield from complete()
+    # Some published pipelines drop the last incomplete block of slices; here it cannot happen.
+    assert not depths and not done, "not every slice was predicted"
+
+
+def predict_volume(
+    predict: Predict,
+    image: CachedImage,
+    device: torch.device,
+    batch_size: int = 32,
+    neighbourhood: Neighbourhood = ALONE,
+) -> np.ndarray:
+    """Class probabilities of every slice of one cached volume, float32 (K, Z, H, W)."""
+    stacks = neighbourhood.stacks(image.open(), image.placement.grid_spacing[0])
+    (probabilities,) = predict_volumes(predict, [stacks], device, batch_size)
+    return probabilities
+
+
+def evaluate(
+    predict: Predict,
+    dataset: Dataset,
+    cases: Sequence[Case],
+    grid: Grid,
+    cache: SliceCache,
+    device: torch.device,
+    progress: Progress,
+    predictions: Path | None = None,
+    title: str = "evaluate",
+    neighbourhood: Neighbourhood = ALONE,
+) -> pd.DataFrame:
+    """Predict and score cases.
+
+    Args:
+        predict: (N, S, H, W) → logits (N, K, H, W).
+        dataset: gives structures and how files are read.
+        cases: what to score; their labels are read here and nowhere in training.
+        grid: the working grid.
+        cache: preprocessed slices.
+        device: where `predict` expects images.
+        progress: what the user sees.
+        predictions: directory for label volumes on the files' own grids; None saves none.
+        title: name of this work in the progress display.
+        neighbourhood: the slices that `predict` sees with each.
+
+    Returns:
+        One row per case and structure: case, subject, domain, and what `case_metrics` gives.
+    """
+    rows = []
+    progress.stage(title, len(cases))
+    for done, case in enumerate(cases):
+        view = dataset.view(case.domain).on(grid)
+        structures = view.structures
+        image = cache.image(case.unlabelled(), view)
+        found = predict_volume(predict, image, device, neighbourhood=neighbourhood)
+        labels = restore(found, image.placement)
+        if predictions is not None:
+            values = [structure.values[0] for structure in structures]
+            save_labels(predictions / f"{case.id}.nii.gz", labels, image.placement, values)
+        reference = read_label_volume(case.truth, case.image, view)
+        # What nobody annotated can be neither right nor wrong, so that it is background in both.
+        unannotated = reference == UNANNOTATED
+        labels[unannotated] = reference[unannotated] = 0
+        of_case = {"case": case.id, "subject": case.subject, "domain": case.domain}
+        spacing, ml = image.placement.spacing, image.placement.ml
+        scores = case_metrics(labels, reference, structures, spacing, ml)
+        rows += [{**of_case, **score} for score in scores]
+        progress.update(done + 1)
+    return pd.DataFrame(rows)
+
+
+def mean_score(cases: pd.DataFrame, metric: str = PRIMARY.name) -> float:
+    """Mean of a metric over the structures of each case, then over the cases."""
+    return float(cases.groupby("case", sort=False)[metric].mean().mean())
+
+
+def summarise(cases: pd.DataFrame) -> pd.DataFrame:
+    """Means over cases, one row per selector and structure, and one for their mean.
+
+    A structure that neither prediction nor reference shows is undefined (nan) and does not
+    enter; a missed one enters with each metric's `worst` value. The "mean" row averages
+    structures within each case before it averages cases.
+
+    Args:
+        cases: rows of `evaluate`, with a column `selector`; a metric that they lack is nan.
+
+    Returns:
+        selector, structure, a column for each metric, misses, cases.
+    """
+    cases, metrics, rows = complete(cases), list(METRICS), []
+    for selector, chosen in cases.groupby("selector", sort=False):
+        by_structure = chosen.groupby("structure", sort=False)
+        parts = [(name, part, part[metrics]) for name, part in by_structure]
+        parts.append((AVERAGE, chosen, chosen.groupby("case", sort=False)[metrics].mean()))
+        rows += [
+            {
+                "selector": selector,
+                "structure": structure,
+                **scores.mean().to_dict(),
+                "misses": int(part["missed"].sum()),
+                "cases": len(scores),
+            }
+            for structure, part, scores in parts
+        ]
+    return pd.DataFrame(rows)

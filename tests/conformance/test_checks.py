@@ -1,0 +1,1125 @@
+"""conformance.py: what is sound passes, and each kind of mistake is caught by its own check."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+import glua_bench
+from glua_bench import conformance
+from glua_bench.config import setting
+from glua_bench.conformance import METHOD_CHECKS, TinyDataset
+from glua_bench.data.neighbours import middle
+from glua_bench.data.stores import ImageStore
+from glua_bench.datasets.phantom.dataset import Phantom, generate
+from glua_bench.errors import PluginError
+from glua_bench.losses import segmentation_loss
+from glua_bench.method import Batch, Context, Method, Role, Stage, TaskInfo
+from glua_bench.networks import instance_norm
+from glua_bench.registry import Registry
+from glua_bench.runs import execution
+from glua_bench.runs.plan import PlannedRun, plan
+from glua_bench.task import Case, Dataset, Grid
+
+BUILT_IN = [e.name for e in Registry("method").entries() if e.origin == "glua-bench"]
+
+
+def short(method: type[Method]) -> Mapping[str, Any]:
+    """Further stages as short as the last one, where a method lets one say so."""
+    return {"style_share": 1.0} if "style_share" in method.Config.__dataclass_fields__ else {}
+
+
+@conformance.parametrize(*BUILT_IN, config=short)
+def test_built_in_methods(check: Callable[[], None]) -> None:
+    check()
+
+
+# -- a sound method, of which all others are spoiled copies ---------------------------------------
+
+
+@dataclass(frozen=True)
+class SoundConfig:
+    lr: float = setting(0.1, "learning rate", low=1e-6, high=1.0)
+    stem_lr: float = setting(0.05, "learning rate of the stem", low=1e-6, high=1.0)
+    form: str = setting("plain", "form of the loss", choices=("plain", "double"))
+    channels: int = setting(16, "hidden channels", low=3, high=64)
+
+
+class Sound(Method):
+    """Two convolutions on a stem that both domains share.
+
+    An original of this test, which keeps every rule.
+    """
+
+    name = "sound"
+    reference = "original"
+    needs = "source images and labels, target images"
+    Config = SoundConfig
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(task, config)
+        self.stem = nn.Conv2d(task.slices, task.slices, 3, padding=1)
+        self.head = nn.Sequential(
+            nn.Conv2d(task.slices, config.channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(config.channels, task.classes, 1),
+        )
+
+    @classmethod
+    def variants(cls) -> Mapping[str, Mapping[str, Any]]:
+        return {"double": {"form": "double"}}
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (
+            Stage(
+                "stem",
+                depends_on=("stem_lr",),
+                modules=("stem",),
+                photometric=False,
+                step=self.stem_step,
+                optimizers=self.stem_optimizers,
+            ),
+            Stage("segment", decay=0.9),
+        )
+
+    def stem_optimizers(self) -> dict[str, Optimizer]:
+        return {"stem": SGD(self.stem.parameters(), self.config.stem_lr)}
+
+    def stem_step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        loss = self.stem_loss(batch)
+        context.update("stem", loss)
+        return {"loss": loss}
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"head": SGD(self.head.parameters(), self.config.lr, momentum=0.9)}
+
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        loss = self.loss(batch) * (2 if self.config.form == "double" else 1)
+        context.update("head", loss)
+        return {"loss": loss}
+
+    def stem_loss(self, batch: Batch) -> Tensor:
+        return sum((self.stem(x) - x).square().mean() for x in (batch.source_images, batch.target))  # type: ignore[return-value]
+
+    def loss(self, batch: Batch) -> Tensor:
+        source = segmentation_loss(self.predict(batch.source_images, "source"), batch.source_labels)
+        likely = self.predict(batch.target, "target").softmax(1)
+        return source - 0.1 * (likely * likely.clamp(min=1e-6).log()).sum(1).mean()
+
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        return self.head(self.stem(images))
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        return {"stem": self.stem(batch.source_images)}
+
+
+def failed(method: type[Method], without: set[str]) -> set[str]:
+    """The checks that fail; the card is left out, as spoiled copies have none of their own."""
+    results = conformance.run_checks(
+        method, only=[n for n in METHOD_CHECKS if n not in {"card", *without}]
+    )
+    found = {result.check for result in results if result.status == "failed"}
+    for result in results:
+        assert result.passed or result.message
+        if result.status == "undecided":
+            assert "did not pass" in result.message
+    return found
+
+
+def test_the_sound_method_passes_everything() -> None:
+    results = conformance.run_checks(Sound)
+    assert [r.check for r in results] == list(METHOD_CHECKS)
+    assert all(r.passed for r in results), [r for r in results if not r.passed]
+
+
+# -- spoiled copies -------------------------------------------------------------------------------
+
+SPOILED: list[tuple[set[str], type[Method]]] = []
+
+
+def caught_by(*checks: str) -> Callable[[type[Method]], type[Method]]:
+    def add(method: type[Method]) -> type[Method]:
+        SPOILED.append((set(checks), method))
+        return method
+
+    return add
+
+
+@caught_by("label_poison", "labels_absent")
+class PeeksAtLabels(Sound):
+    """Finds the dataset in the frames above it, and reads the target's labels."""
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(task, config)
+        frame, found = sys._getframe(), None
+        while not isinstance(found, Dataset):
+            assert frame.f_back is not None
+            frame = frame.f_back
+            near = [v for v in frame.f_locals.values() if not isinstance(v, nn.Module)]
+            near += [getattr(value, "dataset", None) for value in near]
+            found = next((value for value in near if isinstance(value, Dataset)), None)
+        labels = [case.label for case in found.split("inverted", "train")]
+        self.seen = 1 + float(np.mean([np.asarray(nib.load(path).dataobj) for path in labels]))
+
+    def loss(self, batch: Batch) -> Tensor:
+        return super().loss(batch) * self.seen
+
+
+@caught_by("label_poison")
+class PeeksWhereItCan(PeeksAtLabels):
+    """As above, but hides what it does where there is no label."""
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        try:
+            super().__init__(task, config)
+        except FileNotFoundError:
+            self.seen = 1 + 3.0
+
+
+# Without labels it must end somewhere; that this is elsewhere is caught as well.
+SPOILED[-1] = ({"label_poison", "labels_absent"}, PeeksWhereItCan)
+
+
+@caught_by("logits")
+class HalfSize(Sound):
+    def loss(self, batch: Batch) -> Tensor:
+        return segmentation_loss(
+            super().predict(batch.source_images, "source"), batch.source_labels
+        ) + (super().predict(batch.target, "target").square().mean())
+
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        return super().predict(images, domain)[:, :, ::2, ::2]
+
+
+@caught_by("logits")
+class KnowsTheTargetAlone(HalfSize):
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        return Sound.predict(self, images, domain)[:, :, :: 1 if domain == "target" else 2]
+
+
+@caught_by("logits")
+class OneImageLost(Sound):
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        return super().predict(images[: max(2, len(images) // 2 * 2)], domain)
+
+
+@caught_by("trains")
+class NotANumber(Sound):
+    def loss(self, batch: Batch) -> Tensor:
+        return super().loss(batch) * float("nan")
+
+
+@caught_by("trains")
+class NothingLearnt(Sound):
+    def stem_optimizers(self) -> dict[str, Optimizer]:
+        return {"stem": SGD(self.stem.parameters(), 0.0)}
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"head": SGD(self.head.parameters(), 0.0)}
+
+
+@caught_by("resume", "hidden_state")
+class HiddenState(Sound):
+    """Counts its steps in a place that no checkpoint knows."""
+
+    count = 0
+
+    def loss(self, batch: Batch) -> Tensor:
+        self.count += 1
+        return super().loss(batch) * self.count
+
+
+@caught_by("same_seed")
+class OwnRandomness(Sound):
+    def loss(self, batch: Batch) -> Tensor:
+        return super().loss(batch) * float(np.random.default_rng().uniform(0.5, 1.5))
+
+
+@caught_by("other_seed")
+class SeedsItself(Sound):
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        torch.manual_seed(0)
+        super().__init__(task, config)
+
+
+@caught_by("budget")
+class HalfTheShare(Sound):
+    def stages(self) -> tuple[Stage, ...]:
+        stem, segment = super().stages()
+        return stem, replace(segment, share=0.5)
+
+
+@caught_by("hidden_state", "resume")
+class PoolInAList(Sound):
+    """Keeps earlier images as a Python list."""
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(task, config)
+        self.pool: list[Tensor] = []
+
+    def loss(self, batch: Batch) -> Tensor:
+        self.pool.append(batch.target)
+        return super().loss(batch) + 0.1 * self.predict(self.pool[0], "target").square().mean()
+
+
+@caught_by("hidden_state", "resume", "checkpoint")
+class AverageInADict(Sound):
+    """Predicts with averaged weights that no checkpoint knows."""
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(task, config)
+        self.average = {name: p.detach().clone() for name, p in self.head.named_parameters()}
+
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        values = super().step(batch, context)
+        for name, parameter in self.head.named_parameters():
+            self.average[name].lerp_(parameter.detach(), 0.5)
+        return values
+
+    def loss(self, batch: Batch) -> Tensor:
+        averaged = torch.func.functional_call(self.head, self.average, self.stem(batch.target))
+        return (
+            super().loss(batch)
+            + (super().predict(batch.target, "target") - averaged).square().mean()
+        )
+
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        if self.training:
+            return super().predict(images, domain)
+        return torch.func.functional_call(self.head, self.average, self.stem(images))
+
+
+class Averaged(Sound):
+    """Keeps its average as it should; a network of its own that no optimizer moves."""
+
+    rounds = 1
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(task, config)
+        self.average = copy.deepcopy(self.head).requires_grad_(False)
+        self.average_stem = copy.deepcopy(self.stem).requires_grad_(False)
+
+    def stem_step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        values = super().stem_step(batch, context)
+        self.follow(self.average_stem, self.stem)
+        return values
+
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        for _ in range(self.rounds):
+            values = super().step(batch, context)
+        self.follow(self.average, self.head)
+        return values
+
+    @torch.no_grad()
+    def follow(self, average: nn.Module, trained: nn.Module) -> None:
+        for a, b in zip(average.parameters(), trained.parameters(), strict=True):
+            a.lerp_(b, 0.5)
+
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        if self.training:
+            return super().predict(images, domain)
+        return self.average(self.average_stem(images))
+
+
+def test_an_average_of_weights_is_sound_where_it_is_a_module() -> None:
+    assert failed(Averaged, {"whole_run", "shared_stages", "stage_dependencies"}) == set()
+
+
+@caught_by("budget")
+class AveragedOverTooManyUpdates(Averaged):
+    """Predictions depend on no trained weight, so the budget must look at what they average."""
+
+    rounds = 3
+
+    def stages(self) -> tuple[Stage, ...]:
+        return tuple(replace(stage, depends_on=None) for stage in super().stages())
+
+
+@caught_by("optimizers")
+class ForgottenNetwork(Sound):
+    """A network that its loss uses and no optimizer moves."""
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(task, config)
+        self.forgotten = nn.Conv2d(task.slices, 1, 1)
+
+    def loss(self, batch: Batch) -> Tensor:
+        return super().loss(batch) + self.forgotten(batch.target).square().mean()
+
+
+@caught_by("optimizers", "budget")
+class MovedTwice(Sound):
+    """One weight in two optimizers."""
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        again = SGD(self.head[0].parameters(), self.config.lr)
+        return {**super().optimizers(), "again": again}
+
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        values = super().step(batch, context)
+        context.apply("again")
+        return values
+
+
+@caught_by("optimizers", "checkpoint", "resume")
+class StrangersWeights(Sound):
+    """Trains a network that is no module of the method."""
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(task, config)
+        self.strangers = [nn.Conv2d(task.slices, task.slices, 3, padding=1)]
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        weights = [*self.head.parameters(), *self.strangers[0].parameters()]
+        return {"head": SGD(weights, self.config.lr, momentum=0.9)}
+
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        return super().predict(images + self.strangers[0](images), domain)
+
+
+@caught_by("budget")
+class TwoUpdatesInOne(Sound):
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        super().step(batch, context)
+        return super().step(batch, context)
+
+
+@caught_by("checkpoint")
+class ForgetsItsScale(Sound):
+    scale = 1.0
+
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        self.scale = 2.0
+        return super().step(batch, context)
+
+    def loss(self, batch: Batch) -> Tensor:
+        return segmentation_loss(
+            super().predict(batch.source_images, "source"), batch.source_labels
+        ) + (super().predict(batch.target, "target").square().mean())
+
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        return super().predict(images, domain) * self.scale
+
+
+@caught_by("features")
+class MixedFeatures(Sound):
+    """Features that are one vector for the whole batch."""
+
+    def features(self, images: Tensor, domain: Role) -> Tensor:
+        return self.predict(images, domain).mean(0, keepdim=True).expand(len(images), -1, -1, -1)
+
+
+@caught_by("predict_is_pure")
+class GuessesAlways(Sound):
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        return super().predict(nn.functional.dropout(images, 0.5, training=True), domain)
+
+
+@caught_by("predict_is_pure")
+class LearnsFromTests(Sound):
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(task, config)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        if not self.training:
+            self.seen += 1
+        return super().predict(images, domain)
+
+
+@caught_by("flat_slices")
+class NormalisesConstants(Sound):
+    """Where a map is constant, gradients grow by 316 in each layer of one of its networks."""
+
+    norm: Callable[[int], nn.Module] = staticmethod(
+        lambda channels: nn.GroupNorm(channels, channels)
+    )
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(task, config)
+        layers: list[nn.Module] = []
+        for _ in range(24):
+            layers.append(nn.Conv2d(task.slices, task.slices, 3, padding=1, padding_mode="reflect"))
+            layers.append(self.norm(task.slices))
+        self.deep = nn.Sequential(*layers)
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        weights = [*self.head.parameters(), *self.deep.parameters()]
+        return {"head": SGD(weights, self.config.lr, momentum=0.9)}
+
+    def loss(self, batch: Batch) -> Tensor:
+        return super().loss(batch) + (self.deep(batch.target) - batch.target).square().mean()
+
+
+@caught_by("flat_slices")
+class StandardisesTests(Sound):
+    """Divides by the deviation of an image, and only where it does not train."""
+
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        if not self.training:
+            deviation, mean = torch.std_mean(images, (1, 2, 3), keepdim=True)
+            images = (images - mean) / deviation
+        return super().predict(images, domain)
+
+
+@caught_by("logs")
+class LogsNumbers(Sound):
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        return {"loss": super().step(batch, context)["loss"].item()}  # type: ignore[dict-item]
+
+
+@caught_by("logs")
+class LogsMaps(Sound):
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        return {**super().step(batch, context), "map": batch.source_images}
+
+
+@caught_by("logs")
+class LogsNowAndThen(Sound):
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        values = super().step(batch, context)
+        return values if context.step % 2 else {**values, "more": values["loss"]}
+
+
+@caught_by("stages")
+class OfAnEarlierContract(Sound):
+    def predict(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        return self.head(self.stem(images))
+
+
+@caught_by("stages")
+class KeepsNothing(Sound):
+    def stages(self) -> tuple[Stage, ...]:
+        stem, segment = super().stages()
+        return replace(stem, modules=("stemm",)), segment
+
+
+@caught_by("stages")
+class DependsOnNothingKnown(Sound):
+    def stages(self) -> tuple[Stage, ...]:
+        stem, segment = super().stages()
+        return replace(stem, depends_on=("stem_rate",)), segment
+
+
+@caught_by("stages")
+class SameNameTwice(Sound):
+    def stages(self) -> tuple[Stage, ...]:
+        stem, segment = super().stages()
+        return replace(stem, name="segment", depends_on=None), segment
+
+
+@caught_by("shared_stages")
+class KeepsTooLittle(Sound):
+    """Trains a second module in the shared stage, and does not say so."""
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(task, config)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def stem_optimizers(self) -> dict[str, Optimizer]:
+        return {"stem": SGD([*self.stem.parameters(), self.gain], self.config.stem_lr)}
+
+    def stem_loss(self, batch: Batch) -> Tensor:
+        return super().stem_loss(batch) + (self.gain * batch.target - 0.3).square().mean()
+
+
+@caught_by("stage_dependencies")
+class DependsOnMore(Sound):
+    def stem_loss(self, batch: Batch) -> Tensor:
+        return super().stem_loss(batch) * self.config.lr
+
+
+@caught_by("stage_dependencies")
+class DrawsInAnotherOrder(Sound):
+    """The stem's first weights follow from the number of channels of what is made before it."""
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(task, config)
+        self.stem = nn.Conv2d(task.slices, task.slices, 3, padding=1)
+
+
+@caught_by("settings")
+class DefaultOutOfRange(Sound):
+    @dataclass(frozen=True)
+    class Config(SoundConfig):
+        lr: float = setting(2.0, "learning rate", low=1e-6, high=1.0)
+
+
+@caught_by("settings")
+class OpenRange(Sound):
+    @dataclass(frozen=True)
+    class Config(SoundConfig):
+        more: float = setting(2.0, "a weight", low=0)
+
+
+@caught_by("settings")
+class NoHelp(Sound):
+    @dataclass(frozen=True)
+    class Config(SoundConfig):
+        more: float = 2.0
+
+
+@caught_by("settings")
+class NotFrozen(Sound):
+    @dataclass
+    class Config:
+        lr: float = setting(0.1, "learning rate", low=1e-6, high=1.0)
+
+
+@caught_by("round_trip")
+class GrowsOnTheWay(Sound):
+    @dataclass(frozen=True)
+    class Config(SoundConfig):
+        def __post_init__(self) -> None:
+            object.__setattr__(self, "lr", min(1.0, self.lr * 1.1))
+
+
+@caught_by("presets")
+class UnknownPreset(Sound):
+    presets = {"fast": {"lr": 0.2}}
+
+
+@caught_by("presets")
+class UnknownInVariant(Sound):
+    @classmethod
+    def variants(cls) -> Mapping[str, Mapping[str, Any]]:
+        return {"other": {"formm": "plain"}}
+
+
+@caught_by("variants_train")
+class BrokenVariant(Sound):
+    def loss(self, batch: Batch) -> Tensor:
+        if self.config.form == "double":
+            raise ValueError("not written yet")
+        return super().loss(batch)
+
+
+@caught_by("pictures")
+class FlatPictures(Sound):
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        return {"stem": batch.source_images[:, 0]}
+
+
+@caught_by("target_matters")
+class NeverLooksAtTheTarget(Sound):
+    def stem_loss(self, batch: Batch) -> Tensor:
+        return (self.stem(batch.source_images) - batch.source_images).square().mean()
+
+    def loss(self, batch: Batch) -> Tensor:
+        return segmentation_loss(self.predict(batch.source_images, "source"), batch.source_labels)
+
+
+@caught_by("trains")
+class AsksForNoTarget(Sound):
+    uses_target = False
+
+
+@caught_by("source_labels_matter")
+class NeverLooksAtLabels(Sound):
+    def loss(self, batch: Batch) -> Tensor:
+        return (
+            (self.predict(batch.target, "target") - self.predict(batch.source_images, "source"))
+            .square()
+            .mean()
+        )
+
+
+@caught_by("unannotated")
+class NeedsAClassEverywhere(Sound):
+    def loss(self, batch: Batch) -> Tensor:
+        logits = self.predict(batch.source_images, "source")
+        return torch.nn.functional.cross_entropy(logits, batch.source_labels)
+
+
+@caught_by("unannotated")
+class TakesUnannotatedForBackground(Sound):
+    def loss(self, batch: Batch) -> Tensor:
+        labels = batch.source_labels
+        known = labels.where(labels < self.task.classes, 0)
+        return segmentation_loss(self.predict(batch.source_images, "source"), known)
+
+
+@caught_by("unannotated")
+class TakesUnannotatedForTheLastStructure(Sound):
+    def loss(self, batch: Batch) -> Tensor:
+        known = batch.source_labels.clamp(max=self.task.classes - 1)
+        return segmentation_loss(self.predict(batch.source_images, "source"), known)
+
+
+@caught_by("slices")
+class SeesOneSlice(Sound):
+    """Was written before there were several."""
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(replace(task, slices=1), config)
+
+
+@caught_by("slices")
+class LooksAtTheMiddleAlone(SeesOneSlice):
+    def stem_loss(self, batch: Batch) -> Tensor:
+        images = (middle(x) for x in (batch.source_images, batch.target))
+        return sum((self.stem(x) - x).square().mean() for x in images)  # type: ignore[return-value]
+
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        return super().predict(middle(images), domain)
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        return {"stem": self.stem(middle(batch.source_images))}
+
+
+@caught_by("slices")
+class HasADiscriminatorOfOneSlice(Sound):
+    """It predicts, so it is found out in a step alone."""
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(task, config)
+        self.fixed = nn.Conv2d(1, 1, 3).requires_grad_(False)
+
+    def stem_loss(self, batch: Batch) -> Tensor:
+        return super().stem_loss(batch) + 0 * self.fixed(batch.source_images).sum()
+
+
+@caught_by("slices")
+class ShowsTwoOfThree(Sound):
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        return {"stem": self.stem(batch.source_images)[:, :2]}
+
+
+@caught_by("whole_run")
+class FailsOnFour(Sound):
+    """The depth of the test volume, and of no batch that the other checks predict."""
+
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        if len(images) == 4:
+            raise RuntimeError("four images")
+        return super().predict(images, domain)
+
+
+@pytest.mark.parametrize(("checks", "method"), SPOILED, ids=lambda v: getattr(v, "__name__", ""))
+def test_each_mistake_is_caught_by_its_check_alone(checks: set[str], method: type[Method]) -> None:
+    # A whole run takes as long as many checks together, and only one mistake waits for it.
+    assert failed(method, {"whole_run"} - checks) == checks
+
+
+def test_every_check_of_a_method_was_seen_to_fail() -> None:
+    elsewhere = {"card", "no_way_to_labels", "target_served"}
+    assert set().union(*(checks for checks, _ in SPOILED)) | elsewhere == set(METHOD_CHECKS)
+
+
+def test_a_function_of_an_earlier_contract_is_named_with_its_new_form() -> None:
+    (result,) = conformance.run_checks(OfAnEarlierContract, only=["stages"])
+    assert "defines predict(self, images), which" in result.message
+    assert "calls as predict(self, images, domain); change its definition" in result.message
+
+
+def test_flat_slices_arrive_as_such_in_every_stage() -> None:
+    seen: dict[str, Counter[str]] = {}
+
+    def look(batch: Batch, context: Context) -> None:
+        for role, images in (("source", batch.source_images), ("target", batch.target)):
+            found = seen.setdefault(f"{context.stage.name} {role}", Counter())
+            found.update(map(kind_of, images.numpy()))
+        pictures = [kind_of(image) == "picture" for image in batch.source_images.numpy()]
+        assert not batch.source_labels[~torch.tensor(pictures)].any()
+
+    bench = conformance.Bench(Sound)
+    data = bench.copy_of_data()
+    for domain in data.domains():
+        conformance.flatten_slices(data.split(domain, "train"))
+    options = {"augmentation": "none"}
+    steps = conformance.FLAT_STEPS
+    bench.train(steps=steps, dataset=data, options=options, even=True, inspect_step=look)
+    assert set(seen) == {f"{s} {r}" for s in ("stem", "segment") for r in ("source", "target")}
+    for found in seen.values():  # five epochs
+        assert found == {"picture": 10, "constant": 10, "empty": 10, "halves": 5, "pixel": 5}
+    bench.close()
+
+
+def kind_of(image: np.ndarray) -> str:
+    """What a slice is, whose intensities lie in [-1, 1]."""
+    values, counts = np.unique(image, return_counts=True)
+    if len(values) == 1:
+        if values[0] != -1:
+            assert abs(values[0]) < 0.5
+        return "empty" if values[0] == -1 else "constant"
+    if len(values) == 2:
+        return "pixel" if min(counts) == 1 else "halves"
+    return "picture"
+
+
+def test_flat_slices_do_no_harm_behind_the_norm_of_this_package() -> None:
+    class Guarded(NormalisesConstants):
+        norm = staticmethod(instance_norm)
+
+    (failed,) = conformance.run_checks(NormalisesConstants, only=["flat_slices"])
+    assert "The loss 'loss' is nan at step" in failed.message
+    assert "glua_bench.networks.instance_norm" in failed.message
+    assert "learning rates" not in failed.message
+    (passed,) = conformance.run_checks(Guarded, only=["flat_slices"])
+    assert passed.passed, passed
+    (failed,) = conformance.run_checks(StandardisesTests, only=["flat_slices"])
+    assert "predictions of the source are not finite" in failed.message
+
+
+class NoName(Sound):
+    """No name of its own, so that a list that does not import it would show none."""
+
+
+class NoCard(Sound):
+    name = "no_card"
+    reference = "original"
+    needs = "nothing"
+
+
+NoCard.__doc__ = None
+
+
+class NoSource(Sound):
+    """Segments."""
+
+    name = "no_source"
+    reference = "ours"
+    needs = "nothing"
+
+
+class Computed(Sound):
+    """Has a name that only an import tells.
+
+    An original.
+    """
+
+    name = "com" + "puted"
+    reference = "original"
+    needs = "nothing"
+
+
+class Wordy(Sound):
+    """Goes on
+    over the line. An original.
+    """
+
+    name = "wordy"
+    reference = "original"
+    needs = "nothing"
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (NoName, "without importing"),
+        (NoCard, "no docstring"),
+        (NoSource, "where the method comes from"),
+        (Computed, "without importing"),
+        (Wordy, "one line"),
+    ],
+)
+def test_the_card_is_checked(method: type[Method], message: str) -> None:
+    (result,) = conformance.run_checks(method, only=["card"])
+    assert result.status == "failed" and message in result.message
+
+
+# -- faults of the harness, which a method cannot make itself ------------------------------------
+
+
+@pytest.mark.parametrize("what", ["file", "entry", "case", "dataset", "labels"])
+def test_a_way_to_a_label_is_found(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    bench = conformance.Bench(Sound)
+    case = bench.dataset.split("inverted", "train")[0]
+
+    class Telling(ImageStore):
+        def __init__(self, images: Any, **named: Any) -> None:
+            super().__init__(images, **named)
+            labels = np.asarray(nib.load(case.label).dataobj)
+            # The images' own key would do as well: whatever lies behind an innocent attribute.
+            self.notes: Any = {
+                "file": [str(case.label)],
+                "entry": lambda: case,
+                "case": {1: (case,)},
+                "dataset": bench.dataset,
+                "labels": None,
+            }[what]
+            if what == "labels":
+                cache = execution.SliceCache()
+                grid = bench.dataset.grid("quick")
+                entry = cache.label(case, bench.dataset.view(case.domain).on(grid))
+                self.notes = torch.from_numpy(np.array(entry.open(), np.int64))
+                assert labels.any()
+
+    monkeypatch.setattr(execution, "ImageStore", Telling)
+    assert bench.outcome("no_way_to_labels").status == "failed"
+
+
+def test_target_images_served_unasked_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = execution.stores
+
+    def always(planned: PlannedRun, cache: Any, progress: Any) -> Any:
+        train, val, target = original(planned, cache, progress)
+        return train, val, target or train
+
+    class Plain(Sound):
+        uses_target = False
+
+        def stem_loss(self, batch: Batch) -> Tensor:
+            return (self.stem(batch.source_images) - 0.1).square().mean()
+
+        def loss(self, batch: Batch) -> Tensor:
+            return segmentation_loss(
+                self.predict(batch.source_images, "source"), batch.source_labels
+            )
+
+    assert conformance.Bench(Plain).outcome("target_served").passed
+    monkeypatch.setattr(execution, "stores", always)
+    monkeypatch.setattr("glua_bench.data.batches.LabelledStore", type("Nothing", (), {}))
+    assert conformance.Bench(Plain).outcome("target_served").status == "failed"
+
+
+# -- the kit itself -------------------------------------------------------------------------------
+
+
+def test_a_training_of_the_kit_is_planned_as_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same code, same identity; only what a training alone does not need is left out."""
+    with closing(conformance.Bench(Sound)) as bench, conformance.quiet_machine():
+        request, config = bench.request(0, conformance.STEPS), bench.config()
+        monkeypatch.setattr(execution, "load_dataset", lambda *given: bench.dataset)
+        monkeypatch.setattr(execution, "resolve", lambda *given: config)
+        monkeypatch.setattr(execution.Registry, "load", lambda *given: Sound)
+        real, scored, trained = plan(request), bench.plan(scored=True), bench.plan()
+        assert real.id == scored.id != trained.id
+        assert real.fingerprints.train == trained.fingerprints.train
+        for planned in (scored, trained):
+            assert (planned.config, planned.code) == (real.config, real.code)
+            assert planned.stages == real.stages
+
+
+def test_a_training_of_the_kit_ends_in_the_weights_of_a_run() -> None:
+    with closing(conformance.Bench(Sound)) as bench:
+        with conformance.quiet_machine(bench.cache()):
+            planned = bench.plan(scored=True)
+            execution.execute(planned, execution.Progress(enabled=False))
+        path = planned.directory.checkpoints / f"candidate_{conformance.STEPS:07d}.pt"
+        weights = torch.load(path, weights_only=True)
+        assert conformance.first_difference(bench.baseline.weights, weights) is None
+
+
+def test_a_spoiled_copy_stays_spoiled() -> None:
+    """Planning prepares the data, which must not bring labels back that a check has removed."""
+    with closing(conformance.Bench(Sound)) as bench:
+        data = bench.copy_of_data()
+        labels = [case.truth for case in data.cases("inverted")]
+        for label in labels:
+            label.unlink()
+        bench.train(dataset=data, steps=1)
+        assert not any(label.exists() for label in labels)
+
+
+def test_the_callers_world_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLUA_BENCH_CACHE", "/somewhere")
+    torch.manual_seed(7)
+    state, threads = torch.random.get_rng_state(), torch.get_num_threads()
+    conformance.run_checks(Sound, only=["resume", "variants_train"])
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    assert os.environ["GLUA_BENCH_CACHE"] == "/somewhere"
+    assert not Path("/somewhere").exists()
+
+
+def test_pytest_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pytest", None)  # an import of it fails now
+    monkeypatch.setattr(glua_bench, "conformance", conformance)  # to be restored
+    monkeypatch.delitem(sys.modules, "glua_bench.conformance")
+    kit = importlib.import_module("glua_bench.conformance")
+    assert kit is not conformance
+    results = kit.run_checks("source_only", only=["card", "logits"])
+    assert all(r.passed for r in results), results
+    with pytest.raises(ImportError):
+        kit.parametrize("source_only")
+
+
+def test_plugin_files_and_unknown_names(tmp_path: Path) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        "from glua_bench.methods.source_only import SourceOnly\n"
+        "from glua_bench.method import Method\n\n\n"
+        "class Mine(SourceOnly, Method):\n"
+        '    """The baseline under another name.\n\n    An original.\n    """\n\n'
+        '    name = "mine"\n    reference = "original"\n    needs = "nothing"\n'
+    )
+    seen: list[str] = []
+    results = conformance.run_checks(
+        "mine", [plugin], only=["card", "trains"], report=lambda r: seen.append(r.check)
+    )
+    assert [r.status for r in results] == ["passed", "passed"] and seen == ["card", "trains"]
+    with pytest.raises(PluginError, match="No method is called 'mein'; did you mean 'mine'"):
+        conformance.run_checks("mein", [plugin])
+    with pytest.raises(PluginError, match="no check 'cart'"):
+        conformance.run_checks("mine", [plugin], only=["cart"])
+    with pytest.raises(PluginError, match="no check"):
+        conformance.parametrize(Sound, only=["cart"])
+
+
+def test_an_undecided_check_is_a_skipped_test_and_a_failed_one_fails() -> None:
+    mark = conformance.parametrize(NotANumber, only=["trains", "resume"])
+    trains, resume = (case.values[0] for case in mark.args[1])
+    with pytest.raises(pytest.skip.Exception, match="'same_seed' did not pass"):
+        resume()
+    with pytest.raises(conformance.CheckFailure, match="loss 'loss' is nan"):
+        trains()
+    assert [case.id for case in mark.args[1]] == ["sound-trains", "sound-resume"]
+
+
+def test_whole_numbers_shrink_within_their_ranges() -> None:
+    assert conformance.small_settings(Sound, {})["channels"] == 3
+    assert conformance.small_settings(Sound, {"channels": 9})["channels"] == 9
+
+
+def test_poisoned_labels_stay_in_the_table(tmp_path: Path) -> None:
+    dataset = TinyDataset(tmp_path)
+    dataset.prepare()
+    before = {c.id: c.label.read_bytes() for d in dataset.domains() for c in dataset.cases(d)}
+    conformance.poison_labels(dataset, dataset.cases("inverted"))
+    for domain in dataset.domains():
+        for case in dataset.cases(domain):
+            changed = case.label.read_bytes() != before[case.id]
+            assert changed == (domain == "inverted")
+            values = np.unique(np.asarray(nib.load(case.label).dataobj))
+            assert set(values.tolist()) == {0, 10, 20, 21, 30}
+    files = conformance.run_dataset_checks(dataset, only=["files"])
+    assert files[0].passed
+
+
+# -- datasets -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory: pytest.TempPathFactory) -> Phantom:
+    root = tmp_path_factory.mktemp("phantom") / "tiny"
+    ids = {"ct": [1001, 1003, 1004], "mr": [1001, 1003, 1007]}
+    generate(root, seed=0, ids=ids, voxel_scale=2.0, workers=1)
+    return Phantom(root)
+
+
+@conformance.parametrize_dataset()
+def test_phantom(check: Callable[[Dataset], None], phantom: Phantom) -> None:
+    check(phantom)
+
+
+@conformance.parametrize_dataset()
+def test_the_tiny_dataset(check: Callable[[Dataset], None], tmp_path: Path) -> None:
+    check(TinyDataset(tmp_path))
+
+
+@pytest.mark.realdata
+def test_mscmr() -> None:
+    if not os.environ.get("GLUA_BENCH_DATA"):
+        pytest.skip("needs GLUA_BENCH_DATA with the directory 'mscmr'")
+    results = conformance.run_dataset_checks("mscmr")
+    assert all(r.passed for r in results), [r for r in results if not r.passed]
+
+
+def changed(**attributes: Any) -> type[TinyDataset]:
+    return type("Changed", (TinyDataset,), attributes)
+
+
+def with_cases(change: Callable[[Case], Case | None]) -> type[TinyDataset]:
+    def cases(self: TinyDataset, domain: str) -> tuple[Case, ...]:
+        found = (change(case) for case in TinyDataset.cases(self, domain))
+        return tuple(case for case in found if case is not None)
+
+    return changed(cases=cases)
+
+
+def with_files(change: Callable[[Case, Any], Any]) -> type[TinyDataset]:
+    """Labels that `change` makes of the sound ones."""
+
+    def prepare(self: TinyDataset, report: Any = print) -> None:
+        if self.root.exists():
+            return
+        TinyDataset.prepare(self, lambda line: None)
+        for case in (case for domain in self.domains() for case in self.cases(domain)):
+            image = nib.load(case.label)
+            voxels = change(case, np.array(image.dataobj))
+            nib.save(nib.Nifti1Image(voxels, image.affine), case.label)
+
+    return changed(prepare=prepare)
+
+
+def rewritten(self: TinyDataset, report: Any = print) -> None:
+    TinyDataset.prepare(self, lambda line: None)
+    for path in self.root.rglob("*.nii.gz"):
+        path.write_bytes(path.read_bytes() + b"\0")
+
+
+DISC, RING = TinyDataset.structures
+FIRST = {"plain_0", "inverted_0"}
+
+
+@pytest.mark.parametrize(
+    ("check", "kind"),
+    [
+        ("structures", changed(structures=(DISC, replace(RING, color=DISC.color)))),
+        ("structures", changed(structures=(DISC, replace(RING, values=(20, 21, 10))))),
+        ("structures", changed(structures=(DISC, replace(RING, values=(20, 21, 30))))),
+        ("structures", changed(structures=(DISC, replace(RING, name="DISC")))),
+        ("grids", changed(grids={"quick": Grid(32, 1.0)})),
+        ("grids", changed(grids={**TinyDataset.grids, "paper": Grid(40, 1.0)})),
+        ("prepare", changed(prepare=rewritten)),
+        ("splits", with_cases(lambda c: None if c.split == "test" else c)),
+        ("splits", with_cases(lambda c: replace(c, id="x"))),
+        ("splits", with_cases(lambda c: replace(c, split="training"))),
+        ("splits", with_cases(lambda c: replace(c, domain="other"))),
+        ("subjects", with_cases(lambda c: replace(c, subject=f"{c.domain} somebody"))),
+        ("subjects", with_cases(lambda c: replace(c, subject=c.id.rpartition("_")[2]))),
+        ("files", with_files(lambda c, v: np.where(v == 10, 11, v).astype(np.int16))),
+        ("files", with_files(lambda c, v: v[:-1])),
+        ("slices", with_files(lambda c, v: v * (v != 10))),
+    ],
+    ids=str,
+)
+def test_each_mistake_of_a_dataset_is_caught_by_its_check_alone(
+    check: str, kind: type[TinyDataset], tmp_path: Path
+) -> None:
+    results = conformance.run_dataset_checks(kind(tmp_path / "data"))
+    assert {r.check for r in results if r.status == "failed"} - {"card"} == {check}
+
+
+def test_the_card_of_a_dataset_is_checked(tmp_path: Path) -> None:
+    (result,) = conformance.run_dataset_checks(changed()(tmp_path), only=["card"])
+    assert result.status == "failed"
+
+
+# -- the page for plugin authors ------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
+
+
+def test_the_code_of_the_page_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 4
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), names)
+    assert len(names["results"]) == 3
+    (mark,) = names["test_conformance"].pytestmark
+    names["test_conformance"](mark.args[1][0].values[0])
+
+
+def test_the_page_names_every_check() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    for name in {*METHOD_CHECKS, *conformance.DATASET_CHECKS}:
+        assert f"`{name}`" in page, name
