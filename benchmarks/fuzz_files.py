@@ -14,7 +14,7 @@ Every file has to end in one sentence that names it, or to be accepted by both. 
 - an entry of the cache that is unfinished, unreadable, or holds what no volume may hold.
 
 The command prints a table by mutation, then every defect, and fails where there is one. The same
-seed makes the same files. `tests/test_fuzz.py` runs a part of them.
+seed makes the same files. `tests/data/test_fuzz.py` runs a part of them.
 """
 
 from __future__ import annotations

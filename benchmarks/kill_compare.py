@@ -123,7 +123,7 @@ class Watched:
     def doing(self) -> str:
         """What its process is at."""
         directory = self.item.run.directory
-        if not matrix.running(self.item.run):
+        if not executor.running(self.item.run):
             return "starting"
         if (directory.path / "cases.parquet").is_file():
             return "writing results"

@@ -56,8 +56,8 @@ class MMWHS(MMWHSLayout):
         replace(s, values=(*s.values, STRAY)) if LA_BLOOD in s.values else s
         for s in MMWHSLayout.structures
     )
-    # 320 mm cover the heart anywhere in a scan of up to 420 mm (tests/test_mmwhs.py); the phantom's
-    # 224 mm would cut some hearts.
+    # 320 mm cover the heart anywhere in a scan of up to 420 mm (tests/datasets/test_mmwhs.py);
+    # the phantom's 224 mm would cut some hearts.
     grids: ClassVar[Mapping[str, Grid]] = {
         "quick": Grid(80, 4.0, 4.0),
         "standard": Grid(160, 2.0, 3.0),

@@ -1,7 +1,7 @@
 """What a dataset hands to the harness: structures, domains, cases, splits and grids.
 
 A `Dataset` names files and facts; it reads no voxels itself. Reading, resampling and
-caching are the harness's work (`volumes.py`, `cache.py`), so every dataset goes through
+caching are the harness's work (`data/`), so every dataset goes through
 the same code. A case of the target domain reaches training as an `UnlabelledCase`, a type
 that has no field for a label.
 """

@@ -18,8 +18,7 @@ from glua_bench.config import assignment
 from glua_bench.console import Progress
 from glua_bench.errors import RunFailure, complaint
 from glua_bench.runs import execution, interruption
-from glua_bench.runs.executor import ATTEMPTS
-from glua_bench.runs.matrix import child_command, running
+from glua_bench.runs.executor import ATTEMPTS, child_command, running
 from glua_bench.runs.plan import PlannedRun, build_method, plan
 from glua_bench.runs.request import RunOptions, RunRequest
 from glua_bench.sweeps.definition import Definition

@@ -20,6 +20,7 @@ from glua_bench.errors import ConfigError, DataError
 from glua_bench.inspection.integrity import check_dataset, refuse_problems
 from glua_bench.reports.run_figures import draw_dataset
 from glua_bench.runs import execution
+from glua_bench.runs import plan as planning
 from glua_bench.runs.plan import PlannedRun, plan
 from glua_bench.task import Case, DomainView, Reading, Structure, parse_direction
 
@@ -109,7 +110,7 @@ def test_a_run_scores_and_saves_in_the_target_s_own_values(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, two = both
-    monkeypatch.setattr(execution, "load_dataset", lambda *request: two)
+    monkeypatch.setattr(planning, "load_dataset", lambda *request: two)
     request = execution.RunRequest(
         "source_only",
         "two_tables",
@@ -142,7 +143,7 @@ def test_a_domain_s_table_changes_the_run_s_identity(
     both: tuple[TinyDataset, TwoTables], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, two = both
-    monkeypatch.setattr(execution, "load_dataset", lambda *request: two)
+    monkeypatch.setattr(planning, "load_dataset", lambda *request: two)
     request = execution.RunRequest(
         "source_only", "two_tables", direction="plain-inverted", preset="quick", runs_root=tmp_path
     )
@@ -196,7 +197,7 @@ def failed_checks(data: TinyDataset) -> set[str]:
 
 def planned(data: TinyDataset, monkeypatch: pytest.MonkeyPatch, **options: Any) -> PlannedRun:
     """A run on a data set that is there as an object."""
-    monkeypatch.setattr(execution, "load_dataset", lambda *request: data)
+    monkeypatch.setattr(planning, "load_dataset", lambda *request: data)
     request = execution.RunRequest(
         "advent",
         "conformance",

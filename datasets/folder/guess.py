@@ -1,6 +1,6 @@
 """Guesses from files on disk: domains, patterns, planes, windows and label values.
 
-`folder_draft.py` asks the user to confirm each guess.
+`draft.py` asks the user to confirm each guess.
 """
 
 from __future__ import annotations

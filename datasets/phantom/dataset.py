@@ -1,6 +1,6 @@
 """The built-in default dataset: a procedural cohort of CT and MR thoraxes with a heart.
 
-`phantom_anatomy.py` defines the anatomy and `phantom_physics.py` the two scanners. This module
+`anatomy.py` defines the anatomy and `physics.py` the two scanners. This module
 writes a cohort as NIfTI in the raw layout of MM-WHS, so it is read by the same code as patients.
 """
 

@@ -1,7 +1,7 @@
 """Are a dataset's files what they should be? Read every one before anything is trained.
 
 Here stands what one case tells, and what cases must not share. What only a comparison with other
-cases can tell is in `suspicion.py`.
+cases can tell is in `outliers.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What one pass over a case's two files tells: geometry, intensities, anatomy, content.
 
-`integrity.py` and `suspicion.py` judge these facts, `fingerprint.py` sums them up. They hold no
+`integrity.py` and `outliers.py` judge these facts, `fingerprint.py` sums them up. They hold no
 voxel, and their size does not depend on that of the volumes. The labels of all cases are read,
 those of target cases too: looking at data is no training, and nothing of it reaches a run.
 """

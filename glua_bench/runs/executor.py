@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -14,12 +15,13 @@ import torch
 
 from glua_bench.console import duration
 from glua_bench.errors import RunFailure, complaint
-from glua_bench.files import try_lock
-from glua_bench.runs.matrix import CLAIMS, Planned, child_command, running
+from glua_bench.files import try_lock, write_text
+from glua_bench.runs.matrix import Planned
 from glua_bench.runs.plan import PlannedRun
 from glua_bench.scoring.evaluation import mean_score
 from glua_bench.scoring.metrics import PRIMARY
 
+CLAIMS = ".claims"  # below the directory of all runs: locks and requests of runs
 POLL_SECONDS = 1.0  # between looks at runs that another process executes
 
 ATTEMPTS = 2  # at a run whose process ends without a reason, before it counts as failed
@@ -200,3 +202,19 @@ def start_process(run: PlannedRun, environment: Mapping[str, str]) -> tuple[int,
         text=True,
     )
     return done.returncode, done.stderr
+
+
+def running(run: PlannedRun) -> bool:
+    """Return True if a process is executing the run now."""
+    path = run.directory.path
+    if not path.is_dir():
+        return False
+    with try_lock(path / ".lock") as free:
+        return not free
+
+
+def child_command(run: PlannedRun) -> list[str]:
+    """Write a run's request to a file, and return the command that executes it."""
+    file = run.request.runs_root / CLAIMS / f"{run.id}.json"
+    write_text(file, run.request.to_json(), "--runs")
+    return [sys.executable, "-m", "glua_bench", "run-request", str(file)]

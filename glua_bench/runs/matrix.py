@@ -9,14 +9,12 @@ holder ends, however it ends; whoever claims a run that another left behind resu
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from glua_bench.config import LOWER, UPPER, assignment, build_settings, digest, parse_overrides
 from glua_bench.errors import ConfigError
-from glua_bench.files import try_lock, write_text
 from glua_bench.method import Method
 from glua_bench.records.naming import Comparison
 from glua_bench.records.run_directory import RunDirectory
@@ -28,8 +26,6 @@ from glua_bench.runs.request import RunOptions, RunRequest
 from glua_bench.task import Dataset, fold_name
 
 PHOTOMETRIC = "+photometric"
-
-CLAIMS = ".claims"  # below the directory of all runs: locks and requests of runs
 
 
 @dataclass(frozen=True)
@@ -363,19 +359,3 @@ def estimate(
             report(f"measuring a few steps of {key[0]} on {key[1]}")
             known[key] = execution.estimate(item.run)
     return known
-
-
-def running(run: PlannedRun) -> bool:
-    """Return True if a process is executing the run now."""
-    path = run.directory.path
-    if not path.is_dir():
-        return False
-    with try_lock(path / ".lock") as free:
-        return not free
-
-
-def child_command(run: PlannedRun) -> list[str]:
-    """Write a run's request to a file, and return the command that executes it."""
-    file = run.request.runs_root / CLAIMS / f"{run.id}.json"
-    write_text(file, run.request.to_json(), "--runs")
-    return [sys.executable, "-m", "glua_bench", "run-request", str(file)]

@@ -1,7 +1,7 @@
 """SIFA's networks: generator, shared encoder, decoder, heads and discriminators.
 
 Chen et al., IEEE TMI 2020 (v2). Sizes and numerical conventions follow the authors' TensorFlow 1
-graph, whose outputs `tests/test_sifa.py` reproduces: "same" padding puts the odd pixel of a
+graph, whose outputs `tests/methods/test_sifa.py` reproduces: "same" padding puts the odd pixel of a
 stride-2 convolution at the right and bottom, bilinear upsampling has no half-pixel shift, and ε is
 1e-3 in batch norm and 1e-6 in instance norm.
 """

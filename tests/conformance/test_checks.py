@@ -34,6 +34,7 @@ from glua_bench.method import Batch, Context, Method, Role, Stage, TaskInfo
 from glua_bench.networks import instance_norm
 from glua_bench.registry import Registry
 from glua_bench.runs import execution
+from glua_bench.runs import plan as planning
 from glua_bench.runs.plan import PlannedRun, plan
 from glua_bench.task import Case, Dataset, Grid
 
@@ -896,9 +897,9 @@ def test_a_training_of_the_kit_is_planned_as_a_run(monkeypatch: pytest.MonkeyPat
     """Same code, same identity; only what a training alone does not need is left out."""
     with closing(conformance.Bench(Sound)) as bench, conformance.quiet_machine():
         request, config = bench.request(0, conformance.STEPS), bench.config()
-        monkeypatch.setattr(execution, "load_dataset", lambda *given: bench.dataset)
-        monkeypatch.setattr(execution, "resolve", lambda *given: config)
-        monkeypatch.setattr(execution.Registry, "load", lambda *given: Sound)
+        monkeypatch.setattr(planning, "load_dataset", lambda *given: bench.dataset)
+        monkeypatch.setattr(planning, "resolve", lambda *given: config)
+        monkeypatch.setattr(planning.Registry, "load", lambda *given: Sound)
         real, scored, trained = plan(request), bench.plan(scored=True), bench.plan()
         assert real.id == scored.id != trained.id
         assert real.fingerprints.train == trained.fingerprints.train

@@ -191,7 +191,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from glua_bench.cache import SliceCache
+from glua_bench.data.cache import SliceCache
 from glua_bench.task import DomainView, Grid, Reading, UnlabelledCase
 where = sys.argv[2]
 if where == "array":

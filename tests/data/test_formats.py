@@ -391,7 +391,7 @@ def test_itk_is_imported_for_its_own_formats_only(tmp_path):
     write(tmp_path / "v.nii.gz", heart()[0])
     write(tmp_path / "v.mha", heart()[0])
     program = (
-        "import sys; from pathlib import Path; from glua_bench.volumes import load_image\n"
+        "import sys; from pathlib import Path; from glua_bench.data.volumes import load_image\n"
         "from glua_bench.task import Grid, Reading\n"
         "for name in sys.argv[1:]:\n"
         "    load_image(Path(name), Reading(), Grid(32, 1.0))\n"

@@ -57,7 +57,7 @@ def test_a_defect_is_seen(tmp_path: Path) -> None:
         # Children run the same file, so that the broken function is in theirs, too.
         planted = (
             "    signal.signal(signal.SIGALRM, hang)\n"
-            "    import glua_bench.facts as facts\n"
+            "    import glua_bench.inspection.measurements as facts\n"
             "    kept = facts._bounds\n"
             "    def broken(stored):\n"
             f"        {line}\n"

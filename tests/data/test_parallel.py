@@ -18,7 +18,7 @@ PROGRAM = """
 import sys
 from subprocess import getoutput
 from glua_bench.errors import RunFailure
-from glua_bench.parallel import side_by_side
+from glua_bench.data.parallel import side_by_side
 if __name__ == "__main__":
     try:
         for place, _ in side_by_side(getoutput, sys.argv[1:], jobs=2):

@@ -151,7 +151,8 @@ def test_a_subject_depends_on_nothing_but_seed_domain_and_id(root: Path, tmp_pat
 def test_two_processes_at_once_make_the_same_cohort(root: Path, tmp_path: Path) -> None:
     target = tmp_path / "shared"
     code = (
-        "import sys; from pathlib import Path; from glua_bench.datasets.phantom import generate; "
+        "import sys; from pathlib import Path\n"
+        "from glua_bench.datasets.phantom.dataset import generate\n"
         f"generate(Path(sys.argv[1]), ids={IDS!r}, voxel_scale={SCALE}, workers=1)"
     )
     command = [sys.executable, "-c", code, str(target)]

@@ -312,7 +312,7 @@ def test_a_resumed_run_logs_every_step_once(
 HOLDS = """
 import sys, time
 from pathlib import Path
-from glua_bench.tracking import RunDirectory
+from glua_bench.records.run_directory import RunDirectory
 with RunDirectory.open(Path(sys.argv[1])).lock():
     print("held", flush=True)
     time.sleep(60)
@@ -1142,17 +1142,17 @@ def test_a_tracker_that_dies_meanwhile_is_one_error(
     def dead(*given: Any) -> None:
         raise ConnectionRefusedError("nobody answers")
 
-    monkeypatch.setattr(mlflow_mirror, "_download", dead)
-    monkeypatch.setattr(mlflow_mirror, "check_tracker", lambda uri: None)
+    monkeypatch.setattr(fetch, "_download", dead)
+    monkeypatch.setattr(fetch, "check_tracker", lambda uri: None)
     warnings: list[str] = []
     with pytest.raises(UserError, match="None of the 2"):
         fetch_runs(tracking_uri(root), tmp_path, warn=warnings.append)
     assert len(warnings) == 2
     copies = fetch._copies(tracking_uri(root), None)
-    monkeypatch.setattr(mlflow_mirror, "_copies", lambda *given: copies)
+    monkeypatch.setattr(fetch, "_copies", lambda *given: copies)
     client = mlflow_mirror.mlflow_client(tracking_uri(root))
-    monkeypatch.setattr(mlflow_mirror, "mlflow_client", lambda uri: client)
-    monkeypatch.setattr(mlflow_mirror, "check_tracker", dead)
+    monkeypatch.setattr(fetch, "mlflow_client", lambda uri: client)
+    monkeypatch.setattr(fetch, "check_tracker", dead)
     with pytest.raises(UserError, match="cannot be read"):
         fetch_runs(tracking_uri(root), tmp_path, warn=warnings.append)
     assert len(warnings) == 2

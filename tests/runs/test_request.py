@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from glua_bench import cli
 from glua_bench.cli.options import with_options
 from glua_bench.errors import ConfigError
-from glua_bench.runs import execution
-from glua_bench.runs.matrix import child_command
+from glua_bench.runs import plan as planning
+from glua_bench.runs.executor import child_command
 from glua_bench.runs.request import RunOptions, RunRequest
 
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
@@ -99,7 +99,7 @@ def test_a_started_process_has_the_request(tmp_path: Path, monkeypatch: pytest.M
         found.append(request)
         raise ConfigError("enough.")
 
-    monkeypatch.setattr(execution, "plan", plan)
+    monkeypatch.setattr(planning, "plan", plan)
     monkeypatch.setattr(sys, "argv", ["glua-bench", *words[2:]])
     with pytest.raises(SystemExit):
         cli.main()
@@ -112,15 +112,17 @@ import importlib.util, sys
 from pathlib import Path
 from types import SimpleNamespace
 
-spec = importlib.util.find_spec("glua_bench.request")
+spec = importlib.util.find_spec("glua_bench.runs.request")
 source = Path(spec.origin).read_text()
 marker = "    preset: Annotated["
 assert source.count(marker) == 1
 module = importlib.util.module_from_spec(spec)
-sys.modules["glua_bench.request"] = module
+sys.modules["glua_bench.runs.request"] = module
 exec(compile(source.replace(marker, {FIELD!r} + marker), spec.origin, "exec"), vars(module))
 
-from glua_bench import cli, matrix, runs
+from glua_bench import cli
+from glua_bench.runs import executor, matrix
+from glua_bench.runs import plan as planning
 from glua_bench.sweeps import command, trial
 
 found = []
@@ -138,14 +140,14 @@ def call(*words):
     except Enough:
         return found.pop()
 
-runs.plan = matrix.plan = command.open_study = seen
+planning.plan = matrix.plan = command.open_study = seen
 task = "--dataset", "phantom"
 asked, _ = call("run", "--method", "glua", *task)
 assert asked.shade == 3 and "--shade 3" in " ".join(asked.words())
 for words in (["compare", "--methods", "glua"], ["ablate", "--method", "glua"]):
     cells, _ = call(*words, *task)
     assert len(cells) > 2 and {{cell.request.shade for cell in cells}} == {{3}}
-started = matrix.child_command(SimpleNamespace(id="abc", request=cells[0].request))
+started = executor.child_command(SimpleNamespace(id="abc", request=cells[0].request))
 again, _ = call(*started[3:])
 assert again == cells[0].request and again.shade == 3
 

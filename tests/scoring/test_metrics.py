@@ -204,7 +204,7 @@ def test_medpy_is_not_needed_to_score():
     """medpy is GPL-3: scoring must not import it."""
     script = (
         "import sys, numpy as np\n"
-        "from glua_bench.metrics import case_metrics\n"
+        "from glua_bench.scoring.metrics import case_metrics\n"
         "from glua_bench.task import Structure\n"
         "a = np.ones((2, 2, 2), int)\n"
         "case_metrics(a, a, [Structure('A', 'A', (1,), '')], (1, 1, 1))\n"
