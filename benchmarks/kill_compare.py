@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from glua_bench.runs import matrix
+from glua_bench.runs import executor, matrix
 from glua_bench.runs.matrix import Planned
 from glua_bench.runs.request import RunOptions
 

@@ -33,6 +33,7 @@ from glua_bench.errors import DataError
 from glua_bench.method import Batch, Context, Method, Stage
 from glua_bench.runs import execution
 from glua_bench.runs.plan import PlannedRun, build_method, make_fabric, plan_config, resolve
+from glua_bench.runs.request import RunRequest
 from glua_bench.task import Case, Dataset, Grid, Reading, Structure
 
 STEPS = 3  # the budget of a training: a first step, one in between, and a last one
@@ -456,9 +457,9 @@ class Bench:
             **(options or {}),
         )
 
-    def request(self, seed: int, steps: int) -> execution.RunRequest:
+    def request(self, seed: int, steps: int) -> RunRequest:
         """What a user would ask for."""
-        return execution.RunRequest(
+        return RunRequest(
             self.method.name,
             self.dataset.name,
             preset="quick",

@@ -19,8 +19,7 @@ from glua_bench.conformance.results import (
     select_checks,
 )
 from glua_bench.method import Method
-from glua_bench.registry import Registry
-from glua_bench.runs import execution
+from glua_bench.registry import Registry, load_dataset
 from glua_bench.task import Dataset
 
 
@@ -70,9 +69,7 @@ def run_dataset_checks(
     Raises:
         PluginError: no dataset has the name, or no check has one of the names.
     """
-    found = (
-        execution.load_dataset(dataset, data_root, plugins) if isinstance(dataset, str) else dataset
-    )
+    found = load_dataset(dataset, data_root, plugins) if isinstance(dataset, str) else dataset
     return Checklist(DATASET_CHECKS, found.name, found).run(only, report)
 
 
