@@ -12,7 +12,7 @@ import pandas as pd
 from glua_bench.config import UPPER
 from glua_bench.data.cache import SliceCache
 from glua_bench.reports.comparison import title
-from glua_bench.reports.figures import Panel, side_by_side
+from glua_bench.reports.figures import Panel, parallel_map
 from glua_bench.reports.results import Results, plain
 from glua_bench.reports.run_figures import read_prediction, telling_slice
 from glua_bench.reports.statistics import design
@@ -142,7 +142,7 @@ def draw(
 
     shown = [e for e in entries if all(e in case.predictions for case in cases)]
     for path in paths:
-        side_by_side(
+        parallel_map(
             path,
             [
                 Panel(c.image[z], c.reference[z], c.reference[z], c.id, 1.0, c.note)

@@ -97,7 +97,7 @@ def overlay_montage(
     return _save(figure, path, title, keys, publishable)
 
 
-def side_by_side(
+def parallel_map(
     path: Path,
     cases: Sequence[Panel],
     entries: Mapping[str, Sequence[Panel]],

@@ -169,7 +169,7 @@ def away_errors() -> tuple[type[Exception], ...]:
     return OperationalError, InterfaceError, optuna.exceptions.StorageInternalError
 
 
-def patiently(
+def retry_while_unavailable(
     work: Callable[[], Value],
     report: Callable[[str], None] = lambda line: None,
     patience: float = PATIENCE_SECONDS,
@@ -260,8 +260,10 @@ class SweepStudy:
         self._host = socket.gethostname()
         self._asking = partial(exclusive, self.folder / "ask.lock", option="--runs")
         with self._asking():  # of several, one makes the tables
-            self.storage = patiently(lambda: open_storage(self.url, workers, begun), report)
-            self.study = patiently(self._open, report)
+            self.storage = retry_while_unavailable(
+                lambda: open_storage(self.url, workers, begun), report
+            )
+            self.study = retry_while_unavailable(self._open, report)
 
     def _open(self) -> optuna.Study:
         kinds = optuna.study.StudyDirection
@@ -287,9 +289,9 @@ class SweepStudy:
             ConfigError: the study began with other facts; the message says which.
         """
         facts = json.loads(json.dumps(facts))
-        known = patiently(lambda: self.study.user_attrs.get("facts"), self.report)
+        known = retry_while_unavailable(lambda: self.study.user_attrs.get("facts"), self.report)
         if known is None:
-            patiently(lambda: self.study.set_user_attr("facts", facts), self.report)
+            retry_while_unavailable(lambda: self.study.set_user_attr("facts", facts), self.report)
             return
         changed = differences(known, facts)
         if changed:
@@ -301,12 +303,16 @@ class SweepStudy:
     @property
     def facts(self) -> dict[str, Any]:
         """What `remember` wrote; empty for a new study."""
-        known = patiently(lambda: self.study.user_attrs.get("facts"), self.report, self.patience)
+        known = retry_while_unavailable(
+            lambda: self.study.user_attrs.get("facts"), self.report, self.patience
+        )
         return dict(known or {})
 
     def trials(self) -> list[FrozenTrial]:
         """All trials, in their order."""
-        return patiently(lambda: self.study.get_trials(deepcopy=False), self.report, self.patience)
+        return retry_while_unavailable(
+            lambda: self.study.get_trials(deepcopy=False), self.report, self.patience
+        )
 
     @property
     def ended(self) -> bool:
@@ -324,7 +330,7 @@ class SweepStudy:
         """
         with self._asking():
             # As a whole: where the answer to a question was lost, its trial is found as dead.
-            trial = patiently(self._take, self.report)
+            trial = retry_while_unavailable(self._take, self.report)
             if trial is None:
                 return None
             attempt = int(trial.user_attrs.get("attempt", 1))
@@ -423,7 +429,7 @@ class SweepStudy:
     def note(self, claim: Claim, facts: Mapping[str, Any]) -> None:
         """Write down what is known of a trial while it runs."""
 
-        patiently(lambda: _write(claim, facts), self.report)
+        retry_while_unavailable(lambda: _write(claim, facts), self.report)
 
     # -- ending a trial ---------------------------------------------------------------------------
 
@@ -450,7 +456,7 @@ class SweepStudy:
                 self._end(trial, "its worker was asked to end")
 
         with self._asking():
-            patiently(give, self.report, patience=30)
+            retry_while_unavailable(give, self.report, patience=30)
 
     def _tell(self, claim: Claim, facts: Mapping[str, Any], **told: Any) -> None:
         if self.definition.sampler == "grid":
@@ -464,7 +470,7 @@ class SweepStudy:
                 _write(claim, facts)
                 self.study.tell(claim.trial, **told)
 
-        patiently(tell, self.report)
+        retry_while_unavailable(tell, self.report)
 
     def see(self, claim: Claim, step: int, value: float) -> bool:
         """Record an intermediate value; whether the trial should end.
@@ -481,7 +487,7 @@ class SweepStudy:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a value that a resumed trial reports again
-            return patiently(report, self.report)
+            return retry_while_unavailable(report, self.report)
 
 
 def _write(claim: Claim, facts: Mapping[str, Any]) -> None:

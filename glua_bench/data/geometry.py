@@ -132,7 +132,7 @@ def same_place(first: np.ndarray, second: np.ndarray, shape: Sequence[int]) -> b
     """Whether two affines put each voxel of a volume at one place, within a share of its side."""
     with np.errstate(all="ignore"):
         sides = np.linalg.norm(second[:3, :3], axis=0)
-    return bool(apart(first, second, shape) <= _APART * sides.min())  # False with nan
+    return bool(max_displacement(first, second, shape) <= _APART * sides.min())  # False with nan
 
 
 def second_form(forms: Forms, shape: Sequence[int]) -> np.ndarray | None:
@@ -150,7 +150,7 @@ def second_form(forms: Forms, shape: Sequence[int]) -> np.ndarray | None:
     rest = max(0.0, 1 - sum(value * value for value in forms.quaternion))
     unsure = 2 * ((rest + _QUATERNION) ** 0.5 - rest**0.5)
     extent = np.linalg.norm(rows[:3, :3], axis=0) * shape
-    if apart(qform, rows, shape) <= unsure * np.linalg.norm(extent):
+    if max_displacement(qform, rows, shape) <= unsure * np.linalg.norm(extent):
         return None
     return qform
 
@@ -201,7 +201,7 @@ def doubts(file: VolumeFile, reading: Reading) -> tuple[tuple[str, str], ...]:
             ),
         )
     if second is not None:
-        distance = apart(second, file.affine, file.shape)
+        distance = max_displacement(second, file.affine, file.shape)
         what = f"lie up to {distance:.3g} mm apart" if distance >= 0 else "are not both rotations"
         return (
             (
@@ -223,8 +223,8 @@ def doubts(file: VolumeFile, reading: Reading) -> tuple[tuple[str, str], ...]:
     return ()
 
 
-def apart(first: np.ndarray, second: np.ndarray, shape: Sequence[int]) -> float:
-    """How far two affines put the same voxel of a volume apart, in mm, at most."""
+def max_displacement(first: np.ndarray, second: np.ndarray, shape: Sequence[int]) -> float:
+    """Return the largest distance in mm between where two affines put the same voxel."""
     corners = np.array(np.meshgrid(*([0, length - 1] for length in shape))).reshape(3, -1)
     with np.errstate(all="ignore"):  # what is not finite in a header is nowhere: NaN or infinity
         difference = (second - first)[:3]

@@ -24,7 +24,7 @@ def cores() -> int:
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
-def side_by_side(
+def parallel_map(
     work: Callable[[Item], Result], items: Sequence[Item], jobs: int
 ) -> Iterator[tuple[int, Result]]:
     """Apply `work` to items in parallel and yield results as they are completed.
@@ -45,7 +45,7 @@ def side_by_side(
         Exception: raised by `work`.
 
     Example:
-        >>> sorted(side_by_side(abs, [-3, 2], jobs=1))
+        >>> sorted(parallel_map(abs, [-3, 2], jobs=1))
         [(0, 3), (1, 2)]
     """
     jobs = min(jobs, len(items))

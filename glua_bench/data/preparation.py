@@ -7,7 +7,7 @@ from pathlib import Path
 
 from glua_bench.console import Progress
 from glua_bench.data.cache import SliceCache
-from glua_bench.data.parallel import cores, side_by_side
+from glua_bench.data.parallel import cores, parallel_map
 from glua_bench.errors import DataError
 from glua_bench.task import Case, Dataset, Grid, GridView
 
@@ -53,7 +53,7 @@ def prepare_cases(
     progress.stage("preprocess", len(cases), there)
     progress.update(there)
     problems: dict[int, str] = {}
-    results = side_by_side(_prepare, waiting, jobs or cores())
+    results = parallel_map(_prepare, waiting, jobs or cores())
     for done, (place, problem) in enumerate(results, start=1):
         if problem:
             problems[place] = problem

@@ -47,7 +47,7 @@ def write_findings(path: Path, findings: Sequence[Finding]) -> None:
     write_text(path, text.getvalue(), "--out")
 
 
-def listed(names: Iterable[str], most: int = 3) -> str:
+def enumerate_names(names: Iterable[str], most: int = 3) -> str:
     """Enumerate names: "a", "a and b", "a, b, c and 4 more"."""
     names = list(names)
     if len(names) > most:

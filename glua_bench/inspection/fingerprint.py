@@ -19,7 +19,7 @@ import yaml
 from glua_bench.documents import dump, load
 from glua_bench.errors import ConfigError, DataError
 from glua_bench.files import write_text
-from glua_bench.inspection.findings import listed
+from glua_bench.inspection.findings import enumerate_names
 from glua_bench.inspection.measurements import CaseFacts
 from glua_bench.task import SPLITS, Dataset
 
@@ -147,7 +147,8 @@ def _domain_differences(
         if alone:
             yield (
                 f"By content, {len(alone)} case{'s' * (len(alone) > 1)} of {domain} "
-                f"{'exist' if len(alone) > 1 else 'exists'} only {place} ({listed(alone)})."
+                f"{'exist' if len(alone) > 1 else 'exists'} only {place} "
+                f"({enumerate_names(alone)})."
             )
     moved = [d for d in sorted(splits[0].keys() & splits[1].keys()) if splits[0][d] != splits[1][d]]
     for digest in moved:

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from glua_bench.console import Progress
-from glua_bench.data.geometry import SAME_SIDES, apart, follows_other_form, same_place
+from glua_bench.data.geometry import SAME_SIDES, follows_other_form, max_displacement, same_place
 from glua_bench.data.volumes import label_integers
 from glua_bench.errors import DataError
-from glua_bench.inspection.findings import Finding, listed
+from glua_bench.inspection.findings import Finding, enumerate_names
 from glua_bench.inspection.measurements import CaseFacts, gather
 from glua_bench.inspection.outliers import comparisons
 from glua_bench.paths import name_fault
@@ -129,7 +129,7 @@ def _placed_apart(facts: CaseFacts) -> Iterator[Finding]:
     shape = facts.image.shape
     if same_place(label, image, shape):
         return
-    distance = apart(image, label, shape)
+    distance = max_displacement(image, label, shape)
     seconds = [None if s is None else np.array(s) for s in (facts.label.second, facts.image.second)]
     other = follows_other_form((label, seconds[0]), (image, seconds[1]), shape)
     sides = [np.linalg.norm(affine[:3, :3], axis=0) for affine in (image, label)]
@@ -226,7 +226,7 @@ def shared_names(cases: Sequence[Case]) -> Iterator[Finding]:
     One label may serve several sequences of a person, which lie on one grid.
     """
     for name, same in _groups(cases, lambda case: case.id).items():
-        files = listed(sorted(str(case.image) for case in same))
+        files = enumerate_names(sorted(str(case.image) for case in same))
         yield Finding(
             "same id",
             (name,),
@@ -241,7 +241,8 @@ def shared_names(cases: Sequence[Case]) -> Iterator[Finding]:
         yield Finding(
             "same file",
             tuple(names),
-            f"{file} is used {len(both)} times, by {listed(names)}: give each case its own files.",
+            f"{file} is used {len(both)} times, by {enumerate_names(names)}: give each case its own "
+            "files.",
             problem=True,
         )
 
@@ -255,8 +256,8 @@ def shared_subjects(cases: Sequence[Case]) -> Iterator[Finding]:
             yield Finding(
                 "subject in two splits",
                 names,
-                f"Subject {subject} is in {listed(splits)} ({listed(names)}): put all cases of a "
-                "person into one split.",
+                f"Subject {subject} is in {enumerate_names(splits)} ({enumerate_names(names)}): put "
+                "all cases of a person into one split.",
                 problem=True,
             )
 
@@ -273,12 +274,12 @@ def shared_content(facts: Sequence[CaseFacts]) -> Iterator[Finding]:
         names = tuple(sorted(case.id for case in cases))
         parts = sorted({f"{case.domain} {case.split}" for case in cases})
         across = len(parts) > 1
-        where = f"across {listed(parts)}" if across else f"in {parts[0]}"
+        where = f"across {enumerate_names(parts)}" if across else f"in {parts[0]}"
         yield Finding(
             "same image",
             names,
-            f"{listed(str(case.image) for case in cases)} hold the same voxels, {where}, perhaps "
-            "turned or converted: keep one of them.",
+            f"{enumerate_names(str(case.image) for case in cases)} hold the same voxels, {where}, "
+            "perhaps turned or converted: keep one of them.",
             problem=across,
         )
     labels = [one for one in facts if one.label is not None and one.label.whole is not None]
@@ -291,8 +292,8 @@ def shared_content(facts: Sequence[CaseFacts]) -> Iterator[Finding]:
         yield Finding(
             "same label",
             names,
-            f"{listed(str(one.case.label) for one in same)} are the same label of different "
-            "images: find out whose it is.",
+            f"{enumerate_names(str(one.case.label) for one in same)} are the same label of "
+            "different images: find out whose it is.",
         )
 
 

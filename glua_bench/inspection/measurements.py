@@ -17,7 +17,7 @@ from scipy import ndimage
 from glua_bench.console import Progress
 from glua_bench.data.formats import VolumeFile, open_volume
 from glua_bench.data.geometry import doubts, frame, orient, second_form, voxel_ml
-from glua_bench.data.parallel import side_by_side
+from glua_bench.data.parallel import parallel_map
 from glua_bench.data.volumes import extremes, foreground, inside, intensities, read_label_volume
 from glua_bench.errors import DataError
 from glua_bench.task import Case, Dataset, DomainView, Reading
@@ -178,7 +178,7 @@ def gather(dataset: Dataset, jobs: int, progress: Progress) -> list[CaseFacts]:
     ]
     progress.stage("read files", len(cases))
     found: dict[int, CaseFacts] = {}
-    for place, facts in side_by_side(_read, cases, jobs):
+    for place, facts in parallel_map(_read, cases, jobs):
         found[place] = facts
         progress.update(len(found))
     return [found[place] for place in range(len(cases))]

@@ -30,7 +30,7 @@ from glua_bench.console import Progress
 from glua_bench.data.cache import file_digest
 from glua_bench.data.formats import Forms, VolumeFile, open_volume
 from glua_bench.data.geometry import SAME_SIDES, frame
-from glua_bench.data.parallel import side_by_side
+from glua_bench.data.parallel import parallel_map
 from glua_bench.data.volumes import read_label_volume, save_volume
 from glua_bench.errors import ConfigError, DataError
 from glua_bench.files import replacing, sweep, write_json
@@ -104,7 +104,7 @@ def export(
         _begin(folder, dataset, domain, labelled, link)
         work += [_Job(case, dataset.view(domain), folder, link) for case in labelled]
     progress.stage("export", len(work))
-    for done, _ in enumerate(side_by_side(_export_case, work, jobs), start=1):
+    for done, _ in enumerate(parallel_map(_export_case, work, jobs), start=1):
         progress.update(done)
     made = []
     for domain, folder in zip(dataset.domains(), folders, strict=True):
@@ -154,7 +154,7 @@ def export_predictions(
         )
         work.append(_Job(predicted, dataset.view(domain).of_predictions(), folder, link=False))
     progress.stage("export predictions", len(work))
-    for done, _ in enumerate(side_by_side(_export_prediction, work, jobs), start=1):
+    for done, _ in enumerate(parallel_map(_export_prediction, work, jobs), start=1):
         progress.update(done)
     return len(work)
 

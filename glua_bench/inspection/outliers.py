@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from glua_bench.inspection.findings import Finding, listed
+from glua_bench.inspection.findings import Finding, enumerate_names
 from glua_bench.inspection.measurements import (
     CaseFacts,
     ImageFacts,
@@ -253,7 +253,11 @@ def _turn(pattern: np.ndarray, others: np.ndarray, few: bool) -> str:
     names = ("slice order", "up-down", "left-right")
     swapped = [names[i] for i in range(3) if axes[i] != i]
     reversed_ = [names[i] for i in range(3) if axes[i] == i and signs[i] < 0]
-    return f"transposed ({listed(swapped)})" if swapped else f"reversed ({listed(reversed_)})"
+    return (
+        f"transposed ({enumerate_names(swapped)})"
+        if swapped
+        else f"reversed ({enumerate_names(reversed_)})"
+    )
 
 
 # -- intensities ----------------------------------------------------------------------------------

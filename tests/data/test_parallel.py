@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from glua_bench.data.parallel import cores, side_by_side
+from glua_bench.data.parallel import cores, parallel_map
 from glua_bench.errors import RunFailure
 
 # Work that other processes can find; a test's own functions they cannot.
@@ -18,10 +18,10 @@ PROGRAM = """
 import sys
 from subprocess import getoutput
 from glua_bench.errors import RunFailure
-from glua_bench.data.parallel import side_by_side
+from glua_bench.data.parallel import parallel_map
 if __name__ == "__main__":
     try:
-        for place, _ in side_by_side(getoutput, sys.argv[1:], jobs=2):
+        for place, _ in parallel_map(getoutput, sys.argv[1:], jobs=2):
             print(place, flush=True)
     except KeyboardInterrupt:
         print("interrupted", flush=True)
@@ -32,32 +32,32 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("jobs", [1, 2, 5])
 def test_every_item_has_its_result(jobs):
-    found = dict(side_by_side(math.factorial, [4, 0, 3], jobs))
+    found = dict(parallel_map(math.factorial, [4, 0, 3], jobs))
     assert found == {0: 24, 1: 1, 2: 6}
-    assert list(side_by_side(math.factorial, [], jobs)) == []
+    assert list(parallel_map(math.factorial, [], jobs)) == []
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_an_error_reaches_the_caller(jobs):
     with pytest.raises(ValueError, match="factorial"):
-        list(side_by_side(math.factorial, [3, -1], jobs))
+        list(parallel_map(math.factorial, [3, -1], jobs))
 
 
 def test_what_has_not_begun_is_left_alone_after_an_error(tmp_path):
     others = [["sh", "-c", f"sleep 0.1; touch {tmp_path / str(i)}"] for i in range(40)]
     with pytest.raises(subprocess.CalledProcessError):
-        list(side_by_side(subprocess.check_output, [["false"], *others], 2))
+        list(parallel_map(subprocess.check_output, [["false"], *others], 2))
     assert len(list(tmp_path.iterdir())) < 40
 
 
 def test_one_item_stays_in_this_process():
-    assert list(side_by_side(lambda item: os.getpid(), [None], 8)) == [(0, os.getpid())]
+    assert list(parallel_map(lambda item: os.getpid(), [None], 8)) == [(0, os.getpid())]
     assert cores() >= 1
 
 
 def test_a_killed_process_is_a_sentence():
     with pytest.raises(RunFailure, match=r"killed.*--jobs.*\.$"):
-        list(side_by_side(os._exit, [1, 1], 2))
+        list(parallel_map(os._exit, [1, 1], 2))
 
 
 @pytest.fixture

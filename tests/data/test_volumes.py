@@ -23,7 +23,7 @@ from scipy.spatial.transform import Rotation
 
 from glua_bench.data import volumes
 from glua_bench.data.formats import Forms, open_volume
-from glua_bench.data.geometry import apart, frame, second_form
+from glua_bench.data.geometry import frame, max_displacement, second_form
 from glua_bench.data.resampling import Placement
 from glua_bench.data.volumes import (
     load_image,
@@ -789,9 +789,9 @@ def test_the_distance_of_two_affines_is_that_of_the_farthest_voxel():
     moved, longer = first.copy(), first.copy()
     moved[:3, 3] = 3, 4, 0
     longer[2, 2] = 3.5
-    assert apart(first, first, (5, 6, 7)) == 0
-    assert apart(first, moved, (5, 6, 7)) == pytest.approx(5)
-    assert apart(first, longer, (5, 6, 7)) == pytest.approx(0.5 * 6)
+    assert max_displacement(first, first, (5, 6, 7)) == 0
+    assert max_displacement(first, moved, (5, 6, 7)) == pytest.approx(5)
+    assert max_displacement(first, longer, (5, 6, 7)) == pytest.approx(0.5 * 6)
 
 
 def _one_sentence(error: UserError, path: Path) -> None:
@@ -872,7 +872,7 @@ def test_names_of_axes_do_not_count_where_affines_agree(tmp_path, angle):
     for number, step in enumerate((-5e-5, 0, 5e-5)):
         near = turned_by(angle + step)
         label = write(tmp_path / f"l{number}.nii", raw, affine=near)
-        assert 0 <= apart(turned_by(angle), near, raw.shape) < 5e-5
+        assert 0 <= max_displacement(turned_by(angle), near, raw.shape) < 5e-5
         classes = read_label_volume(label, file, DomainView("ct", Reading(), STRUCTURES))
         assert np.array_equal(classes == 1, raw == 205)
     # The names alone would have refused one of them.

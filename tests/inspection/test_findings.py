@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from glua_bench.errors import RunFailure
-from glua_bench.inspection.findings import Finding, listed, write_findings
+from glua_bench.inspection.findings import Finding, enumerate_names, write_findings
 
 
 def test_the_table_holds_every_finding(tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_a_table_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_lists_in_words() -> None:
-    assert [listed(names) for names in ("", "a", "ab", "abc", "abcde")] == [
+    assert [enumerate_names(names) for names in ("", "a", "ab", "abc", "abcde")] == [
         "",
         "a",
         "a and b",

@@ -104,7 +104,7 @@ def test_the_tracker_s_copies_give_the_same_report(
         folder = tmp_path / name / "report"
         written[name] = {str(f.relative_to(folder)): f.read_bytes() for f in files}
     assert written["runs"].keys() == written["copies"].keys()
-    assert any("side_by_side" in name for name in written["runs"])
+    assert any("parallel_map" in name for name in written["runs"])
     different = [n for n, content in written["runs"].items() if written["copies"][n] != content]
     assert different == []
 

@@ -34,7 +34,7 @@ from glua_bench.sweeps.study import (
     free_name,
     make_sampler,
     open_storage,
-    patiently,
+    retry_while_unavailable,
 )
 from glua_bench.sweeps.trial import Outcome
 from glua_bench.sweeps.worker import work
@@ -441,7 +441,7 @@ def test_a_server_that_is_away_delays() -> None:
             raise OperationalError("select", {}, Exception("server closed the connection"))
         return "here"
 
-    assert patiently(ask, lines.append, sleep=slept.append) == "here"
+    assert retry_while_unavailable(ask, lines.append, sleep=slept.append) == "here"
     assert slept == [0.5, 1.0] and len(lines) == 2
     assert "does not answer" in lines[0] and lines[1] == "the storage answers again"
 
@@ -449,7 +449,7 @@ def test_a_server_that_is_away_delays() -> None:
         raise OperationalError("select", {}, Exception("gone"))
 
     with pytest.raises(RunFailure, match="did not answer for 0 s .*; start it and give the same"):
-        patiently(never, patience=0, sleep=lambda seconds: None)
+        retry_while_unavailable(never, patience=0, sleep=lambda seconds: None)
 
 
 def test_a_worker_waits_for_a_server_that_is_away_when_it_starts(
