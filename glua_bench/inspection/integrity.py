@@ -241,8 +241,8 @@ def shared_names(cases: Sequence[Case]) -> Iterator[Finding]:
         yield Finding(
             "same file",
             tuple(names),
-            f"{file} is used {len(both)} times, by {enumerate_names(names)}: give each case its own "
-            "files.",
+            f"{file} is used {len(both)} times, by {enumerate_names(names)}: give each case "
+            "its own files.",
             problem=True,
         )
 
@@ -256,8 +256,8 @@ def shared_subjects(cases: Sequence[Case]) -> Iterator[Finding]:
             yield Finding(
                 "subject in two splits",
                 names,
-                f"Subject {subject} is in {enumerate_names(splits)} ({enumerate_names(names)}): put "
-                "all cases of a person into one split.",
+                f"Subject {subject} is in {enumerate_names(splits)} ({enumerate_names(names)}): "
+                "put all cases of a person into one split.",
                 problem=True,
             )
 
