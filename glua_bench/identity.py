@@ -120,7 +120,8 @@ def stage_key(method: Method, stage: Stage) -> dict[str, Any]:
     parts: list[Any] = []
     stages = []
     for each in (*before, stage):
-        values = {item.name: getattr(each, item.name) for item in fields(each)}
+        values: dict[str, Any] = {"type": type(each)}
+        values |= {item.name: getattr(each, item.name) for item in fields(each)}
         values["step"], values["optimizers"] = each.trained_by(method)
         trained = [method.get_submodule(name) for name in each.modules]
         stages.append([_serialisable(values, parts), _serialisable(trained, parts)])
