@@ -25,6 +25,7 @@ from glua_bench.method import Batch, Context, Stage
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.runs import execution
 from glua_bench.runs.plan import make_fabric, plan
+from glua_bench.runs.request import RunRequest
 from glua_bench.runs.trainer import Trainer
 
 
@@ -60,7 +61,7 @@ def main() -> None:
     )
     for augmentation in ("none", "geometric", "photometric"):
         planned = plan(
-            execution.RunRequest(
+            RunRequest(
                 options.method,
                 "phantom",
                 preset="quick",

@@ -216,14 +216,14 @@ def test_what_counts_is_the_harness_and_the_methods_own(name: str) -> None:
     training, scored = dict(reached(TRAINING, homes(method))), dict(reached(ALL, homes(method)))
     assert set(scored) - set(training) == set(SCORING)
     assert method.__module__ in training and not set(NO_RESULT) & set(scored)
-    for part in ("cli", "conformance", "datasets", "matrix", "reports", "sweeps"):
+    for part in ("cli", "conformance", "datasets", "runs.matrix", "reports", "sweeps"):
         assert not [m for m in scored if m.startswith(f"glua_bench.{part}")]
     own = {module for module in training if module.startswith("glua_bench.methods.")}
     if name in ("glua", "sifa"):
         written = {
-            "glua": "glua global_only local_only alignment style adgan style_codes image_pool"
-            " source_only",
-            "sifa": "sifa sifa_networks image_pool",
+            "glua": "glua global_only local_only source_only components components.alignment"
+            " components.style components.adgan components.style_codes components.image_pool",
+            "sifa": "sifa components components.sifa_networks components.image_pool",
         }[name]
         assert own == {f"glua_bench.methods.{module}" for module in written.split()}
 
@@ -236,7 +236,7 @@ def test_what_is_left_out_would_count_otherwise(monkeypatch: pytest.MonkeyPatch)
 
 def test_slices_are_those_of_the_code_that_reads_files() -> None:
     read = {name for name, _ in reached(READING)}
-    assert {f"glua_bench.{name}" for name in ("formats", "task", "volumes")} <= read
+    assert {f"glua_bench.{name}" for name in ("data.formats", "task", "data.volumes")} <= read
     assert not [name for name in read if name.startswith("glua_bench.methods")]
     assert read < {name for name, _ in reached(TRAINING)}
 
@@ -247,7 +247,9 @@ from pathlib import Path
 
 from glua_bench.console import Progress
 from glua_bench.identity import SCORING, TRAINING, reached
-from glua_bench.runs import RunRequest, execute, plan
+from glua_bench.runs.execution import execute
+from glua_bench.runs.plan import plan
+from glua_bench.runs.request import RunRequest
 
 phantom, plugin, found = sys.argv[1:]
 seen = set()

@@ -22,6 +22,7 @@ from glua_bench.reports.run_figures import draw_dataset
 from glua_bench.runs import execution
 from glua_bench.runs import plan as planning
 from glua_bench.runs.plan import PlannedRun, plan
+from glua_bench.runs.request import RunRequest
 from glua_bench.task import Case, DomainView, Reading, Structure, parse_direction
 
 GRID = TinyDataset.grids["quick"]
@@ -111,7 +112,7 @@ def test_a_run_scores_and_saves_in_the_target_s_own_values(
 ) -> None:
     _, two = both
     monkeypatch.setattr(planning, "load_dataset", lambda *request: two)
-    request = execution.RunRequest(
+    request = RunRequest(
         "source_only",
         "two_tables",
         direction=direction,
@@ -144,7 +145,7 @@ def test_a_domain_s_table_changes_the_run_s_identity(
 ) -> None:
     _, two = both
     monkeypatch.setattr(planning, "load_dataset", lambda *request: two)
-    request = execution.RunRequest(
+    request = RunRequest(
         "source_only", "two_tables", direction="plain-inverted", preset="quick", runs_root=tmp_path
     )
     before = plan(request).id
@@ -198,7 +199,7 @@ def failed_checks(data: TinyDataset) -> set[str]:
 def planned(data: TinyDataset, monkeypatch: pytest.MonkeyPatch, **options: Any) -> PlannedRun:
     """A run on a data set that is there as an object."""
     monkeypatch.setattr(planning, "load_dataset", lambda *request: data)
-    request = execution.RunRequest(
+    request = RunRequest(
         "advent",
         "conformance",
         preset="quick",

@@ -16,8 +16,9 @@ from glua_bench.records.fetch import fetch_runs
 from glua_bench.reports.case_pictures import compared_cases, draw, telling_cases
 from glua_bench.reports.report import Options, write
 from glua_bench.reports.results import from_runs
-from glua_bench.runs.execution import RunRequest, execute
+from glua_bench.runs.execution import execute
 from glua_bench.runs.plan import plan
+from glua_bench.runs.request import RunRequest
 
 SMALL = ("segmenter.width=4", "segmenter.depth=3", "grid.size=32", "grid.spacing=7", "batch_size=2")
 TASK = "phantom mr-ct"

@@ -15,8 +15,9 @@ from glua_bench.data.cache import SliceCache
 from glua_bench.datasets.phantom.dataset import Phantom
 from glua_bench.reports import run_figures
 from glua_bench.reports.run_figures import draw_dataset, draw_run, telling_slice
-from glua_bench.runs.execution import RunRequest, execute
+from glua_bench.runs.execution import execute
 from glua_bench.runs.plan import plan
+from glua_bench.runs.request import RunRequest
 from glua_bench.task import UNANNOTATED, Case, Grid
 
 SMALL = ("segmenter.width=4", "segmenter.depth=3", "grid.size=32", "grid.spacing=7", "batch_size=2")

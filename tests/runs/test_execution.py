@@ -36,7 +36,7 @@ from glua_bench.records.run_directory import RunDirectory, list_runs
 from glua_bench.registry import Registry
 from glua_bench.reports.run_figures import draw_run
 from glua_bench.runs import execution
-from glua_bench.runs.execution import RunRequest, execute
+from glua_bench.runs.execution import execute
 from glua_bench.runs.plan import (
     PlannedRun,
     build_method,
@@ -46,6 +46,7 @@ from glua_bench.runs.plan import (
     resolve,
     roles,
 )
+from glua_bench.runs.request import RunRequest
 from glua_bench.runs.stage_cache import artefacts
 from glua_bench.scoring.evaluation import summarise
 from glua_bench.task import Case, Grid, UnlabelledCase

@@ -18,11 +18,15 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 from glua_bench import cli
 from glua_bench.cli.options import Tasks
 from glua_bench.cli.runs import _resolved
 from glua_bench.errors import ConfigError, PluginError, RunFailure
+from glua_bench.files import try_lock
+from glua_bench.records import mlflow_mirror
+from glua_bench.records.run_directory import RunDirectory, list_runs
 from glua_bench.reports.comparison import collect
 from glua_bench.runs import execution, matrix
 from glua_bench.runs import executor as executor_module
@@ -394,7 +398,7 @@ def test_a_process_that_loses_the_run_to_one_that_is_killed_is_started_again(
     lock = planned[0].run.directory.path / ".lock"
 
     def beaten(run: PlannedRun, environment: Mapping[str, str]) -> tuple[int, str]:
-        with matrix.try_lock(lock) if not errors else contextlib.nullcontext():
+        with try_lock(lock) if not errors else contextlib.nullcontext():
             try:
                 return in_process(run, environment)
             except RunFailure as error:
@@ -479,16 +483,16 @@ def test_a_run_whose_starter_was_killed_is_waited_for_then_taken_over(base: RunO
 def test_jobs_have_a_gpu_or_a_share_of_the_cores_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    monkeypatch.setattr(matrix.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert executor_module.environment(0, 4)["OMP_NUM_THREADS"] == "3"
     assert executor_module.environment(0, 40)["OMP_NUM_THREADS"] == "1"
-    monkeypatch.setattr(matrix.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [executor_module.environment(i, 4)["CUDA_VISIBLE_DEVICES"] for i in range(4)] == list(
         "0101"
     )
     assert executor_module.environment(0, 4)["OMP_NUM_THREADS"] == "3"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")  # what the user says stands
-    monkeypatch.setattr(matrix.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert executor_module.environment(0, 4)["OMP_NUM_THREADS"] == "5"
 
 
@@ -515,7 +519,7 @@ def test_two_commands_at_once_make_one_comparison(base: RunOptions, tmp_path: Pa
         assert "discs bright-dark" in text and "supervised" in text and "0 failed" in text
     done = sorted(path.parent for path in (tmp_path / "runs").glob("*/*/*/done"))
     assert len(done) == 3
-    found = [("e", "t", execution.tracking.RunDirectory.open(path)) for path in done]
+    found = [("e", "t", RunDirectory.open(path)) for path in done]
     assert len(collect(found)["run"].unique()) == 3
 
 
@@ -539,8 +543,8 @@ def test_a_comparison_is_one_group_of_runs_in_the_tracker(
 
     out, err = compared()
     assert "Browse:  mlflow ui" in out and "warning" not in err
-    uri = execution.tracking.tracking_uri(tmp_path / "runs")
-    client = execution.tracking.mlflow_client(uri)
+    uri = mlflow_mirror.tracking_uri(tmp_path / "runs")
+    client = mlflow_mirror.mlflow_client(uri)
 
     def shown() -> list[Any]:
         (experiment,) = (e for e in client.search_experiments() if "discs" in e.name)
@@ -553,7 +557,7 @@ def test_a_comparison_is_one_group_of_runs_in_the_tracker(
     assert parent.info.run_name.startswith(
         "compare random_gamma | discs bright-dark | 2 seeds | quick"
     )
-    (directory, _) = execution.tracking.list_runs(tmp_path / "runs")
+    (directory, _) = list_runs(tmp_path / "runs")
     rows = collect([("random_gamma", "discs bright-dark", directory)])
     dice = parent.data.metrics["bright-dark/dice/random_gamma"]
     assert 0 <= dice <= 1 and "bright-dark/dice_sd/random_gamma" in parent.data.metrics
@@ -569,7 +573,7 @@ def test_a_comparison_is_one_group_of_runs_in_the_tracker(
     assert err.count("warning: ") == 1 and "127.0.0.1:9" in err and "2 done before" in out
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     monkeypatch.setattr(sys, "argv", ["glua-bench", *words, "--no-mlflow"])
-    monkeypatch.setattr(execution.tracking, "mlflow_client", None)  # whoever asks it fails
+    monkeypatch.setattr(mlflow_mirror, "mlflow_client", None)  # whoever asks it fails
     out, err = compared()
     assert "warning" not in err and "Browse" not in out
 
@@ -592,7 +596,7 @@ def test_a_comparison_ends_with_a_report_of_its_own_runs(
     words += ["--data-root=discs", "--device=cpu", "--preset=quick", "--no-mlflow"]
     words += [f"--plugin={path}" for path in PLUGINS]
     code, out, _ = called(*words, "--steps=2")
-    wanted = {run.id for run in execution.tracking.list_runs(tmp_path / "runs")}
+    wanted = {run.id for run in list_runs(tmp_path / "runs")}
     (line,) = (line for line in out.splitlines() if line.startswith("Next:    "))
     assert code == 0 and len(wanted) == 2
     assert called(*words, "--steps=3")[0] == 0

@@ -24,8 +24,9 @@ from glua_bench.errors import ConfigError, PluginError, UserError
 from glua_bench.method import Role
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.runs import inputs, prediction
-from glua_bench.runs.execution import RunRequest, execute
+from glua_bench.runs.execution import execute
 from glua_bench.runs.plan import plan
+from glua_bench.runs.request import RunRequest
 from glua_bench.scoring.evaluation import predict_volumes
 
 SMALL = ("segmenter.width=4", "segmenter.depth=3", "grid.size=32", "grid.spacing=7", "batch_size=2")

@@ -220,8 +220,8 @@ def test_a_pruned_trial_names_the_runs_that_it_finished(
         made.append(planned.id)
         watch.see(1, 0.5)
 
-    monkeypatch.setattr(trial.runs, "plan", plan)
-    monkeypatch.setattr(trial.runs, "execute", execute)
+    monkeypatch.setattr(trial, "plan", plan)
+    monkeypatch.setattr(trial.execution, "execute", execute)
     monkeypatch.setattr(trial, "planned_stages", lambda planned: ())
     told = define(space=(WEIGHT,), pruner="median", trials=1)
     study = SweepStudy(told, tmp_path / "runs")
@@ -241,17 +241,17 @@ def test_a_pruned_trial_names_the_runs_that_it_finished(
 def test_a_failed_trial_names_the_run_that_failed(made_runs, monkeypatch) -> None:
     """So that the tracker shows it below the sweep, where its reason is."""
     made = [made_runs.add("glua", 0.5, seed) for seed in range(2)]
-    monkeypatch.setattr(
-        command.runs,
-        "plan",
-        lambda request: SimpleNamespace(id=made[request.seed].id, directory=made[request.seed]),
-    )
+
+    def plan(request: Any) -> Any:
+        return SimpleNamespace(id=made[request.seed].id, directory=made[request.seed])
+
+    monkeypatch.setattr(trial, "plan", plan)
 
     def execute(planned: Any, progress: Any, watch: Any) -> None:
         if planned.id == made[1].id:
             raise RunFailure("the loss is not finite")
 
-    monkeypatch.setattr(trial.runs, "execute", execute)
+    monkeypatch.setattr(trial.execution, "execute", execute)
     monkeypatch.setattr(trial, "best", lambda *_: 0.5)
     monkeypatch.setattr(trial, "planned_stages", lambda planned: ())
     study = SweepStudy(define(trials=1), made_runs.root)

@@ -95,7 +95,7 @@ extra: {mail-type: FAIL}
         ("hours: 1\ncpus: many", "line 2: 'cpus' must be a whole number, not 'many'."),
         ("hours: 1\ngpus: 1", "line 2: gpus: 1 is less than --devices 2; raise it."),
         ("hours: 0.02", "line 1: workers have 0.02 hours, and would be asked 120 s before"),
-        ("hours: 1\nextra: [a]", "line 2: 'extra' must be a table"),
+        ("hours: 1\nextra: [a]", "line 2: 'extra' must be a mapping"),
     ],
 )
 def test_mistakes_in_the_file_are_named(text: str, said: str, file: Callable[[str], Path]) -> None:
@@ -462,7 +462,7 @@ def queue() -> list[str]:
 def test_the_test_suite_can_start_its_servers() -> None:
     """Both scripts are there, executable, and say how they are used."""
     for name in ("slurm", "postgres"):
-        script = SUPPORT.parent / ".ci" / name
+        script = SUPPORT.parents[1] / ".ci" / name
         assert os.access(script, os.X_OK)
         done = subprocess.run([str(script)], capture_output=True, text=True)
         assert done.returncode == 2 and f".ci/{name} start DIRECTORY" in done.stderr
