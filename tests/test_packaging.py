@@ -49,11 +49,11 @@ def text(path: str) -> str:
 
 def files() -> Iterator[Path]:
     """Every file of the repository that is not ignored by git, also where there is no git."""
-    passed_over = re.compile(r"\.(?!ci$|gitignore$)|build$|dist$|runs$|__pycache__$|.*\.egg-info$")
+    passed_over = re.compile(r"\.(?!ci$|gitignore$)|build$|dist$|__pycache__$|.*\.egg-info$")
     waiting = [ROOT]
     while waiting:
         for path in sorted(waiting.pop().iterdir()):
-            if passed_over.match(path.name):
+            if passed_over.match(path.name) or path == ROOT / "runs":
                 continue
             if path.is_dir():
                 waiting.append(path)
