@@ -1,23 +1,25 @@
-"""Where finished stages are kept, so that other runs can reuse them."""
+"""Cache of finished stages, for reuse by other runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 
-from glua_bench.config import digest
 from glua_bench.data.cache import cache_root
-from glua_bench.identity import stage_key
+from glua_bench.identity import CACHE_DIGITS, digest, stage_key
 from glua_bench.method import Method, Stage
 from glua_bench.runs.plan import PlannedRun
-from glua_bench.runs.trainer import Artefact
 
 
-def artefacts(planned: PlannedRun, method: Method) -> Callable[[Stage], Artefact | None]:
-    """Stage → where its result is shared: a file named by all that the result depends on."""
+def artefacts(planned: PlannedRun, method: Method) -> Callable[[Stage], Path | None]:
+    """Return a function that maps a stage to its file in the cache (None if it is not shared).
+
+    The file's name is a digest of everything that the stage's result depends on.
+    """
     config = planned.config
 
-    def locate(stage: Stage) -> Artefact | None:
+    def locate(stage: Stage) -> Path | None:
         if stage.depends_on is None:
             return None
         key = digest(
@@ -29,8 +31,8 @@ def artefacts(planned: PlannedRun, method: Method) -> Callable[[Stage], Artefact
                 "photometric": stage.photometric and config.augmentation == "photometric",
                 "grid": asdict(config.grid),
                 "slices": [config.slices, config.slice_distance],
-                # First weights are drawn one network after the other, so those of the stage
-                # follow from the size of the segmenter before it.
+                # Initial weights are drawn network by network, so those of the stage depend on
+                # the size of the segmenter before it.
                 "segmenter": asdict(config.segmenter),
                 "batch_size": config.batch_size,
                 "precision": config.precision,
@@ -39,8 +41,8 @@ def artefacts(planned: PlannedRun, method: Method) -> Callable[[Stage], Artefact
                 "perturbation": config.perturbation,
                 "data": planned.fingerprints.train,
             },
-            20,
+            CACHE_DIGITS,
         )
-        return Artefact(cache_root() / "stages" / f"{stage.name}-{key}.pt")
+        return cache_root() / "stages" / f"{stage.name}-{key}.pt"
 
     return locate

@@ -23,8 +23,9 @@ from glua_bench.inspection.outliers import LEAST, Usual, resemblance, usual
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.registry import Registry
 from glua_bench.runs import carried, inputs, prediction
-from glua_bench.runs.execution import RunRequest, execute
+from glua_bench.runs.execution import execute
 from glua_bench.runs.plan import plan
+from glua_bench.runs.request import RunRequest
 from glua_bench.task import Dataset, Reading
 
 TEXT = """\

@@ -36,7 +36,7 @@ from glua_bench.records.run_directory import RunDirectory, list_runs
 from glua_bench.registry import Registry
 from glua_bench.reports.run_figures import draw_run
 from glua_bench.runs import execution
-from glua_bench.runs.execution import RunRequest, execute
+from glua_bench.runs.execution import execute
 from glua_bench.runs.plan import (
     PlannedRun,
     build_method,
@@ -46,6 +46,7 @@ from glua_bench.runs.plan import (
     resolve,
     roles,
 )
+from glua_bench.runs.request import RunRequest
 from glua_bench.runs.stage_cache import artefacts
 from glua_bench.scoring.evaluation import summarise
 from glua_bench.task import Case, Grid, UnlabelledCase
@@ -195,7 +196,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "slices too small for the style stage": (
         {"method": "glua", "assignments": [*SMALL, "method.style=codes"]},
-        "grid.size = 32 is too small for codes_scales = 3, which need 64",
+        "grid.size = 32 is too small for codes_scales = 3, which needs 64",
     ),
 }
 
@@ -437,7 +438,9 @@ def test_a_method_that_is_not_made_for_several_slices_is_declined_before_trainin
     with pytest.raises(ConfigError) as error:
         check_slices(three, build_method(three, dataset.structures, method))
     text = one_sentence(error)
-    assert said in text and text.startswith("slices = 3: method 'source_only' is not made for")
+    assert said in text and text.startswith(
+        "slices = 3: method 'source_only' does not support stacks"
+    )
     sound = build_method(three, dataset.structures, SourceOnly)
     torch.manual_seed(0)
     check_slices(three, sound)
@@ -460,7 +463,7 @@ def test_a_plugin_that_is_not_made_for_several_slices_is_one_sentence(
     assert plan(asked).config.slices == 1
     with pytest.raises(ConfigError) as error:
         plan(replace(asked, assignments=[*SMALL, "slices=3"]))
-    assert "method 'plugged' is not made for images of several slices" in one_sentence(error)
+    assert "method 'plugged' does not support stacks of slices" in one_sentence(error)
     assert not (tmp_path / "runs").exists()
 
 
@@ -605,7 +608,7 @@ def test_a_stage_is_shared_by_runs_on_as_many_slices_and_last_bits_alone(
         method = build_method(planned.config, structures, planned.method_class)
         artefact = artefacts(planned, method)(method.stages()[0])
         assert artefact is not None
-        places.add(artefact.path)
+        places.add(artefact)
     assert len(places) == 5
 
 

@@ -18,11 +18,14 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 from glua_bench import cli
 from glua_bench.cli.options import Tasks
 from glua_bench.cli.runs import _resolved
 from glua_bench.errors import ConfigError, PluginError, RunFailure
+from glua_bench.files import try_lock
+from glua_bench.records import mlflow_mirror, run_directory
 from glua_bench.reports.comparison import collect
 from glua_bench.runs import execution, matrix
 from glua_bench.runs import executor as executor_module
@@ -95,7 +98,7 @@ def test_folds_are_tasks_of_their_own(base: RunOptions) -> None:
 
 def test_a_perturbation_of_everything_is_refused(base: RunOptions) -> None:
     moved = replace(base, assignments=[*base.assignments, "perturbation=1"])
-    with pytest.raises(ConfigError, match="leave it out, and give --repeats"):
+    with pytest.raises(ConfigError, match="use --repeats instead"):
         comparison(["glua"], ["discs"], [], 1, moved)
     none = replace(base, assignments=[*base.assignments, "perturbation=0"])
     assert comparison(["glua"], ["discs"], [], 1, none)
@@ -177,7 +180,7 @@ def test_what_cannot_be_enumerated_is_refused(
 
 
 def test_a_method_without_variants_cannot_be_ablated(base: RunOptions) -> None:
-    with pytest.raises(ConfigError, match="declares no variants; give values by --vary"):
+    with pytest.raises(ConfigError, match="declares no variants; add values by --vary"):
         ablation("random_gamma", ["discs"], [], 1, base)
     with pytest.raises(ConfigError, match="--no-variants leaves nothing"):
         ablation("glua", ["discs"], [], 1, base, variants=False)
@@ -197,7 +200,7 @@ def test_a_setting_is_varied_beside_its_reference(base: RunOptions) -> None:
         "strength = 0.5": ["method.strength=0.5"],
         "strength = 2.0": ["method.strength=2.0"],
     }
-    assert said == ["'strength = 1.0' has the settings of 'default', which stands for it"]
+    assert said == ["'strength = 1.0' duplicates 'default', skipped"]
     # The reference is what is asked for, not what the class says.
     asked = replace(base, assignments=[*base.assignments, "method.strength=2"])
     assert varied("random_gamma", asked, "method.strength=1,2", "lr=1e-3") == {
@@ -213,7 +216,7 @@ def test_a_value_that_a_variant_has_is_the_variant(base: RunOptions) -> None:
     found = varied("glua", base, *vary, report=said.append)
     assert list(found)[-4:] == ["random mask (ours)", "GLUA", "lr_d = 0.1", "mask = soft"]
     assert said == [
-        f"'{value}' has the settings of '{name}', which stands for it"
+        f"'{value}' duplicates '{name}', skipped"
         for value, name in (
             ("gain = none", "Step A + D1 + D2"),
             ("gain = constant", "gain constant"),
@@ -314,7 +317,7 @@ def test_runs_are_done_once_and_skipped_afterwards(base: RunOptions) -> None:
     assert (outcome.ran, outcome.before, outcome.elsewhere, outcome.failed) == (2, 0, 0, {})
     assert [line.split()[0] for line in said] == ["begin", "done", "begin", "done"]
     assert "(2 of 2)" in said[-1]
-    known = matrix.seconds_known(planned)
+    known = matrix.estimate(planned)
     assert set(known) == {("random_gamma", "discs bright-dark")} and min(known.values()) > 0
 
     def never(*given: Any) -> tuple[int, str]:
@@ -394,7 +397,7 @@ def test_a_process_that_loses_the_run_to_one_that_is_killed_is_started_again(
     lock = planned[0].run.directory.path / ".lock"
 
     def beaten(run: PlannedRun, environment: Mapping[str, str]) -> tuple[int, str]:
-        with matrix.try_lock(lock) if not errors else contextlib.nullcontext():
+        with try_lock(lock) if not errors else contextlib.nullcontext():
             try:
                 return in_process(run, environment)
             except RunFailure as error:
@@ -479,16 +482,16 @@ def test_a_run_whose_starter_was_killed_is_waited_for_then_taken_over(base: RunO
 def test_jobs_have_a_gpu_or_a_share_of_the_cores_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    monkeypatch.setattr(matrix.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert executor_module.environment(0, 4)["OMP_NUM_THREADS"] == "3"
     assert executor_module.environment(0, 40)["OMP_NUM_THREADS"] == "1"
-    monkeypatch.setattr(matrix.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [executor_module.environment(i, 4)["CUDA_VISIBLE_DEVICES"] for i in range(4)] == list(
         "0101"
     )
     assert executor_module.environment(0, 4)["OMP_NUM_THREADS"] == "3"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")  # what the user says stands
-    monkeypatch.setattr(matrix.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert executor_module.environment(0, 4)["OMP_NUM_THREADS"] == "5"
 
 
@@ -515,7 +518,7 @@ def test_two_commands_at_once_make_one_comparison(base: RunOptions, tmp_path: Pa
         assert "discs bright-dark" in text and "supervised" in text and "0 failed" in text
     done = sorted(path.parent for path in (tmp_path / "runs").glob("*/*/*/done"))
     assert len(done) == 3
-    found = [("e", "t", execution.tracking.RunDirectory.open(path)) for path in done]
+    found = [("e", "t", run_directory.RunDirectory.open(path)) for path in done]
     assert len(collect(found)["run"].unique()) == 3
 
 
@@ -539,8 +542,8 @@ def test_a_comparison_is_one_group_of_runs_in_the_tracker(
 
     out, err = compared()
     assert "Browse:  mlflow ui" in out and "warning" not in err
-    uri = execution.tracking.tracking_uri(tmp_path / "runs")
-    client = execution.tracking.mlflow_client(uri)
+    uri = mlflow_mirror.tracking_uri(tmp_path / "runs")
+    client = mlflow_mirror.mlflow_client(uri)
 
     def shown() -> list[Any]:
         (experiment,) = (e for e in client.search_experiments() if "discs" in e.name)
@@ -553,7 +556,7 @@ def test_a_comparison_is_one_group_of_runs_in_the_tracker(
     assert parent.info.run_name.startswith(
         "compare random_gamma | discs bright-dark | 2 seeds | quick"
     )
-    (directory, _) = execution.tracking.list_runs(tmp_path / "runs")
+    (directory, _) = run_directory.list_runs(tmp_path / "runs")
     rows = collect([("random_gamma", "discs bright-dark", directory)])
     dice = parent.data.metrics["bright-dark/dice/random_gamma"]
     assert 0 <= dice <= 1 and "bright-dark/dice_sd/random_gamma" in parent.data.metrics
@@ -569,7 +572,7 @@ def test_a_comparison_is_one_group_of_runs_in_the_tracker(
     assert err.count("warning: ") == 1 and "127.0.0.1:9" in err and "2 done before" in out
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     monkeypatch.setattr(sys, "argv", ["glua-bench", *words, "--no-mlflow"])
-    monkeypatch.setattr(execution.tracking, "mlflow_client", None)  # whoever asks it fails
+    monkeypatch.setattr(mlflow_mirror, "mlflow_client", None)  # whoever asks it fails
     out, err = compared()
     assert "warning" not in err and "Browse" not in out
 
@@ -592,7 +595,7 @@ def test_a_comparison_ends_with_a_report_of_its_own_runs(
     words += ["--data-root=discs", "--device=cpu", "--preset=quick", "--no-mlflow"]
     words += [f"--plugin={path}" for path in PLUGINS]
     code, out, _ = called(*words, "--steps=2")
-    wanted = {run.id for run in execution.tracking.list_runs(tmp_path / "runs")}
+    wanted = {run.id for run in run_directory.list_runs(tmp_path / "runs")}
     (line,) = (line for line in out.splitlines() if line.startswith("Next:    "))
     assert code == 0 and len(wanted) == 2
     assert called(*words, "--steps=3")[0] == 0

@@ -24,8 +24,9 @@ from glua_bench.errors import ConfigError, PluginError, UserError
 from glua_bench.method import Role
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.runs import inputs, prediction
-from glua_bench.runs.execution import RunRequest, execute
+from glua_bench.runs.execution import execute
 from glua_bench.runs.plan import plan
+from glua_bench.runs.request import RunRequest
 from glua_bench.scoring.evaluation import predict_volumes
 
 SMALL = ("segmenter.width=4", "segmenter.depth=3", "grid.size=32", "grid.spacing=7", "batch_size=2")
@@ -401,9 +402,9 @@ def test_a_damaged_model_is_one_sentence(spoil: str, made: Made, tmp_path: Path)
 def test_a_run_is_found_by_directory_id_and_beginning(made: Made) -> None:
     for name in (str(made.run.path), made.run.id, made.run.id[:6]):
         assert prediction.find_run(name, made.root).path == made.run.path
-    with pytest.raises(UserError, match="no run below"):
+    with pytest.raises(UserError, match="no run in .*/ has an id starting with 'zzz'"):
         prediction.find_run("zzz", made.root)
-    with pytest.raises(ConfigError, match="--selector oracle has chosen no checkpoint"):
+    with pytest.raises(ConfigError, match="--selector oracle chose no checkpoint"):
         prediction.from_run(made.run, selector="oracle")
 
 

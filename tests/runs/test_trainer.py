@@ -42,7 +42,6 @@ from glua_bench.records.run_directory import RunDirectory
 from glua_bench.runs import interruption
 from glua_bench.runs.stage_cache import artefacts
 from glua_bench.runs.trainer import (
-    Artefact,
     Trainer,
     save,
     stage_order,
@@ -167,9 +166,7 @@ def make(
         fabric,
         directory,
         Progress(enabled=False),
-        lambda stage: (
-            None if stage.depends_on is None else Artefact(root / "stages" / f"{stage.name}.pt")
-        ),
+        lambda stage: None if stage.depends_on is None else root / "stages" / f"{stage.name}.pt",
         checkpoint_seconds,
     )
 
