@@ -323,6 +323,7 @@ class MLflowMirror(Tracker):
                     if self._client.get_experiment_by_name(name) is None:
                         raise
                 found = self._client.get_experiment_by_name(name)
+                assert found is not None
             if found.lifecycle_stage == "deleted":
                 self._client.restore_experiment(found.experiment_id)
             self._experiments[name] = found.experiment_id
