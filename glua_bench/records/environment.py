@@ -68,6 +68,7 @@ def environment() -> dict[str, Any]:
     """Describe machine and software, without names of users or machines."""
     import glua_bench
 
+    home = str(Path.home())
     found: dict[str, Any] = {
         "glua_bench": glua_bench.__version__,
         "python": platform.python_version(),
@@ -79,7 +80,7 @@ def environment() -> dict[str, Any]:
         "libraries": versions(),
         "git": git_state(Path.cwd()),
         "source": git_state(Path(glua_bench.__file__).resolve().parent),
-        "command": [_without_home(argument) for argument in sys.argv],
+        "command": [a.replace(home, "~") if len(home) > 1 else a for a in sys.argv],
         "time": now(),
     }
     if torch := sys.modules.get("torch"):  # not imported for this purpose
@@ -96,8 +97,3 @@ def _processor() -> str:
         return re.search(r"model name\s*:\s*(.+)", text)[1]  # type: ignore[index]
     except (OSError, TypeError):
         return platform.processor() or "unknown"
-
-
-def _without_home(text: str) -> str:
-    home = str(Path.home())
-    return text.replace(home, "~") if len(home) > 1 else text

@@ -11,6 +11,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,23 +102,14 @@ class MLflowMirror(Tracker):
         self.runs_root = Path(runs_root)
         self.uri = tracking_uri(self.runs_root)
         self.warn = warn
-        self._opened: MlflowClient | None = None
+        self.place = without_password(self.uri)
+        self.remedy = "check MLFLOW_TRACKING_URI, or unset it to track in a file"
+        self._remote = self.uri.startswith(("http:", "https:", "databricks"))
+        self.browse = self.place
+        if not self._remote:
+            self.browse = next_command("mlflow", "ui", "--backend-store-uri", self.place)
         self._experiments: dict[str, str] = {}
         self._nested: set[tuple[str, str, str, str]] = set()
-
-    @property
-    def place(self) -> str:
-        return without_password(self.uri)
-
-    @property
-    def browse(self) -> str:
-        if self._remote:
-            return self.place
-        return next_command("mlflow", "ui", "--backend-store-uri", self.place)
-
-    @property
-    def remedy(self) -> str:
-        return "check MLFLOW_TRACKING_URI, or unset it to track in a file"
 
     def check(self) -> None:
         check_tracker(self.uri)
@@ -163,15 +155,9 @@ class MLflowMirror(Tracker):
             self.warn(f"MLflow at {self.place} {failure} ({reason(error)}); {remedy}.")
             return None
 
-    @property
-    def _remote(self) -> bool:
-        return self.uri.startswith(("http:", "https:", "databricks"))
-
-    @property
+    @cached_property
     def _client(self) -> MlflowClient:
-        if self._opened is None:
-            self._opened = mlflow_client(self.uri)
-        return self._opened
+        return mlflow_client(self.uri)
 
     def _upload(self, run: RunDirectory) -> tuple[str, bool]:
         """Return the MLflow id of a run's copy, and whether it is new."""

@@ -37,19 +37,16 @@ class Tracker(Protocol):
     `open_tracker` creates an implementation as `cls(runs_root, warn)`, where `warn` receives one
     sentence for each run or comparison that the tracker did not accept. Only `check` raises: a
     tracker that is down never affects a run. `RunRecord` and `Comparison` contain what to show.
+
+    Attributes:
+        place: location without a password, for messages.
+        browse: command or address for viewing it.
+        remedy: fix if it does not answer, as an imperative, e.g. "check MY_TRACKER_URL".
     """
 
-    @property
-    def place(self) -> str:
-        """Its location without a password, for messages."""
-
-    @property
-    def browse(self) -> str:
-        """Command or address for viewing it."""
-
-    @property
-    def remedy(self) -> str:
-        """Fix if it does not answer, as an imperative, e.g. "check MY_TRACKER_URL"."""
+    place: str
+    browse: str
+    remedy: str
 
     def check(self) -> None:
         """Check within seconds whether it answers.

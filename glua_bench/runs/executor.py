@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -71,7 +71,7 @@ class Executor:
         self.start = start or start_process
         self.outcome = Outcome()
         self._lock = threading.Lock()
-        self._waiting: list[Planned] = []
+        self._waiting: deque[Planned] = deque()  # thread-safe
         self._attempts: Counter[str] = Counter()
         self._error: BaseException | None = None
         self._began = time.monotonic()
@@ -119,7 +119,7 @@ class Executor:
             with self._lock:
                 if not self._waiting:
                     return
-                item = self._waiting.pop(0)
+                item = self._waiting.popleft()
             claim = item.run.request.runs_root / CLAIMS / f"{item.run.id}.lock"
             with try_lock(claim, "--runs") as mine:
                 if mine and not running(item.run):
@@ -129,8 +129,7 @@ class Executor:
             if item.run.directory.done:
                 self._end("elsewhere")
             else:
-                with self._lock:
-                    self._waiting.append(item)
+                self._waiting.append(item)
                 time.sleep(POLL_SECONDS)
 
     def _execute(self, item: Planned, index: int) -> None:
@@ -144,15 +143,13 @@ class Executor:
         began = time.monotonic()
         code, errors = self.start(item.run, environment(index, self.jobs))
         if item.run.directory.done:
-            score = mean_score(
-                item.run.directory.read_cases().query("selector == @item.run.config.selectors[0]")
-            )
+            cases = item.run.directory.read_cases()
+            score = mean_score(cases[cases["selector"] == config.selectors[0]])
             result = f"{PRIMARY.title} {PRIMARY.text(score)}"
             self._end("ran", f"{name}: {result}, {duration(time.monotonic() - began)}")
             return
         if running(item.run):  # started by hand at the same time
-            with self._lock:
-                self._waiting.append(item)
+            self._waiting.append(item)
             return
         self._attempts[item.run.id] += 1
         recorded = item.run.directory.failed
@@ -160,8 +157,7 @@ class Executor:
         unexplained = code < 0 or (code == RunFailure.exit_code and recorded is None)
         if unexplained and self._attempts[item.run.id] < ATTEMPTS:
             self.report(f"{'killed' if code < 0 else 'again '} {name}; resumed")
-            with self._lock:
-                self._waiting.insert(0, item)
+            self._waiting.appendleft(item)
             return
         reason = recorded or complaint(errors)
         with self._lock:

@@ -209,8 +209,7 @@ def from_run(
             "the run's command with another --runs directory."
         ) from error
     remedy = "use the version of the code that trained it (environment.json)"
-    _check_settings(config, plugins, f"The run {run.path}", remedy)
-    method = _built(config, data.domains[config.target].structures, plugins)
+    method = _built(config, data, plugins, f"The run {run.path}", remedy)
     try:
         method.load_state_dict(weights)
     except RuntimeError as error:
@@ -240,7 +239,7 @@ def from_directory(folder: Path, plugins: Sequence[Path] = (), device: str = "au
         weights = load_file(folder / WEIGHTS)
         config = RunConfig.from_dict(described["run"])
         data, expected = Carried.from_dict(described), set(described["weights"])
-        structures = data.domains[config.target].structures
+        data.domains[config.target]  # raises KeyError in a damaged file
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"{folder} is not an exported model ({type(error).__name__}: {error}); give a "
@@ -248,8 +247,7 @@ def from_directory(folder: Path, plugins: Sequence[Path] = (), device: str = "au
         ) from error
     version = described.get("version", "unknown")
     remedy = f"use the version of the code that exported it (glua-bench {version})"
-    _check_settings(config, plugins, str(folder), remedy)
-    method = _built(config, structures, plugins)
+    method = _built(config, data, plugins, str(folder), remedy)
     try:
         missing, unexpected = method.load_state_dict(weights, strict=False)
         fits = not unexpected and expected == weights.keys() and not expected & set(missing)
@@ -262,8 +260,10 @@ def from_directory(folder: Path, plugins: Sequence[Path] = (), device: str = "au
     return _model(method, config, data, device, folder)
 
 
-def _check_settings(config: RunConfig, plugins: Sequence[Path], source: str, remedy: str) -> None:
-    """Refuse a model whose settings the method's current version does not accept."""
+def _built(
+    config: RunConfig, data: Carried, plugins: Sequence[Path], source: str, remedy: str
+) -> Method:
+    """Build the method; refuse a model with settings that its current version does not accept."""
     method_class: type[Method] = Registry("method", plugins).load(config.method)
     known = {spec.name for spec in fields(method_class.Config)}
     for name, value in config.method_config.items():
@@ -275,13 +275,9 @@ def _check_settings(config: RunConfig, plugins: Sequence[Path], source: str, rem
                 f"{source} was trained by another version of method '{config.method}' (its setting "
                 f"'{name}' {fault} now); {remedy}."
             ) from error
-
-
-def _built(config: RunConfig, structures: tuple[Structure, ...], plugins: Sequence[Path]) -> Method:
-    method_class: type[Method] = Registry("method", plugins).load(config.method)
     # Weights are loaded later, so those of a pretrained encoder need not be downloaded.
     plain = replace(config, segmenter=replace(config.segmenter, pretrained=False))
-    return build_method(plain, structures, method_class)
+    return build_method(plain, data.domains[config.target].structures, method_class)
 
 
 def _model(method: Method, config: RunConfig, data: Carried, device: str, source: Path) -> Model:

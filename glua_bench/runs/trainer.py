@@ -134,22 +134,20 @@ class Trainer:
         position = self._load()
         if self.watch is not None:
             self._replay_candidates(position)
-        for index, stage in enumerate(self.stages):
-            if index < position["stage"]:
-                continue
-            start = position["step"] if index == position["stage"] else 0
-            states = position["optimizers"] if index == position["stage"] else {}
-            artefact = self.artefact(stage)
-            if artefact is None:
-                self._train(index, stage, start, states)
-            else:
-                self._train_shared(index, stage, start, states, artefact)
+        start, states = position["step"], position["optimizers"]
+        for index in range(position["stage"], len(self.stages)):
+            self._train_or_reuse(index, self.stages[index], start, states)
+            start, states = 0, {}
         self.method.eval()
 
-    def _train_shared(
-        self, index: int, stage: Stage, start: int, states: Mapping[str, Any], artefact: Path
+    def _train_or_reuse(
+        self, index: int, stage: Stage, start: int, states: Mapping[str, Any]
     ) -> None:
         """Train a stage and store its result for other runs, or reuse a stored one."""
+        artefact = self.artefact(stage)
+        if artefact is None:
+            self._train(index, stage, start, states)
+            return
 
         def waiting() -> None:
             self.progress.line(

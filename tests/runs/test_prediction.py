@@ -357,7 +357,7 @@ def test_weights_that_no_module_owns_are_found_out(made: Made) -> None:
         def predict(self, images: torch.Tensor, domain: Role) -> torch.Tensor:
             return super().predict(images, domain) * (1 + self.aside.weight.abs().sum())
 
-    hidden = prediction._built(made.run.config, model.structures, [])
+    hidden = prediction._fresh(model, model.method.state_dict())
     hidden.__class__ = Hidden
     hidden.aside = nn.Linear(1, 1)
     spoiled = prediction.Model(
