@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from glua_bench.console import next_command
 from glua_bench.errors import RunFailure, reason, without_password
@@ -22,7 +22,6 @@ from glua_bench.paths import ARTIFACTS, distinct
 from glua_bench.records.naming import Comparison, RunRecord, tracker_key
 from glua_bench.records.run_directory import RunDirectory, digest_of, warn
 from glua_bench.records.tracker import (
-    Answer,
     SyncCounts,
     Tracker,
     copied_files,
@@ -32,7 +31,9 @@ from glua_bench.records.tracker import (
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Param, Run
+
+Answer = TypeVar("Answer")
 
 DIGESTS = "files.json"  # artifact with the digests of all copied files
 PARENT, ENTRY = "mlflow.parentRunId", "glua_bench.entry"  # tags of a nested run
@@ -183,7 +184,7 @@ class MLflowMirror(Tracker):
         self, run: RunDirectory, experiment: str, state: str, nesting: Mapping[str, str]
     ) -> str:
         """Copy a run to a new MLflow run, with the nesting tags of an earlier copy."""
-        from mlflow.entities import Metric, Param
+        from mlflow.entities import Metric
 
         client, record = self._client, RunRecord.of(run)
         tags = {**_own_tags(record.tags), "mlflow.source.name": "glua-bench", **nesting}
@@ -192,8 +193,7 @@ class MLflowMirror(Tracker):
         began, ended = (int(seconds * 1000) for seconds in (record.began, record.ended))
         created = client.create_run(experiment, start_time=began, run_name=record.name, tags=tags)
         copy: str = created.info.run_id
-        names = distinct(record.params, tracker_key)
-        params = [Param(names[name], str(value)[:6000]) for name, value in record.params.items()]
+        params = _parameters(record.params)
         keys = distinct([name for name, *_ in record.metrics], tracker_key)
         metrics = [
             Metric(keys[name], value, int(seconds * 1000), step)
@@ -227,7 +227,7 @@ class MLflowMirror(Tracker):
     def _nest(
         self, comparison: Comparison, metrics: Mapping[str, float], files: Sequence[Path], note: str
     ) -> bool:
-        from mlflow.entities import Metric, Param, RunTag
+        from mlflow.entities import Metric, RunTag
 
         client, parent = self._client, self._parent(comparison)
         parent_id = parent.info.run_id
@@ -245,9 +245,8 @@ class MLflowMirror(Tracker):
             "mlflow.source.name": "glua-bench",
             "mlflow.note.content": note,
         }
-        params = comparison.parameters()
         now = int(time.time() * 1000)
-        keys, names = distinct(metrics, tracker_key), distinct(params, tracker_key)
+        keys = distinct(metrics, tracker_key)
         values = {keys[name]: float(value) for name, value in metrics.items()}
         client.log_batch(
             parent_id,
@@ -259,9 +258,9 @@ class MLflowMirror(Tracker):
                 if math.isfinite(value) and parent.data.metrics.get(name) != value
             ][:1000],  # MLflow's limits per request
             params=[
-                Param(names[name], str(value)[:6000])
-                for name, value in params.items()
-                if names[name] not in parent.data.params
+                param
+                for param in _parameters(comparison.parameters())
+                if param.key not in parent.data.params
             ][:100],
             tags=[RunTag(name, value[:5000]) for name, value in tags.items()],
         )
@@ -314,6 +313,13 @@ class MLflowMirror(Tracker):
                 self._client.restore_experiment(found.experiment_id)
             self._experiments[name] = found.experiment_id
         return self._experiments[name]
+
+
+def _parameters(values: Mapping[str, Any]) -> list[Param]:
+    from mlflow.entities import Param
+
+    names = distinct(values, tracker_key)
+    return [Param(names[name], str(value)[:6000]) for name, value in values.items()]
 
 
 def _own_tags(tags: Mapping[str, str]) -> dict[str, str]:

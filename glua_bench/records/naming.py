@@ -177,10 +177,17 @@ class Comparison:
         )
 
     def parameters(self) -> dict[str, Any]:
-        """Return the group's parameters, which a tracker never changes."""
+        """Return the group's parameters, by default the settings that all runs share."""
         if self.settings is not None:
             return dict(self.settings)
-        return {"entries": len(self.entries), "seeds": len(self.seeds), **self.shared()}
+        settings = [flat_settings(run.config.to_dict()) for _, run in self.members]
+        shared = {
+            name: value
+            for name, value in settings[0].items()
+            if name not in ("preset", "selectors")  # which are not part of ids
+            and all(name in other and other[name] == value for other in settings)
+        }
+        return {"entries": len(self.entries), "seeds": len(self.seeds), **shared}
 
     def tags(self) -> dict[str, str]:
         """Return the current description of the group."""
@@ -192,16 +199,6 @@ class Comparison:
             "seeds": ", ".join(map(str, self.seeds)),
             "runs": f"{done} of {len(self.members)} done",
             **self.facts,
-        }
-
-    def shared(self) -> dict[str, Any]:
-        """Return the settings that all runs share, without those that are not part of ids."""
-        settings = [flat_settings(run.config.to_dict()) for _, run in self.members]
-        return {
-            name: value
-            for name, value in settings[0].items()
-            if name not in ("preset", "selectors")
-            and all(name in other and other[name] == value for other in settings)
         }
 
 

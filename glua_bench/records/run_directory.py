@@ -188,8 +188,7 @@ class RunDirectory:
 
     def write_cases(self, frame: pd.DataFrame) -> None:
         """Write the results per case, structure and selector."""
-        with replacing(self.path / "cases.parquet", "--runs") as temporary:
-            frame.to_parquet(temporary, index=False)
+        self._write_table("cases.parquet", frame)
 
     def fail(self, message: str) -> None:
         """Mark the attempt as failed. Never raises, so that the failure itself is reported."""
@@ -211,8 +210,7 @@ class RunDirectory:
         ]
         metrics = pd.DataFrame(rows, columns=["stage", "step", "total_step", "name", "value"])
         metrics = metrics.astype({"step": "int64", "total_step": "int64", "value": "float64"})
-        with replacing(self.path / "metrics.parquet", "--runs") as temporary:
-            metrics.to_parquet(temporary, index=False)
+        self._write_table("metrics.parquet", metrics)
         write_json(self.path / "summary.json", summary, "--runs")
         with storing(self.path, "--runs"):
             (self.path / "failed").unlink(missing_ok=True)
@@ -275,6 +273,10 @@ class RunDirectory:
                 row = json.loads(line)
                 rows.append({k: row[k] for k in ("stage", "step", "total_step", "time", "values")})
         return rows
+
+    def _write_table(self, name: str, frame: pd.DataFrame) -> None:
+        with replacing(self.path / name, "--runs") as temporary:
+            frame.to_parquet(temporary, index=False)
 
     def _read_table(self, name: str) -> pd.DataFrame:
         import pandas as pd

@@ -8,14 +8,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from glua_bench.errors import ConfigError, RunFailure, reason
 from glua_bench.paths import entries
 from glua_bench.records.naming import Comparison
 from glua_bench.records.run_directory import RunDirectory, digest_of, list_runs, warn
-
-Answer = TypeVar("Answer")
 
 # Files of a run directory that are copied (no weights, which are large), and patterns of further
 # ones: facts about the dataset, and figures and predictions.

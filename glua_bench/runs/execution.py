@@ -32,7 +32,7 @@ from glua_bench.records.tracker import open_tracker
 from glua_bench.registry import Registry
 from glua_bench.runs import carried
 from glua_bench.runs.plan import PlannedRun, build_method, make_fabric, roles
-from glua_bench.runs.stage_cache import artefacts
+from glua_bench.runs.stage_cache import artefact_path
 from glua_bench.runs.trainer import Trainer
 from glua_bench.scoring.evaluation import evaluate, mean_score, summarise
 from glua_bench.selection import ROLES, Candidate, Samples, Selector, choose, sample_pixels
@@ -212,7 +212,7 @@ def estimate(planned: PlannedRun, probe: int = 6) -> float:
             built = build_run(trial, fabric, Progress(enabled=False))
             trainer = built.trainer
             trainer.artefact = lambda stage: None  # do not write to the cache
-            cached = artefacts(planned, built.method)
+            cached = partial(artefact_path, planned, built.method)
             missing = [s for s in trainer.stages if not ((path := cached(s)) and path.is_file())]
             built.fit()
     return sum(
@@ -310,7 +310,7 @@ def build_run(planned: PlannedRun, fabric: Fabric, progress: Progress) -> BuiltR
         fabric,
         planned.directory,
         progress,
-        artefacts(planned, method),
+        partial(artefact_path, planned, method),
     )
     return BuiltRun(planned, trainer, train, val, target)
 
@@ -432,25 +432,21 @@ def _selector_scores(built: BuiltRun) -> dict[str, dict[int, float]]:
     }
 
 
-def _domain(role: str) -> Role:
-    """Return the domain of a role, e.g. "source" for "source_val"."""
-    return "target" if role.startswith("target") else "source"
-
-
 def _samples(built: BuiltRun) -> dict[str, Samples]:
     """Return role → sampled pixels, predicted with the method's current weights."""
     torch.manual_seed(built.planned.config.seed)  # equal random styles for all candidates
-    return {
-        role: sample_pixels(
-            partial(built.predict, domain=_domain(role)),
-            partial(built.features, domain=_domain(role)),
-            store,
-            built.translate if _domain(role) == "source" else lambda images: images,
-            built.device,
-        )
-        for role, store in zip(ROLES, (built.train, built.val, built.target), strict=True)
-        if store is not None
-    }
+    samples = {}
+    for role, store in zip(ROLES, (built.train, built.val, built.target), strict=True):
+        if store is not None:
+            domain: Role = "target" if role.startswith("target") else "source"
+            samples[role] = sample_pixels(
+                partial(built.predict, domain=domain),
+                partial(built.features, domain=domain),
+                store,
+                built.translate if domain == "source" else lambda images: images,
+                built.device,
+            )
+    return samples
 
 
 def _score(

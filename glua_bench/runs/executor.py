@@ -92,7 +92,7 @@ class Executor:
             RunFailure: the directory of runs cannot be written or locked.
         """
         workers = [
-            threading.Thread(target=self._guarded, args=(index,), daemon=True)
+            threading.Thread(target=self._work, args=(index,), daemon=True)
             for index in range(min(self.jobs, max(1, self._total)))
         ]
         for worker in workers:
@@ -108,29 +108,26 @@ class Executor:
                 self.outcome.elsewhere += 1
         return self.outcome
 
-    def _guarded(self, index: int) -> None:
+    def _work(self, index: int) -> None:
         try:
-            self._work(index)
+            while (item := self._next()) is not None:
+                claim = item.run.request.runs_root / CLAIMS / f"{item.run.id}.lock"
+                with try_lock(claim, "--runs") as mine:
+                    if mine and not running(item.run):
+                        self._execute(item, index)
+                        continue
+                # Another process executes it, possibly an orphan: check again after the others.
+                if item.run.directory.done:
+                    self._end("elsewhere")
+                else:
+                    self._waiting.append(item)
+                    time.sleep(POLL_SECONDS)
         except BaseException as error:  # raised again by `run`
             self._error = error
 
-    def _work(self, index: int) -> None:
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    return
-                item = self._waiting.popleft()
-            claim = item.run.request.runs_root / CLAIMS / f"{item.run.id}.lock"
-            with try_lock(claim, "--runs") as mine:
-                if mine and not running(item.run):
-                    self._execute(item, index)
-                    continue
-            # Another process executes it, possibly an orphan: check again after the others.
-            if item.run.directory.done:
-                self._end("elsewhere")
-            else:
-                self._waiting.append(item)
-                time.sleep(POLL_SECONDS)
+    def _next(self) -> Planned | None:
+        with self._lock:
+            return self._waiting.popleft() if self._waiting else None
 
     def _execute(self, item: Planned, index: int) -> None:
         if item.run.directory.done:  # finished by another process in the meantime
@@ -166,10 +163,8 @@ class Executor:
 
     def _end(self, how: str, text: str = "") -> None:
         with self._lock:
-            if how == "ran":
-                self.outcome.ran += 1
-            else:
-                self.outcome.elsewhere += 1
+            self.outcome.ran += how == "ran"
+            self.outcome.elsewhere += how == "elsewhere"
             failed = len(self.outcome.failed) - self._failed_before
             ended = self.outcome.ran + self.outcome.elsewhere + failed
             left = len(self._waiting)
@@ -182,11 +177,9 @@ class Executor:
 def environment(index: int, jobs: int) -> dict[str, str]:
     """Return the environment of one of several processes: its share of the cores, and its GPU."""
     changed = dict(os.environ)
-    gpus = torch.cuda.device_count()
-    if gpus:
+    if gpus := torch.cuda.device_count():
         changed["CUDA_VISIBLE_DEVICES"] = str(index % gpus)
-    if "OMP_NUM_THREADS" not in os.environ:
-        changed["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    changed.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     return changed
 
 

@@ -99,7 +99,11 @@ def find(paths: Iterable[Path]) -> Inputs:
             own, skipped = _in_folder(path)
             left += skipped
         elif path.exists() or broken(path):
-            own = [_file(path)]
+            if not path.name.lower().endswith(SUFFIXES) and path.is_file() and is_dicom(path):
+                raise DataError(
+                    f"{path} is one slice of a DICOM series: give the series' directory."
+                )
+            own = [Given(path, stem(path))]
         else:
             raise DataError(f"The image {path} does not exist; check the path.")
         for image in own:
@@ -113,12 +117,6 @@ def stem(file: Path) -> str:
     """Return a file's name without the suffix of its format, e.g. .nii.gz."""
     suffix = next((s for s in SUFFIXES if file.name.lower().endswith(s)), "")
     return file.name[: len(file.name) - len(suffix)]
-
-
-def _file(path: Path) -> Given:
-    if not path.name.lower().endswith(SUFFIXES) and path.is_file() and is_dicom(path):
-        raise DataError(f"{path} is one slice of a DICOM series: give the series' directory.")
-    return Given(path, stem(path))
 
 
 def _in_folder(folder: Path) -> tuple[list[Given], list[Path]]:

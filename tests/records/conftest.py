@@ -1,4 +1,4 @@
-"""Fixtures: a run, an empty MLflow store, and a server that refuses everything."""
+"""Fixtures: a run, an empty MLflow store, and a server that answers with errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 @pytest.fixture(scope="module")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow store without experiments: making one takes seconds, copying it none."""
+    """Create an MLflow store once, because this takes seconds; tests copy it."""
     root = tmp_path_factory.mktemp("store")
     client_of(root).search_experiments()
     return root / "mlflow.db"
@@ -30,7 +30,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def root(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory of runs with an empty store."""
+    """Return a directory of runs with an empty store."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     path = tmp_path / "runs"
     path.mkdir()

@@ -31,7 +31,7 @@ from glua_bench.records.tracker import COPIED
 
 
 def files_of(root: Path) -> dict[str, bytes]:
-    """Path below a directory → content, of what a copy holds."""
+    """Return path → content of the files that are copied."""
     return {
         path.relative_to(root).as_posix(): path.read_bytes()
         for path in sorted((root / "phantom").rglob("*"))
@@ -178,7 +178,7 @@ def test_a_tracker_that_serves_no_runs_is_one_sentence(
 def test_a_tracker_that_dies_meanwhile_is_one_error(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every further run would wait for an answer in vain."""
+    """Further runs are not tried."""
     for _, run in two_runs(root):
         assert MLflowMirror(root).mirror(run)
 

@@ -87,12 +87,12 @@ def test_syncing_again_makes_no_doubles(root: Path) -> None:
     assert MLflowMirror(root).mirror(RunDirectory.open(root / "phantom" / "source_only" / "one"))
     assert {r.info.run_id for r in mirrored(root)} == before
     assert {r.data.tags["glua_bench.id"] for r in mirrored(root)} == {"one", "two"}
-    # The tracker's own copies of their files are no runs.
+    # The tracker's copies of files are not runs.
     assert {found.id for found in list_runs(root)} == {"one", "two", "unfinished"}
 
 
 def test_long_logs_arrive_whole(root: Path) -> None:
-    """More than the tracker takes in one request."""
+    """The log exceeds the limit of one request."""
     run = RunDirectory(root, CONFIG, "long")
     run.start({}, [("train", 1100)])
     for step in range(1, 1101):
@@ -139,7 +139,7 @@ def test_an_interrupted_upload_is_replaced(
     assert run.done
     monkeypatch.undo()
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert len(mirrored(root)) == 1  # the half
+    assert len(mirrored(root)) == 1  # the incomplete one
     assert counts(root) == (1, 0, 0, 0)
     (shown,) = mirrored(root)
     assert shown.info.status == "FINISHED" and shown.data.metrics["final/last/mean/dice"] == 0.5
@@ -160,7 +160,7 @@ def test_a_tracker_that_ends_the_process_does_not_end_the_run(
 def test_a_dead_tracker_is_one_warning_and_is_caught_up_later(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Port 9 answers nobody; the client's own retries would take minutes."""
+    """Port 9 is closed; the client's own retries would take minutes."""
     runs = [complete(started(root, name)) for name in ("one", "two", "three")]
     before = {p: p.read_bytes() for p in runs[0].path.rglob("*") if p.is_file()}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")
@@ -191,7 +191,7 @@ ALIKE = ("a b", "a(b", "a[b", "a/b", "a_b", "final", "ä", "..", "x" * 300, "x" 
 
 
 def test_structures_whose_names_are_alike_to_a_tracker_stay_apart(root: Path) -> None:
-    """Each keeps its own Dice and its own ASSD, and both stand under one name."""
+    """Dice and ASSD of a structure have the same, unique, name."""
     run = started(root)
     run.log("train", 4, {name: float(index) for index, name in enumerate(ALIKE)})
     run.flush()
@@ -227,7 +227,7 @@ def parents_and_children(root: Path) -> tuple[list[Any], list[Any]]:
 
 def test_runs_are_nested_under_their_comparison(root: Path, tmp_path: Path) -> None:
     members = two_runs(root)
-    assert MLflowMirror(root).mirror(members[0][1])  # done before, and alone
+    assert MLflowMirror(root).mirror(members[0][1])  # mirrored before
     table = tmp_path / "table.csv"
     table.write_text("entry,Dice\n")
     numbers = {"mr-ct/dice/plain": 0.5, "mr-ct/dice_sd/plain": float("nan")}
@@ -265,7 +265,7 @@ def test_the_same_comparison_again_changes_its_parent_and_makes_none(root: Path)
     client = client_of(root)
     history = client.get_metric_history(parent.info.run_id, "dice")
     assert [m.value for m in history] == [0.5, 0.75]
-    # A run has one parent: the latest command wins, and the earlier comparison keeps its numbers.
+    # A run has one parent, the latest; the earlier comparison keeps its values.
     assert MLflowMirror(root).nest(Comparison("ablate a", members[:1]), {})
     parents, children = parents_and_children(root)
     (new,) = (p for p in parents if p.info.run_id != parent.info.run_id)
@@ -277,7 +277,7 @@ def test_the_same_comparison_again_changes_its_parent_and_makes_none(root: Path)
 
 
 def test_a_group_that_grows_has_one_parent_that_says_what_it_is(root: Path) -> None:
-    """As a sweep does, whose runs are not known when it begins."""
+    """Like a sweep, whose runs are not known at its start."""
     members = two_runs(root)
     settings = {"method": "plain", "searched: lr": "0.1, 0.2"}
 
@@ -289,7 +289,7 @@ def test_a_group_that_grows_has_one_parent_that_says_what_it_is(root: Path) -> N
     assert MLflowMirror(root).nest(grown(1, "lr=0.1"), {"chosen/im": 0.5})
     (parent,), _ = parents_and_children(root)
     assert parent.info.status == "RUNNING" and parent.data.tags["glua_bench.chosen"] == "lr=0.1"
-    # Of one run alone everything would be shared, and parameters cannot be changed afterwards.
+    # Parameters cannot be changed later, so they must not depend on the runs so far.
     wanted = {"method": "plain", "searched_ lr": "0.1, 0.2"}
     assert parent.data.params == wanted and parent.info.run_name == "sweep a"
     assert MLflowMirror(root).nest(grown(2, "lr=0.2"), {"chosen/im": 0.75})
@@ -302,7 +302,7 @@ def test_a_group_that_grows_has_one_parent_that_says_what_it_is(root: Path) -> N
 
 
 def test_a_group_is_followed_while_it_grows(root: Path, monkeypatch: Any) -> None:
-    """It runs, was ended early, runs again and is finished; a run that failed is its child."""
+    """It is running, stopped, running again and finished; a failed run is its child too."""
     members = two_runs(root)
     members[0][1].fail("no reason")
     mirror = MLflowMirror(root)
@@ -322,15 +322,15 @@ def test_a_group_is_followed_while_it_grows(root: Path, monkeypatch: Any) -> Non
     stopped = shown(1, complete=False, stopped=True)
     assert stopped.status == "KILLED" and stopped.end_time is not None
     assert shown(1, complete=False).status == "RUNNING"
-    assert shown(2).status == "FINISHED"  # a search does not fail by some of its runs
-    assert uploaded == [run.id for _, run in members]  # each is looked up once
+    assert shown(2).status == "FINISHED"  # despite a failed run
+    assert uploaded == [run.id for _, run in members]  # each once
     none = Comparison("sweep b", members[:1], 1000.0, "other", {}, {})
     assert mirror.nest(none, {})
     assert {p.info.status for p in parents_and_children(root)[0]} == {"FINISHED", "FAILED"}
 
 
 def test_syncing_keeps_runs_where_they_are_nested(root: Path) -> None:
-    """Also those whose copy is replaced, here because they have succeeded since."""
+    """Also if a copy is replaced, here after a failure."""
     members = two_runs(root)
     members[1][1].fail("no reason")
     assert MLflowMirror(root).nest(Comparison("compare a", members), {})

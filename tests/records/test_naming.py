@@ -76,7 +76,7 @@ def test_a_comparison_is_what_is_compared_and_not_how_it_was_asked_for(tmp_path:
     assert Comparison("compare a", [one]).id != known.id
     assert Comparison("compare a", [one, ("renamed", two[1])]).id != known.id
     assert Comparison("compare a", [one, (two[0], started(tmp_path, "three"))]).id != known.id
-    shared = known.shared()
+    shared = known.parameters()
     assert shared["steps"] == 4 and shared["method.lr"] == 0.001
     assert not {"seed", "direction", "preset", "selectors"} & set(shared)
     assert Comparison("compare a", [one]).name.split(" | ")[1:3] == ["phantom mr-ct", "1 seed"]

@@ -105,7 +105,7 @@ def test_half_a_result_is_not_done(damage: str, run: RunDirectory) -> None:
 
 
 def test_done_is_written_last(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever the last phase stops, the run is not done."""
+    """Until the last file is written, the run is not done."""
     replace, order = os.replace, []
 
     def watched(source: Any, target: Any) -> None:
@@ -174,7 +174,7 @@ def test_a_torn_line_is_dropped_before_the_next_one(run: RunDirectory) -> None:
 def test_rewinding_to_the_start_empties_the_log(run: RunDirectory) -> None:
     run.rewind("train", 0)
     assert steps(run) == []
-    RunDirectory(run.runs_root, CONFIG, "never started").rewind("train", 0)  # nothing to forget
+    RunDirectory(run.runs_root, CONFIG, "never started").rewind("train", 0)  # no log
 
 
 @settings(max_examples=60, deadline=None)
@@ -193,7 +193,7 @@ def test_a_resumed_run_logs_every_step_once(
     torn: bool,
     announced: bool,
 ) -> None:
-    """Stopped anywhere, with a checkpoint anywhere before: the log is that of one attempt."""
+    """The log equals that of an uninterrupted run, for any position of stop and checkpoint."""
     plan = [(f"stage{i}", step + 1) for i, n in enumerate(lengths) for step in range(n)]
     wanted = [(stage, step, i + 1) for i, (stage, step) in enumerate(plan)]
     stopped = min(stopped, len(plan))
@@ -210,7 +210,7 @@ def test_a_resumed_run_logs_every_step_once(
         with (first.path / "log.jsonl").open("a") as log:
             log.write('{"stage": "stage0", "step": 99, "tot')
 
-    # A checkpoint says how many steps of which stage were done; 0 of the next after a stage's end.
+    # A checkpoint stores the stage and its steps; after a stage, 0 steps of the next one.
     stage, step = plan[back] if back < len(plan) else (plan[-1][0], plan[-1][1] + 1)
     second = RunDirectory(root, CONFIG, "id")
     second.start({}, stages)

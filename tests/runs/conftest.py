@@ -1,4 +1,4 @@
-"""Fixtures: plugin files, and the phantom with slices of other thickness."""
+"""Fixtures: plugin files, and the phantom with thicker and thinner slices."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def fitting(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def thick(phantom_root: Path, tmp_path: Path) -> Path:
-    """The cohort with MR slices that are said to be 9 mm apart, and CT slices 2 mm."""
+    """Return the phantom with a slice spacing of 9 mm (MR) and 2 mm (CT) in its headers."""
     root = tmp_path / "thick"
     shutil.copytree(phantom_root, root)
     dataset = Phantom(root)

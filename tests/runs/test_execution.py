@@ -46,7 +46,7 @@ Finished = tuple[PlannedRun, execution.Summary]
 def test_evaluation_asks_for_the_target_and_selectors_for_both(
     phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a method that finds one structure in all pixels of the target, another in the source's."""
+    """The method predicts one structure for all target pixels and another for the source's."""
     plugins = [Path(__file__).parents[1] / "support" / "two_faced_method.py"]
     asked = ask(phantom_root, tmp_path / "runs", method="two_faced", plugins=plugins)
     planned = plan(asked)
@@ -61,7 +61,7 @@ def test_evaluation_asks_for_the_target_and_selectors_for_both(
 
     monkeypatch.setattr(execution, "sample_pixels", sample_pixels)
     execute(planned, QUIET)
-    # Logits and features of two candidates: of the target's slices, and of both source roles.
+    # Logits and features of two candidates, for the target and for both source roles.
     assert classes == {False: [1] * 4, True: [2] * 8}
 
     (case,) = planned.dataset.split("ct", "test")
@@ -118,7 +118,7 @@ def test_figures_show_the_slice_that_is_labelled(phantom_root: Path, tmp_path: P
     assert torch.equal(alone.target_images, stacked.target_images)
     assert torch.equal(alone.source_labels, stacked.source_labels)
     assert {picture.shape[1] for picture in pictures.values()} == {1}
-    # Each slice takes the amplitudes of the target's in its place: the middle one its own target's.
+    # Each slice gets the amplitudes of the target slice at the same place in the stack.
     expected = exchange_amplitudes(alone.source_images, alone.target_images, 0.05)
     torch.testing.assert_close(pictures["restyled"], expected)
 
@@ -169,7 +169,7 @@ def test_a_fitted_setting_is_told_recorded_and_used(
 
     monkeypatch.setattr(execution, "build_method", build)
     execute(planned, QUIET)
-    assert built == [1]  # what trains has the value as well
+    assert built == [1]  # also in the trained method
     recorded = RunDirectory.open(planned.directory.path).config
     assert recorded.method_config["clusters"] == 1
     assert planned.directory.read_environment()["changed"]["clusters"] == 1
@@ -177,7 +177,7 @@ def test_a_fitted_setting_is_told_recorded_and_used(
 
 @pytest.fixture(scope="module")
 def finished(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """One run from end to end, with its figures."""
+    """Execute one run with its figures."""
     planned = plan(ask(phantom_root, tmp_path_factory.mktemp("runs"), method="fda"))
     return planned, execute(planned, QUIET, draw_run)
 
@@ -265,7 +265,7 @@ def test_it_keeps_the_checkpoints_that_a_selector_chose(
     assert judged <= set(chosen) and chosen["last"] == 3
     scores = planned.directory.read_summary()["selector_scores"]
     assert all(set(by_step) == {"2", "3"} for by_step in scores.values())
-    kept = {path.stem for path in planned.directory.checkpoints.iterdir()}  # nothing to go on from
+    kept = {path.stem for path in planned.directory.checkpoints.iterdir()}  # no last.pt
     assert kept == {f"candidate_{step:07d}" for step in chosen.values()}
 
 
@@ -296,7 +296,7 @@ def test_the_oracle_is_asked_for_flagged_and_at_least_as_good(
     assert mean["last"] == pytest.approx(by_step["6"])
     assert execute(planned, QUIET).already_done
 
-    # Without it there is none, and a finished run cannot be asked afterwards.
+    # A run finished without the option has no oracle and cannot get one.
     assert "oracle" not in set(finished[0].directory.read_cases()["selector"])
     late = replace(finished[0].request, oracle=True)
     with pytest.raises(ConfigError) as error:
@@ -481,7 +481,7 @@ def test_open_finds_the_run_again(finished: Finished) -> None:
 
 @pytest.mark.parametrize("what", ["partly annotated", "healthy"])
 def test_a_run_goes_through_where_labels_say_little(what: str) -> None:
-    """All selectors judge, and every case is scored, whatever its label leaves open."""
+    """All selectors and all cases are scored."""
     selectors = tuple(entry.name for entry in Registry("selector").entries())
     with closing(Bench(SourceOnly)) as bench, quiet_machine(bench.fresh("cache")):
         data = bench.copy_of_data()

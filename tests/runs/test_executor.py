@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ import pytest
 import torch
 from small_runs import DISCS as PLUGINS
 
-from glua_bench import cli
 from glua_bench.errors import RunFailure
 from glua_bench.files import try_lock
 from glua_bench.records import mlflow_mirror, run_directory
@@ -33,13 +32,15 @@ from glua_bench.runs.matrix import Planned, comparison, plan
 from glua_bench.runs.plan import PlannedRun
 from glua_bench.runs.request import RunOptions
 
+Call = Callable[..., tuple[int, str, str]]
+
 
 def cells_of(base: RunOptions, seeds: int = 2) -> list[Planned]:
     return plan(comparison(["random_gamma"], ["discs"], [], seeds, base, bounds=False))
 
 
 def in_process(run: PlannedRun, environment: Mapping[str, str]) -> tuple[int, str]:
-    """What a started process would do."""
+    """Execute the run as a child process would."""
     execution.execute(planning.plan(run.request), execution.Progress(enabled=False))
     return 0, ""
 
@@ -77,7 +78,7 @@ def test_a_failure_is_kept_and_tried_again_only_if_asked(base: RunOptions) -> No
     more = cells_of(base, 3)
     outcome = Executor(more, report=said.append, start=in_process).run()
     assert (outcome.ran, outcome.before, len(outcome.failed)) == (1, 1, 1)
-    assert "(1 of 1)" in said[-1]  # what failed earlier is not part of this work
+    assert "(1 of 1)" in said[-1]  # earlier failures are not counted
     outcome = Executor(cells_of(base), retry_failed=True, start=in_process).run()
     assert (outcome.ran, outcome.before, outcome.failed) == (1, 1, {})
 
@@ -112,7 +113,7 @@ def test_a_file_system_without_locks_ends_the_matrix_with_the_reason(
 def test_a_process_that_loses_the_run_to_one_that_is_killed_is_started_again(
     base: RunOptions,
 ) -> None:
-    """That another process had the run is no failure of the run."""
+    """A lock held by another process is not a failure."""
     planned, errors = cells_of(base, 1), []
     lock = planned[0].run.directory.path / ".lock"
 
@@ -122,7 +123,7 @@ def test_a_process_that_loses_the_run_to_one_that_is_killed_is_started_again(
                 return in_process(run, environment)
             except RunFailure as error:
                 errors.append(str(error))
-        return RunFailure.exit_code, errors[-1]  # and the other process is gone
+        return RunFailure.exit_code, errors[-1]  # and the other process has ended
 
     outcome = Executor(planned, start=beaten).run()
     assert len(errors) == 1 and "another process" in errors[0]
@@ -176,7 +177,7 @@ def test_a_run_whose_starter_was_killed_is_waited_for_then_taken_over(base: RunO
     planned = cells_of(base, 1)
     item = planned[0]
     item.run.directory.path.mkdir(parents=True)
-    # A process that holds the run's own lock, but nobody's claim: an orphan.
+    # An orphan holds the run's lock, but not its claim.
     script = (
         "import fcntl, sys, time\n"
         f"held = open({str(item.run.directory.path / '.lock')!r}, 'a')\n"
@@ -210,7 +211,7 @@ def test_jobs_have_a_gpu_or_a_share_of_the_cores_each(monkeypatch: pytest.Monkey
         "0101"
     )
     assert executor_module.environment(0, 4)["OMP_NUM_THREADS"] == "3"
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")  # what the user says stands
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")  # the user's value is kept
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert executor_module.environment(0, 4)["OMP_NUM_THREADS"] == "5"
 
@@ -241,24 +242,15 @@ def test_two_commands_at_once_make_one_comparison(base: RunOptions, tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_comparison_is_one_group_of_runs_in_the_tracker(
-    base: RunOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
 ) -> None:
-    """Mirrored runs lie under it; a second command changes nothing, a dead tracker costs a line."""
+    """A second command changes nothing, and a dead tracker costs one warning."""
     words = ["compare", "--methods=random_gamma", "--dataset=discs", "--no-bounds", "--seeds=2"]
     words += ["--data-root=discs", "--steps=2", "--device=cpu", "--preset=quick"]
     words += [f"--plugin={path}" for path in PLUGINS]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["glua-bench", *words])
-
-    def compared() -> tuple[str, str]:
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        assert not left.value.code
-        said = capsys.readouterr()
-        return said.out, said.err
-
-    out, err = compared()
-    assert "Browse:  mlflow ui" in out and "warning" not in err
+    code, out, err = call(*words)
+    assert not code and "Browse:  mlflow ui" in out and "warning" not in err
     uri = mlflow_mirror.tracking_uri(tmp_path / "runs")
     client = mlflow_mirror.mlflow_client(uri)
 
@@ -282,49 +274,42 @@ def test_a_comparison_is_one_group_of_runs_in_the_tracker(
     files = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert files == {"intervals.csv", "pairs.csv", "ranking.csv", "rows.csv", "table.csv"}
 
-    compared()
+    assert call(*words)[0] == 0
     assert {run.info.run_id for run in shown()} == {run.info.run_id for run in found}
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    out, err = compared()
-    assert err.count("warning: ") == 1 and "127.0.0.1:9" in err and "2 done before" in out
+    code, out, err = call(*words)
+    assert (
+        not code and err.count("warning: ") == 1 and "127.0.0.1:9" in err and "2 done before" in out
+    )
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    monkeypatch.setattr(sys, "argv", ["glua-bench", *words, "--no-mlflow"])
-    monkeypatch.setattr(mlflow_mirror, "mlflow_client", None)  # whoever asks it fails
-    out, err = compared()
-    assert "warning" not in err and "Browse" not in out
+    monkeypatch.setattr(mlflow_mirror, "mlflow_client", None)  # any use fails
+    code, out, err = call(*words, "--no-mlflow")
+    assert not code and "warning" not in err and "Browse" not in out
 
 
 @pytest.mark.slow
 def test_a_comparison_ends_with_a_report_of_its_own_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
 ) -> None:
-    """Whatever else lies beside them: here a comparison with another budget."""
+    """Also if runs with another budget are in the same directory."""
     monkeypatch.chdir(tmp_path)
-
-    def called(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["glua-bench", *words])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        said = capsys.readouterr()
-        return int(left.value.code or 0), said.out, said.err
-
     words = ["compare", "--methods=random_gamma", "--dataset=discs", "--no-bounds", "--seeds=2"]
     words += ["--data-root=discs", "--device=cpu", "--preset=quick", "--no-mlflow"]
     words += [f"--plugin={path}" for path in PLUGINS]
-    code, out, _ = called(*words, "--steps=2")
+    code, out, _ = call(*words, "--steps=2")
     wanted = {run.id for run in run_directory.list_runs(tmp_path / "runs")}
     (line,) = (line for line in out.splitlines() if line.startswith("Next:    "))
     assert code == 0 and len(wanted) == 2
-    assert called(*words, "--steps=3")[0] == 0
-    code, _, err = called("report", "--no-pictures")
+    assert call(*words, "--steps=3")[0] == 0
+    code, _, err = call("report", "--no-pictures")
     assert code and "mixes runs of different protocols" in err
     program, *command_ = shlex.split(line.removeprefix("Next:    "))
-    code, out, err = called(*command_)
+    code, out, err = call(*command_)
     assert (program, code) == ("glua-bench", 0), err
     rows = pd.read_parquet(tmp_path / "report" / "rows.parquet")
     assert set(rows["run"].astype(str)) == wanted
     assert "random_gamma has a mean Dice of" in out
-    code, _, err = called(*command_, "--from-mlflow")
+    code, _, err = call(*command_, "--from-mlflow")
     assert code and "names the runs of one comparison" in err
 
 

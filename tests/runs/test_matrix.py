@@ -125,7 +125,7 @@ def test_a_method_without_variants_cannot_be_ablated(base: RunOptions) -> None:
 
 
 def varied(method: str, base: RunOptions, *vary: str, **options: Any) -> dict[str, list[str]]:
-    """Entry → what its requests set of the method, for entries other than the bounds."""
+    """Return entry → assignments of the method, without bounds."""
     cells = ablation(method, ["discs"], [], 1, base, vary=vary, bounds=False, **options)
     return {c.entry: [a for a in c.request.assignments if a.startswith("method.")] for c in cells}
 
@@ -139,7 +139,7 @@ def test_a_setting_is_varied_beside_its_reference(base: RunOptions) -> None:
         "strength = 2.0": ["method.strength=2.0"],
     }
     assert said == ["'strength = 1.0' duplicates 'default', skipped"]
-    # The reference is what is asked for, not what the class says.
+    # The reference has the requested settings, not the defaults.
     asked = replace(base, assignments=[*base.assignments, "method.strength=2"])
     assert varied("random_gamma", asked, "method.strength=1,2", "lr=1e-3") == {
         "default": ["method.strength=2"],
@@ -172,7 +172,7 @@ def test_a_value_that_a_variant_has_is_the_variant(base: RunOptions) -> None:
         "mask = random",
         "mask = soft",
     ]
-    # 0.001 is the setting of the preset "quick" only.
+    # 0.001 is the value in the preset "quick" only.
     other = varied("glua", replace(base, preset="standard"), "lr_d=0.001", variants=False)
     assert list(other) == ["default", "lr_d = 0.001"]
 
@@ -199,7 +199,7 @@ def test_bounds_do_not_follow_the_methods_settings(base: RunOptions) -> None:
     task = {"dataset": "discs", "direction": "bright-dark"}
     assert lower == base.request(method="source_only", **task)
     assert upper == replace(lower, scenario="supervised")
-    planned = plan(cells)  # every run is another
+    planned = plan(cells)  # all runs differ
     assert [p.run.config.method for p in planned] == ["source_only"] * 2 + ["random_gamma"] * 2
     settings = [p.run.config.method_config.get("strength") for p in planned]
     assert settings == [None, None, 2.0, 1.0]

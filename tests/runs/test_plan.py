@@ -30,12 +30,12 @@ from glua_bench.runs.plan import (
     roles,
 )
 from glua_bench.runs.request import RunRequest
-from glua_bench.runs.stage_cache import artefacts
+from glua_bench.runs.stage_cache import artefact_path
 from glua_bench.task import Case, UnlabelledCase
 
 
 class Tuned(SourceOnly):
-    """Has opinions about one preset."""
+    """Changes settings in one preset."""
 
     presets = {"quick": {"lr": 0.25, "weight_decay": 0.5}}
 
@@ -161,7 +161,7 @@ def test_the_id_is_that_of_the_fitted_setting(
     fitted, other = planned(), planned("method.clusters=4")
     assert len(lines) == 2
     said = planned("method.clusters=1")
-    assert len(lines) == 2  # what fits is not told
+    assert len(lines) == 2  # fitting values are not reported
     assert fitted.id == other.id == said.id
     monkeypatch.setattr(said.method_class, "check", lambda self, cases: {})
     assert planned().config.method_config["clusters"] == 6
@@ -219,7 +219,7 @@ def test_functions_may_take_more_than_they_are_given(
 
 
 class AsBefore(SourceOnly):
-    """Gives its networks one channel, whatever the task says."""
+    """Ignores the number of slices."""
 
     def __init__(self, task: TaskInfo, config: Any) -> None:
         super().__init__(replace(task, slices=1), config)
@@ -286,7 +286,7 @@ def test_a_plugin_that_is_not_made_for_several_slices_is_one_sentence(
 def test_neighbours_are_as_far_apart_as_the_thicker_domain_s_slices(
     thick: Path, tmp_path: Path
 ) -> None:
-    """For every method, scenario and direction alike, and part of the run's identity."""
+    """The distance is equal for all methods, scenarios and directions, and part of the id."""
     own = ("grid.slice_spacing=null", "slices=3")
     found = {}
     for name, changes in {
@@ -336,7 +336,7 @@ def test_a_perturbation_moves_last_bits_alone_and_is_another_run(
     ups, count = 0, 0
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         ulp = torch.nextafter(a.abs(), torch.tensor(torch.inf)) - a.abs()
-        # The float below a power of two is half as far away as the one above.
+        # Below a power of two, floats are spaced half as far.
         steps = ((b.double() - a.double()) / ulp.double())[a != 0]
         assert set(steps.abs().unique().tolist()) <= {0.5, 1.0}
         assert torch.equal(a == 0, b == 0)
@@ -360,7 +360,7 @@ def test_a_stage_is_shared_by_runs_on_as_many_slices_and_last_bits_alone(
         planned = plan(asked)
         structures = planned.dataset.structures
         method = build_method(planned.config, structures, planned.method_class)
-        artefact = artefacts(planned, method)(method.stages()[0])
+        artefact = artefact_path(planned, method, method.stages()[0])
         assert artefact is not None
         places.add(artefact)
     assert len(places) == 5
@@ -407,7 +407,7 @@ def test_the_supervised_scenario_never_trains_on_a_test_case(phantom_root: Path)
 
 
 class Shared(Phantom):
-    """One person was scanned twice, once for training and once for the test."""
+    """A subject is in training and test."""
 
     def cases(self, domain: str) -> tuple[Case, ...]:
         return tuple(
@@ -481,7 +481,7 @@ def test_the_id_follows_every_file_that_is_used(
 
 
 def test_the_id_ignores_the_targets_training_labels(phantom_root: Path, tmp_path: Path) -> None:
-    """Nothing of an adaptation run may depend on them, not even its name."""
+    """Nothing in an adaptation run may depend on them, including the id."""
     root = shutil.copytree(phantom_root, tmp_path / "data")
     before = plan(ask(root)).id
     path = Phantom(root).split("ct", "train")[0].label
@@ -495,7 +495,7 @@ def test_the_id_follows_the_code(
     phantom_root: Path, plugin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def of(changed: str) -> str:
-        """The id of the plugin's run, with its text changed, from a folder of its own."""
+        """Return the id of the run of a changed plugin in its own directory."""
         path = tmp_path / str(len(list(tmp_path.iterdir()))) / plugin.name
         path.parent.mkdir()
         path.write_text(changed)

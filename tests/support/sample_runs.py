@@ -1,4 +1,4 @@
-"""Finished runs without training, and what a tracker shows of them."""
+"""Finished runs without training, and their copies on a tracker."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def one_sentence(error: pytest.ExceptionInfo[Exception]) -> str:
 
 
 def started(root: Path, run_id: str = "abc123", config: RunConfig = CONFIG) -> RunDirectory:
-    """A run that logged four steps."""
+    """Return a run with four logged steps."""
     run = RunDirectory(root, config, run_id)
     run.start({"data": {"train": "d1", "test": "d2"}, "code": "c1"}, [("train", 4)])
     for step in range(1, 5):
@@ -67,7 +67,7 @@ def client_of(root: Path) -> Any:
 
 
 def mirrored(root: Path) -> list[Any]:
-    """All runs that the store shows, deleted ones left out."""
+    """Return all runs in the store, without deleted ones."""
     client = client_of(root)
     ids = [e.experiment_id for e in client.search_experiments()]
     return client.search_runs(ids)

@@ -27,7 +27,7 @@ QUIET = Progress(enabled=False)
 
 
 def ask(phantom_root: Path, runs_root: Path = Path("runs"), *sets: str, **changes: Any) -> Any:
-    """A run that takes a second: three steps of a small network."""
+    """Return a request for three steps of a small network."""
     asked = RunRequest(
         "source_only",
         "phantom",
