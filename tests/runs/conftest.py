@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
-from small_runs import DISCS, PLUGIN
+from small_runs import DISCS, PLUGIN, Ask, small_request
 
 from glua_bench.data.volumes import load_image
 from glua_bench.datasets.phantom.dataset import Phantom
 from glua_bench.runs.request import RunOptions
 from glua_bench.task import Grid
+
+
+@pytest.fixture
+def ask(phantom_root: Path, tmp_path: Path) -> Ask:
+    """Return `small_request` on the phantom in a directory of runs."""
+    return partial(small_request, phantom_root, tmp_path / "runs")
 
 
 @pytest.fixture
@@ -58,8 +65,8 @@ def fitting(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def thick(phantom_root: Path, tmp_path: Path) -> Path:
-    """Return the phantom with a slice spacing of 9 mm (MR) and 2 mm (CT) in its headers."""
+def thick(phantom_root: Path, tmp_path: Path) -> Ask:
+    """Return `ask` on a phantom with a slice spacing of 9 mm (MR) and 2 mm (CT)."""
     root = tmp_path / "thick"
     shutil.copytree(phantom_root, root)
     dataset = Phantom(root)
@@ -71,7 +78,7 @@ def thick(phantom_root: Path, tmp_path: Path) -> Path:
                 affine = image.affine.copy()
                 affine[:3, axis] *= thickness / np.linalg.norm(affine[:3, axis])
                 nib.save(nib.Nifti1Image(np.asarray(image.dataobj), affine), path)
-    return root
+    return partial(small_request, root, tmp_path / "runs")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from small_runs import PLUGIN, QUIET, ask, one_sentence
+from small_runs import PLUGIN, QUIET, Ask, refusal, small_request
 
 from glua_bench import config as configuration
 from glua_bench.config import changed_settings, variant_name
@@ -24,7 +24,7 @@ from glua_bench.console import Progress
 from glua_bench.data.cache import SliceCache
 from glua_bench.data.neighbours import Neighbourhood, Stacks
 from glua_bench.data.stores import ImageStore
-from glua_bench.errors import ConfigError, RunFailure
+from glua_bench.errors import RunFailure
 from glua_bench.method import Method
 from glua_bench.methods.fda import exchange_amplitudes
 from glua_bench.methods.source_only import SourceOnly
@@ -44,11 +44,11 @@ Finished = tuple[PlannedRun, execution.Summary]
 
 
 def test_evaluation_asks_for_the_target_and_selectors_for_both(
-    phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The method predicts one structure for all target pixels and another for the source's."""
     plugins = [Path(__file__).parents[1] / "support" / "two_faced_method.py"]
-    asked = ask(phantom_root, tmp_path / "runs", method="two_faced", plugins=plugins)
+    asked = ask(method="two_faced", plugins=plugins)
     planned = plan(asked)
     classes: dict[bool, list[int]] = {True: [], False: []}  # with labels, and without
     original = execution.sample_pixels
@@ -79,10 +79,10 @@ def test_evaluation_asks_for_the_target_and_selectors_for_both(
 
 
 def test_training_and_test_see_neighbours_at_that_distance(
-    thick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    thick: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned = plan(ask(thick, tmp_path / "runs", "grid.slice_spacing=null", "slices=3",
-                       method="local_only"))  # fmt: skip
+    sets = ("grid.slice_spacing=null", "slices=3")
+    planned = plan(thick(*sets, method="local_only"))
     train, val, target = execution.stores(planned, SliceCache(), QUIET)
     assert val is not None and target is not None
     for store, step in ((train, 1), (val, 1), (target, 5)):  # MR 9 mm, CT 2 mm: 10 mm
@@ -104,10 +104,10 @@ def test_training_and_test_see_neighbours_at_that_distance(
     assert (stored.slices, stored.slice_distance) == (3, 9.0)
 
 
-def test_figures_show_the_slice_that_is_labelled(phantom_root: Path, tmp_path: Path) -> None:
+def test_figures_show_the_slice_that_is_labelled(ask: Ask) -> None:
     shown: dict[int, Any] = {}
     for slices in (1, 3):
-        asked = ask(phantom_root, tmp_path / "runs", f"slices={slices}", method="fda")
+        asked = ask(f"slices={slices}", method="fda")
 
         def draw(run: Any, dataset: Any, rows: Any, batch: Any, pictures: Any) -> None:
             shown[len(shown)] = batch, pictures
@@ -133,17 +133,11 @@ def test_figures_show_the_slice_that_is_labelled(phantom_root: Path, tmp_path: P
     ],
 )
 def test_a_machine_that_cannot_serve_is_one_sentence_before_anything_is_written(
-    changes: dict[str, Any],
-    said: str,
-    phantom_root: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    ask: Ask, changes: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    planned = plan(ask(phantom_root, tmp_path / "runs", **changes))
-    with pytest.raises(ConfigError) as error:
-        execute(planned, QUIET)
-    assert said in one_sentence(error)
+    planned = plan(ask(**changes))
+    assert said in refusal(execute, planned, QUIET)
     assert not (tmp_path / "runs").exists()
 
 
@@ -152,10 +146,10 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_fitted_setting_is_told_recorded_and_used(
-    fitting: Path, phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ask: Ask, fitting: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
-    asked = ask(phantom_root, tmp_path / "runs", method="fitting", plugins=[fitting])
+    asked = ask(method="fitting", plugins=[fitting])
     planned = plan(asked, lines.append)
     told = "method.clusters is 1 instead of 6: training has 1 target case(s)."
     assert [line for line in lines if "clusters" in line] == [told]
@@ -178,7 +172,7 @@ def test_a_fitted_setting_is_told_recorded_and_used(
 @pytest.fixture(scope="module")
 def finished(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """Execute one run with its figures."""
-    planned = plan(ask(phantom_root, tmp_path_factory.mktemp("runs"), method="fda"))
+    planned = plan(small_request(phantom_root, tmp_path_factory.mktemp("runs"), method="fda"))
     return planned, execute(planned, QUIET, draw_run)
 
 
@@ -269,18 +263,14 @@ def test_it_keeps_the_checkpoints_that_a_selector_chose(
     assert kept == {f"candidate_{step:07d}" for step in chosen.values()}
 
 
-def test_selectors_that_need_target_images_leave_out_a_method_without(
-    phantom_root: Path, tmp_path: Path
-) -> None:
-    planned = plan(ask(phantom_root, tmp_path))
+def test_selectors_that_need_target_images_leave_out_a_method_without(ask: Ask) -> None:
+    planned = plan(ask())
     summary = execute(planned, QUIET)
     assert set(summary.table["selector"]) == {"last", "source_val"}
 
 
-def test_the_oracle_is_asked_for_flagged_and_at_least_as_good(
-    phantom_root: Path, tmp_path: Path, finished: Finished
-) -> None:
-    asked = ask(phantom_root, tmp_path, oracle=True, steps=6)
+def test_the_oracle_is_asked_for_flagged_and_at_least_as_good(ask: Ask, finished: Finished) -> None:
+    asked = ask(oracle=True, steps=6)
     planned = plan(asked)
     execute(planned, QUIET)
     rows = planned.directory.read_cases()
@@ -299,9 +289,7 @@ def test_the_oracle_is_asked_for_flagged_and_at_least_as_good(
     # A run finished without the option has no oracle and cannot get one.
     assert "oracle" not in set(finished[0].directory.read_cases()["selector"])
     late = replace(finished[0].request, oracle=True)
-    with pytest.raises(ConfigError) as error:
-        execute(plan(late), QUIET)
-    assert "without --oracle" in one_sentence(error)
+    assert "without --oracle" in refusal(execute, plan(late), QUIET)
 
 
 def test_the_same_command_again_does_nothing(
@@ -323,14 +311,14 @@ def test_the_same_command_again_does_nothing(
 def test_two_runs_of_one_id_give_the_same_numbers(phantom_root: Path, tmp_path: Path) -> None:
     tables = []
     for name in ("a", "b"):
-        planned = plan(ask(phantom_root, tmp_path / name))
+        planned = plan(small_request(phantom_root, tmp_path / name))
         execute(planned, QUIET)
         tables.append(planned.directory.read_cases())
     pd.testing.assert_frame_equal(*tables)
 
 
-def test_a_supervised_run_is_stamped_privileged(phantom_root: Path, tmp_path: Path) -> None:
-    planned = plan(ask(phantom_root, tmp_path, scenario="supervised"))
+def test_a_supervised_run_is_stamped_privileged(ask: Ask) -> None:
+    planned = plan(ask(scenario="supervised"))
     execute(planned, QUIET)
     assert planned.directory.read_environment()["privileged"] is True
     assert planned.directory.read_summary()["privileged"] is True
@@ -358,15 +346,10 @@ FAILING = (
     ],
 )
 def test_a_failed_run_is_marked_and_never_done(
-    what: str,
-    error: type[Exception],
-    said: str,
-    plugin: Path,
-    phantom_root: Path,
-    tmp_path: Path,
+    ask: Ask, what: str, error: type[Exception], said: str, plugin: Path
 ) -> None:
     plugin.write_text(FAILING.replace("{what}", what))
-    planned = plan(ask(phantom_root, tmp_path / "runs", method="plugged", plugins=[plugin]))
+    planned = plan(ask(method="plugged", plugins=[plugin]))
     with pytest.raises(error):
         execute(planned, QUIET)
     directory = planned.directory
@@ -376,9 +359,9 @@ def test_a_failed_run_is_marked_and_never_done(
 
 
 def test_a_run_that_failed_to_score_goes_on_where_it_was(
-    phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planned = plan(ask(phantom_root, tmp_path))
+    planned = plan(ask())
     with monkeypatch.context() as patch:
 
         def full(*arguments: Any, **named: Any) -> None:
@@ -399,13 +382,13 @@ def test_a_run_that_failed_to_score_goes_on_where_it_was(
 
 
 def test_an_interrupted_run_is_neither_done_nor_failed(
-    phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(SourceOnly, "step", interrupted)
-    planned = plan(ask(phantom_root, tmp_path))
+    planned = plan(ask())
     with pytest.raises(KeyboardInterrupt):
         execute(planned, QUIET)
     assert not planned.directory.done and planned.directory.failed is None
@@ -419,7 +402,7 @@ def test_a_watcher_sees_the_scores_that_the_run_records(
     phantom_root: Path, tmp_path: Path, selector: str
 ) -> None:
     seen: dict[int, float] = {}
-    request = ask(phantom_root, tmp_path / "watched", method="local_only")
+    request = small_request(phantom_root, tmp_path / "watched", method="local_only")
     planned = plan(request)
     execute(planned, QUIET, watch=execution.Watch(selector, seen.__setitem__))
     recorded = planned.directory.read_summary()["selector_scores"][selector]
@@ -430,13 +413,11 @@ def test_a_watcher_sees_the_scores_that_the_run_records(
     pd.testing.assert_frame_equal(*rows)
 
 
-def test_a_run_that_a_watcher_ends_is_neither_done_nor_failed(
-    phantom_root: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_a_watcher_ends_is_neither_done_nor_failed(ask: Ask) -> None:
     def see(step: int, score: float) -> None:
         raise execution.Stopped
 
-    planned = plan(ask(phantom_root, tmp_path))
+    planned = plan(ask())
     with pytest.raises(execution.Stopped):
         execute(planned, QUIET, watch=execution.Watch("source_val", see))
     assert not planned.directory.done and planned.directory.failed is None
@@ -445,13 +426,10 @@ def test_a_run_that_a_watcher_ends_is_neither_done_nor_failed(
 
 
 def test_a_tracker_that_is_down_costs_a_warning(
-    phantom_root: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    planned = plan(ask(phantom_root, tmp_path, mlflow=True))
+    planned = plan(ask(mlflow=True))
     summary = execute(planned, QUIET)
     assert planned.directory.done
     assert len(summary.warnings) == 1 and "glua-bench sync" in summary.warnings[0]
@@ -464,10 +442,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     yield tmp_path / "cache"
 
 
-def test_an_estimate_trains_nothing_that_stays(
-    phantom_root: Path, tmp_path: Path, own_cache: Path
-) -> None:
-    planned = plan(ask(phantom_root, tmp_path / "runs", steps=1000))
+def test_an_estimate_trains_nothing_that_stays(ask: Ask, tmp_path: Path, own_cache: Path) -> None:
+    planned = plan(ask(steps=1000))
     few = execution.estimate(planned, probe=2)
     assert few > 0
     assert list_runs(tmp_path / "runs") == [] and not (own_cache / "stages").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from glua_bench.console import Progress
+from glua_bench.errors import ConfigError
 from glua_bench.runs.request import RunRequest
 
 SMALL = (
@@ -24,9 +26,12 @@ SMALL = (
 
 
 QUIET = Progress(enabled=False)
+Ask = Callable[..., RunRequest]
 
 
-def ask(phantom_root: Path, runs_root: Path = Path("runs"), *sets: str, **changes: Any) -> Any:
+def small_request(
+    phantom_root: Path, runs_root: Path = Path("runs"), *sets: str, **changes: Any
+) -> RunRequest:
     """Return a request for three steps of a small network."""
     asked = RunRequest(
         "source_only",
@@ -44,7 +49,12 @@ def ask(phantom_root: Path, runs_root: Path = Path("runs"), *sets: str, **change
     return replace(asked, **changes)
 
 
-def one_sentence(error: pytest.ExceptionInfo[Exception]) -> str:
+def refusal(
+    function: Callable[..., Any], *arguments: Any, kind: type[Exception] = ConfigError
+) -> str:
+    """Return the sentence with which a call is refused."""
+    with pytest.raises(kind) as error:
+        function(*arguments)
     text = str(error.value)
     assert "\n" not in text and text.endswith(".") and text[:-1].count(". ") == 0
     return text
