@@ -68,11 +68,14 @@ NO_RESULT: Mapping[str, str] = {
     f"{PACKAGE}.records.tracker": "copies results",
 }
 
+# Hexadecimal digits of each kind of digest.
+RUN_DIGITS, DATA_DIGITS, CODE_DIGITS, CACHE_DIGITS = 12, 16, 10, 20
+
 # An import in a file: its level (0 is absolute), the module, and the names imported from it.
 Import = tuple[int, str, tuple[str, ...]]
 
 
-def digest(value: Any, length: int = 12) -> str:
+def digest(value: Any, length: int = RUN_DIGITS) -> str:
     """Return the first `length` hexadecimal digits of the hash of a JSON-serialisable value."""
     return _sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())[:length]
 
@@ -165,7 +168,7 @@ def code_digest(harness: tuple[str, ...], homes: tuple[str, ...] = ()) -> str:
     """Return a digest of the code of the modules that `reached` finds, once per process."""
     counted = [[label, _read(path).digest] for label, path in reached(harness, homes)]
     # Sorted by label and code, so that the paths of modules with equal labels have no influence.
-    return digest(sorted(counted), 10)
+    return digest(sorted(counted), CODE_DIGITS)
 
 
 # -- modules --------------------------------------------------------------------------------------

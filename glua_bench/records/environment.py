@@ -1,4 +1,4 @@
-"""What is recorded of the machine and of the versions of code."""
+"""Record the machine and the versions of code."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import re
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-TIME = "%Y-%m-%dT%H:%M:%S%z"  # how a time is written in JSON
-
-_LIBRARIES = (
+TIME = "%Y-%m-%dT%H:%M:%S%z"  # format of times in JSON
+LIBRARIES = (
     "torch",
     "lightning-fabric",
     "timm",
@@ -30,15 +30,14 @@ _LIBRARIES = (
 
 
 def now() -> str:
+    """Return the current time in the format `TIME`."""
     return time.strftime(TIME)
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the libraries that a result may depend on, without imports."""
-    from importlib.metadata import PackageNotFoundError, version
-
+    """Return the versions of libraries that can affect a result, without importing them."""
     found = {}
-    for name in _LIBRARIES:
+    for name in LIBRARIES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -47,7 +46,7 @@ def versions() -> dict[str, str]:
 
 
 def git_state(directory: Path) -> dict[str, Any] | None:
-    """Commit and cleanness of the git checkout that holds a directory; None where none does."""
+    """Return commit and cleanness of a directory's git checkout; None if it is not in one."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -65,14 +64,11 @@ def git_state(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def environment(**facts: Any) -> dict[str, Any]:
-    """Where and with what a run is made. Holds no user's or machine's name.
-
-    Args:
-        facts: further entries, e.g. the data fingerprint and the device in use.
-    """
+def environment() -> dict[str, Any]:
+    """Describe machine and software, without names of users or machines."""
     import glua_bench
 
+    home = str(Path.home())
     found: dict[str, Any] = {
         "glua_bench": glua_bench.__version__,
         "python": platform.python_version(),
@@ -84,20 +80,15 @@ def environment(**facts: Any) -> dict[str, Any]:
         "libraries": versions(),
         "git": git_state(Path.cwd()),
         "source": git_state(Path(glua_bench.__file__).resolve().parent),
-        "command": [_without_home(argument) for argument in sys.argv],
+        "command": [a.replace(home, "~") if len(home) > 1 else a for a in sys.argv],
         "time": now(),
     }
-    # Only where torch is in use anyway: asking must not cost an import.
-    torch = sys.modules.get("torch")
-    if torch is not None:
+    if torch := sys.modules.get("torch"):  # not imported for this purpose
         found["threads"] = torch.get_num_threads()
-        found["gpus"] = (
-            [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-            if torch.cuda.is_available()
-            else []
-        )
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        found["gpus"] = [torch.cuda.get_device_name(index) for index in range(count)]
         found["cuda"] = torch.version.cuda
-    return {**found, **facts}
+    return found
 
 
 def _processor() -> str:
@@ -106,8 +97,3 @@ def _processor() -> str:
         return re.search(r"model name\s*:\s*(.+)", text)[1]  # type: ignore[index]
     except (OSError, TypeError):
         return platform.processor() or "unknown"
-
-
-def _without_home(text: str) -> str:
-    home = str(Path.home())
-    return text.replace(home, "~") if len(home) > 1 else text

@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,24 +28,23 @@ def fetch_runs(
     experiments: Sequence[str] | None = None,
     warn: Callable[[str], None] = warn,
 ) -> list[RunDirectory]:
-    """Make directories of the finished runs that a tracker has copies of.
+    """Download the finished runs of a tracker as run directories.
 
-    They are laid out as below a directory of runs, and hold the same bytes as the originals, but
-    neither weights nor the log. A run that lies there already is not fetched again.
-    Runs and comparisons that were deleted in the tracker are left out.
+    Directories contain the same files as the originals, except weights and log. Runs that exist
+    already are not downloaded again, and runs and comparisons deleted in the tracker are skipped.
 
     Args:
-        uri: the tracker's address, e.g. "http://host:5000" or "sqlite:///runs/mlflow.db".
-        into: where; nothing that lies there is changed.
-        experiments: names of the tracker's experiments; None is all of them.
-        warn: receives a sentence for every run that is left out, because its copy is damaged or
-            another run is in its place.
+        uri: address of the tracker, e.g. "http://host:5000" or "sqlite:///runs/mlflow.db".
+        into: directory of runs; existing files are not changed.
+        experiments: names of the tracker's experiments; None selects all.
+        warn: receives a sentence for each skipped run, whose copy is damaged or whose directory
+            exists with other content.
 
     Returns:
         The runs, all `done`, sorted by path.
 
     Raises:
-        UserError: the tracker does not answer, has none of the experiments, or no whole run.
+        UserError: the tracker does not answer, or has no such experiment or no complete run.
         RunFailure: `into` cannot be written.
     """
     place = without_password(uri)
@@ -56,15 +56,15 @@ def fetch_runs(
     except BaseException as error:  # mlflow's own, the database's, the network's, SystemExit
         raise _unreadable(place, error) from error
     if not copies:
-        among = "" if experiments is None else f" in {', '.join(experiments)}"
+        where = "" if experiments is None else f" in {', '.join(experiments)}"
         raise UserError(
-            f"The tracker at {place} has no finished runs{among}; send them there with "
+            f"The tracker at {place} has no finished runs{where}; upload them with "
             "`glua-bench sync`."
         )
     runs: dict[str, RunDirectory] = {}
     for copy in copies:
         name = copy.data.tags.get("glua_bench.id", copy.info.run_id)
-        if name in runs:  # several runs roots may have sent it
+        if name in runs:  # uploaded from several directories
             continue
         try:
             run = _fetch(client, copy, Path(into))
@@ -73,15 +73,15 @@ def fetch_runs(
         except BaseException as error:
             try:
                 check_tracker(uri)
-            except OSError as gone:  # then every other run would wait in vain, too
+            except OSError as gone:  # all other downloads would fail too
                 raise _unreadable(place, gone) from error
-            warn(f"Run {name} ({copy.info.run_name}) at {place} is left out: {reason(error)}.")
+            warn(f"Run {name} ({copy.info.run_name}) at {place} was skipped: {reason(error)}.")
         else:
             runs[name] = run
     if not runs:
         raise UserError(
             f"None of the {len(copies)} runs at {place} could be fetched; delete them there and "
-            "send them again with `glua-bench sync`."
+            "upload them again with `glua-bench sync`."
         )
     return sorted(runs.values(), key=lambda run: run.path)
 
@@ -94,54 +94,49 @@ def _unreadable(place: str, error: BaseException) -> UserError:
 
 
 def _copies(uri: str, experiments: Sequence[str] | None) -> list[Run]:
-    """Complete copies of finished runs, the newest of each first."""
+    """Return complete copies of finished runs, newest first."""
     prefix = "sqlite:///"
-    # mlflow would make an empty database of a wrong name.
+    # mlflow would create an empty database for a wrong name.
     if uri.startswith(prefix) and not Path(uri.removeprefix(prefix).split("?")[0]).is_file():
-        raise FileNotFoundError("there is no such file")
+        raise FileNotFoundError("the file does not exist")
     client = mlflow_client(uri)
-    shown: list[Experiment] = _all_pages(lambda page: client.search_experiments(page_token=page))
+    known: list[Experiment] = _all_pages(client.search_experiments)
+    ids = {experiment.name: experiment.experiment_id for experiment in known}
     if experiments is not None:
-        names = [experiment.name for experiment in shown]
         for name in experiments:
-            if name not in names:
+            if name not in ids:
                 raise UserError(
-                    f"The tracker at {without_password(uri)} has no experiment '{name}'; choose "
-                    f"among {', '.join(sorted(names))}."
+                    f"The tracker at {without_password(uri)} has no experiment '{name}'; use one "
+                    f"of {', '.join(sorted(ids))}."
                 )
-        shown = [experiment for experiment in shown if experiment.name in experiments]
+        ids = {name: ids[name] for name in experiments}
+    done = "tags.`glua_bench.mirrored` LIKE 'done%'"
     found: list[Run] = []
-    for experiment in shown:
-
-        def search(page: str | None, within: str = experiment.experiment_id) -> Any:
-            wanted = "tags.`glua_bench.mirrored` LIKE 'done%'"
-            return client.search_runs([within], filter_string=wanted, page_token=page)
-
-        found += _all_pages(search)
+    for experiment in ids.values():
+        found += _all_pages(partial(client.search_runs, [experiment], filter_string=done))
     return sorted(found, key=lambda run: run.info.start_time, reverse=True)
 
 
-def _all_pages(search: Callable[[str | None], Any]) -> list[Any]:
-    found, token = [], None
-    while True:
-        page = search(token)
+def _all_pages(search: Callable[..., Any]) -> list[Any]:
+    page = search()
+    found = list(page)
+    while page.token:
+        page = search(page_token=page.token)
         found += page
-        token = page.token
-        if not token:
-            return found
+    return found
 
 
 def _fetch(client: MlflowClient, copy: Run, into: Path) -> RunDirectory:
-    """One copy as a directory.
+    """Download one copy as a run directory.
 
     Raises:
-        UserError: the copy is not whole, or something else lies in its place.
+        UserError: the copy is incomplete, or its directory exists with other content.
         RunFailure: the directory cannot be written.
-        Exception: whatever the tracker's client raises.
+        Exception: any error of the tracker's client.
     """
     tags = copy.data.tags
     parts = [tags.get(f"glua_bench.{name}", "") for name in ("dataset", "method", "id")]
-    for part in parts:  # they become a path, and a tracker may hold anything
+    for part in parts:  # they become a path, and the tracker is not trusted
         if not re.fullmatch(r"\w[\w.+-]*", part):
             raise UserError(f"'{part}' cannot be a directory's name")
     path, mark = into.joinpath(*parts), tags["glua_bench.mirrored"].split()[1:]
@@ -154,12 +149,12 @@ def _fetch(client: MlflowClient, copy: Run, into: Path) -> RunDirectory:
             if not fetched.done or not _has_mark(folder, mark) or own != parts[:2]:
                 raise UserError("its files do not fit together")
         if not _has_mark(path, mark):
-            raise UserError(f"another state of it lies at {path}; choose another directory")
+            raise UserError(f"{path} exists with other content; use another directory")
     return RunDirectory.open(path)
 
 
 def _has_mark(path: Path, mark: Sequence[str]) -> bool:
-    """Whether a directory has the `done` of a digest."""
+    """Return True if a directory's `done` has the given digest."""
     try:
         return [digest_of(path / "done")] == list(mark)
     except OSError:
@@ -167,11 +162,11 @@ def _has_mark(path: Path, mark: Sequence[str]) -> bool:
 
 
 def _download(client: MlflowClient, run_id: str, folder: Path, parts: Path) -> None:
-    """The files of a copy, compared with their digests."""
+    """Download the files of a copy and verify their digests."""
 
     def fetch(name: str, target: Path) -> None:
         try:
-            # Whether folders are kept below the given one depends on the store.
+            # Whether subdirectories are kept depends on the store.
             shutil.copyfile(client.download_artifacts(run_id, name, str(parts)), target)
         except Exception as error:
             raise UserError(f"its artifact {name} is missing") from error
@@ -182,11 +177,9 @@ def _download(client: MlflowClient, run_id: str, folder: Path, parts: Path) -> N
         digests = dict(json.loads(listing.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UserError(f"its artifact {DIGESTS} is damaged") from error
-    drawn = [name for name in digests if re.fullmatch(DRAWN, name)]
     for name in ("figures", "predictions"):
         (folder / name).mkdir()
-    carried = [name for name in digests if re.fullmatch(CARRIED, name)]
-    for name in (*COPIED, *carried, *drawn):
+    for name in (*COPIED, *(n for n in digests if re.fullmatch(f"{CARRIED}|{DRAWN}", n))):
         fetch(name, folder / name)
         if digest_of(folder / name) != digests.get(name):
             raise UserError(f"its artifact {name} is damaged")

@@ -1,4 +1,4 @@
-"""Names of runs, comparisons and their settings on a tracker."""
+"""Name runs, comparisons and their settings on a tracker."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
-from glua_bench.config import PRESETS, RunConfig, SegmenterSpec, digest, flat_settings
+from glua_bench.config import PRESETS, RunConfig, SegmenterSpec, flat_settings
 from glua_bench.errors import UserError, shortened
+from glua_bench.identity import digest
 from glua_bench.paths import distinct
 from glua_bench.records.environment import TIME
 from glua_bench.records.run_directory import RunDirectory
@@ -20,16 +21,16 @@ from glua_bench.scoring.metrics import METRICS
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a tracker shows of a finished or failed run, besides its files.
+    """A finished or failed run as shown on a tracker, besides its files.
 
     Attributes:
-        name: for people, see `run_name`.
-        tags: what the run is, in words, e.g. {"id": "1c0ffee1", "seed": "0", "error": "..."}.
-        params: the settings, by the names that `--set` takes.
-        metrics: name, value, seconds since 1970 and step of everything that was logged, then of
-            the results (`final_metrics`).
-        began: when the run began, in seconds since 1970.
-        ended: when it ended.
+        name: from `run_name`.
+        tags: description of the run, e.g. {"id": "1c0ffee1", "seed": "0", "error": "..."}.
+        params: settings, by the names that `--set` accepts.
+        metrics: name, value, seconds since 1970 and step of all logged values, then of the results
+            (`final_metrics`).
+        began: start of the run, in seconds since 1970.
+        ended: end of the run.
     """
 
     name: str
@@ -41,8 +42,8 @@ class RunRecord:
 
     @classmethod
     def of(cls, run: RunDirectory) -> RunRecord:
-        """Read it from a run's directory."""
-        rows, config = run._rows(), run.config
+        """Read the record from a run directory."""
+        rows, config = run.read_log(), run.config
         began, ended = _times(run, rows)
         metrics = [
             (f"{row['stage']}/{name}", value, row["time"], row["step"])
@@ -57,14 +58,11 @@ class RunRecord:
 
 
 def _times(run: RunDirectory, rows: list[dict[str, Any]]) -> tuple[float, float]:
-    """When a run began and ended, in seconds since 1970.
-
-    The log alone would leave out reading and scoring, which may take longer than training.
-    """
+    # The log alone would exclude reading and scoring, which may take longer than training.
     times = [row["time"] for row in rows]
     for name in ("environment.json", "done"):
         with contextlib.suppress(UserError, KeyError, TypeError, ValueError):
-            times.append(datetime.strptime(run._read_json(name)["time"], TIME).timestamp())
+            times.append(datetime.strptime(run.read_json(name)["time"], TIME).timestamp())
     times = times or [time.time()]
     return min(times), max(times)
 
@@ -81,14 +79,15 @@ def _tags(run: RunDirectory) -> dict[str, str]:
         "privileged": str(config.privileged).lower(),
     }
     if changed := named_changes(config, _method_changes(run)):
-        tags["changed"] = _listed(changed)
+        tags["changed"] = _settings_text(changed)
     if run.failed and not run.done:
         tags["error"] = run.failed[:4000]
     with contextlib.suppress(UserError):
         environment = run.read_environment()
-        for name in ("data", "code"):
-            if name in environment:
-                tags[name] = _one_text(environment[name])
+        if data := environment.get("data"):
+            tags["data"] = " ".join(f"{name}={value}" for name, value in data.items())
+        if code := environment.get("code"):
+            tags["code"] = code
         if state := environment.get("source") or environment.get("git"):
             tags["git_commit"] = str(state["commit"])
             tags["git_dirty"] = str(state["dirty"]).lower()
@@ -99,19 +98,18 @@ def _tags(run: RunDirectory) -> dict[str, str]:
 class Comparison:
     """Runs that a tracker shows as one group: those of one comparison on one dataset.
 
-    A group that grows, as a sweep does, states its `identity` and `settings`, which must not
-    depend on the runs that happen to be there.
+    A growing group, such as a sweep, defines `identity` and `settings`, which must not depend on
+    the runs that exist so far.
 
     Attributes:
-        title: what was asked for, e.g. "compare glua, sifa".
-        members: entry and directory of each run, finished or not; at least one, all of one
-            dataset.
-        began: when the command began, in seconds since 1970.
-        identity: what tells a growing group from others; "" takes its runs.
-        settings: of the group; None takes what all runs share.
+        title: title of the command, e.g. "compare glua, sifa".
+        members: entry and directory of each run, finished or not; at least one, all of one dataset.
+        began: start of the command, in seconds since 1970.
+        identity: identity of a growing group; "" derives it from the runs.
+        settings: settings of the group; None selects those that all runs share.
         facts: further tags of the group.
-        complete: whether no further run is to come.
-        stopped: whether it was ended early, and may go on later.
+        complete: True if no further run will be added.
+        stopped: True if the command was stopped early, and may be resumed.
     """
 
     title: str
@@ -130,14 +128,12 @@ class Comparison:
 
     @property
     def id(self) -> str:
-        """The identity: what is compared, however the command was worded.
+        """The identity, which does not depend on the wording of the command.
 
-        Runs enter by their ids, so that changed settings, data or code make another comparison,
-        and old rows stay under the old one.
+        It is computed from the ids of runs, so that changed settings, data or code give another
+        comparison, and earlier results are kept.
         """
-        if self.identity:
-            return digest(self.identity)
-        return digest(sorted([entry, run.id] for entry, run in self.members))
+        return digest(self.identity or sorted([entry, run.id] for entry, run in self.members))
 
     @property
     def entries(self) -> list[str]:
@@ -156,7 +152,7 @@ class Comparison:
 
     @property
     def status(self) -> str:
-        """In the tracker's words; a growing group, a search, does not fail by some of its runs."""
+        """Status as MLflow names it; a growing group does not fail if some of its runs do."""
         if not self.complete:
             return "KILLED" if self.stopped else "RUNNING"
         enough = any if self.identity else all
@@ -164,7 +160,7 @@ class Comparison:
 
     @property
     def name(self) -> str:
-        """A line for people, e.g. "compare glua, sifa | phantom mr-ct | 3 seeds | quick"."""
+        """Display name, e.g. "compare glua, sifa | phantom mr-ct | 3 seeds | quick"."""
         if self.settings is not None:
             return shortened(self.title, 200)
         count = len(self.seeds)
@@ -176,18 +172,25 @@ class Comparison:
                 shortened(self.title, 100),
                 f"{self.dataset} {', '.join(self.directions)}",
                 f"{count} seed{'s' if count > 1 else ''}",
-                ", ".join(filter(None, (preset, _listed(shared)))),
+                ", ".join(filter(None, (preset, _settings_text(shared)))),
             )
         )
 
     def parameters(self) -> dict[str, Any]:
-        """What the tracker shows as the group's parameters, which it never changes."""
+        """Return the group's parameters, by default the settings that all runs share."""
         if self.settings is not None:
             return dict(self.settings)
-        return {"entries": len(self.entries), "seeds": len(self.seeds), **self.shared()}
+        settings = [flat_settings(run.config.to_dict()) for _, run in self.members]
+        shared = {
+            name: value
+            for name, value in settings[0].items()
+            if name not in ("preset", "selectors")  # which are not part of ids
+            and all(name in other and other[name] == value for other in settings)
+        }
+        return {"entries": len(self.entries), "seeds": len(self.seeds), **shared}
 
     def tags(self) -> dict[str, str]:
-        """What the group is, in words, as it stands now."""
+        """Return the current description of the group."""
         done = sum(run.done for _, run in self.members)
         return {
             "dataset": self.dataset,
@@ -198,34 +201,23 @@ class Comparison:
             **self.facts,
         }
 
-    def shared(self) -> dict[str, Any]:
-        """The settings that all runs share, those left out that are not part of their ids."""
-        settings = [flat_settings(run.config.to_dict()) for _, run in self.members]
-        return {
-            name: value
-            for name, value in settings[0].items()
-            if name not in ("preset", "selectors")
-            and all(name in other and other[name] == value for other in settings)
-        }
-
 
 def final_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The results of a run as the tracker's metrics.
+    """Return the results of a run as metrics for a tracker.
 
     Args:
-        summary: as `RunDirectory.finish` was given it; `scores` holds one record per selector
-            and structure (and one for their "mean").
+        summary: passed to `RunDirectory.finish`; `scores` has one record per selector and
+            structure, including the structure "mean".
 
     Returns:
         e.g. {"final/last/mean/dice": 0.8, "final/last/MYO/dice": 0.7, "final/last/MYO/misses": 2}.
-        All scores of a structure stand under one name, which no other structure has.
+            All scores of a structure have the same, unique, name of the structure.
     """
     records = summary.get("scores", ())
-    names = distinct((str(record["structure"]) for record in records), _structure)
+    # Names are short enough for a suffix by `distinct`.
+    names = distinct((r["structure"] for r in records), lambda name: _key_part(name)[:90])
     return {
-        f"final/{record['selector']}/{names[str(record['structure'])]}/{score}": float(
-            record[score]
-        )
+        f"final/{record['selector']}/{names[record['structure']]}/{score}": float(record[score])
         for record in records
         for score in (*METRICS, "misses")
         if record.get(score) is not None
@@ -233,13 +225,13 @@ def final_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def named_changes(config: RunConfig, method: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are not what preset and method give, by the names that `--set` takes.
+    """Return settings that differ from preset and method, by the names that `--set` accepts.
 
-    The grid's are left out, because only the dataset's files tell what a preset gives it.
+    The grid is excluded, because its presets depend on the dataset's files.
 
     Args:
-        config: of the run.
-        method: the method's settings that differ from its defaults; they come first.
+        config: configuration of the run.
+        method: settings of the method that differ from its defaults; they come first.
 
     Example:
         >>> from glua_bench.task import Grid
@@ -247,37 +239,35 @@ def named_changes(config: RunConfig, method: Mapping[str, Any]) -> dict[str, Any
         {'method.mask': 'soft', 'segmenter.width': 32, 'segmenter.depth': 5, 'steps': 9}
     """
     preset = dict(PRESETS.get(config.preset, {}))
+    own = ("augmentation", "precision", "candidates", "slices", "perturbation")
     defaults = flat_settings(
         {
-            "augmentation": RunConfig.augmentation,
-            "precision": RunConfig.precision,
-            "candidates": RunConfig.candidates,
-            "slices": RunConfig.slices,
-            "perturbation": RunConfig.perturbation,
+            **{name: getattr(RunConfig, name) for name in own},
             **preset,
             "segmenter": {**asdict(SegmenterSpec()), **preset.get("segmenter", {})},
         }
     )
-    own = flat_settings(config.to_dict())
-    changed = {n: own[n] for n in own if n in defaults and own[n] != defaults[n]}
+    settings = flat_settings(config.to_dict())
+    changed = {n: v for n, v in settings.items() if n in defaults and v != defaults[n]}
     return {**{f"method.{name}": value for name, value in method.items()}, **changed}
 
 
 def _method_changes(run: RunDirectory) -> Mapping[str, Any]:
-    """What differed from the method's defaults when the run began."""
+    """Return the method's settings that differed from its defaults when the run began."""
     with contextlib.suppress(UserError):
         return dict(run.read_environment().get("changed", {}))
     return {}
 
 
 def run_name(config: RunConfig, method: Mapping[str, Any]) -> str:
-    """A run's name for people: what tells it from its neighbours in a table comes first.
+    """Return the display name of a run, with its most distinctive parts first.
 
-    Method with its changed settings, direction, seed, and the changed settings of the run.
+    The parts are the method with its changed settings, direction, seed, and changed settings of the
+    run.
 
     Args:
-        config: of the run.
-        method: the method's settings that differ from its defaults.
+        config: configuration of the run.
+        method: settings of the method that differ from its defaults.
 
     Example:
         >>> from glua_bench.task import Grid
@@ -286,7 +276,7 @@ def run_name(config: RunConfig, method: Mapping[str, Any]) -> str:
     """
     changed = named_changes(config, method)
     name = config.method
-    if changed.get("augmentation") == "photometric":  # as the entries of a comparison say it
+    if changed.get("augmentation") == "photometric":  # as in the entries of a comparison
         del changed["augmentation"]
         name += " + photometric"
     if config.privileged:
@@ -294,35 +284,24 @@ def run_name(config: RunConfig, method: Mapping[str, Any]) -> str:
     own = {n: value for n, value in changed.items() if n.startswith("method.")}
     others = {n: value for n, value in changed.items() if n not in own}
     parts = [
-        shortened(", ".join(filter(None, (name, _listed(own)))), 120),
+        shortened(", ".join(filter(None, (name, _settings_text(own)))), 120),
         config.direction,
         f"seed {config.seed}",
-        shortened(_listed(others), 120),
+        shortened(_settings_text(others), 120),
     ]
     return " | ".join(filter(None, parts))
 
 
-def _listed(settings: Mapping[str, Any]) -> str:
+def _settings_text(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{n.removeprefix('method.')}={value}" for n, value in settings.items())
 
 
-def _one_text(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return " ".join(f"{name}={entry}" for name, entry in value.items())
-    return str(value)
-
-
 def tracker_key(name: str) -> str:
-    """A name with only the characters that a tracker accepts; others may come out alike."""
-    return "/".join(map(_word, name.split("/")))[:240].rstrip("/")  # of 250; `distinct` adds some
+    """Replace the characters that a tracker does not accept; results may coincide."""
+    # The limit is 250 characters, of which `distinct` needs some.
+    return "/".join(map(_key_part, name.split("/")))[:240].rstrip("/")
 
 
-def _structure(name: str) -> str:
-    """A structure in such a name, short enough that a suffix of `distinct` remains in it."""
-    return _word(name)[:90]
-
-
-def _word(name: str) -> str:
-    """A part of such a name."""
-    word = re.sub(r"[^\w\-. ]", "_", name)[:100]
-    return word if word.strip(".") else f"_{word}"  # it would be taken for a directory
+def _key_part(name: str) -> str:
+    part = re.sub(r"[^\w\-. ]", "_", name)[:100]
+    return part if part.strip(".") else f"_{part}"  # "." and ".." are directories

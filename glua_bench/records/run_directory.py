@@ -1,8 +1,9 @@
-"""The run directory: the single source of truth about a run."""
+"""Run directory: the files of a run, from which all copies and reports are made."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
 import time
@@ -22,6 +23,7 @@ from glua_bench.files import (
     write_json,
     write_text,
 )
+from glua_bench.identity import DATA_DIGITS
 from glua_bench.paths import ARTIFACTS, matching
 from glua_bench.records.environment import now
 
@@ -32,12 +34,15 @@ FLUSH_SECONDS = 2.0
 
 
 class RunDirectory:
-    """One run's files: `runs/<dataset>/<method>/<id>/`.
+    """Files of a run in `runs/<dataset>/<method>/<id>/`.
+
+    Writing raises a `RunFailure` if the disk is full or the directory cannot be written. Reading
+    raises a `UserError` if the run lacks the file, or if the file is damaged.
 
     Args:
         runs_root: the directory of all runs.
-        config: what defines the run.
-        run_id: its identity.
+        config: configuration of the run.
+        run_id: id of the run.
     """
 
     def __init__(self, runs_root: Path, config: RunConfig, run_id: str) -> None:
@@ -50,26 +55,24 @@ class RunDirectory:
         self._log: TextIO | None = None
         self._flushed = time.monotonic()
 
-    # Where things lie.
-
     @property
     def checkpoints(self) -> Path:
-        """Directory of the checkpoints."""
+        """Directory of checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def predictions(self) -> Path:
-        """Directory of the predicted label volumes."""
+        """Directory of predicted label volumes."""
         return self.path / "predictions"
 
     @property
     def figures(self) -> Path:
-        """Directory of the figures."""
+        """Directory of figures."""
         return self.path / "figures"
 
     @property
     def done(self) -> bool:
-        """Whether the run is complete: `done` exists and fits the summary beside it."""
+        """True if the run is complete: `done` exists and matches the summary."""
         try:
             mark = json.loads((self.path / "done").read_text(encoding="utf-8"))
             return bool(mark["summary"] == digest_of(self.path / "summary.json"))
@@ -78,67 +81,54 @@ class RunDirectory:
 
     @property
     def failed(self) -> str | None:
-        """Why the last attempt failed; None where it did not."""
+        """Reason of the last attempt's failure; None if it did not fail."""
         try:
             return (self.path / "failed").read_text(encoding="utf-8").strip() or "unknown reason"
         except OSError:
             return None
 
-    # Writing.
-
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes from this run; the lock ends with the process, even killed.
+        """Lock the run against other processes; the lock ends with the process, even if killed.
 
         Raises:
-            RunFailure: another process holds it, or the directory cannot be written.
+            RunFailure: another process holds the lock, or the directory cannot be written.
         """
-        with contextlib.ExitStack() as stack:
-            if not stack.enter_context(try_lock(self.path / ".lock", "--runs")):
+        with try_lock(self.path / ".lock", "--runs") as locked:
+            if not locked:
                 raise RunFailure(
-                    f"The run {self.path} is being run by another process; wait for it, or stop "
-                    "it and give the same command again."
+                    f"The run {self.path} is being executed by another process; wait for it, or "
+                    "stop it and repeat the command."
                 )
             yield
 
     def start(self, environment: Mapping[str, Any], stages: Sequence[tuple[str, int]] = ()) -> None:
-        """Write what the run is and where it runs; forget an earlier failure.
+        """Write configuration and environment, and remove an earlier failure.
 
         Args:
-            environment: as `environment()` gives it.
-            stages: name and number of steps of each stage, in order; counts `total_step`.
-
-        Raises:
-            RunFailure: the disk is full or the directory cannot be written.
+            environment: from `environment()`.
+            stages: name and number of steps of each stage, in order, from which `total_step` is
+                computed.
         """
-        self._offsets, before = {}, 0
-        for name, steps in stages:
-            self._offsets[name] = before
-            before += steps
+        offsets = itertools.accumulate((steps for _, steps in stages), initial=0)
+        self._offsets = {name: offset for (name, _), offset in zip(stages, offsets, strict=False)}
         with storing(self.path, "--runs"):
             for directory in (self.path, self.checkpoints, self.predictions, self.figures):
                 directory.mkdir(parents=True, exist_ok=True)
-                sweep(directory)  # also where nothing is written again
+                sweep(directory)  # including files that are not written again
             (self.path / "failed").unlink(missing_ok=True)
         write_text(self.path / "config.yaml", self.config.to_yaml(), "--runs")
         write_json(self.path / "environment.json", environment, "--runs")
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Add the numbers of one step to `log.jsonl`.
-
-        Lines are gathered and written every few seconds, and by `flush`.
+        """Add the values of one step to `log.jsonl`, which is written every few seconds.
 
         Args:
             stage: name of the stage.
-            step: updates done in the stage.
-            values: name to number.
-
-        Raises:
-            RunFailure: the disk is full or the directory cannot be written.
+            step: number of updates done in the stage.
+            values: name → value.
         """
-        if stage not in self._offsets:
-            self._offsets[stage] = self._total
-        self._total = self._offsets[stage] + step
+        self._total = self._offsets.setdefault(stage, self._total) + step
         row = {
             "stage": stage,
             "step": step,
@@ -151,11 +141,7 @@ class RunDirectory:
             self.flush()
 
     def flush(self) -> None:
-        """Write the gathered log lines.
-
-        Raises:
-            RunFailure: the disk is full or the directory cannot be written.
-        """
+        """Write buffered log lines."""
         self._flushed = time.monotonic()
         if not self._buffer:
             return
@@ -170,7 +156,7 @@ class RunDirectory:
         self._buffer.clear()
 
     def close(self) -> None:
-        """Write what is gathered and close the log."""
+        """Write buffered log lines and close the log."""
         try:
             self.flush()
         finally:
@@ -179,24 +165,19 @@ class RunDirectory:
                 self._log = None
 
     def rewind(self, stage: str, step: int) -> None:
-        """Drop the log lines after a checkpoint, so that a resumed run logs no step twice.
-
-        A last line that a kill tore is dropped too. `rewind(first_stage, 0)` empties the log.
+        """Drop log lines after a checkpoint (and a torn line), so that no step is logged twice.
 
         Args:
-            stage: the stage that the checkpoint was written in.
-            step: updates that had been done in it.
-
-        Raises:
-            RunFailure: the disk is full or the directory cannot be written.
+            stage: stage of the checkpoint.
+            step: updates done in this stage; `rewind(first_stage, 0)` empties the log.
         """
         self._buffer.clear()
         self.close()
-        kept, self._total = [], 0
-        for row in self._rows():
+        kept, self._total, rows = [], 0, self.read_log()
+        for row in rows:
             self._offsets.setdefault(row["stage"], row["total_step"] - row["step"])
         limit = self._offsets.get(stage)
-        for row in self._rows():
+        for row in rows:
             own = row["stage"] == stage and row["step"] <= step
             earlier = row["stage"] != stage and (limit is None or row["total_step"] <= limit)
             if own or earlier:
@@ -206,48 +187,11 @@ class RunDirectory:
             write_text(self.path / "log.jsonl", "".join(kept), "--runs")
 
     def write_cases(self, frame: pd.DataFrame) -> None:
-        """Write the table of results per case, structure and selector.
-
-        Raises:
-            RunFailure: the disk is full or the directory cannot be written.
-        """
-        with replacing(self.path / "cases.parquet", "--runs") as temporary:
-            frame.to_parquet(temporary, index=False)
-
-    def read_cases(self) -> pd.DataFrame:
-        """The table of results per case, structure and selector.
-
-        Raises:
-            UserError: the run has none, or it cannot be read.
-        """
-        return self._read_table("cases.parquet")
-
-    def read_metrics(self) -> pd.DataFrame:
-        """The numbers of training: stage, step, total_step, name, value.
-
-        Raises:
-            UserError: the run has none, or they cannot be read.
-        """
-        return self._read_table("metrics.parquet")
-
-    def read_summary(self) -> dict[str, Any]:
-        """What `finish` was given.
-
-        Raises:
-            UserError: the run has none, or it cannot be read.
-        """
-        return self._read_json("summary.json")
-
-    def read_environment(self) -> dict[str, Any]:
-        """What `start` was given.
-
-        Raises:
-            UserError: the run has none, or it cannot be read.
-        """
-        return self._read_json("environment.json")
+        """Write the results per case, structure and selector."""
+        self._write_table("cases.parquet", frame)
 
     def fail(self, message: str) -> None:
-        """Mark the attempt as failed. Never raises: the reason of the failure matters more."""
+        """Mark the attempt as failed. Never raises, so that the failure itself is reported."""
         with contextlib.suppress(OSError, RunFailure):
             self.close()
         with contextlib.suppress(OSError, RunFailure):
@@ -255,56 +199,45 @@ class RunDirectory:
             write_text(self.path / "failed", " ".join(message.split()) + "\n", "--runs")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write the training metrics and the summary, then, last, `done`.
-
-        Raises:
-            RunFailure: the disk is full or the directory cannot be written.
-        """
+        """Write the training metrics, the summary, and at last `done`."""
         import pandas as pd
 
         self.close()
         rows = [
             (row["stage"], row["step"], row["total_step"], name, value)
-            for row in self._rows()
+            for row in self.read_log()
             for name, value in row["values"].items()
         ]
         metrics = pd.DataFrame(rows, columns=["stage", "step", "total_step", "name", "value"])
         metrics = metrics.astype({"step": "int64", "total_step": "int64", "value": "float64"})
-        with replacing(self.path / "metrics.parquet", "--runs") as temporary:
-            metrics.to_parquet(temporary, index=False)
+        self._write_table("metrics.parquet", metrics)
         write_json(self.path / "summary.json", summary, "--runs")
         with storing(self.path, "--runs"):
             (self.path / "failed").unlink(missing_ok=True)
-        mark = {
-            "id": self.id,
-            "time": now(),
-            "summary": digest_of(self.path / "summary.json"),
-        }
-        write_json(self.path / "done", mark, "--runs")
-
-    # Reading.
+        digest = digest_of(self.path / "summary.json")
+        write_json(self.path / "done", {"id": self.id, "time": now(), "summary": digest}, "--runs")
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
-        """The run that lies in a directory.
+        """Open an existing run directory.
 
         Raises:
-            UserError: there is none, or its configuration cannot be read.
+            UserError: the directory is not a run, or its configuration cannot be read.
         """
         path = Path(path)
         try:
             config = RunConfig.from_yaml((path / "config.yaml").read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(
-                f"{path} is not a run's directory (no readable config.yaml); give one that lies "
-                "at runs/<dataset>/<method>/<id>."
+                f"{path} is not a run's directory (no readable config.yaml); give a directory "
+                "such as runs/<dataset>/<method>/<id>."
             ) from error
         except UserError as error:
             raise UserError(
                 f"{path / 'config.yaml'} is not a configuration of this version; remove the run "
                 f"or use the version that wrote it ({error})"
             ) from error
-        except Exception as error:  # YAML of any shape may lie there
+        except Exception as error:  # YAML of any shape
             raise UserError(
                 f"{path / 'config.yaml'} cannot be read ({type(error).__name__}); remove the run."
             ) from error
@@ -312,61 +245,76 @@ class RunDirectory:
         run.path = path
         return run
 
-    def _rows(self) -> list[dict[str, Any]]:
+    def read_cases(self) -> pd.DataFrame:
+        """Return the results per case, structure and selector."""
+        return self._read_table("cases.parquet")
+
+    def read_metrics(self) -> pd.DataFrame:
+        """Return the training metrics: stage, step, total_step, name, value."""
+        return self._read_table("metrics.parquet")
+
+    def read_summary(self) -> dict[str, Any]:
+        """Return the summary passed to `finish`."""
+        return self.read_json("summary.json")
+
+    def read_environment(self) -> dict[str, Any]:
+        """Return the environment passed to `start`."""
+        return self.read_json("environment.json")
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """Return the rows of the log, without a torn last line; [] if there is none."""
         try:
             lines = (self.path / "log.jsonl").read_text(encoding="utf-8", errors="replace")
         except OSError:
             return []
         rows = []
         for line in lines.split("\n"):
-            try:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill
                 row = json.loads(line)
-                rows.append(
-                    {key: row[key] for key in ("stage", "step", "total_step", "time", "values")}
-                )
-            except (ValueError, KeyError, TypeError):
-                continue  # torn by a kill
+                rows.append({k: row[k] for k in ("stage", "step", "total_step", "time", "values")})
         return rows
+
+    def _write_table(self, name: str, frame: pd.DataFrame) -> None:
+        with replacing(self.path / name, "--runs") as temporary:
+            frame.to_parquet(temporary, index=False)
 
     def _read_table(self, name: str) -> pd.DataFrame:
         import pandas as pd
 
         try:
             return pd.read_parquet(self.path / name)
-        except (OSError, ValueError) as error:  # pyarrow's errors are children of these
-            raise UserError(
-                f"The run {self.path} has no readable {name}; give its command again."
-            ) from error
+        except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
+            raise self._unreadable(name) from error
 
-    def _read_json(self, name: str) -> dict[str, Any]:
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return the content of a JSON file."""
         try:
             return dict(json.loads((self.path / name).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"The run {self.path} has no readable {name}; give its command again."
-            ) from error
+            raise self._unreadable(name) from error
+
+    def _unreadable(self, name: str) -> UserError:
+        return UserError(f"The run {self.path} has no readable {name}; repeat its command.")
 
 
 def list_runs(runs_root: Path) -> list[RunDirectory]:
-    """All runs below a directory, sorted by path; unreadable ones are named in a warning."""
+    """Return all runs in a directory, sorted by path; warn about unreadable ones."""
     runs = []
-    for path in _run_paths(runs_root):
+    for _, file in matching(Path(runs_root), "*/*/*/config.yaml"):
+        if file.parents[2].name == ARTIFACTS:  # copies by the default tracker, at the same depth
+            continue
         try:
-            runs.append(RunDirectory.open(path))
+            runs.append(RunDirectory.open(file.parent))
         except UserError as error:
             warn(str(error))
     return runs
 
 
-def _run_paths(runs_root: Path) -> list[Path]:
-    # The default tracker's copies lie among the runs, as deep as they, and are none.
-    found = [path.parent for _, path in matching(Path(runs_root), "*/*/*/config.yaml")]
-    return [path for path in found if path.parent.parent.name != ARTIFACTS]
-
-
 def digest_of(path: Path) -> str:
-    return sha256(path)[:16]
+    """Return a digest of a file's content."""
+    return sha256(path)[:DATA_DIGITS]
 
 
 def warn(text: str) -> None:
+    """Print a warning to stderr."""
     print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What a tracker must provide, and which one is used."""
+"""Tracker protocol, and the choice of a tracker."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from glua_bench.errors import ConfigError, RunFailure, reason
 from glua_bench.paths import entries
 from glua_bench.records.naming import Comparison
 from glua_bench.records.run_directory import RunDirectory, digest_of, list_runs, warn
 
-Answer = TypeVar("Answer")
-
-# What a copy holds of a directory, besides what is `DRAWN` or `CARRIED`, `cases.csv` and the list
-# of digests. Not the weights, which are large.
+# Files of a run directory that are copied (no weights, which are large), and patterns of further
+# ones: facts about the dataset, and figures and predictions.
 COPIED = (
     "config.yaml",
     "environment.json",
@@ -27,47 +25,42 @@ COPIED = (
     "metrics.parquet",
     "done",
 )
-
-CARRIED = r"dataset(_\w+)?\.(json|yaml|csv)"  # what a run keeps of its dataset; copied, too
-
-DRAWN = r"figures/[^./\\][^/\\]*\.png|predictions/[^./\\][^/\\]*\.nii\.gz"  # copied, too
+CARRIED = r"dataset(_\w+)?\.(json|yaml|csv)"
+DRAWN = r"figures/[^./\\][^/\\]*\.png|predictions/[^./\\][^/\\]*\.nii\.gz"
 
 
 class Tracker(Protocol):
-    """Shows copies of run directories: what the harness asks of MLflow, or of another tracker.
+    """Show copies of run directories, as MLflow or another tracker does.
 
-    A class with these members is made by `open_tracker` as `cls(runs_root, warn)`, where `warn`
-    receives one sentence for whatever the tracker does not take. Only `check` raises: a tracker
-    that is down never harms a run. `RunRecord` and `Comparison` say what to show.
+    `open_tracker` creates an implementation as `cls(runs_root, warn)`, where `warn` receives one
+    sentence for each run or comparison that the tracker did not accept. Only `check` raises: a
+    tracker that is down never affects a run. `RunRecord` and `Comparison` contain what to show.
+
+    Attributes:
+        place: location without a password, for messages.
+        browse: command or address for viewing it.
+        remedy: fix if it does not answer, as an imperative, e.g. "check MY_TRACKER_URL".
     """
 
-    @property
-    def place(self) -> str:
-        """Where it is, without a password, for messages."""
-
-    @property
-    def browse(self) -> str:
-        """The command or the address by which a user looks at it."""
-
-    @property
-    def remedy(self) -> str:
-        """What to do if it does not answer, as an imperative, e.g. "check MY_TRACKER_URL"."""
+    place: str
+    browse: str
+    remedy: str
 
     def check(self) -> None:
-        """Find out within seconds whether it answers.
+        """Check within seconds whether it answers.
 
         Raises:
-            OSError: it does not.
+            OSError: it does not answer.
         """
 
     def mirror(self, run: RunDirectory) -> bool:
-        """Upload one finished or failed run, unless the tracker has it in this state.
+        """Upload a finished or failed run, unless the tracker has it in this state.
 
         Args:
             run: its directory.
 
         Returns:
-            Whether the tracker now has it; if not, one warning was given.
+            True if the tracker now has it; if not, one warning was given.
         """
 
     def nest(
@@ -77,55 +70,53 @@ class Tracker(Protocol):
         files: Sequence[Path] = (),
         note: str = "",
     ) -> bool:
-        """Show the runs of a comparison as one group, made now or brought up to date.
-
-        Runs that the tracker lacks are uploaded first.
+        """Create or update the group of a comparison, and upload its missing runs first.
 
         Args:
-            comparison: what is compared.
-            metrics: the table's numbers by name; numbers that are not finite are left out.
+            comparison: the comparison.
+            metrics: the table's values by name; non-finite values are skipped.
             files: further artifacts, e.g. the table as CSV.
-            note: the answer in words, as Markdown.
+            note: summary in Markdown.
 
         Returns:
-            Whether the tracker now shows it; if not, one warning was given.
+            True if the tracker now shows it; if not, one warning was given.
         """
 
     def sync(self) -> SyncCounts:
-        """Upload every finished or failed run that the tracker does not have."""
+        """Upload all finished or failed runs that the tracker does not have."""
 
 
 def open_tracker(runs_root: Path, warn: Callable[[str], None] = warn) -> Tracker:
-    """Make the tracker that runs are mirrored to.
+    """Open the tracker to which runs are mirrored.
 
-    It is MLflow, unless `$GLUA_BENCH_TRACKER` names another class as "module:Class". The variable
-    reaches the processes that comparisons, sweeps and schedulers start.
+    It is MLflow, unless `$GLUA_BENCH_TRACKER` names another class as "module:Class". Child
+    processes and jobs inherit the variable.
 
     Args:
         runs_root: the directory of all runs.
-        warn: receives one sentence for whatever the tracker does not take.
+        warn: receives one sentence for each run or comparison that the tracker did not accept.
 
     Raises:
-        ConfigError: the variable names no class that can be imported.
+        ConfigError: the class cannot be imported.
     """
     name = os.environ.get("GLUA_BENCH_TRACKER") or "glua_bench.records.mlflow_mirror:MLflowMirror"
     try:
         chosen: Callable[[Path, Callable[[str], None]], Tracker] = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"GLUA_BENCH_TRACKER names '{name}', which cannot be imported ({reason(error)}); give "
-            "it as MODULE:CLASS, or unset it to use MLflow."
+            f"GLUA_BENCH_TRACKER is '{name}', which cannot be imported ({reason(error)}); set it "
+            "to MODULE:CLASS, or unset it to use MLflow."
         ) from error
     return chosen(Path(runs_root), warn)
 
 
 @dataclass
 class SyncCounts:
-    """What `Tracker.sync` did.
+    """Result of `Tracker.sync`.
 
     Attributes:
-        uploaded: runs that the tracker did not have complete.
-        present: runs that it had.
+        uploaded: runs that were uploaded.
+        present: runs that the tracker already had.
         unfinished: runs that are neither done nor failed, which are not mirrored.
         missed: runs that could not be uploaded.
     """
@@ -137,19 +128,19 @@ class SyncCounts:
 
 
 def sync_runs(runs_root: Path, upload: Callable[[RunDirectory], bool | None]) -> SyncCounts:
-    """Upload every finished or failed run below a directory; the loop of `Tracker.sync`.
+    """Upload all finished or failed runs in a directory; the loop of `Tracker.sync`.
 
     Args:
         runs_root: the directory of all runs.
         upload: returns True if it uploaded the run, False if the tracker had it, and None if it
-            could not, after which no further run is tried.
+            failed, after which no further run is tried.
     """
     counts = SyncCounts()
     for run in list_runs(runs_root):
         if not run.done and run.failed is None:
             counts.unfinished += 1
         elif counts.missed or (new := upload(run)) is None:
-            counts.missed += 1  # the tracker is down: one warning is enough
+            counts.missed += 1  # the tracker is down; one warning is enough
         else:
             counts.uploaded += new
             counts.present += not new
@@ -157,10 +148,10 @@ def sync_runs(runs_root: Path, upload: Callable[[RunDirectory], bool | None]) ->
 
 
 def run_state(run: RunDirectory) -> str:
-    """What marks a complete copy of a run, "done DIGEST" or "failed DIGEST".
+    """Return the mark of a complete copy of a run, "done DIGEST" or "failed DIGEST".
 
     Raises:
-        RunFailure: it is neither done nor failed.
+        RunFailure: the run is neither done nor failed.
     """
     if run.done:
         return f"done {digest_of(run.path / 'done')}"
@@ -170,11 +161,11 @@ def run_state(run: RunDirectory) -> str:
 
 
 def copied_files(run: RunDirectory) -> list[Path]:
-    """The files of a run that a tracker copies, pictures and predictions last."""
+    """Return the files of a run that a tracker copies, figures and predictions last."""
     path = run.path
     files = [path / name for name in (*COPIED, "failed") if (path / name).is_file()]
     files += [file for file in path.iterdir() if re.fullmatch(CARRIED, file.name)]
-    # The pictures of a report are drawn from predictions; the images lie with the data.
+    # Predictions are needed to draw the figures of a report.
     drawn = [file for file in entries(run.figures) if file.suffix == ".png"]
     drawn += [file for file in entries(run.predictions) if file.name.endswith(".nii.gz")]
     return [*files, *sorted(drawn)]

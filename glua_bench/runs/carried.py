@@ -1,9 +1,9 @@
-"""What a run carries of its dataset, so that others can use the run without the dataset.
+"""Facts about the dataset that a run stores, so that it can be used without the dataset.
 
-`dataset.json` in the run's directory holds how each domain's files are read, the classes, and how
-intensities are distributed: what `predict` needs, and what an exported model takes along. A dataset
-that a file describes also leaves the description, as `dataset.yaml`, with which a report finds the
-images. Nothing of it is computed from a label.
+`dataset.json` in the run directory holds each domain's reading, the structures and the usual
+intensities, which `predict` needs and `export` includes. For a dataset described by a file,
+`dataset.yaml` holds the description, by which a report finds the images. Nothing is computed from a
+label.
 """
 
 from __future__ import annotations
@@ -17,29 +17,27 @@ from typing import Any
 
 import numpy as np
 
-from glua_bench.config import digest
 from glua_bench.data.cache import cache_root, file_digest
 from glua_bench.data.formats import open_volume
 from glua_bench.data.geometry import tuples
 from glua_bench.errors import RunFailure, UserError
 from glua_bench.files import write_json, write_text
+from glua_bench.identity import CACHE_DIGITS, digest
 from glua_bench.inspection.measurements import Intensities, read_intensities
 from glua_bench.inspection.outliers import Usual, usual
 from glua_bench.task import Case, Dataset, DomainView, Reading, Structure, UnlabelledCase
 
-FACTS, DESCRIPTION = "dataset.json", "dataset.yaml"  # among `tracking.CARRIED`
-# A median of so many images hardly changes with more of them, which would have to be read.
-_READ = 9
-_VERSION = 1  # of remembered distributions; raise it when `read_intensities` gives others
+FACTS, DESCRIPTION = "dataset.json", "dataset.yaml"  # match `tracker.CARRIED`
+MAX_IMAGES = 9  # more images hardly change the median of the intensities
+CACHE_VERSION = 1  # of cached intensities; increase it when `read_intensities` changes
 
 
 @dataclass(frozen=True)
 class KnownDomain(DomainView):
-    """What a run knows of one of its domains.
+    """A domain of a run.
 
     Attributes:
-        usual: how intensities of its training images are distributed; None where the run trained
-            on too few of them. The others are those of `DomainView`.
+        usual: usual intensities of the training images; None for too few images.
     """
 
     usual: Usual | None = None
@@ -47,26 +45,26 @@ class KnownDomain(DomainView):
 
 @dataclass(frozen=True)
 class Carried:
-    """What a run knows of its dataset.
+    """Facts about the dataset of a run.
 
     Attributes:
-        domains: source and target of the run, by name.
-        publishable: whether pictures of the data may be passed on.
+        domains: the run's source and target domain, by name.
+        publishable: whether pictures of the data may be redistributed.
     """
 
     domains: Mapping[str, KnownDomain]
     publishable: bool
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings, for JSON."""
+        """Convert to lists, numbers and strings, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Carried:
-        """The inverse of `to_dict`.
+        """Return the inverse of `to_dict`.
 
         Raises:
-            KeyError, TypeError, ValueError, AttributeError: the values are not of that form.
+            KeyError, TypeError, ValueError, AttributeError: the values have another form.
         """
         return cls(
             {name: _domain(name, own) for name, own in values["domains"].items()},
@@ -79,12 +77,12 @@ def facts_of(
     names: Iterable[str],
     images: Sequence[Case | UnlabelledCase] = (),
 ) -> Carried:
-    """What is carried of a dataset.
+    """Collect the facts of a dataset.
 
     Args:
         dataset: the dataset, or its class.
-        names: of the run's domains.
-        images: training images, of which some tell the usual intensities; labels are not read.
+        names: domains of the run.
+        images: training images, from which the usual intensities are computed.
 
     Raises:
         DataError: an image cannot be read.
@@ -93,33 +91,28 @@ def facts_of(
     for name in names:
         view = dataset.view(name)
         own = sorted({case.image for case in images if case.domain == name})
-        places = np.linspace(0, len(own) - 1, min(len(own), _READ)).round().astype(int)
-        found = [_intensities(own[place], view.reading) for place in places]
-        domains[name] = KnownDomain(name, view.reading, view.structures, usual(found))
+        chosen = np.linspace(0, len(own) - 1, min(len(own), MAX_IMAGES)).round().astype(int)
+        intensities = [_intensities(own[index], view.reading) for index in chosen]
+        domains[name] = KnownDomain(name, view.reading, view.structures, usual(intensities))
     return Carried(domains, dataset.publishable)
 
 
 def _intensities(image: Path, reading: Reading) -> Intensities:
-    """As `read_intensities`, remembered in the cache by the file's content."""
-    key = digest([_VERSION, file_digest(image), reading.identity()], 32)
-    memory = cache_root() / "intensities" / f"{key}.json"
+    """Return `read_intensities`, cached by the file's content."""
+    key = digest([CACHE_VERSION, file_digest(image), reading.identity()], CACHE_DIGITS)
+    file = cache_root() / "intensities" / f"{key}.json"
     try:
-        told = json.loads(memory.read_text(encoding="utf-8"))
-        return Intensities(tuple(told["levels"]), told["negative"])
+        cached = json.loads(file.read_text(encoding="utf-8"))
+        return Intensities(tuple(cached["levels"]), cached["negative"])
     except (OSError, ValueError, KeyError, TypeError):
         found = read_intensities(open_volume(image), reading)
-        with contextlib.suppress(RunFailure):  # a cache that others filled may be read-only
-            write_json(memory, asdict(found))
+        with contextlib.suppress(RunFailure):  # a shared cache may be read-only
+            write_json(file, asdict(found))
         return found
 
 
 def write(folder: Path, carried: Carried, described: Mapping[str, str]) -> None:
-    """Write what is carried into a run's directory.
-
-    Args:
-        folder: the directory.
-        carried: the facts.
-        described: from `Dataset.carried`: name of a file → its text.
+    """Write the facts and `Dataset.carried` (file name → text) into a run directory.
 
     Raises:
         RunFailure: the directory cannot be written.
@@ -130,7 +123,7 @@ def write(folder: Path, carried: Carried, described: Mapping[str, str]) -> None:
 
 
 def read(folder: Path) -> Carried:
-    """Read what `write` wrote.
+    """Read the facts from a run directory.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -140,13 +133,13 @@ def read(folder: Path) -> Carried:
         return Carried.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{file} cannot be read ({type(error).__name__}): restore it, or give the run's "
-            "command again with another --runs directory."
+            f"{file} cannot be read ({type(error).__name__}): restore it, or repeat the run's "
+            "command with another --runs directory."
         ) from error
 
 
 def description(folder: Path) -> Path | None:
-    """The description of the dataset in a run's directory; None where it has none."""
+    """Return the dataset's description in a run directory; None if there is none."""
     file = folder / DESCRIPTION
     return file if file.is_file() else None
 
@@ -156,11 +149,11 @@ def _domain(name: str, values: Mapping[str, Any]) -> KnownDomain:
     return KnownDomain(
         name,
         Reading(**_fields(values["reading"])),
-        tuple(Structure(**_fields(one)) for one in values["structures"]),
+        tuple(Structure(**_fields(structure)) for structure in values["structures"]),
         None if known is None else Usual(**_fields(known)),
     )
 
 
 def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a dataclass, as they were before JSON."""
+    """Return the fields of a dataclass with the tuples that JSON turned into lists."""
     return {name: tuples(value) for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""From a plan to a finished run: train, select, evaluate, record, mirror."""
+"""Execute a planned run: train, select, evaluate, record, mirror."""
 
 from __future__ import annotations
 
@@ -32,16 +32,27 @@ from glua_bench.records.tracker import open_tracker
 from glua_bench.registry import Registry
 from glua_bench.runs import carried
 from glua_bench.runs.plan import PlannedRun, build_method, make_fabric, roles
-from glua_bench.runs.stage_cache import artefacts
+from glua_bench.runs.stage_cache import artefact_path
 from glua_bench.runs.trainer import Trainer
 from glua_bench.scoring.evaluation import evaluate, mean_score, summarise
 from glua_bench.selection import ROLES, Candidate, Samples, Selector, choose, sample_pixels
 from glua_bench.task import Case, Dataset, UnlabelledCase
 
+# Draws a run's figures from its directory, dataset, rows of the primary selector, a batch of
+# images, and the method's own pictures.
+Draw = Callable[[RunDirectory, Dataset, pd.DataFrame, Batch, dict[str, Tensor]], None]
+
 
 @dataclass
 class Summary:
-    """What `execute` reports."""
+    """Result of `execute`.
+
+    Attributes:
+        already_done: True if the run was finished before.
+        seconds: duration.
+        table: mean scores per selector and structure.
+        warnings: sentences for the user.
+    """
 
     already_done: bool
     seconds: float
@@ -49,55 +60,16 @@ class Summary:
     warnings: list[str]
 
 
-def stores(
-    planned: PlannedRun, cache: SliceCache, progress: Progress
-) -> tuple[LabelledStore, LabelledStore | None, ImageStore | None]:
-    """Source training, source validation and target training slices.
-
-    The target's store is made of `UnlabelledCase`s, so no label file of the target is opened.
-    """
-    config, dataset = planned.config, planned.dataset
-    chosen, neighbourhood = roles(config, dataset), Neighbourhood.of(config)
-    total = sum(len(chosen[role]) for role in ("source_train", "source_val", "target_train"))
-    progress.stage("read data", total)
-    done = 0
-
-    def labelled(cases: Sequence[Case | UnlabelledCase]) -> LabelledStore:
-        nonlocal done
-        images, labels = [], []
-        for case in cases:
-            assert isinstance(case, Case)
-            view = dataset.view(case.domain).on(config.grid)
-            images.append(cache.image(case.unlabelled(), view))
-            labels.append(cache.label(case, view))
-            done += 1
-            progress.update(done)
-        return LabelledStore(images, labels, neighbourhood=neighbourhood)
-
-    train = labelled(chosen["source_train"])
-    val = labelled(chosen["source_val"]) if chosen["source_val"] else None
-    target = None
-    if planned.method_class.uses_target:
-        images = []
-        for case in chosen["target_train"]:
-            assert isinstance(case, UnlabelledCase)
-            images.append(cache.image(case, dataset.view(case.domain).on(config.grid)))
-            done += 1
-            progress.update(done)
-        target = ImageStore(images, neighbourhood=neighbourhood)
-    return train, val, target
-
-
 class Stopped(Exception):
-    """A watcher ended the run early: it is neither done nor failed, and may be resumed."""
+    """A watcher stopped the run: it is neither done nor failed, and can be resumed."""
 
 
 @dataclass(frozen=True)
 class Watch:
-    """Looks at the candidates of a run while it trains.
+    """Observer of the candidates of a run during training.
 
     Attributes:
-        selector: whose score is computed.
+        selector: selector that scores them.
         see: called with the candidate's step and its score; may raise `Stopped`.
     """
 
@@ -105,7 +77,40 @@ class Watch:
     see: Callable[[int, float], None]
 
 
-Draw = Callable[[RunDirectory, Dataset, pd.DataFrame, Batch, dict[str, Tensor]], None]
+def stores(
+    planned: PlannedRun, cache: SliceCache, progress: Progress
+) -> tuple[LabelledStore, LabelledStore | None, ImageStore | None]:
+    """Read the slices for training and validation on the source, and for training on the target.
+
+    The target's store is built from `UnlabelledCase`s, so no label file of the target is opened.
+    """
+    config, dataset = planned.config, planned.dataset
+    chosen, neighbourhood = roles(config, dataset), Neighbourhood.of(config)
+    total = sum(len(chosen[role]) for role in ("source_train", "source_val", "target_train"))
+    progress.stage("read data", total)
+    done = 0
+
+    assert not any(isinstance(case, Case) for case in chosen["target_train"])
+
+    def store(cases: Sequence[Case | UnlabelledCase]) -> LabelledStore | ImageStore:
+        nonlocal done
+        images, labels = [], []
+        for case in cases:
+            view = dataset.view(case.domain).on(config.grid)
+            if isinstance(case, Case):
+                labels.append(cache.label(case, view))
+                case = case.unlabelled()
+            images.append(cache.image(case, view))
+            done += 1
+            progress.update(done)
+        if labels:
+            return LabelledStore(images, labels, neighbourhood=neighbourhood)
+        return ImageStore(images, neighbourhood=neighbourhood)
+
+    train = store(chosen["source_train"])
+    val = store(chosen["source_val"]) if chosen["source_val"] else None
+    assert isinstance(train, LabelledStore) and isinstance(val, LabelledStore | None)
+    return train, val, store(chosen["target_train"]) if planned.method_class.uses_target else None
 
 
 def execute(
@@ -115,30 +120,29 @@ def execute(
 
     Args:
         planned: from `plan`.
-        progress: what the user sees.
-        draw: makes the run's figures of its directory, dataset, rows of the primary selector,
-            a batch of images, and the method's own pictures; None draws nothing.
-        watch: sees the candidates while the run trains; None lets nobody see them.
+        progress: progress bar.
+        draw: draws the run's figures; None draws none.
+        watch: observes the candidates during training.
 
     Raises:
-        UserError: something given cannot be used.
+        UserError: the input is invalid.
         RunFailure: training stopped; the run is marked as failed.
-        Stopped: `watch` ended it.
+        Stopped: `watch` stopped it.
     """
     directory = planned.directory
     if directory.done:
-        return _done_before(planned)
-    root, mirrored = planned.request.runs_root, planned.request.mlflow
-    tracker = open_tracker(root) if mirrored else None  # before hours of training
+        return _finished_summary(planned)
+    # Opened before training, so that a wrong address is reported at once.
+    tracker = open_tracker(planned.request.runs_root) if planned.request.mlflow else None
     fabric = make_fabric(planned.request, planned.config)
     fabric.launch()
     if not fabric.is_global_zero:
-        _train(planned, fabric, Progress(enabled=False))
+        build_run(planned, fabric, Progress(enabled=False)).fit()
         return Summary(False, 0.0, pd.DataFrame(), [])
     began = time.perf_counter()
     with directory.lock():
-        if directory.done:  # another process finished it while this one waited
-            return _done_before(planned)
+        if directory.done:  # finished by another process in the meantime
+            return _finished_summary(planned)
         directory.start(
             {
                 **environment(),
@@ -149,14 +153,14 @@ def execute(
                 "distances": planned.dataset.distance_note,
                 "protocol": planned.dataset.protocol,
                 "device": str(fabric.device),
-                # Said now, since a later version may have other defaults, or lack the method.
+                # Recorded now, because defaults may change and methods may be removed.
                 "changed": changed_settings(planned.config, planned.method_class),
                 "variant": variant_name(planned.config, planned.method_class),
             },
             planned.stages,
         )
         try:
-            _carry(planned)
+            _write_dataset_facts(planned)
             cases = _train_and_score(planned, fabric, progress, began, draw, watch)
         except Stopped:
             raise
@@ -168,12 +172,12 @@ def execute(
             raise
     warnings = []
     if tracker is not None and not tracker.mirror(directory):
-        warnings.append("the tracker lacks this run; send it with `glua-bench sync`")
+        warnings.append("the tracker lacks this run; upload it with `glua-bench sync`")
     return Summary(False, time.perf_counter() - began, summarise(cases), warnings)
 
 
-def _carry(planned: PlannedRun) -> None:
-    """Keep what others need of the dataset, with intensities of the images that are trained on."""
+def _write_dataset_facts(planned: PlannedRun) -> None:
+    """Store the facts about the dataset, with the usual intensities of the training images."""
     config, dataset = planned.config, planned.dataset
     chosen = roles(config, dataset)
     images = [*chosen["source_train"], *chosen["target_train"]]
@@ -181,18 +185,18 @@ def _carry(planned: PlannedRun) -> None:
     carried.write(planned.directory.path, facts, dataset.carried())
 
 
-def _done_before(planned: PlannedRun) -> Summary:
+def _finished_summary(planned: PlannedRun) -> Summary:
     cases = planned.directory.read_cases()
     if planned.request.oracle and ORACLE not in set(cases["selector"]):
         raise ConfigError(
-            f"{planned.directory.path} was finished without --oracle, and its other checkpoints "
-            "are deleted; give another --runs directory to train it again with --oracle."
+            f"{planned.directory.path} was finished without --oracle and its other checkpoints "
+            "are deleted; use another --runs directory to train it again with --oracle."
         )
     return Summary(True, 0.0, summarise(cases), [])
 
 
 def estimate(planned: PlannedRun, probe: int = 6) -> float:
-    """Seconds that training would take, from a few steps of every stage on the real data.
+    """Return the expected training time in seconds, from a few steps of every stage on real data.
 
     Args:
         planned: from `plan`.
@@ -207,13 +211,9 @@ def estimate(planned: PlannedRun, probe: int = 6) -> float:
         with closing(directory):
             built = build_run(trial, fabric, Progress(enabled=False))
             trainer = built.trainer
-            trainer.artefact = lambda stage: None  # the cache is for stages of real runs
-            known = artefacts(planned, built.method)
-            missing = [
-                stage
-                for stage in trainer.stages
-                if (artefact := known(stage)) is None or not artefact.path.is_file()
-            ]
+            trainer.artefact = lambda stage: None  # do not write to the cache
+            cached = partial(artefact_path, planned, built.method)
+            missing = [s for s in trainer.stages if not ((path := cached(s)) and path.is_file())]
             built.fit()
     return sum(
         trainer.seconds[stage.name] / stage.steps(probe) * stage.steps(planned.config.steps)
@@ -223,14 +223,14 @@ def estimate(planned: PlannedRun, probe: int = 6) -> float:
 
 @dataclass(frozen=True)
 class BuiltRun:
-    """A planned run with its data, its method, and the trainer that trains the one on the other.
+    """A planned run with its data and a trainer for its method.
 
     Attributes:
-        planned: what is built.
-        trainer: has the method and the batches. Hooks go here before `fit`: its `stages` may be
-            replaced by watched copies, and it has a `watch` of its candidates.
-        train: labelled source slices.
-        val: labelled source slices that are not trained on, if there are any.
+        planned: the run.
+        trainer: holds the method and the batches. Hooks are set before `fit`: `stages` may be
+            replaced by wrapped copies, and `watch` observes the candidates.
+        train: labelled source slices for training.
+        val: labelled source slices for validation, if any.
         target: unlabelled target slices, if the method uses them.
     """
 
@@ -242,23 +242,23 @@ class BuiltRun:
 
     @property
     def method(self) -> Method:
-        """The method that is trained."""
+        """The method."""
         return self.trainer.method
 
     @property
     def device(self) -> torch.device:
-        """Where it is trained."""
+        """The device of the method."""
         return self.trainer.fabric.device
 
     def fit(self) -> None:
-        """Train all stages, from the last checkpoint where there is one; see `Trainer.fit`."""
+        """Train all stages; see `Trainer.fit`."""
         try:
             self.trainer.fit()
         finally:
             self.trainer.batches.close()
 
     def load(self, step: int) -> None:
-        """Give the method the weights of a candidate."""
+        """Load the weights of a candidate."""
         path = self.trainer.candidate_path(step)
         weights = torch.load(path, map_location=self.device, weights_only=True)
         self.method.load_state_dict(weights)
@@ -266,30 +266,30 @@ class BuiltRun:
 
     @torch.no_grad()
     def predict(self, images: Tensor, domain: Role) -> Tensor:
-        """Logits under the run's precision."""
+        """Return logits under the run's precision."""
         with self.trainer.fabric.autocast():
             return self.method.predict(images.to(memory_format=torch.channels_last), domain)
 
     @torch.no_grad()
     def features(self, images: Tensor, domain: Role) -> Tensor:
-        """The method's features under the run's precision."""
+        """Return the method's features under the run's precision."""
         with self.trainer.fabric.autocast():
             return self.method.features(images.to(memory_format=torch.channels_last), domain)
 
     @torch.no_grad()
     def translate(self, images: Tensor) -> Tensor:
-        """What the last stage makes of source images."""
+        """Translate source images as the last stage does."""
         last = self.trainer.stages[-1]
         return images if last.translate is None else last.translate(images)
 
 
 def build_run(planned: PlannedRun, fabric: Fabric, progress: Progress) -> BuiltRun:
-    """Read the data of a planned run, build its method, and connect both to a trainer.
+    """Read the data of a planned run, build its method, and pass both to a trainer.
 
     Args:
         planned: from `plan`.
         fabric: from `make_fabric`.
-        progress: what the user sees.
+        progress: progress bar.
     """
     config = planned.config
     train, val, target = stores(planned, SliceCache(), progress)
@@ -310,23 +310,13 @@ def build_run(planned: PlannedRun, fabric: Fabric, progress: Progress) -> BuiltR
         fabric,
         planned.directory,
         progress,
-        artefacts(planned, method),
+        partial(artefact_path, planned, method),
     )
     return BuiltRun(planned, trainer, train, val, target)
 
 
-def _train(
-    planned: PlannedRun, fabric: Fabric, progress: Progress, watch: Watch | None = None
-) -> BuiltRun:
-    built = build_run(planned, fabric, progress)
-    if watch is not None:
-        built.trainer.watch = partial(_show, built, watch)
-    built.fit()
-    return built
-
-
-def _show(built: BuiltRun, watch: Watch, step: int) -> None:
-    """Score the candidate whose weights the method has, and tell the watcher."""
+def _report_candidate(built: BuiltRun, watch: Watch, step: int) -> None:
+    """Score the candidate whose weights the method has, and pass the score to the watcher."""
     selector: Selector = Registry("selector", built.planned.request.plugins).load(watch.selector)()
     samples = _samples(built) if selector.uses_samples else {}
     watch.see(step, _score(built, selector, step, samples, {}))
@@ -341,9 +331,11 @@ def _train_and_score(
     watch: Watch | None,
 ) -> pd.DataFrame:
     config, dataset, directory = planned.config, planned.dataset, planned.directory
-    built = _train(planned, fabric, progress, watch)
+    built = build_run(planned, fabric, progress)
     trainer = built.trainer
-    predict = partial(built.predict, domain="target")
+    if watch is not None:
+        trainer.watch = partial(_report_candidate, built, watch)
+    built.fit()
     scores = _selector_scores(built)
     chosen = {name: choose(by_step) for name, by_step in scores.items()}
     primary = config.selectors[0]
@@ -351,11 +343,11 @@ def _train_and_score(
     frames: dict[int, pd.DataFrame] = {}
 
     def evaluated(step: int, name: str) -> pd.DataFrame:
-        """Rows of a candidate; the primary selector's predictions are kept."""
+        """Evaluate a candidate; the primary selector's predictions are saved."""
         if step not in frames:
             built.load(step)
             frames[step] = evaluate(
-                predict,
+                partial(built.predict, domain="target"),
                 dataset,
                 test,
                 config.grid,
@@ -368,7 +360,7 @@ def _train_and_score(
             )
         return frames[step]
 
-    for name, step in chosen.items():
+    for name, step in chosen.items():  # the primary selector first
         evaluated(step, name)
     if planned.request.oracle:
         scores[ORACLE] = {
@@ -394,11 +386,8 @@ def _train_and_score(
         built.load(chosen[primary])
         batch, pictures = _pictures(built)
         draw(directory, dataset, rows[rows["selector"] == primary], batch, pictures)
-    keep = set(chosen.values())
-    for step in trainer.candidate_steps():
-        if step not in keep:
-            trainer.candidate_path(step).unlink(missing_ok=True)
-    mean = summarise(rows)
+    for step in set(trainer.candidate_steps()) - set(chosen.values()):
+        trainer.candidate_path(step).unlink(missing_ok=True)
     directory.finish(
         {
             "run": planned.id,
@@ -411,15 +400,15 @@ def _train_and_score(
             "chosen_steps": chosen,
             "privileged": config.privileged,
             "protocol": dataset.protocol,
-            "scores": mean.to_dict("records"),
+            "scores": summarise(rows).to_dict("records"),
         }
     )
-    trainer.last_path.unlink(missing_ok=True)  # a finished run does not go on from it
+    trainer.last_path.unlink(missing_ok=True)  # only needed to resume
     return rows
 
 
 def _selector_scores(built: BuiltRun) -> dict[str, dict[int, float]]:
-    """Selector → candidate step → score."""
+    """Return selector → candidate step → score."""
     names = built.planned.config.selectors
     registry = Registry("selector", built.planned.request.plugins)
     selectors: dict[str, Selector] = {name: registry.load(name)() for name in names}
@@ -435,7 +424,7 @@ def _selector_scores(built: BuiltRun) -> dict[str, dict[int, float]]:
         built.load(step)
         for name, selector in selectors.items():
             scores[name][step] = _score(built, selector, step, samples[step], trajectory)
-    # A selector that can judge no candidate (e.g. without target images) selects nothing.
+    # Selectors without a score for any candidate (e.g. without target images) are left out.
     return {
         name: by_step
         for name, by_step in scores.items()
@@ -443,25 +432,21 @@ def _selector_scores(built: BuiltRun) -> dict[str, dict[int, float]]:
     }
 
 
-def _domain(role: str) -> Role:
-    """Whose images the slices of a role are, e.g. "source" of "source_val"."""
-    return "target" if role.startswith("target") else "source"
-
-
 def _samples(built: BuiltRun) -> dict[str, Samples]:
-    """Role → pixels of its slices, as the method answers them with the weights that it has."""
-    torch.manual_seed(built.planned.config.seed)  # styles drawn alike for every candidate
-    return {
-        role: sample_pixels(
-            partial(built.predict, domain=_domain(role)),
-            partial(built.features, domain=_domain(role)),
-            store,
-            built.translate if _domain(role) == "source" else lambda images: images,
-            built.device,
-        )
-        for role, store in zip(ROLES, (built.train, built.val, built.target), strict=True)
-        if store is not None
-    }
+    """Return role → sampled pixels, predicted with the method's current weights."""
+    torch.manual_seed(built.planned.config.seed)  # equal random styles for all candidates
+    samples = {}
+    for role, store in zip(ROLES, (built.train, built.val, built.target), strict=True):
+        if store is not None:
+            domain: Role = "target" if role.startswith("target") else "source"
+            samples[role] = sample_pixels(
+                partial(built.predict, domain=domain),
+                partial(built.features, domain=domain),
+                store,
+                built.translate if domain == "source" else lambda images: images,
+                built.device,
+            )
+    return samples
 
 
 def _score(
@@ -471,7 +456,7 @@ def _score(
     samples: Mapping[str, Samples],
     trajectory: Mapping[int, Samples],
 ) -> float:
-    """What a selector says of the weights that the method has."""
+    """Score the method's current weights by a selector."""
     torch.manual_seed(built.planned.config.seed)
     return selector.score(
         Candidate(
@@ -489,17 +474,17 @@ def _score(
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Peak memory in MiB: of the GPU, or of the process."""
+    """Return the peak memory of the GPU, or of the process, in MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _pictures(built: BuiltRun, count: int = 6) -> tuple[Batch, dict[str, Tensor]]:
-    """Slices spread over the training ones, and what the method shows of them, (N, 1, H, W)."""
+    """Return evenly spread training slices and the method's pictures of them, (N, 1, H, W)."""
 
     def spread(store: ImageStore) -> np.ndarray:
-        # The outermost slices of a volume show little, so the middle of each share is taken.
+        # The middle of each share, because the outermost slices of a volume show little.
         return ((np.arange(count) + 0.5) * len(store) / count).astype(np.int64)
 
     device, train, target = built.device, built.train, built.target

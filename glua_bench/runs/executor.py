@@ -1,4 +1,8 @@
-"""Execute the runs of a matrix, several at once."""
+"""Execute the runs of a matrix, several at once, each in its own process.
+
+Several processes can share a matrix: a run is claimed by a file lock, which the kernel releases
+when its holder ends. A run that a killed process has left behind is resumed.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,21 +25,20 @@ from glua_bench.runs.plan import PlannedRun
 from glua_bench.scoring.evaluation import mean_score
 from glua_bench.scoring.metrics import PRIMARY
 
-CLAIMS = ".claims"  # below the directory of all runs: locks and requests of runs
-POLL_SECONDS = 1.0  # between looks at runs that another process executes
-
-ATTEMPTS = 2  # at a run whose process ends without a reason, before it counts as failed
+CLAIMS = ".claims"  # directory for locks and requests of runs, in the directory of all runs
+POLL_SECONDS = 1.0  # between checks of runs that another process executes
+ATTEMPTS = 2  # attempts at a run whose process ends without a reason
 
 
 @dataclass
 class Outcome:
-    """What became of a matrix.
+    """Result of executing a matrix.
 
     Attributes:
-        ran: runs that this process executed.
-        before: runs that were done before.
-        elsewhere: runs that another process finished meanwhile.
-        failed: run → why, also those that failed earlier and were not tried again.
+        ran: runs executed by this process.
+        before: runs that were already done.
+        elsewhere: runs finished by another process.
+        failed: run → reason, including earlier failures that were not retried.
     """
 
     ran: int = 0
@@ -45,13 +48,13 @@ class Outcome:
 
 
 class Executor:
-    """Works off a matrix with some processes at once.
+    """Execute the open runs of a matrix.
 
     Args:
         planned: the matrix.
-        jobs: runs at once, each on a GPU of its own where there are some, otherwise with an
-            equal share of the CPU cores.
-        retry_failed: begin again what failed earlier.
+        jobs: number of concurrent runs, each on its own GPU if there are any, else with an equal
+            share of the CPU cores.
+        retry_failed: restart runs that failed earlier.
         report: receives a line when a run begins or ends.
         start: executes a run with an environment and returns exit code and stderr.
     """
@@ -68,7 +71,7 @@ class Executor:
         self.start = start or start_process
         self.outcome = Outcome()
         self._lock = threading.Lock()
-        self._waiting: list[Planned] = []
+        self._waiting: deque[Planned] = deque()  # thread-safe
         self._attempts: Counter[str] = Counter()
         self._error: BaseException | None = None
         self._began = time.monotonic()
@@ -83,57 +86,52 @@ class Executor:
         self._failed_before = len(self.outcome.failed)
 
     def run(self) -> Outcome:
-        """Execute what is open; return when nothing of the matrix is.
+        """Execute all open runs, and wait for those of other processes.
 
         Raises:
             RunFailure: the directory of runs cannot be written or locked.
         """
         workers = [
-            threading.Thread(target=self._guarded, args=(index,), daemon=True)
+            threading.Thread(target=self._work, args=(index,), daemon=True)
             for index in range(min(self.jobs, max(1, self._total)))
         ]
         for worker in workers:
             worker.start()
         for worker in workers:
-            while worker.is_alive():  # in short waits, so that Ctrl-C is heard
+            while worker.is_alive():  # short waits, so that Ctrl-C is handled
                 worker.join(0.2)
         if self._error is not None:
             raise self._error
-        for item in self.planned:  # another process may have done since what failed here
+        for item in self.planned:  # another process may have finished what failed here
             if item.run.id in self.outcome.failed and item.run.directory.done:
                 del self.outcome.failed[item.run.id]
                 self.outcome.elsewhere += 1
         return self.outcome
 
-    def _guarded(self, index: int) -> None:
+    def _work(self, index: int) -> None:
         try:
-            self._work(index)
-        except BaseException as error:  # raised again by `run`, since a thread's are lost
+            while (item := self._next()) is not None:
+                claim = item.run.request.runs_root / CLAIMS / f"{item.run.id}.lock"
+                with try_lock(claim, "--runs") as mine:
+                    if mine and not running(item.run):
+                        self._execute(item, index)
+                        continue
+                # Another process executes it, possibly an orphan: check again after the others.
+                if item.run.directory.done:
+                    self._end("elsewhere")
+                else:
+                    self._waiting.append(item)
+                    time.sleep(POLL_SECONDS)
+        except BaseException as error:  # raised again by `run`
             self._error = error
 
-    def _work(self, index: int) -> None:
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    return
-                item = self._waiting.pop(0)
-            claim = item.run.request.runs_root / CLAIMS / f"{item.run.id}.lock"
-            with try_lock(claim, "--runs") as mine:
-                if mine and not running(item.run):
-                    self._execute(item, index)
-                    continue
-            # Another process has it, or one whose starter was killed: look again when the rest is
-            # done.
-            if item.run.directory.done:
-                self._end(item, "done elsewhere")
-            else:
-                with self._lock:
-                    self._waiting.append(item)
-                time.sleep(POLL_SECONDS)
+    def _next(self) -> Planned | None:
+        with self._lock:
+            return self._waiting.popleft() if self._waiting else None
 
     def _execute(self, item: Planned, index: int) -> None:
-        if item.run.directory.done:  # finished by another process since the matrix was read
-            self._end(item, "done elsewhere")
+        if item.run.directory.done:  # finished by another process in the meantime
+            self._end("elsewhere")
             return
         config = item.run.config
         name = f"{item.cell.entry}, {item.cell.task}, seed {config.seed}"
@@ -142,36 +140,31 @@ class Executor:
         began = time.monotonic()
         code, errors = self.start(item.run, environment(index, self.jobs))
         if item.run.directory.done:
-            score = mean_score(
-                item.run.directory.read_cases().query("selector == @item.run.config.selectors[0]")
-            )
-            told = f"{PRIMARY.title} {PRIMARY.text(score)}"
-            self._end(item, "ran", f"{name}: {told}, {duration(time.monotonic() - began)}")
+            cases = item.run.directory.read_cases()
+            score = mean_score(cases[cases["selector"] == config.selectors[0]])
+            result = f"{PRIMARY.title} {PRIMARY.text(score)}"
+            self._end("ran", f"{name}: {result}, {duration(time.monotonic() - began)}")
             return
-        if running(item.run):  # somebody ran it by hand in the same moment
-            with self._lock:
-                self._waiting.append(item)
+        if running(item.run):  # started by hand at the same time
+            self._waiting.append(item)
             return
         self._attempts[item.run.id] += 1
         recorded = item.run.directory.failed
-        # Killed, or ended because it found the run's lock held by a process that is gone by now.
+        # Killed, or ended because the run's lock was held by a process that has ended since.
         unexplained = code < 0 or (code == RunFailure.exit_code and recorded is None)
         if unexplained and self._attempts[item.run.id] < ATTEMPTS:
-            self.report(f"{'killed' if code < 0 else 'again '} {name}; it goes on where it was")
-            with self._lock:
-                self._waiting.insert(0, item)
+            self.report(f"{'killed' if code < 0 else 'again '} {name}; resumed")
+            self._waiting.appendleft(item)
             return
         reason = recorded or complaint(errors)
         with self._lock:
             self.outcome.failed[item.run.id] = reason
         self.report(f"FAILED {name}: {reason}")
 
-    def _end(self, item: Planned, how: str, text: str = "") -> None:
+    def _end(self, how: str, text: str = "") -> None:
         with self._lock:
-            if how == "ran":
-                self.outcome.ran += 1
-            else:
-                self.outcome.elsewhere += 1
+            self.outcome.ran += how == "ran"
+            self.outcome.elsewhere += how == "elsewhere"
             failed = len(self.outcome.failed) - self._failed_before
             ended = self.outcome.ran + self.outcome.elsewhere + failed
             left = len(self._waiting)
@@ -182,18 +175,16 @@ class Executor:
 
 
 def environment(index: int, jobs: int) -> dict[str, str]:
-    """The environment of one of several processes: its share of the cores, and its GPU."""
+    """Return the environment of one of several processes: its share of the cores, and its GPU."""
     changed = dict(os.environ)
-    gpus = torch.cuda.device_count()
-    if gpus:
+    if gpus := torch.cuda.device_count():
         changed["CUDA_VISIBLE_DEVICES"] = str(index % gpus)
-    if "OMP_NUM_THREADS" not in os.environ:
-        changed["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    changed.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     return changed
 
 
 def start_process(run: PlannedRun, environment: Mapping[str, str]) -> tuple[int, str]:
-    """Execute a run in a process of its own; its exit code and what it wrote to stderr."""
+    """Execute a run in its own process, and return exit code and stderr."""
     done = subprocess.run(
         child_command(run),
         env=dict(environment),
@@ -205,7 +196,7 @@ def start_process(run: PlannedRun, environment: Mapping[str, str]) -> tuple[int,
 
 
 def running(run: PlannedRun) -> bool:
-    """Return True if a process is executing the run now."""
+    """Return True if a process is executing the run."""
     path = run.directory.path
     if not path.is_dir():
         return False

@@ -1,4 +1,4 @@
-"""Find the volumes that a user gives to `predict`, and name their results."""
+"""Find the volumes given to `predict`, and name their results."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -96,31 +96,27 @@ def find(paths: Iterable[Path]) -> Inputs:
     left: list[Path] = []
     for path in paths:
         if path.is_dir():
-            own, passed = _in_folder(path)
-            left += passed
+            own, skipped = _in_folder(path)
+            left += skipped
         elif path.exists() or broken(path):
-            own = [_file(path)]
+            if not path.name.lower().endswith(SUFFIXES) and path.is_file() and is_dicom(path):
+                raise DataError(
+                    f"{path} is one slice of a DICOM series: give the series' directory."
+                )
+            own = [Given(path, stem(path))]
         else:
             raise DataError(f"The image {path} does not exist; check the path.")
-        for one in own:
-            found.setdefault(os.path.abspath(one.path), one)
-    images = list(found.values())
-    names = _unique_names([(one.path, one.name) for one in images])
-    return Inputs(
-        tuple(Given(o.path, n, o.slices) for o, n in zip(images, names, strict=True)), tuple(left)
-    )
+        for image in own:
+            found.setdefault(os.path.abspath(image.path), image)
+    names = _unique_names([(image.path, image.name) for image in found.values()])
+    images = (replace(i, name=name) for i, name in zip(found.values(), names, strict=True))
+    return Inputs(tuple(images), tuple(left))
 
 
 def stem(file: Path) -> str:
     """Return a file's name without the suffix of its format, e.g. .nii.gz."""
     suffix = next((s for s in SUFFIXES if file.name.lower().endswith(s)), "")
     return file.name[: len(file.name) - len(suffix)]
-
-
-def _file(path: Path) -> Given:
-    if not path.name.lower().endswith(SUFFIXES) and path.is_file() and is_dicom(path):
-        raise DataError(f"{path} is one slice of a DICOM series: give the series' directory.")
-    return Given(path, stem(path))
 
 
 def _in_folder(folder: Path) -> tuple[list[Given], list[Path]]:

@@ -17,7 +17,7 @@ _asked: list[int] = []
 
 
 class Interrupted(BaseException):
-    """The process received a signal to stop, and its work is saved.
+    """The process received a stop signal, and its work is saved.
 
     A `BaseException`, so that plugins do not catch it.
 
@@ -48,15 +48,11 @@ def listening() -> Iterator[None]:
 
 
 def asked() -> bool:
-    """Return True if this process received a signal to stop."""
+    """Return True if this process received a stop signal."""
     return bool(_asked)
 
 
 def end_if_asked() -> None:
-    """Raise `Interrupted` if a signal to stop was received; call it when all work is saved.
-
-    Raises:
-        Interrupted: a signal was received.
-    """
+    """Raise `Interrupted` if a stop signal was received; call it when all work is saved."""
     if _asked:
         raise Interrupted(_asked[0])

@@ -1,9 +1,6 @@
-"""The run matrix: which runs a comparison or an ablation needs, and their execution.
+"""Enumerate and plan the runs of a comparison or an ablation.
 
-Enumeration (`comparison`, `ablation`) makes requests and runs nothing. Execution skips what is
-done, and starts each other run as a process of its own, several at once if asked. Two processes
-on the same matrix share it: a run is claimed by a file lock, which the kernel gives back when its
-holder ends, however it ends; whoever claims a run that another left behind resumes it.
+`comparison` and `ablation` return cells, `plan` resolves them to runs; `executor` executes them.
 """
 
 from __future__ import annotations
@@ -11,10 +8,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import mean
 from typing import Any
 
-from glua_bench.config import LOWER, UPPER, assignment, build_settings, digest, parse_overrides
+from glua_bench.config import LOWER, UPPER, assignment, build_settings, parse_overrides
 from glua_bench.errors import ConfigError
+from glua_bench.identity import digest
 from glua_bench.method import Method
 from glua_bench.records.naming import Comparison
 from glua_bench.records.run_directory import RunDirectory
@@ -35,7 +34,7 @@ class Cell:
     Attributes:
         entry: name of its row in tables, e.g. "glua" or "glua + photometric".
         task: name of its column group, e.g. "phantom mr-ct".
-        request: what to run.
+        request: its request.
     """
 
     entry: str
@@ -52,23 +51,23 @@ def comparison(
     bounds: bool = True,
     repeats: int = 0,
 ) -> list[Cell]:
-    """Every method on every direction of every dataset with every seed.
+    """Enumerate all methods on all directions of all datasets with all seeds.
 
     Args:
-        methods: names; `NAME+photometric` asks for that augmentation, `supervised` is the
-            upper bound.
+        methods: names; `NAME+photometric` selects that augmentation, `supervised` is the upper
+            bound.
         datasets: names.
-        directions: "source-target"; () is each dataset's first one, ("all",) all of them.
-        seeds: how many, from 0.
-        base: everything else that the runs share.
-        bounds: begin with `source_only` and `supervised`, between which the gap lies.
-        repeats: further trainings of seed 0 that start from other last bits.
+        directions: "source-target"; () selects each dataset's first one, ("all",) all of them.
+        seeds: number of seeds, counted from 0.
+        base: options that all runs share.
+        bounds: add the bounds of the gap, `source_only` and `supervised`, as the first entries.
+        repeats: additional perturbed runs of seed 0.
 
     Returns:
-        Seed by seed, so that whole comparisons are complete early, then the repeats.
+        Cells ordered by seed, so that complete comparisons are available early, then the repeats.
 
     Raises:
-        UserError: a name or direction is unknown, or a name is given twice.
+        UserError: a name or direction is unknown.
     """
     names = [*((LOWER, UPPER) if bounds else ()), *methods]
     entries = {}
@@ -96,44 +95,42 @@ def ablation(
     report: Callable[[str], None] = lambda line: None,
     repeats: int = 0,
 ) -> list[Cell]:
-    """A method's declared variants and varied settings, on every direction with every seed.
+    """Enumerate a method's declared variants and varied settings, on all directions with all seeds.
 
-    A varied value is an entry "NAME = VALUE" that changes this setting and nothing else. Where
-    an entry has these settings already, it stands for the value, since they are one run. The
-    method as `base` asks for it is among the entries, so that a varied setting has its reference;
-    where no variant is that, its entry is "default".
+    A varied value is an entry "NAME = VALUE" that changes only this setting; it is skipped if an
+    earlier entry has the same settings. If settings are varied, the method with the settings of
+    `base` is an entry too, as the reference; it is called "default" unless a variant equals it.
 
     Args:
-        method: its name.
+        method: name of the method.
         datasets: names.
         directions: as in `comparison`.
-        seeds: how many, from 0.
-        base: everything else that the runs share. Its assignments to `method.NAME` do not concern
-            bounds and parts, which are other methods.
-        combine: all combinations of the values that variants and `vary` give to settings, instead
-            of the variants as they are and one value at a time.
+        seeds: number of seeds, counted from 0.
+        base: options that all runs share. Its assignments to `method.NAME` do not apply to bounds
+            and parts, which are other methods.
+        combine: enumerate all combinations of the values that variants and `vary` assign to
+            settings, instead of one change at a time.
         vary: texts "NAME=V1,V2", values of a setting; "method.NAME" is the same.
-        variants: take the declared variants, and the methods that are this one with parts left
-            out (but not into combinations).
-        bounds: begin with `source_only` and `supervised`, between which the gap lies.
-        report: receives a line for each value that another entry stands for.
-        repeats: further trainings of seed 0 that start from other last bits.
+        variants: include the declared variants and (unless combined) the method's parts.
+        bounds: add the bounds of the gap, `source_only` and `supervised`, as the first entries.
+        report: receives a line for each skipped value.
+        repeats: additional perturbed runs of seed 0.
 
     Returns:
-        Seed by seed: the bounds, the parts, the variants, the reference, the values in their
-        order; then the repeats.
+        Cells ordered by seed, then the repeats; entries are bounds, parts, variants, reference,
+            values.
 
     Raises:
         UserError: the method is unknown, nothing is left to run, two entries have one name, or a
-            setting or value is refused.
+            setting or value is invalid.
     """
     method_class: type[Method] = Registry("method", base.plugins).load(method)
     declared: Mapping[str, Mapping[str, Any]] = method_class.variants() if variants else {}
     if not declared and not vary:
         raise ConfigError(
-            f"Method '{method}' declares no variants; give values by --vary NAME=V1,V2."
+            f"Method '{method}' declares no variants; add values by --vary NAME=V1,V2."
             if variants
-            else "--no-variants leaves nothing to run; give values by --vary NAME=V1,V2."
+            else "--no-variants leaves nothing to run; add values by --vary NAME=V1,V2."
         )
     varied = {
         f"{name} = {value}": {name: value}
@@ -154,12 +151,12 @@ def ablation(
         key = digest([name, scenario, asdict(_settings(name, replace(base, assignments=own)))])
         if optional and key in owner:
             if entry != "default":
-                report(f"'{entry}' has the settings of '{owner[key]}', which stands for it")
+                report(f"'{entry}' duplicates '{owner[key]}', skipped")
             return
         if entry in entries:
             raise ConfigError(
                 f"Two entries of the ablation of '{method}' are called '{entry}'; rename the "
-                "variant, or leave it out by --no-variants, or the bounds by --no-bounds."
+                "variant, or skip the variants by --no-variants or the bounds by --no-bounds."
             )
         owner.setdefault(key, entry)
         entries[entry] = {"method": name, "scenario": scenario, "assignments": own}
@@ -179,27 +176,27 @@ def ablation(
 
 
 def _values(text: str, method: str, base: RunOptions) -> Iterator[tuple[str, Any]]:
-    """Name and value of each of "NAME=V1,V2", read and checked as `--set` does."""
-    name, _, listed = text.partition("=")
+    """Yield name and value for each value of "NAME=V1,V2", parsed and checked as for `--set`."""
+    name, _, values_text = text.partition("=")
     name = name.strip().removeprefix("method.")
-    values = [value.strip() for value in listed.split(",") if value.strip()]
+    values = [value.strip() for value in values_text.split(",") if value.strip()]
     if not name or not values:
-        raise ConfigError(f"--vary {text} is not of the form NAME=V1,V2.")
+        raise ConfigError(f"--vary {text} is invalid; use the form NAME=V1,V2.")
     for value in values:
         assignments = [*base.assignments, f"method.{name}={value}"]
         yield name, getattr(_settings(method, replace(base, assignments=assignments)), name)
 
 
 def _settings(method: str, options: RunOptions) -> Any:
-    """The method's settings that options come to: its preset, then `--set`."""
+    """Return the method's settings from its preset and `--set`."""
     method_class: type[Method] = Registry("method", options.plugins).load(method)
     preset = method_class.presets.get(options.preset or planning.default_preset(), {})
-    chosen = parse_overrides(options.assignments)["method"]
-    return build_settings(method_class.Config, {**preset, **chosen}, "method")
+    overrides = parse_overrides(options.assignments)["method"]
+    return build_settings(method_class.Config, {**preset, **overrides}, "method")
 
 
 def combinations(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """All combinations of the values that variants give to settings, and of leaving them.
+    """Return all combinations of the values that variants assign to settings, or of the defaults.
 
     Example:
         >>> sorted(combinations({"a": {"mask": "none"}, "b": {"weight": 0.0}}))
@@ -211,9 +208,9 @@ def combinations(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[st
             known = values.setdefault(name, [])
             if value not in known:
                 known.append(value)
-    options = [[None, *((name, value) for value in found)] for name, found in values.items()]
+    choices = [[None, *((name, value) for value in found)] for name, found in values.items()]
     combined = {}
-    for chosen in itertools.product(*options):
+    for chosen in itertools.product(*choices):
         changes = dict(pair for pair in chosen if pair is not None)
         combined[", ".join(f"{k}={v}" for k, v in changes.items()) or "default"] = changes
     return combined
@@ -228,11 +225,11 @@ def _cells(
     repeats: int,
 ) -> list[Cell]:
     if seeds < 1:
-        raise ConfigError(f"--seeds {seeds} asks for no run; give 1 or more, 3 for intervals.")
+        raise ConfigError(f"--seeds {seeds} must be at least 1, or 3 for intervals.")
     if parse_overrides(base.assignments)["run"].get("perturbation"):
         raise ConfigError(
-            "--set perturbation would make every run a repeat of one that is not there; leave it "
-            "out, and give --repeats."
+            "--set perturbation would turn every run into a repeat of a missing one; use "
+            "--repeats instead."
         )
     starts = [(seed, 0) for seed in range(seeds)] + [(0, draw + 1) for draw in range(repeats)]
     tasks, registry = [], Registry("dataset", base.plugins)
@@ -244,7 +241,7 @@ def _cells(
         for direction in dict.fromkeys(chosen):
             if direction not in known:
                 raise ConfigError(
-                    f"Dataset '{name}' has no direction '{direction}'; use --directions with all, "
+                    f"Dataset '{name}' has no direction '{direction}'; use --directions with all "
                     f"or some of {', '.join(known)}."
                 )
             tasks.append((name, fold, direction))
@@ -263,32 +260,24 @@ def _cells(
 
 @dataclass
 class Planned:
-    """A cell whose run is resolved.
-
-    Attributes:
-        cell: the cell.
-        run: its run.
-    """
+    """A cell with its planned run."""
 
     cell: Cell
     run: PlannedRun
 
     @property
     def state(self) -> str:
-        """ "done", "failed" (and not begun again), or "open"."""
+        """ "done", "failed" or "open"."""
         if self.run.directory.done:
             return "done"
         return "failed" if self.run.directory.failed is not None else "open"
 
 
 def plan(cells: Sequence[Cell], report: Callable[[str], None] = lambda line: None) -> list[Planned]:
-    """Resolve every cell, before any of them is run.
-
-    Cells that come to one run (two variants with equal settings) are an error, since a table
-    would show one training as two.
+    """Plan the runs of all cells before any of them is executed.
 
     Raises:
-        UserError: a cell cannot be served, or two come to the same run.
+        UserError: a cell is invalid, or two cells are the same run, which a table would show twice.
     """
     planned: list[Planned] = []
     owner: dict[str, Cell] = {}
@@ -297,7 +286,7 @@ def plan(cells: Sequence[Cell], report: Callable[[str], None] = lambda line: Non
         if run.id in owner:
             raise ConfigError(
                 f"'{owner[run.id].entry}' and '{cell.entry}' on {cell.task} are the same run; "
-                "leave one of them out."
+                "remove one of them."
             )
         owner[run.id] = cell
         planned.append(Planned(cell, run))
@@ -305,11 +294,7 @@ def plan(cells: Sequence[Cell], report: Callable[[str], None] = lambda line: Non
 
 
 def finished(planned: Sequence[Planned]) -> list[tuple[str, str, RunDirectory]]:
-    """Entry, task and directory of what is done, without repeats of what is not.
-
-    Args:
-        planned: the matrix.
-    """
+    """Return entry, task and directory of finished runs, without repeats of unfinished ones."""
     done = [item for item in planned if item.state == "done"]
 
     def key(item: Planned) -> tuple[str, str, int]:
@@ -320,10 +305,10 @@ def finished(planned: Sequence[Planned]) -> list[tuple[str, str, RunDirectory]]:
 
 
 def by_dataset(title: str, planned: Sequence[Planned]) -> list[Comparison]:
-    """The matrix as the tracker shows it: a group of runs for each dataset.
+    """Group the runs by dataset, as a tracker shows them.
 
     Args:
-        title: what was asked for, e.g. "compare glua, sifa".
+        title: title of the command, e.g. "compare glua, sifa".
         planned: the matrix.
     """
     groups: dict[str, list[tuple[str, RunDirectory]]] = {}
@@ -334,28 +319,23 @@ def by_dataset(title: str, planned: Sequence[Planned]) -> list[Comparison]:
     return [Comparison(title, members) for members in groups.values()]
 
 
-def seconds_known(planned: Sequence[Planned]) -> dict[tuple[str, str], float]:
-    """(entry, task) → mean seconds of its finished runs."""
-    found: dict[tuple[str, str], list[float]] = {}
-    for item in planned:
-        if item.run.directory.done:
-            key = item.cell.entry, item.cell.task
-            found.setdefault(key, []).append(float(item.run.directory.read_summary()["seconds"]))
-    return {key: sum(values) / len(values) for key, values in found.items()}
-
-
 def estimate(
     planned: Sequence[Planned], report: Callable[[str], None] = lambda line: None
 ) -> dict[tuple[str, str], float]:
-    """(entry, task) → seconds that one open run will take.
+    """Return (entry, task) → expected seconds per open run.
 
-    From finished runs of the same entry and task; where there are none, from a few steps on the
-    real data, which are thrown away.
+    The estimate is the mean of finished runs of the same entry and task, or else is measured by a
+    few steps on the real data.
     """
-    known = seconds_known(planned)
+    finished: dict[tuple[str, str], list[float]] = {}
+    for item in planned:
+        if item.state == "done":
+            seconds = float(item.run.directory.read_summary()["seconds"])
+            finished.setdefault((item.cell.entry, item.cell.task), []).append(seconds)
+    known = {key: mean(values) for key, values in finished.items()}
     for item in planned:
         key = item.cell.entry, item.cell.task
         if item.state != "done" and key not in known:
-            report(f"measuring a few steps of {key[0]} on {key[1]}")
+            report(f"timing a few steps of {key[0]} on {key[1]}")
             known[key] = execution.estimate(item.run)
     return known

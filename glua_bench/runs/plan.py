@@ -1,4 +1,4 @@
-"""From a request to a plan: configuration, method, data and the run's id."""
+"""Plan a run: resolve its configuration, check it, and compute its id."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from lightning_fabric.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from glua_bench import config as configuration
-from glua_bench.config import RunConfig, SegmenterSpec, build_settings, digest, identity
+from glua_bench.config import PRESETS, RunConfig, SegmenterSpec, build_settings, parse_overrides
 from glua_bench.data.cache import fingerprint
 from glua_bench.data.neighbours import common_distance
 from glua_bench.data.volumes import slice_distance
 from glua_bench.errors import ConfigError, PluginError
-from glua_bench.identity import code_version
+from glua_bench.identity import DATA_DIGITS, code_version, digest, identity
 from glua_bench.method import Cases, Method, TaskInfo
 from glua_bench.networks import DEEPLAB_STRIDE
 from glua_bench.paths import name_fault
@@ -36,23 +35,47 @@ from glua_bench.task import (
     role_fault,
 )
 
+# Fields of `RunConfig` that `--set NAME=VALUE` accepts.
+SETTABLE = {
+    "augmentation",
+    "batch_size",
+    "candidates",
+    "perturbation",
+    "precision",
+    "slice_distance",
+    "slices",
+    "steps",
+}
+
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """Digests of the files that play each role."""
+    """Digests of the files that a run uses.
 
-    train: str  # labelled source images, and target images without labels
-    test: str  # everything that is scored or selected on
+    Attributes:
+        train: labelled source images, and target images without labels.
+        test: all files that are scored or selected on.
+    """
 
-    @property
-    def whole(self) -> str:
-        """One digest for all roles."""
-        return digest([self.train, self.test], 16)
+    train: str
+    test: str
 
 
 @dataclass
 class PlannedRun:
-    """A run that is ready to be executed."""
+    """A run that is ready for `execute`.
+
+    Attributes:
+        config: its complete configuration.
+        id: its identity.
+        directory: its run directory.
+        dataset: the prepared dataset.
+        method_class: the method.
+        stages: name and steps of each stage.
+        fingerprints: digests of its files.
+        code: version and digest of its code.
+        request: the user's request.
+    """
 
     config: RunConfig
     id: str
@@ -66,51 +89,36 @@ class PlannedRun:
 
 
 def default_preset() -> str:
-    """ "standard" where there is a CUDA device, else "quick"."""
+    """Return "standard" if there is a CUDA device, else "quick"."""
     return "standard" if torch.cuda.is_available() else "quick"
 
 
 def resolve(request: RunRequest, dataset: Dataset, method_class: type[Method]) -> RunConfig:
-    """The complete configuration: preset, then options, then `--set`.
+    """Return the complete configuration: the preset, then options, then `--set`.
 
     Raises:
-        ConfigError: an unknown or impossible option.
+        ConfigError: an option is unknown or invalid.
     """
     preset = request.preset or default_preset()
-    if preset not in configuration.PRESETS:
+    if preset not in PRESETS:
         raise ConfigError(
-            f"There is no preset '{preset}'; use --preset with one of "
-            f"{', '.join(configuration.PRESETS)}."
+            f"There is no preset '{preset}'; use --preset with one of {', '.join(PRESETS)}."
         )
-    values = dict(configuration.PRESETS[preset])
-    groups = configuration.parse_overrides(request.assignments)
+    values = dict(PRESETS[preset])
+    groups = parse_overrides(request.assignments)
     direction = "-".join(parse_direction(dataset, request.direction))
     segmenter = {**values.pop("segmenter"), **groups["segmenter"]}
     method_values = {**method_class.presets.get(preset, {}), **groups["method"]}
     method_config = build_settings(method_class.Config, method_values, "method")
-    options = {
-        "steps": request.steps,
-        "augmentation": request.augmentation,
-        "precision": request.precision,
-    }
-    values.update({name: value for name, value in options.items() if value is not None})
-    settable = {
-        "perturbation",
-        "steps",
-        "batch_size",
-        "augmentation",
-        "candidates",
-        "precision",
-        "slices",
-        "slice_distance",
-    }
-    for name, value in groups["run"].items():
-        if name not in settable:
-            raise ConfigError(
-                f"--set {name} is not a run option; settable are {', '.join(sorted(settable))}, "
-                "and method.NAME, segmenter.NAME, grid.NAME."
-            )
-        values[name] = value
+    for name in ("steps", "augmentation", "precision"):
+        if getattr(request, name) is not None:
+            values[name] = getattr(request, name)
+    for name in sorted(groups["run"].keys() - SETTABLE):
+        raise ConfigError(
+            f"--set {name} is not a run option; use one of {', '.join(sorted(SETTABLE))}, or "
+            "method.NAME, segmenter.NAME, grid.NAME."
+        )
+    values |= groups["run"]
     grid = build_settings(Grid, {**asdict(dataset.grid(preset)), **groups["grid"]}, "grid")
     try:
         return RunConfig(
@@ -131,15 +139,15 @@ def resolve(request: RunRequest, dataset: Dataset, method_class: type[Method]) -
 
 
 def check_request(config: RunConfig, method_class: type[Method]) -> None:
-    """Refuse what the method cannot serve, before anything is trained.
+    """Refuse a scenario or grid that the method does not support.
 
     Raises:
         ConfigError: the scenario or the grid does not fit.
     """
     if config.privileged and method_class.uses_target:
         raise ConfigError(
-            f"--scenario supervised serves target labels as source, so it needs a method without "
-            f"adaptation; '{config.method}' adapts: use --method source_only."
+            "--scenario supervised trains on target labels, but method "
+            f"'{config.method}' adapts to unlabelled images; use --method source_only."
         )
     if config.segmenter.name == "unet":
         factor = 2 ** (config.segmenter.depth - 1)
@@ -159,13 +167,10 @@ def check_request(config: RunConfig, method_class: type[Method]) -> None:
 
 
 def check_contract(method_class: type[Method]) -> None:
-    """Refuse a method whose functions cannot be called as the harness calls them.
-
-    Python would say so by a TypeError in the middle of a training; e.g. `predict` once had no
-    domain.
+    """Refuse a method whose functions have another signature than the harness calls.
 
     Raises:
-        PluginError: a function does not take what it is given.
+        PluginError: a function does not accept the arguments.
     """
     for name in ("stages", "optimizers", "step", "predict", "features", "pictures", "check"):
         given = list(inspect.signature(getattr(Method, name)).parameters)
@@ -185,13 +190,13 @@ def build_method(
     """Build a method with weights initialised from the run's seed.
 
     Args:
-        config: of the run.
-        structures: the dataset's classes.
+        config: configuration of the run.
+        structures: structures of the dataset.
         method_class: the method.
 
     Raises:
-        PluginError: its functions have other arguments than the contract says.
-        ConfigError: it declines a setting, or two of its stages share a name.
+        PluginError: a function of the method has another signature than the contract.
+        ConfigError: the method refuses a setting, or two of its stages share a name.
     """
     check_contract(method_class)
     torch.manual_seed(config.seed)
@@ -213,11 +218,11 @@ def build_method(
 
 @torch.no_grad()
 def perturb(module: nn.Module, draw: int) -> None:
-    """Move every weight to the next float above or below it, by chance.
+    """Move every weight to the next float above or below it, at random.
 
-    Threads, processors and versions of libraries change last bits as much, and nobody controls
-    them: how far a result moves between draws is how far it moves between machines. Zeros stay,
-    since their neighbours are denormal and slow.
+    The change is as small as that between machines (threads, processors, library versions), so the
+    spread of results over draws estimates the spread over machines. Zeros are kept, because their
+    neighbours are denormal and slow.
 
     Args:
         module: changed in place; the global random state is not.
@@ -231,7 +236,7 @@ def perturb(module: nn.Module, draw: int) -> None:
 
 
 def check_batch(config: RunConfig, method: Method, devices: int) -> None:
-    """Refuse to normalise over a batch of one image.
+    """Refuse batch normalisation over a single image.
 
     Raises:
         ConfigError: a process would see one image, and the method has batch normalisation.
@@ -240,25 +245,21 @@ def check_batch(config: RunConfig, method: Method, devices: int) -> None:
         return
     for name, module in method.named_modules():
         if isinstance(module, _BatchNorm):
+            avoidable = config.segmenter.name != "unet" and name.startswith("segmenter.")
             raise ConfigError(
-                f"batch_size = {config.batch_size} with --devices {devices} leaves one image a "
+                f"batch_size = {config.batch_size} with --devices {devices} leaves one image per "
                 f"process, and '{config.method}' has batch normalisation (at {name}), which needs "
-                "several; "
-                f"set batch_size to {2 * devices} or more"
-                + (
-                    ", or segmenter.name=unet."
-                    if config.segmenter.name != "unet" and name.startswith("segmenter.")
-                    else "."
-                )
+                f"several; set batch_size to {2 * devices} or more"
+                + (", or segmenter.name=unet." if avoidable else ".")
             )
 
 
 @torch.no_grad()
 def check_slices(config: RunConfig, method: Method) -> None:
-    """Refuse several slices where a method's networks are not made for them.
+    """Refuse stacks of slices that the method's networks do not support.
 
     Raises:
-        ConfigError: it cannot predict a stack of slices, or not translate it.
+        ConfigError: the method cannot predict or translate a stack of slices.
     """
     if config.slices == 1:
         return
@@ -281,21 +282,21 @@ def check_slices(config: RunConfig, method: Method) -> None:
             method.train()
         if reason:
             raise ConfigError(
-                f"slices = {config.slices}: method '{config.method}' is not made for images of "
-                f"several slices ({name} {reason}); build its networks with task.slices channels, "
-                "or leave slices out."
+                f"slices = {config.slices}: method '{config.method}' does not support stacks of "
+                f"slices ({name} {reason}); build its networks with task.slices channels, or use "
+                "slices=1."
             )
 
 
 def with_slice_distance(config: RunConfig, dataset: Dataset) -> RunConfig:
-    """The configuration with the distance of neighbouring slices in mm, if it has several slices.
+    """Set the distance between neighbouring slices in mm, if the run uses several slices.
 
-    It is the one that was asked for, or that of the working grid's slices; or, where volumes keep
-    their own, `common_distance` of the training volumes of both domains, by their headers. All
-    methods and scenarios of a comparison come to the same.
+    It is the requested distance or the slice spacing of the working grid; if volumes keep their own
+    spacing, it is the `common_distance` of the training volumes of both domains. It is equal for
+    all methods and scenarios of a comparison.
 
     Raises:
-        ConfigError: slices that follow each other in the dataset's files are no neighbours.
+        ConfigError: consecutive slices in the dataset's files are not neighbours.
         DataError: a file cannot be read.
     """
     if config.slices == 1:
@@ -303,7 +304,7 @@ def with_slice_distance(config: RunConfig, dataset: Dataset) -> RunConfig:
     if not dataset.neighbouring_slices:
         raise ConfigError(
             f"slices = {config.slices} needs volumes, and dataset '{dataset.name}' trains on "
-            "slices that are not neighbours; leave slices out."
+            "slices that are not neighbours; use slices=1."
         )
     distance = config.slice_distance or config.grid.slice_spacing
     if distance is None:
@@ -318,14 +319,13 @@ def with_slice_distance(config: RunConfig, dataset: Dataset) -> RunConfig:
 
 
 def roles(config: RunConfig, dataset: Dataset) -> dict[str, Sequence[Case | UnlabelledCase]]:
-    """Which cases play which role.
+    """Return the cases of each role.
 
-    Target cases are handed to training as `UnlabelledCase`s. Under the supervised scenario
-    the labelled target-train cases play the source, and nothing else of the target is trained
-    on.
+    Target training cases are `UnlabelledCase`s. In the supervised scenario the labelled target
+    training cases take the role of the source, and training uses no other target images.
 
     Raises:
-        ConfigError: a role has no cases, or an id cannot name a file.
+        ConfigError: a role has no cases, or a case id is not a valid file name.
     """
     labelled = config.target if config.privileged else config.source
     chosen: dict[str, Sequence[Case | UnlabelledCase]] = {
@@ -338,17 +338,15 @@ def roles(config: RunConfig, dataset: Dataset) -> dict[str, Sequence[Case | Unla
     if bare:
         raise ConfigError(
             f"Test case {min(case.id for case in bare)} of dataset '{dataset.name}' has no label, "
-            "so it cannot be scored: give its label file, or put it into another split."
+            "so it cannot be scored: provide its label file, or assign it to another split."
         )
-    fault = role_fault(dataset, config.direction, config.privileged)
-    if fault:
+    if fault := role_fault(dataset, config.direction, config.privileged):
         raise ConfigError(fault)
-    for case in dataset.split(config.target, "test"):
-        fault = name_fault(case.id)
-        if fault:
+    for case in chosen["test"]:
+        if fault := name_fault(case.id):
             raise ConfigError(
-                f"The id '{case.id}' in dataset '{dataset.name}' {fault}, so it cannot name the "
-                "file of its prediction: give the case another."
+                f"The case id '{case.id}' in dataset '{dataset.name}' {fault}, so it cannot name "
+                "the file of its prediction: rename the case."
             )
     trained = {
         c.subject for c in [*chosen["source_train"], *chosen["source_val"]] if isinstance(c, Case)
@@ -356,8 +354,8 @@ def roles(config: RunConfig, dataset: Dataset) -> dict[str, Sequence[Case | Unla
     tested = {c.subject for c in chosen["test"] if isinstance(c, Case)}
     if trained & tested:
         raise ConfigError(
-            f"Subject {sorted(trained & tested)[0]} of dataset '{dataset.name}' is in training "
-            "and in test; give every subject to one split only."
+            f"Subject {min(trained & tested)} of dataset '{dataset.name}' is in training "
+            "and in test; assign every subject to one split only."
         )
     return chosen
 
@@ -368,35 +366,35 @@ def adjusted(
     chosen: Mapping[str, Sequence[Case | UnlabelledCase]],
     report: Callable[[str], None] = lambda line: None,
 ) -> RunConfig:
-    """The configuration with the settings that a method fits to its data, each told in a line.
+    """Return the configuration with the settings that the method fits to its data.
 
     Args:
-        config: of the run.
-        method: built from it.
-        chosen: the cases of each role, as from `roles`.
-        report: receives the lines.
+        config: configuration of the run.
+        method: method built from it.
+        chosen: cases of each role, from `roles`.
+        report: receives one line per changed setting.
 
     Raises:
-        ConfigError: the method declines the data.
+        ConfigError: the method refuses the data.
     """
     cases = Cases(len(chosen["source_train"]), len(chosen["target_train"]))
-    changes = method.check(cases) or {}  # a check that only declines returns nothing
+    changes = method.check(cases) or {}  # a check that only raises returns None
     for name, change in changes.items():
-        asked = config.method_config[name]
-        report(f"method.{name} is {change.value} instead of {asked}: {change.reason}.")
+        before = config.method_config[name]
+        report(f"method.{name} is {change.value} instead of {before}: {change.reason}.")
     values = {name: change.value for name, change in changes.items()}
     return replace(config, method_config={**config.method_config, **values})
 
 
 def plan(request: RunRequest, report: Callable[[str], None] = lambda line: None) -> PlannedRun:
-    """Resolve a request, make the data ready, and compute the run's identity.
+    """Resolve a request, prepare the data, and compute the run's identity.
 
     Args:
-        request: what the user asks for.
-        report: receives lines about the data's preparation.
+        request: the user's request.
+        report: receives lines about data preparation.
 
     Raises:
-        UserError: anything in the request cannot be used.
+        UserError: the request is invalid.
     """
     method_class: type[Method] = Registry("method", request.plugins).load(request.method)
     dataset = load_dataset(request.dataset, request.data_root, request.plugins, request.fold)
@@ -412,19 +410,19 @@ def plan_config(
     report: Callable[[str], None] = lambda line: None,
     scored: bool = True,
 ) -> PlannedRun:
-    """Plan the run of a resolved configuration on a given dataset and method.
+    """Plan a run from a resolved configuration, a dataset and a method.
 
     Args:
-        request: where and on which devices it runs.
-        config: as from `resolve`.
-        dataset: is prepared.
+        request: paths, devices and plugins.
+        config: from `resolve`.
+        dataset: the dataset; it is prepared.
         method_class: the method.
-        report: receives lines about the data's preparation.
-        scored: False plans a training alone: files that are only scored or selected on are left
-            out of the identity, so that labels of test cases need not exist.
+        report: receives lines about data preparation.
+        scored: if False, plan for training only: files that are only scored or selected on do not
+            enter the identity and need not exist.
 
     Raises:
-        UserError: the configuration, the dataset and the method do not fit each other.
+        UserError: configuration, dataset and method do not fit together.
     """
     check_request(config, method_class)
     method = build_method(config, dataset.structures, method_class)
@@ -445,12 +443,14 @@ def plan_config(
                 [view.reading.identity() for view in views],
                 [[asdict(structure) for structure in view.structures] for view in views],
             ],
-            16,
+            DATA_DIGITS,
         ),
-        test=digest([fingerprint(chosen[role]) for role in ("source_val", "test") if scored], 16),
+        test=digest(
+            [fingerprint(chosen[role]) for role in ("source_val", "test") if scored], DATA_DIGITS
+        ),
     )
     code = code_version(method_class, scoring=True)
-    run_id = identity(config, prints.whole, code)
+    run_id = identity(config, digest([prints.train, prints.test], DATA_DIGITS), code)
     return PlannedRun(
         config,
         run_id,
@@ -465,31 +465,30 @@ def plan_config(
 
 
 def choose_device(name: str) -> str:
-    """ "cuda" or "cpu" for "auto", "cuda" or "cpu".
+    """Return "cuda" or "cpu".
 
     Raises:
-        ConfigError: the name is another, or the device is not there.
+        ConfigError: the name is unknown, or there is no such device.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
         raise ConfigError(f"--device {name} is unknown; use auto, cpu or cuda.")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: there is no CUDA device; use --device cpu.")
+        raise ConfigError("--device cuda: no CUDA device is available; use --device cpu.")
     return name
 
 
 def make_fabric(request: RunRequest, config: RunConfig) -> Fabric:
-    """Devices and precision.
+    """Set up devices and precision.
 
     Raises:
-        ConfigError: the device is not there.
+        ConfigError: the devices do not support the configuration.
     """
     accelerator = choose_device(request.device)
     if accelerator == "cuda" and request.devices > torch.cuda.device_count():
         raise ConfigError(
-            f"--devices {request.devices}: this machine has {torch.cuda.device_count()}; ask for "
-            "fewer."
+            f"--devices {request.devices}: this machine has {torch.cuda.device_count()}; use fewer."
         )
     if config.precision == "16-mixed" and accelerator == "cpu":
         raise ConfigError("--precision 16-mixed needs a GPU; use bf16-mixed or 32-true.")
@@ -497,12 +496,12 @@ def make_fabric(request: RunRequest, config: RunConfig) -> Fabric:
         raise ConfigError(
             f"batch_size = {config.batch_size} is not divisible by --devices {request.devices}."
         )
-    torch.backends.cudnn.deterministic = True  # same seed, same weights; costs little here
+    torch.backends.cudnn.deterministic = True  # same seed, same weights
     return Fabric(
         accelerator=accelerator,
         devices=request.devices,
         strategy="ddp" if request.devices > 1 else "auto",
         precision=config.precision,  # type: ignore[arg-type]
-        # A run starts its own processes, in a job of SLURM as well, where Fabric expects srun's.
+        # A run starts its own processes, also in a SLURM job, where Fabric expects srun's.
         plugins=[LightningEnvironment()],
     )

@@ -1,4 +1,4 @@
-"""Segmenting new volumes with a finished run, and handing its model on without the run."""
+"""Segment new volumes with a finished run, and export its model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -48,20 +48,52 @@ from glua_bench.task import Structure
 
 ROLES: tuple[Role, ...] = ("target", "source")
 WEIGHTS, CONFIG, CARD, LICENSE = "model.safetensors", "config.json", "README.md", "LICENSE"
-
 VOLUMES = "volumes.csv"
+CARD_TEXT = """\
+# {config.method}, trained on {config.fold_name} {config.direction}
+
+Segments slices of {structures} in images of the domains of {config.dataset}. Written by \
+glua-bench {version}; `glua-bench predict --model DIRECTORY IMAGE...` uses it. Images are read as \
+{config.target}, or with `--domain {config.source}` as {config.source}. For research, not for \
+diagnosis.
+
+## Method
+
+{method}
+
+## Protocol
+
+- Scenario: {config.scenario}; {labels}
+- Checkpoint: step {step} of {config.steps}, selected by `{selector}`{note}.
+- Working grid: {grid}; batch {config.batch_size}; augmentation {config.augmentation}; seed \
+{config.seed}; run {run}.
+- Input slices: {slices}.
+- All settings are in config.json.
+
+## Scores on the target's test cases
+
+3-D, per case, on the original grids of the files, averaged over cases; missed structures are \
+included. One seed, no confidence interval.
+
+{table}
+
+## Licence
+
+The code is under the Apache License 2.0 (LICENSE). Whether these weights may be redistributed is \
+for the owners of the training data to decide.
+"""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A trained method, with all that a volume needs on its way to labels and back.
+    """A trained method with all that is needed to segment volumes.
 
-    Args:
+    Attributes:
         method: in eval mode, on `device`.
-        config: of the run that trained it.
-        data: the domains whose images it can read.
-        device: where it predicts.
-        source: what it was read from, for messages.
+        config: configuration of the run that trained it.
+        data: facts about the run's domains.
+        device: device of the method.
+        source: path from which it was read, for messages.
     """
 
     method: Method
@@ -76,18 +108,18 @@ class Model:
         return self.data.domains[self.config.target].structures
 
     def role(self, domain: str) -> Role:
-        """What a domain is to the run."""
+        """Return "target" or "source"."""
         return "target" if domain == self.config.target else "source"
 
     def translates(self) -> bool:
-        """Whether images of the source are translated before they are predicted."""
+        """Return True if source images are translated before they are predicted."""
         return _translation(self.method) is not None
 
     def domain(self, name: str | None) -> str:
-        """The domain as which images are read; None takes the target.
+        """Check the domain as which images are read; None selects the target.
 
         Raises:
-            ConfigError: the model knows no such domain.
+            ConfigError: the model has no such domain.
         """
         config = self.config
         if name is None or name in self.data.domains:
@@ -100,14 +132,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Predicted:
-    """One segmented volume.
+    """A segmented volume.
 
-    Args:
+    Attributes:
         file: the image.
-        name: of its results.
-        labels: where its label volume was written.
+        name: name of its results.
+        labels: path of its label volume.
         slices: the image on the working grid, float32 (Z, H, W).
-        classes: the most probable class of each of its pixels, uint8 (Z, H, W).
+        classes: most probable class per pixel, uint8 (Z, H, W).
         ml: structure → volume.
     """
 
@@ -119,50 +151,51 @@ class Predicted:
     ml: dict[str, float]
 
 
-# -- where a model comes from --------------------------------------------------------------------
-
-
 def find_run(name: str, runs_root: Path) -> RunDirectory:
-    """A finished run by its directory, its id, or the beginning of its id.
+    """Find a finished run by its directory, its id, or the beginning of its id.
 
     Raises:
-        UserError: there is none, there are several, or it is not finished.
+        UserError: no run or several runs match, or the run is not finished.
     """
     if Path(name).is_dir():
         run = RunDirectory.open(Path(name))
     else:
         found = [run for run in list_runs(runs_root) if run.id.startswith(name)]
         if len(found) != 1:
-            what = "no run" if not found else f"{len(found)} runs"
+            which = (
+                f"{len(found)} runs in {runs_root}/ have"
+                if found
+                else f"no run in {runs_root}/ has"
+            )
             raise UserError(
-                f"--run {name}: {what} below {runs_root} begin(s) with this id; give a whole id or "
-                "the run's directory, and --runs where it does not lie in ./runs."
+                f"--run: {which} an id starting with '{name}'; give the full id or the run's "
+                "directory, and --runs if runs are not in ./runs."
             )
         run = found[0]
     if not run.done:
-        raise UserError(f"The run {run.path} is not finished; give its command again first.")
+        raise UserError(f"The run {run.path} is not finished; repeat its command first.")
     return run
 
 
 def from_run(
     run: RunDirectory, plugins: Sequence[Path] = (), device: str = "auto", selector: str = "last"
 ) -> Model:
-    """The model of a finished run.
+    """Load the model of a finished run.
 
     Args:
         run: the run.
-        plugins: files in which its method may be found.
+        plugins: files to search for its method.
         device: "auto", "cpu" or "cuda".
-        selector: whose checkpoint.
+        selector: selector that chose the checkpoint.
 
     Raises:
-        UserError: the selector has chosen none, or the checkpoint cannot be used by the method as
-            it is now.
+        UserError: the selector chose none, or the checkpoint does not fit the method's current
+            version.
     """
     chosen = run.read_summary()["chosen_steps"]
     if selector not in chosen:
         raise ConfigError(
-            f"--selector {selector} has chosen no checkpoint of {run.path}; use one of "
+            f"--selector {selector} chose no checkpoint of {run.path}; use one of "
             f"{', '.join(chosen)}."
         )
     config = run.config
@@ -172,32 +205,31 @@ def from_run(
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for damaged files
         raise UserError(
-            f"The checkpoint {path} cannot be read ({type(error).__name__}); restore it, or run "
-            "the same command in another --runs directory."
+            f"The checkpoint {path} cannot be read ({type(error).__name__}); restore it, or repeat "
+            "the run's command with another --runs directory."
         ) from error
     remedy = "use the version of the code that trained it (environment.json)"
-    _check_settings(run.config, plugins, f"The run {run.path}", remedy)
-    method = _built(config, data.domains[config.target].structures, plugins)
+    method = _built(config, data, plugins, f"The run {run.path}", remedy)
     try:
         method.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(
-            f"The checkpoint {path} does not fit method '{run.config.method}' as it is now; "
+            f"The checkpoint {path} does not fit this version of method '{config.method}'; "
             f"{remedy}."
         ) from error
     return _model(method, config, data, device, run.path)
 
 
 def from_directory(folder: Path, plugins: Sequence[Path] = (), device: str = "auto") -> Model:
-    """The model that `export` wrote; needs neither the run nor its dataset.
+    """Load a model that `export` wrote; needs neither the run nor its dataset.
 
     Args:
         folder: the directory.
-        plugins: files in which its method may be found.
+        plugins: files to search for its method.
         device: "auto", "cpu" or "cuda".
 
     Raises:
-        UserError: the directory is not a model, or does not fit the method as it is now.
+        UserError: the directory is not a model, or does not fit the method's current version.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -207,71 +239,56 @@ def from_directory(folder: Path, plugins: Sequence[Path] = (), device: str = "au
         weights = load_file(folder / WEIGHTS)
         config = RunConfig.from_dict(described["run"])
         data, expected = Carried.from_dict(described), set(described["weights"])
-        structures = data.domains[config.target].structures
+        data.domains[config.target]  # raises KeyError in a damaged file
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"{folder} is not an exported model ({type(error).__name__}: {error}); give a "
-            "directory that `glua-bench export` wrote."
+            "directory written by `glua-bench export`."
         ) from error
-    version = described.get("version", "of its time")
+    version = described.get("version", "unknown")
     remedy = f"use the version of the code that exported it (glua-bench {version})"
-    _check_settings(config, plugins, str(folder), remedy)
-    method = _built(config, structures, plugins)
+    method = _built(config, data, plugins, str(folder), remedy)
     try:
         missing, unexpected = method.load_state_dict(weights, strict=False)
         fits = not unexpected and expected == weights.keys() and not expected & set(missing)
     except RuntimeError:  # shapes differ
         fits = False
     if not fits:
-        raise UserError(f"{folder} does not fit method '{config.method}' as it is now; {remedy}.")
+        raise UserError(
+            f"{folder} does not fit this version of method '{config.method}'; {remedy}."
+        )
     return _model(method, config, data, device, folder)
 
 
-def _check_settings(config: RunConfig, plugins: Sequence[Path], source: str, remedy: str) -> None:
-    """Refuse a model of another version of its method, which had other settings.
-
-    Args:
-        config: of the run that trained it.
-        plugins: files in which its method may be found.
-        source: the model, as a sentence begins with it.
-        remedy: what to do, as a sentence ends with it.
-
-    Raises:
-        UserError: the method does not take one of the settings now.
-    """
+def _built(
+    config: RunConfig, data: Carried, plugins: Sequence[Path], source: str, remedy: str
+) -> Method:
+    """Build the method; refuse a model with settings that its current version does not accept."""
     method_class: type[Method] = Registry("method", plugins).load(config.method)
     known = {spec.name for spec in fields(method_class.Config)}
     for name, value in config.method_config.items():
-        now = "does not exist"
-        if name in known:
-            try:
-                build_settings(method_class.Config, {name: value}, "method")
-                continue
-            except ConfigError:
-                now = f"cannot be {value}"
-        raise UserError(
-            f"{source} was trained by another version of method '{config.method}' (its setting "
-            f"'{name}' {now} now); {remedy}."
-        )
-
-
-def _built(config: RunConfig, structures: tuple[Structure, ...], plugins: Sequence[Path]) -> Method:
-    method_class: type[Method] = Registry("method", plugins).load(config.method)
-    # Its weights are about to be replaced, so a pretrained encoder's need not be fetched.
-    plain = RunConfig.from_dict(
-        {**config.to_dict(), "segmenter": {**asdict(config.segmenter), "pretrained": False}}
-    )
-    return build_method(plain, structures, method_class)
+        try:
+            build_settings(method_class.Config, {name: value}, "method")
+        except ConfigError as error:
+            fault = f"cannot be {value}" if name in known else "does not exist"
+            raise UserError(
+                f"{source} was trained by another version of method '{config.method}' (its setting "
+                f"'{name}' {fault} now); {remedy}."
+            ) from error
+    # Weights are loaded later, so those of a pretrained encoder need not be downloaded.
+    plain = replace(config, segmenter=replace(config.segmenter, pretrained=False))
+    return build_method(plain, data.domains[config.target].structures, method_class)
 
 
 def _model(method: Method, config: RunConfig, data: Carried, device: str, source: Path) -> Model:
     where = torch.device(choose_device(device))
-    method = method.to(where).eval()
-    to_channels_last(method)  # as the trainer does; rounding follows from it
-    return Model(method, config, data, where, source)
+    return Model(_ready(method, where), config, data, where, source)
 
 
-# -- prediction ----------------------------------------------------------------------------------
+def _ready(method: Method, device: torch.device) -> Method:
+    method = method.to(device).eval()
+    to_channels_last(method)  # as in the trainer, because it affects rounding
+    return method
 
 
 def predict(
@@ -283,25 +300,25 @@ def predict(
     report: Callable[[int], None] = lambda done: None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Predicted]:
-    """Segment volumes, one after the other; slices of several share a batch.
+    """Segment volumes one after the other; batches contain slices of several volumes.
 
-    Each volume is preprocessed as in the run, from the image alone, and its labels are written
-    on its own voxels, with its affine and the domain's label values. Images of the source domain
-    are translated as in training where the method does that.
+    Each volume is preprocessed as in the run, from the image alone. Labels are written on its own
+    voxels, with its affine and the domain's label values. Source images are translated as in
+    training, if the method does so.
 
     Args:
-        model: what segments.
+        model: the model.
         images: from `inputs.find`.
-        out: directory of `<name>_seg.nii.gz`.
-        domain: whose images they are, the source's or the target's name; None takes the target.
-        probabilities: also write `<name>_prob.nii.gz`, float32 with the classes as fourth axis.
-        report: receives how many volumes are done.
-        warn: receives a sentence for each image that looks like one of another domain, or whose
-            header leaves unsure where its voxels lie.
+        out: directory for `<name>_seg.nii.gz`.
+        domain: name of the images' domain; None selects the target.
+        probabilities: also write `<name>_prob.nii.gz`, float32 with classes as the fourth axis.
+        report: receives the number of finished volumes.
+        warn: receives a sentence for each image that resembles another domain, or whose header is
+            ambiguous about the position of its voxels.
 
     Raises:
-        ConfigError: the model knows no such domain.
-        DataError: an image cannot be used.
+        ConfigError: the model has no such domain.
+        DataError: an image is invalid.
         RunFailure: the disk is full or the directory cannot be written.
     """
     name = model.domain(domain)
@@ -312,7 +329,7 @@ def predict(
     def stacks(image: Given) -> Stacks:
         loaded = _load(model, image, name, warn)
         waiting.append(loaded)
-        rounded = loaded.voxels.astype(IMAGE_TYPE)  # as training's slices are
+        rounded = loaded.voxels.astype(IMAGE_TYPE)  # as in training
         return neighbourhood.stacks(rounded, loaded.placement.grid_spacing[0])
 
     role = model.role(name)
@@ -333,28 +350,28 @@ def predict(
 
 
 def _load(model: Model, image: Given, domain: str, warn: Callable[[str], None]) -> GridImage:
-    """An image on the working grid; warns where its header or its intensities leave doubts."""
+    """Load an image on the working grid; warn about its header or its intensities."""
     known = model.data.domains
     file = image.open()
     for _, doubt in doubts(file, known[domain].reading):
         warn(doubt)
     voxels = file.voxels()
-    file = replace(file, read=lambda: voxels)  # which are looked at twice
+    file = replace(file, read=lambda: voxels)  # because they are used twice
     loaded = load_image(file, known[domain].reading, model.config.grid)
     usual = {name: own.usual for name, own in known.items()}
-    what, like = resemblance(read_intensities(file, known[domain].reading), domain, usual)
-    if what:
+    difference, like = resemblance(read_intensities(file, known[domain].reading), domain, usual)
+    if difference:
         advice = (
-            f"give --domain {like} if it is an image of {like}"
+            f"use --domain {like} if it is an image of {like}"
             if like
-            else f"make sure that it is an image of {domain}, in the units of the others"
+            else f"check that it is an image of {domain} in the same units"
         )
-        warn(f"The intensity of {image.path} {what}, as which it is read; {advice}.")
+        warn(f"The intensity of {image.path} {difference}, as which it is read; {advice}.")
     return loaded
 
 
 def _classes(model: Model, role: Role, volumes: Iterable[Stacks]) -> Iterator[np.ndarray]:
-    """Probabilities of each volume, float32 (K, Z, H, W)."""
+    """Yield the class probabilities of each volume, float32 (K, Z, H, W)."""
 
     @torch.no_grad()
     def logits(images: Tensor) -> Tensor:
@@ -364,7 +381,7 @@ def _classes(model: Model, role: Role, volumes: Iterable[Stacks]) -> Iterator[np
     if role == "target":
         yield from predict_volumes(logits, volumes, model.device)
         return
-    # A translation may draw styles: it draws the same for a volume, whatever comes before it.
+    # A translation may draw random styles; they must not depend on earlier volumes.
     for volume in volumes:
         with _seeded(model.device, model.config.seed):
             found = list(predict_volumes(logits, [volume], model.device))
@@ -373,14 +390,14 @@ def _classes(model: Model, role: Role, volumes: Iterable[Stacks]) -> Iterator[np
 
 @contextlib.contextmanager
 def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Random numbers from a seed, without a change of what is drawn afterwards."""
+    """Seed random numbers, and restore the generators afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 
 def _answer(method: Method, images: Tensor, role: Role) -> Tensor:
-    """Logits of images of a role; those of the source are translated before, as in training."""
+    """Return logits; source images are translated first, as in training."""
     translate = _translation(method) if role == "source" else None
     images = images.to(memory_format=torch.channels_last)
     if translate is not None:
@@ -389,12 +406,12 @@ def _answer(method: Method, images: Tensor, role: Role) -> Tensor:
 
 
 def _translation(method: Method) -> Callable[[Tensor], Tensor] | None:
-    """What the last stage makes of source images; None where it takes them as they are."""
+    """Return the last stage's translation of source images, if any."""
     return tuple(method.stages())[-1].translate
 
 
 def _precision(model: Model) -> contextlib.AbstractContextManager[Any]:
-    """The arithmetic in which the run trained and scored; 16 bits on a CPU it cannot have."""
+    """Return the autocast context of the run; float16 is not available on a CPU."""
     kinds = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
     kind = kinds.get(model.config.precision)
     if kind is None or (kind is torch.float16 and model.device.type == "cpu"):
@@ -405,45 +422,41 @@ def _precision(model: Model) -> contextlib.AbstractContextManager[Any]:
 def outputs(
     images: Iterable[Given], out: Path, probabilities: bool = False, overlay: bool = False
 ) -> list[Path]:
-    """The files that a prediction with its table and pictures writes."""
+    """Return the files that `predict` writes, with its table and pictures."""
     ends = ["_seg.nii.gz"] + ["_prob.nii.gz"] * probabilities + [".png"] * overlay
     return [out / f"{image.name}{end}" for image in images for end in ends] + [out / VOLUMES]
 
 
 def volumes_table(predicted: Iterable[Predicted]) -> pd.DataFrame:
-    """file, structure and ml, a row for each structure of each volume."""
+    """Return a table of file, structure and ml, one row per structure and volume."""
     return pd.DataFrame(
         [(str(p.file), name, ml) for p in predicted for name, ml in p.ml.items()],
         columns=["file", "structure", "ml"],
     )
 
 
-# -- export --------------------------------------------------------------------------------------
-
-
 def export(model: Model, run: RunDirectory, folder: Path, selector: str = "last") -> Path:
-    """Write a directory that `from_directory` reads on a machine without the run.
+    """Write a directory for `from_directory`, to use the model without the run.
 
-    Only the networks that predict the domains are in it, with what translates the source's images
-    on their way: no discriminator that takes no part in that, and no pools of training images.
-    What it holds of the data are label values, readings, and medians over training images of how
-    their intensities are distributed; no name of a file or a case.
+    It contains only the networks that take part in predictions, including the translation of source
+    images: no discriminators, and no pools of training images. Its facts about the data are label
+    values, readings, and median intensities over training images, but no names of files or cases.
 
     Args:
         model: from `from_run`.
         run: the run, for its scores.
         folder: a new or empty directory.
-        selector: whose checkpoint the model is.
+        selector: selector that chose the model's checkpoint.
 
     Raises:
         UserError: the directory is not empty.
-        PluginError: the method's predictions do not follow from the networks that it calls.
+        PluginError: predictions depend on modules that the method does not call.
         RunFailure: the disk is full or the directory cannot be written.
     """
     from safetensors.torch import save
 
     if folder.exists() and (not folder.is_dir() or entries(folder)):
-        raise UserError(f"{folder} is not an empty directory; choose another --out.")
+        raise UserError(f"{folder} is not an empty directory; use another --out.")
     weights = predicting_weights(model)
     described = {
         "version": __version__,
@@ -461,15 +474,12 @@ def export(model: Model, run: RunDirectory, folder: Path, selector: str = "last"
 
 
 def predicting_weights(model: Model) -> dict[str, Tensor]:
-    """State of the modules that take part in a prediction of the target or the source.
+    """Return the state of the modules that take part in predictions of either domain.
 
     Raises:
-        PluginError: with these alone, predictions are others.
+        PluginError: predictions depend on further modules.
     """
-    kept: dict[str, Tensor] = {}
-    for role in ROLES:
-        kept.update(_weights_of(model, role))
-    return kept
+    return {name: w for role in ROLES for name, w in _weights_of(model, role).items()}
 
 
 def _weights_of(model: Model, role: Role) -> dict[str, Tensor]:
@@ -483,110 +493,79 @@ def _weights_of(model: Model, role: Role) -> dict[str, Tensor]:
     images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     images = images.to(model.device)
     try:
-        expected = _drawn_alike(method, images, role)
+        expected = _seeded_answer(method, images, role)
     finally:
         for hook in hooks:
             hook.remove()
-    # A module may use others without being called itself, and read tensors of its own on the way,
-    # as a style bank does. They are kept only where it is so: they may be anything.
-    around = {name[:end] for name in called for end in _dots(name)}
+    # A module may call its submodules and read its own tensors without being called itself, as a
+    # style bank does. Its tensors are kept only if necessary, because they may be anything.
+    parents = {
+        ".".join(name.split(".")[:depth])
+        for name in called
+        for depth in range(1, name.count(".") + 1)
+    }
     own = {name for name, _ in method.named_parameters(recurse=False)}  # read by the method itself
-    for modules in (called, called | around):
+    for modules in (called, called | parents):
         kept = {
             name: tensor.detach().cpu().contiguous().clone()
             for name, tensor in method.state_dict().items()
             if name.rpartition(".")[0] in modules or name in own
         }
-        if torch.equal(expected, _drawn_alike(_fresh(model, kept), images, role)):
+        if torch.equal(expected, _seeded_answer(_fresh(model, kept), images, role)):
             return kept
     raise PluginError(
-        f"Predictions of the {role} by method '{model.config.method}' depend on weights outside "
-        "the modules that it calls, so it cannot be exported; call its networks as modules."
+        f"Method '{model.config.method}' cannot be exported, because its predictions of the {role} "
+        "depend on weights of modules that it does not call; call its networks as modules."
     )
 
 
 @torch.no_grad()
-def _drawn_alike(method: Method, images: Tensor, role: Role) -> Tensor:
-    """Logits, with the same random numbers at every call."""
+def _seeded_answer(method: Method, images: Tensor, role: Role) -> Tensor:
+    """Return logits, with the same random numbers at every call."""
     with _seeded(images.device, 0):
         return _answer(method, images, role)
 
 
-def _dots(name: str) -> list[int]:
-    """Where the names of the modules around a module end."""
-    return [place for place, letter in enumerate(name) if letter == "."]
-
-
 def _fresh(model: Model, weights: Mapping[str, Tensor]) -> Method:
-    """Another method of the same class, of another seed, with the given weights."""
-    config = RunConfig.from_dict({**model.config.to_dict(), "seed": model.config.seed + 1})
+    """Build another method of the same class, with another seed and the given weights."""
+    config = replace(model.config, seed=model.config.seed + 1)
     method = build_method(config, model.structures, type(model.method))
     method.load_state_dict(weights, strict=False)
-    method = method.to(model.device).eval()
-    to_channels_last(method)
-    return method
+    return _ready(method, model.device)
 
 
 def card(model: Model, run: RunDirectory, selector: str) -> str:
-    """The model's card in Markdown: what it is, how it was trained, how it scored."""
-    config, summary = model.config, run.read_summary()
-    rows = [row for row in summary["scores"] if row["selector"] == selector]
-    lines = [
-        f"# {config.method}, trained on {config.fold_name} {config.direction}",
-        "",
-        "Segments slices of "
-        + ", ".join(f"{s.title} ({s.name})" for s in model.structures)
-        + f" in images of the domains of {config.dataset}. Written by glua-bench {__version__}; "
-        "`glua-bench predict --model DIRECTORY IMAGE...` uses it. Images are read as "
-        f"{config.target}, or with `--domain {config.source}` as {config.source}. "
-        "For research, not for diagnosis.",
-        "",
-        "## Method",
-        "",
-        inspect.cleandoc(type(model.method).__doc__ or ""),
-        "",
-        "## Protocol",
-        "",
-        f"- Scenario: {config.scenario}"
-        + (
-            ". **Privileged: it was trained on target labels.**"
-            if config.privileged
-            else ", no target label was used in training."
-        ),
-        f"- Checkpoint: step {summary['chosen_steps'][selector]} of {config.steps}, chosen by "
-        f"`{selector}`" + (", **which read target labels.**" if selector == ORACLE else "."),
-        f"- Working grid: {config.grid.size} × {config.grid.size} pixels of "
-        f"{config.grid.spacing:g} mm; batch {config.batch_size}; augmentation "
-        f"{config.augmentation}; seed {config.seed}; run {run.id}.",
-        f"- Slices that it sees at once: {Neighbourhood.of(config)}.",
-        "- Every setting is in config.json.",
-        "",
-        "## Scores on the target's test cases",
-        "",
-        "3-D, per case, on the files' own grids, means over cases; missed structures counted. One "
-        "seed: no interval.",
-        "",
-        _line("structure", *(metric.label for metric in METRICS.values()), "missed", "cases"),
-        "|---" * (len(METRICS) + 3) + "|",
+    """Return the model card in Markdown: protocol, settings and scores."""
+    config, grid, summary = model.config, model.config.grid, run.read_summary()
+    labels = "no target label was used in training."
+    if config.privileged:
+        labels = "**privileged: trained on target labels.**"
+    note = ", **which read target labels**" if selector == ORACLE else ""
+    table = [
+        ["structure", *(metric.label for metric in METRICS.values()), "missed", "cases"],
+        ["---"] * (len(METRICS) + 3),
         *(
-            _line(
+            [
                 row["structure"],
                 *(metric.text(row.get(name)) for name, metric in METRICS.items()),
                 row["misses"],
                 row["cases"],
-            )
-            for row in rows
+            ]
+            for row in summary["scores"]
+            if row["selector"] == selector
         ),
-        "",
-        "## Licence",
-        "",
-        "The code is under the Apache License 2.0 (LICENSE). Whether these weights may be passed "
-        "on is for the owners of the training data to say.",
-        "",
     ]
-    return "\n".join(lines)
-
-
-def _line(*cells: object) -> str:
-    """A row of a Markdown table."""
-    return f"| {' | '.join(map(str, cells))} |"
+    return CARD_TEXT.format(
+        config=config,
+        structures=", ".join(f"{s.title} ({s.name})" for s in model.structures),
+        version=__version__,
+        method=inspect.cleandoc(type(model.method).__doc__ or ""),
+        labels=labels,
+        step=summary["chosen_steps"][selector],
+        selector=selector,
+        note=note,
+        grid=f"{grid.size} × {grid.size} pixels of {grid.spacing:g} mm",
+        run=run.id,
+        slices=Neighbourhood.of(config),
+        table="\n".join(f"| {' | '.join(map(str, cells))} |" for cells in table),
+    )

@@ -1,8 +1,7 @@
-"""What a user asks for: the options of a run, as Python, as a command line and as JSON.
+"""Options of a run, as a dataclass, as a command line and as JSON.
 
-A field of `RunOptions` is all that an option of `run`, `compare`, `ablate` and `sweep` needs: the
-commands read their options from the fields, and a process that is started for a run reads them
-from a JSON file.
+A field of `RunOptions` is all that a new option of `run`, `compare`, `ablate` and `sweep` needs:
+the commands build their options from the fields, and child processes read them from a JSON file.
 """
 
 from __future__ import annotations
@@ -22,15 +21,13 @@ DataRoot = Annotated[
     Path | None,
     typer.Option(
         "--data-root",
-        help="The dataset's directory; default is $GLUA_BENCH_DATA/DATASET (generated data: "
+        help="The dataset's directory; default: $GLUA_BENCH_DATA/DATASET (generated data: "
         "the cache).",
     ),
 ]
 Fold = Annotated[
     int,
-    typer.Option(
-        "--fold", min=1, help="The dataset's fold, with test cases of its own; 1 is its default."
-    ),
+    typer.Option("--fold", min=1, help="The dataset's fold, with its own test cases; default: 1."),
 ]
 RunsRoot = Annotated[Path, typer.Option("--runs", help="The directory of all runs.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
@@ -40,18 +37,18 @@ Options = TypeVar("Options", bound="RunOptions")
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The options that all runs of a comparison, an ablation or a sweep share.
+    """Options that all runs of a comparison, an ablation or a sweep share.
 
     Attributes:
-        preset: "quick", "standard" or "paper"; None takes "standard" on a GPU, else "quick".
+        preset: "quick", "standard" or "paper"; None selects "standard" on a GPU, else "quick".
         assignments: `--set` texts, e.g. "method.lr=1e-3".
-        augmentation: "none", "geometric" or "photometric"; None takes the preset's.
-        steps: updates of the segmenter; None takes the preset's.
-        data_root: the dataset's directory; None takes the dataset's default.
+        augmentation: "none", "geometric" or "photometric"; None keeps the preset's.
+        steps: updates of the segmenter; None keeps the preset's.
+        data_root: the dataset's directory; None selects the dataset's default.
         runs_root: the directory of all runs.
         device: "auto", "cpu" or "cuda".
-        devices: processes of a run.
-        precision: "32-true", "bf16-mixed" or "16-mixed"; None takes the preset's.
+        devices: processes per run.
+        precision: "32-true", "bf16-mixed" or "16-mixed"; None keeps the preset's.
         plugins: files with further methods, datasets or selectors.
         oracle: also score every checkpoint on the labelled test cases.
         mlflow: mirror runs to MLflow.
@@ -59,7 +56,7 @@ class RunOptions:
 
     preset: Annotated[
         str | None,
-        typer.Option(help="quick, standard or paper; default: quick, with a GPU standard."),
+        typer.Option(help="quick, standard or paper; default: standard with a GPU, else quick."),
     ] = None
     assignments: Annotated[
         list[str],
@@ -77,7 +74,7 @@ class RunOptions:
     runs_root: RunsRoot = Path("runs")
     device: Device = "auto"
     devices: Annotated[
-        int, typer.Option(min=1, help="Processes of each run, one a GPU (or CPU).")
+        int, typer.Option(min=1, help="Processes per run, each on its own GPU (or CPU share).")
     ] = 1
     precision: Annotated[
         str | None, typer.Option(help="32-true (default), bf16-mixed or 16-mixed.")
@@ -87,8 +84,8 @@ class RunOptions:
         bool,
         typer.Option(
             "--oracle",
-            help="Also score every checkpoint on the labelled test cases, to see what a selector "
-            "misses; flagged, and never a result.",
+            help="Also score every checkpoint on the labelled test cases, to measure the cost of "
+            "selecting without labels; flagged, and never a result.",
         ),
     ] = False
     mlflow: Annotated[bool, typer.Option("--mlflow/--no-mlflow", help="Mirror runs to MLflow.")] = (
@@ -99,12 +96,12 @@ class RunOptions:
         """Return the request for one run with these options.
 
         Args:
-            changes: `method`, `dataset` and what else differs.
+            changes: `method`, `dataset` and other fields of `RunRequest`.
         """
         return RunRequest(**{**vars(self), **changes})
 
     def words(self) -> list[str]:
-        """Return the command-line options that ask for this, without those at their default."""
+        """Return the command-line options, without those at their default."""
         words = []
         for spec, hint in options(type(self)):
             value = getattr(self, spec.name)
@@ -120,19 +117,19 @@ class RunOptions:
         return words
 
     def to_json(self) -> str:
-        """Return the text from which `from_json` makes this again."""
+        """Return JSON for `from_json`."""
         return json.dumps(asdict(self), default=str, indent=1)
 
     @classmethod
     def from_json(cls: type[Options], text: str, file: object) -> Options:
-        """Read what `to_json` wrote.
+        """Parse the output of `to_json`.
 
         Args:
             text: JSON.
-            file: where it stands, for errors.
+            file: its path, for errors.
 
         Raises:
-            ConfigError: the text is no JSON object, or its keys are not this version's options.
+            ConfigError: the text is not a JSON object, or its keys are not this version's options.
         """
         hints = get_type_hints(cls)
         try:
@@ -140,58 +137,59 @@ class RunOptions:
             return cls(**{name: _from_json(value, hints[name]) for name, value in values.items()})
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"{file} does not hold the options of this version ({error}); give the command "
-                "again that wrote it."
+                f"{file} does not hold the options of this version ({error}); repeat the "
+                "command that wrote it."
             ) from error
 
 
 @dataclass(frozen=True)
 class RunRequest(RunOptions):
-    """What a user asks for; `plan` turns it into a complete configuration.
+    """A user's request for one run; `plan` turns it into a complete configuration.
 
     Attributes:
-        method: the method's name.
-        dataset: the dataset's name.
-        direction: "source-target"; None takes the dataset's first.
-        fold: the dataset's fold; 1 is its default split.
-        seed: of everything random.
+        method: name of the method.
+        dataset: name of the dataset.
+        direction: "source-target"; None selects the dataset's first.
+        fold: fold of the dataset; 1 is its default split.
+        seed: random seed.
         scenario: "uda" or "supervised".
     """
 
-    method: Annotated[str, typer.Option(help="Which method; see `glua-bench list methods`.")]
+    method: Annotated[str, typer.Option(help="Name of the method; see `glua-bench list methods`.")]
     dataset: Annotated[
         str,
         typer.Option(
-            help="Which dataset; see `glua-bench list datasets`. Or FILE.yaml, which describes one."
+            help="Name of the dataset (see `glua-bench list datasets`), or a FILE.yaml that "
+            "describes one."
         ),
     ]
     direction: Annotated[
-        str | None, typer.Option(help="source-target, e.g. mr-ct; default is the dataset's first.")
+        str | None, typer.Option(help="source-target, e.g. mr-ct; default: the dataset's first.")
     ] = None
     fold: Fold = 1
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0
     scenario: Annotated[
         str,
         typer.Option(
-            help="uda, or supervised: source_only on labelled target-train cases, the upper "
+            help="uda, or supervised: train source_only on labelled target cases, the upper "
             "bound (privileged)."
         ),
     ] = "uda"
 
     def shared(self) -> RunOptions:
-        """Return the options that do not say which run it is."""
+        """Return the options without the fields of `RunRequest`."""
         return RunOptions(**{spec.name: getattr(self, spec.name) for spec in fields(RunOptions)})
 
 
 def options(kind: type) -> Iterator[tuple[Field[Any], Any]]:
-    """Yield each field of a class of options and its annotation, in the order of the help."""
+    """Yield each field of an options class and its annotation, in the order of the help."""
     hints = get_type_hints(kind, include_extras=True)
     for spec in sorted(fields(kind), key=lambda spec: bool(spec.kw_only)):
         yield spec, hints[spec.name]
 
 
 def _from_json(value: Any, hint: Any) -> Any:
-    """Return a JSON value as its field's type, of which only paths differ."""
+    """Convert a JSON value to its field's type; only paths differ."""
     if value is None or Path not in (hint, *get_args(hint)):
         return value
     return [Path(item) for item in value] if isinstance(value, list) else Path(value)

@@ -1,19 +1,20 @@
-"""The loop: stages, step budget, checkpoints, resume, devices and precision.
+"""Training loop: stages, step budget, checkpoints, resume, devices and precision.
 
-What a step does depends on (seed, stage, step) and the weights alone: slices and random
-numbers are derived from them anew in every step. So a checkpoint holds weights, optimizer
-states and a position, and a resumed run ends in the same weights, bit for bit on a CPU.
+A step depends only on the weights and on (seed, stage, step), from which its slices and random
+numbers are derived. A checkpoint therefore holds weights, optimizer states and a position, and a
+resumed run ends in the same weights, bit for bit on a CPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import signal
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,9 @@ from glua_bench.records.run_directory import RunDirectory
 from glua_bench.runs import interruption
 from glua_bench.runs.interruption import Interrupted
 
-LOG_EVERY = 10  # steps between reading the losses back from the device
+LOG_EVERY = 10  # steps between transfers of the losses from the device
 CHECKPOINT_SECONDS = 30.0
-AGREE_EVERY = 10  # steps between questions whether one of several processes was asked to end
+AGREE_EVERY = 10  # steps between exchanges of stop signals among processes
 
 
 def save(value: Any, path: Path) -> None:
@@ -48,55 +49,39 @@ def save(value: Any, path: Path) -> None:
     with replacing(path, "--runs") as temporary, temporary.open("wb") as file:
         try:
             torch.save(value, file)
-        except RuntimeError as error:  # a full disk, for one
+        except RuntimeError as error:  # e.g. a full disk
             raise OSError(reason(error)) from error
 
 
 def step_seed(seed: int, stage: str, step: int, rank: int = 0) -> int:
-    """The seed of one step's random numbers."""
+    """Return the seed of one step's random numbers."""
     return zlib.crc32(f"{seed}/{stage}/{step}/{rank}".encode()) + (seed << 32)
 
 
 def seed_all(seed: int, device: torch.device) -> None:
     """Seed the random numbers of this process on its device."""
     if device.type == "cpu":
-        # `torch.manual_seed` also queues seeds for devices that this run does not use, each with
-        # a formatted stack: a millisecond, which every step would pay.
+        # `torch.manual_seed` also queues seeds for unused devices, each with a formatted stack,
+        # which would cost a millisecond per step.
         torch.default_generator.manual_seed(seed)
     else:
         torch.manual_seed(seed)
 
 
-@dataclass(frozen=True)
-class Artefact:
-    """Where a finished stage is kept for other runs.
-
-    Attributes:
-        path: the file.
-    """
-
-    path: Path
-
-    @property
-    def lock(self) -> Path:
-        """The lock file beside it, held while one process trains the stage."""
-        return self.path.with_suffix(".lock")
-
-
 class Trainer:
-    """Trains one method under a run's budget.
+    """Train one method under a run's budget.
 
     Args:
         method: the method, freshly initialised from the seed.
-        config: the run.
-        batches: the data; see `Batches`.
+        config: configuration of the run.
+        batches: the data.
         fabric: devices and precision.
-        directory: where checkpoints are written and losses recorded.
-        progress: what the user sees.
-        artefact: stage → where its result is shared, or None.
-        checkpoint_seconds: pause between checkpoints; 0 writes one after every step.
-        watch: called with its step for each candidate, the method having its weights and being in
-            evaluation; a resumed run begins with those that it has. It may end the run by raising.
+        directory: run directory for checkpoints and losses.
+        progress: progress bar.
+        artefact: stage → file in which its result is shared between runs, or None.
+        checkpoint_seconds: interval between checkpoints; 0 writes one after every step.
+        watch: called with the step of each candidate, while the method has its weights in eval
+            mode; a resumed run starts with its earlier candidates. May stop the run by raising.
     """
 
     def __init__(
@@ -107,7 +92,7 @@ class Trainer:
         fabric: Fabric,
         directory: RunDirectory,
         progress: Progress,
-        artefact: Callable[[Stage], Artefact | None] = lambda stage: None,
+        artefact: Callable[[Stage], Path | None] = lambda stage: None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
         watch: Callable[[int], None] | None = None,
     ) -> None:
@@ -119,96 +104,83 @@ class Trainer:
         for tensor in itertools.chain(method.parameters(), method.buffers()):
             tensor.data = fabric.broadcast(tensor.data) if fabric.world_size > 1 else tensor.data
         self.stages = tuple(method.stages())  # may be replaced before `fit` by watched copies
-        # Stage → seconds of its steps, those of processes that were interrupted included.
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  # stage → training time, interrupted processes included
         self.reused: set[str] = set()  # stages taken from the cache
         self._pending: list[tuple[int, dict[str, Tensor]]] = []
         self._saved_at = time.monotonic()
 
-    # -- the plan ---------------------------------------------------------------------------
-
     def candidate_steps(self) -> list[int]:
-        """Steps of the last stage after which a checkpoint is offered to the selectors."""
+        """Return the steps of the last stage whose checkpoints are candidates for selection."""
         total = self.stages[-1].steps(self.config.steps)
         count = min(self.config.candidates, total)
         return [round(total * (i + 1) / count) for i in range(count)]
 
     @property
     def last_path(self) -> Path:
-        """The state from which an interrupted training goes on."""
+        """The checkpoint from which training is resumed."""
         return self.directory.checkpoints / "last.pt"
 
     def candidate_path(self, step: int) -> Path:
-        """The file of a candidate."""
+        """Return the checkpoint file of a candidate."""
         return self.directory.checkpoints / f"candidate_{step:07d}.pt"
 
-    # -- the loop ---------------------------------------------------------------------------
-
     def fit(self) -> None:
-        """Train all stages, from the last checkpoint where there is one.
+        """Train all stages, starting from the last checkpoint if there is one.
 
         Raises:
             RunFailure: a loss or weight is not finite, or a checkpoint cannot be written.
-            Interrupted: the process was asked to end; a checkpoint of the last step is written.
+            Interrupted: the process received a stop signal; the last step's checkpoint is written.
         """
         position = self._load()
         if self.watch is not None:
-            self._watch_again(position)
-        for index, stage in enumerate(self.stages):
-            if index < position["stage"]:
-                continue
-            start = position["step"] if index == position["stage"] else 0
-            states = position["optimizers"] if index == position["stage"] else {}
-            artefact = self.artefact(stage)
-            if artefact is None:
-                self._train(index, stage, start, states)
-            else:
-                self._train_shared(index, stage, start, states, artefact)
+            self._replay_candidates(position)
+        start, states = position["step"], position["optimizers"]
+        for index in range(position["stage"], len(self.stages)):
+            self._train_or_reuse(index, self.stages[index], start, states)
+            start, states = 0, {}
         self.method.eval()
 
-    def _train_shared(
-        self, index: int, stage: Stage, start: int, states: Mapping[str, Any], artefact: Artefact
+    def _train_or_reuse(
+        self, index: int, stage: Stage, start: int, states: Mapping[str, Any]
     ) -> None:
-        """Train a stage whose result other runs share, or take theirs."""
-        if self.fabric.world_size > 1:  # one process a machine may hold the lock, so none does
-            # One process decides for all, or they would wait for each other's gradients forever.
-            if self.fabric.broadcast(artefact.path.is_file()):
-                self._take(stage, artefact)
-                return
+        """Train a stage and store its result for other runs, or reuse a stored one."""
+        artefact = self.artefact(stage)
+        if artefact is None:
             self._train(index, stage, start, states)
-            if self.fabric.is_global_zero:
-                self._share(stage, artefact)
-            self.fabric.barrier()
             return
 
         def waiting() -> None:
             self.progress.line(
-                f"Stage '{stage.name}': another run is training the same; waiting for its result."
+                f"Stage '{stage.name}': another run is training it; waiting for its result."
             )
 
-        with exclusive(artefact.lock, waiting, "GLUA_BENCH_CACHE"):
-            if artefact.path.is_file():
-                self._take(stage, artefact)
-            else:
-                self._train(index, stage, start, states)
-                self._share(stage, artefact)
+        with contextlib.ExitStack() as stack:
+            # Several processes of one run cannot all hold the lock, so they use none.
+            if self.fabric.world_size == 1:
+                lock = artefact.with_suffix(".lock")
+                stack.enter_context(exclusive(lock, waiting, "GLUA_BENCH_CACHE"))
+            # One process decides for all; otherwise they could deadlock on gradients.
+            if self.fabric.broadcast(artefact.is_file()):
+                self._reuse(stage, artefact)
+                return
+            self._train(index, stage, start, states)
+            if self.fabric.is_global_zero:
+                modules = {n: self.method.get_submodule(n).state_dict() for n in stage.modules}
+                save(modules, artefact)
+            self.fabric.barrier()
 
-    def _take(self, stage: Stage, artefact: Artefact) -> None:
+    def _reuse(self, stage: Stage, artefact: Path) -> None:
         try:
-            saved = torch.load(artefact.path, map_location=self.fabric.device, weights_only=True)
+            saved = torch.load(artefact, map_location=self.fabric.device, weights_only=True)
             for name in stage.modules:
                 self.method.get_submodule(name).load_state_dict(saved[name])
         except Exception as error:  # torch raises many types for damaged files
             raise ConfigError(
-                f"The finished stage {artefact.path} cannot be read ({type(error).__name__}); "
+                f"The finished stage {artefact} cannot be read ({type(error).__name__}); "
                 "delete it to train the stage again."
             ) from error
         self.reused.add(stage.name)
-        self.progress.line(f"Stage '{stage.name}': finished before with these settings, reused.")
-
-    def _share(self, stage: Stage, artefact: Artefact) -> None:
-        modules = {name: self.method.get_submodule(name).state_dict() for name in stage.modules}
-        save(modules, artefact.path)
+        self.progress.line(f"Stage '{stage.name}': reused from an earlier run.")
 
     def _train(self, index: int, stage: Stage, start: int, states: Mapping[str, Any]) -> None:
         method, config, fabric = self.method, self.config, self.fabric
@@ -223,7 +195,7 @@ class Trainer:
             optimizers,
             self.batches.target_slices,
             fabric.backward,
-            # Not a method of the trainer: through that, a step could reach the dataset.
+            # Not a method of the trainer, through which a step could reach the dataset.
             partial(average_gradients, fabric) if fabric.world_size > 1 else lambda optimizer: None,
         )
         key = zlib.crc32(stage.name.encode())
@@ -254,14 +226,14 @@ class Trainer:
                     method.eval()
                     self.watch(step + 1)
                     method.train()
-            ending = self._ending(step + 1)
+            ending = self._stop_requested(step + 1)
             if ending or not last and time.monotonic() - self._saved_at >= self.checkpoint_seconds:
                 self.seconds[stage.name] = time.perf_counter() - began
                 self._save(index, stage, step + 1, optimizers)
                 if ending:
-                    fabric.barrier()  # the first process writes the checkpoint for all
+                    fabric.barrier()  # until the first process has written the checkpoint
                     interruption.end_if_asked()
-                    raise Interrupted(signal.SIGTERM)  # another process was asked
+                    raise Interrupted(signal.SIGTERM)  # another process received the signal
         self._flush(stage)
         if stage.finish is not None:
             seed_all(step_seed(config.seed, stage.name, total), fabric.device)
@@ -270,29 +242,26 @@ class Trainer:
         self.seconds[stage.name] = time.perf_counter() - began
         self._save(index + 1, stage, 0, {})
 
-    def _ending(self, step: int) -> bool:
-        """Whether this process was asked to end, or, now and then, any of several."""
+    def _stop_requested(self, step: int) -> bool:
+        """Return True if this process, or one of several, received a stop signal."""
         asked = interruption.asked()
         if self.fabric.world_size == 1:
             return asked
-        # They hear of it in different steps, and would wait for each other: so all ask all, but
-        # not in every step, because the answer has to come back from the device.
+        # Processes receive signals in different steps and must stop in the same one, so they
+        # exchange them, but not in every step, because this synchronises with the device.
         if step % AGREE_EVERY:
             return False
-        told = torch.tensor(float(asked), device=self.fabric.device)
-        count = self.fabric.all_reduce(told, reduce_op="sum")
+        flag = torch.tensor(float(asked), device=self.fabric.device)
+        count = self.fabric.all_reduce(flag, reduce_op="sum")
         assert isinstance(count, Tensor)
         return bool(count > 0)
 
-    def _watch_again(self, position: Mapping[str, Any]) -> None:
-        """Show the candidates of the processes before this one, and take the last weights again."""
+    def _replay_candidates(self, position: Mapping[str, Any]) -> None:
+        """Call `watch` for the candidates of earlier processes, then restore the weights."""
         assert self.watch is not None
         at_last = position["stage"] == len(self.stages) - 1
-        done = [
-            step
-            for step in self.candidate_steps()
-            if position["stage"] == len(self.stages) or (at_last and step <= position["step"])
-        ]
+        finished = position["stage"] == len(self.stages)
+        done = [s for s in self.candidate_steps() if finished or at_last and s <= position["step"]]
         if not done:
             return
         before = {name: value.clone() for name, value in self.method.state_dict().items()}
@@ -306,7 +275,7 @@ class Trainer:
         self.method.load_state_dict(before)
 
     def _augmented(self, batch: Batch, stage: Stage) -> Batch:
-        """Geometric, then the stage's translation, then photometric; alike for every method."""
+        """Apply geometric augmentation, the stage's translation, then photometric augmentation."""
         policy = self.config.augmentation
         images, labels, target = batch.source_images, batch.source_labels, batch.target_images
         if policy != "none":
@@ -319,13 +288,13 @@ class Trainer:
                 images = stage.translate(images)
         if policy == "photometric" and stage.photometric:
             images = augment.tone_curves(images)
-        labels = labels.long()  # as losses need them, eight bytes a pixel
+        labels = labels.long()  # the type that losses require, 8 bytes per pixel
         return replace(batch, source_images=images, source_labels=labels, target_images=target)
 
     def _optimizers(
         self, optimizers: dict[str, Optimizer], states: Mapping[str, Any]
     ) -> dict[str, Optimizer]:
-        """The optimizers with their initial rates, and their states of a checkpoint."""
+        """Set initial learning rates and restore the optimizers' states from a checkpoint."""
         for name, optimizer in optimizers.items():
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
@@ -338,13 +307,11 @@ class Trainer:
             return {name: self.fabric.setup_optimizers(o) for name, o in optimizers.items()}  # type: ignore[misc]
         return optimizers
 
-    # -- records ----------------------------------------------------------------------------
-
     def _flush(self, stage: Stage) -> None:
-        """Read the pending losses back, record them, and stop where one is not finite."""
+        """Record the pending losses, and stop if one is not finite."""
         if not self._pending:
             return
-        # One transfer from the device for all steps; a method may log other names at other steps.
+        # One transfer from the device for all steps; names may differ between steps.
         scalars = [value.float() for _, row in self._pending for value in row.values()]
         numbers = iter(torch.stack(scalars).cpu().tolist() if scalars else [])
         for step, row in self._pending:
@@ -368,7 +335,7 @@ class Trainer:
             )
 
     def _not_finite(self, what: str) -> RunFailure:
-        """The end of a run whose losses or weights are not finite, with what is left of it."""
+        """Return the error for non-finite losses or weights; it names the last good checkpoint."""
         kept = [self.last_path, *map(self.candidate_path, reversed(self.candidate_steps()))]
         good = next((path for path in kept if path.is_file()), None)
         saved = "nothing was saved" if good is None else f"its last good checkpoint is {good}"
@@ -381,11 +348,11 @@ class Trainer:
     def _save(
         self, index: int, stage: Stage, step: int, optimizers: Mapping[str, Optimizer]
     ) -> None:
-        """Write `last.pt` for a position whose losses and weights are finite."""
+        """Write `last.pt` if losses and weights are finite."""
         self._flush(stage)
         self._check_weights(stage, step or stage.steps(self.config.steps))
         if self.fabric.is_global_zero:
-            # Steps before the checkpoint are not repeated, so their losses must be on disk first.
+            # Steps before the checkpoint are not repeated, so their losses are written first.
             self.directory.flush()
             state = {
                 "stage": index,
@@ -400,7 +367,7 @@ class Trainer:
         self._saved_at = time.monotonic()
 
     def _load(self) -> dict[str, Any]:
-        """The position to start from; loads weights where there is a checkpoint."""
+        """Return the position to start from, and load the weights of the last checkpoint."""
         path = self.last_path
         if not path.is_file():
             if self.fabric.is_global_zero:
@@ -415,7 +382,7 @@ class Trainer:
         except Exception as error:  # torch raises many types for damaged files
             raise ConfigError(
                 f"The checkpoint {path} cannot be read ({type(error).__name__}); delete it to "
-                "train this run from its start."
+                "restart this run."
             ) from error
         if state["stage"] < len(self.stages):
             stage = self.stages[state["stage"]]
@@ -427,9 +394,9 @@ class Trainer:
 
 
 def to_channels_last(module: nn.Module) -> None:
-    """Lay weights of 2-D convolutions out as the images of a step are.
+    """Convert 4-D weights to the channels-last memory format of the images.
 
-    `Module.to(memory_format=...)` fails where a module holds a tensor of five dimensions.
+    `Module.to(memory_format=...)` fails for modules that hold 5-D tensors.
     """
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         if tensor.dim() == 4:
@@ -449,7 +416,7 @@ def average_gradients(fabric: Fabric, optimizer: Optimizer) -> None:
 
 
 def stage_order(stages: tuple[Stage, ...]) -> dict[str, int]:
-    """Stage names → position.
+    """Return stage names → position.
 
     Raises:
         ConfigError: two stages share a name.

@@ -1,4 +1,4 @@
-"""carried.py: a run and its model go on without the dataset, and know whose images they get."""
+"""carried.py: runs and models work without the dataset, and detect images of other domains."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ COUNT = 8  # the last is the test case
 
 
 def volume(number: int, domain: str) -> tuple[np.ndarray, np.ndarray]:
-    """An image in Hounsfield units, or of a sequence that shows livers dark; and its label."""
+    """Return an image in Hounsfield units or of an MR sequence with dark livers, and its label."""
     rng = np.random.default_rng([number, domain == "mr"])
     x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in (40, 44, 5)), indexing="ij")
     ball = (x - rng.uniform(-0.2, 0.2)) ** 2 + y**2 + z**2 / 4 < 0.2
@@ -77,7 +77,7 @@ class Livers:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Livers:
-    """A run on described files, from CT to MR."""
+    """Train a run on described files, from CT to MR."""
     folder = tmp_path_factory.mktemp("livers")
     rows = ["id,image,label,split"]
     for domain in ("ct", "mr"):
@@ -112,7 +112,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Livers:
 
 @pytest.fixture
 def livers(trained: Livers, tmp_path: Path) -> Livers:
-    """A copy of the files that can be moved; the run names the ones that stay."""
+    """Copy the files, so that they can be removed; the run refers to the originals."""
     shutil.copytree(trained.description.parent, tmp_path / "copy")
     path = tmp_path / "copy" / trained.run.path.relative_to(trained.description.parent)
     return Livers(
@@ -127,13 +127,10 @@ def labels(path: Path) -> np.ndarray:
     return np.asarray(nib.load(path).dataobj)
 
 
-# -- without the dataset --------------------------------------------------------------------------
-
-
 def test_a_run_of_a_description_needs_neither_it_nor_its_files(
     livers: Livers, tmp_path: Path, call: Call
 ) -> None:
-    """For its own test case as it did, whether the run or its model is used."""
+    """Run and exported model segment the test case as before."""
     image = tmp_path / "mine.nii.gz"
     shutil.copy(livers.image("mr"), image)
     livers.description.unlink()
@@ -159,7 +156,7 @@ def test_a_report_finds_the_images_of_a_run_without_its_description(
     code, _, err = call(*words)
     assert code == 0 and "No pictures" not in err
     assert (tmp_path / "report" / "figures" / "side_by_side_livers_ct-mr.png").is_file()
-    # The run names the directory where its files lay; another is told on the command line.
+    # The run stores the directory of its files; the command line overrides it.
     kept = livers.run.path / "dataset.yaml"
     kept.write_text(kept.read_text().replace(str(trained.description.parent), "/nowhere"))
     code, _, err = call(*words)
@@ -168,7 +165,7 @@ def test_a_report_finds_the_images_of_a_run_without_its_description(
     shutil.rmtree(tmp_path / "report")
     assert call(*words, "--data-root", livers.description.parent / "files")[0] == 0
     assert (tmp_path / "report" / "figures" / "side_by_side_livers_ct-mr.png").is_file()
-    # A description that is given is taken.
+    # A given description overrides the stored one.
     livers.description.write_text(TEXT.replace("publishable: true", "publishable: false"))
     shutil.copy(trained.description.parent / "mr.csv", livers.description.parent)
     assert call(*words, "--plugin", livers.description)[0] == 0
@@ -176,7 +173,7 @@ def test_a_report_finds_the_images_of_a_run_without_its_description(
 
 
 def test_a_description_is_kept_as_it_reads(trained: Livers) -> None:
-    """Ids such as 007 as they are written, comments left out, files named in full."""
+    """Ids such as 007 are kept, comments are dropped, and paths are absolute."""
     own: type[Dataset] = Registry("dataset", [trained.description]).load("livers")
     kept = Folder.described(trained.run.path / "dataset.yaml")()
     assert kept.root == trained.description.parent / "files"
@@ -223,13 +220,10 @@ def test_missing_or_damaged_facts_are_one_sentence(text: str | None, livers: Liv
         prediction.from_run(livers.run, device="cpu")
 
 
-# -- whose image is it? ---------------------------------------------------------------------------
-
-
 def test_an_image_of_the_source_is_told_and_read_by_its_own_window(
     livers: Livers, tmp_path: Path, call: Call
 ) -> None:
-    """Issue: CT read by MR's range, silently."""
+    """Regression: CT was read with the range of MR without a warning."""
     ct, words = livers.image("ct"), ("--run", livers.run.path, "--device", "cpu")
     code, said, err = call("predict", ct, *words, "--out", tmp_path / "wrong")
     assert code == 0 and "read as mr, the target domain" in said
@@ -273,7 +267,7 @@ def test_no_image_of_its_own_domain_is_doubted(trained: Livers, tmp_path: Path) 
 
 
 def test_units_that_are_shifted_are_told(trained: Livers, tmp_path: Path) -> None:
-    """A CT stored from 0 on is distributed alike, and outside its window."""
+    """A CT with an offset has the same distribution, but outside its window."""
     image = nib.load(trained.image("ct"))
     shifted = nib.Nifti1Image(np.asarray(image.dataobj) + 1024, image.affine)
     nib.save(shifted, tmp_path / "shifted.nii.gz")
@@ -313,7 +307,7 @@ def read_intensities_of(voxels: np.ndarray):  # type: ignore[no-untyped-def]
 
 
 def test_the_measure_is_that_of_data_check(trained: Livers) -> None:
-    """The same percentiles, of which the run keeps the median; no single image."""
+    """The percentiles are equal, and the run stores only their medians."""
     dataset: Dataset = Registry("dataset", [trained.description]).load("livers")()
     kept = carried.read(trained.run.path)
     assert kept is not None
@@ -340,14 +334,14 @@ def test_facts_travel_through_json(trained: Livers) -> None:
 
 
 def test_few_images_are_read_once(trained: Livers, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next run remembers; and of many images some are enough."""
+    """Intensities are cached, and at most nine images are read."""
     dataset: Dataset = Registry("dataset", [trained.description]).load("livers")()
     kept = carried.read(trained.run.path)
     monkeypatch.setattr(carried, "read_intensities", lambda *_: pytest.fail("read again"))
     images = [case for domain in ("ct", "mr") for case in dataset.split(domain, "train")]
     assert carried.facts_of(dataset, ("ct", "mr"), images) == kept
     monkeypatch.undo()
-    monkeypatch.setenv("GLUA_BENCH_CACHE", "/proc/nowhere")  # which nobody can write
+    monkeypatch.setenv("GLUA_BENCH_CACHE", "/proc/nowhere")  # not writable
     assert carried.facts_of(dataset, ("ct", "mr"), images) == kept
     asked: list[Path] = []
     known = kept and read_intensities_of(volume(1, "ct")[0])

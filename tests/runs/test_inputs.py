@@ -1,4 +1,4 @@
-"""inputs.py: which volumes files and folders stand for, and what their results are called."""
+"""inputs.py: which volumes are found in files and directories, and how results are named."""
 
 from __future__ import annotations
 
@@ -40,9 +40,6 @@ def refused(*paths: Path) -> str:
     return text
 
 
-# -- folders --------------------------------------------------------------------------------------
-
-
 def test_a_folder_stands_for_its_volumes(tmp_path: Path) -> None:
     files = ("b.nii.gz", "a.nrrd", "c.mhd", "c.raw", "._a.nrrd", ".b.nii.gz", "notes.txt")
     touch(*(tmp_path / name for name in files), tmp_path / "deeper" / "d.nii.gz")
@@ -56,7 +53,7 @@ def test_labels_beside_images_are_passed_over_and_named(tmp_path: Path) -> None:
     found = inputs.find([tmp_path])
     assert [one.name for one in found.images] == ["one"]
     assert len(found.left) == len(ends) - 1
-    # Whoever names a file means it, and a word alone names no label.
+    # Explicit files are always used, and a single word is not a label's name.
     assert names(tmp_path / "one_label.nii.gz") == ["one_label"]
     touch(tmp_path / "other" / "mask.nii.gz")
     assert names(tmp_path / "other") == ["mask"]
@@ -72,14 +69,11 @@ def test_a_folder_without_images_says_what_is_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["labelsTr", "labelsTs", "Labels", "masks", "gt"])
 def test_a_folder_of_labels_is_no_folder_of_images(folder: str, tmp_path: Path) -> None:
-    """As nnU-Net and the Decathlon keep them, under the names of their images."""
+    """nnU-Net and the Decathlon give labels the names of their images."""
     touch(tmp_path / folder / "liver_1.nii.gz", tmp_path / "imagesTs" / "liver_1.nii.gz")
     assert f"{folder} seems to contain only labels" in refused(tmp_path / folder)
     assert "give its subdirectories (imagesTs)" in refused(tmp_path)
     assert names(tmp_path / folder / "liver_1.nii.gz") == ["liver_1"]
-
-
-# -- nnU-Net --------------------------------------------------------------------------------------
 
 
 def test_the_channel_is_no_part_of_a_name_of_nnunet(tmp_path: Path) -> None:
@@ -102,9 +96,6 @@ def test_several_channels_are_refused(folder: str, tmp_path: Path) -> None:
 def test_numbered_patients_are_no_channels(tmp_path: Path) -> None:
     touch(*(tmp_path / f"patient_{number:04d}.nii.gz" for number in range(3)))
     assert names(tmp_path) == ["patient_0000", "patient_0001", "patient_0002"]
-
-
-# -- names ----------------------------------------------------------------------------------------
 
 
 def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
@@ -139,12 +130,9 @@ def test_names_always_differ_on_every_disk(files: list[tuple[list[str], str, str
     assert all(pair[1] in name for pair, name in zip(pairs, found, strict=True))
 
 
-# -- DICOM ----------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def write_series(dicom_slice: Callable[..., Any]) -> Callable[..., Path]:
-    """Writes five slices of random values, 2.5 mm apart, names against their order."""
+    """Write five random slices, 2.5 mm apart, with names in reverse order."""
 
     def write(folder: Path, series: str = "1.2.3", title: str = "ax", prefix: str = "") -> Path:
         folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +170,7 @@ def test_several_series_are_listed(write_series: Callable[..., Path], tmp_path: 
     write_series(folder, "1.2.4", "", "z")
     told = refused(folder)
     assert "2 DICOM series (portal, 5 files from 5; without description, 5 files from z5)" in told
-    # Files that each have a series of their own are an anonymised series.
+    # Files with different series identifiers are one anonymised series.
     alone = write_series(tmp_path / "anonymous")
     for number, file in enumerate(sorted(alone.iterdir())):
         one = pydicom.dcmread(file)

@@ -1,4 +1,4 @@
-"""prediction.py: new volumes by a run, and by its exported model, which needs no run."""
+"""prediction.py: segmentation by a run and by its exported model."""
 
 from __future__ import annotations
 
@@ -81,9 +81,6 @@ def two_faced(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> M
 Call = Callable[..., tuple[int, str, str]]
 
 
-# -- batches across volumes -----------------------------------------------------------------------
-
-
 def test_batches_are_filled_across_volumes_and_every_slice_comes_back() -> None:
     rng = np.random.default_rng(0)
     volumes = [rng.uniform(-1, 1, (depth, 4, 4)).astype(np.float32) for depth in (3, 1, 9, 2, 5)]
@@ -114,9 +111,6 @@ def test_a_volume_is_given_back_before_all_others_are_read() -> None:
     assert read == [0]
 
 
-# -- predict --------------------------------------------------------------------------------------
-
-
 def test_a_run_predicts_its_test_cases_as_it_did(made: Made, tmp_path: Path) -> None:
     model = prediction.from_run(made.run, device="cpu")
     results = list(prediction.predict(model, given(made.images), tmp_path, probabilities=True))
@@ -142,7 +136,7 @@ def test_a_run_predicts_its_test_cases_as_it_did(made: Made, tmp_path: Path) -> 
 
 
 def test_new_volumes_whatever_their_header_says(made: Made, tmp_path: Path, call: Call) -> None:
-    """The unit and the forms are the image's, ml those of the unit, and doubts are told."""
+    """Units and forms are those of the image, ml follow the unit, and doubts are reported."""
     plain = nib.load(made.images[0])
     voxels, affine = np.asarray(plain.dataobj), plain.affine
 
@@ -188,9 +182,6 @@ def test_new_volumes_whatever_their_header_says(made: Made, tmp_path: Path, call
     assert out_text
 
 
-# -- export ---------------------------------------------------------------------------------------
-
-
 def test_an_exported_model_predicts_alike_without_run_and_data(made: Made, tmp_path: Path) -> None:
     model = prediction.from_run(made.run, device="cpu")
     folder = prediction.export(model, made.run, tmp_path / "model")
@@ -220,7 +211,7 @@ def test_an_exported_model_predicts_alike_without_run_and_data(made: Made, tmp_p
 def test_a_model_of_several_slices_predicts_new_volumes_as_its_run_did(
     slice_spacing: str, phantom_root: Path, tmp_path: Path
 ) -> None:
-    """Also where volumes keep their own slices, whose neighbours are then found by distance."""
+    """Also if volumes keep their own spacing, where neighbours are found by distance."""
     sets = ("slices=3", f"grid.slice_spacing={slice_spacing}")
     made = make("mean_teacher", phantom_root, tmp_path / "runs", *sets)
     distance = made.run.config.slice_distance
@@ -238,7 +229,7 @@ def test_a_model_of_several_slices_predicts_new_volumes_as_its_run_did(
 
 
 def test_only_what_predicts_is_exported(phantom_root: Path, tmp_path: Path) -> None:
-    """No discriminators, and above all no pools, which hold images of training."""
+    """No discriminators, and no pools of training images."""
     small = ("generator", "encoder", "discriminator")
     sets = [f"method.width_{name}=2" for name in small] + ["method.pool_size=2"]
     made = make("sifa", phantom_root, tmp_path / "runs", *sets)
@@ -255,7 +246,7 @@ def test_only_what_predicts_is_exported(phantom_root: Path, tmp_path: Path) -> N
 def test_a_domain_is_predicted_as_such_and_export_keeps_what_predicts_it(
     domain: str | None, two_faced: Made, tmp_path: Path, call: Call
 ) -> None:
-    """By a method that finds one structure in all pixels of the target, another in the source's."""
+    """The method predicts one structure for all target pixels and another for the source's."""
     plugins = [Path(__file__).parents[1] / "support" / "two_faced_method.py"]
     model = prediction.from_run(two_faced.run, plugins, device="cpu")
     assert {name.rpartition(".")[0] for name in prediction.predicting_weights(model)} == {
@@ -291,7 +282,7 @@ def test_a_model_knows_two_domains(made: Made, tmp_path: Path) -> None:
 def test_images_of_the_source_are_translated_as_in_training(
     style: str, phantom_root: Path, tmp_path: Path
 ) -> None:
-    """Also by a model without its run, and whatever is segmented before."""
+    """Also by an exported model, and independent of earlier volumes."""
     sets = [f"method.style={style}", "method.adgan_width=4", "method.codes_scales=1"]
     made = make("global_only", phantom_root, tmp_path / "runs", *sets)
     model = prediction.from_run(made.run, device="cpu")
@@ -314,7 +305,7 @@ def test_images_of_the_source_are_translated_as_in_training(
     for number, (used, files) in enumerate(((model, [mr]), (loaded, [*made.images[:1], mr]))):
         *_, last = prediction.predict(used, given(files), tmp_path / str(number), "mr")
         labels = np.asarray(nib.load(last.labels).dataobj)
-        assert np.mean(labels == values[expected]) > 0.9999  # rounding may tip a voxel
+        assert np.mean(labels == values[expected]) > 0.9999  # rounding may change a voxel
     first, second = (nib.load(f) for f in sorted(tmp_path.glob("[01]/*mr_*_seg.nii.gz")))
     assert np.array_equal(first.dataobj, second.dataobj)
 
@@ -330,7 +321,7 @@ def test_a_run_in_half_precision_predicts_its_test_cases_as_it_did(
 
 
 def test_the_upper_bound_predicts_both_domains(phantom_root: Path, tmp_path: Path) -> None:
-    """Of the source it has seen nothing, and says so."""
+    """It reports that it was not trained on the source."""
     request = replace(request_of("source_only", phantom_root, tmp_path), scenario="supervised")
     planned = plan(request)
     execute(planned, Progress(enabled=False))
@@ -341,7 +332,7 @@ def test_the_upper_bound_predicts_both_domains(phantom_root: Path, tmp_path: Pat
         (result,) = prediction.predict(model, image, tmp_path / domain, domain)
         labels = np.asarray(nib.load(result.labels).dataobj)
         assert labels.shape == own.shape
-        # The phantom has one reading, and the method one way.
+        # The phantom has one reading, and the method ignores the domain.
         assert np.array_equal(labels, own.dataobj)
     assert _read_as(model, "mr").endswith("of which this run has seen no image.")
 
@@ -357,7 +348,7 @@ def test_weights_that_no_module_owns_are_found_out(made: Made) -> None:
         def predict(self, images: torch.Tensor, domain: Role) -> torch.Tensor:
             return super().predict(images, domain) * (1 + self.aside.weight.abs().sum())
 
-    hidden = prediction._built(made.run.config, model.structures, [])
+    hidden = prediction._fresh(model, model.method.state_dict())
     hidden.__class__ = Hidden
     hidden.aside = nn.Linear(1, 1)
     spoiled = prediction.Model(
@@ -396,15 +387,12 @@ def test_a_damaged_model_is_one_sentence(spoil: str, made: Made, tmp_path: Path)
     assert isinstance(error.value, UserError), error.value
 
 
-# -- which run ------------------------------------------------------------------------------------
-
-
 def test_a_run_is_found_by_directory_id_and_beginning(made: Made) -> None:
     for name in (str(made.run.path), made.run.id, made.run.id[:6]):
         assert prediction.find_run(name, made.root).path == made.run.path
-    with pytest.raises(UserError, match="no run below"):
+    with pytest.raises(UserError, match="no run in .*/ has an id starting with 'zzz'"):
         prediction.find_run("zzz", made.root)
-    with pytest.raises(ConfigError, match="--selector oracle has chosen no checkpoint"):
+    with pytest.raises(ConfigError, match="--selector oracle chose no checkpoint"):
         prediction.from_run(made.run, selector="oracle")
 
 
@@ -414,9 +402,6 @@ def test_a_run_that_is_not_finished_cannot_predict(made: Made, tmp_path: Path) -
     (copy / "done").unlink()
     with pytest.raises(UserError, match="not finished"):
         prediction.find_run(str(copy), tmp_path)
-
-
-# -- the commands ---------------------------------------------------------------------------------
 
 
 def test_the_commands_write_labels_volumes_and_pictures(
@@ -491,7 +476,7 @@ def test_folders_and_files_of_one_name_are_segmented_beside_each_other(
 def test_labels_of_a_series_lie_on_it(
     made: Made, tmp_path: Path, dicom_slice: Callable[..., Any], call: Call
 ) -> None:
-    """As SimpleITK reads the series, and as a NIfTI file of the same voxels is segmented."""
+    """The geometry equals SimpleITK's, and the labels those of the same volume in NIfTI."""
     import pydicom
     import SimpleITK as sitk
 

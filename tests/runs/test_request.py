@@ -45,7 +45,7 @@ REQUESTS = st.builds(
 
 
 def parsed(words: list[str]) -> RunRequest:
-    """The request that a command with these words receives."""
+    """Return the request that a command receives."""
     found: list[RunRequest] = []
     app = typer.Typer()
 

@@ -1,6 +1,6 @@
-"""trainer.py: whatever interrupts it, a training ends in the same weights, or in a sentence.
+"""trainer.py: an interrupted training ends in the same weights, or in a clear error.
 
-Run as a script, this file is the process that is killed, raced and distributed.
+Run as a script, this file trains in processes that are killed, raced and distributed.
 """
 
 from __future__ import annotations
@@ -40,9 +40,8 @@ from glua_bench.method import Batch, Context, Method, Role, Stage, TaskInfo
 from glua_bench.methods.cycle_translate import CycleTranslate
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.runs import interruption
-from glua_bench.runs.stage_cache import artefacts
+from glua_bench.runs.stage_cache import artefact_path
 from glua_bench.runs.trainer import (
-    Artefact,
     Trainer,
     save,
     stage_order,
@@ -119,6 +118,18 @@ class Toy(Method):
         return self.head(self.stem(images))
 
 
+def interrupted(method: type[Toy], at: int) -> type[Toy]:
+    """Return the method, interrupted at a step of its last stage."""
+
+    class Interrupted(method):  # type: ignore[misc, valid-type]
+        def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+            if context.step == at:
+                raise KeyboardInterrupt
+            return super().step(batch, context)  # type: ignore[no-any-return]
+
+    return Interrupted
+
+
 STEPS = 12
 
 
@@ -130,7 +141,7 @@ def make(
     checkpoint_seconds: float = 0.0,
     **options: Any,
 ) -> Trainer:
-    """A trainer on the tiny dataset with a real run directory; the same call resumes it."""
+    """Return a trainer on the tiny dataset; the same call resumes it."""
     dataset = TinyDataset(root / "data")
     dataset.prepare()
     values: dict[str, Any] = {"steps": STEPS, "batch_size": 4, "candidates": 3}
@@ -167,15 +178,13 @@ def make(
         fabric,
         directory,
         Progress(enabled=False),
-        lambda stage: (
-            None if stage.depends_on is None else Artefact(root / "stages" / f"{stage.name}.pt")
-        ),
+        lambda stage: None if stage.depends_on is None else root / "stages" / f"{stage.name}.pt",
         checkpoint_seconds,
     )
 
 
 def finish(trainer: Trainer) -> dict[str, Tensor]:
-    """Train to the end; the final weights."""
+    """Train to the end, and return the final weights."""
     with quiet(trainer):
         trainer.fit()
     return {name: value.clone() for name, value in trainer.method.state_dict().items()}
@@ -197,9 +206,6 @@ def log_rows(trainer: Trainer) -> list[dict[str, Any]]:
 
 def last(trainer: Trainer) -> dict[str, Any]:
     return torch.load(trainer.directory.checkpoints / "last.pt", weights_only=True)  # type: ignore[no-any-return]
-
-
-# -- asked to end, and watched --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", interruption.SIGNALS)
@@ -264,7 +270,7 @@ def test_a_resumed_run_shows_the_candidates_that_it_has(tmp_path: Path) -> None:
     first.watch = stop
     with quiet(first), pytest.raises(ValueError):
         first.fit()
-    assert last(first)["step"] == 7  # the last checkpoint lies before the candidate
+    assert last(first)["step"] == 7  # the last checkpoint precedes the candidate
     again.watch = seen.append
     assert first_difference(expected, finish(again)) is None
     assert seen == [4, 8, 12]
@@ -275,11 +281,8 @@ def test_a_resumed_run_shows_the_candidates_that_it_has(tmp_path: Path) -> None:
     assert seen == [4, 8, 12]
 
 
-# -- as a script ----------------------------------------------------------------------------------
-
-
 def main() -> None:
-    """The first argument says what to do, the second where."""
+    """Run the task of the first argument in the directory of the second."""
     torch.set_num_threads(1)
     root = Path(sys.argv[2])
     if sys.argv[1] == "alone":
@@ -290,7 +293,7 @@ def main() -> None:
 
 
 def forked(work: Callable[[], None]) -> int:
-    """Run in a process of its own, which has imported everything already; its id."""
+    """Run in a forked process, and return its id."""
     child = os.fork()
     if child:
         return child
@@ -303,14 +306,14 @@ def forked(work: Callable[[], None]) -> int:
 
 
 def kill(root: Path) -> None:
-    """Train three runs in processes that die by SIGKILL again and again, until they are done."""
+    """Train three runs in processes that are killed repeatedly, until they are done."""
     root.mkdir()
     kills = {}
     for seed in range(3):
         rng, deaths = random.Random(seed), []
         while True:
-            # An event lies before and after each thing that a training does to the disk, and in
-            # the middle of a checkpoint; a whole training has some 150 of them.
+            # Events are before and after each change of the disk, and in the middle of a
+            # checkpoint; a training has about 150 of them.
             fatal = rng.randint(1, 40)
             child = forked(lambda fatal=fatal, seed=seed: dying(root / str(seed), fatal))  # type: ignore[misc]
             _, status = os.waitpid(child, 0)
@@ -325,7 +328,7 @@ def kill(root: Path) -> None:
 
 
 def dying(root: Path, fatal: int) -> None:
-    """Train, and die at the given event."""
+    """Train until the given event, and be killed."""
     count = 0
 
     def event() -> None:
@@ -369,7 +372,7 @@ def dying(root: Path, fatal: int) -> None:
 
 
 def race(root: Path) -> None:
-    """Two processes that want the same shared stage at the same time."""
+    """Train two runs with the same shared stage at the same time."""
     root.mkdir()
 
     def work(number: int) -> None:
@@ -386,7 +389,7 @@ def race(root: Path) -> None:
 
 
 def two(root: Path) -> None:
-    """Two processes share one training, twice: the second time the first stage is there."""
+    """Train in two processes, twice; the second time the first stage is reused."""
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
     fabric.launch()
     ways: list[str] = []
@@ -427,13 +430,10 @@ def script(what: str, root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What single processes leave behind; one script for all, as starting takes its time."""
+    """Return the results of the single-process script, which is started once."""
     root = tmp_path_factory.mktemp("alone")
     script("alone", root)
     return root
-
-
-# -- interruptions --------------------------------------------------------------------------------
 
 
 def test_killed_anywhere_it_ends_in_the_same_weights(tmp_path: Path, alone: Path) -> None:
@@ -445,7 +445,7 @@ def test_killed_anywhere_it_ends_in_the_same_weights(tmp_path: Path, alone: Path
         found = torch.load(alone / "kill" / seed / "weights.pt", weights_only=True)
         assert first_difference(expected, found) is None, (seed, kills)
         killed = make(alone / "kill" / seed)
-        # Every step stands in the log exactly once, with the same numbers.
+        # Every step is logged once, with the same values.
         assert log_rows(killed) == log_rows(whole), (seed, kills)
         names = {path.name for path in killed.directory.checkpoints.iterdir()}
         assert names == {"last.pt", *(f"candidate_{step:07d}.pt" for step in (4, 8, 12))}
@@ -470,7 +470,7 @@ def test_a_finished_training_is_not_trained_again(tmp_path: Path) -> None:
 
 
 def test_what_a_step_sees_follows_from_its_position(tmp_path: Path) -> None:
-    """Seeds of steps differ, and the augmentation of a step does not know what came before."""
+    """Seeds of steps differ, so that augmentation does not depend on earlier steps."""
     seeds = {
         step_seed(seed, stage, step, rank)
         for seed in (0, 1)
@@ -480,9 +480,6 @@ def test_what_a_step_sees_follows_from_its_position(tmp_path: Path) -> None:
     }
     assert len(seeds) == 400 and all(0 <= seed < 2**63 for seed in seeds)
     assert step_seed(2**31 - 1, "segment", 10**7) < 2**63
-
-
-# -- the plan -------------------------------------------------------------------------------------
 
 
 def test_candidates_are_kept_at_the_declared_steps(tmp_path: Path) -> None:
@@ -510,11 +507,7 @@ def test_learning_rates_decay_from_their_start_also_when_resumed(tmp_path: Path)
     rates: list[tuple[str, int, float]] = []
 
     class Noting(Toy):
-        stop = 99
-
         def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-            if context.step == self.stop:
-                raise KeyboardInterrupt
             self.note(context)
             return super().step(batch, context)
 
@@ -526,12 +519,8 @@ def test_learning_rates_decay_from_their_start_also_when_resumed(tmp_path: Path)
             for name, optimizer in context.optimizers.items():
                 rates.append((name, context.step, optimizer.param_groups[0]["lr"]))
 
-    class Stopping(Noting):
-        stop = 5
-
-    trainer = make(tmp_path, Stopping)
     with pytest.raises(KeyboardInterrupt):
-        finish(trainer)
+        finish(make(tmp_path, interrupted(Noting, 5)))
     finish(make(tmp_path, Noting))
     for name, start, total, power in (
         ("stem", 0.05, 6, 0.0),
@@ -547,15 +536,11 @@ def test_learning_rates_decay_from_their_start_also_when_resumed(tmp_path: Path)
 def test_the_cost_of_a_resumed_run_is_that_of_all_its_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = 0.0  # a clock that every step moves by a second
+    now = 0.0  # a clock that advances by a second per step
 
     class Timed(Toy):
-        stop = 99
-
         def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
             nonlocal now
-            if context.step == self.stop:
-                raise KeyboardInterrupt
             now += 1.0
             return super().step(batch, context)
 
@@ -564,18 +549,15 @@ def test_the_cost_of_a_resumed_run_is_that_of_all_its_processes(
             now += 1.0
             return super().stem_step(batch, context)
 
-    class Stopping(Timed):
-        stop = 5
-
     monkeypatch.setattr("glua_bench.runs.trainer.time.perf_counter", lambda: now)
     whole = make(tmp_path, Timed, run="whole")
     finish(whole)
     assert whole.seconds == {"stem": 6.0, "segment": 12.0} and whole.reused == set()
 
-    # Another run takes its stem from the cache, and is interrupted behind it.
+    # Another run reuses the stem from the cache, and is interrupted afterwards.
     with pytest.raises(KeyboardInterrupt):
-        finish(make(tmp_path, Stopping))
-    now += 1000.0  # a night in between costs nothing
+        finish(make(tmp_path, interrupted(Timed, 5)))
+    now += 1000.0  # time between processes is not counted
     resumed = make(tmp_path, Timed)
     finish(resumed)
     assert resumed.seconds == {"segment": 12.0} and resumed.reused == {"stem"}
@@ -597,11 +579,8 @@ def test_stages_must_have_different_names() -> None:
         stage_order((Stage("a"), Stage("a")))
 
 
-# -- stages with a step and optimizers of their own -----------------------------------------------
-
-
 class Varied(Toy):
-    """Three stages: one brings its step, one its optimizers, and one takes the method's."""
+    """Three stages: with its own step, with its own optimizers, and with the method's."""
 
     def stages(self) -> tuple[Stage, ...]:
         return (
@@ -623,7 +602,7 @@ class Varied(Toy):
 
 
 def test_a_stage_takes_its_own_step_and_optimizers_or_the_methods(tmp_path: Path) -> None:
-    """The kinds of optimizers and the weights that move tell which ones they were."""
+    """Types of optimizers and changed weights show which ones were used."""
     seen: dict[str, tuple[type[Optimizer], set[str]]] = {}
     moved: dict[str, set[str]] = {}
 
@@ -687,23 +666,16 @@ def test_rates_are_held_before_they_decay(tmp_path: Path, hold: float, decay: fl
     rates: dict[int, float] = {}
 
     class Holding(Toy):
-        stop = 99
-
         def stages(self) -> tuple[Stage, ...]:
             return (Stage("segment", decay=decay, hold=hold),)
 
         def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
-            if context.step == self.stop:
-                raise KeyboardInterrupt
             rates[context.step] = context.optimizers["head"].param_groups[0]["lr"]
             return super().step(batch, context)
 
-    class Stopping(Holding):
-        stop = 9
-
     with pytest.raises(KeyboardInterrupt):
-        finish(make(tmp_path, Stopping))
-    finish(make(tmp_path, Holding))  # goes on behind the hold
+        finish(make(tmp_path, interrupted(Holding, 9)))
+    finish(make(tmp_path, Holding))  # resumes after the hold
     assert list(rates) == list(range(STEPS))
     for step, rate in rates.items():
         left = min(1.0, (1 - step / STEPS) / (1 - hold))
@@ -736,9 +708,6 @@ def test_one_forward_pass_serves_two_losses(tmp_path: Path) -> None:
     finish(make(tmp_path, Apart, steps=2, candidates=1))
 
 
-# -- shared stages --------------------------------------------------------------------------------
-
-
 def test_a_finished_stage_is_taken_over(tmp_path: Path) -> None:
     """`finish` and the other stages' weights are not part of it, and the log shows no step."""
     first = make(tmp_path)
@@ -759,15 +728,15 @@ def test_of_two_processes_one_trains_the_shared_stage(alone: Path) -> None:
 
 
 def test_another_segmenter_has_a_stage_of_its_own(tmp_path: Path) -> None:
-    """Its size decides which random numbers are left for the networks that are made after it."""
+    """Its size affects the random numbers of the networks that are built after it."""
     bench = Bench(CycleTranslate)
     planned = bench.plan(bench.dataset)
     wider = replace(planned.config, segmenter=SegmenterSpec("unet", 8, 3))
     methods, paths = [], set()
     for config in (planned.config, wider, replace(planned.config, candidates=3)):
         methods.append(bench.build(config))
-        artefact = artefacts(replace(planned, config=config), methods[-1])
-        paths.add(artefact(methods[-1].stages()[0]))
+        stage = methods[-1].stages()[0]
+        paths.add(artefact_path(replace(planned, config=config), methods[-1], stage))
     a, b, _ = (method.get_submodule("cycle").state_dict() for method in methods)
     assert first_difference(a, b) is not None
     assert len(paths) == 2
@@ -792,11 +761,8 @@ def test_an_unwritable_cache_is_a_sentence(tmp_path: Path) -> None:
         finish(make(tmp_path))
 
 
-# -- what stops a training ------------------------------------------------------------------------
-
-
 class Exploding(Toy):
-    """A loss that is not finite from the fourth step on."""
+    """The loss is not finite from the fourth step."""
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
         values = super().step(batch, context)
@@ -820,12 +786,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert all(torch.isfinite(value).all() for value in state["method"].values())
     assert not list(trainer.directory.checkpoints.glob("candidate_*"))
     assert all(math.isfinite(v) for row in log_rows(trainer) for v in row["values"].values())
-    # Repaired, the run goes on from there and ends as if nothing had been.
+    # Resumed without the fault, the run ends in the same weights.
     assert first_difference(finish(make(tmp_path)), finish(make(tmp_path / "other"))) is None
 
 
 def advice(failure: pytest.ExceptionInfo[RunFailure]) -> str:
-    """The message, which is one sentence and says what may help."""
+    """Return the message, which is one sentence with the advice."""
     text = str(failure.value)
     assert "\n" not in text and text.endswith(".") and ". " not in text
     assert "lower the learning rates" in text
@@ -836,7 +802,7 @@ def advice(failure: pytest.ExceptionInfo[RunFailure]) -> str:
 @pytest.mark.parametrize("lost", [3, STEPS])
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, lost: int) -> None:
     class Silent(Toy):
-        """Losses look well while a weight is lost."""
+        """Losses are finite, but a weight is not."""
 
         def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
             values = super().step(batch, context)
@@ -861,7 +827,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, lost: int) 
 def test_a_run_that_stops_says_whether_anything_is_left(
     tmp_path: Path, what: str, broken: int, saved: str
 ) -> None:
-    """Before the first checkpoint, and where there are candidates and no `last.pt` yet."""
+    """Before the first checkpoint, and with candidates but no `last.pt`."""
 
     class Breaking(Toy):
         def stages(self) -> tuple[Stage, ...]:
@@ -905,7 +871,7 @@ def no_space(*arguments: Any) -> None:
 
 
 def broken_writer(value: Any, file: Any) -> None:
-    """What torch does on a full disk."""
+    """Behave as torch does on a full disk."""
     file.write(b"half")
     raise RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 64 vs 0")
 
@@ -918,7 +884,7 @@ def test_a_full_disk_stops_the_run_and_the_old_checkpoint_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, fault: Any
 ) -> None:
     class Filling(Toy):
-        """The disk is full from the fifth step on."""
+        """The disk is full from the fifth step."""
 
         def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
             if context.step == 4:
@@ -956,12 +922,9 @@ def test_an_unwritable_directory_is_a_sentence(tmp_path: Path) -> None:
         save({}, tmp_path / "file" / "weights.pt")
 
 
-# -- devices and precision ------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """Without augmentation, whose random numbers differ by process."""
+    """Without augmentation, because its random numbers differ between processes."""
     script("two", tmp_path / "two")
     single = finish(make(tmp_path, augmentation="none"))
     first, second = (
@@ -974,7 +937,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         for name, value in pair[0]["weights"].items():
             if name != "finished":
                 torch.testing.assert_close(value, single[name], rtol=1e-4, atol=1e-6)
-    # A step must not be given a way to the trainer, and so to the dataset and its labels.
+    # A step must not reach the trainer, and thus the dataset and its labels.
     assert [found["ways"] for found in first] == [["looked"]] * 2
 
 

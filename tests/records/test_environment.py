@@ -1,0 +1,44 @@
+"""environment.py: versions are recorded, names are not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from glua_bench.records.environment import environment, git_state
+
+
+def test_the_environment_names_versions_but_nobody(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home" / "somebody"))
+    monkeypatch.setattr(sys, "argv", ["glua-bench", str(tmp_path / "home" / "somebody" / "data")])
+    found = environment()
+    text = json.dumps(found)
+    assert found["libraries"]["torch"] and found["libraries"]["medpy"] != "missing"
+    assert found["command"] == ["glua-bench", "~/data"]
+    assert "somebody" not in text
+
+
+def test_git_state_sees_commits_and_changes(tmp_path: Path) -> None:
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    assert git_state(tmp_path) is None
+
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        command = ["git", "-C", str(tmp_path), *who, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "--quiet")
+    (tmp_path / "file").write_text("one")
+    git("add", "file")
+    git("commit", "--quiet", "-m", "first")
+    assert git_state(tmp_path) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    (tmp_path / "file").write_text("two")
+    assert git_state(tmp_path) == {"commit": git("rev-parse", "HEAD"), "dirty": True}
