@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from glua_bench.cli.options import Plugins, say
+from glua_bench.cli.options import Plugins, say, split_names
 from glua_bench.console import next_command
 from glua_bench.errors import ConfigError
 from glua_bench.registry import Registry
@@ -27,11 +27,11 @@ class Kind(str, Enum):
     sweeps = "sweeps"
 
 
-def list_(
+def list_plugins(
     kind: Annotated[Kind | None, typer.Argument(help="List only this kind.")] = None,
     plugin: Plugins = None,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Include settings (imports the methods).")
+        bool, typer.Option("--verbose", "-v", help="Include the methods' settings.")
     ] = False,
 ) -> None:
     """List methods, datasets, selectors and sweeps with summary, reference and required data."""
@@ -109,21 +109,21 @@ def _list_settings(method: Any) -> None:
 
 
 def new_method(
-    name: Annotated[str, typer.Argument(help="Name of the method, e.g. my_method.")],
+    name: Annotated[str, typer.Argument(help="Name of the method.")],
     out: Out = Path("."),
 ) -> None:
     """Write a working example method with its conformance test."""
     from glua_bench.cli import scaffold
 
     file, test = scaffold.new_method(name, out)
-    say(f"Wrote {file} and {test}; the method runs as it is: replace it by your own.")
+    say(f"Wrote {file} and {test}; a working example to replace by your method.")
     say(f"Check: {next_command('pytest', test)}")
     following = next_command("glua-bench", "run", "--plugin", file, "--method", name)
     say(f"Next:  {following} --dataset phantom")
 
 
 def new_dataset(
-    name: Annotated[str, typer.Argument(help="Name of the dataset, e.g. my_data.")],
+    name: Annotated[str, typer.Argument(help="Name of the dataset.")],
     data: Annotated[Path | None, typer.Option("--data", help="Directory of your volumes.")] = None,
     out: Out = Path("."),
     domains: Annotated[
@@ -134,18 +134,16 @@ def new_dataset(
         str | None,
         typer.Option(help="Structures and their raw label values, e.g. liver=1,tumour=2,3."),
     ] = None,
-    yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Accept all suggestions without asking.")
-    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Accept all proposals.")] = False,
     python: Annotated[
         bool,
         typer.Option("--python", help="Write a Python class with a test instead of YAML."),
     ] = False,
 ) -> None:
-    """Describe your own volumes in NAME.yaml, with prompts and suggestions from the files."""
+    """Describe your own volumes in NAME.yaml; prompts propose answers from the files."""
     from glua_bench.cli import scaffold
 
-    names = tuple(part.strip() for part in (domains or "").split(",") if part.strip())
+    names = tuple(split_names(domains))
     if names and len(names) < 2:
         raise ConfigError(f"--domains {domains} needs two domains; write e.g. ct,mr.")
     given = None if structures is None else scaffold.parse_structures(structures)

@@ -842,7 +842,7 @@ def test_a_sweep_ends_with_its_page_and_one_run_in_the_tracker(
     ("words", "said"),
     [
         (["--sweep", "none"], "There is no sweep 'none' in runs"),
-        (["--sweep", "none", "--where", "seed=1"], "leave --rows, --from-mlflow and --where"),
+        (["--sweep", "none", "--where", "seed=1"], "omit --rows, --from-mlflow and --where"),
     ],
 )
 def test_a_sweep_that_cannot_be_reported_is_one_sentence(call: Call, words, said) -> None:
@@ -906,13 +906,13 @@ def test_another_tracker_is_one_file(
 
     (shown / "DOWN").touch()
     code, out, err = call("doctor")
-    assert code == 0 and f"{shown} DOES NOT ANSWER" in out and "check FOLDER_TRACKER" in out
+    assert code == 0 and f"{shown} IS NOT REACHABLE" in out and "check FOLDER_TRACKER" in out
     for path in shown.glob("*/record.json"):
         path.unlink()
     code, out, err = call("sync")
-    assert code == 1 and f"at {shown} did not take" in err and "check FOLDER_TRACKER" in err
+    assert code == 1 and "could not be uploaded to" in err and "check FOLDER_TRACKER" in err
     (shown / "DOWN").unlink()
     code, out, err = call("sync")
-    assert code == 0 and "3 runs sent, 0 there before" in out, err
+    assert code == 0 and "3 runs uploaded, 0 already present" in out, err
     assert f"Next: ls {shown}" in out
     assert not (tmp_path / "runs" / "mlflow.db").exists()
