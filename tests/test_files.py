@@ -329,7 +329,7 @@ def test_a_file_system_without_locks_is_refused(
 def test_a_lock_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for lock in (try_lock, exclusive):
-        refused = pytest.raises(RunFailure, match=r"a file lies where a directory must be.*\.$")
+        refused = pytest.raises(RunFailure, match=r"because a parent is a file.*\.$")
         with refused, lock(tmp_path / "file" / "lock"):  # type: ignore[operator]
             pytest.fail("nothing is held")
 

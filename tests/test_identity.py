@@ -247,7 +247,9 @@ from pathlib import Path
 
 from glua_bench.console import Progress
 from glua_bench.identity import SCORING, TRAINING, reached
-from glua_bench.runs import RunRequest, execute, plan
+from glua_bench.runs.execution import execute
+from glua_bench.runs.plan import plan
+from glua_bench.runs.request import RunRequest
 
 phantom, plugin, found = sys.argv[1:]
 seen = set()

@@ -624,8 +624,9 @@ def trained(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     """The directory of a run of local_only, and its exported model."""
     from glua_bench.console import Progress
     from glua_bench.runs import prediction
-    from glua_bench.runs.execution import RunRequest, execute
+    from glua_bench.runs.execution import execute
     from glua_bench.runs.plan import plan
+    from glua_bench.runs.request import RunRequest
 
     folder = tmp_path_factory.mktemp("trained")
     small = [word.removeprefix("--set=") for word in SMALL if word.startswith("--set=")]

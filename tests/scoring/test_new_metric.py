@@ -15,8 +15,9 @@ from glua_bench.records import mlflow_mirror
 from glua_bench.records.mlflow_mirror import MLflowMirror, tracking_uri
 from glua_bench.reports import comparison, report, report_tables, sweep_report
 from glua_bench.reports.results import from_rows, from_runs
-from glua_bench.runs.execution import RunRequest, execute
+from glua_bench.runs.execution import execute
 from glua_bench.runs.plan import plan
+from glua_bench.runs.request import RunRequest
 from glua_bench.scoring.metrics import METRICS, MISSING, MaskPair, Metric, case_metrics
 from glua_bench.task import Structure
 
