@@ -55,28 +55,48 @@ def cross_entropy_by_hand(logits: Tensor, labels: Tensor) -> Tensor:
     return -likelihood.mean()
 
 
+def squared_dice_by_hand(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -> Tensor:
+    """Compute 1 - (2 Σ p r + s) / (Σ p² + Σ r² + s) over the batch, averaged over all classes."""
+    probabilities = torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True)
+    terms = []
+    for index in range(logits.shape[1]):
+        p, r = probabilities[:, index], (labels == index).to(logits)
+        terms.append(1 - (2 * (p * r).sum() + smooth) / (p.square().sum() + r.sum() + smooth))
+    return torch.stack(terms).mean()
+
+
 Loss = Callable[[Tensor, Tensor], Tensor]
+BY_HAND: dict[Loss, Loss] = {
+    dice_loss: dice_by_hand,
+    squared_dice_loss: squared_dice_by_hand,
+    segmentation_loss: lambda x, y: dice_by_hand(x, y) + cross_entropy_by_hand(x, y),
+    balanced_loss: lambda x, y: (cross_entropy_by_hand(x, y) + squared_dice_by_hand(x, y)) / 2,
+}
 
 
-def agree(loss: Loss, by_hand: Loss, seed: int, count: int, gone: list[int]) -> None:
-    """A Dice loss is in [0, 1] and, in value and gradient, the formula in double precision."""
+@pytest.mark.parametrize("loss", BY_HAND, ids=lambda loss: loss.__name__)
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 3), st.lists(st.integers(0, 3), max_size=3))
+def test_losses_are_the_formulas_in_value_and_gradient(
+    loss: Loss, seed: int, count: int, gone: list[int]
+) -> None:
+    """In single precision to 1e-5, and in double precision, which is kept, to 1e-13."""
     logits, labels = example(seed, count)
     for index in gone:
         labels[labels == index] = 0
-    exact = logits.double().requires_grad_()
+    exact, double = (logits.double().requires_grad_() for _ in range(2))
     logits.requires_grad_()
-    found, expected = loss(logits, labels), by_hand(exact, labels)
+    found, expected = loss(logits, labels), BY_HAND[loss](exact, labels)
     found.backward()
     expected.backward()
-    assert 0 <= found.item() <= 1
+    same = loss(double, labels)
+    same.backward()
+    assert same.dtype == torch.float64 and double.grad is not None
+    assert double.grad.dtype == torch.float64
+    assert same.item() == pytest.approx(expected.item(), abs=1e-13, rel=1e-13)
+    assert found.item() >= 0 and (found.item() <= 1 or "dice" not in loss.__name__)
     assert found.item() == pytest.approx(expected.item(), abs=1e-5)
     torch.testing.assert_close(logits.grad.double(), exact.grad, atol=1e-5, rtol=1e-3)  # type: ignore[union-attr]
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 3), st.lists(st.integers(0, 3), max_size=3))
-def test_dice_is_the_formula_in_value_and_gradient(seed: int, count: int, gone: list[int]) -> None:
-    agree(dice_loss, dice_by_hand, seed, count, gone)
 
 
 def test_dice_of_right_and_wrong_answers() -> None:
@@ -112,13 +132,6 @@ def test_dice_pools_the_batch() -> None:
     assert abs(dice_loss(logits, labels).item() - apart.item()) > 1e-3
 
 
-def test_segmentation_is_dice_and_cross_entropy() -> None:
-    logits, labels = example()
-    exact = logits.double()
-    expected = dice_by_hand(exact, labels) + cross_entropy_by_hand(exact, labels)
-    assert segmentation_loss(logits, labels).item() == pytest.approx(expected.item(), abs=1e-5)
-
-
 @pytest.mark.parametrize("loss", [segmentation_loss, balanced_loss])
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_give_a_full_precision_loss(
@@ -129,24 +142,6 @@ def test_half_precision_logits_give_a_full_precision_loss(
     assert found.dtype == torch.float32
     expected = loss(logits.to(kind).float(), labels)
     assert found.item() == pytest.approx(expected.item(), abs=1e-6)
-
-
-def squared_dice_by_hand(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -> Tensor:
-    """One minus (2 Σ p r + s) / (Σ p² + Σ r² + s) over the batch, mean of all classes."""
-    probabilities = torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True)
-    terms = []
-    for index in range(logits.shape[1]):
-        p, r = probabilities[:, index], (labels == index).to(logits)
-        terms.append(1 - (2 * (p * r).sum() + smooth) / (p.square().sum() + r.sum() + smooth))
-    return torch.stack(terms).mean()
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 3), st.lists(st.integers(0, 3), max_size=3))
-def test_squared_dice_is_the_formula_in_value_and_gradient(
-    seed: int, count: int, gone: list[int]
-) -> None:
-    agree(squared_dice_loss, squared_dice_by_hand, seed, count, gone)
 
 
 def test_losses_of_two_pixels() -> None:
@@ -184,36 +179,6 @@ def test_squared_dice_of_a_class_that_nobody_shows_or_predicts_is_finite() -> No
     loss = squared_dice_loss(logits, labels)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()  # type: ignore[arg-type]
-
-
-def test_the_balanced_loss_is_half_of_each() -> None:
-    logits, labels = example()
-    exact = logits.double()
-    expected = cross_entropy_by_hand(exact, labels) + squared_dice_by_hand(exact, labels)
-    assert balanced_loss(logits, labels).item() == pytest.approx(expected.item() / 2, abs=1e-5)
-
-
-LOSSES = (dice_loss, segmentation_loss, squared_dice_loss, balanced_loss)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_double_precision_stays_double(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-    logits, labels = example()
-    exact = logits.double()
-    logits = exact.clone().requires_grad_()
-    found = loss(logits, labels)
-    found.backward()
-    assert found.dtype == torch.float64 and logits.grad is not None
-    assert logits.grad.dtype == torch.float64
-    by_hand = {
-        "dice_loss": dice_by_hand,
-        "squared_dice_loss": squared_dice_by_hand,
-        "segmentation_loss": lambda x, y: dice_by_hand(x, y) + cross_entropy_by_hand(x, y),
-        "balanced_loss": lambda x, y: (
-            (cross_entropy_by_hand(x, y) + squared_dice_by_hand(x, y)) / 2
-        ),
-    }[loss.__name__]
-    assert found.item() == pytest.approx(by_hand(exact, labels).item(), abs=1e-13, rel=1e-13)
 
 
 def test_other_losses_keep_double_precision() -> None:

@@ -328,7 +328,7 @@ def test_a_dataset_is_not_called_like_another_directory_of_the_runs(
 ) -> None:
     file = tmp_path / "own.yaml"
     file.write_text(f"name: {name}\n")
-    with pytest.raises(PluginError, match="has the name of a reserved directory"):
+    with pytest.raises(PluginError, match="is a reserved directory name"):
         Registry("dataset", [file]).load(name)
     with pytest.raises(ConfigError, match=f"'{name}' is not a valid name for a dataset"):
         scaffold.new_description(name, tmp_path, tmp_path, ask)

@@ -154,10 +154,11 @@ def _next_run(planned: PlannedRun) -> str:
     kept = [a for a in request.assignments if not a.startswith("perturbation=")]
     shared = replace(request.shared(), devices=1, assignments=kept)
     words = ["glua-bench", "compare", "--methods", config.method]
-    words += ["--dataset", config.fold_name, "--direction", config.direction, *shared.words()]
+    words += ["--dataset", config.dataset, "--direction", config.direction, *shared.words()]
     if any(assignment.startswith("method.") for assignment in kept):
-        return next_command(*words, "--no-bounds")  # the bounds do not have these settings
-    return f"{next_command(*words)}   (both bounds, three seeds)"
+        # The bounds do not have these settings.
+        return next_command(*words, "--no-bounds", fold=config.fold)
+    return f"{next_command(*words, fold=config.fold)}   (both bounds, three seeds)"
 
 
 @with_options(without=["devices"])
