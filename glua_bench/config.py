@@ -24,7 +24,7 @@ from glua_bench.identity import identity as identity
 from glua_bench.task import Grid, fold_name
 
 AUGMENTATIONS = ("none", "geometric", "photometric")
-# The entries of a comparison between which the gap lies; the upper one is also a scenario.
+# Lower and upper bound of a comparison; the upper one is also a scenario.
 LOWER, UPPER = "source_only", "supervised"
 SCENARIOS = ("uda", UPPER)
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")

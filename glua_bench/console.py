@@ -176,22 +176,24 @@ class Progress:
             print(text, file=self._stream, flush=True)
 
 
-def ask(question: str, guess: str, read: Callable[[str], Answer], asked: bool = True) -> Answer:
+def ask(
+    question: str, guess: str, read: Callable[[str], Answer], interactive: bool = True
+) -> Answer:
     """Prompt until `read` accepts the answer.
 
     Args:
         question: text without a question mark.
         guess: default answer.
         read: parses an answer and raises `UserError` if it is invalid.
-        asked: False uses and prints the default instead of prompting.
+        interactive: False uses and prints the default instead of prompting.
 
     Returns:
         The parsed answer.
 
     Raises:
-        UserError: the default is invalid and `asked` is False.
+        UserError: the default is invalid and `interactive` is False.
     """
-    if not asked:
+    if not interactive:
         print(f"{question}: {guess}", flush=True)
         return read(guess)
     while True:

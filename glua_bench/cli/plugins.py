@@ -159,14 +159,16 @@ def new_dataset(
         return
     from glua_bench.console import ask
 
-    asked = not yes and sys.stdin.isatty()
+    interactive = not yes and sys.stdin.isatty()
     if data is None:
-        if not asked:
+        if not interactive:
             raise ConfigError(
                 "new-dataset needs the directory of your volumes: give --data DIRECTORY, or "
                 "--python for a template class."
             )
         data = ask("Directory of the volumes", ".", Path)
-    file = scaffold.new_description(name, out, data, partial(ask, asked=asked), names, given)
+    file = scaffold.new_description(
+        name, out, data, partial(ask, interactive=interactive), names, given
+    )
     say(f"Wrote {file}: review and correct it.")
     say(f"Next: {next_command('glua-bench', 'data', 'check', file)}")
