@@ -1,4 +1,4 @@
-"""console.py: plain lines for files, a bar for terminals, and durations as people write them."""
+"""console.py: plain lines for files, a bar for terminals, durations and prompts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from glua_bench.errors import ConfigError
 
 
 class Clock:
-    """Time that passes when the test says so."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -105,7 +105,7 @@ def test_a_resumed_stage_says_so_and_estimates_from_its_own_steps(clock: Clock) 
 
 
 def test_values_are_read_only_when_they_are_shown(clock: Clock) -> None:
-    """Reading a loss waits for a GPU, so it must not happen at every step."""
+    """Reading a loss synchronises the GPU, so it must not happen at every step."""
 
     class Watched:
         reads = 0

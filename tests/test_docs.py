@@ -404,7 +404,7 @@ def test_the_budget_ladder_in_the_readme_is_that_of_the_rows():
 
 
 def test_what_selectors_give_away_in_the_readme_is_what_the_rows_say():
-    """Regrets follow from the rows; the correlations need scores that only run directories hold."""
+    """Regrets follow from the rows; correlations need scores from run directories."""
     found = report_tables.regrets(from_rows(ROOT / "results" / "phantom_quick_ablation.parquet"))
     table_ = pd.read_csv(ROOT / "results" / "phantom_quick_selectors.csv").set_index("selector")
     text = (ROOT / "README.md").read_text()

@@ -198,7 +198,7 @@ with replacing(Path(sys.argv[1]) / "file") as temporary:
 
 
 def test_what_a_live_process_writes_is_never_swept(tmp_path: Path) -> None:
-    """However old it is."""
+    """Files of live processes are kept regardless of their age."""
     writer = subprocess.Popen(
         [sys.executable, "-c", WRITING, str(tmp_path)],
         stdin=subprocess.PIPE,

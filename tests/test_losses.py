@@ -1,4 +1,4 @@
-"""losses.py: values and gradients are those of the formulas on the card."""
+"""losses.py: values and gradients agree with the formulas."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def example(seed: int = 0, count: int = 2, size: int = 5) -> tuple[Tensor, Tenso
 
 
 def dice_by_hand(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -> Tensor:
-    """One minus 2 Σ p r / (Σ p + Σ r) over the batch, mean of the classes that it shows."""
+    """Compute 1 - 2 Σ p r / (Σ p + Σ r) over the batch, averaged over present classes."""
     probabilities = torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True)
     terms = []
     for index in range(1, logits.shape[1]):
@@ -80,7 +80,7 @@ BY_HAND: dict[Loss, Loss] = {
 def test_losses_are_the_formulas_in_value_and_gradient(
     loss: Loss, seed: int, count: int, gone: list[int]
 ) -> None:
-    """In single precision to 1e-5, and in double precision, which is kept, to 1e-13."""
+    """Single precision agrees to 1e-5, and double precision, which is kept, to 1e-13."""
     logits, labels = example(seed, count)
     for index in gone:
         labels[labels == index] = 0
@@ -107,7 +107,7 @@ def test_dice_of_right_and_wrong_answers() -> None:
 
 
 def test_a_class_that_no_label_shows_is_left_to_cross_entropy() -> None:
-    """Predicting an absent structure costs no Dice, and an empty batch no loss at all."""
+    """Predicting an absent structure has no Dice loss; an empty batch has no loss."""
     logits, labels = example()
     labels[labels == 3] = 0
     more = logits.clone()
@@ -122,7 +122,7 @@ def test_a_class_that_no_label_shows_is_left_to_cross_entropy() -> None:
 
 
 def test_dice_pools_the_batch() -> None:
-    """A slice without a structure does not decide its loss."""
+    """Sums over the batch reduce the influence of slices without a structure."""
     logits, labels = example(count=2)
     labels[1] = 0
     apart = torch.stack([dice_loss(logits[i : i + 1], labels[i : i + 1]) for i in range(2)]).mean()
@@ -145,7 +145,7 @@ def test_half_precision_logits_give_a_full_precision_loss(
 
 
 def test_losses_of_two_pixels() -> None:
-    """p = (¾, ¼) where class 0 is right, and (½, ½) where class 1 is."""
+    """Predictions are (¾, ¼) for a pixel of class 0, and (½, ½) for one of class 1."""
     logits = torch.tensor([[[[math.log(3.0), 0.0]], [[0.0, 0.0]]]])
     labels = torch.tensor([[[0, 1]]])
     # Class 0: 1 - 2 · 0.75 / (0.5625 + 0.25 + 1); class 1: 1 - 2 · 0.5 / (0.0625 + 0.25 + 1).
@@ -206,7 +206,7 @@ def test_at_least_single_precision(kind: torch.dtype, expected: torch.dtype) -> 
 
 
 def plain_dice(logits: Tensor, labels: Tensor) -> Tensor:
-    """As before there were such pixels, operation by operation."""
+    """Compute the Dice loss without a mask, with the same operations."""
     probabilities = precise(logits).softmax(1)[:, 1:]
     reference = F.one_hot(labels, CLASSES).permute(0, 3, 1, 2)[:, 1:].to(probabilities)
     overlap = (probabilities * reference).sum((0, 2, 3))
@@ -262,7 +262,7 @@ each_loss = pytest.mark.parametrize("loss", PLAIN, ids=lambda loss: loss.__name_
 def test_where_everything_is_annotated_no_bit_changes(
     loss: Loss, kind: torch.dtype, layout: torch.memory_format
 ) -> None:
-    """Published results were trained by the plain formulas."""
+    """Published results were trained with the unmasked formulas."""
     for seed, (count, size) in enumerate([(1, 5), (2, 33), (3, 64)]):
         logits, labels = example(seed, count, size)
         results = []
@@ -343,7 +343,7 @@ def test_masked_places_pull_no_gradient_and_an_empty_mask_none_at_all() -> None:
 
 
 def test_a_mask_for_several_maps_is_refused() -> None:
-    """It would fit one of them at most, and was silently left out otherwise."""
+    """A mask fits at most one of the maps."""
     with pytest.raises(TypeError, match="mask"):
         lsgan_loss([torch.zeros(2, 2), torch.zeros(1, 1)], 1, torch.ones(2, 2))
 

@@ -198,7 +198,7 @@ def test_files_of_one_name_in_two_folders_stay_apart(write: Callable[..., Path])
 
 
 def test_a_class_that_is_no_literal_plugin_is_passed_over(write: Callable[..., Path]) -> None:
-    """A base class without a name, and helpers, are not offered."""
+    """Base classes without a name and helpers are not plugins."""
     file = write(METHOD.replace('name = "mine"', "") + "\nclass Helper:\n    name = 'helper'\n")
     assert {e.name for e in Registry("method", [file]).entries()} == {
         e.name for e in Registry("method").entries()

@@ -31,7 +31,7 @@ DISC, RING = TinyDataset.structures
 
 
 class TwoTables(TinyDataset):
-    """The tiny task, with a label table and a window of its own for the inverted domain."""
+    """The tiny task with other label values and another window in the inverted domain."""
 
     name: ClassVar[str] = "two_tables"
 
@@ -47,14 +47,14 @@ class TwoTables(TinyDataset):
 
     @classmethod
     def reading_of(cls, domain: str) -> Reading:
-        """A fixed window and another stray value for the inverted domain."""
+        """Use a fixed window and another ignored value in the inverted domain."""
         if domain == "inverted":
             return replace(cls.reading, ignored_values=(7,), intensity_range=(0.2, 0.9))
         return cls.reading
 
     @classmethod
     def structures_of(cls, domain: str) -> tuple[Structure, ...]:
-        """Value 20 is the disc in one domain and the ring in the other."""
+        """Swap the values of disc and ring in the inverted domain."""
         if domain == "inverted":
             return replace(DISC, values=(20,)), replace(RING, values=(10, 11))
         return cls.structures

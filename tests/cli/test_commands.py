@@ -1,4 +1,4 @@
-"""The commands as a user gives them: what they print, how they exit, what they leave behind."""
+"""The commands: output, exit codes and files."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ SUPPORT = Path(__file__).parents[1] / "support"
 
 @pytest.fixture
 def call(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Call:
-    """Gives a command in an empty directory."""
+    """Run a command in an empty directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GLUA_BENCH_DATA", raising=False)
     return call
 
 
 def refused(result: Result, *words: str, code: int = 2) -> None:
-    """One sentence on stderr that holds the words, the right exit code, and no traceback."""
+    """Assert an exit code and one sentence on stderr with the words, without traceback."""
     found, _, err = result
     assert found == code, err
     lines = [line for line in err.splitlines() if line.startswith("glua-bench: error:")]
@@ -132,7 +132,7 @@ def test_data_prepare_check_and_show(call: Call, phantom_root: Path) -> None:
 
 
 def test_check_tells_problems_from_warnings(call: Call, phantom_root: Path, tmp_path: Path) -> None:
-    """A warning does not fail the command; a problem does, once everything has been told."""
+    """Problems fail the command after all findings are printed; warnings do not."""
     root = tmp_path / "data"
     shutil.copytree(phantom_root, root)
     where = ["data", "check", "phantom", "--data-root", root, "--jobs=1", "--out=found.csv"]
@@ -188,7 +188,7 @@ def test_fingerprint_tells_whether_two_copies_are_the_same(
 def test_data_that_nobody_may_pass_on_say_where_they_are_to_be_had(
     call: Call, tmp_path: Path, name: str, owner: str, file: str
 ) -> None:
-    """Who has them, what has to be accepted, and which files are expected where."""
+    """Errors name the owner, the terms and the expected files."""
     refused(call("data", "check", name), owner, "--data-root", "GLUA_BENCH_DATA")
     (tmp_path / "empty").mkdir()
     result = call("data", "prepare", name, "--data-root", tmp_path / "empty")
@@ -324,7 +324,7 @@ def test_an_unknown_option_is_refused(call: Call) -> None:
 
 
 def damaged(root: Path, tmp_path: Path, damage: str) -> Path:
-    """A copy of the phantom with one file spoilt."""
+    """Copy the phantom and damage one file."""
     copy = tmp_path / "copy"
     shutil.copytree(root, copy)
     image = sorted(copy.rglob("mr_train_1001_image.nii.gz"))[0]
@@ -442,7 +442,7 @@ def test_new_files_that_cannot_be_are_one_sentence(words, said, call, tmp_path):
 
 
 def test_next_commands_work_as_a_shell_takes_them(call, tmp_path, write_livers, monkeypatch):
-    """With blanks and brackets in every path, and with the plugins that this command had."""
+    """Paths contain blanks and brackets, and plugins are passed on."""
     place = tmp_path / "my [study] (2)"
     place.mkdir()
     monkeypatch.chdir(place)
@@ -592,7 +592,7 @@ def test_a_run_of_another_version_of_its_method_is_one_sentence(
     phantom_root: Path,
     call: Call,
 ) -> None:
-    """And no advice about settings, which nobody gave."""
+    """The error gives no advice about settings, since the user set none."""
     run = Path("runs") / "phantom" / "local_only" / trained[0].name
     shutil.copytree(trained[0], run)
     written = yaml.safe_load((run / "config.yaml").read_text())
@@ -628,7 +628,7 @@ def test_a_model_of_another_version_of_its_method_is_one_sentence(
 def test_settings_that_are_new_since_take_their_defaults(
     trained: tuple[Path, Path], phantom_root: Path, call: Call
 ) -> None:
-    """A run of an older version whose weights still fit goes on predicting."""
+    """Runs of older versions can predict if their weights fit."""
     run = Path("runs") / "phantom" / "local_only" / trained[0].name
     shutil.copytree(trained[0], run)
     written = yaml.safe_load((run / "config.yaml").read_text())
@@ -712,7 +712,7 @@ space:
 
 
 def in_tracker(root: Path) -> tuple[list, list]:
-    """The parents and the children that the tracker shows of a sweep's runs."""
+    """Return a sweep's parent runs and child runs in the tracker."""
     from glua_bench.records.mlflow_mirror import mlflow_client, tracking_uri
 
     client = mlflow_client(tracking_uri(root))
@@ -785,7 +785,7 @@ def test_list_says_what_each_sweep_searches(call: Call) -> None:
 def test_another_tracker_is_one_file(
     call: Call, phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every command that shows something shows it there, and nobody asks MLflow."""
+    """All commands use the other tracker, and none imports MLflow."""
     shown = tmp_path / "shown"
     shown.mkdir()
     monkeypatch.setenv("GLUA_BENCH_TRACKER", "folder_tracker:FolderTracker")

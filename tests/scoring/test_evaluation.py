@@ -108,7 +108,7 @@ def test_every_slice_is_predicted_amid_its_neighbours(dataset: Phantom, case: Ca
 
 
 def test_a_perfect_predictor_is_as_good_as_the_working_grid(dataset: Phantom, case: Case) -> None:
-    """What is lost is lost by 3 mm pixels of files with larger or smaller voxels."""
+    """Only resampling to 3 mm pixels reduces the score."""
     rows = score(perfect(dataset, case), dataset, [case])
     assert list(rows["structure"]) == [s.name for s in dataset.structures]
     assert (rows["dice"] > 0.9).all() and (rows["dice"] < 1).any()
@@ -187,7 +187,7 @@ def partly(tmp_path: Path) -> tuple[type[TinyDataset], Case, np.ndarray]:
 
 def tiny_score(kind: type[TinyDataset], case: Case, answer: np.ndarray, **reading: object) -> Any:
     class Own(kind):  # type: ignore[misc, valid-type]
-        """With a reading of its own."""
+        """The dataset with another reading."""
 
     Own.reading = replace(kind.reading, **reading)  # type: ignore[arg-type]
     own, answers = Own(case.image.parents[1]), iter(torch.from_numpy(answer))
@@ -262,7 +262,7 @@ def test_a_label_of_another_shape_is_refused(phantom_root: Path, tmp_path: Path)
 
 
 def test_means_are_those_by_hand() -> None:
-    """Undefined values do not enter; a case's structures are averaged before its cases."""
+    """Undefined values are excluded; structures are averaged before cases."""
     nan = float("nan")
     rows = pd.DataFrame(
         [
