@@ -227,7 +227,7 @@ def _write(kind: str, name: str, folder: Path, values: dict[str, str]) -> tuple[
         "file": file.name,
         **values,
     }
-    templates = files("glua_bench.cli") / "templates"
+    templates = files("glua_bench") / "templates"
     texts = {
         file: (templates / f"{kind}.py.txt").read_text(encoding="utf-8"),
         test: (templates / f"test_{kind}.py.txt").read_text(encoding="utf-8"),
