@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -35,8 +36,6 @@ def list_plugins(
     ] = False,
 ) -> None:
     """List methods, datasets, selectors and sweeps with summary, reference and required data."""
-    import textwrap
-
     broken = 0
     for chosen in [kind] if kind is not None else list(Kind):
         if chosen is Kind.sweeps:
@@ -52,16 +51,9 @@ def list_plugins(
                 continue
             say(f"  {entry.name:<13} {entry.summary}")
             for label, key in (("paper", "reference"), ("needs", "needs"), ("folds", "folds")):
-                text = entry.attributes.get(key)
-                if text:
-                    say(
-                        textwrap.fill(
-                            f"{label}: {text}",
-                            96,
-                            initial_indent=" " * 16,
-                            subsequent_indent=" " * 23,
-                        )
-                    )
+                if text := entry.attributes.get(key):
+                    lines = textwrap.wrap(f"{label}: {text}", 80, subsequent_indent=" " * 7)
+                    say(textwrap.indent("\n".join(lines), " " * 16))
             if verbose and singular == "method":
                 _list_settings(Registry(singular, plugin or []).load(entry.name))
         say()
@@ -74,8 +66,6 @@ def list_plugins(
 
 
 def _list_sweeps() -> None:
-    import textwrap
-
     from glua_bench.documents import read_document
     from glua_bench.sweeps.definition import shipped
 

@@ -73,17 +73,13 @@ def report(
     """Write a page, tables (LaTeX, CSV, Markdown) and figures (SVG, PNG)."""
     import tempfile
 
-    if runs_root.is_file() and (sweep is not None or rows is not None or tracker):
-        raise ConfigError(
-            f"--runs {runs_root} is the file of one comparison; omit --sweep, --rows and "
-            "--from-mlflow, or give the directory of all runs."
-        )
+    sources = {"--sweep": sweep, "--rows": rows, "--from-mlflow": tracker}
+    given = [option for option, value in sources.items() if value]
+    given += ["--where"] if sweep and where else []
+    given += [f"--runs {runs_root} (the file of one comparison)"] if runs_root.is_file() else []
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} exclude each other; give one of them.")
     if sweep is not None:
-        if rows is not None or tracker or where:
-            raise ConfigError(
-                "--sweep reports all trials of a sweep; omit --rows, --from-mlflow and --where, or "
-                "omit --sweep."
-            )
         from glua_bench.sweeps import command
 
         study, base = command.join(sweep, runs_root, storage, plugin or [], say)
@@ -97,8 +93,6 @@ def report(
     out = out or Path("report")
     chosen = results.parse_where(where or [])
     options = reporting.Options(selector, title, pictures, viewer, data_root, plugin or [])
-    if rows is not None and tracker:
-        raise ConfigError("--rows and --from-mlflow are alternatives; give one of them.")
     with tempfile.TemporaryDirectory() as scratch:
         if rows is not None:
             found = results.from_rows(rows, chosen, plugin or [], warn)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from glua_bench.sweeps.study import SweepStudy
 
 
-class Where(str, Enum):
+class Executor(str, Enum):
     """Executors of a sweep's workers."""
 
     local = "local"
@@ -60,11 +60,11 @@ class Place:
     """Options of `sweep` for its workers."""
 
     executor: Annotated[
-        Where,
+        Executor,
         typer.Option(
             help="Executor of workers: local processes, slurm jobs, or debug (in this process)."
         ),
-    ] = Where.local
+    ] = Executor.local
     slurm: Annotated[
         Path | None, typer.Option(help="YAML file of job resources; see docs/cluster.md.")
     ] = None
@@ -74,11 +74,11 @@ class Place:
     ] = False
 
     def __post_init__(self) -> None:
-        if (self.slurm is not None) != (self.executor is Where.slurm):
+        if (self.slurm is not None) != (self.executor is Executor.slurm):
             raise ConfigError(
                 "--executor slurm needs --slurm FILE.yaml and vice versa; give both or neither."
             )
-        if self.detach and self.executor is not Where.slurm:
+        if self.detach and self.executor is not Executor.slurm:
             raise ConfigError("--detach needs --executor slurm; add it, or omit --detach.")
 
 
@@ -133,7 +133,7 @@ def sweep(
             ):
                 say("Next: the same command without --detach shows their progress.")
                 return
-        elif place.executor is Where.debug:
+        elif place.executor is Executor.debug:
             with listening():
                 command.run_worker(study, base, say, Progress())
         else:

@@ -764,7 +764,7 @@ def test_a_sweep_ends_with_its_page_and_one_run_in_the_tracker(
     ("words", "said"),
     [
         (["--sweep", "none"], "There is no sweep 'none' in runs"),
-        (["--sweep", "none", "--where", "seed=1"], "omit --rows, --from-mlflow and --where"),
+        (["--sweep", "none", "--where", "seed=1"], "--sweep and --where exclude each other"),
     ],
 )
 def test_a_sweep_that_cannot_be_reported_is_one_sentence(call: Call, words, said) -> None:

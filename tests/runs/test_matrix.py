@@ -605,4 +605,4 @@ def test_a_comparison_ends_with_a_report_of_its_own_runs(
     assert set(rows["run"].astype(str)) == wanted
     assert "random_gamma has a mean Dice of" in out
     code, _, err = called(*command_, "--from-mlflow")
-    assert code and "is the file of one comparison" in err
+    assert code and "(the file of one comparison)" in err
