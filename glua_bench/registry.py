@@ -17,7 +17,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,8 +111,8 @@ class Registry:
         reader, text = readers[0], read_document(path)
         given = {k: text.take(k, str, reader.attributes.get(k, "")) for k in ("reference", "needs")}
         name, title = text.take("name", str), text.take("title", str, "")
-        place = {"file": path.resolve(), "reader": reader.name}
-        return [Entry(self.kind, name, str(path), reader.target, title, given, **place)]
+        entry = Entry(self.kind, name, str(path), reader.target, title, given)
+        return [replace(entry, file=path.resolve(), reader=reader.name)]
 
     def entries(self) -> list[Entry]:
         """Return all plugins, including broken ones, sorted by name."""
