@@ -8,7 +8,6 @@ command line, validation and sweeps share.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import types
 import typing
@@ -18,14 +17,14 @@ from typing import Any
 
 import yaml
 
-from glua_bench.documents import WORDS, dump, dump_line, load
+from glua_bench.documents import WORDS, dump, dump_line, load, nearest
 from glua_bench.errors import ConfigError
 from glua_bench.identity import digest as digest  # names that other modules import from here
 from glua_bench.identity import identity as identity
 from glua_bench.task import Grid, fold_name
 
 AUGMENTATIONS = ("none", "geometric", "photometric")
-# The entries of a comparison between which the gap lies; the upper one is also a scenario.
+# Lower and upper bound of a comparison; the upper one is also a scenario.
 LOWER, UPPER = "source_only", "supervised"
 SCENARIOS = ("uda", UPPER)
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -145,7 +144,7 @@ class RunConfig:
 
     @property
     def fold_name(self) -> str:
-        """The dataset with its fold, e.g. "mmwhs_fold2"; what a table of results is about."""
+        """The dataset with its fold, e.g. "mmwhs_fold2"."""
         return fold_name(self.dataset, self.fold)
 
     @property
@@ -177,10 +176,7 @@ class RunConfig:
         if not isinstance(values, Mapping):
             raise ConfigError("The configuration is not a mapping of names to values.")
         values = dict(values)
-        known = {f.name for f in fields(cls)}
-        for key in values:
-            if key not in known:
-                raise ConfigError(_unknown("configuration key", "", key, known))
+        _reject_unknown(cls, values)
         try:
             values["grid"] = build_settings(Grid, values["grid"], "grid")
             values["segmenter"] = build_settings(SegmenterSpec, values["segmenter"], "segmenter")
@@ -294,6 +290,14 @@ def check(settings: Any, prefix: str = "") -> None:
                 )
 
 
+def _reject_unknown(cls: type, values: Mapping[str, Any], prefix: str = "") -> None:
+    known = sorted(spec.name for spec in fields(cls))
+    for name in values:
+        if name not in known:
+            hint = nearest(name, known, prefix)
+            raise ConfigError(f"Unknown setting '{prefix}{name}'; {hint}.")
+
+
 def build_settings(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     """Build a settings dataclass from a mapping of names to values.
 
@@ -305,14 +309,9 @@ def build_settings(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     Raises:
         ConfigError: unknown name (the closest match is suggested), wrong type, or out of range.
     """
-    known = {f.name: f for f in fields(cls)}
+    _reject_unknown(cls, values, f"{prefix}.")
     hints = typing.get_type_hints(cls)
-    converted = {}
-    for name, value in values.items():
-        if name not in known:
-            raise ConfigError(_unknown("option", f"{prefix}.", name, set(known)))
-        converted[name] = _convert(value, hints[name], f"{prefix}.{name}")
-    built = cls(**converted)
+    built = cls(**{n: _convert(value, hints[n], f"{prefix}.{n}") for n, value in values.items()})
     check(built, f"{prefix}.")
     return built
 
@@ -410,9 +409,3 @@ def _wrong_type(name: str, value: Any, kind: Any) -> ConfigError:
         f"{name} = {value!r} has the wrong type; give a value of type "
         f"{getattr(kind, '__name__', kind)}."
     )
-
-
-def _unknown(what: str, prefix: str, name: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean '{prefix}{near[0]}'? " if near else ""
-    return f"Unknown {what} '{prefix}{name}': {hint}Known: {', '.join(sorted(known))}."

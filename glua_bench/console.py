@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from glua_bench.errors import UserError
@@ -85,7 +84,7 @@ class Progress:
         self._task: Any = None
         self._name = ""
         self._total = self._first = self._shown_step = 0
-        self._began = self._shown_at = 0.0
+        self._began = 0.0
         self._due = math.inf
 
     def __enter__(self) -> Progress:
@@ -107,12 +106,7 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -127,7 +121,7 @@ class Progress:
         """
         self._name, self._total, self._first = name, total, start
         self._shown_step = start
-        self._began = self._shown_at = time.monotonic()
+        self._began = time.monotonic()
         if not self.enabled:
             return
         if self._bar is not None:
@@ -163,7 +157,7 @@ class Progress:
         done = max(1, step - self._first)
         left = (now - self._began) / done * (self._total - step)
         remaining = f"in {duration(now - self._began)}" if last else f"{duration(left)} left"
-        self._shown_step, self._shown_at = step, now
+        self._shown_step = step
         if self._bar is not None:
             self._bar.update(self._task, completed=step, remaining=remaining, values=text)
             self._bar.refresh()
@@ -182,22 +176,24 @@ class Progress:
             print(text, file=self._stream, flush=True)
 
 
-def ask(question: str, guess: str, read: Callable[[str], Answer], asked: bool = True) -> Answer:
+def ask(
+    question: str, guess: str, read: Callable[[str], Answer], interactive: bool = True
+) -> Answer:
     """Prompt until `read` accepts the answer.
 
     Args:
         question: text without a question mark.
         guess: default answer.
         read: parses an answer and raises `UserError` if it is invalid.
-        asked: False uses and prints the default instead of prompting.
+        interactive: False uses and prints the default instead of prompting.
 
     Returns:
         The parsed answer.
 
     Raises:
-        UserError: the default is invalid and `asked` is False.
+        UserError: the default is invalid and `interactive` is False.
     """
-    if not asked:
+    if not interactive:
         print(f"{question}: {guess}", flush=True)
         return read(guess)
     while True:

@@ -318,8 +318,8 @@ def read_document(file: Path) -> Table:
     return Table(file, node)
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
     """Return a hint for an unknown name: the closest known name, and all known names."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    return f"{hint}known are {', '.join(known)}"
+    hint = f"did you mean '{prefix}{near[0]}'? " if near else ""
+    return f"{hint}known are {', '.join(known) or 'none'}"

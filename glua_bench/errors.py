@@ -1,15 +1,15 @@
 """Exceptions with a message for the user: one sentence that names the fix.
 
 The command line prints the message without a traceback. The exit code is 2 for a user's mistake
-(`UserError` and its subclasses) and 1 for everything else. `reason` and `without_password` prepare
-what a message quotes.
+(`UserError` and its subclasses) and 1 for everything else. `reason`, `first_line` and
+`without_password` prepare text for quotation in messages.
 """
 
 from __future__ import annotations
 
 import re
 
-ERROR = "glua-bench: error: "  # how the line on stderr begins
+ERROR = "glua-bench: error: "  # prefix of the line on stderr
 
 
 class UserError(Exception):
@@ -41,7 +41,7 @@ class RunFailure(Exception):
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, to be quoted inside a sentence: one line without a full stop.
+    """Return an error's message in one line without a full stop, for quotation in a sentence.
 
     Example:
         >>> reason(ValueError("bad magic.\\nSee the manual."))
@@ -53,7 +53,7 @@ def reason(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """As `reason`, of errors whose further lines help nobody."""
+    """Return the first line of an error's message, as `reason` does."""
     return _quoted(str(error).strip().partition("\n")[0]) or type(error).__name__
 
 
@@ -62,27 +62,27 @@ def _quoted(text: str) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """A text of at most `most` characters; "…" stands for what is cut off."""
+    """Shorten a text to at most `most` characters, with "…" at the end."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def complaint(output: str, otherwise: str = "no reason") -> str:
-    """The error that a `glua-bench` process reported last, from what it wrote.
+    """Return the last error in the output of a `glua-bench` process.
 
     Args:
-        output: of the process; without an error in it, the last line is taken.
-        otherwise: where nothing was written.
+        output: output of the process; without an error in it, its last line is returned.
+        otherwise: returned if the output is empty.
     """
     lines = output.strip().splitlines() or [otherwise]
-    told = [line for line in lines if line.startswith(ERROR)] or lines
-    return told[-1].removeprefix(ERROR)
+    errors = [line for line in lines if line.startswith(ERROR)] or lines
+    return errors[-1].removeprefix(ERROR)
 
 
 def without_password(url: str) -> str:
-    """A URL as it may be printed or stored: without password and without tokens.
+    """Mask password and tokens of a URL.
 
-    Everything between user and the last "@" is taken for the password, since some programs accept
-    one with "/", ":" and "@" in it. Over HTTP the user is removed as well, since it may be a token.
+    The password extends to the last "@", since it may contain "/", ":" and "@". Over HTTP the user
+    is removed as well, since it may be a token.
 
     Example:
         >>> without_password("postgresql://me:se/c:r@t@host/base?password=secret&x=1")

@@ -1,17 +1,16 @@
-"""Whole files, locks and digests: the only place where the harness moves, locks or sweeps files.
+"""Write, lock and hash files; the only module that renames, locks or sweeps files.
 
-**Writers.** A file or directory is written beside its place, under a name that begins with
-`UNFINISHED`, and moved when it is complete. Readers, and processes that resume after a kill, see
-the old content or the new one, never a part. The name begins with a dot, and whatever lists files
-here (`paths.entries`, `paths.matching`, the tracker's mirror) passes over such names.
+**Writers.** Files and directories are written under a temporary name that begins with `UNFINISHED`
+and renamed when complete, so readers and resumed processes see old or new content, never a part.
+The leading dot hides them from everything that lists files (`paths.entries`, `paths.matching`, the
+tracker's mirror).
 
-**Leftovers.** What a killed process leaves has such a name, too. `sweep` removes it, and is called
-when a process is about to write into a directory for the first time. Nothing is removed that a
-live process may be writing: on the same machine the process is asked for by its number, and
-anything else is left alone until nobody has written to it for a day.
+**Leftovers.** `sweep` removes what killed processes leave. It runs when a process first writes to a
+directory, and keeps files of live processes: on the same machine it checks the process id; other
+files are kept until they have not been modified for a day.
 
-**Locks.** Locks are `flock` locks: the kernel releases them when their process ends, also by
-SIGKILL. On a file system without them, work that needs a lock is refused with one sentence.
+**Locks.** Locks are `flock` locks, which the kernel releases when their process ends, also by
+SIGKILL. File systems without them are rejected.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from filelock import Timeout, UnixFileLock
 
 from glua_bench.errors import RunFailure
 
-UNFINISHED = ".writing-"  # how names begin of what is being written
+UNFINISHED = ".writing-"  # prefix of temporary names
 ABANDONED_SECONDS = 86_400
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 _swept: set[str] = set()  # directories that this process has swept
@@ -44,11 +43,11 @@ _swept: set[str] = set()  # directories that this process has swept
 
 @contextmanager
 def storing(path: Path, option: str = "") -> Iterator[None]:
-    """Turn an operating-system error on writing into one sentence.
+    """Convert an operating-system error on writing to one sentence.
 
     Args:
-        path: what is written.
-        option: by which the user chooses where, e.g. "--runs".
+        path: file or directory that is written.
+        option: command-line option that sets the directory, e.g. "--runs".
 
     Raises:
         RunFailure: the disk is full or the directory cannot be written.
@@ -56,21 +55,17 @@ def storing(path: Path, option: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        again = "give the same command again"
         elsewhere = f"choose another directory{f' with {option}' if option else ''}"
         why = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             other = f" or {elsewhere}" if option else ""
-            text = f"The disk that holds {path} is full; free some space{other}, then {again}."
+            text = f"The disk of {path} is full; free some space{other}, then repeat the command."
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             text = f"{path} cannot be written ({why}); {elsewhere}."
         elif error.errno in (errno.ENOTDIR, errno.EEXIST):
-            text = (
-                f"{path} cannot be made because a file lies where a directory must be; move it, or "
-                f"{elsewhere}."
-            )
+            text = f"{path} cannot be created because a parent is a file; move it, or {elsewhere}."
         else:
-            text = f"{path} cannot be written ({why}); check the disk, then {again}."
+            text = f"{path} cannot be written ({why}); check the disk, then repeat the command."
         raise RunFailure(text) from error
 
 
@@ -78,11 +73,11 @@ def storing(path: Path, option: str = "") -> Iterator[None]:
 def replacing(path: Path, option: str = "") -> Iterator[Path]:
     """Yield a temporary file that becomes `path` when the block ends without an error.
 
-    Its name ends as that of the path does, since some writers choose the format by it.
+    Its name has the suffix of the path, by which some writers choose the format.
 
     Args:
-        path: of the file; its directory is made.
-        option: by which the user chooses where.
+        path: the file; its directory is created.
+        option: command-line option that sets the directory.
 
     Raises:
         RunFailure: the disk is full or the directory cannot be written.
@@ -103,9 +98,9 @@ def new_folder(path: Path, option: str = "") -> Iterator[Path]:
     """Yield a temporary directory that becomes `path` when the block ends without an error.
 
     Args:
-        path: of the directory, which is missing or empty. Where another process fills it
-            meanwhile, it stays as that process made it.
-        option: by which the user chooses where.
+        path: the directory, missing or empty. If another process fills it first, that content is
+            kept.
+        option: command-line option that sets the directory.
 
     Raises:
         RunFailure: the disk is full or the directory cannot be written.
@@ -126,30 +121,18 @@ def new_folder(path: Path, option: str = "") -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes, option: str = "") -> None:
-    """Write a whole file.
-
-    Raises:
-        RunFailure: the disk is full or the directory cannot be written.
-    """
+    """Write a file atomically; errors as in `replacing`."""
     with replacing(path, option) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str, option: str = "") -> None:
-    """Write a whole file as UTF-8.
-
-    Raises:
-        RunFailure: the disk is full or the directory cannot be written.
-    """
+    """Write a file atomically as UTF-8; errors as in `replacing`."""
     write_bytes(path, text.encode(), option)
 
 
 def write_json(path: Path, content: Any, option: str = "") -> None:
-    """Write a whole file as JSON; scalars of numpy and torch become numbers.
-
-    Raises:
-        RunFailure: the disk is full or the directory cannot be written.
-    """
+    """Write a file atomically as JSON; scalars of numpy and torch become numbers."""
     write_text(path, json.dumps(content, indent=2, default=_plain) + "\n", option)
 
 
@@ -158,34 +141,22 @@ def _plain(value: Any) -> Any:
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cut off what follows the last line end of a file, if it exists.
+    """Remove an incomplete last line of a file, if the file exists.
 
     Raises:
         OSError: the file cannot be written.
     """
     with suppress(FileNotFoundError), path.open("rb+") as file:
-        end = at = file.seek(0, os.SEEK_END)
-        while at > 0:
-            start = max(0, at - 4096)
-            file.seek(start)
-            found = file.read(at - start).rfind(b"\n")
-            if found >= 0:
-                at = start + found + 1
-                break
-            at = start
-        if at < end:
-            file.truncate(at)
+        content = file.read()
+        if not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 # -- leftovers ------------------------------------------------------------------------------------
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left in a directory; see the top of this file.
-
-    Args:
-        folder: it may be missing. Its subdirectories are not swept.
-    """
+    """Remove leftovers of killed processes from a directory, without its subdirectories."""
     for leftover in folder.glob(f"{UNFINISHED}*"):
         with suppress(OSError):
             if _abandoned(leftover):
@@ -193,7 +164,7 @@ def sweep(folder: Path) -> None:
 
 
 def _unfinished(path: Path) -> Path:
-    """A free name beside a path, in a directory that exists and is swept."""
+    """Return a temporary path; its directory is created and swept."""
     folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)
     if (place := os.path.abspath(folder)) not in _swept:
@@ -211,7 +182,7 @@ def _abandoned(leftover: Path) -> bool:
         except ProcessLookupError:
             return True
         except (OSError, OverflowError):
-            pass  # it lives, as another user's
+            pass  # a live process of another user
         return False
     newest = max(file.lstat().st_mtime for file in (leftover, *leftover.rglob("*")))
     return time.time() - newest > ABANDONED_SECONDS
@@ -219,7 +190,7 @@ def _abandoned(leftover: Path) -> bool:
 
 @functools.cache
 def _machine() -> str:
-    """What a process's number belongs to: one boot of a machine, or a container; "" if unknown."""
+    """Identify the machine's boot or container in which process ids are unique; "" if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         numbers = os.stat("/proc/self/ns/pid").st_ino
@@ -235,12 +206,12 @@ def _machine() -> str:
 def exclusive(
     path: Path, waiting: Callable[[], None] = lambda: None, option: str = ""
 ) -> Iterator[None]:
-    """Hold a lock file, after waiting for whoever holds it.
+    """Hold a lock file, waiting until it is free.
 
     Args:
-        path: of the file; its directory is made.
+        path: the lock file; its directory is created.
         waiting: called before waiting for another holder.
-        option: by which the user chooses where the file lies.
+        option: command-line option that sets the directory.
 
     Raises:
         RunFailure: the directory cannot be written, or its file system has no locks.
@@ -258,11 +229,11 @@ def exclusive(
 
 @contextmanager
 def try_lock(path: Path, option: str = "") -> Iterator[bool]:
-    """Hold a lock file if nobody does; yields whether it is held.
+    """Try to hold a lock file; yield True if it is held.
 
     Args:
-        path: of the file; its directory is made.
-        option: by which the user chooses where the file lies.
+        path: the lock file; its directory is created.
+        option: command-line option that sets the directory.
 
     Raises:
         RunFailure: the directory cannot be written, or its file system has no locks.
@@ -276,9 +247,8 @@ def try_lock(path: Path, option: str = "") -> Iterator[bool]:
 
 
 def _acquired(path: Path, wait: bool, option: str) -> UnixFileLock | None:
-    # The class itself and no fallback: `FileLock` and the default may choose a lock that is a
-    # mere file, which outlives a killed process. Not bound to a thread, since whoever releases
-    # it may be another one than its holder.
+    # `FileLock` and `fallback_to_soft` may use the existence of a file as lock, which outlives a
+    # killed process. Locks may be released by another thread.
     lock = UnixFileLock(path, thread_local=False, fallback_to_soft=False)
     with storing(path, option):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -291,7 +261,7 @@ def _acquired(path: Path, wait: bool, option: str) -> UnixFileLock | None:
                 raise
             raise RunFailure(
                 f"{path} cannot be locked ({error.strerror}); mount its file system with locks "
-                f"(flock), or choose another one{f' with {option}' if option else ''}."
+                f"(flock), or choose another directory{f' with {option}' if option else ''}."
             ) from error
     return lock
 
@@ -300,7 +270,7 @@ def _acquired(path: Path, wait: bool, option: str) -> UnixFileLock | None:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces.
+    """Return the SHA-256 of a file.
 
     Raises:
         OSError: the file cannot be read.

@@ -7,6 +7,7 @@ mostly batch normalisation.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -113,9 +114,7 @@ class Decoder(nn.Module):
         """Decode the encoder's maps (fine to coarse)."""
         x = maps[-1]
         features = [x]
-        skips: list[Tensor | None] = list(reversed(maps[:-1]))
-        skips += [None] * (len(self.blocks) - len(skips))
-        for block, skip in zip(self.blocks, skips, strict=True):
+        for block, skip in itertools.zip_longest(self.blocks, maps[-2::-1]):
             x = F.interpolate(x, scale_factor=2, mode="nearest")
             x = block(x if skip is None else torch.cat([x, skip], dim=1))
             features.append(x)
@@ -159,7 +158,6 @@ class DecodedSegmenter(Segmenter):
         return self.decoder.head
 
     def decode(self, maps: list[Tensor], size: Sequence[int]) -> Segmented:
-        """Decode the encoder's maps to logits and decoder maps."""
         return self.decoder(maps)
 
 
@@ -184,7 +182,6 @@ class UNet(DecodedSegmenter):
         self.encoder_channels, self.feature_channels = channels, self.decoder.channels
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        """Encode images (N, S, H, W) to maps, fine to coarse."""
         maps: list[Tensor] = []
         for level, block in enumerate(self.encoder):
             images = block(F.max_pool2d(images, 2) if level else images)
@@ -242,7 +239,6 @@ class TimmSegmenter(DecodedSegmenter):
         self.feature_channels = self.decoder.channels
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        """Encode images (N, S, H, W) to maps, fine to coarse."""
         return list(self.encoder(images))
 
 
@@ -395,18 +391,20 @@ def build_segmenter(spec: SegmenterSpec, classes: int, slices: int = 1) -> Segme
 # --- style transfer -----------------------------------------------------------------------
 
 
+def conv_chain(channels: Sequence[int], kernel: int = 4, stride: int = 2) -> list[nn.Module]:
+    """Return convolutions from each number of channels to the next, each with LeakyReLU."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(channels):
+        layers.append(nn.Conv2d(inputs, outputs, kernel, stride, padding=1))
+        layers.append(nn.LeakyReLU(SLOPE, inplace=True))
+    return layers
+
+
 def conv_in(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
     """Return a convolution with reflection padding, instance norm and LeakyReLU."""
+    padding = (kernel - 1) // 2
     return nn.Sequential(
-        nn.Conv2d(
-            inputs,
-            outputs,
-            kernel,
-            stride,
-            padding=(kernel - 1) // 2,
-            padding_mode="reflect",
-            bias=False,
-        ),
+        nn.Conv2d(inputs, outputs, kernel, stride, padding, padding_mode="reflect", bias=False),
         instance_norm(outputs),
         nn.LeakyReLU(SLOPE, inplace=True),
     )
@@ -455,14 +453,8 @@ class StyleEncoder(nn.Module):
     def __init__(self, width: int = 32, style: int = 8, slices: int = 1) -> None:
         super().__init__()
         channels = [slices, width, 2 * width, 4 * width, 4 * width, 4 * width]
-        layers: list[nn.Module] = []
-        for inputs, outputs in zip(channels, channels[1:], strict=False):
-            layers += [
-                nn.Conv2d(inputs, outputs, 4, 2, padding=1),
-                nn.LeakyReLU(SLOPE, inplace=True),
-            ]
         self.body = nn.Sequential(
-            *layers, nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels[-1], style, 1)
+            *conv_chain(channels), nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels[-1], style, 1)
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -567,16 +559,8 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, inputs: int = 1, width: int = 64, layers: int = 4) -> None:
         super().__init__()
-        body: list[nn.Module] = []
-        channels = inputs
-        for layer in range(layers):
-            outputs = width * 2**layer
-            body += [
-                nn.Conv2d(channels, outputs, 4, 2, padding=1),
-                nn.LeakyReLU(SLOPE, inplace=True),
-            ]
-            channels = outputs
-        self.body = nn.Sequential(*body, nn.Conv2d(channels, 1, 1))
+        channels = [inputs, *(width * 2**layer for layer in range(layers))]
+        self.body = nn.Sequential(*conv_chain(channels), nn.Conv2d(channels[-1], 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute unbounded scores of patches."""
@@ -652,10 +636,7 @@ class FeatureDiscriminator(nn.Sequential):
 
     def __init__(self, inputs: int) -> None:
         channels = [inputs, *(max(1, inputs // share) for share in (2, 4, 8))]
-        layers: list[nn.Module] = []
-        for a, b in zip(channels, channels[1:], strict=False):
-            layers += [nn.Conv2d(a, b, 3, padding=1), nn.LeakyReLU(SLOPE)]
-        super().__init__(*layers, nn.Conv2d(channels[-1], 1, 3, padding=1))
+        super().__init__(*conv_chain(channels, 3, 1), nn.Conv2d(channels[-1], 1, 3, padding=1))
 
 
 class OutputDiscriminator(nn.Sequential):
@@ -671,7 +652,4 @@ class OutputDiscriminator(nn.Sequential):
 
     def __init__(self, classes: int, width: int = 64) -> None:
         channels = [classes, width, 2 * width, 4 * width, 8 * width]
-        layers: list[nn.Module] = []
-        for inputs, outputs in zip(channels, channels[1:], strict=False):
-            layers += [nn.Conv2d(inputs, outputs, 4, 2, padding=1), nn.LeakyReLU(SLOPE)]
-        super().__init__(*layers, nn.Conv2d(channels[-1], 1, 4, 2, padding=1))
+        super().__init__(*conv_chain(channels), nn.Conv2d(channels[-1], 1, 4, 2, padding=1))

@@ -14,6 +14,7 @@ import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 from glua_bench.errors import DataError
 
@@ -166,10 +167,9 @@ def _names(folder: Path) -> list[str]:
         return []
     except OSError as error:
         _refuse(error)
-        raise AssertionError from error
 
 
-def _refuse(error: OSError) -> None:
+def _refuse(error: OSError) -> NoReturn:
     raise DataError(
         f"{error.filename} cannot be listed ({error.strerror}): correct its permissions, or move "
         "it out of the data."

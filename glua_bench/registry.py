@@ -11,20 +11,19 @@ class lists the suffixes of such files in `described_by`.
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import importlib.util
 import re
 import sys
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glua_bench.documents import SUFFIXES as DESCRIPTIONS
-from glua_bench.documents import read_document
+from glua_bench.documents import nearest, read_document
 from glua_bench.errors import ConfigError, PluginError, UserError, reason
 from glua_bench.identity import GROUPS, PLUGIN_FILE, module_spec
 from glua_bench.paths import ARTIFACTS, SWEEPS, name_fault
@@ -32,7 +31,12 @@ from glua_bench.paths import ARTIFACTS, SWEEPS, name_fault
 if TYPE_CHECKING:
     from glua_bench.task import Dataset
 
-_BASES = {"method": "Method", "dataset": "Dataset", "selector": "Selector"}
+# Module and name of each kind's base class; imported late, since `list` must not import torch.
+_BASES = {
+    "method": ("glua_bench.method", "Method"),
+    "dataset": ("glua_bench.task", "Dataset"),
+    "selector": ("glua_bench.selection", "Selector"),
+}
 
 
 @dataclass(frozen=True)
@@ -104,23 +108,11 @@ class Registry:
         readers = self.readers(path.suffix)
         if not readers:
             return []
-        text = read_document(path)
-        attributes = {
-            key: text.take(key, str, readers[0].attributes.get(key, ""))
-            for key in ("reference", "needs")
-        }
-        return [
-            Entry(
-                self.kind,
-                text.take("name", str),
-                str(path),
-                readers[0].target,
-                text.take("title", str, ""),
-                attributes,
-                file=path.resolve(),
-                reader=readers[0].name,
-            )
-        ]
+        reader, text = readers[0], read_document(path)
+        given = {k: text.take(k, str, reader.attributes.get(k, "")) for k in ("reference", "needs")}
+        name, title = text.take("name", str), text.take("title", str, "")
+        entry = Entry(self.kind, name, str(path), reader.target, title, given)
+        return [replace(entry, file=path.resolve(), reader=reader.name)]
 
     def entries(self) -> list[Entry]:
         """Return all plugins, including broken ones, sorted by name."""
@@ -134,20 +126,17 @@ class Registry:
         """
         if name in self._entries:
             return self._entries[name]
-        near = difflib.get_close_matches(name, self._entries, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        known = ", ".join(sorted(self._entries)) or "none"
         raise PluginError(
-            f"No {self.kind} is called '{name}'; {hint}known {self.kind}s are "
-            f"{known} (see `glua-bench list`, or add one with --plugin FILE)."
+            f"No {self.kind} is called '{name}'; {nearest(name, sorted(self._entries))} "
+            "(see `glua-bench list`, or add one with --plugin FILE)."
         )
 
     def fold_of(self, name: str, fold: int = 1) -> tuple[str, int]:
-        """Read the name of a dataset with its fold: `mmwhs_fold2` is fold 2 of `mmwhs`.
+        """Parse the name of a dataset with its fold: `mmwhs_fold2` is fold 2 of `mmwhs`.
 
         Args:
-            name: of a dataset, alone or as `task.fold_name` writes it.
-            fold: what was asked for besides.
+            name: name of a dataset, with or without its fold.
+            fold: fold from another option.
 
         Returns:
             The dataset's name and the fold.
@@ -160,8 +149,8 @@ class Registry:
             return name, fold
         if fold not in (1, int(match[2])):
             raise ConfigError(
-                f"--dataset {name} is fold {match[2]} of '{match[1]}' and --fold is {fold}: leave "
-                "one of the two out."
+                f"--dataset {name} is fold {match[2]} of '{match[1]}' and --fold is {fold}; omit "
+                "one of them."
             )
         return match[1], int(match[2])
 
@@ -189,7 +178,7 @@ class Registry:
         entry = self.entry(name)
         fault = name_fault(name)
         if self.kind == "dataset" and name in (SWEEPS, ARTIFACTS):
-            fault = "has the name of a reserved directory"
+            fault = "is a reserved directory name"
         if fault:
             raise PluginError(
                 f"The {self.kind} '{name}' from {entry.origin} {fault}, so it cannot name the "
@@ -202,8 +191,8 @@ class Registry:
             elif entry.file is not None:
                 loaded = getattr(_import_file(entry.file), entry.target)
             else:
-                module_name, _, attribute = entry.target.partition(":")
-                loaded = getattr(importlib.import_module(module_name), attribute)
+                module, _, attribute = entry.target.partition(":")
+                loaded = getattr(importlib.import_module(module), attribute)
         except UserError:
             raise
         except (Exception, SystemExit) as error:  # a plugin may raise anything on import
@@ -211,11 +200,12 @@ class Registry:
                 f"The {self.kind} '{name}' from {entry.origin} cannot be imported "
                 f"({type(error).__name__}: {reason(error)}); correct or remove it."
             ) from error
-        base = _base_class(self.kind)
+        module_name, base_name = _BASES[self.kind]
+        base = getattr(importlib.import_module(module_name), base_name)
         if not (isinstance(loaded, type) and issubclass(loaded, base)):
             raise PluginError(
                 f"The {self.kind} '{name}' from {entry.origin} is not a subclass of "
-                f"{base.__module__}.{base.__qualname__}; derive it from that class."
+                f"{module_name}.{base_name}; derive it from that class."
             )
         if getattr(loaded, "name", None) != name:
             raise PluginError(
@@ -228,50 +218,38 @@ class Registry:
 def load_dataset(
     name: str, data_root: Path | None, plugins: Sequence[Path], fold: int = 1
 ) -> Dataset:
-    """Load a dataset on its directory.
+    """Load a dataset.
 
     Args:
-        name: of the dataset; `mmwhs_fold2` is fold 2 of `mmwhs`.
-        data_root: directory of its files; None is the dataset's default.
-        plugins: files with further datasets.
-        fold: which of its folds.
+        name: name of the dataset; `mmwhs_fold2` is fold 2 of `mmwhs`.
+        data_root: directory of its files; None uses the dataset's default.
+        plugins: plugin files.
+        fold: fold of the dataset.
 
     Raises:
         PluginError: no dataset has the name, or it cannot be imported.
         ConfigError: the dataset has no such fold.
-        DataError: the default directory is not known.
+        DataError: the dataset has no default directory.
     """
     registry = Registry("dataset", plugins)
     name, fold = registry.fold_of(name, fold)
     dataset: Any = registry.load(name)
-    dataset.check_fold(fold)  # here, since a plugin's own __init__ may take no fold
+    dataset.check_fold(fold)  # the __init__ of a plugin may have no argument `fold`
     loaded: Dataset = dataset(data_root) if fold == 1 else dataset(data_root, fold)
     return loaded
-
-
-def _base_class(kind: str) -> type:
-    # Imported late: `list` must not import torch.
-    if kind == "method":
-        from glua_bench.method import Method
-
-        return Method
-    if kind == "dataset":
-        from glua_bench.task import Dataset
-
-        return Dataset
-    from glua_bench.selection import Selector
-
-    return Selector
 
 
 def _describe_entry_point(kind: str, point: EntryPoint) -> Entry:
     origin = point.dist.name if point.dist is not None else "an entry point"
     module_name, _, class_name = point.value.partition(":")
     try:
-        path = _locate(module_name)
-        node = _class_nodes(path).get(class_name)
+        origin_file = module_spec(module_name).origin
+        if origin_file is None:
+            raise ModuleNotFoundError(f"'{module_name}' has no source file")
+        classes = [n for n in _parse(Path(origin_file)).body if isinstance(n, ast.ClassDef)]
+        node = next((n for n in classes if n.name == class_name), None)
         if node is None:
-            raise PluginError(f"{path.name} defines no class {class_name}")
+            raise PluginError(f"{module_name} defines no class {class_name}")
     except Exception as error:  # a broken plugin must not break the list
         text = f"{type(error).__name__}: {reason(error)}"
         return Entry(kind, point.name, origin, point.value, error=text)
@@ -283,59 +261,33 @@ def _describe_file(kind: str, path: Path) -> list[Entry]:
     if not path.is_file():
         raise PluginError(f"The plugin file {path} does not exist; check --plugin.")
     try:
-        nodes = _class_nodes(path)
+        tree = _parse(path)
     except (OSError, SyntaxError, ValueError) as error:
         raise PluginError(
             f"The plugin file {path} cannot be parsed as Python ({reason(error)}); correct it."
         ) from error
     # A plugin extends the base class, a built-in plugin, or an earlier class of the file.
-    known = {_BASES[kind], *_imported_from(path, GROUPS[kind])}
+    known = {_BASES[kind][1]}
     found = []
-    for class_name, node in nodes.items():
-        bases = {
-            base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "")
-            for base in node.bases
-        }
-        summary, attributes = describe_class(node)
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{GROUPS[kind]}."):
+            known |= {alias.asname or alias.name for alias in node.names}
+        if not isinstance(node, ast.ClassDef):
+            continue
+        bases = {getattr(base, "attr", getattr(base, "id", "")) for base in node.bases}
         if not known & bases:
             continue
-        known.add(class_name)
-        if isinstance(attributes.get("name"), str):
-            found.append(
-                Entry(
-                    kind,
-                    attributes["name"],
-                    str(path),
-                    class_name,
-                    summary,
-                    attributes,
-                    file=path.resolve(),
-                )
-            )
+        known.add(node.name)
+        summary, given = describe_class(node)
+        name = given.get("name")
+        if isinstance(name, str):
+            place = path.resolve()
+            found.append(Entry(kind, name, str(path), node.name, summary, given, file=place))
     return found
 
 
-def _locate(module_name: str) -> Path:
-    """Return the source file of a module."""
-    spec = module_spec(module_name)
-    if spec.origin is None:
-        raise ModuleNotFoundError(f"'{module_name}' has no source file")
-    return Path(spec.origin)
-
-
-def _class_nodes(path: Path) -> dict[str, ast.ClassDef]:
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-
-
-def _imported_from(path: Path, package: str) -> set[str]:
-    """Return the names that a file imports from modules of a package."""
-    return {
-        alias.asname or alias.name
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}.")
-        for alias in node.names
-    }
+def _parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
 def describe_class(node: ast.ClassDef) -> tuple[str, dict[str, Any]]:

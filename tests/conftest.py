@@ -1,4 +1,4 @@
-"""What every test stands on: nothing of the user's is read or written, and one small phantom."""
+"""Shared fixtures; tests neither read nor write the user's files."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-# Read when torch is imported, so it is said before any test imports it. Tests run in several
-# processes, and one thread each gives the same sums everywhere.
+# Set before torch is imported. Tests run in several processes, and one thread each gives the same
+# sums on all machines.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# A shell lets what it starts in the background ignore SIGINT, and children inherit that: commands
-# that the tests interrupt would not hear it.
+# Background processes of a shell and their children ignore SIGINT, which some tests send.
 if (
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     and threading.current_thread() is threading.main_thread()
@@ -35,7 +34,7 @@ NOT_INHERITED = ("GLUA_BENCH_DEBUG", "GLUA_BENCH_TRACKER", "LOCAL_RANK")
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of the tests' own, and no tracker. GLUA_BENCH_DATA stays: real-data tests ask it."""
+    """Use a temporary cache and no tracker; GLUA_BENCH_DATA is kept for tests with real data."""
     with pytest.MonkeyPatch.context() as patch:
         for name in list(os.environ):
             if name.startswith("MLFLOW_") or name in NOT_INHERITED:
@@ -50,7 +49,7 @@ def _own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def call(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Gives a command: its exit code, and what it prints on stdout and stderr."""
+    """Run a command in this process; return exit code, stdout and stderr."""
     from glua_bench import cli
 
     def run(*words: object) -> tuple[int, str, str]:
@@ -67,10 +66,7 @@ def call(
 
 @pytest.fixture(scope="session")
 def phantom_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A generated cohort with one case per domain and split, as coarse as still shows a heart.
-
-    Tests that change a file copy the directory first.
-    """
+    """Generate a coarse phantom with one case per domain and split; copy it before changes."""
     from glua_bench.datasets.phantom.dataset import generate
 
     root = tmp_path_factory.mktemp("phantom") / "tiny"
@@ -81,7 +77,7 @@ def phantom_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def write_livers() -> Callable[[Path], None]:
-    """Writes files as docs/adding-data.md describes them below a directory."""
+    """Write the example files of docs/adding-data.md to a directory."""
 
     def write(root: Path) -> None:
         for domain in ("ct", "mr"):
@@ -97,7 +93,7 @@ def write_livers() -> Callable[[Path], None]:
                 name = root / domain / f"{number:03d}"
                 nib.save(nib.Nifti1Image(image, affine), f"{name}_image.nii.gz")
                 labels = ball.astype(np.int16)
-                labels[0, 0, 0] = 9  # a value that a dataset may ignore
+                labels[0, 0, 0] = 9  # for `ignored_values`
                 nib.save(nib.Nifti1Image(labels, affine), f"{name}_label.nii.gz")
 
     return write
@@ -105,7 +101,7 @@ def write_livers() -> Callable[[Path], None]:
 
 @pytest.fixture(scope="session")
 def dicom_slice() -> Callable[..., Any]:
-    """Makes a slice as pydicom holds it: stored values, and where the header says they lie."""
+    """Create a pydicom dataset from stored values and a position."""
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
@@ -117,8 +113,7 @@ def dicom_slice() -> Callable[..., Any]:
         slope: float = 1.0,
         intercept: float = 0.0,
     ) -> Any:
-        """`plane`: directions in which columns and rows are counted, and `spacing`: mm between
-        rows and between columns, all in DICOM's LPS+."""
+        """Create a slice; `plane` are the directions of columns and rows, `spacing` their mm."""
         one = Dataset()
         one.file_meta = FileMetaDataset()
         one.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -142,24 +137,20 @@ def dicom_slice() -> Callable[..., Any]:
 
 
 def absent(what: str) -> None:
-    """Skips a test that needs what is not there, or fails it where GLUA_BENCH_BROWSER=required."""
+    """Skip a test, or fail it if GLUA_BENCH_BROWSER=required."""
     if os.environ.get("GLUA_BENCH_BROWSER") == "required":
         pytest.fail(f"GLUA_BENCH_BROWSER=required, but {what} is not on the PATH", pytrace=False)
     pytest.skip(f"needs {what}")
 
 
 class Browser:
-    """A headless Chromium that can reach no network; `driver` is Selenium's.
-
-    Args:
-        driver: of a browser that logs its console and its requests.
-    """
+    """A headless Chromium without network, driven by Selenium."""
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
 
     def open(self, page: Path) -> None:
-        """Open a file as a reader does, and forget what was logged before."""
+        """Open a file and clear the logs."""
         self.driver.get("about:blank")
         self.errors(), self.requests()
         self.driver.get(page.resolve().as_uri())
@@ -172,13 +163,13 @@ class Browser:
         waiting.until(lambda driver: driver.execute_script(f"return {script}") == value)
 
     def errors(self) -> list[str]:
-        """What the console has said since the last call, besides debugging and information."""
+        """Return warnings and errors of the console since the last call."""
         quiet = ("DEBUG", "INFO")
         log = self.driver.get_log("browser")
         return [entry["message"] for entry in log if entry["level"] not in quiet]
 
     def requests(self) -> list[str]:
-        """What pages have asked of anything but files and themselves, since the last call."""
+        """Return requests to the network since the last call."""
         found = []
         for entry in self.driver.get_log("performance"):
             event = json.loads(entry["message"])["message"]
@@ -190,7 +181,7 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """Chromium from the PATH with a profile of its own; it draws WebGL in software."""
+    """Start Chromium from the PATH with a temporary profile and software WebGL."""
     webdriver = pytest.importorskip("selenium.webdriver")
     names = ("chromium", "chromium-browser", "google-chrome")
     binary = next(filter(None, map(shutil.which, names)), None)
@@ -228,7 +219,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def niivue() -> str:
-    """NiiVue's script, as npm gives it once to the tests' own cache."""
+    """Return NiiVue's script from npm, cached for the session."""
     from glua_bench.errors import ConfigError
     from glua_bench.reports.viewer import bundle
 
@@ -246,7 +237,7 @@ def niivue() -> str:
 
 
 def no_server(what: str) -> None:
-    """Skips a test that needs a server, or fails it where GLUA_BENCH_CLUSTER=required."""
+    """Skip a test, or fail it if GLUA_BENCH_CLUSTER=required."""
     if os.environ.get("GLUA_BENCH_CLUSTER") == "required":
         pytest.fail(f"GLUA_BENCH_CLUSTER=required, but {what}", pytrace=False)
     pytest.skip(what)
@@ -254,7 +245,7 @@ def no_server(what: str) -> None:
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[str]:
-    """The URL of a module's own database, on the server that GLUA_BENCH_TEST_POSTGRES names."""
+    """Create a database per module on the server GLUA_BENCH_TEST_POSTGRES; return its URL."""
     server = os.environ.get("GLUA_BENCH_TEST_POSTGRES")
     if not server:
         no_server("GLUA_BENCH_TEST_POSTGRES names no PostgreSQL; .ci/postgres starts one")
@@ -272,7 +263,7 @@ def postgres() -> Iterator[str]:
 
 @pytest.fixture
 def slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """The SLURM whose configuration GLUA_BENCH_TEST_SLURM names; no job of a test outlives it."""
+    """Use the SLURM configured by GLUA_BENCH_TEST_SLURM, and cancel all jobs of the test."""
     configuration = os.environ.get("GLUA_BENCH_TEST_SLURM")
     if not configuration:
         no_server("GLUA_BENCH_TEST_SLURM names no slurm.conf; .ci/slurm starts a SLURM")
@@ -280,10 +271,10 @@ def slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("SUBMITIT_LOGGING_LEVEL", "WARNING")
     yield
     asking = ["squeue", "--noheader", "--user", str(os.getuid()), "--format=%i %Z"]
-    told = subprocess.run(asking, check=True, capture_output=True, text=True).stdout
-    for line in told.splitlines():
+    jobs = subprocess.run(asking, check=True, capture_output=True, text=True).stdout
+    for line in jobs.splitlines():
         number, folder = line.strip().split(maxsplit=1)
-        if Path(folder).is_relative_to(tmp_path):  # jobs of others are none of a test's business
+        if Path(folder).is_relative_to(tmp_path):  # not a job of other tests
             subprocess.run(["scancel", number], check=True)
 
 
@@ -291,11 +282,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 class MadeRuns:
-    """Writes finished run directories from chosen scores, so that reports have something to read.
-
-    Args:
-        root: the directory of all runs.
-    """
+    """Write finished run directories with given scores, without training."""
 
     structures = ("MYO", "LAC")
     cases = ("case_1", "case_2", "case_3")
@@ -316,44 +303,40 @@ class MadeRuns:
         size: float = 100.0,
         **changes: Any,
     ) -> Any:
-        """One run, in which structure and case shift the Dice by known steps.
+        """Write one run, in which structure and case shift the Dice by known steps.
 
         Args:
-            method: its name; an installed one has its real settings.
-            dice: mean over structures and cases, for the selector `last`.
-            seed: of the run.
-            direction: of the run.
-            settings: of the method, that differ from its defaults.
+            method: name; installed methods have their real settings.
+            dice: mean over structures and cases with the selector `last`.
+            seed: random seed.
+            direction: "source-target".
+            settings: settings of the method that differ from its defaults.
             selectors: further selector → its mean Dice.
-            environment: what differs from the usual.
-            size: of each reference, in ml.
-            changes: of the run's configuration.
+            environment: changes of `environment.json`.
+            size: volume of each reference in ml.
+            changes: changes of the configuration.
         """
         from dataclasses import asdict, replace
 
         import pandas as pd
 
-        from glua_bench.config import (
-            PRESETS,
-            RunConfig,
-            SegmenterSpec,
-            build_settings,
-            changed_settings,
-            variant_name,
-        )
+        from glua_bench import config as configuration
         from glua_bench.errors import UserError
         from glua_bench.records.run_directory import RunDirectory
         from glua_bench.registry import Registry
         from glua_bench.task import Grid
 
-        quick = {**PRESETS["quick"], "segmenter": SegmenterSpec(width=8, depth=4)}
+        quick = {
+            **configuration.PRESETS["quick"],
+            "segmenter": configuration.SegmenterSpec(width=8, depth=4),
+        }
         try:
             loaded: Any = Registry("method").load(method)
             values = {**loaded.presets.get("quick", {}), **(settings or {})}
-            method_config = asdict(build_settings(loaded.Config, values, "method"))
+            method_config = asdict(configuration.build_settings(loaded.Config, values, "method"))
         except UserError:
             loaded, method_config = None, dict(settings or {})
-        config = RunConfig(
+        config = configuration.RunConfig(
             method, "phantom", direction, Grid(64, 3.5, 4.0), method_config, seed=seed, **quick
         )
         config = replace(config, **changes)
@@ -379,8 +362,8 @@ class MadeRuns:
         ]
         facts = {"code": "c1", "device": "cpu", "threads": 1, "data": {"train": "t", "test": "t"}}
         if loaded is not None:
-            facts["changed"] = changed_settings(config, loaded)
-            facts["variant"] = variant_name(config, loaded)
+            facts["changed"] = configuration.changed_settings(config, loaded)
+            facts["variant"] = configuration.variant_name(config, loaded)
         run.start({**facts, **(environment or {})}, [("train", 500)])
         run.write_cases(pd.DataFrame(rows))
         run.finish(
@@ -396,7 +379,7 @@ class MadeRuns:
         return run
 
     def comparison(self, seeds: int = 3, methods: tuple[str, ...] = ("glua", "slaug")) -> None:
-        """Bounds and methods over seeds; the first method is better than the second."""
+        """Write bounds and methods over seeds; the first method is better than the second."""
         for seed in range(seeds):
             shift = 0.02 * seed
             self.add("source_only", 0.2 + shift, seed)
@@ -407,13 +390,13 @@ class MadeRuns:
 
 @pytest.fixture(scope="session")
 def made_runs_in() -> type[MadeRuns]:
-    """For fixtures that live longer than one test: directory → runs to fill."""
+    """Return `MadeRuns`, for fixtures with a wider scope."""
     return MadeRuns
 
 
 @pytest.fixture
 def made_runs(tmp_path: Path) -> MadeRuns:
-    """A directory of runs to fill."""
+    """Return an empty `MadeRuns`."""
     return MadeRuns(tmp_path / "runs")
 
 
@@ -422,7 +405,7 @@ def made_runs(tmp_path: Path) -> MadeRuns:
 
 @pytest.fixture(scope="session")
 def made_sweep() -> Callable[..., Any]:
-    """Makes the tables of a sweep from chosen values, so that its report has something to show."""
+    """Create a `Sweep` with given values, without a study."""
 
     def make(
         settings: dict[str, list[Any]],
@@ -438,7 +421,7 @@ def made_sweep() -> Callable[..., Any]:
         objective: str = "im",
         budget: int | None = None,
     ) -> Any:
-        """A trial for each value of quality; `dice` gives one number a seed."""
+        """Create one trial per value of `quality`; `dice` has one number per seed."""
         import math
 
         import pandas as pd

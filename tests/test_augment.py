@@ -1,4 +1,4 @@
-"""augment.py: labels follow their images, ranges are kept, and the seed decides."""
+"""augment.py: labels move with images, values stay in range, and seeds are reproducible."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from glua_bench.augment import geometric, random_affine, tone_curves
 
 
 def discs(count: int = 8, size: int = 64) -> Tensor:
-    """Labels: a disc with a disc in it, elsewhere in every image."""
+    """Return labels of two nested discs at random places."""
     generator = torch.Generator().manual_seed(3)
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     centres = torch.randint(size // 3, 2 * size // 3, (count, 2), generator=generator)
@@ -24,7 +24,7 @@ def discs(count: int = 8, size: int = 64) -> Tensor:
 
 
 def pictures(labels: Tensor) -> Tensor:
-    """Images that show their labels: -1, 0 and 1."""
+    """Return images with the values -1, 0 and 1 of their labels."""
     return labels[:, None].float() - 1
 
 
@@ -67,7 +67,7 @@ def test_images_are_moved_alike_with_and_without_labels() -> None:
 def test_images_are_moved_by_parts_as_all_at_once(
     threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """How many images are worked on together does not show, nor how many rows and columns."""
+    """Results do not depend on the number of images per chunk, nor on the image's shape."""
     monkeypatch.setattr(augment, "CACHED", 0)
     labels = discs()[:, :48]
     images = torch.rand(8, 3, 48, 64) * 2 - 1
@@ -161,7 +161,7 @@ def test_slices_of_an_image_share_its_map_and_its_curve(monkeypatch: pytest.Monk
 def test_some_images_keep_their_tones_and_some_curves_fall(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Contrast may invert, as it does from one modality to the other."""
+    """Contrast may invert, as between modalities."""
     monkeypatch.setattr(augment, "NOISE", 0.0)
     torch.manual_seed(0)
     images = ramps(400)

@@ -1,4 +1,4 @@
-"""config.py: what a user may set, what is refused, and what makes a run another run."""
+"""config.py: valid and invalid settings, and the identity of runs."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_presets_are_possible(preset: str) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """One of each type."""
+    """Settings of all types."""
 
     rate: float = setting(0.5, "a rate", low=1e-6, high=1.0, log=True)
     count: int = setting(3, "a number", low=1, high=9)

@@ -1,4 +1,4 @@
-"""console.py: plain lines for files, a bar for terminals, and durations as people write them."""
+"""console.py: plain lines for files, a bar for terminals, durations and prompts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from glua_bench.errors import ConfigError
 
 
 class Clock:
-    """Time that passes when the test says so."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -105,7 +105,7 @@ def test_a_resumed_stage_says_so_and_estimates_from_its_own_steps(clock: Clock) 
 
 
 def test_values_are_read_only_when_they_are_shown(clock: Clock) -> None:
-    """Reading a loss waits for a GPU, so it must not happen at every step."""
+    """Reading a loss synchronises the GPU, so it must not happen at every step."""
 
     class Watched:
         reads = 0
@@ -166,7 +166,7 @@ def test_a_bar_gives_the_terminal_back_after_an_error(
     assert stream.getvalue().rfind("\x1b[?25h") > stream.getvalue().rfind("\x1b[?25l") >= 0
 
 
-def test_a_question_is_put_again_until_the_answer_serves(
+def test_prompts_repeat_until_the_answer_is_valid(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def read(text: str) -> int:
@@ -180,7 +180,7 @@ def test_a_question_is_put_again_until_the_answer_serves(
     assert capsys.readouterr().out == "'x' is no number; give one.\n"
     assert console.ask("How many", "3", read) == 3
     assert prompts == ["How many [3]: "] * 3
-    assert console.ask("How many", "4", read, asked=False) == 4
+    assert console.ask("How many", "4", read, interactive=False) == 4
     assert capsys.readouterr().out == "How many: 4\n"
     with pytest.raises(ConfigError, match="'none' is no number"):
-        console.ask("How many", "none", read, asked=False)
+        console.ask("How many", "none", read, interactive=False)

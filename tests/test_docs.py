@@ -1,4 +1,4 @@
-"""The guides: their code runs as it stands, and the cards name what exists."""
+"""docs/: the code of guides runs, and pages agree with the code and the results."""
 
 from __future__ import annotations
 
@@ -30,9 +30,15 @@ def page(name: str) -> str:
     return (DOCS / name).read_text(encoding="utf-8")
 
 
+def assert_all_pass(results, checks):
+    """Assert that all checks of the conformance kit ran and passed."""
+    assert len(results) == len(checks)
+    assert not [f"{r.check}: {r.message}" for r in results if not r.passed]
+
+
 @pytest.fixture
 def plugin(tmp_path):
-    """Writes the plugin that a page shows to a file of its own."""
+    """Write the plugin of a page to a file."""
 
     def extract(name: str) -> Path:
         shown = re.findall(r"<!-- plugin: (\S+) -->\n```python\n(.*?)```", page(name), re.DOTALL)
@@ -52,19 +58,17 @@ def test_the_method_of_the_guide_is_sound(plugin):
     assert len(file.read_text().splitlines()) <= 60
     entry = Registry("method", [file]).entry(file.stem)
     assert entry.summary.endswith(".") and entry.attributes["needs"]
-    results = run_checks(file.stem, plugins=[file])
-    assert len(results) == len(METHOD_CHECKS)
-    assert not [f"{r.check}: {r.message}" for r in results if not r.passed]
+    assert_all_pass(run_checks(file.stem, plugins=[file]), METHOD_CHECKS)
 
 
 def commands_of(name: str) -> list[str]:
-    """The lines of a page's shell blocks, in order."""
+    """Return the lines of a page's shell blocks."""
     blocks = re.findall(r"```sh\n(.*?)```", page(name), re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if line]
 
 
 def test_the_guide_s_commands_run_in_its_order(plugin, phantom_root, tmp_path):
-    """From an empty directory to a row in a comparison, on small data and in few steps."""
+    """Run all commands from an empty directory to a comparison, with small data and few steps."""
     file = plugin("adding-a-method.md")
     folder = tmp_path / "work"
     folder.mkdir()
@@ -107,13 +111,11 @@ def test_the_description_of_the_guide_is_sound(write_livers, tmp_path):
     file = tmp_path / "liver.yaml"
     file.write_text(shown[0])
     write_livers(tmp_path / "volumes")
-    results = run_dataset_checks("liver", plugins=[file])
-    assert len(results) == len(DATASET_CHECKS)
-    assert not [f"{r.check}: {r.message}" for r in results if not r.passed]
+    assert_all_pass(run_dataset_checks("liver", plugins=[file]), DATASET_CHECKS)
 
 
 def test_the_guide_explains_every_entry_of_a_description(write_livers, tmp_path):
-    """What the reader of descriptions takes is in the page's tables, and nothing else is."""
+    """The tables list exactly the entries that the parser of descriptions reads."""
     from glua_bench.datasets.folder import description
 
     source = Path(description.__file__).read_text(encoding="utf-8")
@@ -134,9 +136,7 @@ def test_the_dataset_of_the_guide_is_sound(plugin, write_livers, tmp_path, monke
     write_livers(tmp_path / "data" / file.stem)
     monkeypatch.setenv("GLUA_BENCH_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "cache"))
-    results = run_dataset_checks(file.stem, plugins=[file])
-    assert len(results) == len(DATASET_CHECKS)
-    assert not [f"{r.check}: {r.message}" for r in results if not r.passed]
+    assert_all_pass(run_dataset_checks(file.stem, plugins=[file]), DATASET_CHECKS)
 
 
 def test_the_dataset_of_the_guide_says_what_is_missing(plugin, tmp_path):
@@ -151,20 +151,20 @@ def test_the_dataset_of_the_guide_says_what_is_missing(plugin, tmp_path):
 
 
 def rows_of(text: str, head: str) -> dict[str, str]:
-    """First cell → the rest, of the table with a head."""
+    """Return first cell → other cells of the table with a heading."""
     body = text.split(f"| {head} |", 1)[1].split("\n\n")[0].splitlines()[2:]
     return {row.split("|")[1].strip(): row.split("|", 2)[2] for row in body}
 
 
 def test_the_guide_explains_every_entry_of_a_sweep():
-    """What the reader of definitions takes is in the page's tables, and nothing else is."""
+    """The tables list exactly the entries that the parser of definitions reads."""
     from glua_bench.sweeps import definition
 
     source = Path(definition.__file__).read_text(encoding="utf-8")
     taken = set(re.findall(r"\btext\.(?:take|texts|table|choice)\(\s*\"(\w+)\"", source))
     taken |= set(re.findall(r"_positive\(text, \"(\w+)\"", source))
-    told = rows_of(page("sweeps.md"), "entry")
-    assert taken == {name for cell in told for name in re.findall(r"`(\w+)`", cell)}
+    entries = rows_of(page("sweeps.md"), "entry")
+    assert taken == {name for cell in entries for name in re.findall(r"`(\w+)`", cell)}
     written = " ".join(rows_of(page("sweeps.md"), "written"))
     explained = page("sweeps.md").split("| written |")[1].split("Whole numbers")[0]
     for name in re.findall(r"\bpart\.take\(\"(\w+)\"", source):
@@ -191,8 +191,8 @@ def test_the_sweep_of_the_guide_can_be_used(tmp_path):
 
     (shown,) = re.findall(r"```yaml\n(.*?)```", page("sweeps.md"), re.S)
     (tmp_path / "my_ratio.yaml").write_text(shown)
-    told = read(tmp_path / "my_ratio.yaml", oracle=False)
-    assert (told.name, told.trials, told.runs_per_trial) == ("my_ratio", 20, 3)
+    found = read(tmp_path / "my_ratio.yaml", oracle=False)
+    assert (found.name, found.trials, found.runs_per_trial) == ("my_ratio", 20, 3)
 
 
 def test_the_guide_s_commands_of_sweeps_exist():
@@ -290,7 +290,7 @@ def test_every_test_ids_paragraph_of_mscmr_is_the_code_s():
 
 
 def readme_rows(file: Path) -> list[str]:
-    """The lines of a results table: both directions of each entry, and its memory."""
+    """Return the lines of a results table: both directions of each entry, and its memory."""
     rows = pd.read_parquet(file)
     assert set(rows["dataset"]) == {"phantom"}, "rows of real patients may not be published"
     lines = table(rows)
@@ -322,7 +322,7 @@ TABLES = ("", "_codes", "_baselines", "_h100")
 
 @pytest.mark.parametrize("name", [f"phantom_quick{which}" for which in TABLES])
 def test_the_results_in_the_readme_are_those_of_the_rows(name):
-    """Each table stands before the link to its file."""
+    """Each table precedes the link to its file."""
     results = (ROOT / "README.md").read_text().split("## Results")[1].split("\n## ")[0]
     before = results.split(f"(results/{name}.parquet)")[0]
     blocks = re.findall(r"^\|---.*\n((?:\|.*\n)+)", before, re.MULTILINE)
@@ -404,7 +404,7 @@ def test_the_budget_ladder_in_the_readme_is_that_of_the_rows():
 
 
 def test_what_selectors_give_away_in_the_readme_is_what_the_rows_say():
-    """Regrets follow from the rows; the correlations need scores that only run directories hold."""
+    """Regrets follow from the rows; correlations need scores from run directories."""
     found = report_tables.regrets(from_rows(ROOT / "results" / "phantom_quick_ablation.parquet"))
     table_ = pd.read_csv(ROOT / "results" / "phantom_quick_selectors.csv").set_index("selector")
     text = (ROOT / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""documents.py: a user's YAML file is read as it is written, and its mistakes are found by line."""
+"""documents.py: values keep their spelling and type, and errors name the line."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_a_switch_may_be_said_in_words(
     )
 )
 def test_what_is_dumped_is_loaded_again(value: object) -> None:
-    """Also by readers of YAML 1.1, for what they take for a text."""
+    """YAML 1.1 loaders also read strings as strings."""
     text = dump({"value": value})
     assert load(text) == {"value": value}
     if isinstance(value, str):

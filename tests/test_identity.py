@@ -75,7 +75,7 @@ def homes(method: type[Method]) -> list[str]:
 def test_run_ids_stage_keys_and_code_are_hashed_by_one_function(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Another hash function or length is a change of identity.py alone."""
+    """Changing the hash function or length touches identity.py only."""
     run = RunConfig("m", "d", "a-b", Grid(64, 2.0))
     monkeypatch.setattr(identity, "_sha256", lambda content: "f" * 64)
     monkeypatch.setattr(identity, "_read", identity._read.__wrapped__)  # caches no such digest
@@ -176,7 +176,7 @@ def test_constants_count_by_type_and_value(a: Any, b: Any) -> None:
 
 
 def test_files_written_anew_are_the_same_code() -> None:
-    """Python's own printer drops comments and layout, and no code."""
+    """`ast.unparse` drops comments and layout only."""
     files = [path for _, path in reached(ALL)]
     for path in [*files, Path(__file__)]:
         source = path.read_bytes()
@@ -186,7 +186,7 @@ def test_files_written_anew_are_the_same_code() -> None:
 
 
 def test_the_text_is_the_same_on_every_python() -> None:
-    """What its versions list differently: f-strings, empty fields, None, printable characters."""
+    """Versions differ in f-strings, empty fields, None and printable characters."""
     source = r'''
 from __future__ import annotations
 from . import near
@@ -293,7 +293,7 @@ Path(found).write_text(json.dumps(used))
 def test_every_module_that_a_training_runs_counts_or_is_left_out(
     phantom_root: Path, tmp_path: Path
 ) -> None:
-    """Python's profiler sees the files of called functions, whatever way leads to them."""
+    """Python's profiler reports the files of all called functions."""
     plugin = tmp_path / "folder" / "plugged.py"
     plugin.parent.mkdir()
     plugin.write_text(WITH_NEIGHBOUR)
@@ -318,7 +318,7 @@ for file in sys.argv[1:]:
 
 
 def python(folder: Path, code: str, *arguments: Any, seed: int = 0) -> list[str]:
-    """Lines that code prints in a process of its own."""
+    """Run code in a new process; return the printed words."""
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=folder,
@@ -336,7 +336,7 @@ def python(folder: Path, code: str, *arguments: Any, seed: int = 0) -> list[str]
 
 
 def write(folder: Path, files: dict[str, str]) -> Path:
-    """Files of a folder; the path of the first one."""
+    """Write files to a directory; return the path of the first."""
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -344,7 +344,7 @@ def write(folder: Path, files: dict[str, str]) -> Path:
 
 
 def test_files_of_one_name_give_one_id_in_every_process(tmp_path: Path) -> None:
-    """Also the names of the harness's own files, and those of two neighbours."""
+    """File names may equal those of the harness or of other neighbours."""
     by_path = """
 import importlib.util
 def load(name):
@@ -371,7 +371,7 @@ first, second = load("a/helper.py"), load("b/helper.py")
 
 
 def test_an_id_tells_what_is_written_not_where(tmp_path: Path) -> None:
-    """Neighbours that are imported in a function, by a path or through a package count."""
+    """Neighbours count if imported in a function, by path or through a package."""
     held = f"""
 import importlib.util
 from pathlib import Path
@@ -463,7 +463,7 @@ class Two(CycleTranslate):
         """Nothing."""
 
     def other(self, *given: Any) -> Any:
-        """What a stage may call."""
+        """A function that a stage may call."""
         return self.cycle.step(*given)
 
 
@@ -550,7 +550,7 @@ def test_methods_share_the_stage_of_their_common_part() -> None:
 
 
 def test_the_code_of_a_step_counts_where_the_network_is_a_librarys(tmp_path: Path) -> None:
-    """The method's own file trains a plain convolution: the stage is not that of another text."""
+    """The stage's code is hashed even if its network is a plain convolution."""
     text = """
 from torch import nn
 from torch.optim import SGD

@@ -1,4 +1,4 @@
-"""networks.py: shapes, and that what is computed cheaply is what is written on the card."""
+"""networks.py: shapes, and equality of fast and plain implementations."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_segmenter_overfits_one_image() -> None:
 
 
 def test_images_of_a_batch_do_not_see_each_other() -> None:
-    """So a source and a target batch may go through the U-Net in one pass."""
+    """Source and target batches may share a forward pass of the U-Net."""
     segmenter = UNet(3, 4, 3)
     both = segmenter(images(4)).logits
     apart = torch.cat([segmenter(images(4)[:1]).logits, segmenter(images(4)[1:]).logits])
@@ -187,8 +187,7 @@ def deeplab(name: str = "resnet18", dilations: int = 4, slices: int = 1) -> Deep
 
 @pytest.mark.parametrize(("size", "side"), [(32, 5), (64, 9), (256, 33), (264, 34), (268, 34)])
 def test_deeplab_has_maps_at_an_eighth_of_the_resolution(size: int, side: int) -> None:
-    """One more than an eighth where it is whole, as in the published code, whose pooling rounds
-    up."""
+    """Sides are rounded up, as in the published code."""
     with torch.device("meta"):
         segmented = deeplab()(torch.zeros(2, 1, size, size))
     assert segmented.logits.shape == (2, 5, size, size)
@@ -233,7 +232,7 @@ def test_deeplab_alone_is_a_resnet101() -> None:
 
 
 def convolutions(stage: Any) -> list[tuple[Any, ...]]:
-    """Stride, dilation and padding of the convolutions of each block of a stage, in order."""
+    """Return stride, dilation and padding of the convolutions of each block of a stage."""
     return [
         tuple((c.stride[0], c.dilation[0], c.padding[0]) for c in convs)
         for convs in (
@@ -243,7 +242,7 @@ def convolutions(stage: Any) -> list[tuple[Any, ...]]:
 
 
 def test_strides_and_dilations_of_a_bottleneck() -> None:
-    """The stride is in the first convolution, and the last two stages dilate instead."""
+    """The stride is in the first convolution; the last two stages are dilated."""
     net = deeplab("resnet50")
     first, last = (1, 1, 0), (1, 1, 0)
     assert (net.conv1.stride, net.pool.stride, net.pool.ceil_mode) == ((2, 2), 2, True)
@@ -270,7 +269,7 @@ def test_strides_and_dilations_of_a_basic_block() -> None:
 
 
 def test_a_dilated_convolution_sees_so_far_and_no_further() -> None:
-    """By gradients: how far from the middle a pixel of the map counts."""
+    """Gradients show the receptive field."""
     for summed, reach in ((2, 12), (4, 24)):
         classifier = DilatedClassifier(2, 3, summed)
         x = torch.randn(1, 2, 65, 65, requires_grad=True)
@@ -295,7 +294,7 @@ def test_two_of_four_dilations_leave_the_others_untrained() -> None:
 
 
 def test_without_pretrained_weights_deeplab_begins_as_published() -> None:
-    """Every convolution normal with a deviation of 0.01, every norm neutral."""
+    """Convolution weights have standard deviation 0.01, and norms are the identity."""
     net = deeplab("resnet50")
     for name, module in net.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -330,7 +329,7 @@ def test_pretrained_weights_are_kept_and_the_added_projection_is_the_identity() 
 
 
 def test_a_last_block_with_a_projection_keeps_it() -> None:
-    """Where the last stage has one block, which changes the number of channels."""
+    """In resnet10t the last stage has one block, which changes the number of channels."""
     resnet = timm.create_model("resnet10t", in_chans=1, num_classes=0, output_stride=8)
     kept = copy.deepcopy(resnet.layer4[0].downsample.state_dict())
     net = DeepLab(resnet, 5, pretrained=True)
@@ -340,10 +339,7 @@ def test_a_last_block_with_a_projection_keeps_it() -> None:
 
 
 def test_deeplab_is_the_resnet_that_it_is_made_of_where_nothing_differs() -> None:
-    """With pretrained weights, up to its end: the same convolutions, but for strides and pooling.
-
-    The strides of a basic block stay, and the pooling rounds the same where the size is odd.
-    """
+    """For basic blocks and odd sizes, features equal those of the dilated ResNet."""
     resnet = timm.create_model("resnet18", in_chans=1, num_classes=0, output_stride=8).eval()
     expected = copy.deepcopy(resnet)
     for stage, dilation in ((expected.layer3, 2), (expected.layer4, 4)):
@@ -362,7 +358,7 @@ def test_deeplab_is_the_resnet_that_it_is_made_of_where_nothing_differs() -> Non
 def test_the_folded_upsampling_is_upsampling_and_a_5x5_convolution(
     shape: tuple[int, int],
 ) -> None:
-    """Values, and gradients of the input and of the weights."""
+    """Values and gradients of input and weights agree."""
     layer = UpsampleConv5(3, 4).double()
     x = torch.randn(2, 3, *shape, dtype=torch.double, requires_grad=True)
     weight = layer.weight.detach().clone().requires_grad_()
@@ -383,7 +379,7 @@ def test_the_folded_upsampling_is_upsampling_and_a_5x5_convolution(
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_instance_norm_is_torchs(affine: bool) -> None:
-    """Values, and gradients of maps that vary."""
+    """Values and gradients of varying maps agree."""
     x = (torch.randn(3, 5, 7, 6) * 4 + 2).requires_grad_()
     y = x.detach().clone().requires_grad_()
     found, expected = networks.instance_norm(5, affine)(x), F.instance_norm(y)
@@ -426,7 +422,7 @@ def test_constant_maps_pass_no_gradient_through_adain(value: float) -> None:
 
 @pytest.mark.parametrize(("spread", "passes"), [(1e-5, False), (1e-3, True), (1.0, True)])
 def test_a_map_counts_as_constant_below_a_hundredth_of_eps(spread: float, passes: bool) -> None:
-    """In variance, which is eps = 1e-5 where a map is 0 ± 0.003."""
+    """The threshold applies to the variance; a map of 0 ± 0.003 has variance eps = 1e-5."""
     x = (torch.randn(1, 1, 16, 16) * spread).requires_grad_()
     networks.instance_norm(1)(x).backward(torch.randn(1, 1, 16, 16))
     assert x.grad is not None and bool(x.grad.any()) == passes
@@ -442,7 +438,7 @@ def test_half_precision_is_normalised_in_single(kind: torch.dtype) -> None:
 
 
 def gradient_through(norm: Any, x: Tensor) -> float:
-    """The largest gradient through many convolutions that reflect their inputs at the borders."""
+    """Return the largest gradient through many convolutions with reflection padding."""
     torch.manual_seed(0)
     body: list[nn.Module] = [nn.Conv2d(1, 4, 3, padding=1, padding_mode="reflect")]
     for _ in range(20):
@@ -466,7 +462,7 @@ def test_gradients_of_a_constant_image_stay_finite_through_many_layers(others: i
 
 @pytest.mark.parametrize("norm", [lambda c: nn.GroupNorm(c, c), nn.InstanceNorm2d])
 def test_gradients_of_a_constant_image_explode_through_plain_norms(norm: Any) -> None:
-    """What ours guards against; the test above could fail."""
+    """The test above can fail."""
     assert gradient_through(norm, CONSTANT) > 1e10
     assert gradient_through(norm, images(1, 16)) < 100
 
@@ -493,7 +489,7 @@ def test_content_and_style_make_an_image_again() -> None:
 
 
 def test_content_does_not_know_contrast_and_style_does() -> None:
-    """A linear change of intensity leaves the content alone; that is what style is for."""
+    """A linear change of intensity affects the style but not the content."""
     content, style = ContentEncoder(4, 1), StyleEncoder(4, 3)
     first, second = content(images()), content(images() * 0.5 + 0.1)
     torch.testing.assert_close(first, second, atol=1e-2, rtol=1e-2)
@@ -527,7 +523,7 @@ def test_channels_of_the_feature_discriminator(inputs: int, channels: list[int])
 
 @pytest.mark.parametrize("kind", ["patch", "features"])
 def test_real_and_fake_images_of_a_batch_do_not_see_each_other(kind: str) -> None:
-    """`losses.real_fake_loss` scores both in one pass."""
+    """`losses.real_fake_loss` scores both in one forward pass."""
     network: nn.Module = PatchDiscriminator(1, 4, 2)
     if kind == "features":
         network = FeatureDiscriminator(1)

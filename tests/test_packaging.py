@@ -1,4 +1,4 @@
-"""The package as it is installed: versions, contents, the arrows between its parts, promises."""
+"""The installed package: versions, contents, imports between its parts, promises of the README."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def text(path: str) -> str:
 
 
 def files() -> Iterator[Path]:
-    """Every file of the repository that is not ignored by git, also where there is no git."""
+    """Yield every file of the repository that git does not ignore, without using git."""
     passed_over = re.compile(r"\.(?!ci$|gitignore$)|build$|dist$|__pycache__$|.*\.egg-info$")
     waiting = [ROOT]
     while waiting:
@@ -62,19 +62,19 @@ def files() -> Iterator[Path]:
 
 
 def modules(folder: str) -> list[Path]:
-    """Every Python file of a package and of the packages inside it."""
+    """Return every Python file of a package and its sub-packages."""
     return sorted((ROOT / folder).rglob("*.py"))
 
 
 def dotted(path: Path) -> str:
-    """The name by which a file of the product is imported."""
+    """Return the import name of a file."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     name = ".".join(parts if parts[0] == "glua_bench" else ("glua_bench", *parts))
     return name.removesuffix(".__init__")
 
 
 def imports(path: Path) -> set[str]:
-    """Every module that a file imports, at any place, "from a import b" as "a" and "a.b"."""
+    """Return all modules that a file imports; "from a import b" gives "a" and "a.b"."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -90,7 +90,7 @@ def imports(path: Path) -> set[str]:
 
 
 def content_of(path: Path) -> set[str]:
-    """Which of the content packages a file imports."""
+    """Return the content packages that a file imports."""
     return {
         name
         for name in CONTENT
@@ -225,7 +225,7 @@ def test_content_packages_do_not_know_each_other(folder):
 
 
 def test_no_module_imports_medpy():
-    """It is GPL-3, and the reference that tests hold the metrics against."""
+    """medpy is GPL-3, and serves as reference in tests only."""
     users = [
         path.name
         for folder in ("glua_bench", *CONTENT)
@@ -236,7 +236,7 @@ def test_no_module_imports_medpy():
 
 
 def test_commands_know_no_tracker_but_its_protocol():
-    """Another one is a file of its own (tests/support/folder_tracker.py), selected in one place."""
+    """Another tracker is one file (tests/support/folder_tracker.py), selected in one place."""
     users = {
         path.name
         for folder in ("glua_bench", *CONTENT)
@@ -244,7 +244,7 @@ def test_commands_know_no_tracker_but_its_protocol():
         if "MLflowMirror" in path.read_text(encoding="utf-8")
         or any(name.split(".")[0] == "mlflow" for name in imports(path))
     }
-    assert users == {"mlflow_mirror.py", "fetch.py", "tracker.py"}
+    assert users == {"tracker.py", "mlflow_mirror.py", "fetch.py"}
 
 
 @pytest.mark.parametrize("arguments", [None, ["list"], ["--help"], ["run", "--help"]])
@@ -321,7 +321,7 @@ def test_ci_can_be_run():
 
 
 def slug(heading: str) -> str:
-    """The anchor that a heading has on the usual hosts."""
+    """Return the anchor of a heading."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 

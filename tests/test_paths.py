@@ -1,4 +1,4 @@
-"""paths.py: data are listed as their owner sees them, and names that become files stay apart."""
+"""paths.py: listings and patterns of files, and valid file names."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
 
 
 def test_a_lost_file_behind_a_link_is_told_and_not_missed(tmp_path: Path) -> None:
-    """As of a store that is not mounted, or of contents that were not fetched."""
+    """Links may point to file systems that are not mounted."""
     root = touch(tmp_path, "1.nii")
     (root / "2.nii").symlink_to("gone.nii")
     assert [case for case, _ in matching(root, "*.nii")] == ["1", "2"]

@@ -1,4 +1,4 @@
-"""selection.py: what a candidate shows, which pixels are asked, and which candidate wins."""
+"""selection.py: data of candidates, sampled pixels, and the selected candidate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""task.py: what a dataset says of its domains reaches training, scores and saved predictions."""
+"""task.py: readings and structures per domain reach training, scores and saved predictions."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ DISC, RING = TinyDataset.structures
 
 
 class TwoTables(TinyDataset):
-    """The tiny task, with a label table and a window of its own for the inverted domain."""
+    """The tiny task with other label values and another window in the inverted domain."""
 
     name: ClassVar[str] = "two_tables"
 
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
-        """Write the volumes, and give those of one domain other label values."""
+        """Write the volumes, with other label values in one domain."""
         if self.cases("plain")[0].image.is_file():
             return
         super().prepare(report)
@@ -47,14 +47,14 @@ class TwoTables(TinyDataset):
 
     @classmethod
     def reading_of(cls, domain: str) -> Reading:
-        """A fixed window and another stray value for the inverted domain."""
+        """Use a fixed window and another ignored value in the inverted domain."""
         if domain == "inverted":
             return replace(cls.reading, ignored_values=(7,), intensity_range=(0.2, 0.9))
         return cls.reading
 
     @classmethod
     def structures_of(cls, domain: str) -> tuple[Structure, ...]:
-        """Value 20 is the disc in one domain and the ring in the other."""
+        """Swap the values of disc and ring in the inverted domain."""
         if domain == "inverted":
             return replace(DISC, values=(20,)), replace(RING, values=(10, 11))
         return cls.structures
@@ -62,7 +62,7 @@ class TwoTables(TinyDataset):
 
 @pytest.fixture
 def both(tmp_path: Path) -> tuple[TinyDataset, TwoTables]:
-    """The same volumes with one table, and with two."""
+    """Return the same volumes with one label table, and with two."""
     one, two = TinyDataset(tmp_path / "one"), TwoTables(tmp_path / "two")
     one.prepare()
     two.prepare()
@@ -111,25 +111,14 @@ def test_a_run_scores_and_saves_in_the_target_s_own_values(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, two = both
-    monkeypatch.setattr(planning, "load_dataset", lambda *request: two)
-    request = RunRequest(
-        "source_only",
-        "two_tables",
-        direction=direction,
-        preset="quick",
-        steps=8,
-        runs_root=tmp_path / "runs",
-        device="cpu",
-        mlflow=False,
-        assignments=["segmenter.width=8", "segmenter.depth=3", "candidates=1"],
-    )
-    planned = plan(request)
-    execution.execute(planned, Progress(enabled=False))
-    target = planned.config.target
+    options = {"method": "source_only", "steps": 8, "runs_root": tmp_path / "runs"}
+    run = planned(two, monkeypatch, direction=direction, **options)
+    execution.execute(run, Progress(enabled=False))
+    target = run.config.target
     (case,) = two.split(target, "test")
     reference = np.asarray(nib.load(case.label).dataobj)
-    saved = np.asarray(nib.load(planned.directory.predictions / f"{case.id}.nii.gz").dataobj)
-    rows = pd.read_parquet(planned.directory.path / "cases.parquet")
+    saved = np.asarray(nib.load(run.directory.predictions / f"{case.id}.nii.gz").dataobj)
+    rows = pd.read_parquet(run.directory.path / "cases.parquet")
     rows = rows[rows["selector"] == "last"].set_index("structure")
     for structure in two.structures_of(target):
         truth, found = np.isin(reference, structure.values), saved == structure.values[0]
@@ -144,18 +133,15 @@ def test_a_domain_s_table_changes_the_run_s_identity(
     both: tuple[TinyDataset, TwoTables], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, two = both
-    monkeypatch.setattr(planning, "load_dataset", lambda *request: two)
-    request = RunRequest(
-        "source_only", "two_tables", direction="plain-inverted", preset="quick", runs_root=tmp_path
-    )
-    before = plan(request).id
-    assert plan(request).id == before
+    options = {"direction": "plain-inverted", "runs_root": tmp_path}
+    before = planned(two, monkeypatch, **options).id
+    assert planned(two, monkeypatch, **options).id == before
     narrower = replace(two.reading_of("inverted"), intensity_range=(0.3, 0.8))
     own = TwoTables.reading_of
     monkeypatch.setattr(
         TwoTables, "reading_of", lambda domain: narrower if domain == "inverted" else own(domain)
     )
-    assert plan(request).id != before
+    assert planned(two, monkeypatch, **options).id != before
 
 
 def test_a_direction_is_one_of_the_dataset_s() -> None:
@@ -176,12 +162,12 @@ def test_missing_files_are_told_with_the_two_ways_to_name_them(
 
 
 def unlabelled(root: Path, domain: str, split: str) -> TinyDataset:
-    """The tiny task without labels in one split of a domain."""
+    """Return the tiny task without labels in one split of a domain."""
     TinyDataset(root).prepare()
 
     class Unlabelled(TinyDataset):
         def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
-            """Nothing: the files are there."""
+            """Do nothing, since the files exist."""
 
         def cases(self, name: str) -> tuple[Case, ...]:
             return tuple(
@@ -197,19 +183,17 @@ def failed_checks(data: TinyDataset) -> set[str]:
 
 
 def planned(data: TinyDataset, monkeypatch: pytest.MonkeyPatch, **options: Any) -> PlannedRun:
-    """A run on a data set that is there as an object."""
+    """Plan a small run on a dataset object."""
     monkeypatch.setattr(planning, "load_dataset", lambda *request: data)
-    request = RunRequest(
-        "advent",
-        "conformance",
-        preset="quick",
-        steps=2,
-        device="cpu",
-        mlflow=False,
-        assignments=["segmenter.width=8", "segmenter.depth=3", "candidates=1"],
-        **options,
-    )
-    return plan(request)
+    small = {
+        "method": "advent",
+        "preset": "quick",
+        "steps": 2,
+        "device": "cpu",
+        "mlflow": False,
+        "assignments": ["segmenter.width=8", "segmenter.depth=3", "candidates=1"],
+    }
+    return plan(RunRequest(dataset=data.name, **{**small, **options}))
 
 
 def test_a_target_is_trained_on_without_labels(
@@ -220,7 +204,7 @@ def test_a_target_is_trained_on_without_labels(
         planned(d, monkeypatch, direction="plain-inverted", runs_root=tmp_path / str(n))
         for n, d in enumerate((data, TinyDataset(tmp_path / "data")))
     )
-    # The labels of a target's training cases are no part of a run: it is the same one.
+    # Labels of target training cases do not affect the run id.
     assert bare.id == full.id
     execution.execute(bare, Progress(enabled=False))
     assert bare.directory.done
@@ -230,16 +214,18 @@ def test_a_source_without_labels_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = unlabelled(tmp_path / "data", "inverted", "train")
-    with pytest.raises(ConfigError, match="No training case of 'inverted' in dataset .* has a lab"):
+    with pytest.raises(
+        ConfigError, match="has no labelled training case of 'inverted', which inverted-"
+    ):
         planned(data, monkeypatch, direction="inverted-plain", runs_root=tmp_path / "runs")
 
 
 @pytest.mark.parametrize(
     ("gone", "said", "runs_left"),
     [
-        ({"plain": "train"}, "No case of 'plain' in dataset .* is for training, so nothing can", 0),
-        ({"inverted": "test"}, "No case of 'inverted' in dataset .* is for the test", 1),
-        ({"inverted": "test", "plain": "test"}, "No case of 'inverted' in .* is for the test", 0),
+        ({"plain": "train"}, "has no labelled training case of 'plain', which plain-inverted", 0),
+        ({"inverted": "test"}, "has no test case of 'inverted'", 1),
+        ({"inverted": "test", "plain": "test"}, "has no test case of 'inverted'", 0),
         ({"plain": "val"}, "No labelled case of 'plain' in dataset .* is for validation", 2),
     ],
 )
@@ -305,7 +291,7 @@ def test_unlabelled_cases_are_checked_prepared_and_drawn(tmp_path: Path) -> None
     facts, findings = check_dataset(data, Progress(enabled=False))
     assert not [f.text for f in findings if f.problem]
     (empty,) = [f.text for f in findings if f.check == "empty role"]
-    assert "No training case of 'inverted'" in empty and "leave inverted-plain out" in empty
+    assert "no labelled training case of 'inverted'" in empty and "remove inverted-plain" in empty
     assert [f.case.id for f in facts if f.label is None] == ["inverted_0", "inverted_1"]
     assert len(draw_dataset(data, GRID, tmp_path / "figures")) == 2
     assert not failed_checks(data)
@@ -322,5 +308,5 @@ def test_a_fold_is_one_that_the_dataset_has(tmp_path: Path) -> None:
     for fold in (0, 4):
         with pytest.raises(ConfigError, match=f"no fold {fold}; it has folds 1 to 3"):
             Folded(tmp_path, fold)
-    with pytest.raises(ConfigError, match="no fold 2; it has one split: leave --fold out"):
+    with pytest.raises(ConfigError, match="no fold 2; it has one split: omit --fold"):
         TinyDataset(tmp_path, 2)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from glua_bench.cli.options import (
-    DatasetName,
     Plugins,
     PresetName,
     Processes,
     say,
     with_descriptions,
+    with_options,
 )
 from glua_bench.console import next_command
 from glua_bench.errors import ConfigError, DataError
@@ -27,38 +28,52 @@ if TYPE_CHECKING:
 data_app = typer.Typer(
     help="Prepare, check, show or export a dataset.", no_args_is_help=True, rich_markup_mode=None
 )
-_SHOW = ("glua-bench", "data", "show")
-_RUN = ("glua-bench", "run", "--method", "source_only", "--dataset")
+_SHOW = ("data", "show")
+_RUN = ("run", "--method", "source_only", "--dataset")
 
 
-def _dataset(name: str, root: Path | None, plugins: list[Path] | None, fold: int) -> Dataset:
-    name, plugins = with_descriptions(name, plugins)
-    loaded = load_dataset(name, root, plugins, fold)
-    loaded.prepare(say)
-    return loaded
+@dataclass(frozen=True)
+class Source:
+    """Options of all commands of `data`."""
 
+    dataset: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATASET", help="Name (see `glua-bench list datasets`) or FILE.yaml."
+        ),
+    ]
+    fold: Fold = 1
+    data_root: DataRoot = None
+    plugin: Plugins = None
 
-def _command(
-    words: tuple[str, ...], name: str, root: Path | None, plugins: list[Path] | None, fold: int
-) -> str:
-    return next_command(*words, name, plugins=plugins, data_root=root, fold=fold)
+    def load(self) -> Dataset:
+        """Load the dataset and prepare its files."""
+        name, plugins = with_descriptions(self.dataset, self.plugin)
+        dataset = load_dataset(name, self.data_root, plugins, self.fold)
+        dataset.prepare(say)
+        return dataset
+
+    def command(self, words: tuple[str, ...]) -> str:
+        """Format a command on this dataset."""
+        return next_command(
+            "glua-bench",
+            *words,
+            self.dataset,
+            plugins=self.plugin,
+            data_root=self.data_root,
+            fold=self.fold,
+        )
 
 
 @data_app.command()
-def prepare(
-    dataset: DatasetName,
-    fold: Fold = 1,
-    data_root: DataRoot = None,
-    preset: PresetName = "quick",
-    jobs: Processes = None,
-    plugin: Plugins = None,
-) -> None:
-    """Generate or locate a dataset's files, and preprocess them into the cache."""
+@with_options()
+def prepare(source: Source, preset: PresetName = "quick", jobs: Processes = None) -> None:
+    """Generate or locate a dataset's files and preprocess them."""
     from glua_bench.console import Progress
     from glua_bench.data.cache import cache_root
     from glua_bench.data.preparation import prepare_cases
 
-    data = _dataset(dataset, data_root, plugin, fold)
+    data = source.load()
     with Progress() as progress:
         problems = prepare_cases(data, data.grid(preset), progress, jobs)
     for domain in data.domains():
@@ -71,33 +86,31 @@ def prepare(
         say(f"PROBLEM: {problem}")
     if problems:
         raise DataError(
-            f"Some cases of '{dataset}' in {data.root} could not be prepared; correct or replace "
-            "the files listed above and repeat the command."
+            f"Some cases of '{source.dataset}' in {data.root} could not be prepared; correct or "
+            "replace the files listed above and repeat the command."
         )
-    say(f"Next: {_command(_SHOW, dataset, data_root, plugin, fold)}")
+    say(f"Next: {source.command(_SHOW)}")
 
 
 @data_app.command()
+@with_options()
 def check(
-    dataset: DatasetName,
-    fold: Fold = 1,
-    data_root: DataRoot = None,
+    source: Source,
     jobs: Processes = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Also write the findings to this CSV file.")
     ] = None,
-    plugin: Plugins = None,
 ) -> None:
-    """Read every file of a dataset, and report problems and suspicious cases.
+    """Read every file and report problems.
 
-    Labels of all cases are read, including those of the target; nothing of it is used by runs.
+    Reads the labels of all cases, including the target's; runs use none of the findings.
     """
     from glua_bench.console import Progress
     from glua_bench.data.parallel import cores
     from glua_bench.inspection.findings import write_findings
     from glua_bench.inspection.integrity import check_dataset, refuse_problems, summary
 
-    data = _dataset(dataset, data_root, plugin, fold)
+    data = source.load()
     with Progress() as progress:
         facts, findings = check_dataset(data, progress, jobs or cores())
     heads = [f"{structure.name} ml" for structure in data.structures]
@@ -125,27 +138,25 @@ def check(
     if out is not None:
         write_findings(out, findings)
         say(f"Wrote {out}")
-    refuse_problems(findings, len(facts), f"'{dataset}' in {data.root}")
+    refuse_problems(findings, len(facts), f"'{source.dataset}' in {data.root}")
     say(f"All {len(facts)} cases in {data.root} can be used; {summary(findings)}.")
-    say(f"Next: {_command(_SHOW, dataset, data_root, plugin, fold)}")
-    say(f"      {_command(_RUN, dataset, data_root, plugin, fold)}")
+    say(f"Next: {source.command(_SHOW)}")
+    say(f"      {source.command(_RUN)}")
 
 
 @data_app.command()
+@with_options()
 def fingerprint(
-    dataset: DatasetName,
-    fold: Fold = 1,
-    data_root: DataRoot = None,
+    source: Source,
     jobs: Processes = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Also write it to FILE.json or FILE.yaml.")
+        Path | None, typer.Option("--out", help="Also write FILE.json or FILE.yaml.")
     ] = None,
     against: Annotated[
-        Path | None, typer.Option("--against", help="Compare with this fingerprint file.")
+        Path | None, typer.Option("--against", help="Compare with this fingerprint.")
     ] = None,
-    plugin: Plugins = None,
 ) -> None:
-    """Fingerprint a dataset without voxels, names or paths; compare it with another."""
+    """Fingerprint a dataset without voxels, names or paths."""
     from glua_bench.console import Progress
     from glua_bench.data.parallel import cores
     from glua_bench.inspection import fingerprint as prints
@@ -154,7 +165,7 @@ def fingerprint(
     if out is not None:
         prints.format_of(out)  # fail early
     known = prints.read(against) if against is not None else None
-    data = _dataset(dataset, data_root, plugin, fold)
+    data = source.load()
     with Progress() as progress:
         facts = gather(data, jobs or cores(), progress)
     table = prints.fingerprint(data, facts)
@@ -170,38 +181,32 @@ def fingerprint(
         for sentence in found:
             say(sentence)
         if found:
-            raise DataError(f"The data of '{dataset}' in {data.root} differ from {against}.")
+            raise DataError(f"The data of '{source.dataset}' in {data.root} differ from {against}.")
         say(f"The data have the same cases in the same splits as {against}.")
 
 
 @data_app.command(name="export")
+@with_options()
 def export_data(
-    dataset: DatasetName,
-    to: Annotated[Path, typer.Option("--to", help="Directory of the export.")],
-    fold: Fold = 1,
-    data_root: DataRoot = None,
+    *,
+    source: Source,
+    to: Annotated[Path, typer.Option("--to", help="Output directory.")],
     number: Annotated[
-        int,
-        typer.Option(
-            "--number", help="nnU-Net dataset id of the first domain; others get the following ids."
-        ),
+        int, typer.Option("--number", help="nnU-Net number of the first dataset.")
     ] = 501,
-    link: Annotated[
-        bool, typer.Option("--link", help="Link images that need no conversion.")
-    ] = False,
+    link: Annotated[bool, typer.Option("--link", help="Link images instead of copying.")] = False,
     run: Annotated[
-        str | None, typer.Option("--run", help="Also export the predictions of this finished run.")
+        str | None, typer.Option("--run", help="Also export this run's predictions.")
     ] = None,
     runs_root: RunsRoot = Path("runs"),
     jobs: Processes = None,
-    plugin: Plugins = None,
 ) -> None:
     """Export a dataset, its splits and a run's predictions in nnU-Net's layout."""
     from glua_bench.console import Progress
     from glua_bench.data.parallel import cores
     from glua_bench.inspection import nnunet
 
-    data = _dataset(dataset, data_root, plugin, fold)
+    data = source.load()
     found = None
     if run is not None:
         from glua_bench.runs.prediction import find_run
@@ -236,20 +241,18 @@ def export_data(
 
 
 @data_app.command()
+@with_options()
 def show(
-    dataset: DatasetName,
-    fold: Fold = 1,
-    data_root: DataRoot = None,
+    source: Source,
     preset: PresetName = "standard",
     out: Annotated[Path, typer.Option(help="Output directory.")] = Path("figures"),
-    plugin: Plugins = None,
 ) -> None:
     """Plot each domain: slices with label contours, and intensity distributions."""
-    data = _dataset(dataset, data_root, plugin, fold)
+    data = source.load()
     from glua_bench.reports.run_figures import draw_dataset
 
     for file in draw_dataset(data, data.grid(preset), out):
         say(f"Wrote {file}")
     if not data.publishable:
-        say("These figures show images of the data's owner: do not share them.")
-    say(f"Next: {_command(_RUN, dataset, data_root, plugin, fold)}")
+        say("The figures show the data owner's images: do not share them.")
+    say(f"Next: {source.command(_RUN)}")

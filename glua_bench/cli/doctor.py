@@ -1,4 +1,4 @@
-"""What works on this machine, and what a user should do next."""
+"""The command `doctor`: check the installation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import platform
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from glua_bench import __version__
 from glua_bench.console import next_command
@@ -19,14 +20,14 @@ from glua_bench.registry import GROUPS, Registry
 
 
 def examine(runs_root: Path, plugins: Iterable[Path]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Look at versions, devices, disk, data, plugins, runs and tracker.
+    """Check versions, devices, disk, data, plugins, runs and tracker.
 
     Args:
-        runs_root: the directory of all runs.
-        plugins: single-file plugins.
+        runs_root: directory of all runs.
+        plugins: plugin files.
 
     Returns:
-        Findings as (what, text), and commands that would be sensible next.
+        Findings as (item, text), and suggested next steps.
     """
     todo: list[str] = []
     findings = [
@@ -44,23 +45,25 @@ def examine(runs_root: Path, plugins: Iterable[Path]) -> tuple[list[tuple[str, s
         findings += [(f"  {entry.name}", f"{entry.origin}: {entry.error}") for entry in broken]
         todo += [f"repair or uninstall {entry.origin} ({entry.name})" for entry in broken]
     findings.append(
-        ("GLUA_BENCH_DATA", os.environ.get("GLUA_BENCH_DATA") or "not set (only for owners' data)")
+        (
+            "GLUA_BENCH_DATA",
+            os.environ.get("GLUA_BENCH_DATA") or "not set (needed for real data only)",
+        )
     )
-    for entry in Registry("dataset", plugins).entries():
-        if not entry.error:
-            findings.append((f"  {entry.name}", _data(entry.name, plugins)))
-    finished, others = 0, 0
-    if runs_root.is_dir():
-        for run in list_runs(runs_root):
-            finished, others = finished + run.done, others + (not run.done)
+    datasets = Registry("dataset", plugins)
+    findings += [
+        (f"  {e.name}", _data(datasets, e.name)) for e in datasets.entries() if not e.error
+    ]
+    done = [run.done for run in list_runs(runs_root)] if runs_root.is_dir() else []
+    finished, others = done.count(True), done.count(False)
     findings.append(("runs", f"{runs_root}: {finished} finished, {others} unfinished or failed"))
     tracker = open_tracker(runs_root)
     try:
         tracker.check()
         findings.append(("tracker", tracker.place))
     except OSError as error:
-        findings.append(("tracker", f"{tracker.place} DOES NOT ANSWER ({error})"))
-        todo.append(f"{tracker.remedy}; runs go on anyway")
+        findings.append(("tracker", f"{tracker.place} IS NOT REACHABLE ({error})"))
+        todo.append(f"{tracker.remedy}; runs do not depend on it")
     if finished:
         todo.append(next_command("glua-bench", "sync", "--runs", runs_root))
     else:
@@ -87,10 +90,10 @@ def _disk(path: Path) -> str:
     return f"{path}, {free:.0f} GiB free{writable}"
 
 
-def _data(name: str, plugins: list[Path]) -> str:
-    """Whether a dataset's files are there, without generating any."""
+def _data(datasets: Registry, name: str) -> str:
+    """Count a dataset's cases without generating any."""
     try:
-        dataset = Registry("dataset", plugins).load(name)()
+        dataset: Any = datasets.load(name)()
         counts = [f"{domain} {len(dataset.cases(domain))}" for domain in dataset.domains()]
         return f"{dataset.root}: {', '.join(counts)} cases"
     except UserError as error:

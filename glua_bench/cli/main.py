@@ -1,8 +1,7 @@
 """The command line: registers the commands and reports errors.
 
-The commands in `cli_*.py` parse options, call the harness, and print where the results are. They
-import torch, mlflow and content packages inside functions, so that `--help` and `list` are fast.
-Only these files connect the harness to `reports` and `sweeps`.
+The commands parse options, call the harness, and print where the results are. They import torch,
+mlflow, `reports` and `sweeps` inside functions, so that `--help` and `list` are fast.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import typer
 
 from glua_bench import __version__
 from glua_bench.cli import data, plugins, reports, runs, sweeps
-from glua_bench.cli.options import Plugins, Told, end, say
+from glua_bench.cli.options import Plugins, ReportedExit, end, say
 from glua_bench.errors import ConfigError, RunFailure, UserError, reason
 from glua_bench.runs.interruption import Interrupted
 from glua_bench.runs.request import RunsRoot
@@ -44,14 +43,14 @@ for command in (
 ):
     app.command()(command)
 app.command(name="run-request", hidden=True)(runs.run_request)
-app.command(name="list")(plugins.list_)
+app.command(name="list")(plugins.list_plugins)
 app.command()(plugins.new_method)
 app.command()(plugins.new_dataset)
 
 
 @app.command()
 def sync(runs_root: RunsRoot = Path("runs")) -> None:
-    """Upload finished runs that the tracker (MLflow) lacks."""
+    """Upload runs missing in MLflow."""
     if not runs_root.is_dir():
         raise ConfigError(f"The directory {runs_root} does not exist; give --runs DIRECTORY.")
     from glua_bench.records.tracker import open_tracker
@@ -60,7 +59,7 @@ def sync(runs_root: RunsRoot = Path("runs")) -> None:
     counts = tracker.sync()
     say(
         f"{tracker.place}: {counts.uploaded} runs uploaded, {counts.present} already present, "
-        f"{counts.unfinished} unfinished and skipped, {counts.missed} failed."
+        f"{counts.unfinished} unfinished (skipped), {counts.missed} failed."
     )
     if counts.missed:
         raise RunFailure(
@@ -72,7 +71,7 @@ def sync(runs_root: RunsRoot = Path("runs")) -> None:
 
 @app.command()
 def doctor(runs_root: RunsRoot = Path("runs"), plugin: Plugins = None) -> None:
-    """Check versions, devices, data, tracker and plugins, and suggest next steps."""
+    """Check versions, devices, data, tracker and plugins."""
     from glua_bench.cli.doctor import examine
 
     findings, todo = examine(runs_root, plugin or [])
@@ -101,14 +100,14 @@ def options(
 
 
 def main() -> None:
-    """Entry point of the console script; prints errors as one sentence without a traceback."""
+    """Run a command; errors are one sentence without a traceback."""
     try:
         app()
     except (UserError, RunFailure) as error:
         end(str(error), error.exit_code)
     except (KeyboardInterrupt, SystemExit) as stop:
         # Typer exits with 130 on an interrupt within a command, without a message.
-        if isinstance(stop, SystemExit) and (stop.code != 130 or isinstance(stop, Told)):
+        if isinstance(stop, SystemExit) and (stop.code != 130 or isinstance(stop, ReportedExit)):
             raise
         end("interrupted; the same command resumes.", 130)
     except Interrupted as error:

@@ -1,4 +1,4 @@
-"""What several commands share: their options, and how they speak and end."""
+"""Options and output functions that several commands share."""
 
 from __future__ import annotations
 
@@ -19,39 +19,32 @@ from glua_bench.registry import Registry
 from glua_bench.runs.request import PLUGIN, Fold, RunOptions, options
 
 Plugins = Annotated[list[Path] | None, PLUGIN]
-DatasetName = Annotated[
-    str,
-    typer.Argument(metavar="DATASET", help="See `glua-bench list`; or a description, FILE.yaml."),
-]
 PresetName = Annotated[
-    str, typer.Option("--preset", help="Whose working grid: quick, standard or paper.")
+    str, typer.Option("--preset", help="Preset of the grid: quick, standard or paper.")
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Show what would run, and how long; train nothing.")
+    bool, typer.Option("--dry-run", help="Show the planned runs and their duration, then exit.")
 ]
 DirectionNames = Annotated[
     str | None,
     typer.Option(
         "--directions",
         "--direction",
-        help="all, or some by commas, e.g. mr-ct; default is each dataset's first.",
+        help="Comma-separated directions, e.g. mr-ct, or 'all'; default: each dataset's first.",
     ),
 ]
 Bounds = Annotated[
     bool,
-    typer.Option(
-        "--bounds/--no-bounds",
-        help="Add source_only and supervised, between which the gap lies.",
-    ),
+    typer.Option("--bounds/--no-bounds", help="Include both bounds: source_only and supervised."),
 ]
 Processes = Annotated[
-    int | None, typer.Option("--jobs", min=1, help="Processes, a case each; default: all cores.")
+    int | None, typer.Option("--jobs", min=1, help="Number of processes; default: all cores.")
 ]
 Storage = Annotated[
     str | None,
     typer.Option(
         "--storage",
-        help="Where trials are kept: a path, or a database's URL for many machines; default is a "
+        help="Storage of trials: a path, or a database URL for several machines; default: a "
         "journal in RUNS/sweeps/NAME. Also $GLUA_BENCH_STORAGE.",
         envvar="GLUA_BENCH_STORAGE",
         show_envvar=False,
@@ -61,38 +54,34 @@ Storage = Annotated[
 
 @dataclass(frozen=True)
 class Tasks:
-    """The options of `compare` and `ablate` that say on what each entry is run."""
+    """Options of `compare` and `ablate` for datasets, directions and seeds."""
 
     datasets: Annotated[
         str,
         typer.Option(
-            "--datasets", "--dataset", help="Names, or descriptions FILE.yaml, by commas."
+            "--datasets", "--dataset", help="Comma-separated names or descriptions (FILE.yaml)."
         ),
     ]
     directions: DirectionNames = None
     fold: Fold = 1
-    seeds: Annotated[int, typer.Option(help="How many, from 0.")] = 3
+    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 3
     repeats: Annotated[
         int,
         typer.Option(
             min=0,
-            help="Train seed 0 this many times more, from initial weights that differ in their "
-            "last bits alone, and print how far results move.",
+            help="Extra trainings of seed 0 with perturbed last bits of the initial weights.",
         ),
     ] = 0
 
 
 @dataclass(frozen=True)
 class Work:
-    """The options of `compare` and `ablate` that say how their runs are executed."""
+    """Options of `compare` and `ablate` for the execution of their runs."""
 
     jobs: Annotated[
-        int,
-        typer.Option(min=1, help="Runs at once: one a GPU, or each with its share of the cores."),
+        int, typer.Option(min=1, help="Concurrent runs, which share the GPUs or cores.")
     ] = 1
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Begin again what failed earlier.")
-    ] = False
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry failed runs.")] = False
     out: Annotated[
         Path | None,
         typer.Option(help="Also write rows, table, intervals, pairs and ranking as CSV here."),
@@ -100,13 +89,10 @@ class Work:
 
 
 def with_options(without: Collection[str] = ()) -> Callable[[Callable], Callable[..., None]]:
-    """Make a command's parameters that are dataclasses, e.g. `RunOptions`, one option a field.
-
-    Typer reads options from a signature: it is given one with the fields in the place of the
-    dataclass, and the command receives the dataclass made of them.
+    """Replace a command's dataclass parameters, e.g. `RunOptions`, by one option per field.
 
     Args:
-        without: fields that are no options of this command, and keep their defaults.
+        without: fields that are not options of this command and keep their defaults.
     """
 
     def decorate(command: Callable) -> Callable[..., None]:
@@ -117,25 +103,22 @@ def with_options(without: Collection[str] = ()) -> Callable[[Callable], Callable
             if not is_dataclass(hints[name]):
                 parameters.append(own.replace(kind=own.KEYWORD_ONLY, annotation=hints[name]))
                 continue
-            groups[name] = []
-            for spec, hint in options(hints[name]):
-                if spec.name not in without:
-                    value = own.empty if spec.default is MISSING else spec.default
-                    if spec.default_factory is not MISSING:
-                        value = None  # as Typer passes on a list that nobody gave
-                    groups[name].append(spec.name)
-                    parameters.append(
-                        inspect.Parameter(
-                            spec.name, own.KEYWORD_ONLY, default=value, annotation=hint
-                        )
-                    )
+            fields = [each for each in options(hints[name]) if each[0].name not in without]
+            groups[name] = [spec.name for spec, _ in fields]
+            for spec, hint in fields:
+                value = own.empty if spec.default is MISSING else spec.default
+                if spec.default_factory is not MISSING:
+                    value = None  # Typer passes None for a list that is not given
+                parameters.append(
+                    inspect.Parameter(spec.name, own.KEYWORD_ONLY, default=value, annotation=hint)
+                )
 
         @functools.wraps(command)
         def called(**given: Any) -> None:
             for group, names in groups.items():
                 values = {name: given.pop(name) for name in names}
-                told = {name: value for name, value in values.items() if value is not None}
-                given[group] = hints[group](**told)
+                chosen = {name: value for name, value in values.items() if value is not None}
+                given[group] = hints[group](**chosen)
             command(**given)
 
         called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -156,7 +139,7 @@ def warn(text: str) -> None:
 
 
 def with_descriptions(datasets: str, plugins: list[Path] | None) -> tuple[str, list[Path]]:
-    """Names of datasets, and plugins: FILE.yaml among the names is a plugin with its own name."""
+    """Replace each FILE.yaml among comma-separated names by its name, and add it to the plugins."""
     names, files = [], list(plugins or [])
     for text in map(str.strip, datasets.split(",")):
         path = Path(text)
@@ -167,25 +150,25 @@ def with_descriptions(datasets: str, plugins: list[Path] | None) -> tuple[str, l
     return ",".join(names), files
 
 
-def split_names(text: str) -> list[str]:
-    """Names that are divided by commas."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+def split_names(text: str | None) -> list[str]:
+    """Split comma-separated names."""
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def say_browse(shared: RunOptions) -> None:
-    """Say how to look at the tracker."""
+    """Print how to view the runs in the tracker."""
     from glua_bench.records.tracker import open_tracker
 
     if shared.mlflow:
         say(f"Browse:  {open_tracker(shared.runs_root).browse}")
 
 
-class Told(SystemExit):
-    """An end whose reason has been said."""
+class ReportedExit(SystemExit):
+    """An exit whose reason has been printed."""
 
 
 def end(message: str, code: int) -> NoReturn:
-    """Say why a command ends, and end with an exit code."""
+    """Print an error and exit."""
     sys.stdout.flush()
     print(f"{ERROR}{message}", file=sys.stderr, flush=True)
-    raise Told(code)
+    raise ReportedExit(code)

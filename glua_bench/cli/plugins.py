@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from glua_bench.cli.options import Plugins, say
+from glua_bench.cli.options import Plugins, say, split_names
 from glua_bench.console import next_command
 from glua_bench.errors import ConfigError
 from glua_bench.registry import Registry
@@ -27,16 +28,14 @@ class Kind(str, Enum):
     sweeps = "sweeps"
 
 
-def list_(
+def list_plugins(
     kind: Annotated[Kind | None, typer.Argument(help="List only this kind.")] = None,
     plugin: Plugins = None,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Include settings (imports the methods).")
+        bool, typer.Option("--verbose", "-v", help="Include the methods' settings.")
     ] = False,
 ) -> None:
     """List methods, datasets, selectors and sweeps with summary, reference and required data."""
-    import textwrap
-
     broken = 0
     for chosen in [kind] if kind is not None else list(Kind):
         if chosen is Kind.sweeps:
@@ -52,16 +51,9 @@ def list_(
                 continue
             say(f"  {entry.name:<13} {entry.summary}")
             for label, key in (("paper", "reference"), ("needs", "needs"), ("folds", "folds")):
-                text = entry.attributes.get(key)
-                if text:
-                    say(
-                        textwrap.fill(
-                            f"{label}: {text}",
-                            96,
-                            initial_indent=" " * 16,
-                            subsequent_indent=" " * 23,
-                        )
-                    )
+                if text := entry.attributes.get(key):
+                    lines = textwrap.wrap(f"{label}: {text}", 80, subsequent_indent=" " * 7)
+                    say(textwrap.indent("\n".join(lines), " " * 16))
             if verbose and singular == "method":
                 _list_settings(Registry(singular, plugin or []).load(entry.name))
         say()
@@ -74,8 +66,6 @@ def list_(
 
 
 def _list_sweeps() -> None:
-    import textwrap
-
     from glua_bench.documents import read_document
     from glua_bench.sweeps.definition import shipped
 
@@ -109,21 +99,21 @@ def _list_settings(method: Any) -> None:
 
 
 def new_method(
-    name: Annotated[str, typer.Argument(help="Name of the method, e.g. my_method.")],
+    name: Annotated[str, typer.Argument(help="Name of the method.")],
     out: Out = Path("."),
 ) -> None:
     """Write a working example method with its conformance test."""
     from glua_bench.cli import scaffold
 
     file, test = scaffold.new_method(name, out)
-    say(f"Wrote {file} and {test}; the method runs as it is: replace it by your own.")
+    say(f"Wrote {file} and {test}; a working example to replace by your method.")
     say(f"Check: {next_command('pytest', test)}")
     following = next_command("glua-bench", "run", "--plugin", file, "--method", name)
     say(f"Next:  {following} --dataset phantom")
 
 
 def new_dataset(
-    name: Annotated[str, typer.Argument(help="Name of the dataset, e.g. my_data.")],
+    name: Annotated[str, typer.Argument(help="Name of the dataset.")],
     data: Annotated[Path | None, typer.Option("--data", help="Directory of your volumes.")] = None,
     out: Out = Path("."),
     domains: Annotated[
@@ -134,18 +124,16 @@ def new_dataset(
         str | None,
         typer.Option(help="Structures and their raw label values, e.g. liver=1,tumour=2,3."),
     ] = None,
-    yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Accept all suggestions without asking.")
-    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Accept all proposals.")] = False,
     python: Annotated[
         bool,
         typer.Option("--python", help="Write a Python class with a test instead of YAML."),
     ] = False,
 ) -> None:
-    """Describe your own volumes in NAME.yaml, with prompts and suggestions from the files."""
+    """Describe your own volumes in NAME.yaml; prompts propose answers from the files."""
     from glua_bench.cli import scaffold
 
-    names = tuple(part.strip() for part in (domains or "").split(",") if part.strip())
+    names = tuple(split_names(domains))
     if names and len(names) < 2:
         raise ConfigError(f"--domains {domains} needs two domains; write e.g. ct,mr.")
     given = None if structures is None else scaffold.parse_structures(structures)
@@ -161,14 +149,16 @@ def new_dataset(
         return
     from glua_bench.console import ask
 
-    asked = not yes and sys.stdin.isatty()
+    interactive = not yes and sys.stdin.isatty()
     if data is None:
-        if not asked:
+        if not interactive:
             raise ConfigError(
                 "new-dataset needs the directory of your volumes: give --data DIRECTORY, or "
                 "--python for a template class."
             )
         data = ask("Directory of the volumes", ".", Path)
-    file = scaffold.new_description(name, out, data, partial(ask, asked=asked), names, given)
+    file = scaffold.new_description(
+        name, out, data, partial(ask, interactive=interactive), names, given
+    )
     say(f"Wrote {file}: review and correct it.")
     say(f"Next: {next_command('glua-bench', 'data', 'check', file)}")

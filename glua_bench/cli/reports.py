@@ -1,4 +1,4 @@
-"""The commands that use finished runs: `report`, `predict`, `export`."""
+"""The commands `report`, `predict` and `export`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 RunName = Annotated[
     str | None,
-    typer.Option("--run", help="A finished run: its directory, or its id or the beginning of it."),
+    typer.Option("--run", help="Finished run: its directory, or its id or a prefix of it."),
 ]
-SelectorName = Annotated[str, typer.Option("--selector", help="Whose checkpoint of the run.")]
+SelectorName = Annotated[str, typer.Option("--selector", help="Selector of the checkpoint.")]
 
 
 def report(
@@ -29,69 +29,57 @@ def report(
         Path,
         typer.Option(
             "--runs",
-            help="The directory of all runs, or the file of one comparison that `compare` prints, "
-            "for its runs alone.",
+            help="Directory of all runs, or the file of one comparison that `compare` prints.",
         ),
     ] = Path("runs"),
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", help="The directory of the report; default: report, of a sweep its own."
-        ),
+        typer.Option("--out", help="Output directory; default: report, or the sweep's directory."),
     ] = None,
-    sweep: Annotated[
-        str | None, typer.Option("--sweep", help="The report of a sweep, by its name.")
-    ] = None,
+    sweep: Annotated[str | None, typer.Option("--sweep", help="Report this sweep instead.")] = None,
     storage: Storage = None,
     rows: Annotated[
         Path | None,
-        typer.Option("--rows", help="A rows.parquet of a report, instead of run directories."),
+        typer.Option("--rows", help="Read rows.parquet of a report instead of run directories."),
     ] = None,
     tracker: Annotated[
         bool,
         typer.Option(
             "--from-mlflow",
-            help="The runs of the MLflow store ($MLFLOW_TRACKING_URI, else that of --runs), "
-            "instead of run directories.",
+            help="Read runs from MLflow ($MLFLOW_TRACKING_URI, or the store in --runs).",
         ),
     ] = False,
     where: Annotated[
         list[str] | None,
         typer.Option(
             "--where",
-            help="Only such runs, e.g. dataset=phantom, steps=500, method=glua,sifa. Repeatable.",
+            help="Filter runs, e.g. dataset=phantom, steps=500, method=glua,sifa; repeatable.",
         ),
     ] = None,
-    selector: Annotated[
-        str, typer.Option("--selector", help="Whose checkpoints count; default: last.")
-    ] = "last",
+    selector: SelectorName = "last",
     title: Annotated[
-        str, typer.Option("--title", help="Of the page.")
+        str, typer.Option("--title", help="Page title.")
     ] = "Comparison of adaptation methods",
     pictures: Annotated[
-        bool, typer.Option("--pictures/--no-pictures", help="Draw cases side by side.")
+        bool, typer.Option("--pictures/--no-pictures", help="Plot example cases.")
     ] = True,
     viewer: Annotated[
         bool,
-        typer.Option("--viewer", help="Embed a viewer of volumes (NiiVue; needs npm once)."),
+        typer.Option("--viewer", help="Embed a volume viewer (NiiVue; needs npm once)."),
     ] = False,
     data_root: DataRoot = None,
     plugin: Plugins = None,
 ) -> None:
-    """Write a page, tables (LaTeX, CSV, Markdown) and figures (SVG, PNG) of finished runs."""
+    """Write a page, tables (LaTeX, CSV, Markdown) and figures (SVG, PNG)."""
     import tempfile
 
-    if runs_root.is_file() and (sweep is not None or rows is not None or tracker):
-        raise ConfigError(
-            f"--runs {runs_root} names the runs of one comparison; leave --sweep, --rows and "
-            "--from-mlflow out, or give the directory of all runs."
-        )
+    sources = {"--sweep": sweep, "--rows": rows, "--from-mlflow": tracker}
+    given = [option for option, value in sources.items() if value]
+    given += ["--where"] if sweep and where else []
+    given += [f"--runs {runs_root} (the file of one comparison)"] if runs_root.is_file() else []
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} exclude each other; give one of them.")
     if sweep is not None:
-        if rows is not None or tracker or where:
-            raise ConfigError(
-                "--sweep takes all trials of one sweep; leave --rows, --from-mlflow and --where "
-                "out, or leave --sweep out."
-            )
         from glua_bench.sweeps import command
 
         study, base = command.join(sweep, runs_root, storage, plugin or [], say)
@@ -103,11 +91,8 @@ def report(
     from glua_bench.reports import results
 
     out = out or Path("report")
-
     chosen = results.parse_where(where or [])
     options = reporting.Options(selector, title, pictures, viewer, data_root, plugin or [])
-    if rows is not None and tracker:
-        raise ConfigError("--rows and --from-mlflow name two sources; give one of them.")
     with tempfile.TemporaryDirectory() as scratch:
         if rows is not None:
             found = results.from_rows(rows, chosen, plugin or [], warn)
@@ -124,41 +109,37 @@ def report(
     for sentence in reporting.summary(found, options):
         say(sentence)
     say()
-    say(f"Report: {files[0]}   ({len(files) - 1} further files in {out})")
-    say(f"Next:   open {files[0]}, and take {out}/tables/*.tex into a paper")
+    say(f"Report: {files[0]}   ({len(files) - 1} other files in {out})")
+    say(f"Next:   open {files[0]}; {out}/tables/*.tex are for papers")
 
 
 def predict(
     images: Annotated[
         list[Path],
         typer.Argument(
-            help="NIfTI, NRRD or MetaImage; or folders of them, of a DICOM series, or nnU-Net's "
-            "imagesTs."
+            help="NIfTI, NRRD or MetaImage files; or directories of them or of a DICOM series."
         ),
     ],
     run: RunName = None,
     model: Annotated[
-        Path | None, typer.Option("--model", help="A directory that `export` wrote.")
+        Path | None, typer.Option("--model", help="Directory written by `export`.")
     ] = None,
     domain: Annotated[
         str | None,
         typer.Option(
             "--domain",
-            help="Whose images they are, e.g. ct: the source's or the target's name; default: the "
-            "target's.",
+            help="Domain of the images, e.g. ct; default: the target domain.",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Directory of the results.")] = Path(
-        "predicted"
-    ),
+    out: Annotated[Path, typer.Option("--out", help="Output directory.")] = Path("predicted"),
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace results that are there already.")
+        bool, typer.Option("--overwrite", help="Replace existing results.")
     ] = False,
     probabilities: Annotated[
-        bool, typer.Option("--probabilities", help="Also write the classes' probabilities.")
+        bool, typer.Option("--probabilities", help="Also write class probabilities.")
     ] = False,
     overlay: Annotated[
-        bool, typer.Option("--overlay", help="Also draw slices with contours.")
+        bool, typer.Option("--overlay", help="Also plot slices with contours.")
     ] = False,
     selector: SelectorName = "last",
     runs_root: RunsRoot = Path("runs"),
@@ -170,13 +151,13 @@ def predict(
     from glua_bench.runs import inputs, prediction
 
     if (run is None) == (model is None):
-        raise ConfigError("Give either --run or --model, which say what segments.")
+        raise ConfigError("Give either --run or --model.")
     given = inputs.find(images)
     there = [p for p in prediction.outputs(given.images, out, probabilities, overlay) if p.exists()]
     if there and not overwrite:
         raise ConfigError(
-            f"{there[0]} is there already; choose another --out, or give --overwrite to replace "
-            f"the {len(there)} file(s) of an earlier prediction."
+            f"{there[0]} exists already; choose another --out, or give --overwrite to replace "
+            f"{len(there)} file(s)."
         )
     if model is not None:
         loaded = prediction.from_directory(model, plugin or [], device)
@@ -192,7 +173,7 @@ def predict(
     if given.left:
         files = ", ".join(file.name for file in given.left[:3])
         more = f" and {len(given.left) - 3} more" if len(given.left) > 3 else ""
-        say(f"Skipped, since their names say that they are labels: {files}{more}.")
+        say(f"Skipped (labels by their names): {files}{more}.")
     results = []
     try:
         with Progress() as progress:
@@ -212,7 +193,7 @@ def predict(
                         result.name,
                         loaded.data.publishable,
                     )
-    finally:  # what is segmented before an image that cannot be used has its volumes, too
+    finally:  # also after an image that cannot be used
         if results:
             table = prediction.volumes_table(results)
             write_text(out / prediction.VOLUMES, table.to_csv(index=False), "--out")
@@ -222,37 +203,34 @@ def predict(
         say(f"{result.labels}: {volumes}")
     say(f"Volumes: {out / prediction.VOLUMES}")
     if overlay and not loaded.data.publishable:
-        say("The pictures may show the data's owner's images: look at them, do not pass them on.")
-    say("Next:    open an image with its _seg file in a viewer, and look before you count on it.")
+        say("The figures may show the data owner's images: do not share them.")
+    say("Next:    inspect the _seg files on their images in a viewer before using them.")
 
 
 def _read_as(model: Model, domain: str) -> str:
-    """As what images are read, in a sentence."""
-    role, config = model.role(domain), model.config
-    if role == "target":
-        return f"Images are read as {domain}, the target domain."
-    if config.privileged:
-        return (
-            f"Images are read as {domain}, the source domain, of which this run has seen no image."
-        )
-    translated = model.translates()
-    return f"Images are read as {domain}, the source domain" + (
-        ", and translated as in training." if translated else "."
-    )
+    """Describe the role of the images' domain."""
+    role, note = model.role(domain), ""
+    if role == "source" and model.config.privileged:
+        note = ", whose images were not in training"
+    elif role == "source" and model.translates():
+        note = ", and translated as in training"
+    return f"Images are read as {domain}, the {role} domain{note}."
 
 
 def export(
     run: RunName = None,
-    out: Annotated[Path, typer.Option("--out", help="A new directory.")] = Path("model"),
+    out: Annotated[Path, typer.Option("--out", help="Output directory, which must be new.")] = Path(
+        "model"
+    ),
     selector: SelectorName = "last",
     runs_root: RunsRoot = Path("runs"),
     plugin: Plugins = None,
 ) -> None:
-    """Write a finished run's model: weights, configuration, card and licence, without the run."""
+    """Export a finished run's model: weights, configuration, card and licence."""
     from glua_bench.runs import prediction
 
     if run is None:
-        raise ConfigError("--run is missing; give a finished run's directory or id.")
+        raise ConfigError("--run is missing; give the directory or id of a finished run.")
     found = prediction.find_run(run, runs_root)
     loaded = prediction.from_run(found, plugin or [], "cpu", selector)
     folder = prediction.export(loaded, found, out, selector)

@@ -40,23 +40,23 @@ if TYPE_CHECKING:
 
 @with_options()
 def run(request: RunRequest, dry_run: DryRun = False) -> None:
-    """Train one method on one dataset, evaluate it, and record everything.
+    """Train and evaluate one method on one dataset.
 
-    The same command again resumes an interrupted run, and does nothing for a finished one.
+    The same command resumes an interrupted run and shows the result of a finished one.
     """
     dataset, plugins = with_descriptions(request.dataset, request.plugins)
     _run(replace(request, dataset=dataset, plugins=plugins), dry_run)
 
 
 def run_request(
-    file: Annotated[Path, typer.Argument(help="A request as JSON.", exists=True)],
+    file: Annotated[Path, typer.Argument(help="Request as JSON.", exists=True)],
 ) -> None:
-    """Do what `run` does, as a file says; other commands start their runs so."""
+    """Execute a request from a file; other commands start their runs with this command."""
     _run(RunRequest.from_json(file.read_text(encoding="utf-8"), file))
 
 
 def _run(request: RunRequest, dry_run: bool = False) -> None:
-    # A wrong name is found before the seconds that importing torch takes.
+    # Reject unknown names before importing torch, which takes seconds.
     Registry("method", request.plugins).entry(request.method)
     datasets = Registry("dataset", request.plugins)
     datasets.entry(datasets.fold_of(request.dataset, request.fold)[0])
@@ -72,7 +72,7 @@ def _run(request: RunRequest, dry_run: bool = False) -> None:
         f"{config.preset}, augmentation {config.augmentation}"
         + (f", slices {Neighbourhood.of(config)}" if config.slices > 1 else "")
         + (f", perturbation {config.perturbation}" if config.perturbation else "")
-        + (", PRIVILEGED (trains on target labels)" if config.privileged else "")
+        + (", PRIVILEGED (trained on target labels)" if config.privileged else "")
     )
     if dry_run:
         _show_plan(planned)
@@ -96,10 +96,10 @@ def _show_plan(planned: PlannedRun) -> None:
     for name, steps in planned.stages:
         say(f"  stage {name}: {steps} steps")
     if planned.directory.done:
-        say(f"Already done: {planned.directory.path}. The command would only show the result.")
+        say(f"Already done: {planned.directory.path}; the command would show the result.")
         return
     seconds = execution.estimate(planned)
-    say(f"Would write {planned.directory.path}, in about {duration(seconds)} of training.")
+    say(f"Would write {planned.directory.path} after about {duration(seconds)} of training.")
     say("Next: the same command without --dry-run.")
 
 
@@ -118,14 +118,11 @@ def _show_result(planned: PlannedRun, summary: Summary) -> None:
     others = table[(table["selector"] != primary) & (table["structure"] == "mean")]
     if len(others):
         scores = others.set_index("selector")[PRIMARY.name].map(PRIMARY.text)
-        told = ", ".join(f"{name} {text}" for name, text in scores.items() if name != ORACLE)
-        say(f"Mean {PRIMARY.title} by other selectors of the checkpoint: {told}")
+        others = ", ".join(f"{name} {text}" for name, text in scores.items() if name != ORACLE)
+        say(f"Mean {PRIMARY.title} with other selectors: {others}")
         if ORACLE in scores:
-            say(
-                f"{ORACLE.upper()} (chosen by its score on the labelled test cases, no result): "
-                f"{scores[ORACLE]}"
-            )
-    say(f"Checkpoint: {primary}. Distances in {planned.dataset.distance_note}.")
+            say(f"{ORACLE.upper()} (selected by test labels, not a result): {scores[ORACLE]}")
+    say(f"Selector: {primary}. Distances in {planned.dataset.distance_note}.")
     if planned.config.privileged:
         say("PRIVILEGED: trained on target labels; an upper bound, not an adaptation result.")
     if planned.dataset.protocol:
@@ -151,29 +148,27 @@ def _score_table(table: pd.DataFrame) -> str:
 
 
 def _next_run(planned: PlannedRun) -> str:
-    """The command that makes the result comparable: both bounds, and three seeds."""
+    """Return the command that adds both bounds and further seeds."""
     config, request = planned.config, planned.request
-    # `compare` gives each run one process, and makes perturbations by --repeats.
+    # `compare` gives each run one process, and perturbs weights by --repeats.
     kept = [a for a in request.assignments if not a.startswith("perturbation=")]
     shared = replace(request.shared(), devices=1, assignments=kept)
     words = ["glua-bench", "compare", "--methods", config.method]
     words += ["--dataset", config.dataset, "--direction", config.direction, *shared.words()]
     if any(assignment.startswith("method.") for assignment in kept):
-        return next_command(
-            *words, "--no-bounds", fold=config.fold
-        )  # which do not have these settings
+        # The bounds do not have these settings.
+        return next_command(*words, "--no-bounds", fold=config.fold)
     return f"{next_command(*words, fold=config.fold)}   (both bounds, three seeds)"
 
 
-# Each run of a matrix has one GPU or its share of the cores.
 @with_options(without=["devices"])
 def compare(
     *,
     methods: Annotated[
         str,
         typer.Option(
-            help="Names by commas; NAME+photometric asks for that augmentation, supervised is "
-            "the upper bound."
+            help="Comma-separated names; NAME+photometric sets the augmentation, supervised is the "
+            "upper bound."
         ),
     ],
     tasks: Tasks,
@@ -182,70 +177,66 @@ def compare(
     shared: RunOptions,
     dry_run: DryRun = False,
 ) -> None:
-    """Run methods side by side under one protocol, and print their table.
+    """Run several methods under one protocol and print a table.
 
-    The same command again runs what is missing. Several processes may be given the same command:
-    they share the runs.
+    The same command resumes the comparison; processes with the same command share its runs.
     """
     from glua_bench.runs import matrix
 
-    asked = split_names(methods)
+    names = split_names(methods)
     datasets, directions, base = _resolved(tasks, shared)
-    cells = matrix.comparison(asked, datasets, directions, tasks.seeds, base, bounds, tasks.repeats)
-    _run_matrix(f"compare {', '.join(asked)}", cells, work, dry_run)
+    cells = matrix.comparison(names, datasets, directions, tasks.seeds, base, bounds, tasks.repeats)
+    _run_matrix(f"compare {', '.join(names)}", cells, work, dry_run)
 
 
 @with_options(without=["devices"])
 def ablate(
     *,
-    method: Annotated[str, typer.Option(help="Which method; see `glua-bench list methods -v`.")],
+    method: Annotated[
+        str, typer.Option(help="Name of the method; see `glua-bench list methods -v`.")
+    ],
     tasks: Tasks,
     vary: Annotated[
         list[str] | None,
         typer.Option(
             "--vary",
             metavar="NAME=V1,V2",
-            help="Also one run for each value of a setting, e.g. lr=1e-4,1e-3,1e-2, all else "
-            "as without it. Repeatable.",
+            help="Values of a setting to run, one factor at a time, e.g. lr=1e-4,1e-3,1e-2; "
+            "repeatable.",
         ),
     ] = None,
     variants: Annotated[
         bool,
-        typer.Option("--variants/--no-variants", help="Run the variants that the method declares."),
+        typer.Option("--variants/--no-variants", help="Run the method's declared variants."),
     ] = True,
     combine: Annotated[
         bool,
-        typer.Option(
-            "--combine",
-            help="All combinations of the values that variants and --vary give to settings, "
-            "instead of one change at a time.",
-        ),
+        typer.Option("--combine", help="Run all combinations of variants and --vary."),
     ] = False,
     bounds: Bounds = True,
     work: Work,
     shared: RunOptions,
     dry_run: DryRun = False,
 ) -> None:
-    """Run a method's declared variants and varied settings side by side, and print their table.
+    """Run variants and varied settings of a method and print a table.
 
-    The bounds are there to compare with, and do not follow --set method.NAME. A value of --vary
-    that makes no other run than an entry above it is that entry.
+    Bounds ignore --set method.NAME. A value of --vary that repeats another entry is merged with it.
     """
     from glua_bench.runs import matrix
 
     datasets, directions, base = _resolved(tasks, shared)
-    asked = method, datasets, directions, tasks.seeds, base
-    cells = matrix.ablation(*asked, combine, vary or [], variants, bounds, say, tasks.repeats)
+    shape = method, datasets, directions, tasks.seeds, base
+    cells = matrix.ablation(*shape, combine, vary or [], variants, bounds, say, tasks.repeats)
     title = f"ablate {method}" + (", combinations" if combine else "")
     _run_matrix(title, cells, work, dry_run)
 
 
 def _resolved(tasks: Tasks, shared: RunOptions) -> tuple[list[str], list[str], RunOptions]:
-    """Datasets, with their folds, and directions as lists; descriptions become plugins."""
+    """Return datasets (with folds), directions, and options with descriptions as plugins."""
     datasets, plugins = with_descriptions(tasks.datasets, shared.plugins)
     base, registry = replace(shared, plugins=plugins), Registry("dataset", plugins)
     names = [fold_name(*registry.fold_of(name, tasks.fold)) for name in split_names(datasets)]
-    return names, split_names(tasks.directions or ""), base
+    return names, split_names(tasks.directions), base
 
 
 def _run_matrix(title: str, cells: list[Cell], work: Work, dry_run: bool) -> None:
@@ -265,7 +256,7 @@ def _run_matrix(title: str, cells: list[Cell], work: Work, dry_run: bool) -> Non
         for key, found in states.items():
             left = sum(state != "done" for state in found)
             counts = ", ".join(f"{found.count(s)} {s}" for s in dict.fromkeys(found))
-            cost = f", {duration(seconds[key])} a run" if left else ""
+            cost = f", {duration(seconds[key])} per run" if left else ""
             total += left * seconds.get(key, 0.0)
             say(f"  {key[0]:<{width}}  {key[1]:<20}  {counts}{cost}")
         done = sum(item.state == "done" for item in planned)
@@ -279,7 +270,7 @@ def _run_matrix(title: str, cells: list[Cell], work: Work, dry_run: bool) -> Non
     outcome = Executor(planned, work.jobs, work.retry_failed, say).run()
     say(
         f"{len(planned)} runs: {outcome.ran} run now, {outcome.before} done before, "
-        f"{outcome.elsewhere} by another process, {len(outcome.failed)} failed."
+        f"{outcome.elsewhere} by other processes, {len(outcome.failed)} failed."
     )
     request = planned[0].run.request
     finished = matrix.finished(planned)
@@ -297,8 +288,8 @@ def _run_matrix(title: str, cells: list[Cell], work: Work, dry_run: bool) -> Non
     if outcome.failed:
         first = next(iter(outcome.failed.values()))
         raise RunFailure(
-            f"{len(outcome.failed)} of {len(planned)} runs failed, the first because: {first} "
-            "Give the same command with --retry-failed once the reason is removed."
+            f"{len(outcome.failed)} of {len(planned)} runs failed; reason of the first: {first} "
+            "Fix the cause and repeat the command with --retry-failed."
         )
     say()
     say(f"Rows:    {request.runs_root}/*/*/*/cases.parquet")
@@ -310,7 +301,7 @@ def _run_matrix(title: str, cells: list[Cell], work: Work, dry_run: bool) -> Non
 
 
 def _show_in_tracker(groups: list[Comparison], rows: pd.DataFrame, runs_root: Path) -> None:
-    """Nest the runs of each dataset under their comparison, with its table."""
+    """Group the runs of each dataset under their comparison, with its table."""
     import tempfile
 
     from glua_bench.records.tracker import open_tracker

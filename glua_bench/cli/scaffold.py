@@ -141,14 +141,14 @@ def new_description(
     return file
 
 
-def parse_structures(text: str, asked: str = "--structures") -> dict[str, tuple[int, ...]]:
+def parse_structures(text: str, option: str = "--structures") -> dict[str, tuple[int, ...]]:
     """Parse structures and their raw label values, e.g. "liver=1,tumour=2,3".
 
     The name "unannotated" is for voxels without annotation.
 
     Args:
         text: the user's input.
-        asked: name of the option or question, for error messages.
+        option: name of the option or question, for error messages.
 
     Returns:
         Structure → raw label values.
@@ -163,12 +163,12 @@ def parse_structures(text: str, asked: str = "--structures") -> dict[str, tuple[
         named = name.isprintable() and any(map(str.isalpha, name)) if equals else bool(title)
         if not named or not re.fullmatch("-?[0-9]+", value):
             raise ConfigError(
-                f"{asked}: '{part.strip()}' is not of the form name=value, such as liver=1 or "
+                f"{option}: '{part.strip()}' is not of the form name=value, such as liver=1 or "
                 "tumour=1,2,3."
             )
         if name in found or int(value) in used:
             raise ConfigError(
-                f"{asked}: '{part.strip()}' repeats a name or a value, or has the value 0 of the "
+                f"{option}: '{part.strip()}' repeats a name or a value, or has the value 0 of the "
                 "background; give each structure its own values."
             )
         title = name or title

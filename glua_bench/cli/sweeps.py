@@ -1,4 +1,4 @@
-"""The commands of a search: `sweep`, `worker`; and how its report is wired to it."""
+"""The commands `sweep` and `worker`, and the report of a sweep."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from glua_bench.sweeps.study import SweepStudy
 
 
-class Where(str, Enum):
-    """Where the workers of a sweep are."""
+class Executor(str, Enum):
+    """Executors of a sweep's workers."""
 
     local = "local"
     slurm = "slurm"
@@ -41,79 +41,70 @@ class Where(str, Enum):
 
 @dataclass(frozen=True)
 class Changes:
-    """The options of `sweep` that replace what its file says."""
+    """Options of `sweep` that override its file."""
 
-    trials: Annotated[int | None, typer.Option(min=1, help="In the place of the file's.")] = None
-    dataset: Annotated[str | None, typer.Option(help="In the place of the file's.")] = None
-    fold: Annotated[int | None, typer.Option(min=1, help="In the place of the file's.")] = None
+    trials: Annotated[int | None, typer.Option(min=1, help="Overrides the file.")] = None
+    dataset: Annotated[str | None, typer.Option(help="Overrides the file.")] = None
+    fold: Annotated[int | None, typer.Option(min=1, help="Overrides the file.")] = None
     directions: DirectionNames = None
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Of every trial, in the place of the file's.")
+        int | None, typer.Option(min=1, help="Seeds per trial; overrides the file.")
     ] = None
     space: Annotated[
-        str | None, typer.Option(help="auto: every setting of the method that has a range.")
+        str | None, typer.Option(help="auto: search all settings of the method that have a range.")
     ] = None
 
 
 @dataclass(frozen=True)
 class Place:
-    """The options of `sweep` that say where its workers are.
-
-    Raises:
-        ConfigError: the options contradict each other.
-    """
+    """Options of `sweep` for its workers."""
 
     executor: Annotated[
-        Where,
+        Executor,
         typer.Option(
-            help="Where workers are: local, processes of this machine; slurm, jobs of a cluster; "
-            "debug, one in this process."
+            help="Executor of workers: local processes, slurm jobs, or debug (in this process)."
         ),
-    ] = Where.local
+    ] = Executor.local
     slurm: Annotated[
-        Path | None, typer.Option(help="A YAML file of what a job asks for: docs/cluster.md.")
+        Path | None, typer.Option(help="YAML file of job resources; see docs/cluster.md.")
     ] = None
     detach: Annotated[
         bool,
-        typer.Option("--detach", help="Leave the jobs to SLURM; the same command looks at them."),
+        typer.Option("--detach", help="Exit and leave jobs to SLURM."),
     ] = False
 
     def __post_init__(self) -> None:
-        if (self.slurm is not None) != (self.executor is Where.slurm):
+        if (self.slurm is not None) != (self.executor is Executor.slurm):
             raise ConfigError(
-                "--executor slurm and --slurm FILE.yaml belong together; give both or neither."
+                "--executor slurm needs --slurm FILE.yaml and vice versa; give both or neither."
             )
-        if self.detach and self.executor is not Where.slurm:
-            raise ConfigError(
-                "--detach leaves jobs to SLURM; add --executor slurm, or leave it out."
-            )
+        if self.detach and self.executor is not Executor.slurm:
+            raise ConfigError("--detach needs --executor slurm; add it, or omit --detach.")
 
 
-# The file says what all runs share of settings and augmentation.
+# The file defines settings and augmentation.
 @with_options(without=["assignments", "augmentation"])
 def sweep(
     *,
     file: Annotated[
-        str, typer.Argument(help="A sweep's YAML file, or the name of one: `list sweeps`.")
+        str, typer.Argument(help="YAML file of a sweep, or a name from `list sweeps`.")
     ],
     workers: Annotated[
-        int, typer.Option(min=1, help="Processes on this machine, each with its GPU or cores.")
+        int, typer.Option(min=1, help="Local processes, which share the GPUs or cores.")
     ] = 1,
     changes: Changes,
     storage: Storage = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a sweep that has begun, or say it has not.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume an existing sweep.")] = False,
     fork: Annotated[
-        bool, typer.Option("--fork", help="Begin a new study beside one of the same name.")
+        bool, typer.Option("--fork", help="Start a new study even if one has the same name.")
     ] = False,
     shared: RunOptions,
     place: Place,
     dry_run: DryRun = False,
 ) -> None:
-    """Search settings of a method by a score that needs no target label.
+    """Search settings of a method without target labels.
 
-    The same command again goes on where it was, and does nothing for a finished sweep.
+    The same command resumes an interrupted sweep and shows the result of a finished one.
     """
     if changes.dataset is not None:
         dataset, plugins = with_descriptions(changes.dataset, shared.plugins)
@@ -123,35 +114,32 @@ def sweep(
     from glua_bench.sweeps.slurm import read
 
     resources = None if place.slurm is None else read(place.slurm, shared.devices)
-    directions = split_names(changes.directions or "")
+    directions = split_names(changes.directions)
     given = {**vars(changes), "directions": directions, "preset": shared.preset}
-    told = definition.read(definition.find(file), shared.oracle, shared.plugins, **given)
-    base = replace(shared, preset=None)  # each run has the definition's
-    for line in command.described(told):
+    chosen = definition.read(definition.find(file), shared.oracle, shared.plugins, **given)
+    base = replace(shared, preset=None)  # the definition has the preset
+    for line in command.described(chosen):
         say(line)
     if dry_run:
-        for line in command.planned(told, base, workers, say):
+        for line in command.planned(chosen, base, workers, say):
             say(line)
         say("Next: the same command without --dry-run.")
         return
-    study = command.open_study(told, base, storage, workers, fork, resume, say)
+    study = command.open_study(chosen, base, storage, workers, fork, resume, say)
     try:
         if resources is not None:
             if not command.run_jobs(
                 study, base, storage, workers, resources, place.detach, sys.stdout, say
             ):
-                say("Next: the same command without --detach shows what they do.")
+                say("Next: the same command without --detach shows their progress.")
                 return
-        elif place.executor is Where.debug:
+        elif place.executor is Executor.debug:
             with listening():
                 command.run_worker(study, base, say, Progress())
         else:
             command.run_crew(study, base, storage, workers, sys.stdout)
     except KeyboardInterrupt:
-        end(
-            f"interrupted; what is done is kept in {study.folder}, and the same command goes on.",
-            130,
-        )
+        end(f"interrupted; finished trials are in {study.folder}; the same command resumes.", 130)
     for line in command.conclude(study):
         say(line)
     page = report_sweep(study, base, study.folder / "report")
@@ -163,7 +151,7 @@ def sweep(
 
 
 def report_sweep(study: SweepStudy, base: RunOptions, out: Path) -> Path:
-    """Write a sweep's report, and show the sweep in the tracker."""
+    """Write a sweep's report, upload it to the tracker, and return its page."""
     from glua_bench.records.tracker import open_tracker
     from glua_bench.reports import sweep_report
     from glua_bench.sweeps import results
@@ -181,12 +169,12 @@ def report_sweep(study: SweepStudy, base: RunOptions, out: Path) -> Path:
 
 
 def worker(
-    study: Annotated[str, typer.Option(help="The sweep's name.")],
+    study: Annotated[str, typer.Option(help="Name of the sweep.")],
     storage: Storage = None,
     runs_root: RunsRoot = Path("runs"),
     plugin: Plugins = None,
 ) -> None:
-    """Work on a sweep that `sweep` has begun, here or on another machine, until it is finished."""
+    """Run trials of an existing sweep, also from another machine, until it is finished."""
     from glua_bench.console import Progress
     from glua_bench.sweeps import command, launch
 

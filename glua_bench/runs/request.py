@@ -16,20 +16,22 @@ import typer
 
 from glua_bench.errors import ConfigError
 
-PLUGIN = typer.Option("--plugin", help="A Python file with further methods, datasets or selectors.")
+PLUGIN = typer.Option(
+    "--plugin", help="Plugin file with methods, datasets or selectors; repeatable."
+)
 DataRoot = Annotated[
     Path | None,
     typer.Option(
         "--data-root",
-        help="The dataset's directory; default: $GLUA_BENCH_DATA/DATASET (generated data: "
-        "the cache).",
+        help="Directory of the dataset; default: $GLUA_BENCH_DATA/DATASET, or the cache for "
+        "generated data.",
     ),
 ]
 Fold = Annotated[
     int,
-    typer.Option("--fold", min=1, help="The dataset's fold, with its own test cases; default: 1."),
+    typer.Option("--fold", min=1, help="Fold of the dataset; 1 is the default split."),
 ]
-RunsRoot = Annotated[Path, typer.Option("--runs", help="The directory of all runs.")]
+RunsRoot = Annotated[Path, typer.Option("--runs", help="Directory of all runs.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 
 Options = TypeVar("Options", bound="RunOptions")
@@ -63,19 +65,17 @@ class RunOptions:
         typer.Option(
             "--set",
             help="Change a setting, e.g. method.lr=1e-3, segmenter.name=timm:resnet18, "
-            "grid.size=96, batch_size=4, slices=3. Repeatable; `list methods -v` names them.",
+            "grid.size=96, batch_size=4; repeatable. `list methods -v` lists the settings.",
         ),
     ] = field(default_factory=list)
     augmentation: Annotated[
         str | None, typer.Option(help="none, geometric (default) or photometric.")
     ] = None
-    steps: Annotated[int | None, typer.Option(help="Updates of the segmenter.")] = None
+    steps: Annotated[int | None, typer.Option(help="Number of updates of the segmenter.")] = None
     data_root: DataRoot = None
     runs_root: RunsRoot = Path("runs")
     device: Device = "auto"
-    devices: Annotated[
-        int, typer.Option(min=1, help="Processes per run, each on its own GPU (or CPU share).")
-    ] = 1
+    devices: Annotated[int, typer.Option(min=1, help="Processes per run, one per GPU.")] = 1
     precision: Annotated[
         str | None, typer.Option(help="32-true (default), bf16-mixed or 16-mixed.")
     ] = None
@@ -84,11 +84,10 @@ class RunOptions:
         bool,
         typer.Option(
             "--oracle",
-            help="Also score every checkpoint on the labelled test cases, to measure the cost of "
-            "selecting without labels; flagged, and never a result.",
+            help="Also score every checkpoint on labelled test cases (privileged, not a result).",
         ),
     ] = False
-    mlflow: Annotated[bool, typer.Option("--mlflow/--no-mlflow", help="Mirror runs to MLflow.")] = (
+    mlflow: Annotated[bool, typer.Option("--mlflow/--no-mlflow", help="Upload runs to MLflow.")] = (
         True
     )
 
@@ -158,10 +157,7 @@ class RunRequest(RunOptions):
     method: Annotated[str, typer.Option(help="Name of the method; see `glua-bench list methods`.")]
     dataset: Annotated[
         str,
-        typer.Option(
-            help="Name of the dataset (see `glua-bench list datasets`), or a FILE.yaml that "
-            "describes one."
-        ),
+        typer.Option(help="Name of the dataset (see `glua-bench list datasets`) or FILE.yaml."),
     ]
     direction: Annotated[
         str | None, typer.Option(help="source-target, e.g. mr-ct; default: the dataset's first.")
@@ -171,8 +167,7 @@ class RunRequest(RunOptions):
     scenario: Annotated[
         str,
         typer.Option(
-            help="uda, or supervised: train source_only on labelled target cases, the upper "
-            "bound (privileged)."
+            help="uda, or supervised: the upper bound, trained on target labels (privileged)."
         ),
     ] = "uda"
 

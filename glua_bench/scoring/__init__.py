@@ -1,1 +1,1 @@
-"""From predictions to numbers."""
+"""Metrics, evaluation and selectors."""

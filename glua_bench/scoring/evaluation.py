@@ -1,7 +1,7 @@
-"""Volumes → predictions → one tidy row per case and structure.
+"""Predict and score cases: one row per case and structure.
 
-Every slice of every case is predicted, the probabilities are carried back to the file's own
-grid, and the metrics are computed there, in mm, against the label file as it is.
+Every slice is predicted, probabilities are resampled to the file's own grid, and metrics are
+computed there, in mm, against the original label file.
 """
 
 from __future__ import annotations
@@ -32,31 +32,28 @@ def predict_volumes(
     device: torch.device,
     batch_size: int = 32,
 ) -> Iterator[np.ndarray]:
-    """Class probabilities of every slice of volumes, in their order.
-
-    A batch is filled with slices of as many volumes as it takes; a volume is given back once its
-    last slice is predicted.
+    """Predict class probabilities of every slice of volumes; batches may span volumes.
 
     Args:
         predict: (N, S, H, W) → logits (N, K, H, W).
-        volumes: the stacks of each, in [-1, 1].
-        device: where `predict` expects images.
-        batch_size: slices in one pass.
+        volumes: the stacks of each volume, in [-1, 1].
+        device: device of the images for `predict`.
+        batch_size: slices per batch.
 
-    Returns:
-        float32 (K, Z, H, W) of each volume.
+    Yields:
+        float32 (K, Z, H, W) of each volume, in order.
     """
     waiting: list[tuple[Stacks, int]] = []  # volume and slice, not predicted yet
-    done: list[np.ndarray] = []  # predicted slices that are not given back yet
+    done: list[np.ndarray] = []  # predicted slices, not yielded yet
     depths: list[int] = []
 
-    def pass_on(size: int) -> None:
+    def predict_batch(size: int) -> None:
         images = np.stack([np.asarray(stacks[z], np.float32) for stacks, z in waiting[:size]])
         batch = torch.from_numpy(images).to(device)
         done.extend(predict(batch).float().softmax(1).cpu().numpy())
         del waiting[:size]
 
-    def complete() -> Iterator[np.ndarray]:
+    def finished() -> Iterator[np.ndarray]:
         while depths and len(done) >= depths[0]:
             depth = depths.pop(0)
             yield np.stack(done[:depth], axis=1)
@@ -66,12 +63,12 @@ def predict_volumes(
         depths.append(len(stacks))
         waiting.extend((stacks, z) for z in range(len(stacks)))
         while len(waiting) >= batch_size:
-            pass_on(batch_size)
-        yield from complete()
+            predict_batch(batch_size)
+        yield from finished()
     while waiting:
-        pass_on(batch_size)
-    yield from complete()
-    # Some published pipelines drop the last incomplete block of slices; here it cannot happen.
+        predict_batch(batch_size)
+    yield from finished()
+    # Some published pipelines drop the last incomplete batch of slices.
     assert not depths and not done, "not every slice was predicted"
 
 
@@ -82,7 +79,7 @@ def predict_volume(
     batch_size: int = 32,
     neighbourhood: Neighbourhood = ALONE,
 ) -> np.ndarray:
-    """Class probabilities of every slice of one cached volume, float32 (K, Z, H, W)."""
+    """Predict class probabilities of one cached volume, float32 (K, Z, H, W)."""
     stacks = neighbourhood.stacks(image.open(), image.placement.grid_spacing[0])
     (probabilities,) = predict_volumes(predict, [stacks], device, batch_size)
     return probabilities
@@ -104,18 +101,18 @@ def evaluate(
 
     Args:
         predict: (N, S, H, W) → logits (N, K, H, W).
-        dataset: gives structures and how files are read.
-        cases: what to score; their labels are read here and nowhere in training.
+        dataset: defines structures and readings.
+        cases: cases to score; training never reads their labels.
         grid: the working grid.
         cache: preprocessed slices.
-        device: where `predict` expects images.
-        progress: what the user sees.
-        predictions: directory for label volumes on the files' own grids; None saves none.
-        title: name of this work in the progress display.
-        neighbourhood: the slices that `predict` sees with each.
+        device: device of the images for `predict`.
+        progress: progress display.
+        predictions: directory for predicted label volumes; None saves none.
+        title: stage name in the progress display.
+        neighbourhood: input slices of `predict`.
 
     Returns:
-        One row per case and structure: case, subject, domain, and what `case_metrics` gives.
+        One row per case and structure: case, subject, domain, and the columns of `case_metrics`.
     """
     rows = []
     progress.stage(title, len(cases))
@@ -129,7 +126,7 @@ def evaluate(
             values = [structure.values[0] for structure in structures]
             save_labels(predictions / f"{case.id}.nii.gz", labels, image.placement, values)
         reference = read_label_volume(case.truth, case.image, view)
-        # What nobody annotated can be neither right nor wrong, so that it is background in both.
+        # Unannotated voxels are excluded by setting them to background in both.
         unannotated = reference == UNANNOTATED
         labels[unannotated] = reference[unannotated] = 0
         of_case = {"case": case.id, "subject": case.subject, "domain": case.domain}
@@ -141,22 +138,21 @@ def evaluate(
 
 
 def mean_score(cases: pd.DataFrame, metric: str = PRIMARY.name) -> float:
-    """Mean of a metric over the structures of each case, then over the cases."""
+    """Average a metric over the structures of each case, then over the cases."""
     return float(cases.groupby("case", sort=False)[metric].mean().mean())
 
 
 def summarise(cases: pd.DataFrame) -> pd.DataFrame:
-    """Means over cases, one row per selector and structure, and one for their mean.
+    """Average over cases: one row per selector and structure, and one for the mean.
 
-    A structure that neither prediction nor reference shows is undefined (nan) and does not
-    enter; a missed one enters with each metric's `worst` value. The "mean" row averages
-    structures within each case before it averages cases.
+    NaN (structures in neither mask) is excluded; misses have the `worst` value. The "mean" row
+    averages structures within each case before it averages cases.
 
     Args:
-        cases: rows of `evaluate`, with a column `selector`; a metric that they lack is nan.
+        cases: rows of `evaluate` with a column `selector`; missing metrics are NaN.
 
     Returns:
-        selector, structure, a column for each metric, misses, cases.
+        Columns selector, structure, all metrics, misses, cases.
     """
     cases, metrics, rows = complete(cases), list(METRICS), []
     for selector, chosen in cases.groupby("selector", sort=False):

@@ -1,19 +1,18 @@
-"""The metrics of one case, in 3-D and in mm.
+"""Segmentation metrics of one case, in 3-D and in mm.
 
 `METRICS` is the only list of metrics: evaluation, result files, comparisons, reports, sweeps and
 trackers iterate over it. To add a metric, write a function of a `MaskPair` and register it there.
 
-The definitions are those of medpy: surfaces are the voxels that a 6-neighbour erosion removes,
-ASSD and HD95 are mean and 95th percentile of the pooled distances from either surface to the
-other. What differs is the cost. A distance transform of the whole volume, twice for each metric
-and structure, is replaced by one nearest-neighbour query per surface, in a box around the
-structure, and every metric of the structure reads the distances of this one query.
+Definitions agree with medpy: surfaces are the voxels that a 6-neighbour erosion removes; ASSD and
+HD95 are mean and 95th percentile of the pooled distances from either surface to the other. Instead
+of distance transforms of the volume, one nearest-neighbour query per surface, in a box around the
+structure, serves all metrics.
 
-Masks without the structure are handled here once, for every metric:
+Empty masks are handled for all metrics alike:
 
-- neither mask has the structure: nothing was to be found, every metric is nan and enters no mean;
-- one of them has it (a miss, or a false alarm): the metric takes its `worst` value. Dice is 0; a
-  distance is the diagonal of the volume, the largest distance that its voxels allow.
+- if both masks are empty, the metric is NaN and excluded from means;
+- if one is (a miss or a false alarm), the metric has its `worst` value: 0 for Dice, the diagonal of
+  the volume for distances.
 """
 
 from __future__ import annotations
@@ -33,18 +32,18 @@ from glua_bench.task import Structure
 if TYPE_CHECKING:
     import pandas as pd
 
-MISSING = "–"  # printed where there is no value
+MISSING = "–"  # printed for undefined values
 
 
 @dataclass(frozen=True)
 class MaskPair:
-    """The predicted and the reference mask of one structure of one case.
+    """Predicted and reference mask of one structure of one case.
 
     Attributes:
-        prediction: boolean mask, any shape; a box around both masks is enough.
-        reference: boolean mask, the same shape.
+        prediction: boolean mask, which may be cropped to a box around both masks.
+        reference: boolean mask of the same shape.
         spacing: mm per axis.
-        diagonal: mm between opposite corners of the whole volume (`distance_penalty`).
+        diagonal: diagonal of the whole volume in mm (`distance_penalty`).
     """
 
     prediction: np.ndarray
@@ -54,18 +53,14 @@ class MaskPair:
 
     @cached_property
     def sizes(self) -> tuple[int, int]:
-        """Voxels of the prediction and of the reference."""
+        """Number of voxels of prediction and reference."""
         return int(np.count_nonzero(self.prediction)), int(np.count_nonzero(self.reference))
 
     @cached_property
     def distances(self) -> np.ndarray:
-        """Distances from each surface voxel of either mask to the other mask's surface.
+        """Distances from each surface voxel of either mask to the other surface, float64, mm.
 
-        Computed once, on first use, and shared by all metrics that read it.
-
-        Returns:
-            float64, mm; first those from the prediction's surface, then those from the
-            reference's.
+        Those of the prediction's surface come first.
 
         Raises:
             ValueError: a mask is empty.
@@ -73,12 +68,12 @@ class MaskPair:
         if not all(self.sizes):
             raise ValueError("Surface distances need two masks that are not empty.")
         steps = _steps(self.spacing, self.prediction.ndim)
-        # No margin is needed: what lies beyond an array counts as outside, here and in medpy.
-        first, second = _surface(self.prediction), _surface(self.reference)
+        # No margin is needed, since voxels beyond the array count as outside, as in medpy.
+        first, second = (m & ~ndimage.binary_erosion(m) for m in (self.prediction, self.reference))
         return np.concatenate([_one_way(first, second, steps), _one_way(second, first, steps)])
 
     def scores(self) -> dict[str, float]:
-        """The value of every metric by name, by the rules for masks without the structure."""
+        """Compute every metric, by name."""
         present = [size > 0 for size in self.sizes]
         if not any(present):
             return dict.fromkeys(METRICS, math.nan)
@@ -92,18 +87,17 @@ class MaskPair:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that is computed for each structure of each case.
+    """A metric, computed for each structure of each case.
 
     Attributes:
-        name: the column in result files, and the key in JSON and in trackers.
-        title: what readers see.
-        unit: of the values, e.g. "mm"; "%" for a share of one that reports print in percent.
+        name: column in result files, and key in JSON and trackers.
+        title: displayed name.
+        unit: e.g. "mm"; "%" for fractions that reports print in percent.
         better: "higher" or "lower".
-        worst: the value where only one of the masks has the structure; None is the diagonal of
-            the volume, for distances in mm.
-        function: the value of two masks that are not empty; finite.
-        digits: decimals of a printed value (of a share, of its percentage).
-        per_structure: whether main tables print each structure besides the mean.
+        worst: value if one of the masks is empty; None is the diagonal of the volume.
+        function: computes a finite value from masks that are not empty.
+        digits: decimals of printed values (of percentages for fractions).
+        per_structure: whether main tables show structures besides the mean.
     """
 
     name: str
@@ -117,12 +111,12 @@ class Metric:
 
     @property
     def scale(self) -> int:
-        """Factor from stored values to those in reports."""
+        """Factor between stored values and reports."""
         return 100 if self.unit == "%" else 1
 
     @property
     def label(self) -> str:
-        """Head of a column of stored values, e.g. "Dice" or "ASSD mm"."""
+        """Column heading of stored values, e.g. "Dice" or "ASSD mm"."""
         return self.title if self.unit == "%" else f"{self.title} {self.unit}".strip()
 
     @property
@@ -132,18 +126,18 @@ class Metric:
 
     @property
     def heading(self) -> str:
-        """Head of a column of a report, e.g. "Dice (%)"."""
+        """Column heading in reports, e.g. "Dice (%)"."""
         return f"{self.title} ({self.unit})" if self.unit else self.title
 
     def text(self, value: float | None) -> str:
-        """A stored value as printed below `label`; a dash where there is none."""
+        """Format a stored value for a column headed `label`; a dash if it is undefined."""
         if value is None or math.isnan(value):
             return MISSING
         return f"{value:.{self.digits + (2 if self.unit == '%' else 0)}f}"
 
 
 def dice(masks: MaskPair) -> float:
-    """Overlap in [0, 1]: 2|P ∩ R| / (|P| + |R|).
+    """Compute the Dice score in [0, 1], 2|P ∩ R| / (|P| + |R|).
 
     Example:
         >>> p, r = np.array([1, 1, 0], bool), np.array([1, 0, 0], bool)
@@ -154,9 +148,9 @@ def dice(masks: MaskPair) -> float:
 
 
 def assd(masks: MaskPair) -> float:
-    """Average symmetric surface distance in mm.
+    """Compute the average symmetric surface distance in mm.
 
-    mean of {d(p, ∂R) : p ∈ ∂P} ∪ {d(r, ∂P) : r ∈ ∂R}, over the pooled surface voxels.
+    Mean of {d(p, ∂R) : p ∈ ∂P} ∪ {d(r, ∂P) : r ∈ ∂R}, over the pooled surface voxels.
 
     Example:
         >>> p, r = np.array([[1, 0, 0, 0]], bool), np.array([[0, 0, 0, 1]], bool)
@@ -167,9 +161,9 @@ def assd(masks: MaskPair) -> float:
 
 
 def hd95(masks: MaskPair) -> float:
-    """95th percentile of the surface distances in mm.
+    """Compute the 95 % Hausdorff distance in mm.
 
-    percentile₉₅ of {d(p, ∂R) : p ∈ ∂P} ∪ {d(r, ∂P) : r ∈ ∂R}, over the pooled surface voxels.
+    95th percentile of {d(p, ∂R) : p ∈ ∂P} ∪ {d(r, ∂P) : r ∈ ∂R}, over the pooled surface voxels.
 
     Example:
         >>> p, r = np.array([[1, 0, 0, 0]], bool), np.array([[0, 0, 0, 1]], bool)
@@ -179,7 +173,7 @@ def hd95(masks: MaskPair) -> float:
     return float(np.percentile(masks.distances, 95))
 
 
-# Selection by the oracle, ranks, tests and charts use this one. It stands first in every table.
+# First in every table, and used by the oracle, ranks, tests and charts.
 PRIMARY = Metric("dice", "Dice", "%", "higher", 0.0, dice, per_structure=True)
 METRICS = {
     metric.name: metric
@@ -192,16 +186,15 @@ METRICS = {
 
 
 def complete(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows with a column for every metric; nan for metrics that are newer than the rows."""
+    """Add columns of NaN for metrics that the rows lack, since they are older."""
     return rows.assign(**{name: math.nan for name in METRICS if name not in rows})
 
 
 def distance_penalty(shape: Sequence[int], spacing: Sequence[float]) -> float:
-    """The distance in mm that counts where only one of two masks has a structure.
+    """Return the distance in mm for structures that only one of two masks has.
 
-    The diagonal of the volume between the centres of its corner voxels, ‖(shape − 1) · spacing‖:
-    the largest value that a distance between two of its voxels can take, so no prediction gains by
-    leaving a structure out.
+    It is the diagonal between the centres of the corner voxels, ‖(shape − 1) · spacing‖, the
+    largest possible distance, so that omitting a structure never improves a score.
 
     Example:
         >>> distance_penalty((4, 5), (1.0, 1.0))
@@ -218,22 +211,21 @@ def case_metrics(
     spacing: Sequence[float],
     ml: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Every metric of every structure of one case, and the volumes.
+    """Compute all metrics and volumes of the structures of one case.
 
     Args:
         prediction: class indices on the case's own grid, 0 for background.
-        reference: class indices, the same shape.
+        reference: class indices of the same shape.
         structures: class i + 1 is `structures[i]`.
         spacing: mm per axis of the arrays.
-        ml: volume of a voxel in ml; by default that of a box of this spacing.
+        ml: volume of a voxel in ml; by default the product of the spacing.
 
     Returns:
-        One row per structure, in order: structure (its name), a value for each of `METRICS`,
-        missed (only the reference has the structure), false_alarm (only the prediction has it),
-        reference_ml, prediction_ml.
+        One row per structure: structure (its name), all `METRICS`, missed (only the reference has
+        it), false_alarm (only the prediction has it), reference_ml, prediction_ml.
 
     Raises:
-        ValueError: the shapes differ, the spacing does not fit, or an index has no structure.
+        ValueError: the shapes differ, the spacing is invalid, or an index has no structure.
 
     Example:
         >>> reference = np.zeros((4, 8, 8), np.uint8)
@@ -252,22 +244,16 @@ def case_metrics(
     for name, labels in (("Prediction", prediction), ("Reference", reference)):
         indices = labels.dtype.kind in "iu"
         if not indices or (labels.size and (labels.min() < 0 or labels.max() > count)):
-            raise ValueError(f"{name} holds something else than class indices from 0 to {count}.")
+            raise ValueError(f"{name} must contain class indices from 0 to {count}.")
     diagonal = distance_penalty(prediction.shape, spacing)
     if ml is None:
         ml = float(np.prod(np.asarray(spacing, float))) / 1000
-    # One pass over the volume finds the box of each class; everything else happens in the boxes.
-    found, wanted = (
-        ndimage.find_objects(np.asarray(labels, np.int32), count)
-        for labels in (prediction, reference)
-    )
+    # One pass over both volumes finds the box of each class.
+    boxes = ndimage.find_objects(np.stack([prediction, reference]).astype(np.int32), count)
     rows = []
-    for index, structure in enumerate(structures):
-        boxes = [box for box in (found[index], wanted[index]) if box is not None]
-        box = _union(boxes) if boxes else (slice(0, 0),) * prediction.ndim
-        masks = MaskPair(
-            prediction[box] == index + 1, reference[box] == index + 1, spacing, diagonal
-        )
+    for index, (structure, box) in enumerate(zip(structures, boxes, strict=True), start=1):
+        inside = box[1:] if box is not None else (slice(0, 0),) * prediction.ndim
+        masks = MaskPair(prediction[inside] == index, reference[inside] == index, spacing, diagonal)
         predicted, expected = masks.sizes
         rows.append(
             {
@@ -288,9 +274,9 @@ def volumes_ml(labels: np.ndarray, structures: Sequence[Structure], ml: float) -
 
 
 def _one_way(surface: np.ndarray, other: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """Distances from each voxel of a surface to another one, given as masks of one box."""
+    """Compute the distance from each voxel of a surface to another surface."""
     distances = np.zeros(int(np.count_nonzero(surface)))
-    # Where surfaces coincide the distance is 0 without a search, in a good prediction mostly.
+    # Most surface voxels of good predictions coincide, and their distance is 0.
     apart = ~other[surface]
     if apart.any():
         tree = cKDTree(np.argwhere(other) * steps, balanced_tree=False, compact_nodes=False)
@@ -298,29 +284,8 @@ def _one_way(surface: np.ndarray, other: np.ndarray, steps: np.ndarray) -> np.nd
     return distances
 
 
-def _surface(mask: np.ndarray) -> np.ndarray:
-    """The voxels of a mask with a face neighbour outside it; beyond the array is outside."""
-    inner = mask.copy()
-    for axis in range(mask.ndim):
-        ahead = np.moveaxis(mask, axis, 0)
-        kept = np.moveaxis(inner, axis, 0)
-        kept[1:] &= ahead[:-1]
-        kept[:-1] &= ahead[1:]
-        kept[0] = False
-        kept[-1] = False
-    return mask & ~inner
-
-
-def _union(boxes: Sequence[tuple[slice, ...]]) -> tuple[slice, ...]:
-    """The smallest box around boxes."""
-    return tuple(
-        slice(min(side.start for side in sides), max(side.stop for side in sides))
-        for sides in zip(*boxes, strict=True)
-    )
-
-
 def _steps(spacing: Sequence[float], axes: int) -> np.ndarray:
-    """The spacing as an array, one positive number an axis."""
+    """Return the spacing as a validated array."""
     steps = np.asarray(spacing, float)
     if steps.shape != (axes,) or not (np.isfinite(steps).all() and (steps > 0).all()):
         raise ValueError(f"Spacing {tuple(spacing)} is not a positive length for {axes} axes.")

@@ -1,4 +1,4 @@
-"""scaffold.py: what is written runs and is sound, and nothing is overwritten."""
+"""scaffold.py: generated files pass their checks, and nothing is overwritten."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_structures_merge_label_values(tmp_path: Path) -> None:
 
 
 def test_structures_are_called_as_people_call_them(tmp_path: Path) -> None:
-    """Other letters, brackets and quotes; and -1, by which some say that nobody annotated."""
+    """Titles may have other letters, brackets and quotes; values may be -1."""
     parsed = scaffold.parse_structures('Gef\u00e4\u00df (links)=1,2nd "rib"=2,\u813e=3,tumour=-1,4')
     assert list(parsed.values()) == [(1,), (2,), (3,), (-1, 4)]
     assert scaffold.parse_structures(scaffold.written_structures(parsed)) == parsed

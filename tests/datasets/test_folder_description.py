@@ -146,7 +146,7 @@ def test_regions_that_overlap_are_no_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("  LIV:", "  mean:", "A structure cannot be called 'mean', as results call the average"),
+        ("  LIV:", "  mean:", "structure name 'mean' is reserved for the average over structures"),
         ("name: own", "name: Own data", "line 1: 'Own data' is not a valid dataset name; use"),
         ("plane: axial", "plane: axal", "line 2: 'plane' cannot be 'axal'; did you mean 'axial'?"),
         ("plane: axial", "plain: axial", "line 2: unknown 'plain'; did you mean 'plane'?"),
@@ -156,8 +156,12 @@ def test_regions_that_overlap_are_no_classes(tmp_path: Path) -> None:
         ("values: 1}", "values: 0}", "'values' must be a nonzero integer or a list of them (0"),
         ("values: 1}", "values: true}", "or a list of them (0 is background), not True."),
         ("values: 1}", "values: [1, x]}", "(0 is background), not [1, 'x']."),
-        ("  LIV:", "  Background:", "A structure cannot be called 'Background', which is what no"),
-        ("  LIV:", "  ignore:", "A structure cannot be called 'ignore', which is nnU-Net's word"),
+        (
+            "  LIV:",
+            "  Background:",
+            "structure name 'Background' is reserved for the class of voxels",
+        ),
+        ("  LIV:", "  ignore:", "structure name 'ignore' is reserved for nnU-Net's name"),
         ("values: 1}", "values: one}", "or a list of them (0 is background), not 'one'."),
         ("values: 1}", "values: 4}", "label value 4 is used for both LIV and SPL; give each"),
         ("  LIV: {title: liver, values: 1}", "  LIV:", "'LIV' in 'classes' must be a mapping of"),

@@ -73,7 +73,7 @@ def test_a_disk_that_takes_nothing_is_one_sentence(
 
 def test_a_file_in_the_way_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
-    with pytest.raises(RunFailure, match="a file lies where a directory must be") as error:
+    with pytest.raises(RunFailure, match="because a parent is a file") as error:
         started(tmp_path / "runs")
     one_sentence(error)
 

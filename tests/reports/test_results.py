@@ -183,7 +183,7 @@ def test_an_entry_without_some_seed_is_told_and_stops_nothing(made_runs):
 
 def test_a_comparison_that_cannot_be_written_down_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "comparisons").write_text("a file in the place of the directory")
-    with pytest.raises(RunFailure, match=r"comparisons/compare_.*\.json cannot be made because"):
+    with pytest.raises(RunFailure, match=r"comparisons/compare_.*\.json cannot be created because"):
         record(tmp_path, "compare glua", [])
 
 

@@ -310,7 +310,7 @@ def test_a_comparison_ends_with_a_report_of_its_own_runs(
     assert set(rows["run"].astype(str)) == wanted
     assert "random_gamma has a mean Dice of" in out
     code, _, err = call(*command_, "--from-mlflow")
-    assert code and "names the runs of one comparison" in err
+    assert code and "(the file of one comparison)" in err
 
 
 def test_repeats_are_named_and_count_beside_their_run_only(

@@ -334,7 +334,7 @@ def test_the_upper_bound_predicts_both_domains(phantom_root: Path, tmp_path: Pat
         assert labels.shape == own.shape
         # The phantom has one reading, and the method ignores the domain.
         assert np.array_equal(labels, own.dataobj)
-    assert _read_as(model, "mr").endswith("of which this run has seen no image.")
+    assert _read_as(model, "mr").endswith("whose images were not in training.")
 
 
 def test_weights_that_no_module_owns_are_found_out(made: Made) -> None:
@@ -433,12 +433,12 @@ def test_results_that_are_there_are_not_replaced_unasked(
     words = ("predict", made.images[0], "--run", made.run.path, "--out", tmp_path)
     (mine := tmp_path / f"{inputs.stem(made.images[0])}_seg.nii.gz").write_bytes(b"corrected")
     code, _, err = call(*words)
-    assert code == 2 and f"{mine} is there already" in err and "--overwrite" in err
+    assert code == 2 and f"{mine} exists already" in err and "--overwrite" in err
     assert mine.read_bytes() == b"corrected" and not (tmp_path / "volumes.csv").exists()
     assert call(*words, "--overwrite")[0] == 0
     assert nib.load(mine).shape == nib.load(made.images[0]).shape
     code, _, err = call("predict", made.images[1], *words[2:])
-    assert code == 2 and "volumes.csv is there already" in err
+    assert code == 2 and "volumes.csv exists already" in err
 
 
 def test_volumes_before_a_bad_image_are_kept(made: Made, tmp_path: Path, call: Call) -> None:
@@ -463,10 +463,7 @@ def test_folders_and_files_of_one_name_are_segmented_beside_each_other(
     folders = [tmp_path / name for name in ("one", "two", "imagesTs")]
     out = tmp_path / "out"
     code, said, _ = call("predict", *folders, "--run", made.run.path, "--out", out, "--overlay")
-    assert (
-        code == 0
-        and "Skipped, since their names say that they are labels: scan_label.nii.gz." in said
-    )
+    assert code == 0 and "Skipped (labels by their names): scan_label.nii.gz." in said
     names = ["liver_7", "one_scan", "two_scan"]
     assert sorted(f.name for f in out.glob("*_seg.nii.gz")) == [f"{n}_seg.nii.gz" for n in names]
     assert sorted(f.name for f in out.glob("*.png")) == [f"{name}.png" for name in names]

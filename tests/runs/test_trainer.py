@@ -918,7 +918,7 @@ def test_a_limit_of_the_system_is_a_sentence(tmp_path: Path) -> None:
 
 def test_an_unwritable_directory_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunFailure, match=r"cannot be made because a file lies.*\.$"):
+    with pytest.raises(RunFailure, match=r"cannot be created because a parent is.*\.$"):
         save({}, tmp_path / "file" / "weights.pt")
 
 

@@ -1,4 +1,4 @@
-"""evaluation.py: every slice is predicted, on the file's own grid, and nothing missed is free."""
+"""evaluation.py: every slice is predicted and scored on the file's grid; misses are penalised."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from glua_bench.datasets.phantom.dataset import Phantom
 from glua_bench.errors import DataError
 from glua_bench.scoring.evaluation import evaluate, predict_volume, summarise
 from glua_bench.scoring.metrics import distance_penalty
-from glua_bench.task import UNANNOTATED, Case, DomainView, Grid
+from glua_bench.task import UNANNOTATED, Case, Grid
 
 CPU = torch.device("cpu")
 GRID = Grid(96, 3.0, 4.0)
@@ -49,7 +49,7 @@ def label_of(dataset: Phantom, case: Case) -> CachedLabel:
 
 
 def perfect(dataset: Phantom, case: Case, without: int = -1) -> Predict:
-    """Knows the answer on the working grid, and is asked for the slices in order."""
+    """Return a predictor of the labels on the working grid, for slices in order."""
     labels = torch.from_numpy(np.array(label_of(dataset, case).open(), dtype=np.int64))
     labels[labels == without] = 0
     answers = iter(labels)
@@ -108,7 +108,7 @@ def test_every_slice_is_predicted_amid_its_neighbours(dataset: Phantom, case: Ca
 
 
 def test_a_perfect_predictor_is_as_good_as_the_working_grid(dataset: Phantom, case: Case) -> None:
-    """What is lost is lost by 3 mm pixels of files with larger or smaller voxels."""
+    """Only resampling to 3 mm pixels reduces the score."""
     rows = score(perfect(dataset, case), dataset, [case])
     assert list(rows["structure"]) == [s.name for s in dataset.structures]
     assert (rows["dice"] > 0.9).all() and (rows["dice"] < 1).any()
@@ -171,7 +171,7 @@ def test_a_missed_structure_costs_the_penalty_and_is_counted(dataset: Phantom, c
 
 @pytest.fixture
 def partly(tmp_path: Path) -> tuple[type[TinyDataset], Case, np.ndarray]:
-    """A test case with half of its label overwritten by 99, and all slices' classes before."""
+    """Return a test case with half of its label overwritten by 99, and the original classes."""
     dataset = TinyDataset(tmp_path / "data")
     dataset.prepare()
     case = dataset.split("plain", "test")[0]
@@ -187,7 +187,7 @@ def partly(tmp_path: Path) -> tuple[type[TinyDataset], Case, np.ndarray]:
 
 def tiny_score(kind: type[TinyDataset], case: Case, answer: np.ndarray, **reading: object) -> Any:
     class Own(kind):  # type: ignore[misc, valid-type]
-        """With a reading of its own."""
+        """The dataset with another reading."""
 
     Own.reading = replace(kind.reading, **reading)  # type: ignore[arg-type]
     own, answers = Own(case.image.parents[1]), iter(torch.from_numpy(answer))
@@ -209,16 +209,10 @@ def test_what_nobody_annotated_is_neither_right_nor_wrong(
     expected = [np.isin(raw, s.values).sum() / 1000 for s in kind.structures]
     assert rows["reference_ml"].tolist() == rows["prediction_ml"].tolist() == expected
     # Any other answer there has the same scores.
-    other = whole.copy()
-    placement = (
-        SliceCache().image(case.unlabelled(), kind.view(case.domain).on(Grid(32, 1.0))).placement
-    )
-    unannotated = load_label(
-        case.truth,
-        case.image,
-        DomainView("ct", replace(kind.reading, unannotated_values=(99,)), kind.structures),
-        placement,
-    )
+    other, view = whole.copy(), kind.view(case.domain)
+    placement = SliceCache().image(case.unlabelled(), view.on(Grid(32, 1.0))).placement
+    view = replace(view, reading=replace(kind.reading, unannotated_values=(99,)))
+    unannotated = load_label(case.truth, case.image, view, placement)
     other[unannotated == UNANNOTATED] = 1
     assert (other != whole).sum() > 100
     again = tiny_score(kind, case, other, unannotated_values=(99,))
@@ -268,7 +262,7 @@ def test_a_label_of_another_shape_is_refused(phantom_root: Path, tmp_path: Path)
 
 
 def test_means_are_those_by_hand() -> None:
-    """Undefined values do not enter; a case's structures are averaged before its cases."""
+    """Undefined values are excluded; structures are averaged before cases."""
     nan = float("nan")
     rows = pd.DataFrame(
         [

@@ -1,4 +1,4 @@
-"""metrics.py: medpy's values, and a rule for every mask that is not there."""
+"""metrics.py: agreement with medpy, and empty masks."""
 
 import doctest
 import math
@@ -26,14 +26,14 @@ def pair(prediction, reference, spacing) -> MaskPair:
 
 
 def values(*arguments) -> tuple[float, float, float]:
-    """Dice, ASSD and HD95."""
+    """Return Dice, ASSD and HD95."""
     scores = pair(*arguments).scores()
     return scores["dice"], scores["assd"], scores["hd95"]
 
 
 @st.composite
 def masks(draw) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
-    """Two masks that are not empty, from specks to full arrays, in 2-D or 3-D."""
+    """Draw two masks that are not empty, from single voxels to full arrays, in 2-D or 3-D."""
     shape = draw(hnp.array_shapes(min_dims=2, max_dims=3, min_side=1, max_side=9))
     pair = []
     for _ in range(2):
@@ -60,7 +60,7 @@ def test_values_are_medpys(example):
     st.tuples(SPACINGS, SPACINGS, SPACINGS),
 )
 def test_a_case_is_its_structures_one_by_one(prediction, reference, spacing):
-    """Shared boxes and surfaces give what each pair of masks gives alone."""
+    """Metrics of a case equal those of each pair of masks."""
     rows = case_metrics(prediction, reference, (A, B, C), spacing)
     assert [row["structure"] for row in rows] == ["A", "B", "C"]
     for label, row in enumerate(rows, start=1):
@@ -82,7 +82,7 @@ def ball(shape, centre, radii) -> np.ndarray:
 
 
 def test_surfaces_are_those_of_face_neighbours():
-    """Of single voxels and where medpy's connectivity matters, with voxels far from cubic."""
+    """Single voxels, and masks that depend on medpy's connectivity, with anisotropic voxels."""
     spacing, speck, far = (0.5, 3.0, 7.0), np.zeros((3, 4, 5), bool), np.zeros((3, 4, 5), bool)
     speck[0, 0, 0] = far[2, 3, 4] = True
     expected = reference_metrics(speck, far, spacing)
@@ -116,7 +116,7 @@ def test_organ_like_structures_are_medpys_too():
 
 
 def test_known_distances():
-    """Two plates 3 voxels of 2 mm apart, and a millimetre the other way."""
+    """Two plates are 3 voxels of 2 mm apart."""
     one, other = np.zeros((6, 4), bool), np.zeros((6, 4), bool)
     one[0], other[3] = True, True
     assert pair(one, other, (2.0, 1.0)).distances.tolist() == [6.0] * 8
@@ -124,7 +124,7 @@ def test_known_distances():
 
 
 def test_surface_is_the_mask_without_its_inside():
-    """The centre of a cube has no say; pooled distances show the number of surface voxels."""
+    """The number of pooled distances is that of surface voxels, without the interior."""
     cube = np.ones((5, 5, 5), bool)
     assert len(pair(cube, cube, (1, 1, 1)).distances) == 2 * (125 - 27)
 
@@ -155,7 +155,7 @@ def test_miss_and_false_alarm_cost_the_diagonal(missed):
 @settings(max_examples=50, deadline=None)
 @given(masks())
 def test_no_distance_exceeds_the_penalty(example):
-    """Leaving a structure out never pays."""
+    """Omitting a structure never improves a score."""
     prediction, reference, spacing = example
     limit = distance_penalty(prediction.shape, spacing) + 1e-9
     assert pair(prediction, reference, spacing).distances.max() <= limit

@@ -26,7 +26,7 @@ TASK = "phantom mr-ct"
 
 
 def surface_dice(masks: MaskPair) -> float:
-    """The share of both surfaces that lies within 2 mm of the other one."""
+    """Compute the fraction of both surfaces within 2 mm of the other."""
     return float((masks.distances <= 2).mean())
 
 
@@ -39,7 +39,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def request(data_root: Path, runs_root: Path, seed: int) -> RunRequest:
-    """A run that takes a second."""
+    """Return a request for a small run."""
     small = ("segmenter.width=4", "segmenter.depth=3", "grid.size=32", "grid.spacing=7")
     return RunRequest(
         "source_only",
@@ -57,7 +57,7 @@ def request(data_root: Path, runs_root: Path, seed: int) -> RunRequest:
 
 @pytest.mark.usefixtures("registered")
 def test_the_value_is_that_by_hand() -> None:
-    """In a row of voxels all are surface: 4 of 4, and 6 of 7 (the last is 3 mm away)."""
+    """All voxels of a row are surface: 4 of 4 and 6 of 7 are within 2 mm."""
     prediction, reference = np.zeros((1, 1, 9), np.uint8), np.zeros((1, 1, 9), np.uint8)
     prediction[..., :4] = reference[..., :7] = 1
     structure = Structure("A", "A", (1,), "#000000")
@@ -71,7 +71,7 @@ def test_the_value_is_that_by_hand() -> None:
 def test_a_new_metric_is_wherever_a_metric_is(
     phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the table, the LaTeX, the page and MLflow; a run that is older than it has a dash."""
+    """It appears in table, LaTeX, page and MLflow; older runs have a dash."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     root, quiet = tmp_path / "runs", Progress(enabled=False)
     older = plan(request(phantom_root, root, seed=0))
@@ -139,7 +139,7 @@ def test_a_sweep_lists_it_for_every_run(made_sweep, tmp_path: Path) -> None:
 
 
 def test_no_other_file_spells_a_metric_or_the_upper_bound() -> None:
-    """A name, label or heading of a metric as a whole string, outside what is published."""
+    """No other file contains a metric's name, label or heading, except published results."""
     spelled = {"supervised": "config.py"}
     for metric in METRICS.values():
         spelled |= dict.fromkeys([metric.name, metric.label, metric.heading], "metrics.py")

@@ -1,4 +1,4 @@
-"""selectors.py: each score by hand or by a reference, and what no selector may see."""
+"""selectors.py: scores agree with references, and selectors see no target labels."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Predict = Callable[[Tensor, Role], Tensor]
 
 @pytest.fixture(scope="module")
 def validation(tmp_path_factory: pytest.TempPathFactory) -> LabelledStore:
-    """Forty labelled slices of two structures: more than one batch of them."""
+    """Return forty labelled slices of two structures, more than one batch."""
     root = tmp_path_factory.mktemp("tiny")
     dataset = TinyDataset(root / "data")
     dataset.prepare()
@@ -56,7 +56,7 @@ def validation(tmp_path_factory: pytest.TempPathFactory) -> LabelledStore:
 
 
 def answers(labels: np.ndarray, classes: int = 3) -> Predict:
-    """Gives prepared labels in the order of the slices, which must be said to be the source's."""
+    """Return a predictor of given labels, for source slices in order."""
     waiting = iter(torch.from_numpy(labels))
 
     def predict(images: Tensor, domain: Role) -> Tensor:
@@ -166,7 +166,7 @@ def test_without_any_structure_there_is_no_score(tmp_path: Path) -> None:
 
 
 def samples(labels: bool = False) -> Samples:
-    """Those that the numbers below were computed of."""
+    """Return the samples of the reference values below."""
     rng = np.random.default_rng(0)
     logits = torch.from_numpy(rng.normal(0, 2, (300, 5)))
     features = torch.from_numpy(rng.normal(0, 1, (300, 8)))
@@ -190,7 +190,7 @@ def with_samples(target: Samples | None, **others: Samples) -> Candidate:
     ],
 )
 def test_scores_are_those_of_pytorch_adapt(selector: type, expected: float) -> None:
-    """Its validators (0.0.83) gave these numbers for the same logits, in double precision."""
+    """References are from validators of pytorch-adapt 0.0.83, in double precision."""
     assert selector().score(with_samples(samples())) == pytest.approx(expected, rel=1e-9)
 
 
@@ -215,7 +215,7 @@ def test_density_ratios_are_those_of_two_gaussians() -> None:
 
 
 def test_dev_prefers_what_is_right_where_target_pixels_lie() -> None:
-    """Two candidates err as often on the source; one of them where the target is."""
+    """Two candidates have equal source errors; one has them where target pixels lie."""
     rng = np.random.default_rng(0)
     source = torch.from_numpy(rng.normal(0, 1, (1000, 2))).float()
     target = torch.from_numpy(rng.normal([1.5, 0], 1, (1000, 2))).float()

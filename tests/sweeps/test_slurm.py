@@ -108,9 +108,9 @@ def test_mistakes_in_the_file_are_named(text: str, said: str, file: Callable[[st
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--executor", "slurm"], "--executor slurm and --slurm FILE.yaml belong together"),
-        (["--slurm", "jobs.yaml"], "--executor slurm and --slurm FILE.yaml belong together"),
-        (["--detach"], "--detach leaves jobs to SLURM"),
+        (["--executor", "slurm"], "--executor slurm needs --slurm FILE.yaml"),
+        (["--slurm", "jobs.yaml"], "--executor slurm needs --slurm FILE.yaml"),
+        (["--detach"], "--detach needs --executor slurm"),
     ],
 )
 def test_options_that_need_each_other(
