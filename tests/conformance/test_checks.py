@@ -863,7 +863,7 @@ def test_a_way_to_a_label_is_found(monkeypatch: pytest.MonkeyPatch, what: str) -
                 assert labels.any()
 
     monkeypatch.setattr(execution, "ImageStore", Telling)
-    assert bench.outcome("no_way_to_labels").status == "failed"
+    assert bench.checks.result("no_way_to_labels").status == "failed"
 
 
 def test_target_images_served_unasked_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -884,10 +884,10 @@ def test_target_images_served_unasked_are_found(monkeypatch: pytest.MonkeyPatch)
                 self.predict(batch.source_images, "source"), batch.source_labels
             )
 
-    assert conformance.Bench(Plain).outcome("target_served").passed
+    assert conformance.Bench(Plain).checks.result("target_served").passed
     monkeypatch.setattr(execution, "stores", always)
     monkeypatch.setattr("glua_bench.data.batches.LabelledStore", type("Nothing", (), {}))
-    assert conformance.Bench(Plain).outcome("target_served").status == "failed"
+    assert conformance.Bench(Plain).checks.result("target_served").status == "failed"
 
 
 # -- the kit itself -------------------------------------------------------------------------------

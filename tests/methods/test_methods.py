@@ -1079,7 +1079,7 @@ def test_methods_keep_the_contract_with_several_slices(name: str) -> None:
         trained = bench.baseline
         assert trained.method.task.slices == 3
         for check in ("logits", "pictures", "checkpoint", "label_poison", "resume", "whole_run"):
-            result = bench.outcome(check)
+            result = bench.checks.result(check)
             assert result.passed, f"{check}: {result.message}"
         pictures = trained.method.pictures(bench.batch())
         for shown in ("restyled", "source again", "target as source", "global", "local", "fused"):
