@@ -38,13 +38,9 @@ from glua_bench.runs.request import RunRequest
 from glua_bench.task import Case, Dataset, Grid, Reading, Structure
 
 STEPS = 3  # a training's budget: a first, a middle and a last step
-
 BATCH = 2
-
 SIZE = 32  # the smallest slices that the harness accepts
-
 SEGMENTER = SegmenterSpec("unet", width=4, depth=3)
-
 SMALL = 2  # value to which integer settings are reduced, if their range allows it
 
 
@@ -131,15 +127,14 @@ def rewrite_voxels(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> No
     nib.save(nib.Nifti1Image(change(np.array(image.dataobj)), image.affine), path)
 
 
-def poison_labels(dataset: Dataset, cases: Iterable[Case], seed: int = 0) -> None:
+def poison_labels(dataset: Dataset, cases: Iterable[Case]) -> None:
     """Overwrite the label files of cases with random values of the dataset's table.
 
     Args:
         dataset: dataset that defines the values.
         cases: cases of a copy of the dataset.
-        seed: seed of the random values.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     for case in cases:
         view = dataset.view(case.domain)
         values = [0, *view.reading.ignored_values]
@@ -219,6 +214,7 @@ class Training:
         updates: (stage, parameter name) → number of optimizer updates.
         hidden: stage → state outside parameters and buffers after each of its steps.
         served: whether target images were served, for every step.
+        reused: stages loaded from the cache, after training.
     """
 
     def __init__(
@@ -229,8 +225,8 @@ class Training:
         inspect_step: Callable[[Batch, Context], None] | None = None,
         even: bool = False,
     ) -> None:
-        self.built, self.cache = built, cache
-        self.initial = self.weights = copy_weights(built.method.state_dict())
+        self.built, self.method, self.cache = built, built.method, cache
+        self.initial = self.weights = copy_weights(self.method.state_dict())
         self.calls: list[tuple[str, int]] = []
         self.problems: list[str] = []
         self.updates: Counter[tuple[str, str]] = Counter()
@@ -241,20 +237,11 @@ class Training:
         built.trainer.stages = tuple(map(self._record, built.trainer.stages))
         built.trainer.checkpoint_seconds = math.inf if stop is None else 0.0
 
-    @property
-    def method(self) -> Method:
-        """The method, in eval mode after training."""
-        return self.built.method
-
-    @property
-    def reused(self) -> set[str]:
-        """Names of the stages loaded from the cache."""
-        return self.built.trainer.reused
-
     def fit(self) -> Training:
         """Train to the end and return self; raise `Killed` at `stop`."""
         with closing(self.built.planned.directory):
             self.built.fit()
+        self.reused = self.built.trainer.reused
         self.weights = copy_weights(self.method.state_dict())
         return self
 
@@ -270,10 +257,7 @@ class Training:
         )
 
     def _step(
-        self,
-        update: Callable[[Batch, Context], dict[str, Tensor]],
-        batch: Batch,
-        context: Context,
+        self, update: Callable[[Batch, Context], Any], batch: Batch, context: Context
     ) -> dict[str, Tensor]:
         stop, stage = self._stop, context.stage.name
         stopping = stop is not None and (stop.stage, stop.step) == (stage, context.step)
@@ -324,19 +308,13 @@ class Training:
         return optimizers
 
     def _count(
-        self,
-        stage: str,
-        optimizer: Optimizer,
-        update: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
+        self, stage: str, optimizer: Optimizer, update: Callable[..., Any], *args: Any, **named: Any
     ) -> Any:
-        result = update(*args, **kwargs)
-        moved = {
-            id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-        }
+        result = update(*args, **named)
+        weights = (p for group in optimizer.param_groups for p in group["params"])
+        updated = {id(p) for p in weights if p.grad is not None}
         self.updates.update(
-            (stage, name) for name, p in self.method.named_parameters() if id(p) in moved
+            (stage, n) for n, p in self.method.named_parameters() if id(p) in updated
         )
         return result
 
@@ -501,9 +479,7 @@ class Bench:
             settings: changed settings of the method.
             dataset: a changed copy of the dataset; None takes the dataset itself.
             cache: cache directory; None creates one without stages.
-            stop: as for `Training`.
-            inspect_step: as for `Training`.
-            even: as for `Training`.
+            stop, inspect_step, even: as for `Training`.
             changes: further arguments of `plan`; with the `root` of an interrupted training, this
                 one resumes from its checkpoint.
 

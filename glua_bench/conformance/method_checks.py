@@ -44,9 +44,7 @@ from glua_bench.runs import execution
 from glua_bench.runs.trainer import stage_order, to_channels_last
 
 DOMAINS: tuple[Role, ...] = get_args(Role)
-
 PRECISIONS = ("32-true", "bf16-mixed")  # those that every device supports
-
 FLAT_STEPS = 20  # steps per stage on degenerate slices; enough for gradients to overflow
 
 _FLAT_ADVICE = (
@@ -139,7 +137,7 @@ def _stages(bench: Bench) -> None:
             ("modules", stage.modules, modules),
         ):
             unknown = sorted(set(names) - known)
-            demand(not unknown, f"`{kind}` of {what} names {unknown}, which the method lacks")
+            demand(not unknown, f"`{kind}` of {what} names {unknown}, which do not exist")
         demand(
             stage.depends_on is None or bool(stage.modules),
             f"{what} is shared (depends_on) but has no `modules`; list those that it trains",

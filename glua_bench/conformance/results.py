@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +26,6 @@ class CheckResult:
         check: name of the check.
         status: "passed", "failed", or "undecided" if a check that it needs did not pass.
         message: why the check failed or is undecided; if it passed, what did not apply.
-        seconds: run time.
         error: the exception behind a failure.
     """
 
@@ -35,13 +33,15 @@ class CheckResult:
     check: str
     status: str
     message: str = ""
-    seconds: float = 0.0
     error: BaseException | None = field(default=None, repr=False, compare=False)
 
     @property
     def passed(self) -> bool:
         """Whether the rule was checked and holds."""
         return self.status == "passed"
+
+
+CheckFunction = Callable[[Any], str | None]
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,14 @@ class Check:
     name: str
     rule: str
     needs: tuple[str, ...]
-    run: Callable[[Any], str | None]
+    run: CheckFunction
 
 
 METHOD_CHECKS: dict[str, Check] = {}
-
 DATASET_CHECKS: dict[str, Check] = {}
 
 
-def register(
-    table: dict[str, Check], *needs: str
-) -> Callable[[Callable[[Any], str | None]], Callable[[Any], str | None]]:
+def register(table: dict[str, Check], *needs: str) -> Callable[[CheckFunction], CheckFunction]:
     """Add a function to a table of checks; its docstring is the rule.
 
     Args:
@@ -76,7 +73,7 @@ def register(
         needs: checks that must pass before this one can be decided.
     """
 
-    def add(run: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+    def add(run: CheckFunction) -> CheckFunction:
         name = run.__name__.removeprefix("_")
         table[name] = Check(name, run.__doc__ or "", needs, run)
         return run
@@ -113,10 +110,7 @@ class Checklist:
     def result(self, name: str) -> CheckResult:
         """Return the result of a check; run it, and the checks that it needs, if not yet done."""
         if name not in self._results:
-            began = time.perf_counter()
-            status, message, error = self._outcome(self.table[name])
-            seconds = time.perf_counter() - began
-            self._results[name] = CheckResult(self.subject, name, status, message, seconds, error)
+            self._results[name] = CheckResult(self.subject, name, *self._outcome(self.table[name]))
         return self._results[name]
 
     def run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -92,13 +91,21 @@ def parametrize(
     """
     import pytest  # optional, and only needed for tests
 
+    @functools.cache
+    def bench(method: type[Method] | str) -> Bench:
+        """Return one bench for all tests of a method, so that they share its trainings."""
+        found = _method_class(method, plugins)
+        return Bench(found, config(found) if callable(config) else config)
+
+    def run(method: type[Method] | str, name: str) -> None:
+        _raise_unless_passed(bench(method).checks.result(name))
+
     cases = []
     names = select_checks(METHOD_CHECKS, only)
     for method in methods:
         label = method if isinstance(method, str) else getattr(method, "name", method.__name__)
         for name in names:
-            run = functools.partial(_test_method, method, config, plugins, name)
-            cases.append(pytest.param(run, id=f"{label}-{name}"))
+            cases.append(pytest.param(functools.partial(run, method, name), id=f"{label}-{name}"))
     return pytest.mark.parametrize("check", cases)
 
 
@@ -113,31 +120,12 @@ def parametrize_dataset(only: Iterable[str] | None = None) -> Any:
     """
     import pytest  # optional, and only needed for tests
 
+    def run(name: str, dataset: Dataset) -> None:
+        _raise_unless_passed(Checklist(DATASET_CHECKS, dataset.name, dataset).result(name))
+
     names = select_checks(DATASET_CHECKS, only)
-    cases = [pytest.param(functools.partial(_test_dataset, name), id=name) for name in names]
+    cases = [pytest.param(functools.partial(run, name), id=name) for name in names]
     return pytest.mark.parametrize("check", cases)
-
-
-def _test_dataset(name: str, dataset: Dataset) -> None:
-    _raise_unless_passed(Checklist(DATASET_CHECKS, dataset.name, dataset).result(name))
-
-
-def _test_method(
-    method: type[Method] | str,
-    config: Mapping[str, Any] | Callable[[type[Method]], Mapping[str, Any]] | None,
-    plugins: Sequence[Path],
-    name: str,
-) -> None:
-    found = _method_class(method, plugins)
-    settings = config(found) if callable(config) else config or {}
-    bench = _shared_bench(found, json.dumps(dict(settings), sort_keys=True))
-    _raise_unless_passed(bench.checks.result(name))
-
-
-@functools.cache
-def _shared_bench(method: type[Method], config: str) -> Bench:
-    """Return one bench for all tests of a method, so that they share its trainings."""
-    return Bench(method, json.loads(config))
 
 
 def _raise_unless_passed(result: CheckResult) -> None:

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny_methods import TASK, take_step
 from torch import Tensor
 
 from glua_bench.config import SegmenterSpec
-from glua_bench.conformance import TinyDataset
 from glua_bench.errors import ConfigError
 from glua_bench.losses import segmentation_loss
-from glua_bench.method import Batch, Context, TaskInfo
+from glua_bench.method import Batch
 from glua_bench.methods.ada_output import AdaOutput, AdaOutputConfig, OutputDiscriminator
 
 
 def build(size: int = 64, depth: int = 3, name: str = "unet", **config: Any) -> AdaOutput:
     torch.manual_seed(0)
-    spec = SegmenterSpec(name, 4, depth)
-    task = TaskInfo("tiny", TinyDataset.structures, size, spec, 2)
+    task = replace(TASK, size=size, segmenter=SegmenterSpec(name, 4, depth))
     return AdaOutput(task, AdaOutputConfig(**{"width_discriminator": 8, **config}))
 
 
@@ -31,12 +31,6 @@ def make_batch(classes: int) -> Batch:
     source, target = torch.rand(2, 2, 1, 64, 64, generator=generator) * 2 - 1
     labels = torch.randint(0, classes, (2, 64, 64), generator=generator)
     return Batch(source, labels, 0.3 * target + 0.4)
-
-
-def take_step(method: AdaOutput, batch: Batch) -> dict[str, float]:
-    (stage,) = method.stages()
-    context = Context(stage, 0, 10, method.optimizers(), lambda: iter(()))
-    return {name: float(value.detach()) for name, value in method.step(batch, context).items()}
 
 
 # -- by hand: numpy and nothing of the package's losses ------------------------------------------

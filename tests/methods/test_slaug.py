@@ -9,23 +9,21 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import comb
+from tiny_methods import TASK, context_of
 from torch import Tensor
 
-from glua_bench.config import SegmenterSpec
-from glua_bench.conformance import TinyDataset
 from glua_bench.losses import segmentation_loss
-from glua_bench.method import Batch, Context, TaskInfo
+from glua_bench.method import Batch
 from glua_bench.methods import slaug
 from glua_bench.methods.slaug import SLAug, SLAugConfig
 from glua_bench.task import UNANNOTATED
 
-CLASSES = len(TinyDataset.structures) + 1
+CLASSES = TASK.classes
 
 
 def build(**config: Any) -> SLAug:
     torch.manual_seed(0)
-    task = TaskInfo("tiny", TinyDataset.structures, 32, SegmenterSpec("unet", 4, 3), 2)
-    return SLAug(task, SLAugConfig(**config))
+    return SLAug(TASK, SLAugConfig(**config))
 
 
 def batch() -> Batch:
@@ -35,11 +33,6 @@ def batch() -> Batch:
     labels = torch.randint(0, CLASSES, (2, 32, 32), generator=generator)
     labels[0, labels[0] == 1] = 0  # a structure that one image does not show
     return Batch(images, labels, None)
-
-
-def context_of(method: SLAug) -> Context:
-    (stage,) = method.stages()
-    return Context(stage, 0, 10, method.optimizers(), lambda: iter(()))
 
 
 def by_hand(images: np.ndarray, regions: np.ndarray, falling: list[float], seed: int) -> np.ndarray:
