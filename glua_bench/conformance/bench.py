@@ -135,13 +135,16 @@ def poison_labels(dataset: Dataset, cases: Iterable[Case]) -> None:
         cases: cases of a copy of the dataset.
     """
     rng = np.random.default_rng(0)
+
+    def noise(values: list[int], voxels: np.ndarray) -> np.ndarray:
+        return rng.choice(np.array(values, np.int16), voxels.shape)
+
     for case in cases:
         view = dataset.view(case.domain)
         values = [0, *view.reading.ignored_values]
         values += [v for structure in view.structures for v in structure.values]
         if case.label is not None:
-            table = np.array(values, np.int16)
-            rewrite_voxels(case.label, lambda voxels, table=table: rng.choice(table, voxels.shape))
+            rewrite_voxels(case.label, functools.partial(noise, values))
 
 
 def flatten_slices(cases: Iterable[Case]) -> None:

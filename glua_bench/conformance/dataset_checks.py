@@ -174,7 +174,7 @@ def _splits(dataset: Dataset) -> None:
             )
     # Several sequences of a subject may share one label file.
     files = {(case.image, case.id) for case in cases}
-    files |= {(case.label, case.subject) for case in cases if case.label}  # type: ignore[arg-type]
+    files |= {(case.label, case.subject) for case in cases if case.label}
     for what, found in (("id", [case.id for case in cases]), ("file", [file for file, _ in files])):
         value, count = Counter(map(str, found)).most_common(1)[0]
         demand(count == 1, f"two cases have the same {what} {value}; make it unique")

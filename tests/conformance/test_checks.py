@@ -81,6 +81,10 @@ class Sound(Method):
             nn.ReLU(),
             nn.Conv2d(config.channels, task.classes, 1),
         )
+        self.extend(task)
+
+    def extend(self, task: TaskInfo) -> None:
+        """Add what a faulty copy needs."""
 
     @classmethod
     def variants(cls) -> Mapping[str, Mapping[str, Any]]:
@@ -170,8 +174,7 @@ def faulty(name: str, check: str, **attributes: Any) -> None:
 class PeeksAtLabels(Sound):
     """Finds the dataset in calling frames and reads the target's labels."""
 
-    def __init__(self, task: TaskInfo, config: Any) -> None:
-        super().__init__(task, config)
+    def extend(self, task: TaskInfo) -> None:
         frame, found = sys._getframe(), None
         while not isinstance(found, Dataset):
             assert frame.f_back is not None
@@ -186,28 +189,28 @@ class PeeksAtLabels(Sound):
         return super().loss(batch) * self.seen
 
 
-@caught_by("label_poison")
+@caught_by("label_poison", "labels_absent")
 class PeeksWhereItCan(PeeksAtLabels):
-    """As above, but also works without label files."""
+    """As above, but trains without label files; that its weights then differ is caught as well."""
 
-    def __init__(self, task: TaskInfo, config: Any) -> None:
+    def extend(self, task: TaskInfo) -> None:
         try:
-            super().__init__(task, config)
+            super().extend(task)
         except FileNotFoundError:
             self.seen = 1 + 3.0
 
 
-# Without label files its weights differ, which is caught as well.
-FAULTY[-1] = ({"label_poison", "labels_absent"}, PeeksWhereItCan)
+class SoundLoss(Sound):
+    """Has a loss that ignores changes of `predict`."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        source = Sound.predict(self, batch.source_images, "source")
+        target = Sound.predict(self, batch.target, "target")
+        return segmentation_loss(source, batch.source_labels) + target.square().mean()
 
 
 @caught_by("logits")
-class HalfSize(Sound):
-    def loss(self, batch: Batch) -> Tensor:
-        return segmentation_loss(
-            super().predict(batch.source_images, "source"), batch.source_labels
-        ) + (super().predict(batch.target, "target").square().mean())
-
+class HalfSize(SoundLoss):
     def predict(self, images: Tensor, domain: Role) -> Tensor:
         return super().predict(images, domain)[:, :, ::2, ::2]
 
@@ -267,8 +270,7 @@ class SeedsItself(Sound):
 class PoolInAList(Sound):
     """Keeps earlier images as a Python list."""
 
-    def __init__(self, task: TaskInfo, config: Any) -> None:
-        super().__init__(task, config)
+    def extend(self, task: TaskInfo) -> None:
         self.pool: list[Tensor] = []
 
     def loss(self, batch: Batch) -> Tensor:
@@ -280,8 +282,7 @@ class PoolInAList(Sound):
 class AverageInADict(Sound):
     """Predicts with averaged weights that no checkpoint saves."""
 
-    def __init__(self, task: TaskInfo, config: Any) -> None:
-        super().__init__(task, config)
+    def extend(self, task: TaskInfo) -> None:
         self.average = {name: p.detach().clone() for name, p in self.head.named_parameters()}
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
@@ -308,8 +309,7 @@ class Averaged(Sound):
 
     rounds = 1
 
-    def __init__(self, task: TaskInfo, config: Any) -> None:
-        super().__init__(task, config)
+    def extend(self, task: TaskInfo) -> None:
         self.average = copy.deepcopy(self.head).requires_grad_(False)
         self.average_stem = copy.deepcopy(self.stem).requires_grad_(False)
 
@@ -353,8 +353,7 @@ class AveragedOverTooManyUpdates(Averaged):
 class ForgottenNetwork(Sound):
     """Its loss uses a network that no optimizer updates."""
 
-    def __init__(self, task: TaskInfo, config: Any) -> None:
-        super().__init__(task, config)
+    def extend(self, task: TaskInfo) -> None:
         self.forgotten = nn.Conv2d(task.slices, 1, 1)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -379,8 +378,7 @@ class MovedTwice(Sound):
 class StrangersWeights(Sound):
     """Trains a network that is no module of the method."""
 
-    def __init__(self, task: TaskInfo, config: Any) -> None:
-        super().__init__(task, config)
+    def extend(self, task: TaskInfo) -> None:
         self.strangers = [nn.Conv2d(task.slices, task.slices, 3, padding=1)]
 
     def optimizers(self) -> dict[str, Optimizer]:
@@ -399,17 +397,12 @@ class TwoUpdatesInOne(Sound):
 
 
 @caught_by("checkpoint")
-class ForgetsItsScale(Sound):
+class ForgetsItsScale(SoundLoss):
     scale = 1.0
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
         self.scale = 2.0
         return super().step(batch, context)
-
-    def loss(self, batch: Batch) -> Tensor:
-        return segmentation_loss(
-            super().predict(batch.source_images, "source"), batch.source_labels
-        ) + (super().predict(batch.target, "target").square().mean())
 
     def predict(self, images: Tensor, domain: Role) -> Tensor:
         return super().predict(images, domain) * self.scale
@@ -431,8 +424,7 @@ class GuessesAlways(Sound):
 
 @caught_by("predict_is_pure")
 class LearnsFromTests(Sound):
-    def __init__(self, task: TaskInfo, config: Any) -> None:
-        super().__init__(task, config)
+    def extend(self, task: TaskInfo) -> None:
         self.register_buffer("seen", torch.zeros(()))
 
     def predict(self, images: Tensor, domain: Role) -> Tensor:
@@ -449,8 +441,7 @@ class NormalisesConstants(Sound):
         lambda channels: nn.GroupNorm(channels, channels)
     )
 
-    def __init__(self, task: TaskInfo, config: Any) -> None:
-        super().__init__(task, config)
+    def extend(self, task: TaskInfo) -> None:
         layers: list[nn.Module] = []
         for _ in range(24):
             layers.append(nn.Conv2d(task.slices, task.slices, 3, padding=1, padding_mode="reflect"))
@@ -505,8 +496,7 @@ class OfAnEarlierContract(Sound):
 class KeepsTooLittle(Sound):
     """Trains a module in the shared stage that `modules` does not list."""
 
-    def __init__(self, task: TaskInfo, config: Any) -> None:
-        super().__init__(task, config)
+    def extend(self, task: TaskInfo) -> None:
         self.gain = nn.Parameter(torch.ones(()))
 
     def stem_optimizers(self) -> dict[str, Optimizer]:
@@ -526,8 +516,7 @@ class DependsOnMore(Sound):
 class DrawsInAnotherOrder(Sound):
     """The stem's initial weights depend on the number of channels of the head built before it."""
 
-    def __init__(self, task: TaskInfo, config: Any) -> None:
-        super().__init__(task, config)
+    def extend(self, task: TaskInfo) -> None:
         self.stem = nn.Conv2d(task.slices, task.slices, 3, padding=1)
 
 
@@ -653,8 +642,7 @@ class LooksAtTheMiddleAlone(SeesOneSlice):
 class HasADiscriminatorOfOneSlice(Sound):
     """Predicts correctly, so only a training step fails."""
 
-    def __init__(self, task: TaskInfo, config: Any) -> None:
-        super().__init__(task, config)
+    def extend(self, task: TaskInfo) -> None:
         self.fixed = nn.Conv2d(1, 1, 3).requires_grad_(False)
 
     def stem_loss(self, batch: Batch) -> Tensor:

@@ -50,6 +50,7 @@ from glua_bench.networks import Segmented, UNet
 from glua_bench.registry import Registry
 from glua_bench.runs import execution, prediction
 from glua_bench.runs.plan import adjusted, check_request, plan
+from glua_bench.runs.request import RunRequest
 from glua_bench.task import UNANNOTATED, Grid
 
 BUILT_IN = [e.name for e in Registry("method").entries() if e.origin == "glua-bench"]
@@ -578,7 +579,7 @@ def test_a_run_on_deeplab_is_exported_and_predicts_alike(
     sets = ["segmenter.name=deeplab:resnet18", f"segmenter.dilations={dilations}"]
     sets += ["grid.size=32", "grid.spacing=7", "batch_size=2", "method.optimizer=sgd-repeated"]
     planned = plan(
-        execution.RunRequest(
+        RunRequest(
             "local_only",
             "phantom",
             preset="quick",
