@@ -1,4 +1,4 @@
-"""methods/ada_output.py: one step's losses by hand, the published sizes, what is refused."""
+"""AdaptSegNet: a step's losses by hand, published sizes, and refused settings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_batch(classes: int) -> Batch:
     return Batch(source, labels, 0.3 * target + 0.4)
 
 
-# -- by hand: numpy and nothing of the package's losses ------------------------------------------
+# -- by hand, without the package's losses --------------------------------------------------------
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -159,7 +159,7 @@ def test_it_works_on_any_segmenter(name: str, optimizer: str) -> None:
     assert known == {id(p) for p in (*method.segmenter.parameters(), *method.aux_head.parameters())}
 
 
-def test_what_it_cannot_serve_is_refused() -> None:
+def test_unsuitable_depths_and_sizes_are_refused() -> None:
     with pytest.raises(ConfigError, match="aux_depth = 3.*at most 2.*method.levels=1"):
         build(depth=3, aux_depth=3)
     build(depth=3, aux_depth=3, levels=1)

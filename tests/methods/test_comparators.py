@@ -1,4 +1,4 @@
-"""methods/fda.py, histogram_matching.py, advent.py: the operations of their papers, by hand."""
+"""FDA, histogram matching and AdvEnt: their papers' operations, recomputed by hand."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_fewer_templates_than_images_are_taken_in_turn() -> None:
 
 
 def test_slices_of_an_image_are_matched_by_one_curve() -> None:
-    """Equal pixels of its slices stay equal, and all slices together have the target's tones."""
+    """Equal pixels of a stack stay equal, and the whole stack has the target's intensities."""
     source, target = images(6).view(2, 3, 32, 32), images(6, 1).view(2, 3, 32, 32) * 0.3 + 0.4
     source[:, 2] = source[:, 0]
     matched = match_histograms(source, target)

@@ -1,4 +1,4 @@
-"""methods/cycle_translate.py: the paper's sizes, and one step's losses by hand."""
+"""CycleGAN: the paper's sizes, and a step's losses by hand."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_full_networks_have_the_papers_layers() -> None:
 
 def test_a_score_sees_70_pixels_a_side() -> None:
     torch.manual_seed(0)
-    # Without the norms, which let every pixel see all others a little.
+    # Without the norms, through which every pixel depends on all others.
     kept = [m for m in PatchGAN(4).body if not isinstance(m, InstanceNorm)]
     discriminator = torch.nn.Sequential(*kept)
     images = torch.randn(1, 1, 128, 128, requires_grad=True)

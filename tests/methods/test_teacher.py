@@ -1,4 +1,4 @@
-"""methods/teacher.py and the two methods built on it."""
+"""The mean teacher and the two methods built on it."""
 
 from __future__ import annotations
 
