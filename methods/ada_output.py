@@ -117,22 +117,22 @@ class AdaOutput(SourceOnly):
         """Return the discriminators' input for an output, (N, K, H, W)."""
         return logits.float().softmax(1)
 
-    def segmentation_losses(self, outputs: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """Return the segmentation loss per level and their weighted sum as "total"."""
+    def supervised_loss(
+        self, outputs: dict[str, Tensor], labels: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted segmentation loss of all levels, and each level's loss to log."""
         losses = {name: segmentation_loss(output, labels) for name, output in outputs.items()}
         weights = {"main": 1.0, "aux": self.config.aux_weight}
         total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
-        return {**losses, "total": total}
+        return total, {f"segmentation_{name}": loss for name, loss in losses.items()}
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
         """Update the segmenter, then each discriminator on the same outputs."""
         weights = {"main": self.config.lambda_main, "aux": self.config.lambda_aux}
         source, target = self.outputs(batch.source_images), self.outputs(batch.target)
-        segmentation = self.segmentation_losses(source, batch.source_labels)
+        loss, logs = self.supervised_loss(source, batch.source_labels)
         real = {name: self.discriminator_input(output.detach()) for name, output in source.items()}
         fake = {name: self.discriminator_input(output) for name, output in target.items()}
-        loss = segmentation.pop("total")
-        logs = {f"segmentation_{name}": value for name, value in segmentation.items()}
         with frozen(self.discriminators):
             for name, discriminator in self.discriminators.items():
                 logs[f"align_{name}"] = self.adversarial(discriminator(fake[name]), SOURCE)

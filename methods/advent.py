@@ -67,10 +67,7 @@ class Advent(AdaOutput):
         if self.config.form == "adversarial":
             return super().step(batch, context)
         weights = {"main": self.config.lambda_entropy, "aux": self.config.lambda_entropy_aux}
-        outputs = self.outputs(batch.source_images)
-        segmentation = self.segmentation_losses(outputs, batch.source_labels)
-        loss = segmentation.pop("total")
-        logs = {f"segmentation_{name}": value for name, value in segmentation.items()}
+        loss, logs = self.supervised_loss(self.outputs(batch.source_images), batch.source_labels)
         for name, output in self.outputs(batch.target).items():
             logs[f"entropy_{name}"] = normalised_entropy(output).mean()
             loss = loss + weights[name] * logs[f"entropy_{name}"]

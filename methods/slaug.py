@@ -60,7 +60,8 @@ class SLAug(SourceOnly):
         loss_global = segmentation_loss(self.segmenter(whole).logits, labels)
         context.backward(loss_global)
         assert whole.grad is not None
-        fused = fuse(whole.detach(), parts, saliency_map(whole.grad, self.config.saliency_grid))
+        saliency = saliency_map(whole.grad, self.config.saliency_grid)
+        fused = saliency * whole.detach() + (1 - saliency) * parts
         loss_fused = segmentation_loss(self.segmenter(fused).logits, labels)
         context.backward(loss_fused)
         context.apply("segmenter")
@@ -79,7 +80,7 @@ class SLAug(SourceOnly):
             "global": whole.detach(),
             "local": parts,
             "saliency": saliency,
-            "fused": fuse(whole.detach(), parts, saliency),
+            "fused": saliency * whole.detach() + (1 - saliency) * parts,
         }
 
 
@@ -206,14 +207,3 @@ def saliency_map(gradient: Tensor, grid: int) -> Tensor:
     # A constant map becomes 1 everywhere; elsewhere the smallest normal number has no effect.
     tiny = torch.finfo(smooth.dtype).tiny
     return ((smooth - least + tiny) / (most - least + tiny)).to(gradient.dtype)
-
-
-def fuse(whole: Tensor, parts: Tensor, saliency: Tensor) -> Tensor:
-    """Blend global and local images by saliency.
-
-    Args:
-        whole: global images, (N, S, H, W).
-        parts: local images, (N, S, H, W).
-        saliency: weight of the global images, (N, 1, H, W).
-    """
-    return saliency * whole + (1 - saliency) * parts

@@ -1,4 +1,4 @@
-"""What checks of a method share: a tiny dataset, trainings on it, and faults to inject.
+"""The test bench of method checks: a tiny dataset, faults to inject, and recorded trainings.
 
 A `Bench` plans, builds and trains with the functions of a real run (`glua_bench.runs`).
 """
@@ -12,11 +12,12 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import nibabel as nib
 import numpy as np
@@ -25,8 +26,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from glua_bench.config import PRESETS, RunConfig, SegmenterSpec, build_settings
-from glua_bench.conformance.leaks import held_elsewhere
-from glua_bench.conformance.results import METHOD_CHECKS, Checklist, CheckResult, copy_weights
+from glua_bench.conformance.leaks import unsaved_state
+from glua_bench.conformance.results import METHOD_CHECKS, Checklist, copy_weights
 from glua_bench.console import Progress
 from glua_bench.data.cache import SliceCache
 from glua_bench.errors import DataError
@@ -36,23 +37,19 @@ from glua_bench.runs.plan import PlannedRun, build_method, make_fabric, plan_con
 from glua_bench.runs.request import RunRequest
 from glua_bench.task import Case, Dataset, Grid, Reading, Structure
 
-STEPS = 3  # the budget of a training: a first step, one in between, and a last one
-
+STEPS = 3  # a training's budget: a first, a middle and a last step
 BATCH = 2
-
 SIZE = 32  # the smallest slices that the harness accepts
-
 SEGMENTER = SegmenterSpec("unet", width=4, depth=3)
-
-SMALL = 2  # what whole numbers of a method's settings shrink to, where their range allows it
+SMALL = 2  # value to which integer settings are reduced, if their range allows it
 
 
 class TinyDataset(Dataset):
-    """A disc in a ring in a body, in a plain and in an inverted contrast; four volumes of each.
+    """A disc in a ring in a body, in a plain and an inverted contrast, with four volumes each.
 
-    Subjects differ in place, size and noise. One further blob has a value that counts as
-    background, and the ring has two values, so that a class table is needed to read the labels.
-    A value is kept for voxels that nobody annotated; no label has it.
+    Subjects differ in position, size and noise. Another blob has a value that is ignored, and the
+    ring has two values, so that reading the labels requires the class table. One value is reserved
+    for unannotated voxels; no label contains it.
     """
 
     name: ClassVar[str] = "conformance"
@@ -69,15 +66,11 @@ class TinyDataset(Dataset):
 
     @classmethod
     def default_root(cls) -> Path:
-        """None: a directory is always given.
-
-        Raises:
-            DataError: always.
-        """
-        raise DataError("The conformance kit's dataset needs a directory: TinyDataset(root).")
+        """Raise `DataError`: there is no default directory."""
+        raise DataError("TinyDataset has no default directory; call TinyDataset(root).")
 
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
-        """Write the volumes that are missing."""
+        """Write missing volumes."""
         for number, case in enumerate(c for d in self.domains() for c in self.cases(d)):
             if case.image.is_file() and case.truth.is_file():
                 continue
@@ -88,7 +81,7 @@ class TinyDataset(Dataset):
             report(f"wrote {case.id}")
 
     def cases(self, domain: str) -> tuple[Case, ...]:
-        """Two training, one validation and one test case."""
+        """Return two training, one validation and one test case."""
         return tuple(
             Case(
                 f"{domain}_{number}",
@@ -103,7 +96,7 @@ class TinyDataset(Dataset):
 
 
 def _tiny_volume(rng: np.random.Generator, inverted: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Image (float32) and raw labels (int16), (X, Y, Z)."""
+    """Return an image (float32) and raw labels (int16), (X, Y, Z)."""
     x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in (34, 36, 4)), indexing="ij")
     left, front = rng.uniform(-0.2, 0.2, 2)
     radius = rng.uniform(0.35, 0.45) * (1 - 0.2 * z**2)
@@ -121,30 +114,29 @@ def _tiny_volume(rng: np.random.Generator, inverted: bool) -> tuple[np.ndarray, 
     return (image + rng.normal(0, 0.03, x.shape)).astype(np.float32), labels
 
 
-class _Spoiled(TinyDataset):
-    """A copy whose files are changed or removed: `prepare` does not write them again."""
+class _CorruptedDataset(TinyDataset):
+    """A copy whose files checks change or remove."""
 
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
-        """Nothing."""
+        """Do nothing, so that removed files stay removed."""
 
 
 def rewrite_voxels(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Replace the voxels of a NIfTI file by what a function makes of them, (X, Y, Z)."""
+    """Apply a function to the voxels of a NIfTI file, (X, Y, Z)."""
     image: Any = nib.load(path)
     nib.save(nib.Nifti1Image(change(np.array(image.dataobj)), image.affine), path)
 
 
-def poison_labels(dataset: Dataset, cases: Iterable[Case], seed: int = 0) -> None:
-    """Overwrite label files with random values of the dataset's table.
+def poison_labels(dataset: Dataset, cases: Iterable[Case]) -> None:
+    """Overwrite the label files of cases with random values of the dataset's table.
 
     Args:
-        dataset: gives the table.
-        cases: whose label files; only ever those of a copy.
-        seed: of the random values.
+        dataset: dataset that defines the values.
+        cases: cases of a copy of the dataset.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
-    def noise(values: Sequence[int], voxels: np.ndarray) -> np.ndarray:
+    def noise(values: list[int], voxels: np.ndarray) -> np.ndarray:
         return rng.choice(np.array(values, np.int16), voxels.shape)
 
     for case in cases:
@@ -156,14 +148,13 @@ def poison_labels(dataset: Dataset, cases: Iterable[Case], seed: int = 0) -> Non
 
 
 def flatten_slices(cases: Iterable[Case]) -> None:
-    """Replace slices with ones that show no picture, and their labels with background.
+    """Replace all slices but the first of each volume with degenerate ones; clear their labels.
 
-    The first slice of each volume stays. The others become in turn, over all volumes: constant in
-    the middle of the volume's intensities; empty, i.e. its minimum; half minimum and half maximum;
-    and constant but for one pixel.
+    Over all volumes, slices become in turn: constant at mid-range; empty (the volume's minimum);
+    half minimum and half maximum; and constant except for one pixel.
 
     Args:
-        cases: whose files; only ever those of a copy. Their slices lie along the last axis.
+        cases: cases of a copy of a dataset, with slices along the last axis.
     """
     kinds = itertools.cycle(("constant", "empty", "halves", "pixel"))
 
@@ -188,7 +179,7 @@ def flatten_slices(cases: Iterable[Case]) -> None:
 
 
 class Killed(BaseException):
-    """Ends a training as a killed process would: nobody may catch it on the way."""
+    """End a training like a killed process; a `BaseException`, so that no handler catches it."""
 
 
 @dataclass(frozen=True)
@@ -197,8 +188,8 @@ class Stop:
 
     Attributes:
         stage: name of the stage.
-        step: the step within it.
-        after: end after the method's update of that step, not before it.
+        step: step within the stage.
+        after: end after the step instead of before it.
     """
 
     stage: str
@@ -207,28 +198,26 @@ class Stop:
 
 
 class Training:
-    """One training of a method, watched at every step.
+    """A recorded training of a method.
 
-    It hooks into the trainer of a run by wrapping the steps and the optimizers of its stages.
+    Wraps the steps and optimizers of the trainer's stages.
 
     Args:
         built: the run.
-        cache: the cache directory of the training.
+        cache: cache directory of the training.
         stop: where to end early; a checkpoint is then written after every step.
         inspect_step: called with the batch and the context of every step.
-        even: give every stage the whole budget, whatever its share.
+        even: give every stage the whole budget, regardless of its share.
 
     Attributes:
-        built: the run, with its trained method.
-        cache: the cache directory of the training.
         initial: the method's `state_dict` before training.
-        weights: its `state_dict` afterwards.
+        weights: its `state_dict` after training.
         calls: (stage, step) of every call of `step`, in order.
-        problems: what the values returned by `step` did wrong.
+        problems: faults of the values returned by `step`.
         updates: (stage, parameter name) → number of optimizer updates.
-        hidden: stage → after each of its steps, what the method holds elsewhere than in
-            parameters and buffers.
-        served: whether target images were served, at every step.
+        hidden: stage → state outside parameters and buffers after each of its steps.
+        served: whether target images were served, for every step.
+        reused: stages loaded from the cache, after training.
     """
 
     def __init__(
@@ -239,8 +228,8 @@ class Training:
         inspect_step: Callable[[Batch, Context], None] | None = None,
         even: bool = False,
     ) -> None:
-        self.built, self.cache = built, cache
-        self.initial = self.weights = copy_weights(built.method.state_dict())
+        self.built, self.method, self.cache = built, built.method, cache
+        self.initial = self.weights = copy_weights(self.method.state_dict())
         self.calls: list[tuple[str, int]] = []
         self.problems: list[str] = []
         self.updates: Counter[tuple[str, str]] = Counter()
@@ -248,33 +237,20 @@ class Training:
         self.served: list[bool] = []
         self._stop, self._inspect, self._even = stop, inspect_step, even
         self._names: dict[str, list[str]] = {}
-        built.trainer.stages = tuple(map(self._watched, built.trainer.stages))
+        built.trainer.stages = tuple(map(self._record, built.trainer.stages))
         built.trainer.checkpoint_seconds = math.inf if stop is None else 0.0
 
-    @property
-    def method(self) -> Method:
-        """The method; in eval mode once it is trained."""
-        return self.built.method
-
-    @property
-    def reused(self) -> set[str]:
-        """Stages taken from the cache."""
-        return self.built.trainer.reused
-
     def fit(self) -> Training:
-        """Train to the end, and return the training.
-
-        Raises:
-            Killed: the training reached `stop`.
-        """
+        """Train to the end and return self; raise `Killed` at `stop`."""
         with closing(self.built.planned.directory):
             self.built.fit()
+        self.reused = self.built.trainer.reused
         self.weights = copy_weights(self.method.state_dict())
         return self
 
-    # Partials, as no closure may lead a step to the kit, which knows the labels; see `leaks`.
+    # Partials instead of closures, so that no step leads to the bench, which knows the labels.
 
-    def _watched(self, stage: Stage) -> Stage:
+    def _record(self, stage: Stage) -> Stage:
         update, make = stage.trained_by(self.method)
         return replace(
             stage,
@@ -284,10 +260,7 @@ class Training:
         )
 
     def _step(
-        self,
-        update: Callable[[Batch, Context], dict[str, Tensor]],
-        batch: Batch,
-        context: Context,
+        self, update: Callable[[Batch, Context], Any], batch: Batch, context: Context
     ) -> dict[str, Tensor]:
         stop, stage = self._stop, context.stage.name
         stopping = stop is not None and (stop.stage, stop.step) == (stage, context.step)
@@ -297,73 +270,65 @@ class Training:
             self._inspect(batch, context)
         self.calls.append((stage, context.step))
         self.served.append(batch.target_images is not None)
-        values = self._sound(update(batch, context), stage)
-        held = held_elsewhere(self.method, (Training,))
-        self.hidden.setdefault(stage, []).append(held)
+        values = self._checked(update(batch, context), stage)
+        self.hidden.setdefault(stage, []).append(unsaved_state(self.method, (Training,)))
         if stopping:
             raise Killed
         return values
 
-    def _sound(self, values: Any, stage: str) -> dict[str, Tensor]:
-        """What the trainer can read of the values; the rest becomes a problem of its own."""
+    def _checked(self, values: Any, stage: str) -> dict[str, Tensor]:
+        """Return values that the trainer accepts; record faults as problems."""
         if not isinstance(values, Mapping):
-            self.problems.append(f"step returned a {type(values).__name__}, not a dictionary")
+            self.problems.append(
+                f"step returned a {type(values).__name__}; return a dictionary of scalar tensors"
+            )
             return {}
         names = self._names.setdefault(stage, list(values))
         if sorted(names, key=str) != sorted(values, key=str):
             self.problems.append(
                 f"step of stage '{stage}' returned {sorted(values, key=str)} after "
-                f"{sorted(names, key=str)}; a stage must log the same names at every step"
+                f"{sorted(names, key=str)}; return the same names at every step of a stage"
             )
-        sound = {}
+        checked = {}
         for name in names:
-            value = values.get(name)
-            if isinstance(value, Tensor) and value.ndim == 0:
-                sound[name] = value
-                continue
-            if name in values:
+            value = values.get(name, torch.zeros(()))
+            if not isinstance(value, Tensor) or value.ndim:
                 shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
-                kind = f"a {type(value).__name__}{shape}"
-                self.problems.append(f"step logs '{name}' as {kind}, not as a scalar tensor")
-            sound[name] = torch.zeros(())
-        return sound
+                kind = f"{type(value).__name__}{shape}"
+                self.problems.append(f"step logs '{name}' as a {kind}; log a scalar tensor")
+                value = torch.zeros(())
+            checked[name] = value
+        return checked
 
     def _optimizers(
         self, make: Callable[[], dict[str, Optimizer]], stage: str
     ) -> dict[str, Optimizer]:
         optimizers = make()
-        # Not by torch's hooks of a step: those of a subclass that calls its parent's step run for
-        # both, if anybody has made an optimizer of the parent's class before.
+        # Not by torch's step hooks: those of a subclass that calls its parent's step may run twice.
         for optimizer in optimizers.values():
-            counted = functools.partial(self._update, stage, optimizer, optimizer.step)
+            counted = functools.partial(self._count, stage, optimizer, optimizer.step)
             optimizer.step = counted  # type: ignore[method-assign]
         return optimizers
 
-    def _update(
-        self,
-        stage: str,
-        optimizer: Optimizer,
-        update: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
+    def _count(
+        self, stage: str, optimizer: Optimizer, update: Callable[..., Any], *args: Any, **named: Any
     ) -> Any:
-        result = update(*args, **kwargs)
-        moved = {
-            id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-        }
+        result = update(*args, **named)
+        weights = (p for group in optimizer.param_groups for p in group["params"])
+        updated = {id(p) for p in weights if p.grad is not None}
         self.updates.update(
-            (stage, name) for name, p in self.method.named_parameters() if id(p) in moved
+            (stage, n) for n, p in self.method.named_parameters() if id(p) in updated
         )
         return result
 
 
 class Bench:
-    """One method on the tiny task, with the trainings that its checks share.
+    """One method on the tiny dataset, with the trainings that its checks share.
 
     Args:
-        method: the class.
-        config: settings that make it small, over what `small_settings` chooses.
-        slices: that the method sees at once.
+        method: class of the method.
+        config: settings that make the method small; they override those of `small_settings`.
+        slices: slices per image.
     """
 
     def __init__(
@@ -375,45 +340,40 @@ class Bench:
         self._made = 0
         self.dataset = TinyDataset(Path(self._folder.name) / "data")
         self.dataset.prepare()
-        # The name for results; the checks may find out that it has none.
+        # A method without a name fails its check `card`.
         name = str(getattr(method, "name", method.__name__))
         self.checks = Checklist(METHOD_CHECKS, name, self)
 
-    def outcome(self, name: str) -> CheckResult:
-        """The result of a check, run once."""
-        return self.checks.result(name)
-
     def close(self) -> None:
-        """Remove the files; they go at the end of the process otherwise."""
+        """Remove the files; otherwise they are removed at exit."""
         self._folder.cleanup()
 
     @property
     def target(self) -> str:
-        """Name of the target domain of all trainings."""
+        """Name of the target domain."""
         return self.dataset.directions[0].split("-")[1]
 
     def fresh(self, name: str) -> Path:
-        """A directory that nobody used before."""
+        """Return a new, empty directory."""
         self._made += 1
         path = Path(self._folder.name) / f"{self._made}-{name}"
         path.mkdir()
         return path
 
     def copy_of_data(self) -> TinyDataset:
-        """The dataset on files of its own, to be spoiled."""
+        """Return a copy of the dataset whose files may be changed."""
         root = self.fresh("data")
         shutil.copytree(self.dataset.root, root, dirs_exist_ok=True)
-        return _Spoiled(root)
+        return _CorruptedDataset(root)
 
     def cache(self) -> Path:
-        """A cache directory that holds the slices of the bench's data, and no stage."""
+        """Return a new cache directory that contains the dataset's slices but no stage."""
         path = self.fresh("cache")
         shutil.copytree(self._slices, path / "slices", copy_function=os.link)
         return path
 
     @functools.cached_property
     def _slices(self) -> Path:
-        """The slices of the bench's data, read once."""
         path = self.fresh("cache")
         with quiet_machine(path):
             execution.stores(self.plan(), SliceCache(), Progress(enabled=False))
@@ -421,13 +381,27 @@ class Bench:
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """The settings that all trainings start from."""
+        """The settings of all trainings."""
         return small_settings(self.method, self.given)
 
     @functools.cached_property
     def baseline(self) -> Training:
         """The training with which others are compared."""
         return self.train()
+
+    def request(self, seed: int, steps: int, runs_root: Path = Path("runs")) -> RunRequest:
+        """Return the request for a run on the tiny dataset."""
+        return RunRequest(
+            self.method.name,
+            self.dataset.name,
+            preset="quick",
+            seed=seed,
+            steps=steps,
+            augmentation="photometric",
+            runs_root=runs_root,
+            device="cpu",
+            mlflow=False,
+        )
 
     def config(
         self,
@@ -436,16 +410,15 @@ class Bench:
         steps: int = STEPS,
         options: Mapping[str, Any] | None = None,
     ) -> RunConfig:
-        """A run on the tiny task, resolved as the command line resolves one.
+        """Return the configuration of a run, resolved as for the command line.
 
         Args:
-            settings: changes of the method's settings.
-            seed: the run's seed.
-            steps: the run's budget.
-            options: changes of the run's own options, e.g. its precision.
+            settings: changed settings of the method.
+            seed: seed of the run.
+            steps: budget of the run.
+            options: changed options of the run, e.g. its precision.
         """
-        request = self.request(seed, steps)
-        config = resolve(request, self.dataset, self.method)
+        config = resolve(self.request(seed, steps), self.dataset, self.method)
         chosen = build_settings(self.method.Config, {**self.settings, **(settings or {})}, "method")
         return replace(
             config,
@@ -457,20 +430,6 @@ class Bench:
             **(options or {}),
         )
 
-    def request(self, seed: int, steps: int) -> RunRequest:
-        """What a user would ask for."""
-        return RunRequest(
-            self.method.name,
-            self.dataset.name,
-            preset="quick",
-            seed=seed,
-            steps=steps,
-            augmentation="photometric",
-            runs_root=Path(self._folder.name) / "runs",
-            device="cpu",
-            mlflow=False,
-        )
-
     def plan(
         self,
         dataset: Dataset | None = None,
@@ -478,31 +437,30 @@ class Bench:
         root: Path | None = None,
         **changes: Any,
     ) -> PlannedRun:
-        """A run that is ready to be executed.
+        """Plan a run.
 
         Args:
-            dataset: another than the bench's own, e.g. a spoiled copy.
-            scored: whether it is scored as well; label files of tests are read for that alone.
-            root: the directory of its run directory; None takes an empty one.
+            dataset: a changed copy of the dataset; None takes the dataset itself.
+            scored: whether the run is scored, which alone reads label files of test cases.
+            root: parent of the run directory; None creates one.
             changes: arguments of `config`.
         """
         config = self.config(**changes)
-        asked = self.request(config.seed, config.steps)
-        asked = replace(asked, runs_root=root or self.fresh("runs"))
-        return plan_config(asked, config, dataset or self.dataset, self.method, scored=scored)
+        request = self.request(config.seed, config.steps, root or self.fresh("runs"))
+        return plan_config(request, config, dataset or self.dataset, self.method, scored=scored)
 
     def build(self, config: RunConfig | None = None) -> Method:
-        """A method with the weights of the run's seed."""
+        """Return an untrained method, initialised with the run's seed."""
         with quiet_machine():
             return build_method(config or self.config(), self.dataset.structures, self.method)
 
     def images(self, count: int, seed: int = 0) -> Tensor:
-        """Random images, (N, S, H, W) in [-1, 1]."""
+        """Return random images, (N, S, H, W) in [-1, 1]."""
         generator = torch.Generator().manual_seed(seed)
         return torch.rand(count, self.slices, SIZE, SIZE, generator=generator) * 2 - 1
 
     def batch(self) -> Batch:
-        """A batch as a step would see it."""
+        """Return a batch as passed to a step."""
         labels = torch.zeros(BATCH, SIZE, SIZE, dtype=torch.long)
         labels[:, 8:16, 8:16] = 1
         target = self.images(BATCH, 1) if self.method.uses_target else None
@@ -518,17 +476,15 @@ class Bench:
         even: bool = False,
         **changes: Any,
     ) -> Training:
-        """Train the method as `runs.execute` does, and watch every step.
+        """Train the method as `runs.execute` does, and record every step.
 
         Args:
-            settings: changes of the method's settings.
-            dataset: another than the bench's own, e.g. a spoiled copy.
-            cache: the cache directory; None takes one without stages.
-            stop: as for `Training`.
-            inspect_step: as for `Training`.
-            even: as for `Training`.
-            changes: further arguments of `plan`; a training whose `root` is that of an
-                interrupted one goes on from its checkpoint.
+            settings: changed settings of the method.
+            dataset: a changed copy of the dataset; None takes the dataset itself.
+            cache: cache directory; None creates one without stages.
+            stop, inspect_step, even: as for `Training`.
+            changes: further arguments of `plan`; with the `root` of an interrupted training, this
+                one resumes from its checkpoint.
 
         Raises:
             Killed: the training reached `stop`.
@@ -545,31 +501,26 @@ class Bench:
 
 @contextmanager
 def quiet_machine(cache: Path | None = None) -> Iterator[None]:
-    """One thread, the caller's random state kept, and the cache elsewhere.
+    """Use one thread, and keep the caller's random state and environment.
 
     Args:
-        cache: what GLUA_BENCH_CACHE names meanwhile; None leaves it.
+        cache: value of GLUA_BENCH_CACHE inside the context; None keeps it.
     """
-    before, threads = os.environ.get("GLUA_BENCH_CACHE"), torch.get_num_threads()
-    if cache is not None:
-        os.environ["GLUA_BENCH_CACHE"] = str(cache)
-    torch.set_num_threads(1)  # tiny networks are faster so
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # faster for tiny networks
     try:
-        with torch.random.fork_rng(devices=[]):
+        changes = {} if cache is None else {"GLUA_BENCH_CACHE": str(cache)}
+        with patch.dict(os.environ, changes), torch.random.fork_rng(devices=[]):
             yield
     finally:
         torch.set_num_threads(threads)
-        if cache is not None:
-            os.environ.pop("GLUA_BENCH_CACHE")
-            if before is not None:
-                os.environ["GLUA_BENCH_CACHE"] = before
 
 
 def small_settings(method: type[Method], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with which a method trains in no time.
+    """Return settings with which a method trains fast.
 
-    The preset "quick", with every whole number brought down to `SMALL` or the low end of its
-    declared range, and then what is given. Real numbers stay: what they mean is unknown.
+    These are the preset "quick", with each integer reduced to `SMALL` or the low end of its range,
+    overridden by `given`. Real numbers are kept, since their meaning is unknown.
 
     Raises:
         ConfigError: a setting is unknown or out of range.
@@ -578,7 +529,7 @@ def small_settings(method: type[Method], given: Mapping[str, Any]) -> dict[str, 
     values = asdict(built)
     for spec in fields(built):
         value, low = values[spec.name], spec.metadata.get("low")
-        countable = isinstance(value, int) and not isinstance(value, bool)
-        if countable and low is not None and spec.metadata.get("choices") is None:
+        integer = isinstance(value, int) and not isinstance(value, bool)
+        if integer and low is not None and spec.metadata.get("choices") is None:
             values[spec.name] = min(value, max(SMALL, math.ceil(low)))
     return asdict(build_settings(method.Config, {**values, **given}, "method"))

@@ -1,4 +1,4 @@
-"""Search a method's objects for a way to target labels."""
+"""Search the objects that a method can reach for unsaved state and for target labels."""
 
 from __future__ import annotations
 
@@ -17,95 +17,93 @@ from torch import Tensor
 from glua_bench.method import Method
 from glua_bench.task import Dataset
 
-# Attributes that torch itself keeps in every module; state in parameters and buffers is saved.
+# Attributes that torch keeps in every module; state in parameters and buffers is saved.
 _MODULE_ATTRIBUTES = set(vars(torch.nn.Module()))
 
 
-def held_elsewhere(method: Method, leave: tuple[type, ...]) -> dict[str, Any]:
-    """What a method holds elsewhere than in parameters and buffers, name → comparable value.
+def unsaved_state(method: Method, skip: tuple[type, ...]) -> dict[str, Any]:
+    """Return values that a method holds outside parameters and buffers, name → comparable value.
 
     Args:
-        method: is searched.
-        leave: types of objects to pass over, besides modules.
+        method: the method.
+        skip: types of objects to skip, besides modules.
     """
-    held: dict[str, Any] = {}
+    state: dict[str, Any] = {}
     for module_name, module in method.named_modules():
         roots = {k: v for k, v in vars(module).items() if k not in _MODULE_ATTRIBUTES}
-        for way, value in reachable(roots, (torch.nn.Module, *leave)):
-            name = f"{module_name}.{way}".lstrip(".")
+        for path, value in reachable(roots, (torch.nn.Module, *skip)):
+            name = f"{module_name}.{path}".lstrip(".")
             if isinstance(value, Tensor):
-                held[name] = hashlib.sha256(
-                    value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-                    if value.ndim
-                    else str(value.item()).encode()
-                ).hexdigest()
-            elif isinstance(value, np.ndarray):
-                held[name] = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+                value = value.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+            if isinstance(value, np.ndarray):
+                state[name] = hashlib.sha256(value.tobytes()).hexdigest()
             elif isinstance(value, (str, bytes, int, float, complex)):
-                held[name] = value
-    return held
+                state[name] = value
+    return state
 
 
-def plane_digest(plane: np.ndarray) -> str:
-    """Digest of a slice of labels, (H, W)."""
-    return hashlib.sha256(np.ascontiguousarray(plane, np.uint8).tobytes()).hexdigest()
+def slice_digest(labels: np.ndarray) -> str:
+    """Return a digest of a slice of labels, (H, W)."""
+    return hashlib.sha256(labels.astype(np.uint8).tobytes()).hexdigest()
 
 
-def ways_to_labels(
-    roots: Mapping[str, Any], names: set[str], slices: set[str], leave: tuple[type, ...]
+def label_leaks(
+    roots: Mapping[str, Any], names: set[str], slices: set[str], skip: tuple[type, ...]
 ) -> Iterator[str]:
-    """Ways from objects to label files' names, or to the labels themselves.
+    """Yield access paths from objects to label files' names or to the labels themselves.
 
     Args:
         roots: name → object to start from.
-        names: parts of the label files' names.
+        names: substrings of the label files' names.
         slices: digests of slices of labels.
-        leave: types of objects to pass over.
+        skip: types of objects to skip.
     """
-    for way, value in reachable(roots, leave):
+    for path, value in reachable(roots, skip):
         if isinstance(value, Dataset):
-            yield f"{way} is the dataset"
+            yield f"{path} is the dataset"
         if isinstance(value, bytes):
             value = value.decode(errors="replace")
         if isinstance(value, (str, os.PathLike)):
             text = str(value)
             if any(name in text for name in names):
-                yield f"{way} = {text}"
+                yield f"{path} = {text}"
             continue
         if isinstance(value, Tensor):
             value = value.detach().cpu().numpy() if value.dtype != torch.bfloat16 else None
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.ndim > 1:
             planes = value.reshape(-1, *value.shape[-2:])
-            if any(plane_digest(plane) in slices for plane in planes):
-                yield f"{way} holds a target label"
+            if any(slice_digest(plane) in slices for plane in planes):
+                yield f"{path} holds a target label"
 
 
 def reachable(
-    roots: Mapping[str, Any], leave: tuple[type, ...], limit: int = 50_000
+    roots: Mapping[str, Any], skip: tuple[type, ...], limit: int = 50_000
 ) -> Iterator[tuple[str, Any]]:
-    """Everything that attributes, items, bound methods and closures lead to, near things first.
+    """Yield objects reachable by attributes, items, bound methods and closures, nearest first.
 
-    Modules, classes and a function's globals are left out: through them everything can be
-    reached from everywhere.
+    Modules, classes and functions' globals are skipped, because everything can be reached through
+    them.
 
     Args:
         roots: name → object to start from.
-        leave: types of objects to pass over, e.g. of what stands between trainer and method and
-            knows the labels.
-        limit: number of objects to look at.
+        skip: types of objects to skip, such as those between trainer and method that know the
+            labels.
+        limit: maximum number of objects.
+
+    Yields:
+        Access path and object.
     """
-    left_out: tuple[type, ...] = (type, types.ModuleType, type(None), *leave)
+    skipped: tuple[type, ...] = (type, types.ModuleType, type(None), *skip)
     waiting = deque(roots.items())
-    seen: dict[int, Any] = {}  # keeps the objects alive, so that no id is given out twice
+    seen: dict[int, Any] = {}  # keeps the objects alive, so that no id is reused
     while waiting and len(seen) < limit:
-        way, value = waiting.popleft()
-        if id(value) in seen or isinstance(value, left_out):
+        path, value = waiting.popleft()
+        if id(value) in seen or isinstance(value, skipped):
             continue
         seen[id(value)] = value
-        yield way, value
-        if isinstance(value, (str, bytes, int, float, complex, np.ndarray, Tensor)):
-            continue
-        waiting.extend((f"{way}{step}", child) for step, child in _children(value))
+        yield path, value
+        if not isinstance(value, (str, bytes, int, float, complex, np.ndarray, Tensor)):
+            waiting.extend((f"{path}{step}", child) for step, child in _children(value))
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
@@ -116,21 +114,23 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, (list, tuple, set, frozenset, deque)):
         for index, item in enumerate(list(value)):
             yield f"[{index}]", item
+    names: list[str] = []
     if isinstance(value, functools.partial):
-        yield from ((".func", value.func), (".args", value.args), (".keywords", value.keywords))
+        names += ["func", "args", "keywords"]
     if isinstance(value, types.MethodType):
-        yield from ((".__self__", value.__self__), (".__func__", value.__func__))
+        names += ["__self__", "__func__"]
     if isinstance(value, types.FunctionType):
-        yield from ((".defaults", value.__defaults__), (".defaults", value.__kwdefaults__))
+        names += ["__defaults__", "__kwdefaults__"]
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
             try:
                 yield f".<{name}>", cell.cell_contents
-            except ValueError:  # a variable that has no value yet
+            except ValueError:  # the variable has no value yet
                 continue
     for name, item in list(getattr(value, "__dict__", {}).items()):
         yield f".{name}", item
     for cls in type(value).__mro__:
         slots = vars(cls).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if hasattr(value, name):
-                yield f".{name}", getattr(value, name)
+        names += [slots] if isinstance(slots, str) else slots
+    for name in names:
+        if hasattr(value, name):
+            yield f".{name}", getattr(value, name)

@@ -1,9 +1,8 @@
-"""Run checks: from Python, and as tests of pytest."""
+"""Run checks from Python or as pytest tests."""
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -30,21 +29,21 @@ def run_checks(
     only: Iterable[str] | None = None,
     report: Callable[[CheckResult], None] = lambda result: None,
 ) -> list[CheckResult]:
-    """Run all checks of a method.
+    """Run the checks of a method.
 
     Args:
-        method: the class, or a registered name.
-        plugins: plugin files in which a name may be found.
-        config: settings that make the method small; what is not given comes from the preset
-            "quick", with whole numbers shrunk towards the low end of their range.
-        only: names of checks; None runs all of them.
-        report: receives each result as soon as it is there.
+        method: class or registered name.
+        plugins: plugin files to search for the name.
+        config: settings that make the method small; default: the preset "quick", with integers
+            reduced towards the lower end of their range.
+        only: names of checks; None runs all.
+        report: called with each result as soon as it is available.
 
     Returns:
-        One result a check, in the order of `METHOD_CHECKS`.
+        The results, in the order of `METHOD_CHECKS` or `only`.
 
     Raises:
-        PluginError: no method has the name, or no check has one of the names.
+        PluginError: the method or a check is unknown.
     """
     with closing(Bench(_method_class(method, plugins), config)) as bench:
         return bench.checks.run(only, report)
@@ -57,17 +56,17 @@ def run_dataset_checks(
     only: Iterable[str] | None = None,
     report: Callable[[CheckResult], None] = lambda result: None,
 ) -> list[CheckResult]:
-    """Run all checks of a dataset; its files must be there, or `prepare` makes them.
+    """Run the checks of a dataset, whose files must exist or be made by `prepare`.
 
     Args:
-        dataset: the dataset, or a registered name.
-        plugins: plugin files in which a name may be found.
-        data_root: where the files of a dataset given by name lie; None is its default.
-        only: names of checks; None runs all of them.
-        report: receives each result as soon as it is there.
+        dataset: dataset or registered name.
+        plugins: plugin files to search for the name.
+        data_root: directory of a dataset given by name; None takes its default.
+        only: names of checks; None runs all.
+        report: called with each result as soon as it is available.
 
     Raises:
-        PluginError: no dataset has the name, or no check has one of the names.
+        PluginError: the dataset or a check is unknown.
     """
     found = load_dataset(dataset, data_root, plugins) if isinstance(dataset, str) else dataset
     return Checklist(DATASET_CHECKS, found.name, found).run(only, report)
@@ -79,67 +78,57 @@ def parametrize(
     plugins: Sequence[Path] = (),
     only: Iterable[str] | None = None,
 ) -> Any:
-    """A pytest decorator: one test for each method and check, given as the argument `check`.
+    """Return a pytest decorator: one test per method and check, passed as the argument `check`.
 
     Args:
         methods: classes or registered names.
-        config: as in `run_checks`, for all the methods; or a function that gives it for one.
+        config: as in `run_checks`, or a function from a method's class to its settings.
         plugins: as in `run_checks`.
-        only: names of checks; None takes all of them.
+        only: names of checks; None runs all.
 
     Raises:
-        PluginError: no check has one of the names.
+        PluginError: a check is unknown.
     """
-    import pytest  # the kit works without it
+    import pytest  # optional, and only needed for tests
 
-    names = select_checks(METHOD_CHECKS, only)
+    @functools.cache
+    def bench(method: type[Method] | str) -> Bench:
+        """Return one bench for all tests of a method, so that they share its trainings."""
+        found = _method_class(method, plugins)
+        return Bench(found, config(found) if callable(config) else config)
+
+    def run(method: type[Method] | str, name: str) -> None:
+        _raise_unless_passed(bench(method).checks.result(name))
+
     cases = []
+    names = select_checks(METHOD_CHECKS, only)
     for method in methods:
         label = method if isinstance(method, str) else getattr(method, "name", method.__name__)
         for name in names:
-            run = functools.partial(_run_in_pytest, method, config, tuple(plugins), name)
-            cases.append(pytest.param(run, id=f"{label}-{name}"))
+            cases.append(pytest.param(functools.partial(run, method, name), id=f"{label}-{name}"))
     return pytest.mark.parametrize("check", cases)
 
 
 def parametrize_dataset(only: Iterable[str] | None = None) -> Any:
-    """A pytest decorator: one test for each check of a dataset, called as `check(dataset)`.
+    """Return a pytest decorator: one test per check of a dataset, called as `check(dataset)`.
 
     Args:
-        only: names of checks; None takes all of them.
+        only: names of checks; None runs all.
 
     Raises:
-        PluginError: no check has one of the names.
+        PluginError: a check is unknown.
     """
-    import pytest  # the kit works without it
+    import pytest  # optional, and only needed for tests
 
     def run(name: str, dataset: Dataset) -> None:
-        _raise(Checklist(DATASET_CHECKS, dataset.name, dataset).result(name))
+        _raise_unless_passed(Checklist(DATASET_CHECKS, dataset.name, dataset).result(name))
 
     names = select_checks(DATASET_CHECKS, only)
     cases = [pytest.param(functools.partial(run, name), id=name) for name in names]
     return pytest.mark.parametrize("check", cases)
 
 
-@functools.cache
-def _shared_bench(method: type[Method], config: str) -> Bench:
-    """The checks of one method share its trainings, also when each is a test of its own."""
-    return Bench(method, json.loads(config))
-
-
-def _run_in_pytest(
-    method: type[Method] | str,
-    config: Mapping[str, Any] | Callable[[type[Method]], Mapping[str, Any]] | None,
-    plugins: tuple[Path, ...],
-    name: str,
-) -> None:
-    found = _method_class(method, plugins)
-    given = config(found) if callable(config) else config or {}
-    _raise(_shared_bench(found, json.dumps(dict(given), sort_keys=True)).outcome(name))
-
-
-def _raise(result: CheckResult) -> None:
-    """Turn a result into what pytest understands."""
+def _raise_unless_passed(result: CheckResult) -> None:
     if result.status == "undecided":
         import pytest
 

@@ -88,25 +88,6 @@ class Generator(nn.Module):
         self.decode = StyleDecoder(width, blocks=blocks, slices=slices)
 
 
-def check_size(size: int, config: CodesConfig) -> None:
-    """Raise if slices are too small for the coarsest discriminator.
-
-    Args:
-        size: slice side in pixels.
-        config: settings; each of `codes_scales` halves the slice, and a discriminator then halves
-            it four times.
-
-    Raises:
-        ConfigError: the slices are too small.
-    """
-    if size < SMALLEST * 2 ** (config.codes_scales - 1):
-        raise ConfigError(
-            f"grid.size = {size} is too small for codes_scales = {config.codes_scales}, which "
-            f"needs {SMALLEST * 2 ** (config.codes_scales - 1)}; increase grid.size, or set "
-            f"method.codes_scales to {int(math.log2(size / SMALLEST)) + 1} or less."
-        )
-
-
 class StyleCodes(nn.Module):
     """Train the style stage and restyle source images as target images.
 
@@ -127,8 +108,14 @@ class StyleCodes(nn.Module):
 
     def __init__(self, config: CodesConfig, task: TaskInfo) -> None:
         super().__init__()
-        check_size(task.size, config)
-        slices = task.slices
+        size, slices = task.size, task.slices
+        needed = SMALLEST * 2 ** (config.codes_scales - 1)  # each further scale halves the slice
+        if size < needed:
+            raise ConfigError(
+                f"grid.size = {size} is too small for codes_scales = {config.codes_scales}, which "
+                f"needs {needed}; increase grid.size, or set method.codes_scales to "
+                f"{int(math.log2(size / SMALLEST)) + 1} or less."
+            )
         self.config, self.decay = config, config.codes_decay
         self.generator = Generator(config, slices)
         self.average = copy.deepcopy(self.generator).requires_grad_(False)  # EMA, used to restyle

@@ -1,4 +1,4 @@
-"""A plugin package from outside: built as a wheel, installed by pip, listed, run and checked."""
+"""A plugin package from outside: built as a wheel, installed, listed, run and checked."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def done(command: list[str | Path], folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with all that the tests' own has, and the sample's wheel."""
+    """Return the Python of an environment with this one's packages and the sample's wheel."""
     folder = tmp_path_factory.mktemp("outside")
     # setuptools writes beside the sources, so they are built in a copy.
     shutil.copytree(SAMPLE, folder / "source")

@@ -1,28 +1,28 @@
-"""methods/ada_output.py: one step's losses by hand, the published sizes, what is refused."""
+"""AdaptSegNet: a step's losses by hand, published sizes, and refused settings."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny_methods import TASK, take_step
 from torch import Tensor
 
 from glua_bench.config import SegmenterSpec
-from glua_bench.conformance import TinyDataset
 from glua_bench.errors import ConfigError
 from glua_bench.losses import segmentation_loss
-from glua_bench.method import Batch, Context, TaskInfo
+from glua_bench.method import Batch
 from glua_bench.methods.ada_output import AdaOutput, AdaOutputConfig, OutputDiscriminator
 
 
 def build(size: int = 64, depth: int = 3, name: str = "unet", **config: Any) -> AdaOutput:
     torch.manual_seed(0)
-    spec = SegmenterSpec(name, 4, depth)
-    task = TaskInfo("tiny", TinyDataset.structures, size, spec, 2)
+    task = replace(TASK, size=size, segmenter=SegmenterSpec(name, 4, depth))
     return AdaOutput(task, AdaOutputConfig(**{"width_discriminator": 8, **config}))
 
 
@@ -33,13 +33,7 @@ def make_batch(classes: int) -> Batch:
     return Batch(source, labels, 0.3 * target + 0.4)
 
 
-def take_step(method: AdaOutput, batch: Batch) -> dict[str, float]:
-    (stage,) = method.stages()
-    context = Context(stage, 0, 10, method.optimizers(), lambda: iter(()))
-    return {name: float(value.detach()) for name, value in method.step(batch, context).items()}
-
-
-# -- by hand: numpy and nothing of the package's losses ------------------------------------------
+# -- by hand, without the package's losses --------------------------------------------------------
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -165,7 +159,7 @@ def test_it_works_on_any_segmenter(name: str, optimizer: str) -> None:
     assert known == {id(p) for p in (*method.segmenter.parameters(), *method.aux_head.parameters())}
 
 
-def test_what_it_cannot_serve_is_refused() -> None:
+def test_unsuitable_depths_and_sizes_are_refused() -> None:
     with pytest.raises(ConfigError, match="aux_depth = 3.*at most 2.*method.levels=1"):
         build(depth=3, aux_depth=3)
     build(depth=3, aux_depth=3, levels=1)

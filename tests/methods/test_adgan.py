@@ -1,6 +1,6 @@
-"""methods/adgan.py against the numbers of AD-GAN's own classes and training steps.
+"""AD-GAN against the numbers of its authors' own classes and training steps.
 
-`data/adgan_reference.npz`: width 8, one channel, 64 x 64 pixels, two images of each domain;
+`tests/support/adgan_reference.npz`: width 8, one channel, 64 x 64 pixels, two images per domain;
 weights, outputs, losses, gradients, and weights after one step in the published trainings.
 """
 
@@ -36,7 +36,7 @@ TRAININGS = {"adgan_adt": "adt", "adgan_no_adt": "no_adt", "glua": "glua"}
 
 @pytest.fixture(scope="module")
 def reference() -> Reference:
-    """All entries, without the dummy statistics of the authors' norms."""
+    """Return all entries except the dummy statistics of the authors' norms."""
     found = load_reference("adgan_reference")
     return {name: value for name, value in found.items() if "running_" not in name}
 
@@ -55,13 +55,13 @@ def batch(reference: Reference) -> Batch:
 
 
 def names_of(reference: Reference, short: str) -> list[str]:
-    """Names of the reference for the parameters of a network, in its order."""
+    """Return the reference's names of a network's parameters, in order."""
     prefix = f"init/{short}/"
     return [n.removeprefix(prefix) for n in reference if n.startswith(prefix)]
 
 
 class Recorder(Context):
-    """Notes the gradients with which each network is updated."""
+    """Record the gradients with which each network is updated."""
 
     def apply(self, name: str) -> None:
         self.gradients = getattr(self, "gradients", {})
@@ -77,7 +77,7 @@ def trained(style: ADGAN, reference: Reference, steps: int = 1) -> tuple[Recorde
 
 
 def columns(logs: dict[str, Tensor], config: ADGANConfig) -> list[float]:
-    """The reference's columns of losses."""
+    """Return the losses in the reference's columns."""
     return [
         float(value.detach())
         for value in (
@@ -91,7 +91,7 @@ def columns(logs: dict[str, Tensor], config: ADGANConfig) -> list[float]:
 
 
 def outputs(style: ADGAN, reference: Reference) -> dict[str, Tensor]:
-    """All outputs of the reference, by its names."""
+    """Return all outputs of the reference by name."""
     given = batch(reference)
     a, b = given.source_images, given.target
     zero, one = torch.full((2,), SOURCE), torch.full((2,), TARGET)
@@ -148,10 +148,8 @@ def test_a_step_is_the_authors(reference: Reference, name: str, mode: str) -> No
         gradients = [context.gradients[id(p)] for p in network.parameters()]
         named = dict(zip(names_of(reference, short), gradients, strict=True))
         groups = {short: list(named.values())}
-        if short != "dis":
-            for part in ("main", "mlp"):
-                of_part = [g for n, g in named.items() if n.startswith(part)]
-                groups[f"{short}.{part}"] = of_part
+        for part in ("main", "mlp") if short != "dis" else ():
+            groups[f"{short}.{part}"] = [g for n, g in named.items() if n.startswith(part)]
         for group, members in groups.items():
             norm = torch.stack([g.square().sum() for g in members]).sum().sqrt()
             deviations[f"norm {group}"] = deviation(reference[f"gradnorm/{name}/{group}"], norm)
@@ -263,14 +261,10 @@ def parameters(network: nn.Module) -> int:
 def test_parameters_are_the_authors(
     width: int, slices: int, expected: tuple[int, int, int]
 ) -> None:
-    networks = Encoder(width, 4, slices), Decoder(width, 4, slices), None
-    counts = (
-        parameters(networks[0]),
-        parameters(networks[1]),
-        parameters(DomainDiscriminator(width, slices)),
-    )
-    assert counts == expected
+    encoder, decoder = Encoder(width, 4, slices), Decoder(width, 4, slices)
+    networks = encoder, decoder, DomainDiscriminator(width, slices)
+    assert tuple(map(parameters, networks)) == expected
     if width == 64 and slices == 1:
-        assert parameters(networks[0].affine) == 328_832
-        assert parameters(networks[1].affine) == 295_552
-        assert [sum(n.affine.sizes) for n in networks[:2]] == [4992, 4480]
+        assert parameters(encoder.affine) == 328_832
+        assert parameters(decoder.affine) == 295_552
+        assert [sum(n.affine.sizes) for n in (encoder, decoder)] == [4992, 4480]

@@ -1,44 +1,17 @@
-"""methods/fda.py, histogram_matching.py, advent.py: the operations of their papers, by hand."""
+"""FDA, histogram matching and AdvEnt: their papers' operations, recomputed by hand."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny_methods import batch, build, images, take_step
 from torch import Tensor
 
-from glua_bench.config import SegmenterSpec, build_settings
-from glua_bench.conformance import TinyDataset
 from glua_bench.losses import normalised_entropy, segmentation_loss, self_information
-from glua_bench.method import Batch, Context, Method, TaskInfo
 from glua_bench.methods.advent import Advent
 from glua_bench.methods.fda import FDA, exchange_amplitudes
 from glua_bench.methods.histogram_matching import HistogramMatching, match_histograms
-
-TASK = TaskInfo("tiny", TinyDataset.structures, 32, SegmenterSpec("unet", 4, 3), 2)
-
-
-def images(count: int = 2, seed: int = 0, size: int = 32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(count, 1, size, size, generator=generator) * 2 - 1
-
-
-def batch() -> Batch:
-    return Batch(images(), (images()[:, 0] > 0).long(), images(seed=1) * 0.3 + 0.4)
-
-
-def build(method: type[Method], **config: Any) -> Any:
-    torch.manual_seed(0)
-    return method(TASK, build_settings(method.Config, config, "method"))
-
-
-def step(method: Any) -> dict[str, float]:
-    (stage,) = method.stages()
-    context = Context(stage, 0, 10, method.optimizers(), lambda: iter(()))
-    return {name: float(value.detach()) for name, value in method.step(batch(), context).items()}
-
 
 # -- histogram matching ---------------------------------------------------------------------------
 
@@ -68,7 +41,7 @@ def test_fewer_templates_than_images_are_taken_in_turn() -> None:
 
 
 def test_slices_of_an_image_are_matched_by_one_curve() -> None:
-    """Equal pixels of its slices stay equal, and all slices together have the target's tones."""
+    """Equal pixels of a stack stay equal, and the whole stack has the target's intensities."""
     source, target = images(6).view(2, 3, 32, 32), images(6, 1).view(2, 3, 32, 32) * 0.3 + 0.4
     source[:, 2] = source[:, 0]
     matched = match_histograms(source, target)
@@ -85,7 +58,7 @@ def test_histogram_matching_trains_on_matched_images() -> None:
         own = batch()
         logits = method.segmenter(match_histograms(own.source_images, own.target)).logits
         expected = float(segmentation_loss(logits, own.source_labels))
-    assert step(method) == pytest.approx({"segmentation": expected})
+    assert take_step(method) == pytest.approx({"segmentation": expected})
 
 
 # -- FDA ------------------------------------------------------------------------------------------
@@ -140,7 +113,7 @@ def test_fdas_losses_are_those_of_its_paper() -> None:
         "penalty": ((h**2 + 1e-6) ** 1.5).mean(),
         "entropy": h.mean(),
     }
-    assert step(method) == pytest.approx(expected, rel=1e-4)
+    assert take_step(method) == pytest.approx(expected, rel=1e-4)
 
 
 # -- entropy --------------------------------------------------------------------------------------
@@ -162,7 +135,7 @@ def test_advents_discriminators_see_self_information() -> None:
     assert torch.allclose(method.discriminator_input(p.log()), expected, atol=1e-6)
     seen: list[Tensor] = []
     method.discriminators["main"].register_forward_hook(lambda _, given, out: seen.append(given[0]))
-    step(method)
+    take_step(method)
     assert len(seen) == 3
     for given in seen:
         assert bool((given.sum(1) <= 1 + 1e-6).all()) and bool((given >= 0).all())
@@ -182,7 +155,7 @@ def test_the_direct_form_has_no_discriminator_and_adds_entropies() -> None:
         for name, output in target.items():
             p = output.softmax(1).numpy()
             expected[f"entropy_{name}"] = (-(p * np.log(p)).sum(1)).mean() / np.log(p.shape[1])
-    assert step(method) == pytest.approx(expected, rel=1e-4)
+    assert take_step(method) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_direct_form_makes_predictions_surer() -> None:
@@ -190,5 +163,5 @@ def test_the_direct_form_makes_predictions_surer() -> None:
     for weight in (0.0, 10.0):
         method = build(Advent, form="direct", lambda_entropy=weight)
         for _ in range(20):
-            last[weight] = step(method)["entropy_main"]
+            last[weight] = take_step(method)["entropy_main"]
     assert last[10.0] < 0.85 * last[0.0]

@@ -1,4 +1,4 @@
-"""methods/cycle_translate.py: the paper's sizes, and one step's losses by hand."""
+"""CycleGAN: the paper's sizes, and a step's losses by hand."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_methods import TASK, context_of
 from torch import Tensor
 
-from glua_bench.config import SegmenterSpec
-from glua_bench.conformance import TinyDataset, first_difference
-from glua_bench.method import Batch, Context, Stage, TaskInfo
-from glua_bench.methods.cycle_translate import (
-    CycleConfig,
-    CycleTranslate,
-    ResnetGenerator,
-)
+from glua_bench.conformance import first_difference
+from glua_bench.method import Batch
+from glua_bench.methods.cycle_translate import CycleConfig, CycleTranslate, ResnetGenerator
 from glua_bench.networks import InstanceNorm, PatchGAN
 
 SMALL = {"cycle_width": 4, "cycle_blocks": 1, "cycle_width_d": 4, "cycle_pool": 2}
@@ -25,19 +21,13 @@ SMALL = {"cycle_width": 4, "cycle_blocks": 1, "cycle_width_d": 4, "cycle_pool": 
 
 def build(**config: Any) -> CycleTranslate:
     torch.manual_seed(0)
-    task = TaskInfo("tiny", TinyDataset.structures, 32, SegmenterSpec("unet", 4, 3), 2)
-    return CycleTranslate(task, CycleConfig(**{**SMALL, **config}))
+    return CycleTranslate(TASK, CycleConfig(**{**SMALL, **config}))
 
 
 def batch(seed: int = 1) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     source, target = torch.rand(2, 2, 1, 32, 32, generator=generator) * 2 - 1
     return Batch(source, (source[:, 0] > 0).long(), 0.3 * target + 0.4)
-
-
-def context_of(method: CycleTranslate, stage: Stage) -> Context:
-    optimizers = (stage.optimizers or method.optimizers)()
-    return Context(stage, 0, 10, optimizers, lambda: iter(()))
 
 
 # -- sizes ----------------------------------------------------------------------------------------
@@ -60,7 +50,7 @@ def test_full_networks_have_the_papers_layers() -> None:
 
 def test_a_score_sees_70_pixels_a_side() -> None:
     torch.manual_seed(0)
-    # Without the norms, which let every pixel see all others a little.
+    # Without the norms, through which every pixel depends on all others.
     kept = [m for m in PatchGAN(4).body if not isinstance(m, InstanceNorm)]
     discriminator = torch.nn.Sequential(*kept)
     images = torch.randn(1, 1, 128, 128, requires_grad=True)

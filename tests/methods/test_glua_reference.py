@@ -1,13 +1,14 @@
 """Step B of GLUA and its segmenter against the numbers of the authors' own classes and training.
 
-`data/glua_local_reference.npz`: a tiny instance of the authors' ResNetMulti, D1 and D2, two images
-of 64 x 64 pixels a domain; activations, losses, gradients, the weights after one and after three
-iterations, and the evaluation with the gain.
+`tests/support/glua_local_reference.npz`: a tiny instance of the authors' ResNetMulti, D1 and D2,
+two images of 64 x 64 pixels per domain; activations, losses, gradients, the weights after one and
+after three iterations, and the evaluation with the gain.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -54,19 +55,19 @@ def tiny_segmenter(dilations: int = 2) -> DeepLab:
     first = resnet.layer1[0]
     first.conv1 = nn.Conv2d(4, 2, 1, bias=False)
     first.downsample[0] = nn.Conv2d(4, 8, 1, bias=False)
-    # Of 16 channels in and out: timm projects nothing there, the authors do in every first block.
+    # With 16 channels in and out, timm adds no projection; the authors do in every first block.
     projection = nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16)
     resnet.layer4[0].downsample = nn.Sequential(*projection)
     return DeepLab(resnet, len(STRUCTURES) + 1, dilations)
 
 
 def their_name(name: str) -> str:
-    """The authors' name of a tensor of `DeepLab`."""
+    """Return the authors' name of a tensor of `DeepLab`."""
     return name.replace("head.convolutions", "layer6.conv2d_list")
 
 
 def states(segmenter: DeepLab) -> dict[str, Tensor]:
-    """Parameters and running statistics by the authors' names."""
+    """Return parameters and running statistics by the authors' names."""
     found = segmenter.state_dict()
     return {their_name(n): v for n, v in found.items() if "num_batches" not in n}
 
@@ -96,7 +97,7 @@ class Reproduced(LocalOnly):
 
 
 class Recorder(Context):
-    """Notes the segmenter's gradients after each backward pass, and every gradient at a step."""
+    """Record the segmenter's gradients after each backward pass, and all gradients at a step."""
 
     method: Any
 
@@ -129,7 +130,7 @@ def images(reference: Reference) -> Batch:
 def iterations(
     method: Reproduced, reference: Reference, count: int = 1, total: int = 0
 ) -> tuple[Recorder, list[dict[str, float]]]:
-    """So many updates; rates decay over `total` of them, or stay where that is 0."""
+    """Take `count` steps; learning rates decay over `total` steps, or are constant if it is 0."""
     stage = Stage("segment", decay=0.9 if total else 0.0)
     context = Recorder(stage, 0, total or 1, method.optimizers(), lambda: iter(()))
     context.method = method
@@ -146,6 +147,12 @@ def iterations(
     return context, logs
 
 
+def compared(reference: Reference, prefix: str, tensors: Iterable[Tensor]) -> dict[str, float]:
+    """Return the deviations of tensors from the entries with a prefix, in their order."""
+    names = [n for n in reference if n.startswith(prefix)]
+    return {n: deviation(reference[n], t) for n, t in zip(names, tensors, strict=True)}
+
+
 def demand(deviations: dict[str, float], count: int | None = None) -> None:
     assert count is None or len(deviations) == count, sorted(deviations)
     assert max(deviations.values()) <= 1, {n: d for n, d in deviations.items() if not d <= 1}
@@ -155,7 +162,7 @@ def demand(deviations: dict[str, float], count: int | None = None) -> None:
 
 
 def low(segmenter: DeepLab, seen: Aligned) -> Tensor:
-    """Logits at the resolution of the features."""
+    """Return logits at the resolution of the features."""
     return segmenter.head(seen.segmented.features[-1])
 
 
@@ -206,7 +213,7 @@ def test_the_dice_loss_is_the_authors(reference: Reference) -> None:
         }
     )
     per_class = reference["dice/per_class"]
-    assert per_class[4] > 0.99  # the class that no label shows
+    assert per_class[4] > 0.99  # the class without labels
 
 
 # -- one iteration --------------------------------------------------------------------------------
@@ -274,14 +281,11 @@ def test_one_update_has_the_authors_gradients(reference: Reference) -> None:
     ):
         assert found.keys() == names - dead
         deviations |= {prefix + n: deviation(reference[prefix + n], g) for n, g in found.items()}
-    renamed = {"feature": "D1", "output": "D2"}
-    wanted = [n for n in reference if n.startswith("gradD/")]
-    assert len(wanted) == len(context.stepped["alignment"])
-    for part, theirs in renamed.items():
-        own = [g for n, g in context.stepped["alignment"].items() if n.startswith(f"{part}.")]
-        expected = [n for n in wanted if n.startswith(f"gradD/{theirs}/")]
-        for name, gradient in zip(expected, own, strict=True):
-            deviations[name] = deviation(reference[name], gradient)
+    stepped = context.stepped["alignment"]
+    assert sum(n.startswith("gradD/") for n in reference) == len(stepped)
+    for part, theirs in (("feature", "D1"), ("output", "D2")):
+        own = [g for n, g in stepped.items() if n.startswith(f"{part}.")]
+        deviations |= compared(reference, f"gradD/{theirs}/", own)
     for own_name, name in (
         ("segmentation", "seg"),
         ("align_feature", "adv_D1_mse"),
@@ -315,19 +319,9 @@ def test_one_update_ends_in_the_authors_weights(
         stored = expected.get(name, reference[statistics + name])
         assert name in expected or "running" in name
         deviations[name] = deviation(stored, value)
-    for name, p in zip(
-        [n for n in reference if n.startswith("after1/D1/")],
-        method.alignment.feature.parameters(),
-        strict=True,
-    ):
-        deviations[name] = deviation(reference[name], p)
-    for name, p, old in zip(
-        [n for n in reference if n.startswith("after1/D2_minus_init/")],
-        method.alignment.output.parameters(),
-        before.parameters(),
-        strict=True,
-    ):
-        deviations[name] = deviation(reference[name], p - old)
+    deviations |= compared(reference, "after1/D1/", method.alignment.feature.parameters())
+    pairs = zip(method.alignment.output.parameters(), before.parameters(), strict=True)
+    deviations |= compared(reference, "after1/D2_minus_init/", [p - old for p, old in pairs])
     demand(deviations, len(own) + 8 + 10)
 
 
@@ -338,12 +332,8 @@ def test_three_updates_end_in_the_authors_weights(
     """On the same batches, with rates that decay over three updates."""
     method = Reproduced(reference, optimizer=optimizer)
     _, logs = iterations(method, reference, 3, 3)
-    assert reference["traj3/loss_columns"].tolist()[2:6] == [
-        "seg",
-        "adv_D1_mse",
-        "adv_D2_mse",
-        "adv",
-    ]
+    columns = reference["traj3/loss_columns"].tolist()
+    assert columns[2:6] == ["seg", "adv_D1_mse", "adv_D2_mse", "adv"]
     expected = reference[f"traj3/loss_{kind}"]
     deviations = {}
     for row, log in zip(expected, logs, strict=True):
@@ -358,10 +348,8 @@ def test_three_updates_end_in_the_authors_weights(
     own_states = states(method.segmenter)
     assert stored.keys() <= own_states.keys() and len(stored) >= 98
     deviations |= {n: deviation(value, own_states[n]) for n, value in stored.items()}
-    names = [n for n in reference if n.startswith(f"after3_{kind}/D1/")]
-    for name, p in zip(names, method.alignment.feature.parameters(), strict=True):
-        deviations[name] = deviation(reference[name], p)
-    demand(deviations)
+    discriminator = method.alignment.feature.parameters()
+    demand(deviations | compared(reference, f"after3_{kind}/D1/", discriminator))
 
 
 def test_weights_are_listed_as_often_as_the_authors_list_them(reference: Reference) -> None:
@@ -423,7 +411,7 @@ def test_the_evaluation_with_the_gain_is_the_authors(reference: Reference, kind:
 
 
 class Stub(Segmenter):
-    """A segmenter whose encoder hands its images on, and whose decoder is one convolution."""
+    """A segmenter whose encoder returns its images, and whose decoder is one convolution."""
 
     def __init__(self, reference: Reference) -> None:
         super().__init__()
@@ -490,18 +478,17 @@ def test_the_local_part_alone_is_the_authors(reference: Reference) -> None:
 
 
 def gradients_after(method: Reproduced, reference: Reference) -> float:
-    """The largest deviation of the segmenter's gradients at the step."""
+    """Return the largest deviation of the segmenter's gradients at the step."""
     context, _ = iterations(method, reference)
     found = context.stepped["segmenter"]
     return max(deviation(reference[f"grad_total/{n}"], g) for n, g in found.items())
 
 
 def discriminators_after(method: Reproduced, reference: Reference) -> float:
-    """The largest deviation of the gradients of D1."""
+    """Return the largest deviation of D1's gradients."""
     context, _ = iterations(method, reference)
     own = [g for n, g in context.stepped["alignment"].items() if n.startswith("feature.")]
-    names = [n for n in reference if n.startswith("gradD/D1/")]
-    return max(deviation(reference[n], g) for n, g in zip(names, own, strict=True))
+    return max(compared(reference, "gradD/D1/", own).values())
 
 
 def test_a_detached_gain_is_seen(reference: Reference) -> None:
@@ -574,13 +561,13 @@ def test_parameters_are_the_authors() -> None:
 
 
 def test_no_entry_of_the_reference_is_left_out(reference: Reference) -> None:
-    """Each is compared above, is an input, or says how the file was made."""
+    """Each is compared above, an input, or metadata."""
     compared = ("src", "tgt", "D", "loss", "grad", "grad_seg", "grad_total", "gradD", "part")
     compared += ("after1", "after1_authors", "after1_dedup", "after3_authors", "after3_dedup")
     compared += ("eval_init", "eval_after1_authors", "eval_after1_dedup", "traj3", "dice")
     assert {n.split("/")[0] for n in reference} == {*compared, "input", "init", "meta"}
 
 
-def test_a_segmenter_without_an_encoder_is_told() -> None:
+def test_a_segmenter_without_an_encoder_is_refused() -> None:
     with pytest.raises(ConfigError, match="has no encoder output for GLUA's gain; use"):
         LocalAlignment(TASK, AlignmentConfig(), nn.Conv2d(1, 5, 1))

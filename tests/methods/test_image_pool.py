@@ -1,4 +1,4 @@
-"""methods/image_pool.py: what a pool returns, and that it goes with the weights."""
+"""Image pools: returned batches, and saving with the weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_pool_fills_then_exchanges_half_of_the_time() -> None:
     assert 70 <= exchanged <= 130
 
 
-def test_a_pool_goes_with_the_weights() -> None:
+def test_a_pool_is_saved_with_the_weights() -> None:
     torch.manual_seed(0)
     pool, copy = ImagePool(2, 1, 4), ImagePool(2, 1, 4)
     for value in range(5):

@@ -1,4 +1,4 @@
-"""methods/*.py: gains, masks, losses and updates do what the cards say; no test knows a default."""
+"""Gains, masks, losses and updates do what the cards say; no test depends on a default."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_methods import SIZE, TASK, batch, build, images
 from torch import Tensor, nn
 from torch.optim import SGD
 
 from glua_bench import losses, networks
 from glua_bench.config import PRESETS, RunConfig, SegmenterSpec, build_settings
-from glua_bench.conformance import Bench, TinyDataset, first_difference, small_settings
+from glua_bench.conformance import Bench, TinyDataset, first_difference
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError
 from glua_bench.losses import balanced_loss, lsgan_loss
@@ -52,33 +53,21 @@ from glua_bench.runs.plan import adjusted, check_request, plan
 from glua_bench.runs.request import RunRequest
 from glua_bench.task import UNANNOTATED, Grid
 
-SIZE = 32
-TASK = TaskInfo("tiny", TinyDataset.structures, SIZE, SegmenterSpec("unet", 4, 3), 2)
 BUILT_IN = [e.name for e in Registry("method").entries() if e.origin == "glua-bench"]
 NOTHING = {"gain": "none", "lambda_feature": 0.0, "lambda_output": 0.0}  # of Step B
 
 
-def images(count: int, seed: int = 0, size: int = SIZE, slices: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(count, slices, size, size, generator=generator) * 2 - 1
-
-
-def batch(count: int = 2, size: int = SIZE, slices: int = 1) -> Batch:
-    source, target = images(count, 0, size, slices), images(count, 1, size, slices)
-    return Batch(source, (source[:, slices // 2] > 0).long(), target * 0.3 + 0.4)
-
-
-def build(method: type[Method], task: TaskInfo = TASK, **config: Any) -> Any:
-    torch.manual_seed(0)
-    made = method(task, build_settings(method.Config, small_settings(method, config), "method"))
-    return made.train()
-
-
 class Spy(Context):
-    """Notes which parts of the method each update changes."""
+    """Record which parts of the method each update changes, and gradients on discriminators."""
 
     changes: list[tuple[str, set[str]]]
     watched: dict[str, nn.Module]
+    judges: list[nn.Parameter]
+    judged: list[list[bool]]
+
+    def backward(self, loss: Tensor, **options: bool) -> None:
+        super().backward(loss, **options)
+        self.judged.append([p.grad is not None for p in self.judges])
 
     def apply(self, name: str) -> None:
         before = {n: copy.deepcopy(m.state_dict()) for n, m in self.watched.items()}
@@ -90,24 +79,25 @@ class Spy(Context):
 
 
 def spy(stage: Stage, optimizers: Callable[[], Any], **watched: nn.Module) -> Spy:
-    """A context of a stage, with the optimizers of the method where it brings none."""
+    """Return the context of a stage, with the method's optimizers if the stage has none."""
 
     def target_slices() -> Iterator[Tensor]:
         yield from images(24, 5).split(8)
 
     context = Spy(stage, 0, 10, (stage.optimizers or optimizers)(), target_slices)
     context.changes, context.watched = [], watched
+    context.judges, context.judged = [], []
     return context
 
 
-# -- pixels that nobody annotated -----------------------------------------------------------------
+# -- unannotated pixels ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_no_method_learns_from_pixels_that_nobody_annotated(
+def test_no_method_learns_from_unannotated_pixels(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every loss that reads labels reads them as they are, and sends nothing back at such."""
+    """Every loss reads the labels unchanged, and has no gradient at unannotated pixels."""
     gradients: list[tuple[Tensor, Tensor]] = []
 
     def spied(loss: Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor, Tensor], Any]:
@@ -140,7 +130,7 @@ def test_no_method_learns_from_pixels_that_nobody_annotated(
 
 @st.composite
 def score_maps(draw: Callable[..., Any]) -> Tensor:
-    """Different scores at all places, some below 0 and some above 1."""
+    """Draw distinct scores, some below 0 and some above 1."""
     n, h, w = draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.integers(1, 9))
     seed = draw(st.integers(0, 2**16))
     rng = np.random.default_rng(seed)
@@ -211,7 +201,7 @@ def test_soft_weighs_from_one_to_two_and_none_is_all(scores: Tensor, ratio: floa
 
 
 def alignment(**config: Any) -> tuple[LocalAlignment, UNet]:
-    """On a U-Net; D1's scores vary from place to place, about ¾."""
+    """Return an alignment with a U-Net, on which D1's scores vary around ¾."""
     torch.manual_seed(0)
     unet = UNet(3, 4, 3)
     values = {"width_discriminator": 4, "mask_ratio": 0.25, **config}
@@ -232,15 +222,13 @@ def test_the_gain_is_that_of_the_card(form: str) -> None:
     expected = {"constant": np.full_like(by_tanh, 1 + math.tanh(0.5)), "none": 1 + 0 * by_tanh}
     np.testing.assert_allclose(gain.detach().numpy(), expected.get(form, by_tanh), rtol=1e-6)
     assert gain.shape == scores.shape and gain.requires_grad == (form == "tanh")
-
-
-def test_the_constant_gain_is_that_of_a_score_at_chance() -> None:
+    # The constant gain is that of a score at chance.
     assert GAINS["tanh"](torch.tensor(0.5, dtype=torch.double)).item() == pytest.approx(CHANCE)
 
 
 @pytest.mark.parametrize("at", ["end", "skips"])
 @pytest.mark.parametrize("form", GAINS)
-def test_the_gain_multiplies_features_of_the_target(form: str, at: str) -> None:
+def test_the_gain_multiplies_features_of_the_target_only(form: str, at: str) -> None:
     made, unet = alignment(gain=form, gain_at=at)
     seen = made.segment(unet, images(2), "target")
     *skips, features = unet.encode(images(2))
@@ -255,19 +243,13 @@ def test_the_gain_multiplies_features_of_the_target(form: str, at: str) -> None:
     assert seen.gain is not None and torch.equal(seen.gain, gain)
     plain = unet(images(2)).logits
     assert torch.equal(seen.segmented.logits, plain) == (form == "none")
-
-
-@pytest.mark.parametrize("at", ["end", "skips"])
-@pytest.mark.parametrize("form", GAINS)
-def test_the_gain_leaves_the_source_alone(form: str, at: str) -> None:
-    made, unet = alignment(gain=form, gain_at=at)
-    seen, plain = made.segment(unet, images(2), "source"), unet(images(2))
-    assert torch.equal(seen.segmented.logits, plain.logits)
-    assert seen.gain is None and seen.scores is None
+    source = made.segment(unet, images(2), "source")
+    assert torch.equal(source.segmented.logits, plain)
+    assert source.gain is None and source.scores is None
 
 
 def test_the_gain_at_the_skips_reaches_every_map() -> None:
-    """At the end alone, the finest skip passes by it."""
+    """With `end`, it does not reach the skips."""
     maps: dict[str, list[Tensor]] = {}
     for at in ("end", "skips"):
         made, unet = alignment(gain_at=at)
@@ -309,7 +291,7 @@ DOMAINS = ("source", "target")
 
 
 def aligned(scores: Tensor) -> Aligned:
-    """As if D1 had said so."""
+    """Return a pass in which D1 gave these scores."""
     return Aligned(Segmented(torch.zeros(len(scores), 3, SIZE, SIZE), ()), scores, scores, scores)
 
 
@@ -341,7 +323,7 @@ def test_a_mask_lets_its_places_count_alone(form: str) -> None:
     torch.testing.assert_close(loss.detach(), 2 * logs["align_feature"].detach())
 
 
-def test_the_soft_mask_counts_every_place_by_its_gap() -> None:
+def test_the_soft_mask_weights_by_the_gap_and_no_mask_weights_equally() -> None:
     made, _ = alignment(mask="soft", lambda_feature=1.0, lambda_output=0.0)
     scores = torch.linspace(-0.5, 1.5, 128).view(2, 1, 8, 8).requires_grad_()
     loss, _ = made.loss(aligned(scores))
@@ -350,12 +332,7 @@ def test_the_soft_mask_counts_every_place_by_its_gap() -> None:
     torch.testing.assert_close(
         scores.grad, 2 * scores.detach() * weights / weights.sum(), rtol=1e-4, atol=1e-7
     )
-
-
-def test_without_a_mask_every_place_counts_alike() -> None:
-    made, _ = alignment(mask="none")
-    scores = torch.linspace(-0.5, 1.5, 128).view(2, 1, 8, 8)
-    _, logs = made.loss(aligned(scores))
+    _, logs = alignment(mask="none")[0].loss(aligned(scores))
     torch.testing.assert_close(logs["align_feature"], lsgan_loss(scores, 0))
 
 
@@ -384,10 +361,7 @@ def test_pictures_show_gain_and_mask_in_the_size_of_the_images(form: str) -> Non
         assert pictures[name].min() >= 0 and pictures[name].max() <= 1
     if form in ("topk", "random"):
         assert pictures["mask"].mean().item() == pytest.approx(0.25, abs=0.05)
-
-
-def test_pictures_of_no_gain_are_black() -> None:
-    assert not build(LocalOnly, gain="none").pictures(batch())["gain"].any()
+    assert not build(LocalOnly, gain="none", mask=form).pictures(batch())["gain"].any()
 
 
 # -- updates --------------------------------------------------------------------------------------
@@ -407,17 +381,12 @@ def test_an_aligned_step_updates_the_segmenter_and_then_the_discriminators() -> 
 
 
 def test_the_segmenters_losses_leave_no_gradient_on_the_discriminators() -> None:
-    method, found = build(LocalOnly), []
-
-    class Looking(Spy):
-        def backward(self, loss: Tensor, **options: bool) -> None:
-            super().backward(loss, **options)
-            found.append([p.grad is not None for p in method.alignment.parameters()])
-
+    method = build(LocalOnly)
     context = spy(method.stages()[-1], method.optimizers)
-    context.__class__ = Looking
+    context.judges = list(method.alignment.parameters())
     method.step(batch(), context)
-    assert [any(own) for own in found] == [False, False, True] and all(found[-1])
+    assert [any(found) for found in context.judged] == [False, False, True]
+    assert all(context.judged[-1])
 
 
 def test_the_segmentation_loss_is_that_of_the_source_alone() -> None:
@@ -462,7 +431,7 @@ SEGMENTING = [n for n in BUILT_IN if issubclass(Registry("method").load(n).Confi
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 @pytest.mark.parametrize("name", SEGMENTING)
 def test_methods_give_their_segmenter_the_optimizer_that_is_set(name: str, kind: str) -> None:
-    """SGD steps the last layers at ten times the rate; each weight is listed once."""
+    """SGD uses ten times the rate for the last layers; each weight is listed once."""
     method = build(Registry("method").load(name), optimizer=kind, lr=0.02, weight_decay=0.3)
     optimizer = method.optimizers()["segmenter"]
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -488,7 +457,7 @@ def several(seed: int = 0) -> list[nn.Parameter]:
 
 
 def groups_of(weights: list[nn.Parameter], listed: bool) -> Groups:
-    """Weights with 1, 3, 3 and 4 steps an update, as listings or as `repeats`."""
+    """Return groups with 1, 3, 3 and 4 steps per update, as listings or as `repeats`."""
     a, b, c, d = weights
     if listed:
         return [{"params": [a], "lr": 0.1}, {"params": [b, c] * 3}, {"params": [d] * 4}]
@@ -503,7 +472,7 @@ SETTINGS = {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1}
 
 
 def update(optimizer: SGD, weights: list[nn.Parameter], step: int) -> None:
-    """One update on gradients of the step, with a rate that falls; the third weight begins late."""
+    """Update with a decaying rate; the third weight has no gradient at first."""
     generator = torch.Generator().manual_seed(100 + step)
     for place, weight in enumerate(weights):
         gradient = torch.randn(weight.shape, generator=generator)
@@ -606,7 +575,7 @@ def test_slices_that_do_not_fit_deeplab_are_declined(name: str) -> None:
 def test_a_run_on_deeplab_is_exported_and_predicts_alike(
     dilations: int, phantom_root: Path, tmp_path: Path
 ) -> None:
-    """With what the gain needs, and without the convolutions that are not summed."""
+    """The export keeps what the gain needs, and drops convolutions that are not summed."""
     sets = ["segmenter.name=deeplab:resnet18", f"segmenter.dilations={dilations}"]
     sets += ["grid.size=32", "grid.spacing=7", "batch_size=2", "method.optimizer=sgd-repeated"]
     planned = plan(
@@ -654,7 +623,7 @@ def test_frozen_passes_gradients_and_restores() -> None:
     assert all(p.requires_grad for p in a.parameters())
 
 
-# -- both ways to restyle -------------------------------------------------------------------------
+# -- both style networks --------------------------------------------------------------------------
 
 SMALL_STYLE = {
     "adgan_width": 4,
@@ -705,7 +674,7 @@ def test_the_style_stage_depends_on_the_settings_of_its_own_way(kind: str) -> No
 
 
 def test_learning_rates_of_the_style_stage() -> None:
-    """AD-GAN's stay for half of it and fall to 0 linearly; the other's decay where it is set."""
+    """AD-GAN's are constant for half of it, then decay linearly; the other's decay if set."""
     adgan = style_stage(restyler("adgan"), StyleConfig())
     assert [adgan.rate(p) for p in (0, 0.5, 0.75, 1)] == [1, 1, 0.5, 0]
     for decay, expected in ((0.0, 1.0), (2.0, 0.25)):
@@ -741,18 +710,12 @@ def test_a_style_step_updates_the_generator_and_then_what_judges_it(kind: str) -
 @pytest.mark.parametrize("kind", STYLES)
 def test_the_generators_loss_leaves_no_gradient_on_what_judges_it(kind: str) -> None:
     style = restyler(kind)
-    judging = [p for n, p in style.named_parameters() if n.startswith(("d_", "discriminator"))]
-    found: list[bool] = []
-
-    class Looking(Spy):
-        def backward(self, loss: Tensor, **options: bool) -> None:
-            super().backward(loss, **options)
-            found.append(any(p.grad is not None for p in judging))
-
     context = context_of(style)
-    context.__class__ = Looking
+    named = style.named_parameters()
+    context.judges = [p for n, p in named if n.startswith(("d_", "discriminator"))]
     style.step(batch(), context)
-    assert judging and found == [False] * (len(found) - 1) + [True]
+    *before, last = map(any, context.judged)
+    assert before and not any(before) and last
 
 
 @pytest.mark.parametrize("kind", STYLES)
@@ -801,7 +764,7 @@ FLAT = ("constant", "empty", "halves", "pixel", "mixed")
 
 
 def flat(kind: str, count: int = 4) -> Tensor:
-    """Slices without a picture: one value, two values in halves, or one pixel of another value."""
+    """Return slices with one value, two values in halves, or one pixel of another value."""
     if kind == "mixed":
         return torch.cat([flat(k, 1) for k in FLAT[:4]])[:count]
     made = torch.full((count, 1, SIZE, SIZE), -1.0 if kind == "empty" else 0.1)
@@ -813,7 +776,7 @@ def flat(kind: str, count: int = 4) -> Tensor:
 
 
 def deep(kind: str, mode: str = "adt") -> Any:
-    """With as many layers as by default, through which a gradient could grow."""
+    """Return a style network with the default depth, through which gradients could grow."""
     task = replace(TASK, batch_size=4)
     return restyler(kind, task, adgan_mode=mode, adgan_batch=4, adgan_blocks=4, codes_blocks=4)
 
@@ -822,7 +785,7 @@ def flat_batch(shown: str) -> Batch:
     return Batch(flat(shown), torch.zeros(4, SIZE, SIZE, dtype=torch.long), flat(shown))
 
 
-@pytest.mark.filterwarnings("ignore")  # k-means says that clusters stay empty
+@pytest.mark.filterwarnings("ignore")  # k-means warns about empty clusters
 @pytest.mark.parametrize("precision", ["32", "bf16"])
 @pytest.mark.parametrize(
     ("kind", "mode", "shown"),
@@ -854,7 +817,7 @@ def test_slices_without_a_picture_break_no_style_stage(
 def test_a_norm_that_lets_gradients_through_constant_maps_breaks_style_codes(
     shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the test above guards against, and that it would see it."""
+    """The test above can fail."""
     plain = networks.normalised
 
     def blind(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -918,7 +881,7 @@ def test_the_bank_holds_styles_of_the_target(style: StyleCodes) -> None:
     assert torch.equal(style.bank, before)
 
 
-@pytest.mark.filterwarnings("ignore")  # k-means says that clusters stay empty
+@pytest.mark.filterwarnings("ignore")  # k-means warns about empty clusters
 def test_fewer_slices_than_clusters_still_fill_the_bank(style: StyleCodes) -> None:
     context = context_of(style)
     context.target_slices = lambda: iter([images(2)])
@@ -979,7 +942,7 @@ def test_the_default_style_takes_any_number_of_cases() -> None:
 def test_slices_too_small_for_style_codes_are_declined(
     size: int, scales: int, fitting: int
 ) -> None:
-    """In a sentence before training, instead of a kernel's size in the midst of it."""
+    """They are refused before training, not by an error about kernel sizes during it."""
     task = replace(TASK, size=size)
     config = replace(GLUA.Config(), codes_scales=scales, codes_width=4, adgan_width=4)
     said = f"grid.size = {size} is too small .* needs {16 * 2 ** (scales - 1)}; .* to {fitting} or"
@@ -994,15 +957,15 @@ def test_slices_too_small_for_style_codes_are_declined(
 
 
 def demand_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
-    """The weights of the first are those of the second, bit for bit."""
+    """Demand that the second has the weights of the first, bit for bit."""
     assert first_difference(a, {name: b[name] for name in a}) is None
 
 
 class Balanced(SourceOnly):
-    """Source only, by the loss of GLUA's authors."""
+    """Source only, with the loss of GLUA's authors."""
 
     name = "balanced"
-    uses_target = True  # served and left alone, so that both draw the same random numbers
+    uses_target = True  # served but not used, so that both draw the same random numbers
     segmentation = staticmethod(balanced_loss)
 
 
@@ -1014,7 +977,7 @@ class Balanced(SourceOnly):
 def test_without_step_b_its_method_trains_as_the_one_without_it(
     plain: type[Method], union: type[Method], short: dict[str, float], mask: str
 ) -> None:
-    """Same first weights and same trained ones, bit for bit; the norm keeps no statistics."""
+    """Initial and trained weights are bit-identical; the norm keeps no statistics."""
     with closing(Bench(plain, short)) as one, closing(Bench(union, short)) as other:
         a, b = one.train(steps=2), other.train({**NOTHING, "mask": mask}, steps=2)
         demand_same(a.initial, b.initial)
@@ -1039,7 +1002,7 @@ def test_global_only_segments_restyled_images() -> None:
 
 
 def test_glua_is_its_parts_put_together() -> None:
-    """Each setting of a part is one of GLUA with the same default, also in every preset."""
+    """Each setting of a part has the same value in GLUA, with every preset."""
     for name in GLUA.parts:
         part = Registry("method").load(name)
         for preset in PRESETS:
@@ -1073,14 +1036,14 @@ def test_the_variants_are_the_rows_of_an_ablation(method: type[Method]) -> None:
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_methods_keep_the_contract_with_several_slices(name: str) -> None:
-    """Trains, predicts and shows; the target's labels, also a neighbour's, are never read."""
+    """It trains, predicts and draws; target labels, including neighbours', are never read."""
     method = Registry("method").load(name)
     short = {"style_share": 0.5} if "style_share" in method.Config.__dataclass_fields__ else {}
     with closing(Bench(method, short, slices=3)) as bench:
         trained = bench.baseline
         assert trained.method.task.slices == 3
         for check in ("logits", "pictures", "checkpoint", "label_poison", "resume", "whole_run"):
-            result = bench.outcome(check)
+            result = bench.checks.result(check)
             assert result.passed, f"{check}: {result.message}"
         pictures = trained.method.pictures(bench.batch())
         for shown in ("restyled", "source again", "target as source", "global", "local", "fused"):

@@ -1,8 +1,8 @@
-"""methods/sifa.py against the authors' own TensorFlow graph.
+"""`methods/sifa.py` against the authors' TensorFlow graph.
 
-`data/sifa_reference.npz` holds variables, inputs, outputs and losses of that graph, and all
-variables after one step of its training. It was run in double precision at reduced width
-(generator 8, encoder 2, discriminators 8; 64 x 64 pixels, two random images a domain) with
+`tests/support/sifa_reference.npz` holds variables, inputs, outputs and losses of that graph, and
+all variables after one step of its training. It was run in double precision at reduced width
+(generator 8, encoder 2, discriminators 8; 64 x 64 pixels, two random images per domain) with
 dropout off everywhere, and stored in single precision.
 """
 
@@ -63,7 +63,7 @@ def build(**config: Any) -> SIFA:
 
 
 def variables(layer: nn.Module) -> list[tuple[str, Tensor]]:
-    """TensorFlow's name of each variable of a layer, in the order of its graph."""
+    """Return TensorFlow's name of each variable of a layer, in the order of its graph."""
     if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
         found = [("weights", layer.weight)]
         return found + ([("biases", layer.bias)] if layer.bias is not None else [])
@@ -83,13 +83,13 @@ def variables(layer: nn.Module) -> list[tuple[str, Tensor]]:
 def paired(
     method: SIFA, reference: dict[str, np.ndarray], group: str, scope: str
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, the method's tensor and the graph's value, in torch's layout, of a scope's variables.
+    """Yield name, the method's tensor and the graph's value (torch's layout) for a scope.
 
     Args:
-        method: at the reference's width.
-        reference: the file.
-        group: "var", or "var_after" for what one step makes of them.
-        scope: of the graph.
+        method: method with the reference's width.
+        reference: entries of the file.
+        group: "var", or "var_after" for the values after one step.
+        scope: scope of the graph.
     """
     names = [n for n in reference if n.startswith(f"{group}/{scope}/")]
     own = [v for m in method.get_submodule(SCOPES[scope]).modules() for v in variables(m)]
@@ -105,7 +105,7 @@ def paired(
 
 @torch.no_grad()
 def load(method: SIFA, reference: dict[str, np.ndarray]) -> int:
-    """Copy the graph's variables into the method; how many."""
+    """Copy the graph's variables into the method, and return their number."""
     count = 0
     for scope in SCOPES:
         for _, tensor, value in paired(method, reference, "var", scope):
@@ -121,7 +121,7 @@ def reference() -> dict[str, np.ndarray]:
 
 
 def at_reference(reference: dict[str, np.ndarray], **config: Any) -> SIFA:
-    """The method at the width, the variables and the precision of the reference."""
+    """Return a method with the reference's width, variables and precision."""
     width = {"width_generator": 8, "width_encoder": 2, "width_discriminator": 8}
     made = build(**width, decoder_dropout=0.0, **config)
     assert load(made, reference) == sum(name.startswith("var/") for name in reference)
@@ -140,7 +140,7 @@ def image(reference: dict[str, np.ndarray], name: str) -> Tensor:
 def forward(
     method: SIFA, reference: dict[str, np.ndarray]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The graph's outputs and its losses, by its names."""
+    """Return the graph's outputs and losses by name."""
     a, b = image(reference, "in/image_a"), image(reference, "in/image_b")
     pool_a, pool_b = image(reference, "in/fake_pool_a"), image(reference, "in/fake_pool_b")
     labels = torch.from_numpy(reference["in/label_a"]).long()
@@ -208,7 +208,7 @@ def forward(
 
 
 def difference(expected: np.ndarray, value: Tensor) -> float:
-    """The largest difference, relative to the largest magnitude of an entry."""
+    """Return the largest difference relative to the entry's largest magnitude."""
     own = value.detach().numpy()
     own = own.transpose(0, 2, 3, 1) if own.ndim == 4 else own
     assert own.shape == expected.shape
@@ -217,7 +217,7 @@ def difference(expected: np.ndarray, value: Tensor) -> float:
 
 @torch.no_grad()
 def differences(method: SIFA, reference: dict[str, np.ndarray]) -> dict[str, float]:
-    """Every entry that the graph computes before its step -> its difference."""
+    """Return the difference of every entry that the graph computes before its step."""
     outputs, losses = forward(method.train(), reference)
     found = {f"train/{name}": value for name, value in outputs.items()}
     found.update({f"loss/{name}": value for name, value in losses.items()})
@@ -238,7 +238,7 @@ def test_the_authors_graph_is_reproduced(method: SIFA, reference: dict[str, np.n
 
 
 def test_a_wrong_convention_is_seen(method: SIFA, reference: dict[str, np.ndarray]) -> None:
-    """The comparison can fail: another epsilon of a norm is found out."""
+    """The comparison can fail: it detects another epsilon of a norm."""
     for layer in method.encoder.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.eps = 1.01e-3
@@ -250,7 +250,7 @@ def test_a_wrong_convention_is_seen(method: SIFA, reference: dict[str, np.ndarra
 def test_source_images_are_translated_before_they_are_predicted(
     method: SIFA, reference: dict[str, np.ndarray]
 ) -> None:
-    """The segmenter has seen no others; with batch statistics, they are those of training."""
+    """The segmenter is trained on translated images only."""
     with torch.no_grad():
         logits = method.predict(image(reference, "in/image_a"), "source")
     assert difference(reference["train/pred_mask_fake_b"], logits) <= TOLERANCE
@@ -281,7 +281,7 @@ def test_parameters_at_full_width_are_the_authors() -> None:
 def stepped(
     reference: dict[str, np.ndarray], method: SIFA, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, float]:
-    """Every variable after one step on the reference's batch and pools -> its difference."""
+    """Return the difference of every variable after one step on the reference's batch and pools."""
     pooled: dict[str, Tensor] = {}
     for name in ("a", "b"):
 
@@ -341,7 +341,7 @@ def test_separate_optimizers_are_not_the_authors(
 def test_moving_averages_count_the_authors_passes(
     reference: dict[str, np.ndarray], method: SIFA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counting each of the five passes once is found out."""
+    """Counting each of the five passes once gives other averages."""
     monkeypatch.setattr(sifa, "batch_norm_momenta", lambda runs: [0.1] * 5)
     table = stepped(reference, method, monkeypatch)
     assert {n for n, value in table.items() if value > 0.01} == {n for n in table if is_average(n)}
@@ -360,7 +360,7 @@ def test_momenta_make_averages_those_of_repeated_passes() -> None:
 
 @pytest.mark.parametrize(("place", "of"), [(0, 1), (0, 6), (5, 6)])
 def test_adam_is_tensorflows(place: int, of: int) -> None:
-    """As its documentation writes it, with gradients small enough for the place of ε to matter."""
+    """It follows TensorFlow's documentation; gradients are so small that ε's place matters."""
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(5, dtype=torch.double))
     expected, m, v = weight.detach().clone(), torch.zeros(5).double(), torch.zeros(5).double()
@@ -441,7 +441,7 @@ def test_slices_that_the_stride_does_not_divide_are_refused() -> None:
 
 
 def test_an_update_counts_once_also_beside_a_plain_adam() -> None:
-    """torch's hooks of a step ran twice for a subclass where a plain Adam had been made before."""
+    """torch's step hooks run twice for a subclass if a plain Adam was created before."""
     torch.optim.Adam([nn.Parameter(torch.zeros(1))])
     (result,) = run_checks("sifa", only=["budget"])
     assert result.passed, result.message

@@ -1,4 +1,4 @@
-"""methods/slaug.py: curves, percentiles, fusion and the step, against numpy and scipy."""
+"""SLAug: curves, percentiles, fusion and the step, against numpy and scipy."""
 
 from __future__ import annotations
 
@@ -9,23 +9,21 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import comb
+from tiny_methods import TASK, context_of
 from torch import Tensor
 
-from glua_bench.config import SegmenterSpec
-from glua_bench.conformance import TinyDataset
 from glua_bench.losses import segmentation_loss
-from glua_bench.method import Batch, Context, TaskInfo
+from glua_bench.method import Batch
 from glua_bench.methods import slaug
 from glua_bench.methods.slaug import SLAug, SLAugConfig
 from glua_bench.task import UNANNOTATED
 
-CLASSES = len(TinyDataset.structures) + 1
+CLASSES = TASK.classes
 
 
 def build(**config: Any) -> SLAug:
     torch.manual_seed(0)
-    task = TaskInfo("tiny", TinyDataset.structures, 32, SegmenterSpec("unet", 4, 3), 2)
-    return SLAug(task, SLAugConfig(**config))
+    return SLAug(TASK, SLAugConfig(**config))
 
 
 def batch() -> Batch:
@@ -33,17 +31,12 @@ def batch() -> Batch:
     images = torch.rand(2, 1, 32, 32, generator=generator) * 2 - 1
     images[:, :, :4] = -1.0  # air
     labels = torch.randint(0, CLASSES, (2, 32, 32), generator=generator)
-    labels[0, labels[0] == 1] = 0  # a structure that one image does not show
+    labels[0, labels[0] == 1] = 0  # one image lacks a structure
     return Batch(images, labels, None)
 
 
-def context_of(method: SLAug) -> Context:
-    (stage,) = method.stages()
-    return Context(stage, 0, 10, method.optimizers(), lambda: iter(()))
-
-
 def by_hand(images: np.ndarray, regions: np.ndarray, falling: list[float], seed: int) -> np.ndarray:
-    """σ B(x) + μ region by region, by numpy's own percentile and interpolation."""
+    """Compute σ B(x) + μ per region with numpy's percentile and interpolation."""
     count, kinds = regions.shape[:2]
     torch.manual_seed(seed)  # the same draws, in the order of the method
     falls = torch.rand(count, kinds, 1).numpy() <= np.array(falling)[:, None]
@@ -91,7 +84,7 @@ def test_regions_are_recoloured_as_by_hand(seed: int) -> None:
     assert np.abs(((local.numpy() + 1) / 2 - expected)[~air.numpy()]).max() < 1e-4
 
 
-def test_what_nobody_annotated_is_recoloured_with_the_background() -> None:
+def test_unannotated_pixels_are_recoloured_with_the_background() -> None:
     own = batch()
     partly = own.source_labels.clone()
     partly[:, :8] = UNANNOTATED
@@ -103,7 +96,7 @@ def test_what_nobody_annotated_is_recoloured_with_the_background() -> None:
 
 
 def test_slices_of_an_image_share_its_curves_and_regions() -> None:
-    """The labels are the middle slice's; where they say a class, its curve is for all slices."""
+    """The middle slice's labels define the regions, whose curves apply to all slices."""
     own = batch()
     stack = torch.cat([own.source_images.roll(1, 2), own.source_images, own.source_images], 1)
     labels = own.source_labels
@@ -174,7 +167,7 @@ def test_saliency_is_scaled_image_by_image_and_survives_no_gradient() -> None:
     for image in got[:2]:
         assert float(image.amin()) == pytest.approx(0, abs=1e-6)
         assert float(image.amax()) == pytest.approx(1, abs=1e-6)
-    assert bool((got[2] == 1).all())  # nothing to prefer: the global image alone
+    assert bool((got[2] == 1).all())  # only the global image
 
 
 def test_a_grid_finer_than_the_image_is_the_image() -> None:

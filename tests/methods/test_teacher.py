@@ -1,47 +1,21 @@
-"""methods/teacher.py and the two methods built on it."""
+"""The mean teacher and the two methods built on it."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from tiny_methods import TASK, batch, build, images, take_step
 
 from glua_bench import augment
 from glua_bench.config import SegmenterSpec, build_settings
-from glua_bench.conformance import TinyDataset, first_difference, small_settings
+from glua_bench.conformance import first_difference
 from glua_bench.losses import segmentation_loss
-from glua_bench.method import Batch, Context, Method, Stage, TaskInfo
 from glua_bench.methods.glua import GLUA
 from glua_bench.methods.glua_self_training import GLUASelfTraining
 from glua_bench.methods.mean_teacher import MeanTeacher
-
-TASK = TaskInfo("tiny", TinyDataset.structures, 32, SegmenterSpec("unet", 4, 3), 2)
-
-
-def images(count: int = 2, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(count, 1, 32, 32, generator=generator) * 2 - 1
-
-
-def batch() -> Batch:
-    return Batch(images(), (images()[:, 0] > 0).long(), images(seed=1) * 0.3 + 0.4)
-
-
-def build(method: type[Method], **config: Any) -> Any:
-    torch.manual_seed(0)
-    return method(TASK, build_settings(method.Config, small_settings(method, config), "method"))
-
-
-def step(method: Any, stage: Stage | None = None) -> dict[str, float]:
-    stage = method.stages()[-1] if stage is None else stage
-    optimizers = (stage.optimizers or method.optimizers)()
-    context = Context(stage, 0, 10, optimizers, lambda: iter(()))
-    torch.manual_seed(1)
-    values = (stage.step or method.step)(batch(), context)
-    return {name: float(value.detach()) for name, value in values.items()}
 
 
 def test_the_loss_counts_where_the_teacher_is_sure() -> None:
@@ -73,7 +47,7 @@ def test_the_loss_counts_where_the_teacher_is_sure() -> None:
 
 def test_a_teacher_that_is_never_sure_changes_nothing() -> None:
     method = build(MeanTeacher, confidence=1.0)
-    assert step(method)["consistency"] == 0.0
+    assert take_step(method)["consistency"] == 0.0
 
 
 def test_the_student_alone_is_trained_and_the_teacher_follows() -> None:
@@ -84,7 +58,7 @@ def test_the_student_alone_is_trained_and_the_teacher_follows() -> None:
     assert trained == {id(p) for p in method.segmenter.parameters()}
     for update in range(1, 40):
         before = copy.deepcopy(method.teacher.segmenter)
-        step(method)
+        take_step(method)
         keep = min(0.75, update / (update + 9))
         for own, old, student in zip(
             method.teacher.segmenter.parameters(),
@@ -98,7 +72,7 @@ def test_the_student_alone_is_trained_and_the_teacher_follows() -> None:
 
 def test_the_teacher_predicts() -> None:
     method = build(MeanTeacher)
-    step(method)
+    take_step(method)
     assert torch.equal(
         method.predict(images(), "target"), method.teacher.segmenter(images()).logits
     )
@@ -106,10 +80,10 @@ def test_the_teacher_predicts() -> None:
 
 
 def test_running_statistics_of_a_timm_encoder_follow_too() -> None:
-    task = TaskInfo("tiny", TinyDataset.structures, 32, SegmenterSpec("timm:resnet10t", 4, 3), 2)
+    task = replace(TASK, segmenter=SegmenterSpec("timm:resnet10t", 4, 3))
     torch.manual_seed(0)
     method = MeanTeacher(task, build_settings(MeanTeacher.Config, {}, "method"))
-    step(method)
+    take_step(method)
     student = dict(method.segmenter.named_buffers())
     assert student
     assert not first_difference(student, dict(method.teacher.segmenter.named_buffers()))
@@ -118,8 +92,8 @@ def test_running_statistics_of_a_timm_encoder_follow_too() -> None:
 def test_without_its_loss_self_training_trains_as_glua_does() -> None:
     glua, ours = build(GLUA), build(GLUASelfTraining, lambda_consistency=0.0)
     ours.load_state_dict(glua.state_dict(), strict=False)  # all but the teacher
-    step(glua)
-    step(ours)
+    take_step(glua)
+    take_step(ours)
     assert not first_difference(glua.segmenter.state_dict(), ours.segmenter.state_dict())
 
 
@@ -127,7 +101,7 @@ def test_self_training_adds_its_loss_to_glua() -> None:
     with_it = build(GLUASelfTraining, confidence=0.0)
     without = build(GLUASelfTraining, lambda_consistency=0.0)
     assert first_difference(with_it.segmenter.state_dict(), without.segmenter.state_dict()) is None
-    first, second = step(with_it), step(without)
+    first, second = take_step(with_it), take_step(without)
     assert first["segmentation"] == second["segmentation"]
     assert first["consistency"] > 0
     assert first_difference(with_it.segmenter.state_dict(), without.segmenter.state_dict())
@@ -136,7 +110,7 @@ def test_self_training_adds_its_loss_to_glua() -> None:
 def test_the_first_stage_is_glua_and_leaves_the_teacher() -> None:
     method = build(GLUASelfTraining)
     before = copy.deepcopy(method.teacher.state_dict())
-    step(method, method.stages()[0])
+    take_step(method, stage=method.stages()[0])
     assert not first_difference(before, method.teacher.state_dict())
 
 
@@ -146,6 +120,6 @@ def test_both_learn_on_the_source() -> None:
         method = build(kind)
         first = segmentation_loss(method.predict(own.source_images, "source"), own.source_labels)
         for _ in range(40):
-            step(method)
+            take_step(method)
         last = segmentation_loss(method.predict(own.source_images, "source"), own.source_labels)
         assert float(last.detach()) < 0.9 * float(first.detach()), kind.name
