@@ -118,7 +118,7 @@ def test_a_sweep_from_start_to_choice_and_again(tmp_path: Path, phantom_root: Pa
 
     (tmp_path / "own.yaml").write_text(TEXT.replace("0.8", "0.9"))
     code, _, err = ended(start(tmp_path, phantom_root))
-    assert code == 2 and "began otherwise: space.mask_ratio.choices was [0.2, 0.5, 0.8]" in err
+    assert code == 2 and "has changed: space.mask_ratio.choices was [0.2, 0.5, 0.8]" in err
     assert err.count("\n") == 1
     code, out, err = ended(start(tmp_path, phantom_root, "--fork", "--trials", "1"))
     assert code == 0 and (tmp_path / "runs" / "sweeps" / "own-2").is_dir(), err
@@ -163,9 +163,9 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--resume"], "There is no sweep 'own' in runs to resume; leave --resume out"),
+        (["--resume"], "There is no sweep 'own' in runs to resume; omit --resume"),
         (["--storage", "sqlite:///own.db", "--workers", "2"], "SQLite is damaged or stalls with 2"),
-        (["--direction", "mr-pet"], "'mr-pet' is no direction of 'phantom'"),
+        (["--direction", "mr-pet"], "'mr-pet' is not a direction of 'phantom'"),
         (["--space", "all"], "--space all is unknown; give auto"),
         (["--preset", "fast"], "fast"),
     ],
@@ -197,7 +197,7 @@ def test_a_worker_has_the_options_of_the_sweep(
 
 
 def test_a_worker_of_an_unknown_sweep_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="There is no sweep 'none' in .*; begin it by"):
+    with pytest.raises(ConfigError, match="There is no sweep 'none' in .*; start it with"):
         command.join("none", tmp_path, None, [], print)
 
 
@@ -252,7 +252,7 @@ def test_an_objective_that_can_judge_nothing_is_told() -> None:
     summary: dict[str, Any] = {"selector_scores": {"im": {"1": 0.5, "2": 0.75}, "dev": {}}}
     assert best(summary, "im", "runs/x") == 0.75
     for name in ("dev", "snd"):
-        with pytest.raises(RunFailure, match=f"'{name}' could judge no checkpoint of runs/x; use"):
+        with pytest.raises(RunFailure, match=f"'{name}' scored no checkpoint of runs/x; use"):
             best(summary, name, "runs/x")
 
 
@@ -306,7 +306,7 @@ def test_a_worker_s_error_ends_the_sweep_with_its_sentence(
 ) -> None:
     program = "import sys\nsys.exit('glua-bench: error: the disk is full; free some.')\n"
     made = crew(tmp_path, definition, program, monkeypatch)
-    with pytest.raises(RunFailure, match="A worker ended: the disk is full; free some."):
+    with pytest.raises(RunFailure, match="A worker failed: the disk is full; free some."):
         made.run()
 
 

@@ -163,7 +163,7 @@ def test_what_a_killed_worker_left_running_is_awaited(base: RunOptions) -> None:
 @pytest.mark.parametrize("pruner", ["median", "hyperband"])
 def test_pruning_within_a_run_needs_one_process(pruner: str, base: RunOptions) -> None:
     own = replace(DEFINITION, pruner=pruner)
-    with pytest.raises(ConfigError, match=f"--devices 2: {pruner} looks at"):
+    with pytest.raises(ConfigError, match=f"--devices 2: {pruner} reads the check"):
         command.open_study(own, base, None, 1, False, False, print)
     assert not base.runs_root.exists()
 

@@ -131,7 +131,7 @@ def test_the_best_is_marked_and_times_are_told(definition: Definition) -> None:
     assert cells(lines, 0)[1] == "done" and cells(lines, 2)[:3] == ["2", "running", "2:05"]
     # The best stands in the table, so the line above does not repeat it.
     assert "best 0.75" not in " ".join(lines) and "2/40 trials, 1 running" in lines[0]
-    assert "Ctrl-C ends this" in lines[-1]
+    assert "Ctrl-C stops the sweep" in lines[-1]
     assert "Ctrl-C" not in " ".join(drawn(definition, trials[:2], 110))
 
 

@@ -117,10 +117,10 @@ def test_the_report_takes_what_is_collected(searched, made_runs) -> None:
     sweep = Sweep(**results.collect(searched, made_runs.root))
     assert sweep.chosen == 1 and sweep.name == "own" and sweep.title == "Why?"
     assert sweep.parameters == {"mask_ratio": False, "lambda_output": True, "mask": None}
-    assert sweep.facts["searched: lambda_output"] == "0.001 to 1, logarithmic"
-    assert sweep.facts["searched: mask"] == "topk, soft"
-    assert sweep.facts["runs a trial"].startswith("2 ") and not sweep.oracle
-    assert "pruner" in sweep.facts and sweep.facts["set for all"] == "steps=5"
+    assert sweep.facts["values of lambda_output"] == "0.001 to 1, logarithmic"
+    assert sweep.facts["values of mask"] == "topk, soft"
+    assert sweep.facts["runs per trial"].startswith("2 ") and not sweep.oracle
+    assert "pruner" in sweep.facts and sweep.facts["common settings"] == "steps=5"
 
 
 def test_the_tracker_s_group_is_the_study_and_grows(searched, made_runs) -> None:
@@ -132,7 +132,7 @@ def test_the_tracker_s_group_is_the_study_and_grows(searched, made_runs) -> None
     assert group.facts["trials"] == "2 done, 1 pruned, 1 failed"
     chosen = searched.trials()[1].params
     assert group.facts["chosen"] == ", ".join(f"method.{n}={v}" for n, v in chosen.items())
-    assert group.settings is not None and "searched: mask" in group.settings
+    assert group.settings is not None and "values of mask" in group.settings
     claim = claimed(searched)
     with searched.holding(claim):
         made = [made_runs.add("glua", 0.5, seed) for seed in range(2)]
@@ -189,9 +189,9 @@ def test_importances_find_what_matters(filled) -> None:
 @pytest.mark.parametrize(
     ("count", "value", "changes", "said"),
     [
-        (3, lambda p: p["lambda_output"], {}, "3, and 12 are needed for 3 parameters"),
+        (3, lambda p: p["lambda_output"], {}, "3 of the 12 needed for 3 parameters"),
         (12, lambda p: 0.5, {}, "same value"),
-        (3, lambda p: p["lambda_output"], {"space": (WEIGHT,)}, "one parameter"),
+        (3, lambda p: p["lambda_output"], {"space": (WEIGHT,)}, "at least two parameters"),
     ],
 )
 def test_importances_that_say_nothing_are_not_given(filled, count, value, changes, said) -> None:
@@ -220,8 +220,8 @@ def test_a_pruned_trial_names_the_runs_that_it_finished(
         made.append(planned.id)
         watch.see(1, 0.5)
 
-    monkeypatch.setattr(trial.runs, "plan", plan)
-    monkeypatch.setattr(trial.runs, "execute", execute)
+    monkeypatch.setattr(trial, "plan", plan)
+    monkeypatch.setattr(trial.execution, "execute", execute)
     monkeypatch.setattr(trial, "planned_stages", lambda planned: ())
     told = define(space=(WEIGHT,), pruner="median", trials=1)
     study = SweepStudy(told, tmp_path / "runs")
@@ -242,7 +242,7 @@ def test_a_failed_trial_names_the_run_that_failed(made_runs, monkeypatch) -> Non
     """So that the tracker shows it below the sweep, where its reason is."""
     made = [made_runs.add("glua", 0.5, seed) for seed in range(2)]
     monkeypatch.setattr(
-        command.runs,
+        trial,
         "plan",
         lambda request: SimpleNamespace(id=made[request.seed].id, directory=made[request.seed]),
     )
@@ -251,7 +251,7 @@ def test_a_failed_trial_names_the_run_that_failed(made_runs, monkeypatch) -> Non
         if planned.id == made[1].id:
             raise RunFailure("the loss is not finite")
 
-    monkeypatch.setattr(trial.runs, "execute", execute)
+    monkeypatch.setattr(trial.execution, "execute", execute)
     monkeypatch.setattr(trial, "best", lambda *_: 0.5)
     monkeypatch.setattr(trial, "planned_stages", lambda planned: ())
     study = SweepStudy(define(trials=1), made_runs.root)

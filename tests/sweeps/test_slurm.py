@@ -91,11 +91,11 @@ extra: {mail-type: FAIL}
         ("cpus: 1", "'hours' is missing"),
         ("hours: 1\npartitoin: gpu", "line 2: unknown 'partitoin'; did you mean 'partition'"),
         ("hours: 0", "line 1: 'hours' must be above 0, not 0."),
-        ("hours: 1\ncpus: 0", "line 2: 'cpus' must be 1 or more, not 0."),
+        ("hours: 1\ncpus: 0", "line 2: 'cpus' must be at least 1, not 0."),
         ("hours: 1\ncpus: many", "line 2: 'cpus' must be a whole number, not 'many'."),
-        ("hours: 1\ngpus: 1", "line 2: gpus: 1 is less than --devices 2; raise it."),
-        ("hours: 0.02", "line 1: workers have 0.02 hours, and would be asked 120 s before"),
-        ("hours: 1\nextra: [a]", "line 2: 'extra' must be a table"),
+        ("hours: 1\ngpus: 1", "line 2: gpus: 1 is less than --devices 2; increase it."),
+        ("hours: 0.02", "line 1: save_seconds: 120 is not below the time limit of 0.02 hours"),
+        ("hours: 1\nextra: [a]", "line 2: 'extra' must be a mapping"),
     ],
 )
 def test_mistakes_in_the_file_are_named(text: str, said: str, file: Callable[[str], Path]) -> None:
@@ -270,7 +270,7 @@ def test_jobs_that_only_die_end_the_sweep(at_once: None, tmp_path: Path) -> None
 
 def test_what_a_worker_says_at_its_end_ends_the_sweep(at_once: None, tmp_path: Path) -> None:
     jobs = Pretended(study_in(tmp_path), [set()], {"0": ("success", 2)})
-    with pytest.raises(RunFailure, match=r"^A worker ended: no such thing\.$"):
+    with pytest.raises(RunFailure, match=r"^A worker failed: no such thing\.$"):
         jobs.run()
 
 
@@ -425,7 +425,7 @@ def test_detached_jobs_are_found_again(slurm: None, tmp_path: Path) -> None:
     process = sweep.start()
     assert process.stdout is not None
     for line in process.stdout:
-        if f"jobs {sweep.job()} of an earlier command go on" in line:
+        if f"jobs {sweep.job()} of an earlier command continue" in line:
             break
     else:
         pytest.fail("the second command says nothing of the jobs of the first")
@@ -443,7 +443,7 @@ def test_what_slurm_refuses_is_said(slurm: None, tmp_path: Path) -> None:
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
     last = output.strip().splitlines()[-1]
-    assert last.startswith("glua-bench: error: SLURM takes no job (") and "partition" in last
+    assert last.startswith("glua-bench: error: SLURM rejects the job (") and "partition" in last
 
 
 def states_of(number: str) -> list[str]:
@@ -462,7 +462,7 @@ def queue() -> list[str]:
 def test_the_test_suite_can_start_its_servers() -> None:
     """Both scripts are there, executable, and say how they are used."""
     for name in ("slurm", "postgres"):
-        script = SUPPORT.parent / ".ci" / name
+        script = SUPPORT.parents[1] / ".ci" / name
         assert os.access(script, os.X_OK)
         done = subprocess.run([str(script)], capture_output=True, text=True)
         assert done.returncode == 2 and f".ci/{name} start DIRECTORY" in done.stderr

@@ -364,8 +364,8 @@ def test_a_study_that_began_otherwise_is_refused(opened: Callable[..., SweepStud
     with pytest.raises(ConfigError) as error:
         opened().remember({**wider.meaning(), "code": "b"})
     assert str(error.value) == (
-        "The study 'own' began otherwise: space.lr.high was 1.0 and is 10.0; code was \"a\" and is "
-        '"b"; change it back, or give --fork to begin a new study beside it.'
+        "The study 'own' has changed: space.lr.high was 1.0 and is 10.0; code was \"a\" and is "
+        '"b"; undo the change, or pass --fork to start a new study.'
     )
 
 
@@ -387,7 +387,7 @@ def test_sqlite_serves_one_worker_on_a_local_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"sqlite:///{tmp_path}/own.db"
-    with pytest.raises(ConfigError, match="SQLite is damaged or stalls with 2 workers; leave --st"):
+    with pytest.raises(ConfigError, match="SQLite is damaged or stalls with 2 workers; omit --st"):
         open_storage(url, workers=2)
     study = SweepStudy(define(), tmp_path / "runs", url)
     work(study, value)
@@ -443,12 +443,12 @@ def test_a_server_that_is_away_delays() -> None:
 
     assert retry_while_unavailable(ask, lines.append, sleep=slept.append) == "here"
     assert slept == [0.5, 1.0] and len(lines) == 2
-    assert "does not answer" in lines[0] and lines[1] == "the storage answers again"
+    assert "does not respond" in lines[0] and lines[1] == "the storage responds again"
 
     def never() -> None:
         raise OperationalError("select", {}, Exception("gone"))
 
-    with pytest.raises(RunFailure, match="did not answer for 0 s .*; start it and give the same"):
+    with pytest.raises(RunFailure, match="did not respond for 0 s .*; start it and repeat"):
         retry_while_unavailable(never, patience=0, sleep=lambda seconds: None)
 
 
@@ -474,7 +474,7 @@ def test_a_worker_waits_for_a_server_that_is_away_when_it_starts(
         SweepStudy(told, tmp_path, url, report=lines.append)
     assert not lines
     SweepStudy(told, tmp_path, url, report=lines.append, begun=True)
-    assert "connection refused" in lines[0] and lines[1] == "the storage answers again"
+    assert "connection refused" in lines[0] and lines[1] == "the storage responds again"
 
 
 # -- Optuna's parts -------------------------------------------------------------------------------
