@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -324,7 +324,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def turn(degrees: tuple[float, float, float]) -> np.ndarray:
+def turn(degrees: Sequence[float] | np.ndarray) -> np.ndarray:
     """Return the rotation about x, then y, then z."""
     (ca, cb, cc), (sa, sb, sc) = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     about_x = np.array([[1, 0, 0], [0, ca, -sa], [0, sa, ca]])

@@ -31,8 +31,9 @@ from glua_bench.datasets.abdomen import (
 )
 from glua_bench.errors import DataError, RunFailure
 from glua_bench.reports import published
-from glua_bench.runs.execution import RunRequest, execute
+from glua_bench.runs.execution import execute
 from glua_bench.runs.plan import plan
+from glua_bench.runs.request import RunRequest
 from glua_bench.task import SPLITS, Dataset, Grid
 
 FOLDS = range(1, Abdomen.folds + 1)

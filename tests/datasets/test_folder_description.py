@@ -108,18 +108,7 @@ def test_what_nobody_annotated_is_listed(tmp_path: Path) -> None:
     told = describe(write(tmp_path, text))
     reading = told.domains["mr"].reading
     assert (reading.ignored_values, reading.unannotated_values) == ((7,), (255,))
-    assert told.notes == () and told.domains["ct"].reading.unannotated_values == ()
-
-
-def test_ignore_still_means_background_and_says_so(tmp_path: Path) -> None:
-    file = write(tmp_path, TEXT.replace("background: [7]", "ignore: [7]"))
-    told = describe(file)
-    assert told.domains["mr"].reading == describe(write(tmp_path, TEXT)).domains["mr"].reading
-    (note,) = told.notes
-    line = 1 + TEXT[: TEXT.index("background: [7]")].count("\n")
-    assert note.startswith(
-        f"{file}, line {line}: 'ignore' is deprecated; rename it to 'background'"
-    )
+    assert told.domains["ct"].reading.unannotated_values == ()
 
 
 REGIONS = {"background": 0, "whole tumour": [1, 2, 3], "core": [2, 3], "enhancing": 3}
@@ -175,7 +164,8 @@ def test_regions_that_overlap_are_no_classes(tmp_path: Path) -> None:
         ("table: mr.csv", "table: mr.csv\n    images: '*.nii'", "but has images and table."),
         ("LIV: 63", "LVI: 63", "line 16: 'LVI' is not a class; did you mean 'LIV'?"),
         ("LIV: 63", "LIV: 7", "label value 7 is used for both LIV and 'background'; give"),
-        ("background: [7]", "ignore: [x]", "'ignore' must be a list of label values."),
+        ("background: [7]", "background: [x]", "'background' must be a list of label values."),
+        ("background: [7]", "ignore: [7]", "unknown 'ignore'"),
         ("  mr:", "  m-r:", "'m-r' is not a domain name; use lower-case letters"),
         ("  mr:", "  ct:", "line 13: 'ct' is given twice; keep one."),
         ("name: own", "name: own\ndirections: [mr-pet]", "'mr-pet' is not a direction; did you"),

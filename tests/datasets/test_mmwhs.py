@@ -28,8 +28,9 @@ from glua_bench.datasets.phantom import anatomy, physics
 from glua_bench.datasets.phantom.shapes import Canvas, Lattice, smooth_field
 from glua_bench.errors import ConfigError, DataError, RunFailure
 from glua_bench.inspection.integrity import check_dataset
-from glua_bench.runs.execution import RunRequest, execute
+from glua_bench.runs.execution import execute
 from glua_bench.runs.plan import plan
+from glua_bench.runs.request import RunRequest
 from glua_bench.task import SPLITS, Dataset, Grid
 
 FOLDS = range(1, MMWHS.folds + 1)

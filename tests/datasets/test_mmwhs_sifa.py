@@ -26,8 +26,9 @@ from glua_bench.datasets.mmwhs_sifa import MMWHSSIFA
 from glua_bench.datasets.sifa_release import RANGES, read_slice, read_volume, rescaled
 from glua_bench.datasets.tfrecord import read_examples
 from glua_bench.errors import DataError
-from glua_bench.runs.execution import RunRequest, execute
+from glua_bench.runs.execution import execute
 from glua_bench.runs.plan import plan
+from glua_bench.runs.request import RunRequest
 from glua_bench.task import Grid, Reading
 
 SIDE = 64

@@ -218,7 +218,7 @@ def test_a_cohort_of_four_test_cases_is_completed_and_a_chosen_one_is_kept(
     for chosen, after in ((old, list(phantom.ALL_IDS)), (old[:-1], old[:-1])):
         place = tmp_path / str(len(chosen))
         generate(place, ids=dict.fromkeys(phantom.DOMAINS, chosen), workers=1)
-        monkeypatch.setattr(phantom, "_cpus", lambda: 1)
+        monkeypatch.setattr(phantom, "cores", lambda: 1)
         Phantom(place).prepare()
         for domain in phantom.DOMAINS:
             assert list(Phantom(place).ids(domain)) == after

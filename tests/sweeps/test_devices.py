@@ -18,7 +18,7 @@ import torch
 
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, RunFailure
-from glua_bench.records.mlflow_mirror import try_lock
+from glua_bench.files import try_lock
 from glua_bench.runs import interruption
 from glua_bench.runs import plan as runs
 from glua_bench.runs.interruption import Interrupted
