@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
-import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -19,21 +18,15 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
+from drawn import CODES, HEADERS, run_glua, sentence, share_in_window, store
 from PIL import Image
 
-from glua_bench import cli
 from glua_bench.conformance import parametrize_dataset
-from glua_bench.console import Progress
 from glua_bench.data.volumes import load_image, load_label, read_label_volume
 from glua_bench.datasets import abdomen, chaos
-from glua_bench.datasets.abdomen import (
-    Abdomen,
-)
+from glua_bench.datasets.abdomen import Abdomen
 from glua_bench.errors import DataError, RunFailure
 from glua_bench.reports import published
-from glua_bench.runs.execution import execute
-from glua_bench.runs.plan import plan
-from glua_bench.runs.request import RunRequest
 from glua_bench.task import SPLITS, Dataset, Grid
 
 FOLDS = range(1, Abdomen.folds + 1)
@@ -61,8 +54,6 @@ SHOWN = {
     "mr": dict(zip(["air", "body", "liver", "right", "left", "spleen", "stomach", "spine"],
                    (2, 150, 90, 420, 420, 330, 240, 20), strict=True)),
 }  # fmt: skip
-CODES = ("LPS", "RAS", "LAS", "PIR", "LIA", "ASL")
-HEADERS = ("both", "sform", "qform", "disagree")
 # Directions in which columns and rows are counted, LPS+.
 PLANES = {
     "axial": ((1, 0, 0), (0, 1, 0)),
@@ -101,31 +92,14 @@ def world(affine: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.stack(np.indices(shape), -1) @ affine[:3, :3].T + affine[:3, 3]
 
 
-def store(path: Path, data: np.ndarray, codes: str, header: str, slope: bool = False) -> None:
-    """Write RAS+ data in other axes; `header` says which of the two matrices holds the truth."""
-    image = nib.Nifti1Image(data.astype(np.int16), lattice())
-    turned = nib.orientations.ornt_transform(
-        nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(tuple(codes))
-    )
-    image = image.as_reoriented(turned)
-    if slope:  # stored from 0, as a converter of CT may do
-        image = nib.Nifti1Image((np.asarray(image.dataobj) + 1024) // 2, image.affine)
-        image.header.set_slope_inter(2, -1024)
-    truth = image.affine.copy()
-    wrong = truth @ np.diag([-1.0, 1.0, -1.0, 1.0])
-    image.set_sform(truth if header != "qform" else wrong, 0 if header == "qform" else 1)
-    image.set_qform(truth if header in ("both", "qform") else wrong, int(header != "sform"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(image, path)
-
-
 def write_ct(root: Path, number: int, codes: str = "LAS", header: str = "both") -> None:
     """One scan of BTCV."""
     folder = root / "RawData" / "Training"
     image, label = draw("ct", number, world(lattice(), SHAPE))
     image += np.random.default_rng(number).normal(0, 6, SHAPE)
-    store(folder / "img" / f"img{number:04d}.nii.gz", np.rint(image), codes, header, number % 2)
-    store(folder / "label" / f"label{number:04d}.nii.gz", label, codes, header)
+    path, slope = folder / "img" / f"img{number:04d}.nii.gz", bool(number % 2)
+    store(path, np.rint(image), lattice(), codes, header, slope)
+    store(folder / "label" / f"label{number:04d}.nii.gz", label, lattice(), codes, header)
 
 
 WriteMR = Callable[..., Path]
@@ -208,15 +182,6 @@ def touch(root: Path, ct: str = "RawData/Training/img", mr: str = "niis/T2SPIR")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
     return root
-
-
-def sentence(error: pytest.ExceptionInfo[Exception], *named: object) -> str:
-    """One sentence that names what it is about."""
-    text = str(error.value)
-    assert text.endswith(".") and "\n" not in text and ". " not in text, text
-    for what in named:
-        assert str(what) in text, text
-    return text
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -504,15 +469,7 @@ def test_the_window_holds_the_organs_of_a_large_patient(tmp_path: Path, domain: 
         path = tmp_path / "scan.nii.gz"
         nib.save(nib.Nifti1Image(image.astype(np.float32), lattice(shape, spacing)), path)
         placement = load_image(path, Abdomen.reading_of(domain), Abdomen.grids["quick"]).placement
-        kept = organs.transpose(placement.axes)
-        kept = kept[tuple(slice(None, None, -1 if f else 1) for f in placement.flips)]
-        for axis in (1, 2):
-            half = 0.5 * placement.step[axis]
-            first = placement.offset[axis] - half
-            last = placement.offset[axis] + 2 * half * (placement.shape[axis] - 0.5)
-            index = np.arange(kept.shape[axis])
-            kept = np.compress((index >= first - 1e-6) & (index <= last + 1e-6), kept, axis)
-        assert kept.sum() >= 0.999 * organs.sum()
+        assert share_in_window(organs, placement) >= 0.999
 
 
 # -- from DICOM and PNG to NIfTI ------------------------------------------------------------------
@@ -760,10 +717,7 @@ def test_conformance(check: Callable[[Dataset], None], dataset: Abdomen) -> None
 
 
 def test_check_names_the_file_that_cannot_be_used(
-    root: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    root: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     """As the user sees it: the case, the value, and exit code 2."""
     shutil.copytree(root / "Abdomen", tmp_path / "data" / "btcv")
@@ -773,40 +727,21 @@ def test_check_names_the_file_that_cannot_be_used(
     voxels = np.array(stored.dataobj)
     voxels[0, 0, 0] = 14  # the duodenum, which others have added
     nib.save(nib.Nifti1Image(voxels, stored.affine, stored.header), label)
-    command = ["glua-bench", "data", "check", "abdomen", "--data-root", str(tmp_path / "data")]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    out, err = capsys.readouterr()
-    assert end.value.code == 2 and err.count("\n") == 1
+    code, out, err = call("data", "check", "abdomen", "--data-root", tmp_path / "data")
+    assert code == 2 and err.count("\n") == 1
     assert "label value(s) 14" in out + err and "label0022" in out + err
 
 
 @pytest.mark.parametrize("direction", Abdomen.directions)
 def test_glua_runs_from_the_owners_files(root: Path, tmp_path: Path, direction: str) -> None:
     """Without a step before it; predictions overlay the original, with its domain's values."""
-    small = ["segmenter.width=4", "segmenter.depth=3", "batch_size=2"]
-    small += ["grid.size=64", "grid.spacing=6.5", "grid.slice_spacing=20"]
-    request = RunRequest(
-        "glua",
-        "abdomen",
-        direction=direction,
-        preset="quick",
-        steps=2,
-        assignments=small,
-        data_root=root,
-        runs_root=tmp_path,
-        device="cpu",
-        mlflow=False,
-    )
-    execute(plan(request), Progress(enabled=False))
-    (done,) = tmp_path.glob("abdomen/glua/*/done")
-    rows = pd.read_parquet(done.parent / "cases.parquet")
+    spacing = ("grid.spacing=6.5", "grid.slice_spacing=20")
+    run, rows = run_glua("abdomen", direction, root, tmp_path, *spacing)
     target = direction.split("-")[1]
     assert set(rows["case"]) == {f"{target}_{n:02d}" for n in TEST_IDS[target]}
     assert set(rows["structure"]) >= {"LIV", "RK", "LK", "SPL"}
     case = Abdomen(root).split(target, "test")[1]
-    (prediction,) = done.parent.glob(f"predictions/{case.id}*.nii.gz")
+    (prediction,) = run.glob(f"predictions/{case.id}*.nii.gz")
     saved: Any = nib.load(prediction)
     np.testing.assert_allclose(saved.affine, nib.load(case.image).affine, atol=1e-4)
     table = {"ct": {0, 1, 2, 3, 6}, "mr": {0, 63, 126, 189, 252}}[target]

@@ -14,25 +14,20 @@ from typing import Any
 import google_crc32c
 import nibabel as nib
 import numpy as np
-import pandas as pd
 import pytest
+from drawn import run_glua, sentence
 
 import glua_bench.datasets.mmwhs_sifa as module
 from glua_bench.conformance import DATASET_CHECKS, run_dataset_checks
-from glua_bench.console import Progress
 from glua_bench.data.cache import SliceCache
 from glua_bench.data.volumes import load_image, read_label_volume
 from glua_bench.datasets.mmwhs_sifa import MMWHSSIFA
 from glua_bench.datasets.sifa_release import RANGES, read_slice, read_volume, rescaled
 from glua_bench.datasets.tfrecord import read_examples
 from glua_bench.errors import DataError
-from glua_bench.runs.execution import execute
-from glua_bench.runs.plan import plan
-from glua_bench.runs.request import RunRequest
 from glua_bench.task import Grid, Reading
 
 SIDE = 64
-SMALL = ("segmenter.width=4", "segmenter.depth=3", "grid.size=64", "grid.spacing=1", "batch_size=2")
 TEST_IDS = {"ct": (1003, 1008, 1014, 1019), "mr": (1007, 1009, 1018, 1019)}
 
 
@@ -146,15 +141,6 @@ def write_release(root: Path, slices: int = 3, depth: int = 4) -> Path:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-def sentence(error: pytest.ExceptionInfo[DataError], *named: object) -> str:
-    """One sentence that names what it is about."""
-    text = str(error.value)
-    assert text.endswith(".") and "\n" not in text and ". " not in text, text
-    for what in named:
-        assert str(what) in text
-    return text
 
 
 # -- the reader of records ------------------------------------------------------------------------
@@ -583,22 +569,8 @@ def test_what_cannot_be_measured_is_said():
 def test_glua_runs_and_predicts_every_slice(tmp_path):
     """End to end; the authors' evaluation leaves out what remains after blocks of 128 slices."""
     root = write_release(tmp_path / "data", slices=6, depth=130)
-    request = RunRequest(
-        "glua",
-        "mmwhs_sifa",
-        preset="quick",
-        direction="ct-mr",
-        steps=2,
-        assignments=[*SMALL, "method.adgan_width=4"],
-        data_root=root,
-        runs_root=tmp_path / "runs",
-        device="cpu",
-        mlflow=False,
-    )
-    planned = plan(request)
-    execute(planned, Progress(enabled=False))
-    run = planned.directory.path
-    rows = pd.read_parquet(run / "cases.parquet")
+    settings = ("grid.spacing=1", "method.adgan_width=4")
+    run, rows = run_glua("mmwhs_sifa", "ct-mr", root, tmp_path / "runs", *settings)
     assert set(rows["case"]) == {f"mr_{number}" for number in TEST_IDS["mr"]}
     assert set(rows["structure"]) == {"MYO", "LAC", "LVC", "AA"}
     for number in TEST_IDS["mr"]:

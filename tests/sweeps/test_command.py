@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 from optuna.trial import TrialState
 
@@ -25,7 +21,6 @@ from glua_bench.runs import execution
 from glua_bench.runs.request import RunOptions
 from glua_bench.sweeps import command, launch
 from glua_bench.sweeps.definition import Definition, Parameter, find, read, shipped
-from glua_bench.sweeps.progress import Display, state
 from glua_bench.sweeps.study import SweepStudy, counting
 from glua_bench.sweeps.trial import best, execute, requests
 
@@ -336,61 +331,6 @@ def test_workers_that_all_die_between_two_looks_are_noticed(
     monkeypatch.setattr(made, "_start", dead)
     with pytest.raises(RunFailure, match="3 workers were killed and no trial was finished; see"):
         made.run()
-
-
-# -- what is shown --------------------------------------------------------------------------------
-
-
-def trial(number: int, kind: TrialState, value: float | None = None, **attrs: Any) -> Any:
-    start = datetime(2026, 1, 1)
-    running = kind == TrialState.RUNNING
-    made = optuna.trial.create_trial(
-        state=TrialState.COMPLETE,
-        value=0.0,
-        params={"mask_ratio": 0.2},
-        distributions={"mask_ratio": optuna.distributions.CategoricalDistribution((0.2, 0.5))},
-        user_attrs=attrs,
-        intermediate_values={1: 0.25},
-    )
-    made.number, made.state, made.values = number, kind, None if value is None else [value]
-    made.datetime_start = start
-    made.datetime_complete = None if running else start + timedelta(seconds=60)
-    return made
-
-
-def test_the_state_of_a_sweep_in_a_line_and_a_table(definition: Definition) -> None:
-    trials = [
-        trial(0, TrialState.COMPLETE, 0.5),
-        trial(1, TrialState.PRUNED),
-        trial(2, TrialState.FAIL),
-        trial(3, TrialState.FAIL, retry=1),
-        trial(4, TrialState.RUNNING, retry_of=3, attempt=2),
-        trial(5, TrialState.COMPLETE, 0.75),
-    ]
-    now = state(replace(definition, trials=10), trials, workers=2)
-    assert now.line() == (
-        "4/10 trials, 1 pruned, 1 failed, 1 running, best 0.75 (mask_ratio 0.2), about 3:00 left"
-    )
-    stream = io.StringIO()
-    with Display(replace(definition, trials=10), 2, stream) as display:
-        display.show(trials)
-        display.show(trials)
-    assert stream.getvalue() == now.line() + "\n"
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=120)
-    console.print(display.table(now, trials))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    rows = [
-        line for line in text.splitlines() if "done" in line or "running " in line.split("own")[0]
-    ]
-    assert "0.25…" in text and "0.75" in text and rows
-    assert text.index("0.75") < text.rindex("0.5 ")
-
-
-def test_an_unknown_rest_is_not_guessed(definition: Definition) -> None:
-    now = state(definition, [], 1)
-    assert now.line() == "0/3 trials, 0 running" and math.isnan(now.seconds_left)
 
 
 # -- what comes out -------------------------------------------------------------------------------

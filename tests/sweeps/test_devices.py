@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from sweep_samples import define
 
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, RunFailure
@@ -24,7 +25,6 @@ from glua_bench.runs import plan as runs
 from glua_bench.runs.interruption import Interrupted
 from glua_bench.runs.request import RunOptions, RunRequest
 from glua_bench.sweeps import command
-from glua_bench.sweeps.definition import Definition, Parameter
 from glua_bench.sweeps.launch import worker_environment
 from glua_bench.sweeps.trial import execute, execute_apart
 
@@ -34,11 +34,9 @@ PLUGINS = [
     SUPPORT / "sample_plugin" / "src" / "glua_bench_sample" / "discs.py",
 ]
 QUIET = Progress(enabled=False)
-DEFINITION = Definition(
-    Path("own.yaml"), "own", "", "slow", "discs", ("bright-dark",), 1, "quick",
-    ("batch_size=2", "candidates=2", "segmenter.width=4", "segmenter.depth=3"),
-    (Parameter("lr", low=0.01, high=0.5),), ("im",), "random", "none", 1, 0,
-)  # fmt: skip
+SETTINGS = ("batch_size=2", "candidates=2", "segmenter.width=4", "segmenter.depth=3")
+TASK = {"method": "slow", "dataset": "discs", "directions": ("bright-dark",)}
+DEFINITION = define(**TASK, settings=SETTINGS, trials=1)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sweep_samples
 
 from glua_bench.console import Progress
 from glua_bench.errors import RunFailure
@@ -25,24 +26,8 @@ KIND = Parameter("mask", choices=("topk", "soft"))
 
 
 def define(**changes: Any) -> Definition:
-    values: dict[str, Any] = {
-        "file": Path("own.yaml"),
-        "name": "own",
-        "title": "Why?",
-        "method": "glua",
-        "dataset": "phantom",
-        "directions": ("mr-ct",),
-        "seeds": 2,
-        "preset": "quick",
-        "settings": ("steps=5",),
-        "space": (RATIO, WEIGHT, KIND),
-        "objectives": ("im",),
-        "sampler": "random",
-        "pruner": "none",
-        "trials": 5,
-        "seed": 0,
-    }
-    return Definition(**{**values, **changes})
+    own = {"title": "Why?", "seeds": 2, "settings": ("steps=5",), "trials": 5}
+    return sweep_samples.define(**{**own, "space": (RATIO, WEIGHT, KIND), **changes})
 
 
 def facts(runs: dict[str, float]) -> dict[str, Any]:

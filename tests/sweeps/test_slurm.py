@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 from optuna.trial import TrialState
+from sweep_samples import define
 
 from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.sweeps import job
 from glua_bench.sweeps import slurm as clusters
-from glua_bench.sweeps.definition import Definition, Parameter
 from glua_bench.sweeps.job import WorkerJob, job_environment, wait_for_end
 from glua_bench.sweeps.slurm import Jobs, Resources, read
 from glua_bench.sweeps.study import SweepStudy, counting
@@ -206,11 +206,8 @@ def test_a_process_is_awaited_within_the_same_wait() -> None:
 
 
 def study_in(root: Path, trials: int = 1) -> SweepStudy:
-    definition = Definition(
-        Path("own.yaml"), "own", "", "slow", "discs", ("bright-dark",), 1, "quick", (),
-        (Parameter("lr", low=0.01, high=0.5),), ("im",), "random", "none", trials, 0,
-    )  # fmt: skip
-    return SweepStudy(definition, root)
+    task = {"method": "slow", "dataset": "discs", "directions": ("bright-dark",)}
+    return SweepStudy(define(**task, trials=trials), root)
 
 
 class Pretended(Jobs):

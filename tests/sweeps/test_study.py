@@ -17,6 +17,7 @@ from typing import Any
 
 import optuna
 import pytest
+import sweep_samples
 from optuna.trial import TrialState
 
 from glua_bench.errors import ConfigError, RunFailure
@@ -44,24 +45,7 @@ CHOICE = Parameter("mask", choices=("topk", "soft"))
 
 
 def define(**changes: Any) -> Definition:
-    values: dict[str, Any] = {
-        "file": Path("own.yaml"),
-        "name": "own",
-        "title": "",
-        "method": "glua",
-        "dataset": "phantom",
-        "directions": ("mr-ct",),
-        "seeds": 1,
-        "preset": "quick",
-        "settings": (),
-        "space": (LR, CHOICE),
-        "objectives": ("im",),
-        "sampler": "random",
-        "pruner": "none",
-        "trials": 6,
-        "seed": 0,
-    }
-    return Definition(**{**values, **changes})
+    return sweep_samples.define(**{"space": (LR, CHOICE), **changes})
 
 
 @pytest.fixture
