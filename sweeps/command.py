@@ -23,13 +23,7 @@ from glua_bench.sweeps.launch import Crew
 from glua_bench.sweeps.progress import Display, Tracked, shown
 from glua_bench.sweeps.results import chosen_trial, values_in_words
 from glua_bench.sweeps.slurm import Jobs, Resources
-from glua_bench.sweeps.study import (
-    Claim,
-    SweepStudy,
-    counting,
-    folder_of,
-    free_name,
-)
+from glua_bench.sweeps.study import Claim, SweepStudy, counting, folder_of, free_name
 from glua_bench.sweeps.trial import Outcome, See, execute, requests
 from glua_bench.sweeps.worker import Done, work
 

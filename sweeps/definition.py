@@ -12,14 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from glua_bench.config import (
-    ORACLE,
-    PRESETS,
-    SELECTORS,
-    assignment,
-    build_settings,
-    setting_type,
-)
+from glua_bench.config import ORACLE, PRESETS, SELECTORS, assignment, build_settings, setting_type
 from glua_bench.documents import Table, nearest, read_document
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.paths import entries, name_fault

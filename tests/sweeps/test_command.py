@@ -305,20 +305,11 @@ def test_a_worker_s_error_ends_the_sweep_with_its_sentence(
         made.run()
 
 
+@pytest.mark.parametrize("between_looks", [False, True])
 def test_workers_that_die_again_and_again_end_the_sweep(
-    tmp_path: Path, definition: Definition, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, definition: Definition, monkeypatch: pytest.MonkeyPatch, between_looks: bool
 ) -> None:
-    monkeypatch.setattr(launch, "DEATHS", 3)
-    program = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n"
-    made = crew(tmp_path, definition, program, monkeypatch)
-    with pytest.raises(RunFailure, match="3 workers were killed and no trial was finished; see"):
-        made.run()
-    assert all(worker.process.poll() is not None for worker in made._workers)
-
-
-def test_workers_that_all_die_between_two_looks_are_noticed(
-    tmp_path: Path, definition: Definition, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    """Also if all are dead before the first look."""
     monkeypatch.setattr(launch, "DEATHS", 3)
     made = crew(tmp_path, definition, "import os\nos.kill(os.getpid(), 9)\n", monkeypatch)
     start = made._start
@@ -328,9 +319,11 @@ def test_workers_that_all_die_between_two_looks_are_noticed(
         worker.process.wait()
         return worker
 
-    monkeypatch.setattr(made, "_start", dead)
+    if between_looks:
+        monkeypatch.setattr(made, "_start", dead)
     with pytest.raises(RunFailure, match="3 workers were killed and no trial was finished; see"):
         made.run()
+    assert all(worker.process.poll() is not None for worker in made._workers)
 
 
 # -- what comes out -------------------------------------------------------------------------------

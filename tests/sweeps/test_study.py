@@ -381,19 +381,13 @@ def test_sqlite_serves_one_worker_on_a_local_disk(
         open_storage(url)
 
 
-@pytest.mark.parametrize(
-    ("url", "said"),
-    [
-        ("nosuch://me:secret@host/base", "cannot be opened"),
-        ("sqlite:////nowhere/at/all.db", "cannot be opened"),
-    ],
-)
-def test_storages_that_cannot_be_opened_are_told_without_the_password(url: str, said: str) -> None:
+@pytest.mark.parametrize("url", ["nosuch://me:secret@host/base", "sqlite:////nowhere/at/all.db"])
+def test_storages_that_cannot_be_opened_are_told_without_the_password(url: str) -> None:
     with pytest.raises(ConfigError) as error:
         open_storage(url)
     message = str(error.value)
-    assert said in message and "secret" not in message and message.endswith(".")
-    assert "\n" not in message
+    assert "cannot be opened" in message and "secret" not in message
+    assert message.endswith(".") and "\n" not in message
 
 
 def test_the_file_system_of_a_path_is_known() -> None:
