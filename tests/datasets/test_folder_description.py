@@ -1,4 +1,4 @@
-"""folder_description.py: what a description may say, and one sentence for what it may not."""
+"""folder/description.py: valid descriptions, and one sentence for invalid ones."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_labels_of_nnunet_are_taken_by_name(tmp_path: Path) -> None:
 
 
 def nnunet_text(tmp_path: Path, labels: dict[str, Any], classes: str = "", own: str = "") -> str:
-    """A description whose second domain is a folder of nnU-Net with such labels."""
+    """Return a description whose second domain is an nnU-Net folder with the given labels."""
     folder = tmp_path / "Dataset001_MR"
     folder.mkdir(exist_ok=True)
     (folder / "dataset.json").write_text(json.dumps({"labels": labels, "file_ending": ".nii.gz"}))

@@ -1,4 +1,4 @@
-"""folder_layouts.py: cases are found by patterns, from a table, and in nnU-Net's layout."""
+"""folder/layouts.py: cases by patterns, from a table, and in nnU-Net's layout."""
 
 from __future__ import annotations
 
@@ -281,7 +281,7 @@ def test_one_case_in_training_and_test_is_told(tmp_path: Path) -> None:
 
 
 def decathlon(root: Path, **facts: object) -> Path:
-    """Task09 as it is distributed: no channels in names, paths listed, macOS's shadows."""
+    """Write Task09 as distributed: no channels in names, listed paths, macOS shadow files."""
     folder = touch(
         root / "Task09_Spleen",
         *(f"imagesTr/spleen_{n}.nii.gz" for n in (2, 10)),

@@ -1,7 +1,7 @@
-"""datasets/mmwhs.py: the owners' layout and headers, splits, and a heart that fits the window.
+"""datasets/mmwhs.py: the owners' layout and headers, splits, and the working window.
 
-No patient is here. The files are drawn in world coordinates and stored as differently as scanners
-and converters store them.
+No patient data. Files are drawn in world coordinates and stored in the orientations of various
+scanners and converters.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SHOWN = {"ct": (-1000, 40, 100, 320), "mr": (8, 160, 120, 480)}  # air, body, wa
 
 
 def draw(domain: str, number: int, stray: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """A chest with a heart in RAS+ axes, int16 (X, Y, Z): image and raw labels."""
+    """Draw a chest with a heart in RAS+ axes, int16 (X, Y, Z): image and raw labels."""
     rng = np.random.default_rng([number, domain == "mr"])
     x, y, z = (
         (np.arange(n) - (n - 1) / 2) * s + rng.uniform(-4, 4)
@@ -73,7 +73,7 @@ AFFINE[:3, 3] = (-110.0, -95.0, 300.0)
 
 
 def write(root: Path, stray: tuple[int, ...] = ()) -> Path:
-    """All 80 files under the owners' names, each case with a header of its own."""
+    """Write all 80 files under the owners' names, with different headers."""
     for domain in ("ct", "mr"):
         folder = root / f"{domain}_train"
         folder.mkdir(parents=True)
@@ -97,7 +97,7 @@ def dataset(root: Path) -> MMWHS:
 
 
 def touch(root: Path, layout: str = "folders") -> Path:
-    """Empty files under the owners' names, for what never opens them."""
+    """Create empty files under the owners' names."""
     for domain in ("ct", "mr"):
         for number in range(1001, 1021):
             folder = root
@@ -118,7 +118,7 @@ def touch(root: Path, layout: str = "folders") -> Path:
 def test_files_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, variable: str
 ) -> None:
-    """In the owners' folders or all in one, under a given root or under the variable."""
+    """In the owners' folders or a single one, below a given root or the variable's."""
     monkeypatch.setenv("GLUA_BENCH_DATA", str(tmp_path))
     base = touch(tmp_path / variable, layout)
     lines: list[str] = []
@@ -139,7 +139,7 @@ def test_files_are_found(
 
 @pytest.mark.parametrize("fault", ["nothing", "empty", "no mr", "image", "label"])
 def test_missing_files_are_one_sentence(tmp_path: Path, fault: str) -> None:
-    """Where the data are obtained, what to accept, which files are expected, where."""
+    """Where to obtain the data, which terms to accept, which files are expected."""
     root = tmp_path / "data"
     if fault == "empty":
         root.mkdir()
@@ -220,7 +220,7 @@ def test_the_split_file_is_complete() -> None:
 def test_slices_stand_upright_however_they_are_stored(
     tmp_path: Path, codes: str, header: str
 ) -> None:
-    """The same voxels on the working grid for all axes, and where a header contradicts itself."""
+    """The same voxels on the working grid for all axes, also with contradictory headers."""
     image, label = draw("ct", 1001)
     paths = {}
     for name, stored in (("as drawn", ("RAS", "both")), ("stored", (codes, header))):
@@ -246,7 +246,7 @@ def test_slices_stand_upright_however_they_are_stored(
 
 
 def test_labels_mean_what_the_owners_say(dataset: MMWHS) -> None:
-    """All seven values, and 421, which is the left atrium's."""
+    """All seven values, and 421, which counts as left atrium."""
     names = {value: s.name for s in dataset.structures for value in s.values}
     assert names == {205: "MYO", 420: "LAC", STRAY: "LAC", 500: "LVC", 820: "AA"}
     assert [s.name for s in dataset.structures] == ["MYO", "LAC", "LVC", "AA"]
@@ -263,7 +263,7 @@ def test_labels_mean_what_the_owners_say(dataset: MMWHS) -> None:
 
 
 def thorax(domain: str, number: int, voxel: float) -> tuple[np.ndarray, np.ndarray]:
-    """A whole phantom thorax, 420 × 320 × 440 mm, RAS+: image and where its task structures are."""
+    """Draw a phantom thorax, 420 × 320 × 440 mm, RAS+: image and mask of the task's structures."""
     rng = np.random.default_rng([9, number])
     person = anatomy.draw_subject(rng)
     table = physics.draw_hounsfield if domain == "ct" else physics.draw_signals
@@ -285,7 +285,7 @@ def thorax(domain: str, number: int, voxel: float) -> tuple[np.ndarray, np.ndarr
 def test_the_window_holds_the_heart_wherever_the_scan_is_centred(
     tmp_path: Path, domain: str
 ) -> None:
-    """Fields of view of 200 to 420 mm with the heart anywhere in them; there is no label file."""
+    """Fields of view of 200 to 420 mm with the heart anywhere, without label files."""
     voxel, grids = 6.0, MMWHS.grids
     assert {round(grid.size * grid.spacing, 6) for grid in grids.values()} == {320}
     rng = np.random.default_rng(3)
@@ -318,7 +318,7 @@ def test_conformance(check: Callable[[Dataset], None], dataset: MMWHS) -> None:
 def test_check_refuses_values_outside_the_map(
     root: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:
-    """As the user sees it: the case, the value, and exit code 2."""
+    """The command names the case and the value, and exits with 2."""
     for domain in ("ct", "mr"):
         (tmp_path / "data" / f"{domain}_train").mkdir(parents=True)
         for file in (root / f"{domain}_train").iterdir():
@@ -336,7 +336,7 @@ def test_check_refuses_values_outside_the_map(
 
 
 def test_check_refuses_a_label_that_lies_otherwise(root: Path, tmp_path: Path) -> None:
-    """An image by its sform and a label by its qform is a fault: nothing is guessed."""
+    """An image with an sform and a label with a qform are rejected."""
 
     class One(MMWHS):
         """A single case a domain."""
@@ -379,7 +379,7 @@ def test_glua_runs_from_raw_files(root: Path, tmp_path: Path, direction: str) ->
 
 
 def test_the_cache_needs_no_label(dataset: MMWHS, tmp_path: Path) -> None:
-    """An image's entry is the same whether its label is there, wrong or missing."""
+    """An image's entry does not depend on its label."""
     case = dataset.cases("mr")[3]
     alone = tmp_path / case.image.name
     alone.write_bytes(case.image.read_bytes())

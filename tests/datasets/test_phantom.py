@@ -1,4 +1,4 @@
-"""The phantom: files and facts, anatomy, physics, determinism, and what its errors say."""
+"""The phantom: files, anatomy, physics, determinism and errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def dataset(root: Path) -> Phantom:
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
-    """Every file below a directory, with its bytes."""
+    """Return the content of every file below a directory."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
 

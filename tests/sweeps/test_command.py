@@ -1,4 +1,4 @@
-"""sweeps/command.py, trial.py, launch.py, progress.py: from a definition to the chosen setting."""
+"""sweeps/command.py, trial.py, launch.py: from a definition to the chosen setting."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ SMALL = ("grid.size=32", "grid.spacing=7", "grid.slice_spacing=16", "batch_size=
 
 @pytest.mark.parametrize("name", list(shipped()))
 def test_every_definition_that_is_shipped_runs(name: str, base: RunOptions) -> None:
-    """Two of its trials, on small images and for two updates each."""
+    """Two trials of two updates on small images."""
     told = read(find(name), oracle=False, trials=2, seeds=1)
     glua = ["method.adgan_width=4", "method.codes_width=4", "method.codes_scales=2"]
     small = replace(base, assignments=[*SMALL, *(glua if told.method == "glua" else [])])
@@ -176,7 +176,7 @@ def test_what_cannot_be_swept_is_one_sentence(
 def test_a_worker_has_the_options_of_the_sweep(
     definition: Definition, base: RunOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its plugins too, wherever the worker begins, unless it names them itself."""
+    """Including plugins, from any directory, unless the worker names its own."""
     (tmp_path / "mine.py").write_text("")
     monkeypatch.chdir(tmp_path)
     asked = replace(base, plugins=[Path("mine.py")], precision="bf16-mixed")
@@ -269,7 +269,7 @@ def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 def crew(
     tmp_path: Path, definition: Definition, program: str, monkeypatch: pytest.MonkeyPatch
 ) -> launch.Crew:
-    """Two workers that run a program in the place of `glua_bench`."""
+    """Return two workers that run a program instead of `glua_bench`."""
     monkeypatch.setattr(launch, "LOOK_SECONDS", 0.05)
     package = tmp_path / "glua_bench"
     package.mkdir()

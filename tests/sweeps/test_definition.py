@@ -1,4 +1,4 @@
-"""sweeps/definition.py: what a definition may say, and one sentence with its line for the rest."""
+"""sweeps/definition.py: valid definitions, and one sentence with the line for invalid ones."""
 
 from __future__ import annotations
 

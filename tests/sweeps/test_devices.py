@@ -1,4 +1,4 @@
-"""Runs of a sweep in two processes: the same result, ended and taken up like those in one."""
+"""Runs of a sweep in two processes: same results, stopping and resuming as with one."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def plan(base: RunOptions, pause: float = 0.0) -> runs.PlannedRun:
 
 
 def finish(planned: runs.PlannedRun) -> None:
-    """As if the run had been done."""
+    """Mark a run as finished."""
     planned.directory.start({})
     planned.directory.finish({})
 
@@ -108,7 +108,7 @@ def test_a_run_in_two_processes_ends_politely_and_goes_on(
 
 
 class Started:
-    """Processes that only have exit codes; what they are told is kept."""
+    """Starts processes with given exit codes, and records their commands."""
 
     def __init__(self, *codes: int, then: Callable[[], Any] = lambda: None) -> None:
         self.codes, self.then = list(codes), then
@@ -175,7 +175,7 @@ def test_workers_with_two_gpus_each_share_none(monkeypatch: pytest.MonkeyPatch) 
 def test_runs_in_a_job_of_slurm_start_their_own_processes(
     base: RunOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fabric would take the job's one task for a process that srun started for a run."""
+    """Fabric must not mistake the job's single task for a process of the run started by srun."""
     for name, value in {
         "SLURM_NTASKS": "1",
         "SLURM_JOB_NAME": "sweep",

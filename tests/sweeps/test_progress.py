@@ -54,7 +54,7 @@ def drawn(definition: Definition, trials: list[Any], width: int) -> list[str]:
 
 
 class Recorder(FolderTracker):
-    """A tracker that remembers what it is asked to show.
+    """A tracker that records its calls.
 
     Args:
         answers: whether it is there.
@@ -69,7 +69,7 @@ class Recorder(FolderTracker):
 
 
 def step(study: SweepStudy, made_runs: Any) -> None:
-    """One more trial that is finished."""
+    """Finish one more trial."""
     claim = study.claim()
     assert claim is not None
     with study.holding(claim):

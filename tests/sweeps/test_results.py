@@ -1,4 +1,4 @@
-"""sweeps/results.py: a study as plain tables, and as the tracker shows it."""
+"""sweeps/results.py: a study as plain tables and as a group in the tracker."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def claimed(study: SweepStudy) -> Claim:
 
 @pytest.fixture
 def searched(made_runs) -> SweepStudy:
-    """Two finished trials, one that was given back and is taken up again, one pruned, one failed.
+    """Two finished trials, one returned and claimed again, one pruned, one failed.
 
     The first trial has the lower objective and the higher test Dice.
     """
@@ -87,7 +87,7 @@ def test_every_trial_has_its_row(searched, made_runs) -> None:
 
 
 def test_runs_have_the_test_scores_of_the_objective_s_checkpoint(searched, made_runs) -> None:
-    """Not those of `last`, which are 0.1 in all of them."""
+    """Not those of `last`, which are all 0.1."""
     table = results.collect(searched, made_runs.root)["runs"]
     assert list(table["trial"]) == [0, 0, 1, 1] and list(table["seed"]) == [0, 1, 0, 1]
     assert list(table["dice"]) == pytest.approx([0.6, 0.7, 0.5, 0.6])
@@ -190,7 +190,7 @@ def test_importances_that_say_nothing_are_not_given(filled, count, value, change
 def test_a_pruned_trial_names_the_runs_that_it_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first of two runs ends, and the second is ended early."""
+    """The first of two runs finishes, the second is pruned."""
     made: list[str] = []
 
     def plan(request: Any) -> Any:
@@ -224,7 +224,7 @@ def test_a_pruned_trial_names_the_runs_that_it_finished(
 
 
 def test_a_failed_trial_names_the_run_that_failed(made_runs, monkeypatch) -> None:
-    """So that the tracker shows it below the sweep, where its reason is."""
+    """The tracker shows it with its reason among the sweep's runs."""
     made = [made_runs.add("glua", 0.5, seed) for seed in range(2)]
     monkeypatch.setattr(
         trial,

@@ -1,4 +1,4 @@
-"""sweeps/slurm.py and job.py: workers as jobs, ended by SLURM and taken up again."""
+"""sweeps/slurm.py and job.py: workers as jobs, stopped by SLURM and resumed."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_options_that_need_each_other(
 
 
 def pretended(code: str) -> WorkerJob:
-    """A job whose worker is a few lines of Python."""
+    """Return a job whose worker is a few lines of Python."""
     return WorkerJob([sys.executable, "-c", code])
 
 
@@ -160,7 +160,7 @@ def test_a_worker_has_as_many_threads_as_its_job_has_cores(
 def test_a_job_is_asked_to_save_by_submitit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same path on one machine, by submitit's executor that needs no cluster."""
+    """The same code path with submitit's local executor."""
     submitit = pytest.importorskip("submitit")
     monkeypatch.chdir(tmp_path)
     waiting = pretended(
@@ -211,7 +211,7 @@ def study_in(root: Path, trials: int = 1) -> SweepStudy:
 
 
 class Pretended(Jobs):
-    """Jobs whose states are told.
+    """Jobs with given states.
 
     Args:
         states: what is queued at each look.
@@ -362,12 +362,12 @@ def test_a_sweep_through_sbatch(slurm: None, tmp_path: Path) -> None:
 
 
 def requeue(number: str) -> None:
-    """What an operator does, and a preemption: SLURM ends the job and queues it again."""
+    """Requeue a job, as an operator or a preemption does."""
     subprocess.run(["scontrol", "requeue", number], check=True)
 
 
 def near_its_end(number: str) -> None:
-    """What SLURM sends before the time limit."""
+    """Send the signal that SLURM sends before the time limit."""
     subprocess.run(["scancel", "--signal=USR2", number], check=True)
 
 
@@ -444,7 +444,7 @@ def test_what_slurm_refuses_is_said(slurm: None, tmp_path: Path) -> None:
 
 
 def states_of(number: str) -> list[str]:
-    """The state of a job, as long as it is in the queue."""
+    """Return the state of a job in the queue."""
     asking = ["squeue", "--noheader", "--jobs", number, "--format=%T"]
     return subprocess.run(asking, capture_output=True, text=True).stdout.split()
 
@@ -457,7 +457,7 @@ def queue() -> list[str]:
 
 
 def test_the_test_suite_can_start_its_servers() -> None:
-    """Both scripts are there, executable, and say how they are used."""
+    """Both scripts exist, are executable, and print their usage."""
     for name in ("slurm", "postgres"):
         script = SUPPORT.parents[1] / ".ci" / name
         assert os.access(script, os.X_OK)

@@ -1,4 +1,4 @@
-"""sweeps/study.py and worker.py: no trial is lost, none counts twice, the budget holds."""
+"""sweeps/study.py and worker.py: no trial is lost or counted twice, and the budget holds."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def opened(tmp_path: Path) -> Callable[..., SweepStudy]:
 
 
 def value(claim: Claim, see: Any) -> Outcome:
-    """A trial that takes no time."""
+    """Return the value of a trial at once."""
     return Outcome((float(claim.params["lr"]),), {"runs": [f"run {claim.number}"]})
 
 
@@ -433,7 +433,7 @@ def test_a_server_that_is_away_delays() -> None:
 def test_a_worker_waits_for_a_server_that_is_away_when_it_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A new sweep does not: its URL may be misspelt."""
+    """A new sweep does not wait, because its URL may be wrong."""
     from sqlalchemy.exc import OperationalError
 
     url, real = f"sqlite:///{tmp_path}/study.db", optuna.storages.RDBStorage.__init__
