@@ -40,13 +40,13 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_everything_that_may_be_said_is_taken(tmp_path: Path) -> None:
-    told = describe(write(tmp_path, TEXT))
-    assert told.name == "own" and told.directions == ("ct-mr", "mr-ct") and told.root == tmp_path
-    assert told.grids["quick"] == Grid(64, 5.0, 3.0) and told.grids["paper"] == Grid(256, 1.25, 3.0)
-    ct, mr = told.domains["ct"], told.domains["mr"]
+    own = describe(write(tmp_path, TEXT))
+    assert own.name == "own" and own.directions == ("ct-mr", "mr-ct") and own.root == tmp_path
+    assert own.grids["quick"] == Grid(64, 5.0, 3.0) and own.grids["paper"] == Grid(256, 1.25, 3.0)
+    ct, mr = own.domains["ct"], own.domains["mr"]
     assert [s.values for s in ct.structures] == [(1,), (4, 5)]
     assert [s.values for s in mr.structures] == [(63,), (4, 5)]
-    assert [(s.name, s.title, s.color) for s in told.structures] == [
+    assert [(s.name, s.title, s.color) for s in own.structures] == [
         ("LIV", "liver", "#e69f00"),
         ("SPL", "spleen", "#112233"),
     ]
@@ -62,10 +62,10 @@ def test_planes_grids_and_stored_arrays(tmp_path: Path) -> None:
         "    window",
         "    stored: {slices: 0, rows: 2, flip: [1]}\n    spacing: [0, 1, 1]\n    window",
     )
-    told = describe(write(tmp_path, text))
-    assert told.grids == {"quick": Grid(96, 2.0, 3.0)}
-    assert told.domains["mr"].reading.slice_axis == 1
-    ct = told.domains["ct"].reading
+    own = describe(write(tmp_path, text))
+    assert own.grids == {"quick": Grid(96, 2.0, 3.0)}
+    assert own.domains["mr"].reading.slice_axis == 1
+    ct = own.domains["ct"].reading
     assert (ct.orientation, ct.slice_axis, ct.row_axis, ct.flip) == ("stored", 0, 2, (1,))
     assert ct.stated_spacing == (0.0, 1.0, 1.0)
 
@@ -105,10 +105,10 @@ def test_ignore_of_nnunet_is_unannotated_and_not_background(tmp_path: Path) -> N
 
 def test_what_nobody_annotated_is_listed(tmp_path: Path) -> None:
     text = TEXT.replace("background: [7]", "background: [7]\n    unannotated: [255]")
-    told = describe(write(tmp_path, text))
-    reading = told.domains["mr"].reading
+    own = describe(write(tmp_path, text))
+    reading = own.domains["mr"].reading
     assert (reading.ignored_values, reading.unannotated_values) == ((7,), (255,))
-    assert told.domains["ct"].reading.unannotated_values == ()
+    assert own.domains["ct"].reading.unannotated_values == ()
 
 
 REGIONS = {"background": 0, "whole tumour": [1, 2, 3], "core": [2, 3], "enhancing": 3}

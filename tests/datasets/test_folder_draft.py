@@ -460,8 +460,8 @@ def nnunet(
     facts = {"labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz"}
     (folder / "dataset.json").write_text(json.dumps(facts))
     if fold:
-        told = [{"train": sorted(set(train) - set(fold)), "val": list(fold)}]
-        (folder / "splits_final.json").write_text(json.dumps(told))
+        folds = [{"train": sorted(set(train) - set(fold)), "val": list(fold)}]
+        (folder / "splits_final.json").write_text(json.dumps(folds))
     return root
 
 
@@ -474,9 +474,9 @@ def test_a_split_of_nnunet_holds_in_all_domains_of_the_same_people(
     nnunet(tmp_path / "raw", f"Dataset002_{second}", "abcde", "fg", fold="e")
     own = written(tmp_path, tmp_path / "raw")
     for domain in (first, second):
-        told = splits_of(own, domain)
-        assert {case for case, split in told.items() if split == "test"} == {"f", "g"}
-        assert {case for case, split in told.items() if split == "val"} == {"e"}
+        splits = splits_of(own, domain)
+        assert {case for case, split in splits.items() if split == "test"} == {"f", "g"}
+        assert {case for case, split in splits.items() if split == "val"} == {"e"}
     assert problems(own) == []
 
 

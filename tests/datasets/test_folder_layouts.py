@@ -134,8 +134,8 @@ def nnunet(root: Path, **facts: object) -> Path:
         *(f"imagesTs/c_{n}_0000.nii.gz" for n in (4, 5)),
         "labelsTs/c_4.nii.gz",
     )
-    told = {"file_ending": ".nii.gz", "labels": {"background": 0, "liver": 1}, **facts}
-    (folder / "dataset.json").write_text(json.dumps(told))
+    content = {"file_ending": ".nii.gz", "labels": {"background": 0, "liver": 1}, **facts}
+    (folder / "dataset.json").write_text(json.dumps(content))
     return folder
 
 
@@ -289,7 +289,7 @@ def decathlon(root: Path, **facts: object) -> Path:
         *(f"imagesTr/._spleen_{n}.nii.gz" for n in (2, 10)),
         "imagesTs/spleen_1.nii.gz",
     )
-    told = {
+    content = {
         "name": "Spleen",
         "tensorImageSize": "3D",
         "modality": {"0": "CT"},
@@ -305,7 +305,7 @@ def decathlon(root: Path, **facts: object) -> Path:
         "test": ["./imagesTs/spleen_1.nii.gz"],
         **facts,
     }
-    (folder / "dataset.json").write_text(json.dumps(told))
+    (folder / "dataset.json").write_text(json.dumps(content))
     return folder
 
 

@@ -125,13 +125,13 @@ SMALL = ("grid.size=32", "grid.spacing=7", "grid.slice_spacing=16", "batch_size=
 @pytest.mark.parametrize("name", list(shipped()))
 def test_every_definition_that_is_shipped_runs(name: str, base: RunOptions) -> None:
     """Two trials of two updates on small images."""
-    told = read(find(name), oracle=False, trials=2, seeds=1)
+    sweep = read(find(name), oracle=False, trials=2, seeds=1)
     glua = ["method.adgan_width=4", "method.codes_width=4", "method.codes_scales=2"]
-    small = replace(base, assignments=[*SMALL, *(glua if told.method == "glua" else [])])
-    study = command.open_study(told, small, None, 1, fork=False, resume=False, report=print)
+    small = replace(base, assignments=[*SMALL, *(glua if sweep.method == "glua" else [])])
+    study = command.open_study(sweep, small, None, 1, fork=False, resume=False, report=print)
     done = command.run_worker(study, small, print, Progress(enabled=False))
     assert (done.finished, done.failed) == (2, 0), [t.user_attrs for t in study.trials()]
-    assert command.conclude(study)[0].startswith(f"Chosen by {told.selector}: ")
+    assert command.conclude(study)[0].startswith(f"Chosen by {sweep.selector}: ")
     assert study.ended and len({str(t.params) for t in study.trials()}) == 2
 
 
@@ -352,17 +352,17 @@ def test_the_conclusion_names_the_choice(tmp_path: Path, definition: Definition)
 
 
 def test_a_choice_by_the_oracle_is_stamped(tmp_path: Path, definition: Definition) -> None:
-    told = replace(definition, objectives=("oracle",))
+    sweep = replace(definition, objectives=("oracle",))
     assert (
         "ORACLE: chosen by labels of test cases, no result"
-        in concluded(tmp_path, told, [(0.5,)])[0]
+        in concluded(tmp_path, sweep, [(0.5,)])[0]
     )
-    assert "ORACLE (reads target labels)" in command.described(told)[0]
+    assert "ORACLE (reads target labels)" in command.described(sweep)[0]
 
 
 def test_several_objectives_end_in_a_front(tmp_path: Path, definition: Definition) -> None:
-    told = replace(definition, objectives=("im", "seconds"), sampler="random")
-    lines = concluded(tmp_path, told, [(0.5, 1.0), (0.75, 2.0), (0.25, 3.0)])
+    sweep = replace(definition, objectives=("im", "seconds"), sampler="random")
+    lines = concluded(tmp_path, sweep, [(0.5, 1.0), (0.75, 2.0), (0.25, 3.0)])
     assert lines[0] == "2 configurations on the Pareto front of im, seconds:"
     assert [line.split()[0] for line in lines[1:]] == ["0.75", "0.5"]
 

@@ -43,29 +43,29 @@ def make(folder: Path, text: str = TEXT, oracle: bool = False, **changes: object
 
 
 def test_everything_that_may_be_said_is_taken(tmp_path: Path) -> None:
-    told = make(tmp_path, TEXT + "pruner: median\nseed: 4\ntitle: Why?\npreset: standard\n")
-    assert (told.name, told.method, told.dataset) == ("own", "glua", "phantom")
-    assert told.preset == "standard"
-    assert told.directions == ("mr-ct", "ct-mr") and told.runs_per_trial == 6
-    assert told.settings == ("method.style_share=2", "batch_size=4")
-    assert told.space == (
+    made = make(tmp_path, TEXT + "pruner: median\nseed: 4\ntitle: Why?\npreset: standard\n")
+    assert (made.name, made.method, made.dataset) == ("own", "glua", "phantom")
+    assert made.preset == "standard"
+    assert made.directions == ("mr-ct", "ct-mr") and made.runs_per_trial == 6
+    assert made.settings == ("method.style_share=2", "batch_size=4")
+    assert made.space == (
         Parameter("mask_ratio", low=0.1, high=0.9),
         Parameter("mask", choices=("topk", "soft")),
     )
-    assert (told.objectives, told.sampler, told.pruner) == (("im",), "tpe", "median")
-    assert (told.trials, told.seed, told.title) == (5, 4, "Why?")
+    assert (made.objectives, made.sampler, made.pruner) == (("im",), "tpe", "median")
+    assert (made.trials, made.seed, made.title) == (5, 4, "Why?")
 
 
 def test_the_command_line_wins(tmp_path: Path) -> None:
-    told = make(tmp_path, trials=9, seeds=1, directions=["ct-mr"], preset="paper", space="auto")
-    assert (told.trials, told.seeds, told.directions, told.preset) == (9, 1, ("ct-mr",), "paper")
-    assert {p.name for p in told.space} >= {"mask_ratio", "mask", "lambda_output", "codes_clusters"}
+    made = make(tmp_path, trials=9, seeds=1, directions=["ct-mr"], preset="paper", space="auto")
+    assert (made.trials, made.seeds, made.directions, made.preset) == (9, 1, ("ct-mr",), "paper")
+    assert {p.name for p in made.space} >= {"mask_ratio", "mask", "lambda_output", "codes_clusters"}
 
 
 @pytest.mark.parametrize("name", list(shipped()))
 def test_every_definition_that_is_shipped_is_sound(name: str) -> None:
-    told = read(find(name), oracle=False)
-    assert told.name == name and told.title and told.selector != "oracle" and told.trials >= 6
+    made = read(find(name), oracle=False)
+    assert made.name == name and made.title and made.selector != "oracle" and made.trials >= 6
     assert find(f"sweeps/{name}.yaml").resolve() == find(name).resolve()
 
 
@@ -194,11 +194,11 @@ def test_ranges_follow_from_the_settings_own(tmp_path: Path) -> None:
 
 
 def test_only_what_changes_results_is_the_meaning(tmp_path: Path) -> None:
-    told = make(tmp_path)
+    made = make(tmp_path)
     same = make(tmp_path, TEXT.replace("trials: 5", "trials: 50") + "title: Other\n")
-    assert told.meaning() == same.meaning()
+    assert made.meaning() == same.meaning()
     other = make(tmp_path, TEXT.replace("0.9", "0.8"))
-    assert told.meaning() != other.meaning()
+    assert made.meaning() != other.meaning()
 
 
 def test_an_unknown_sweep_is_told_with_the_nearest(tmp_path: Path) -> None:
@@ -213,9 +213,9 @@ def test_an_unknown_sweep_is_told_with_the_nearest(tmp_path: Path) -> None:
 def test_numbers_are_numbers_in_every_place_of_a_sweep(tmp_path: Path) -> None:
     text = TEXT.replace("low: 0.1, high: 0.9", "low: 1e-1, high: 9e-1")
     text = text.replace("{style_share: 2, batch_size: 4}", "{lr: 1e-4, steps: 2_000}")
-    told = make(tmp_path, text.replace("trials: 5", "trials: 1e1"))
-    assert told.trials == 10 and set(told.settings) == {"method.lr=0.0001", "steps=2000"}
-    (ratio,) = (p for p in told.space if p.name == "mask_ratio")
+    made = make(tmp_path, text.replace("trials: 5", "trials: 1e1"))
+    assert made.trials == 10 and set(made.settings) == {"method.lr=0.0001", "steps=2000"}
+    (ratio,) = (p for p in made.space if p.name == "mask_ratio")
     assert (ratio.low, ratio.high) == (0.1, 0.9)
     listed = TEXT.replace("{low: 0.1, high: 0.9}", "[.5, 25e-2]")
     assert make(tmp_path, listed).space[0].choices == (0.5, 0.25)
@@ -230,8 +230,8 @@ def test_no_name_of_a_sweep_leads_out_of_the_runs(tmp_path: Path, name: str) -> 
 
 def test_a_fold_is_said_by_the_file_or_the_command_line(tmp_path: Path) -> None:
     text = TEXT.replace("dataset: phantom", "dataset: mmwhs\nfold: 2")
-    told = make(tmp_path, text)
-    assert (told.dataset, told.fold, told.fold_name) == ("mmwhs", 2, "mmwhs_fold2")
+    made = make(tmp_path, text)
+    assert (made.dataset, made.fold, made.fold_name) == ("mmwhs", 2, "mmwhs_fold2")
     assert make(tmp_path, text, fold=3).fold_name == "mmwhs_fold3"
     assert make(tmp_path, text, dataset="abdomen").fold_name == "abdomen"  # the fold was of mmwhs
     assert make(tmp_path, TEXT, dataset="mmwhs_fold4").fold_name == "mmwhs_fold4"

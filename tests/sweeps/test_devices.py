@@ -114,14 +114,14 @@ class Started:
         self.codes, self.then = list(codes), then
         self.commands: list[Any] = []
 
-    def __call__(self, words: list[str], **told: Any) -> subprocess.Popen:
-        self.commands.append((words, told))
+    def __call__(self, words: list[str], **options: Any) -> subprocess.Popen:
+        self.commands.append((words, options))
         code = self.codes.pop(0)
         if not self.codes:
             self.then()
         act = "import os, signal, sys; print('glua-bench: error: too bad', file=sys.stderr); {}"
         end = f"sys.exit({code})" if code >= 0 else f"os.kill(os.getpid(), {-code})"
-        return subprocess.Popen([words[0], "-c", act.format(end)], **told)
+        return subprocess.Popen([words[0], "-c", act.format(end)], **options)
 
 
 def test_killed_processes_are_tried_again(base: RunOptions) -> None:
@@ -129,10 +129,10 @@ def test_killed_processes_are_tried_again(base: RunOptions) -> None:
     started = Started(-9, -9)
     with pytest.raises(RunFailure, match="were killed 2 times"):
         execute_apart(planned, QUIET, started)
-    words, told = started.commands[0]
+    words, options = started.commands[0]
     assert words[3] == "run-request"
     assert RunRequest.from_json(Path(words[4]).read_text(), words[4]) == planned.request
-    assert told["env"]["OMP_NUM_THREADS"] == "1"
+    assert options["env"]["OMP_NUM_THREADS"] == "1"
     execute_apart(planned, QUIET, Started(-9, 0, then=lambda: finish(planned)))
 
 

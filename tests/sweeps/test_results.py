@@ -71,8 +71,8 @@ def searched(made_runs) -> SweepStudy:
 
 
 def test_every_trial_has_its_row(searched, made_runs) -> None:
-    told = results.collect(searched, made_runs.root)
-    table = told["trials"].set_index("number")
+    tables = results.collect(searched, made_runs.root)
+    table = tables["trials"].set_index("number")
     assert list(table["state"]) == ["done", "done", "failed", "pruned", "failed"]
     assert list(table["counted"]) == [True, True, False, True, True]
     assert list(table["attempt"]) == [1, 1, 1, 1, 1]
@@ -83,7 +83,7 @@ def test_every_trial_has_its_row(searched, made_runs) -> None:
     params = searched.trials()[1].params
     assert {name: table[f"method.{name}"][1] for name in params} == params
     assert (table["ended"] >= table["began"]).all()
-    assert told["seen"].values.tolist() == [[0, 0, 0.05], [1, 0, 0.15]]
+    assert tables["seen"].values.tolist() == [[0, 0, 0.05], [1, 0, 0.15]]
 
 
 def test_runs_have_the_test_scores_of_the_objective_s_checkpoint(searched, made_runs) -> None:
@@ -147,8 +147,8 @@ def test_the_group_stays_the_same_where_its_first_trial_is_repeated(made_runs) -
 def test_a_study_without_runs_has_no_group(made_runs) -> None:
     study = SweepStudy(define(), made_runs.root)
     assert results.group(study, made_runs.root) is None
-    told = results.collect(study, made_runs.root)
-    assert told["trials"].empty and told["runs"].empty and Sweep(**told).chosen is None
+    tables = results.collect(study, made_runs.root)
+    assert tables["trials"].empty and tables["runs"].empty and Sweep(**tables).chosen is None
 
 
 @pytest.fixture
@@ -208,13 +208,15 @@ def test_a_pruned_trial_names_the_runs_that_it_finished(
     monkeypatch.setattr(trial, "plan", plan)
     monkeypatch.setattr(trial.execution, "execute", execute)
     monkeypatch.setattr(trial, "planned_stages", lambda planned: ())
-    told = define(space=(WEIGHT,), pruner="median", trials=1)
-    study = SweepStudy(told, tmp_path / "runs")
+    definition = define(space=(WEIGHT,), pruner="median", trials=1)
+    study = SweepStudy(definition, tmp_path / "runs")
     base = RunOptions(runs_root=tmp_path / "runs")
 
     def run(claim: Claim, see: Any) -> Any:
         quiet = Progress(enabled=False)
-        return trial.execute(told, base, claim.params, quiet, lambda step, value: len(made) == 2)
+        return trial.execute(
+            definition, base, claim.params, quiet, lambda step, value: len(made) == 2
+        )
 
     done = work(study, run)
     (only,) = study.trials()

@@ -64,8 +64,8 @@ at_once: 10
 setup: ["module load cuda", "export A=1"]
 extra: {mail-type: FAIL}
 """
-    told = read(file(text), devices=2).parameters("sweep-own")
-    assert told == {
+    parameters = read(file(text), devices=2).parameters("sweep-own")
+    assert parameters == {
         "name": "sweep-own",
         "timeout_min": 90,
         "cpus_per_task": 8,

@@ -444,14 +444,14 @@ def test_a_worker_waits_for_a_server_that_is_away_when_it_starts(
             raise OperationalError("select", {}, Exception("connection refused"))
         real(*arguments, **options)
 
-    told = define(trials=1)
-    SweepStudy(told, tmp_path, url)
+    sweep = define(trials=1)
+    SweepStudy(sweep, tmp_path, url)
     lines: list[str] = []
     monkeypatch.setattr(optuna.storages.RDBStorage, "__init__", connect)
     with pytest.raises(ConfigError, match="cannot be opened"):
-        SweepStudy(told, tmp_path, url, report=lines.append)
+        SweepStudy(sweep, tmp_path, url, report=lines.append)
     assert not lines
-    SweepStudy(told, tmp_path, url, report=lines.append, begun=True)
+    SweepStudy(sweep, tmp_path, url, report=lines.append, begun=True)
     assert "connection refused" in lines[0] and lines[1] == "the storage responds again"
 
 
