@@ -127,10 +127,7 @@ class Abdomen(Dataset):
             raise problems[0]
 
     def cases(self, domain: str) -> tuple[Case, ...]:
-        """Return all cases of a domain, sorted by id.
-
-        Args:
-            domain: "ct" or "mr".
+        """Return all cases of "ct" or "mr", sorted by id.
 
         Raises:
             DataError: the domain is unknown, files are missing, or a series is not converted yet.
@@ -166,15 +163,8 @@ class Abdomen(Dataset):
         return made
 
 
-def _cache() -> Path:
-    """Return the directory of converted scans, shared by all folds."""
-    return cache_root() / Abdomen.name
-
-
 def _converted(number: int, slices: chaos.Slices) -> tuple[Path, Path]:
     """Return the paths of image and label of a converted MR series."""
     image, label = chaos.addresses(slices)
-    return (
-        _cache() / f"mr_{number:02d}-{image}.nii",
-        _cache() / f"mr_{number:02d}_label-{label}.nii",
-    )
+    folder = cache_root() / Abdomen.name  # shared by all folds
+    return folder / f"mr_{number:02d}-{image}.nii", folder / f"mr_{number:02d}_label-{label}.nii"

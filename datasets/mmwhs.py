@@ -75,7 +75,7 @@ class MMWHS(MMWHSLayout):
 
     @classmethod
     def default_root(cls) -> Path:
-        """`$GLUA_BENCH_DATA/mmwhs`, for subclasses as well.
+        """Return `$GLUA_BENCH_DATA/mmwhs`, for subclasses as well.
 
         Raises:
             DataError: the variable is not set.
@@ -83,10 +83,7 @@ class MMWHS(MMWHSLayout):
         return super(MMWHS, MMWHS).default_root()
 
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
-        """Check that every file is there.
-
-        Args:
-            report: receives a line for each domain and one about the labels.
+        """Check that every file exists.
 
         Raises:
             DataError: a directory or files are missing.
@@ -102,15 +99,11 @@ class MMWHS(MMWHSLayout):
         )
 
     def split_of(self, domain: str, number: int) -> str:
-        """ "train", "val" or "test" of one id, in the fold."""
+        """Return the split of an id in the fold."""
         return read_partition(SPLIT_FILE, self.fold)[domain][number]
 
     def folders(self, domain: str) -> tuple[Path, ...]:
-        """Return the directories to search for a domain's files, the expected one first.
-
-        Args:
-            domain: "ct" or "mr".
-        """
+        """Return the directories to search for a domain's files, the expected one first."""
         roots = [self.root]
         # GLUA_BENCH_DATA may point at the files themselves, the parent of the default root.
         if not self.root.exists() and self.root.name == MMWHS.name:

@@ -79,11 +79,7 @@ class MMWHSLayout(Dataset):
         return ALL_IDS
 
     def folders(self, domain: str) -> tuple[Path, ...]:
-        """Return the directories to search for a domain's files, in order.
-
-        Args:
-            domain: "ct" or "mr".
-        """
+        """Return the directories to search for the files of "ct" or "mr", in order."""
         return (self.root / f"{domain}_train",)
 
     @staticmethod
@@ -103,10 +99,7 @@ class MMWHSLayout(Dataset):
         return "val" if number in self.val_ids[domain] else "train"
 
     def cases(self, domain: str) -> tuple[Case, ...]:
-        """Return all cases of a domain, sorted by id.
-
-        Args:
-            domain: "ct" or "mr".
+        """Return all cases of "ct" or "mr", sorted by id.
 
         Raises:
             DataError: the domain is unknown, or files are missing.
@@ -118,27 +111,18 @@ class MMWHSLayout(Dataset):
             )
         folders = self.folders(domain)
         numbers = self.ids(domain)
-        made = []
-        missing = []
+        made: list[Case] = []
+        missing: list[Path] = []
         for number in sorted(numbers):
-            image, label = (
-                next((f / name for f in folders if (f / name).is_file()), folders[0] / name)
-                for name in (
-                    self.image_path(self.root, domain, number).name,
-                    self.label_path(self.root, domain, number).name,
-                )
-            )
-            missing += [path for path in (image, label) if not path.is_file()]
-            made.append(
-                Case(
-                    id=f"{domain}_{number}",
-                    domain=domain,
-                    image=image,
-                    label=label,
-                    split=self.split_of(domain, number),
-                    subject=f"{self.name}_{domain}_{number}",
-                )
-            )
+            files = []
+            for path_of in (self.image_path, self.label_path):
+                name = path_of(self.root, domain, number).name
+                found = (folder / name for folder in folders if (folder / name).is_file())
+                files.append(next(found, folders[0] / name))
+            missing += [path for path in files if not path.is_file()]
+            image, label = files
+            case, split = f"{domain}_{number}", self.split_of(domain, number)
+            made.append(Case(case, domain, image, label, split, f"{self.name}_{case}"))
         if missing and len(missing) == 2 * len(numbers):
             raise DataError(
                 f"{folders[0]} holds no files of MM-WHS: pass the directory that holds ct_train "

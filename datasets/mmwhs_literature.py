@@ -57,9 +57,6 @@ class MMWHSLiterature(MMWHS):
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
         """Crop volumes that are not cropped yet into the cache.
 
-        Args:
-            report: receives progress lines.
-
         Raises:
             DataError: files are missing or cannot be used.
             RunFailure: the cache cannot be written.
@@ -73,10 +70,7 @@ class MMWHSLiterature(MMWHS):
                     report(f"{case.id}: cropped around its labels into {cropped.image.parent}")
 
     def cases(self, domain: str) -> tuple[Case, ...]:
-        """Return all cases of a domain, with the files of the cropped copies.
-
-        Args:
-            domain: "ct" or "mr".
+        """Return all cases of "ct" or "mr", with the files of the cropped copies.
 
         Raises:
             DataError: the domain is unknown, or original files are missing.

@@ -124,15 +124,11 @@ class MMWHSSIFA(Dataset):
 
         Cases are written atomically, so an interrupted conversion can be resumed.
 
-        Args:
-            report: receives progress lines.
-
         Raises:
             DataError: files are missing, damaged or not of the release.
             RunFailure: the cache cannot be written.
         """
         slices, volumes = self._files()
-        self._check(slices, volumes)
         plan: dict[str, tuple[str, str, list[Path]]] = {}  # case -> domain, split, files
         for (domain, split), files in slices.items():
             if len(files) != RELEASED[domain, split]:
@@ -166,7 +162,7 @@ class MMWHSSIFA(Dataset):
             index = json.loads((self.converted / "cases.json").read_text())
             found = [(case, split) for case, (own, split) in index.items() if own == domain]
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            self._check(*self._files())
+            self._files()  # a missing file is the clearer problem
             raise DataError(
                 f"The files below {self.root} are not converted: run "
                 f"`glua-bench data prepare {self.name}` first."
@@ -187,7 +183,11 @@ class MMWHSSIFA(Dataset):
         return self.converted / f"{case}.nii", self.converted / f"{case}_label.nii.gz"
 
     def _files(self) -> tuple[dict[tuple[str, str], list[Path]], dict[tuple[str, int], list[Path]]]:
-        """Return the release's files: slices in the order of their numbers, and test volumes."""
+        """Return the release's files: slices in the order of their numbers, and test volumes.
+
+        Raises:
+            DataError: files are missing; the message says which and where to obtain them.
+        """
         slices: dict[tuple[str, str], dict[int, Path]] = {key: {} for key in RELEASED}
         volumes: dict[tuple[str, int], list[Path]] = {}
         for path in files_below(self.root):
@@ -210,19 +210,6 @@ class MMWHSSIFA(Dataset):
             twin = slices[key].setdefault(number, path)
             if twin != path:
                 raise DataError(f"{path} and {twin} are the same slice: remove one of them.")
-        ordered = {key: [files[n] for n in sorted(files)] for key, files in slices.items()}
-        return ordered, volumes
-
-    def _check(
-        self,
-        slices: dict[tuple[str, str], list[Path]],
-        volumes: dict[tuple[str, int], list[Path]],
-    ) -> None:
-        """Raise if files that a run needs are missing.
-
-        Raises:
-            DataError: files are missing; the message says which and where to obtain them.
-        """
         lacks = [f"{domain} {split} slices" for (domain, split), f in slices.items() if not f]
         for domain, ids in MMWHSLayout.test_ids.items():
             absent = [str(number) for number in ids if (domain, number) not in volumes]
@@ -239,6 +226,7 @@ class MMWHSSIFA(Dataset):
                 f"{self.root} lacks {'; '.join(lacks)}: set GLUA_BENCH_DATA or --data-root to a "
                 f"directory with {_LAYOUT} ({_OBTAIN})."
             )
+        return {key: [files[n] for n in sorted(files)] for key, files in slices.items()}, volumes
 
     def _convert(self, case: str, domain: str, split: str, files: Sequence[Path]) -> bool:
         """Write image and label of a case if needed; return whether they were written."""

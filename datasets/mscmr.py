@@ -78,16 +78,14 @@ class MSCMR(Dataset):
     publishable = False
 
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
-        """Check that every file is there.
+        """Check that every file exists.
 
         Raises:
             DataError: the directory or files are missing.
         """
         for domain in self.domains():
             found = self.cases(domain)
-            report(
-                f"{domain}: {len(found)} volumes with labels in {self._base() / _FOLDERS[domain]}"
-            )
+            report(f"{domain}: {len(found)} volumes with labels in {found[0].image.parent}")
 
     def cases(self, domain: str) -> tuple[Case, ...]:
         """Return all cases of "bssfp" or "lge".
@@ -97,10 +95,9 @@ class MSCMR(Dataset):
         """
         if domain not in _SPLITS:
             raise DataError(f"Dataset 'mscmr' has no domain '{domain}': use bssfp or lge.")
-        folder = self._base() / _FOLDERS[domain]
         suffix = _FOLDERS[domain]
-        cases = []
-        missing = []
+        folder = self._base() / suffix
+        cases, missing = [], []
         for split, numbers in _SPLITS[domain].items():
             for number in numbers:
                 image = folder / f"patient{number}_{suffix}.nii.gz"

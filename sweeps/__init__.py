@@ -1,5 +1,5 @@
-"""Searches over settings of methods, by a score that needs no target label.
+"""Search over settings of methods, scored without target labels.
 
-The YAML files beside this one are the sweeps that come with the package; docs/sweeps.md describes
-their form. The range that a search may use stands at each setting: `glua_bench.config.setting`.
+The YAML files in this directory are the built-in sweeps; docs/sweeps.md describes their format.
+Settings declare their search ranges with `glua_bench.config.setting`.
 """

@@ -1,4 +1,4 @@
-"""What the commands `sweep` and `worker` do: open a study, work on it, say what came out."""
+"""The commands `sweep` and `worker`: open a study, work on it, and report the result."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from optuna.trial import FrozenTrial
-
 from glua_bench import console
 from glua_bench.config import ORACLE, assignment
 from glua_bench.console import Progress, duration
@@ -20,24 +18,17 @@ from glua_bench.files import write_json, write_text
 from glua_bench.runs import execution
 from glua_bench.runs.plan import plan
 from glua_bench.runs.request import RunOptions
-from glua_bench.sweeps import definition as definitions
-from glua_bench.sweeps.definition import Definition
+from glua_bench.sweeps.definition import Definition, Parameter
 from glua_bench.sweeps.launch import Crew
 from glua_bench.sweeps.progress import Display, Tracked, shown
-from glua_bench.sweeps.results import chosen_trial
+from glua_bench.sweeps.results import chosen_trial, values_in_words
 from glua_bench.sweeps.slurm import Jobs, Resources
-from glua_bench.sweeps.study import (
-    Claim,
-    SweepStudy,
-    counting,
-    folder_of,
-    free_name,
-)
+from glua_bench.sweeps.study import Claim, SweepStudy, counting, folder_of, free_name
 from glua_bench.sweeps.trial import Outcome, See, execute, requests
 from glua_bench.sweeps.worker import Done, work
 
-STORAGE_VARIABLE = "GLUA_BENCH_STORAGE"  # what stands for --storage
-OWN = ("runs_root", "plugins")  # of the options, what each machine may name otherwise
+STORAGE_VARIABLE = "GLUA_BENCH_STORAGE"  # default of --storage
+OWN = ("runs_root", "plugins")  # options that may differ between machines
 
 
 def open_study(
@@ -49,38 +40,37 @@ def open_study(
     resume: bool,
     report: Callable[[str], None],
 ) -> SweepStudy:
-    """The study of a definition, new or going on.
+    """Open the study of a definition, new or existing.
 
     Args:
-        definition: of the sweep.
-        base: what all runs share beyond it.
-        storage: path or URL; None takes the journal.
-        workers: how many will use the storage.
-        fork: begin a new study beside the one that is there.
-        resume: it must have begun.
-        report: receives what the user should know.
+        definition: the sweep.
+        base: options shared by all runs.
+        storage: path or URL; None uses the journal.
+        workers: expected number of workers.
+        fork: start a new study beside the existing one.
+        resume: require an existing study.
+        report: receives messages for the user.
 
     Raises:
-        ConfigError: the study began with another definition, or there is none to resume.
+        ConfigError: the study was started with another definition, or there is none to resume.
     """
     if base.devices > 1 and definition.pruner in ("median", "hyperband"):
         raise ConfigError(
-            f"--devices {base.devices}: {definition.pruner} looks at the checkpoints of a run "
-            "while it trains, which works with one process; use pruner: none or wilcoxon, or one "
-            "device."
+            f"--devices {base.devices}: {definition.pruner} reads the checkpoints of a run during "
+            "training, which needs a single process; use pruner: none or wilcoxon, or one device."
         )
     name = free_name(base.runs_root, definition.name) if fork else definition.name
     if resume and not folder_of(base.runs_root, name).is_dir():
         raise ConfigError(
-            f"There is no sweep '{name}' in {base.runs_root} to resume; leave --resume out, or "
-            "name its directory by --runs."
+            f"There is no sweep '{name}' in {base.runs_root} to resume; omit --resume, or give "
+            "its directory with --runs."
         )
-    # Before anything is written, so that what cannot run leaves no study behind.
+    # Checked before anything is written, so that an invalid sweep leaves no study behind.
     for request in requests(definition, base, first_values(definition)):
         planned = plan(request, report)
     copy = folder_of(base.runs_root, name) / "definition.json"
     if copy.is_file():
-        _same_storage(json.loads(copy.read_text(encoding="utf-8")), storage, name)
+        _check_storage(json.loads(copy.read_text(encoding="utf-8")), storage, name)
     study = SweepStudy(definition, base.runs_root, storage, name, report, workers)
     study.remember(
         {
@@ -90,65 +80,54 @@ def open_study(
             "code": planned.code,
         }
     )
-    told = {**asdict(definition), "file": str(definition.file)}
-    told["storage"] = None if storage is None else without_password(storage)
-    # A worker may begin in another directory.
-    named = replace(base, plugins=[file.absolute() for file in base.plugins])
-    write_text(copy.with_name("request.json"), named.to_json(), "--runs")
-    write_json(copy, told, "--runs")
+    content = {**asdict(definition), "file": str(definition.file)}
+    content["storage"] = None if storage is None else without_password(storage)
+    # A worker may start in another directory.
+    absolute = replace(base, plugins=[file.absolute() for file in base.plugins])
+    write_text(copy.with_name("request.json"), absolute.to_json(), "--runs")
+    write_json(copy, content, "--runs")
     return study
 
 
-def _same_storage(told: dict[str, Any], storage: str | None, name: str) -> None:
-    """Refuse to begin again in the journal what was begun in a database.
-
-    Raises:
-        ConfigError: the sweep began with a storage, and none is given.
-    """
-    known = told.pop("storage", None)
+def _check_storage(content: dict[str, Any], storage: str | None, name: str) -> None:
+    """Remove the storage from a stored definition; reject a journal if the study has a database."""
+    known = content.pop("storage", None)
     if known is not None and storage is None:
         raise ConfigError(
-            f"The sweep '{name}' keeps its trials in {known}; give that by --storage or in "
-            "GLUA_BENCH_STORAGE."
+            f"The sweep '{name}' stores its trials in {known}; give it with --storage or in "
+            f"{STORAGE_VARIABLE}."
         )
 
 
 def described(definition: Definition) -> list[str]:
-    """The sweep in two lines."""
-    searched = ", ".join(_range(parameter) for parameter in definition.space)
-    judged = " and ".join(definition.objectives)
+    """Describe the sweep in a few lines."""
     stamp = ", ORACLE (reads target labels)" if definition.selector == ORACLE else ""
     return [
         f"sweep {definition.name}: {definition.method} on {definition.fold_name} "
         f"{', '.join(definition.directions)}, preset {definition.preset}, "
-        f"{definition.seeds} seed{'s' if definition.seeds > 1 else ''} a trial{stamp}",
-        f"{definition.trials} trials by {definition.sampler}, judged by {judged}: {searched}",
+        f"{definition.seeds} seed{'s' if definition.seeds > 1 else ''} per trial{stamp}",
+        f"{definition.trials} trials, sampler {definition.sampler}, objective "
+        f"{' and '.join(definition.objectives)}",
+        *(f"  {parameter.name}: {values_in_words(parameter)}" for parameter in definition.space),
     ]
-
-
-def _range(parameter: definitions.Parameter) -> str:
-    if parameter.choices:
-        return f"{parameter.name} of {', '.join(map(str, parameter.choices))}"
-    log = " (log)" if parameter.log else ""
-    return f"{parameter.name} from {parameter.low:g} to {parameter.high:g}{log}"
 
 
 def planned(
     definition: Definition, base: RunOptions, workers: int, report: Callable[[str], None]
 ) -> list[str]:
-    """What a sweep would cost, from a few steps on the real data."""
+    """Estimate the cost of a sweep from a few steps on the real data."""
     ready = [
         plan(request, report) for request in requests(definition, base, first_values(definition))
     ]
     seconds = execution.estimate(ready[0]) * len(ready) * definition.trials
     return [
         f"{definition.trials * len(ready)} runs, at most about {duration(seconds / workers)} of "
-        f"training with --workers {workers}; stages that trials share are trained once"
+        f"training with --workers {workers}; shared stages are trained once"
     ]
 
 
 def first_values(definition: Definition) -> dict[str, Any]:
-    """One configuration of the space."""
+    """Return one configuration of the space."""
     return {
         p.name: p.choices[0] if p.choices else int(p.low) if p.whole else p.low
         for p in definition.space
@@ -158,30 +137,26 @@ def first_values(definition: Definition) -> dict[str, Any]:
 def join(
     name: str, runs_root: Path, storage: str | None, plugins: list[Path], report: Any
 ) -> tuple[SweepStudy, RunOptions]:
-    """A study that `sweep` has begun, for a worker anywhere.
+    """Open an existing study for a worker on any machine.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is no such study.
     """
     folder = folder_of(runs_root, name)
     try:
-        told = json.loads((folder / "definition.json").read_text(encoding="utf-8"))
+        content = json.loads((folder / "definition.json").read_text(encoding="utf-8"))
         request = (folder / "request.json").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"There is no sweep '{name}' in {runs_root}; begin it by `glua-bench sweep`, or name "
-            "the directory of its runs by --runs."
+            f"There is no sweep '{name}' in {runs_root}; start it with `glua-bench sweep`, or "
+            "give the directory of its runs with --runs."
         ) from error
     base = RunOptions.from_json(request, folder / "request.json")
-    _same_storage(told, storage, name)
-    space = tuple(
-        definitions.Parameter(**{**p, "choices": tuple(p["choices"])}) for p in told.pop("space")
-    )
-    lists = ("directions", "settings", "objectives")
-    definition = Definition(
-        **{**told, "file": Path(told["file"]), **{key: tuple(told[key]) for key in lists}},
-        space=space,
-    )
+    _check_storage(content, storage, name)
+    space = [Parameter(**{**p, "choices": tuple(p["choices"])}) for p in content["space"]]
+    content |= {"file": Path(content["file"]), "space": space}
+    lists = {key: tuple(content[key]) for key in ("directions", "settings", "space", "objectives")}
+    definition = Definition(**{**content, **lists})
     study = SweepStudy(definition, runs_root, storage, name, report, begun=True)
     return study, replace(base, runs_root=runs_root, plugins=plugins or base.plugins)
 
@@ -189,7 +164,7 @@ def join(
 def run_worker(
     study: SweepStudy, base: RunOptions, report: Callable[[str], None], progress: Progress
 ) -> Done:
-    """Take trials until there is none."""
+    """Run trials in this process until none is left."""
 
     def run(claim: Claim, see: See) -> Outcome:
         def begin(ids: list[str]) -> None:
@@ -203,11 +178,12 @@ def run_worker(
 def run_crew(
     study: SweepStudy, base: RunOptions, storage: str | None, workers: int, stream: Any
 ) -> None:
-    """Start workers on this machine, and show what they do until the study is finished."""
+    """Start workers on this machine, and show their progress until the study is finished."""
     if study.ended:
         return
     words = ["worker", "--study", study.name, "--runs", str(base.runs_root)]
-    with _inherited(storage), _shown(study, base, workers, stream) as show:
+    _export(storage)
+    with _shown(study, base, workers, stream) as show:
         Crew(study, words, workers, show, base.devices).run()
 
 
@@ -221,22 +197,21 @@ def run_jobs(
     stream: Any,
     report: Callable[[str], None],
 ) -> bool:
-    """Submit workers to SLURM; unless detached, show what they do until the study is finished.
+    """Submit workers to SLURM; unless detached, show progress until the study is finished.
 
     Returns:
-        Whether the study is finished.
+        True if the study is finished.
     """
     if study.ended:
         return True
-    # A job begins in the directory of this command, but what is shared is named as a whole.
     words = ["worker", "--study", study.name, "--runs", str(base.runs_root.absolute())]
-    with _inherited(storage):
-        jobs = Jobs(study, words, workers, resources, report=report)
-        if detach:
-            jobs.begin()
-            return False
-        with _shown(study, base, workers, stream) as jobs.show:
-            jobs.run()
+    _export(storage)
+    jobs = Jobs(study, words, workers, resources, report=report)
+    if detach:
+        jobs.begin()
+        return False
+    with _shown(study, base, workers, stream) as jobs.show:
+        jobs.run()
     return True
 
 
@@ -244,7 +219,7 @@ def run_jobs(
 def _shown(
     study: SweepStudy, base: RunOptions, workers: int, stream: Any
 ) -> Iterator[Callable[[], None]]:
-    """What shows the sweep on the terminal and, if the user wants it, in the tracker."""
+    """Yield a function that shows the sweep on the terminal and in the tracker, if enabled."""
     tracked = Tracked(study, base.runs_root) if base.mlflow else None
     with tracked or nullcontext(), Display(study.definition, workers, stream) as display:
 
@@ -257,40 +232,32 @@ def _shown(
         yield show
 
 
-@contextmanager
-def _inherited(storage: str | None) -> Iterator[None]:
-    """Tell workers the storage by their environment: all users of a machine see its commands."""
-    if storage is None:
-        yield
-        return
-    told = storage if "://" in storage else str(Path(storage).absolute())
-    before = os.environ.get(STORAGE_VARIABLE)
-    os.environ[STORAGE_VARIABLE] = told
-    try:
-        yield
-    finally:
-        del os.environ[STORAGE_VARIABLE]
-        if before is not None:
-            os.environ[STORAGE_VARIABLE] = before
+def _export(storage: str | None) -> None:
+    """Pass the storage to workers by environment; all users of a machine see its commands."""
+    if storage is not None:
+        own = storage if "://" in storage else str(Path(storage).absolute())
+        os.environ[STORAGE_VARIABLE] = own
 
 
 def conclude(study: SweepStudy) -> list[str]:
-    """What a sweep found, in lines."""
+    """Return the result of a sweep in lines."""
     trials = counting(study.trials())
-    complete = [t for t in trials if t.values]
     objectives = study.definition.objectives
     stamp = " (ORACLE: chosen by labels of test cases, no result)" if ORACLE in objectives else ""
-    if not complete:
-        return [f"No trial of '{study.name}' has a value{_why_none(trials)}."]
+    chosen = chosen_trial(trials)
+    if chosen is None:
+        reasons = [str(t.user_attrs["reason"]) for t in trials if "reason" in t.user_attrs]
+        why = f"; the last one failed: {reasons[-1].rstrip('.')}" if reasons else ""
+        return [f"No trial of '{study.name}' has a value{why}."]
     if len(objectives) > 1:
         front = sorted(study.study.best_trials, key=lambda t: -t.values[0])
-        named = ", ".join(objectives)
-        lines = [f"{len(front)} configurations on the Pareto front of {named}{stamp}:"]
+        lines = [
+            f"{len(front)} configurations on the Pareto front of {', '.join(objectives)}{stamp}:"
+        ]
         for trial in front:
             values = " ".join(f"{value:.4g}" for value in trial.values)
             lines.append(f"  {values}  {shown(trial.params)}")
         return lines
-    chosen = max(complete, key=lambda t: t.values[0])
     own = [assignment(f"method.{name}", value) for name, value in chosen.params.items()]
     options = RunOptions(assignments=[*study.definition.method_settings, *own])
     return [
@@ -301,20 +268,14 @@ def conclude(study: SweepStudy) -> list[str]:
 
 
 def has_value(study: SweepStudy) -> bool:
-    """Whether any trial came to something."""
+    """Return True if any trial has a value."""
     return chosen_trial(counting(study.trials())) is not None
 
 
-def _why_none(trials: list[FrozenTrial]) -> str:
-    """The reason of the last failure, as the end of a sentence."""
-    reasons = [str(t.user_attrs["reason"]) for t in trials if "reason" in t.user_attrs]
-    return f"; the last one failed: {reasons[-1].rstrip('.')}" if reasons else ""
-
-
 def next_command(study: SweepStudy, base: RunOptions) -> str:
-    """The command that tries what was chosen with a seed that the search has not used."""
+    """Return the command that runs the chosen configuration with an unused seed."""
     definition, chosen = study.definition, chosen_trial(counting(study.trials()))
     if chosen is None:
-        return "repair what the trials fail by, and the same command with --fork"
+        return "fix the cause, and repeat the command with --fork"
     request = replace(requests(definition, base, chosen.params)[0], seed=definition.seeds)
     return console.next_command("glua-bench", "run", *request.words())

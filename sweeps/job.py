@@ -1,7 +1,7 @@
-"""What a job of a cluster runs: a worker, asked to save its work before the job must end.
+"""Payload of a cluster job: a worker that saves its work before the job must end.
 
-submitit sends this to the job, where nothing is imported but the standard library, so that the
-worker alone pays for torch.
+submitit pickles it into the job. It imports only the standard library, so that torch is loaded
+once, by the worker.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# A worker that hears the scheduler's SIGTERM ends before its job does. The job then waits, because
-# SLURM does not queue a job again that ended by itself, however politely.
+# A worker that receives the scheduler's SIGTERM ends before its job. The job then waits to be
+# killed, because SLURM does not requeue a job that exits by itself.
 ANNOUNCED_SECONDS = 120.0
 
 
@@ -25,14 +25,14 @@ class WorkerJob:
     """A worker for submitit, which calls `checkpoint` before a preemption or a time limit.
 
     Attributes:
-        command: starts the worker.
+        command: command that starts the worker.
     """
 
     command: Sequence[str]
     _process: Any = field(default=None, repr=False)
 
     def __call__(self) -> int:
-        """Work until the study is finished; the worker's exit code where it ended by itself."""
+        """Run the worker until the study is finished; return its exit code."""
         process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, env=job_environment())
         self._process = process
         try:
@@ -44,12 +44,12 @@ class WorkerJob:
         if code == 128 + signal.SIGTERM:
             time.sleep(ANNOUNCED_SECONDS)
         if code < 0 or code > 128:
-            # No exception, which submitit would keep as the job's result: it has none.
+            # Not an exception, which submitit would store as the job's result.
             sys.exit(128 - code if code < 0 else code)
         return code
 
     def checkpoint(self) -> Any:
-        """Let the worker save its work and give its trial back; what the job runs afterwards."""
+        """Let the worker save its work and return its trial; return the job's next payload."""
         from submitit.helpers import DelayedSubmission
 
         if self._process is not None and self._process.poll() is None:
@@ -59,16 +59,16 @@ class WorkerJob:
 
 
 def wait_for_end(process: subprocess.Popen) -> None:
-    """Wait for a process, also from a signal handler that interrupts the same wait.
+    """Wait for a process, also in a signal handler that interrupts the same wait.
 
-    `Popen.wait` holds a lock meanwhile, on which the handler would wait forever.
+    `Popen.wait` would deadlock there on its lock.
     """
     if process.returncode is None:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
 
 
 def job_environment() -> dict[str, str]:
-    """The environment of a worker in a job: as many threads as the job has cores."""
+    """Return a worker's environment in a job, with one thread per core."""
     changed = dict(os.environ)
     cores = changed.get("SLURM_CPUS_PER_TASK")
     if cores is not None:

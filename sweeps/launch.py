@@ -1,4 +1,4 @@
-"""Workers of a sweep on one machine: started, watched, replaced, and asked to end."""
+"""Workers of a sweep on one machine: start, monitor, replace and stop them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from glua_bench.runs.executor import environment
 from glua_bench.sweeps.study import SweepStudy
 
 LOOK_SECONDS = 1.0
-END_SECONDS = 60.0  # for a worker to write its checkpoint after it was asked to end
-DEATHS = 10  # of workers without a trial finished in between
+END_SECONDS = 60.0  # time for a stopped worker to write its checkpoint
+DEATHS = 10  # killed workers without a finished trial in between
 
 
 @dataclass
 class Worker:
-    """A process and where it writes.
+    """A worker process.
 
     Attributes:
-        process: running `glua-bench worker`.
-        log: its output.
+        process: `glua-bench worker`.
+        log: file of its output.
     """
 
     process: subprocess.Popen
@@ -40,11 +40,11 @@ class Crew:
     """The workers of one machine.
 
     Attributes:
-        study: what they work on.
-        words: of the command that starts one, after `glua-bench`.
-        count: how many.
-        show: called again and again while they work.
-        devices: GPUs of each worker.
+        study: study to work on.
+        words: arguments of `glua-bench` that start a worker.
+        count: number of workers.
+        show: called repeatedly while they work.
+        devices: GPUs per worker.
     """
 
     study: SweepStudy
@@ -55,16 +55,16 @@ class Crew:
     _workers: list[Worker] = field(default_factory=list)
 
     def run(self) -> None:
-        """Work until the study is finished.
+        """Wait until the study is finished, replacing killed workers.
 
         Raises:
-            RunFailure: workers end with an error, or die again and again.
-            KeyboardInterrupt: the user asked for the end, and all workers have saved their work.
+            RunFailure: a worker failed, or workers are killed repeatedly.
+            KeyboardInterrupt: interrupted by the user; all workers have saved their work.
         """
-        finished, deaths = self._finished(), 0
+        finished, deaths = finished_trials(self.study), 0
         try:
             self._workers = [self._start(index) for index in range(self.count)]
-            # Not while one is alive: all may be killed between two looks.
+            # Do not test for live workers: all may be killed between two iterations.
             while any(worker.process.poll() != 0 for worker in self._workers):
                 self.show()
                 time.sleep(LOOK_SECONDS)
@@ -74,22 +74,18 @@ class Crew:
                         continue
                     if code in (1, 2):
                         said = worker.log.read_text(encoding="utf-8", errors="replace")
-                        raise RunFailure(f"A worker ended: {complaint(said, f'see {worker.log}')}")
-                    deaths = 0 if self._finished() > finished else deaths + 1
-                    finished = self._finished()
+                        raise RunFailure(f"A worker failed: {complaint(said, f'see {worker.log}')}")
+                    before, finished = finished, finished_trials(self.study)
+                    deaths = 0 if finished > before else deaths + 1
                     if deaths >= DEATHS:
                         raise RunFailure(
                             f"{deaths} workers were killed and no trial was finished; see "
-                            f"{worker.log}, look for a lack of memory, and give the same command "
-                            "again."
+                            f"{worker.log}, check the memory, and repeat the command."
                         )
                     self._workers[index] = self._start(index)
             self.show()
         finally:
             self._end()
-
-    def _finished(self) -> int:
-        return sum(trial.state.is_finished() for trial in self.study.trials())
 
     def _start(self, index: int) -> Worker:
         log = self.study.folder / "logs" / f"worker-{index}.log"
@@ -101,13 +97,13 @@ class Crew:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=worker_environment(index, self.count, self.devices),
-                # Ctrl-C reaches this process alone, which asks the workers one by one.
+                # Only this process receives Ctrl-C, and stops the workers.
                 start_new_session=True,
             )
         return Worker(process, log)
 
     def _end(self) -> None:
-        """Ask all workers that still run to end, and wait for their checkpoints."""
+        """Stop running workers, and wait for their checkpoints."""
         alive = [worker for worker in self._workers if worker.process.poll() is None]
         for worker in alive:
             worker.process.send_signal(signal.SIGTERM)
@@ -120,13 +116,18 @@ class Crew:
                 worker.process.wait()
 
 
+def finished_trials(study: SweepStudy) -> int:
+    """Return the number of trials that have ended."""
+    return sum(trial.state.is_finished() for trial in study.trials())
+
+
 def worker_environment(index: int, count: int, devices: int = 1) -> Mapping[str, str]:
-    """The environment of one of several workers: its GPUs, or its share of the cores.
+    """Return the environment of a worker with its GPUs, or its share of the cores.
 
     Args:
-        index: of the worker, from 0.
-        count: how many workers there are.
-        devices: GPUs of each worker.
+        index: index of the worker, from 0.
+        count: number of workers.
+        devices: GPUs per worker.
     """
     changed = environment(index, count)
     gpus = torch.cuda.device_count()
@@ -141,7 +142,7 @@ def worker_environment(index: int, count: int, devices: int = 1) -> Mapping[str,
 
 
 def pin() -> None:
-    """Keep this process to the cores that its starter chose."""
+    """Pin this process to the cores given by its environment."""
     cores = os.environ.get("GLUA_BENCH_CORES")
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})

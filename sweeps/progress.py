@@ -1,7 +1,8 @@
-"""What a sweep shows while it runs, on the terminal and in the tracker."""
+"""Progress of a running sweep, on the terminal and in the tracker."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,21 +20,21 @@ from glua_bench.sweeps import results
 from glua_bench.sweeps.definition import Definition
 from glua_bench.sweeps.study import SweepStudy, counting
 
-END_PATIENCE_SECONDS = 10.0  # with a storage that is away when a sweep ends early
+END_PATIENCE_SECONDS = 10.0  # with an unavailable storage when a sweep is interrupted
 
 
 @dataclass(frozen=True)
 class State:
-    """A sweep at one moment.
+    """State of a sweep.
 
-    Args:
-        finished: trials with a value.
-        pruned: trials that were ended early.
-        failed: trials without a value.
-        running: trials that somebody is at.
-        total: trials that the budget allows.
-        best: the best trial so far; None where none is finished, or there are several objectives.
-        seconds_left: estimated; nan where nothing is known.
+    Attributes:
+        finished: number of trials with a value.
+        pruned: number of pruned trials.
+        failed: number of failed trials.
+        running: running trials.
+        total: budget.
+        best: best trial so far; None if there is none, or there are several objectives.
+        seconds_left: estimated; nan if unknown.
     """
 
     finished: int
@@ -45,11 +46,7 @@ class State:
     seconds_left: float
 
     def line(self, best: bool = True) -> str:
-        """The state in a line.
-
-        Args:
-            best: name the best trial, which a table shows by itself.
-        """
+        """Return the state in a line, with or without the best trial."""
         done = self.finished + self.pruned + self.failed
         parts = [f"{done}/{self.total} trials"]
         parts += [
@@ -58,20 +55,20 @@ class State:
         parts.append(f"{len(self.running)} running")
         if best and self.best is not None and self.best.values:
             parts.append(f"best {self.best.values[0]:.4g} ({shown(self.best.params)})")
-        if done < self.total and self.seconds_left == self.seconds_left:
+        if done < self.total and not math.isnan(self.seconds_left):
             parts.append(f"about {duration(self.seconds_left)} left")
         return ", ".join(parts)
 
 
 def state(definition: Definition, trials: list[FrozenTrial], workers: int) -> State:
-    """What the trials of a study come to."""
+    """Summarise the trials of a study."""
     counted = counting(trials)
     of = {kind: [t for t in counted if t.state == kind] for kind in TrialState}
     complete = of[TrialState.COMPLETE]
     single = len(definition.objectives) == 1
     ended = [t.duration for t in complete + of[TrialState.PRUNED] if t.duration is not None]
     left = definition.trials - sum(t.state.is_finished() for t in counted)
-    each = sum(d.total_seconds() for d in ended) / len(ended) if ended else float("nan")
+    each = sum(d.total_seconds() for d in ended) / len(ended) if ended else math.nan
     return State(
         len(complete),
         len(of[TrialState.PRUNED]),
@@ -84,13 +81,13 @@ def state(definition: Definition, trials: list[FrozenTrial], workers: int) -> St
 
 
 class Display:
-    """A live table on a terminal, and a plain line now and then elsewhere.
+    """A live table on a terminal, plain lines elsewhere.
 
     Args:
-        definition: of the sweep.
-        workers: how many there are.
-        stream: where to.
-        pause: seconds between plain lines without news.
+        definition: the sweep.
+        workers: number of workers.
+        stream: output stream.
+        pause: seconds between plain lines if nothing changes.
     """
 
     def __init__(
@@ -125,7 +122,7 @@ class Display:
             self._said, self._at = counts, time.monotonic()
 
     def table(self, now: State, trials: list[FrozenTrial], rows: int = 8) -> Any:
-        """The running trials and the best of those that are finished, few enough for a screen."""
+        """Return a table of running trials and the best finished ones that fits on a screen."""
         from rich.box import SIMPLE
         from rich.console import Group
         from rich.table import Table
@@ -133,12 +130,8 @@ class Display:
 
         names = [parameter.name for parameter in self.definition.space]
         table = Table(box=SIMPLE, pad_edge=False)
-        left = ("state", "time")
         for column in ("trial", "state", "time", *names, *self.definition.objectives):
-            table.add_column(
-                column,
-                justify="left" if column in left else "right",
-            )
+            table.add_column(column, justify="left" if column in ("state", "time") else "right")
         complete = [t for t in counting(trials) if t.state == TrialState.COMPLETE]
         complete.sort(key=lambda t: t.values[0], reverse=True)
         for trial in [*now.running[:rows], *complete[:rows]]:
@@ -159,18 +152,18 @@ class Display:
             if running and trial is now.running[:rows][-1] and len(now.running) > rows:
                 table.add_row("", f"and {len(now.running) - rows} more")
         head = Text(f"{self.definition.name}: {now.line(best=False)}", style="bold")
-        hint = Text("Ctrl-C ends this and keeps what is done.", style="dim")
+        hint = Text("Ctrl-C stops the sweep and keeps finished work.", style="dim")
         return Group(head, table, *([hint] if now.running else []))
 
 
 class Tracked:
-    """Keeps the tracker's view of a sweep up to date: one run, and below it those of trials.
+    """Updates a sweep in the tracker: one run, with the runs of its trials as children.
 
     Args:
-        study: of the sweep.
-        runs_root: the directory of all runs.
-        pause: seconds between two looks at least; ten times what a look took, if that is more.
-        tracker: of the runs; None opens the one that the user chose.
+        study: the study.
+        runs_root: directory of all runs.
+        pause: minimum seconds between updates; at least ten times the duration of the last one.
+        tracker: the tracker; None opens the configured one.
     """
 
     def __init__(
@@ -188,14 +181,14 @@ class Tracked:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        """What is left unfinished is shown as ended early; the next command goes on with it."""
+        """Mark an interrupted sweep as stopped; the next command continues it."""
         if kind is not None:
             self.study.patience = END_PATIENCE_SECONDS
             with suppress(RunFailure):
                 self._show(stopped=True)
 
     def look(self, trials: list[FrozenTrial]) -> None:
-        """Show what has ended since the last look; a tracker that is down is asked once."""
+        """Upload trials that have ended since the last call; stop if the tracker is unavailable."""
         ended = sum(t.state.is_finished() for t in counting(trials))
         began = time.monotonic()
         if ended == self._ended or began < self._next:
@@ -210,19 +203,19 @@ class Tracked:
             return
         group = results.group(self.study, self.runs_root, stopped)
         if group is not None:
-            note = "The sweep is not finished; its report comes with its end."
+            note = "The sweep is not finished; its report will be added at the end."
             self._answers = self._tracker.nest(group, {}, note=note)
 
 
 def _seconds(trial: FrozenTrial) -> float:
-    """How long a trial has taken, so far where it runs; nan where it has not begun."""
+    """Return the duration of a trial so far; nan if it has not started."""
     if trial.datetime_start is None:
-        return float("nan")
+        return math.nan
     return ((trial.datetime_complete or datetime.now()) - trial.datetime_start).total_seconds()
 
 
 def shown(params: dict[str, Any]) -> str:
-    """Parameters in a phrase."""
+    """Format parameters in a line."""
     return ", ".join(f"{name} {_cell(value)}" for name, value in params.items())
 
 

@@ -1,7 +1,7 @@
-"""What a study holds, as plain tables that anything can read, draw or write down.
+"""Results of a study as plain tables.
 
-Test labels enter here, after the search and apart from it: the harness scored the test cases of
-every finished run at the checkpoint that the objective chose, and `afterwards` is read from there.
+Test labels enter only here, after the search: the harness scored the test cases of every finished
+run at the checkpoint that the objective chose, and the post hoc analysis uses these scores.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ STATES = {
     TrialState.RUNNING: "running",
     TrialState.WAITING: "waiting",
 }
-# Trials for each parameter, and in all, below which importances say more of chance.
+# Minimum number of trials per parameter, and in total, for importances.
 TRIALS_A_PARAMETER, FEWEST_TRIALS = 4, 10
 
 
 def collect(study: SweepStudy, runs_root: Path) -> dict[str, Any]:
-    """A study's tables and facts, as the report of a sweep takes them.
+    """Return a study's tables and facts as arguments of `sweep_report.Sweep`.
 
     Args:
-        study: of the sweep.
-        runs_root: the directory of all runs.
+        study: the study.
+        runs_root: directory of all runs.
 
     Returns:
-        name; title; facts (what is searched, entry → text); parameters (name → whether its scale
-        is logarithmic, None where its values are listed); objectives; oracle (whether the search
-        read target labels); shared (`--set` texts of the method that all trials have); trials,
-        runs, seen (the tables of `trial_table`, `run_table` and `seen_table`); importances
-        (parameter → share of the objective's variance, or None), and importances_note (why there
-        are none, or what they are).
+        name; title; facts (entry of the definition → text); parameters (name → True for a
+        logarithmic scale, None for listed values); objectives; oracle (whether the search read
+        target labels); shared (`--set` arguments of the method in all trials); trials, runs, seen
+        (the tables of `trial_table`, `run_table` and `seen_table`); importances (parameter → share
+        of the objective's variance, or None), and importances_note (their meaning, or why there are
+        none).
     """
     definition, trials = study.definition, study.trials()
     importances, note = parameter_importances(study)
@@ -69,7 +69,7 @@ def collect(study: SweepStudy, runs_root: Path) -> dict[str, Any]:
 
 
 def _drawn(definition: Definition) -> list[Parameter]:
-    """The parameters; a list of numbers is drawn on a numeric axis."""
+    """Return the parameters, with lists of numbers as ranges, for numeric axes."""
     made = []
     for parameter in definition.space:
         values = parameter.choices
@@ -85,25 +85,25 @@ def _drawn(definition: Definition) -> list[Parameter]:
 
 
 def facts(definition: Definition) -> dict[str, str]:
-    """A definition in words, entry by entry."""
-    told = {
+    """Return a definition in words, entry → text."""
+    found = {
         "method": definition.method,
         "dataset": f"{definition.fold_name} {', '.join(definition.directions)}",
         "preset": definition.preset,
-        "set for all": ", ".join(definition.settings),
-        "runs a trial": f"{definition.runs_per_trial} "
+        "common settings": ", ".join(definition.settings),
+        "runs per trial": f"{definition.runs_per_trial} "
         f"({len(definition.directions)} × {definition.seeds}: directions × seeds)",
         "objective": ", ".join(definition.objectives),
         "sampler": f"{definition.sampler}, seed {definition.seed}",
         "pruner": definition.pruner,
         "trials": str(definition.trials),
     }
-    searched = {f"searched: {p.name}": values_in_words(p) for p in definition.space}
-    return {name: text for name, text in {**told, **searched}.items() if text}
+    found |= {f"values of {p.name}": values_in_words(p) for p in definition.space}
+    return {name: text for name, text in found.items() if text}
 
 
 def values_in_words(parameter: Parameter) -> str:
-    """The values that a sweep may give a setting."""
+    """Describe the search range of a setting."""
     if parameter.choices:
         return ", ".join(map(str, parameter.choices))
     step = f" in steps of {parameter.step:g}" if parameter.step else ""
@@ -112,58 +112,52 @@ def values_in_words(parameter: Parameter) -> str:
 
 
 def trial_table(definition: Definition, trials: list[FrozenTrial]) -> pd.DataFrame:
-    """One row a trial, repeated ones included.
+    """Return a table with one row per trial, including repeated ones.
 
     Returns:
-        number, state, counted (whether the budget counts it: no later trial repeats it), attempt,
-        worker (by a number: a report names no machine), began and ended (pandas times; NaT while
-        it runs), reason (of a failure), then a column for each parameter, "method." before its
-        name, and one for each objective.
+        Columns number, state, counted (whether it counts towards the budget), attempt, worker
+        (a number, because reports name no machine), began and ended (pandas times; NaT while it
+        runs), reason (of a failure), "method.NAME" for each parameter, and one for each objective.
     """
     counted = {trial.number for trial in counting(trials)}
     workers: dict[tuple[Any, Any], str] = {}
+    names = {p.name: f"method.{p.name}" for p in definition.space}
     rows = []
     for trial in trials:
-        told = trial.user_attrs
-        values = trial.values if trial.state == TrialState.COMPLETE and trial.values else ()
+        attrs = trial.user_attrs
+        key = attrs.get("host"), attrs.get("process")
+        if None not in key:
+            workers.setdefault(key, f"worker {len(workers) + 1}")
+        done = trial.state == TrialState.COMPLETE and trial.values
+        values = trial.values if done else [math.nan] * len(definition.objectives)
         rows.append(
             {
                 "number": trial.number,
                 "state": STATES[trial.state],
                 "counted": trial.number in counted,
-                "attempt": int(told.get("attempt", 1)),
-                "worker": _worker(trial, workers),
+                "attempt": int(attrs.get("attempt", 1)),
+                "worker": workers.get(key, ""),
                 "began": trial.datetime_start,
                 "ended": trial.datetime_complete,
-                "reason": str(told.get("reason", "")),
-                **{f"method.{p.name}": trial.params.get(p.name) for p in definition.space},
-                **{
-                    name: float(values[place]) if values else math.nan
-                    for place, name in enumerate(definition.objectives)
-                },
+                "reason": str(attrs.get("reason", "")),
+                **{column: trial.params.get(name) for name, column in names.items()},
+                **dict(zip(definition.objectives, map(float, values), strict=True)),
             }
         )
-    names = [f"method.{p.name}" for p in definition.space]
     columns = ["number", "state", "counted", "attempt", "worker", "began", "ended", "reason"]
-    table = pd.DataFrame(rows, columns=[*columns, *names, *definition.objectives])
+    table = pd.DataFrame(rows, columns=[*columns, *names.values(), *definition.objectives])
     for name in ("began", "ended"):
         table[name] = pd.to_datetime(table[name])
     return table
 
 
-def _worker(trial: FrozenTrial, known: dict[tuple[Any, Any], str]) -> str:
-    """A name for the process that was at a trial; "" where nobody was."""
-    key = trial.user_attrs.get("host"), trial.user_attrs.get("process")
-    return "" if None in key else known.setdefault(key, f"worker {len(known) + 1}")
-
-
 def run_table(definition: Definition, trials: list[FrozenTrial], runs_root: Path) -> pd.DataFrame:
-    """One row for each run of a finished trial.
+    """Return a table with one row per run of a finished trial.
 
     Returns:
-        trial, run (its id), direction, seed, quality (the objective's score), and each metric's
-        mean (of the test cases, at the checkpoint that the objective chose; nan where the run has
-        gone or is older than the metric).
+        Columns trial, run (its id), direction, seed, quality (the objective's score), and each
+        metric's mean over test cases at the checkpoint that the objective chose; nan if the run
+        was deleted or is older than the metric.
     """
     rows = []
     for trial in counting(trials):
@@ -203,7 +197,7 @@ def _scores(definition: Definition, runs_root: Path, run: str) -> dict[str, floa
 
 
 def _run(definition: Definition, runs_root: Path, run: str) -> RunDirectory | None:
-    """The directory of a trial's run; None where it has gone."""
+    """Return the directory of a trial's run; None if it was deleted."""
     try:
         return RunDirectory.open(runs_root / definition.fold_name / definition.method / run)
     except UserError:
@@ -211,7 +205,7 @@ def _run(definition: Definition, runs_root: Path, run: str) -> RunDirectory | No
 
 
 def seen_table(trials: list[FrozenTrial]) -> pd.DataFrame:
-    """What was reported while trials ran: trial, step, value."""
+    """Return a table of intermediate values: trial, step, value."""
     rows = [
         (trial.number, step, value)
         for trial in trials
@@ -221,15 +215,15 @@ def seen_table(trials: list[FrozenTrial]) -> pd.DataFrame:
 
 
 def group(study: SweepStudy, runs_root: Path, stopped: bool = False) -> Comparison | None:
-    """The sweep as the tracker shows it: one run, and below it those of its trials.
+    """Return the sweep as a group for the tracker: one run, with its trials' runs as children.
 
     Args:
-        study: of the sweep.
-        runs_root: the directory of all runs.
-        stopped: whether nobody works on it now.
+        study: the study.
+        runs_root: directory of all runs.
+        stopped: whether the sweep was interrupted.
 
     Returns:
-        None where no trial has a run that has ended.
+        The group, or None if no run has ended.
     """
     definition, known = study.definition, study.trials()
     trials = counting(known)
@@ -242,23 +236,24 @@ def group(study: SweepStudy, runs_root: Path, stopped: bool = False) -> Comparis
     ]
     if not members:
         return None
-    # Of all trials: a killed worker's first one is replaced, and the group stays the same.
+    # Over all trials, so that the group stays the same if its first trial is repeated.
     began = [t.datetime_start for t in known if t.datetime_start is not None]
     chosen = chosen_trial(trials)
-    told = facts(definition)
+    params = {} if chosen is None else chosen.params
+    definition_facts = facts(definition)
     states = [STATES[trial.state] for trial in trials]
     return Comparison(
-        f"sweep {study.name} | {told['dataset']} | {definition.preset}",
+        f"sweep {study.name} | {definition_facts['dataset']} | {definition.preset}",
         members,
         began=min(began).timestamp(),
-        # A study is one in its storage; a second one of the same name elsewhere is another.
+        # Studies of the same name in different storages are different groups.
         identity=f"sweep {study.name} {study.facts.get('code', '')} {min(began).isoformat()}",
-        settings={name: text for name, text in told.items() if name != "trials"},
+        settings={name: text for name, text in definition_facts.items() if name != "trials"},
         facts={
             "sweep": study.name,
             "objective": ", ".join(definition.objectives),
             "oracle": str(definition.selector == ORACLE).lower(),
-            "chosen": "" if chosen is None else _settings_in_words(chosen),
+            "chosen": ", ".join(f"method.{name}={value}" for name, value in params.items()),
             "trials": ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)),
         },
         complete=len(trials) >= definition.trials and all(t.state.is_finished() for t in trials),
@@ -267,34 +262,30 @@ def group(study: SweepStudy, runs_root: Path, stopped: bool = False) -> Comparis
 
 
 def chosen_trial(trials: list[FrozenTrial]) -> FrozenTrial | None:
-    """The finished trial of the highest quality."""
+    """Return the finished trial with the highest quality."""
     done = [t for t in trials if t.state == TrialState.COMPLETE and t.values]
     return max(done, key=lambda trial: trial.values[0]) if done else None
 
 
-def _settings_in_words(trial: FrozenTrial) -> str:
-    return ", ".join(f"method.{name}={value}" for name, value in trial.params.items())
-
-
 def parameter_importances(study: SweepStudy) -> tuple[pd.Series | None, str]:
-    """How much of the objective's variance follows each parameter (fANOVA), and a note.
+    """Compute each parameter's share of the objective's variance (fANOVA).
 
     Returns:
-        Shares by parameter, the largest first; None, with the reason, where they would say
-        nothing.
+        Shares by parameter, the largest first, and a note; None and the reason if they would be
+        meaningless.
     """
     names = [p.name for p in study.definition.space]
     if len(names) < 2:
-        return None, "With one parameter there is nothing to weigh."
+        return None, "Importances need at least two parameters."
     done = [t for t in study.trials() if t.state == TrialState.COMPLETE]
     needed = max(FEWEST_TRIALS, TRIALS_A_PARAMETER * len(names))
     if len(done) < needed:
         return None, (
-            f"Too few finished trials for importances: {len(done)}, and {needed} are needed for "
+            f"Too few finished trials for importances: {len(done)} of the {needed} needed for "
             f"{len(names)} parameters."
         )
     if len({trial.values[0] for trial in done}) == 1:
-        return None, "All trials have the same value, so no parameter matters here."
+        return None, "All trials have the same value, so importances are undefined."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = optuna.importance.get_param_importances(
@@ -303,6 +294,6 @@ def parameter_importances(study: SweepStudy) -> tuple[pd.Series | None, str]:
             target=lambda trial: trial.values[0],
         )
     return pd.Series(found, dtype=float), (
-        f"fANOVA over {len(done)} finished trials: the share of the variance of "
-        f"{study.definition.selector} that follows each parameter alone."
+        f"fANOVA over {len(done)} finished trials: share of the variance of "
+        f"{study.definition.selector} explained by each parameter alone."
     )

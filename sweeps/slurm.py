@@ -1,8 +1,9 @@
-"""Workers of a sweep as jobs of a SLURM cluster: submitted, watched, replaced, and cancelled."""
+"""Workers of a sweep as SLURM jobs: submit, monitor, replace and cancel them."""
 
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -14,31 +15,32 @@ from typing import Any
 from glua_bench.documents import Table, read_document
 from glua_bench.errors import ConfigError, RunFailure, complaint
 from glua_bench.sweeps.job import WorkerJob
-from glua_bench.sweeps.launch import DEATHS
+from glua_bench.sweeps.launch import DEATHS, finished_trials
 from glua_bench.sweeps.study import SweepStudy
 
 LOOK_SECONDS = 5.0
-END_SECONDS = 120.0  # for cancelled jobs to save their work
-TIME_LIMITS = 1000  # that a job may reach and be queued again
+END_SECONDS = 120.0  # time for cancelled jobs to save their work
+NAMES = ("partition", "account", "qos", "constraint")
+TIME_LIMITS = 1000  # how often a job may reach its limit and be requeued
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a worker's job asks SLURM for.
+    """Resources of a worker's job.
 
     Attributes:
-        hours: time limit of a job; a job that reaches it is queued again and goes on.
-        partition: None takes the cluster's default, as do the next ones.
-        account: who pays.
+        hours: time limit of a job; a job that reaches it is requeued and continues.
+        partition: partition; None uses the cluster's default, as for the next three.
+        account: account to charge.
         qos: quality of service.
-        constraint: features that a node must have.
-        gpus: of each worker.
-        cpus: of each worker.
-        memory_gb: of each worker; None takes the cluster's default.
-        at_once: jobs that may run at once; None does not limit them.
-        save_seconds: how long before the time limit a worker is asked to save its work.
-        setup: lines of shell before the worker starts, e.g. `module load cuda`.
-        extra: further options of sbatch, by their long names.
+        constraint: required node features.
+        gpus: GPUs per worker.
+        cpus: CPUs per worker.
+        memory_gb: memory per worker; None uses the cluster's default.
+        at_once: maximum number of concurrent jobs; None for no limit.
+        save_seconds: time before the limit at which a worker saves its work.
+        setup: shell commands to run before a worker starts, e.g. `module load cuda`.
+        extra: further sbatch options by their long names.
     """
 
     hours: float
@@ -55,61 +57,54 @@ class Resources:
     extra: tuple[tuple[str, Any], ...] = ()
 
     def parameters(self, name: str) -> dict[str, Any]:
-        """As submitit's AutoExecutor takes them.
-
-        Args:
-            name: of the jobs.
-        """
-        told = {
+        """Return the parameters of submitit's AutoExecutor for jobs with a name."""
+        made = {
             "name": name,
             "timeout_min": max(1, round(60 * self.hours)),
             "cpus_per_task": self.cpus,
             "gpus_per_node": self.gpus or None,
             "mem_gb": self.memory_gb,
-            "slurm_partition": self.partition,
-            "slurm_account": self.account,
-            "slurm_qos": self.qos,
-            "slurm_constraint": self.constraint,
+            **{f"slurm_{entry}": getattr(self, entry) for entry in NAMES},
             "slurm_array_parallelism": self.at_once,
             "slurm_signal_delay_s": self.save_seconds,
             "slurm_setup": list(self.setup) or None,
-            # Since SLURM 22.05, srun does not take this over from sbatch.
+            # Since SLURM 22.05, srun does not inherit this from sbatch.
             "slurm_srun_args": [f"--cpus-per-task={self.cpus}"],
             "slurm_additional_parameters": {"requeue": True, **dict(self.extra)},
         }
-        return {key: value for key, value in told.items() if value is not None}
+        return {key: value for key, value in made.items() if value is not None}
 
 
 def read(file: Path, devices: int = 1) -> Resources:
-    """What a user's YAML file asks for.
+    """Read the resources from a YAML file.
 
     Args:
         file: the file.
-        devices: GPUs that a run needs.
+        devices: GPUs per run.
 
     Raises:
-        ConfigError: something in it cannot be used; the message names the line.
+        ConfigError: an entry is invalid; the message gives the line.
     """
     text = read_document(file)
-    words = ("partition", "account", "qos", "constraint")
+    extra = text.table("extra")
     made = Resources(
         hours=_above(text, "hours", float, 0.0),
-        **{name: text.take(name, str, None) for name in words},
+        **{name: text.take(name, str, None) for name in NAMES},
         gpus=_above(text, "gpus", int, -1, 0),
         cpus=_above(text, "cpus", int, 0, 1),
         memory_gb=_above(text, "memory_gb", float, 0.0, None),
         at_once=_above(text, "at_once", int, 0, None),
         save_seconds=_above(text, "save_seconds", int, 0, 120),
         setup=tuple(text.texts("setup", [])),
-        extra=_extra(text),
+        extra=tuple((name, extra.take(name, object)) for name in extra.names()) if extra else (),
     )
     text.finish()
     if 0 < made.gpus < devices:
-        raise text.error(f"gpus: {made.gpus} is less than --devices {devices}; raise it", "gpus")
+        raise text.error(f"gpus: {made.gpus} is less than --devices {devices}; increase it", "gpus")
     if made.save_seconds >= 3600 * made.hours:
         raise text.error(
-            f"workers have {made.hours:g} hours, and would be asked {made.save_seconds} s before "
-            "their end to save their work; lower save_seconds, or raise hours",
+            f"save_seconds: {made.save_seconds} is not below the time limit of {made.hours:g} "
+            "hours; decrease it, or increase hours",
             "save_seconds" if "save_seconds" in text else "hours",
         )
     return made
@@ -118,16 +113,9 @@ def read(file: Path, devices: int = 1) -> Resources:
 def _above(text: Table, name: str, kind: type, bound: float, *default: Any) -> Any:
     value = text.take(name, kind, *default)
     if value is not None and value <= bound:
-        least = f"{bound + 1:g} or more" if kind is int else f"above {bound:g}"
+        least = f"at least {bound + 1:g}" if kind is int else f"above {bound:g}"
         raise text.error(f"'{name}' must be {least}, not {value:g}", name)
     return value
-
-
-def _extra(text: Table) -> tuple[tuple[str, Any], ...]:
-    table = text.table("extra")
-    if table is None:
-        return ()
-    return tuple((name, table.take(name, object)) for name in table.names())
 
 
 # -- jobs -----------------------------------------------------------------------------------------
@@ -135,15 +123,15 @@ def _extra(text: Table) -> tuple[tuple[str, Any], ...]:
 
 @dataclass
 class Jobs:
-    """The workers of a sweep that are jobs, also those that an earlier command submitted.
+    """The workers of a sweep that run as jobs, including those of an earlier command.
 
     Attributes:
-        study: what they work on.
-        words: of the command that starts a worker, after `glua-bench`.
-        count: how many there shall be.
-        resources: of each.
-        show: called again and again while they work.
-        report: receives what the user should know.
+        study: study to work on.
+        words: arguments of `glua-bench` that start a worker.
+        count: number of workers.
+        resources: resources of each worker.
+        show: called repeatedly while they work.
+        report: receives messages for the user.
     """
 
     study: SweepStudy
@@ -156,34 +144,33 @@ class Jobs:
 
     @property
     def folder(self) -> Path:
-        """Where submitit keeps what it sends, and what the jobs write."""
+        """Directory of submitit's files and the jobs' output."""
         return (self.study.folder / "jobs").absolute()
 
     def begin(self) -> None:
-        """Submit the workers that are missing, as one array.
+        """Submit missing workers as one array job.
 
         Raises:
-            ConfigError: this is no cluster, or SLURM refuses what is asked for.
+            ConfigError: there is no SLURM, or it rejects the job.
         """
         queued = self._queued()
         self._ids = [number for number in self._submitted() if number in queued]
         if self._ids:
-            self.report(f"jobs {', '.join(self._ids)} of an earlier command go on")
+            self.report(f"jobs {', '.join(self._ids)} of an earlier command continue")
         if len(self._ids) < self.count:
             self._submit(self.count - len(self._ids))
 
     def run(self) -> None:
-        """Work until the study is finished.
+        """Wait until the study is finished, replacing lost jobs.
 
         Raises:
-            ConfigError: as `begin`.
-            RunFailure: workers end with an error, or die again and again.
-            KeyboardInterrupt: the user asked for the end; the jobs are cancelled, and have saved
-                their work.
+            ConfigError: as for `begin`.
+            RunFailure: a worker failed, or jobs die repeatedly.
+            KeyboardInterrupt: interrupted by the user; jobs are cancelled after saving their work.
         """
         try:
             self.begin()
-            finished, deaths = self._finished(), 0
+            finished, deaths = finished_trials(self.study), 0
             while self._ids:
                 self.show()
                 time.sleep(LOOK_SECONDS)
@@ -193,48 +180,52 @@ class Jobs:
                 lost = sum(self._lost(number) for number in ended)
                 if not lost:
                     continue
-                deaths = lost if self._finished() > finished else deaths + lost
-                finished = self._finished()
+                before, finished = finished, finished_trials(self.study)
+                deaths = lost if finished > before else deaths + lost
                 if deaths >= DEATHS:
                     raise RunFailure(
                         f"{deaths} jobs ended early and no trial was finished; see {self.folder}, "
-                        "look for a lack of memory or time, and give the same command again."
+                        "check memory and time limits, and repeat the command."
                     )
                 self._submit(lost)
             self.show()
         finally:
             self._end()
 
-    def _finished(self) -> int:
-        return sum(trial.state.is_finished() for trial in self.study.trials())
-
     def _lost(self, number: str) -> bool:
-        """Whether a job that is gone left a worker's place empty.
+        """Return True if an ended job must be replaced.
 
         Raises:
-            RunFailure: its worker ended with an error, as all others will.
+            RunFailure: its worker failed, as all others will.
         """
         from submitit import SlurmJob
 
         paths = SlurmJob(self.folder, number).paths
-        if not paths.result_pickle.exists():  # killed, out of memory, or cancelled by somebody
+        if not paths.result_pickle.exists():  # killed, out of memory, or cancelled
             return True
-        outcome, code = _result(paths.result_pickle)
+        with paths.result_pickle.open("rb") as file:
+            outcome, code = pickle.load(file)
         if outcome == "success" and code:
             log = paths.stderr
             said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-            raise RunFailure(f"A worker ended: {complaint(said, f'see {log}')}")
+            raise RunFailure(f"A worker failed: {complaint(said, f'see {log}')}")
         return bool(outcome != "success")
 
     def _submitted(self) -> list[str]:
-        """The jobs that this command and earlier ones submitted."""
+        """Return the jobs submitted by this and earlier commands."""
         try:
             return (self.folder / "submitted.txt").read_text(encoding="utf-8").split()
         except FileNotFoundError:
             return []
 
     def _submit(self, count: int) -> None:
-        submitit = _submitit()
+        try:
+            import submitit
+        except ImportError as error:
+            raise ConfigError(
+                "--executor slurm needs submitit, which is not installed; pip install "
+                "'glua-bench[cluster]'."
+            ) from error
         command = [sys.executable, "-m", "glua_bench", *self.words]
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -246,7 +237,7 @@ class Jobs:
                 jobs = [executor.submit(WorkerJob(command)) for _ in range(count)]
         except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
             raise ConfigError(
-                f"SLURM takes no job ({_reason(error)}); change the file behind --slurm, or use "
+                f"SLURM rejects the job ({_reason(error)}); correct the file of --slurm, or use "
                 "--executor local."
             ) from error
         numbers = [job.job_id for job in jobs]
@@ -256,10 +247,10 @@ class Jobs:
         self.report(f"submitted {', '.join(numbers)}; their logs are in {self.folder}")
 
     def _queued(self) -> set[str]:
-        """The user's jobs that wait or run. A scheduler that does not answer is waited for.
+        """Return the user's pending and running jobs; waits while the scheduler does not respond.
 
         Raises:
-            ConfigError: there is no SLURM here.
+            ConfigError: there is no SLURM.
         """
         command = ["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i"]
         said = False
@@ -268,23 +259,23 @@ class Jobs:
                 done = subprocess.run(command, capture_output=True, text=True)
             except FileNotFoundError as error:
                 raise ConfigError(
-                    "There is no squeue on this machine, so no SLURM; log in to the cluster, or "
-                    "use --executor local."
+                    "There is no squeue on this machine; log in to the cluster, or use "
+                    "--executor local."
                 ) from error
             if done.returncode == 0:
                 return set(done.stdout.split())
             if not self._ids:
                 raise ConfigError(
-                    f"SLURM does not answer ({done.stderr.strip() or 'squeue failed'}); ask for "
-                    "its state by sinfo, or use --executor local."
+                    f"SLURM does not respond ({done.stderr.strip() or 'squeue failed'}); check "
+                    "its state with sinfo, or use --executor local."
                 )
             if not said:
-                self.report(f"SLURM does not answer ({done.stderr.strip()}); waiting for it")
+                self.report(f"SLURM does not respond ({done.stderr.strip()}); waiting")
             said = True
             time.sleep(LOOK_SECONDS)
 
     def _end(self) -> None:
-        """Cancel what still runs, and wait until it has saved its work."""
+        """Cancel jobs, and wait until they have saved their work."""
         if not self._ids:
             return
         subprocess.run(["scancel", *self._ids], stderr=subprocess.DEVNULL)
@@ -294,27 +285,8 @@ class Jobs:
         self._ids = []
 
 
-def _result(path: Path) -> tuple[str, Any]:
-    import pickle
-
-    with path.open("rb") as file:
-        outcome, value = pickle.load(file)
-    return str(outcome), value
-
-
-def _submitit() -> Any:
-    try:
-        import submitit
-    except ImportError as error:
-        raise ConfigError(
-            "--executor slurm needs submitit, which is not installed; pip install "
-            "'glua-bench[cluster]'."
-        ) from error
-    return submitit
-
-
 def _reason(error: BaseException) -> str:
-    """What sbatch wrote, which submitit puts behind its own words."""
+    """Return the message of sbatch, which submitit appends to its own."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("sbatch: error:")] or lines
-    return told[-1].removeprefix("sbatch: error:").strip().rstrip(".") if told else "no reason"
+    lines = [line for line in lines if line.startswith("sbatch: error:")] or lines or ["no reason"]
+    return lines[-1].removeprefix("sbatch: error:").strip().rstrip(".")

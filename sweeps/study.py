@@ -1,12 +1,11 @@
-"""The study of a sweep: which trials there are, who is at which, and what is tried next.
+"""The study of a sweep: its trials, who works on them, and what is tried next.
 
-Optuna keeps the trials, in a journal file or a database. What is added here is what many workers
-need: a budget that is never exceeded, trials of dead workers that are taken up again and counted
-once, and a database that may be away for a while.
+Optuna stores the trials in a journal file or a database. This module adds what several workers
+need: a budget that is never exceeded, trials of dead workers that are resumed and counted once, and
+tolerance of a database that is unavailable for a while.
 
-Two things tell whether a trial's worker lives. It holds a lock file, which the kernel takes from
-it when it ends; and where the storage is a database, it sends a heartbeat, which also tells of
-workers on other machines.
+A worker is alive while it holds the trial's lock file, which the kernel releases when the process
+ends. With a database it also sends heartbeats, which cover workers on other machines.
 """
 
 from __future__ import annotations
@@ -37,16 +36,16 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 ATTEMPTS = 3  # at a trial whose worker is killed, before it counts as failed
 HEARTBEAT_SECONDS, GRACE_SECONDS = 20, 120
-PATIENCE_SECONDS = 600.0  # with a database that does not answer
+PATIENCE_SECONDS = 600.0  # with an unavailable database
 NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "beegfs", "gpfs", "ceph")
 Value = TypeVar("Value")
 
 
 def folder_of(runs_root: Path, name: str) -> Path:
-    """Where a sweep keeps its own files, below the directory of all runs.
+    """Return a sweep's own directory below the directory of all runs.
 
     Raises:
-        ConfigError: the name leads elsewhere.
+        ConfigError: the name is not a valid directory name.
     """
     fault = name_fault(name)
     if fault:
@@ -60,37 +59,33 @@ def folder_of(runs_root: Path, name: str) -> Path:
 # -- storages -------------------------------------------------------------------------------------
 
 
-def journal(folder: Path) -> str:
-    """The default storage of a sweep: a journal file in its directory."""
-    return str(folder / "journal.log")
-
-
 def open_storage(url: str, workers: int = 1, begun: bool = False) -> optuna.storages.BaseStorage:
-    """A journal file by its path, or a database by its URL.
+    """Open a journal file by its path, or a database by its URL.
 
     Args:
-        url: as Optuna takes it, e.g. "postgresql://user@host/base"; else a path.
-        workers: how many will use it at once, as far as is known.
-        begun: whether it served before, so that one that does not answer is away and not misnamed.
+        url: as for Optuna, e.g. "postgresql://user@host/base"; else a path.
+        workers: expected number of concurrent users.
+        begun: whether the storage worked before, so that connection errors mean a server that is
+            down rather than a wrong URL.
 
     Raises:
-        ConfigError: the storage cannot serve so many, lies on a network file system that cannot
-            lock it, lacks its driver, or cannot be reached.
-        sqlalchemy.exc.OperationalError: it has begun and does not answer.
+        ConfigError: the storage does not support so many workers, lies on a network file system
+            without locks, lacks its driver, or cannot be reached.
+        sqlalchemy.exc.OperationalError: `begun`, and the storage does not respond.
     """
     if "://" not in url:
         path = Path(url)
         path.parent.mkdir(parents=True, exist_ok=True)
         backend = JournalFileBackend(str(path), lock_obj=_JournalLock(path))  # type: ignore[arg-type]
         return optuna.storages.JournalStorage(backend)
-    if url.startswith("postgresql://"):  # which may be any driver; ours is this one
+    if url.startswith("postgresql://"):  # any driver is allowed; psycopg is installed
         url = url.replace("://", "+psycopg://", 1)
     if url.startswith("sqlite"):
         path = Path(url.partition("///")[2])
         if workers > 1:
             raise ConfigError(
-                f"--storage {url}: SQLite is damaged or stalls with {workers} workers; leave "
-                "--storage out (a journal file), or give a PostgreSQL URL."
+                f"--storage {url}: SQLite is damaged or stalls with {workers} workers; omit "
+                "--storage (a journal file), or give a PostgreSQL URL."
             )
         kind = file_system(path.parent)
         if kind in NETWORK_FILE_SYSTEMS:
@@ -123,11 +118,10 @@ def open_storage(url: str, workers: int = 1, begun: bool = False) -> optuna.stor
 
 
 class _JournalLock:
-    """The right to write to a journal; the kernel takes it back from a killed process at once.
+    """Lock of a journal, which the kernel releases at once when its holder is killed.
 
-    Optuna's own locks are files that a killed process leaves behind, and others wait for their
-    grace period. Whoever gets the right also removes half a line that a killed writer left, since
-    the next line would be lost together with it.
+    Optuna's own locks are files that a killed process leaves behind, so that others wait for a
+    grace period. Acquiring this lock also removes a torn last line, which would damage the next.
     """
 
     def __init__(self, journal: Path) -> None:
@@ -135,7 +129,7 @@ class _JournalLock:
         self._held = ExitStack()
 
     def acquire(self) -> bool:
-        """Wait for the right to write."""
+        """Wait for the lock."""
         with ExitStack() as stack:
             stack.enter_context(exclusive(self._journal.with_suffix(".lock"), option="--runs"))
             drop_torn_line(self._journal)
@@ -143,12 +137,12 @@ class _JournalLock:
         return True
 
     def release(self) -> None:
-        """Give the right back."""
+        """Release the lock."""
         self._held.close()
 
 
 def file_system(path: Path) -> str:
-    """The type of the file system that holds a path, as Linux names it; "" where unknown."""
+    """Return the type of the file system of a path, as Linux names it; "" if unknown."""
     try:
         mounts = Path("/proc/mounts").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -163,7 +157,7 @@ def file_system(path: Path) -> str:
 
 
 def away_errors() -> tuple[type[Exception], ...]:
-    """What a storage raises whose server does not answer."""
+    """Return the errors that a storage raises if its server does not respond."""
     from sqlalchemy.exc import InterfaceError, OperationalError
 
     return OperationalError, InterfaceError, optuna.exceptions.StorageInternalError
@@ -175,16 +169,16 @@ def retry_while_unavailable(
     patience: float = PATIENCE_SECONDS,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Value:
-    """Do something with a storage; while its server is away, wait for it.
+    """Call a function that uses a storage, and retry while the server is unavailable.
 
     Args:
-        work: what is done; it may be done again.
-        report: told once that the server is away, and once that it is back.
-        patience: seconds to wait at most.
+        work: the function, which may be called repeatedly.
+        report: receives a line when the server becomes unavailable, and one when it responds again.
+        patience: maximum time to wait in seconds.
         sleep: waits.
 
     Raises:
-        RunFailure: the server stayed away.
+        RunFailure: the server stayed unavailable.
     """
     began, pause, away = time.monotonic(), 0.5, False
     while True:
@@ -193,17 +187,17 @@ def retry_while_unavailable(
         except away_errors() as error:
             if time.monotonic() - began > patience:
                 raise RunFailure(
-                    f"The storage did not answer for {patience:.0f} s ({first_line(error)}); start "
-                    "it and give the same command again, nothing is lost."
+                    f"The storage did not respond for {patience:.0f} s ({first_line(error)}); "
+                    "start it and repeat the command, nothing is lost."
                 ) from error
             if not away:
-                report(f"the storage does not answer ({first_line(error)}); waiting for it")
+                report(f"the storage does not respond ({first_line(error)}); waiting")
             away = True
             sleep(pause)
             pause = min(2 * pause, 15.0)
         else:
             if away:
-                report("the storage answers again")
+                report("the storage responds again")
             return value
 
 
@@ -212,13 +206,13 @@ def retry_while_unavailable(
 
 @dataclass
 class Claim:
-    """A trial that this process is at.
+    """A trial that this process works on.
 
-    Args:
+    Attributes:
         trial: Optuna's handle.
-        number: of the trial.
+        number: number of the trial.
         params: setting → value.
-        attempt: 1, or more where workers were killed at it.
+        attempt: 1, or more if earlier workers were killed.
     """
 
     trial: optuna.Trial
@@ -230,16 +224,16 @@ class Claim:
 
 
 class SweepStudy:
-    """A study with its storage, shared by any number of processes.
+    """A study and its storage, shared by any number of processes.
 
     Args:
-        definition: what is searched.
-        runs_root: the directory of all runs, which all workers see.
-        storage: path or URL; None takes the journal in the sweep's directory.
-        name: of the study; None takes the definition's.
-        report: receives what the user should know.
-        workers: how many will use the storage, as far as is known.
-        begun: whether the study is known to be there; a server that is away is then waited for.
+        definition: the sweep.
+        runs_root: directory of all runs, visible to all workers.
+        storage: path or URL; None uses the journal in the sweep's directory.
+        name: name of the study; None uses the definition's.
+        report: receives messages for the user.
+        workers: expected number of workers.
+        begun: whether the study is known to exist, so that an unavailable server is waited for.
     """
 
     def __init__(
@@ -253,40 +247,39 @@ class SweepStudy:
         begun: bool = False,
     ) -> None:
         self.definition, self.report = definition, report
-        self.patience = PATIENCE_SECONDS  # with questions; what is told waits as long in any case
+        self.patience = PATIENCE_SECONDS  # for reads; writes always wait as long
         self.name = name or definition.name
         self.folder = folder_of(runs_root, self.name)
-        self.url = storage or journal(self.folder)
+        self.url = storage or str(self.folder / "journal.log")
         self._host = socket.gethostname()
         self._asking = partial(exclusive, self.folder / "ask.lock", option="--runs")
-        with self._asking():  # of several, one makes the tables
+        with self._asking():  # only one process creates the tables
             self.storage = retry_while_unavailable(
                 lambda: open_storage(self.url, workers, begun), report
             )
-            self.study = retry_while_unavailable(self._open, report)
+            kinds = optuna.study.StudyDirection
+            self.study = retry_while_unavailable(
+                lambda: optuna.create_study(
+                    study_name=self.name,
+                    storage=self.storage,
+                    sampler=make_sampler(definition, 0),
+                    pruner=make_pruner(definition),
+                    directions=[kinds.MAXIMIZE, *[kinds.MINIMIZE] * len(definition.objectives[1:])],
+                    load_if_exists=True,
+                ),
+                report,
+            )
 
-    def _open(self) -> optuna.Study:
-        kinds = optuna.study.StudyDirection
-        directions = [kinds.MAXIMIZE, *(kinds.MINIMIZE for _ in self.definition.objectives[1:])]
-        return optuna.create_study(
-            study_name=self.name,
-            storage=self.storage,
-            sampler=make_sampler(self.definition, 0),
-            pruner=make_pruner(self.definition),
-            directions=directions,
-            load_if_exists=True,
-        )
-
-    # -- what the study is ------------------------------------------------------------------------
+    # -- identity of the study --------------------------------------------------------------------
 
     def remember(self, facts: Mapping[str, Any]) -> None:
-        """Write down what the study means, the first time; later it must be the same.
+        """Store what identifies the study; later calls must give the same.
 
         Args:
             facts: JSON-able, e.g. the definition's meaning and the version of the code.
 
         Raises:
-            ConfigError: the study began with other facts; the message says which.
+            ConfigError: the study was started with other facts; the message gives the changes.
         """
         facts = json.loads(json.dumps(facts))
         known = retry_while_unavailable(lambda: self.study.user_attrs.get("facts"), self.report)
@@ -296,40 +289,37 @@ class SweepStudy:
         changed = differences(known, facts)
         if changed:
             raise ConfigError(
-                f"The study '{self.name}' began otherwise: {'; '.join(changed)}; change it back, "
-                "or give --fork to begin a new study beside it."
+                f"The study '{self.name}' has changed: {'; '.join(changed)}; undo the change, or "
+                "pass --fork to start a new study."
             )
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What `remember` wrote; empty for a new study."""
+        """Facts stored by `remember`; empty for a new study."""
         known = retry_while_unavailable(
             lambda: self.study.user_attrs.get("facts"), self.report, self.patience
         )
         return dict(known or {})
 
     def trials(self) -> list[FrozenTrial]:
-        """All trials, in their order."""
+        """Return all trials in order."""
         return retry_while_unavailable(
             lambda: self.study.get_trials(deepcopy=False), self.report, self.patience
         )
 
     @property
     def ended(self) -> bool:
-        """Whether all trials that the budget allows have ended."""
+        """Whether the budget is used up and all trials have ended."""
         counted = counting(self.trials())
         enough = len(counted) >= self.definition.trials
         return enough and all(trial.state.is_finished() for trial in counted)
 
-    # -- taking a trial ---------------------------------------------------------------------------
+    # -- claiming a trial -------------------------------------------------------------------------
 
     def claim(self) -> Claim | None:
-        """The next trial of this process; None where none may begin now.
-
-        What dead workers left behind is offered again first.
-        """
+        """Return the next trial, or None; trials of dead workers come first."""
         with self._asking():
-            # As a whole: where the answer to a question was lost, its trial is found as dead.
+            # Retried as a whole: if the storage's answer was lost, the trial is found as dead.
             trial = retry_while_unavailable(self._take, self.report)
             if trial is None:
                 return None
@@ -345,34 +335,34 @@ class SweepStudy:
         waiting = any(t.state == TrialState.WAITING for t in counted)
         if not waiting and len(counted) >= self.definition.trials:
             return None
-        # By a seed for each trial, two workers never draw the same, and whoever draws, the
-        # sequence is the same.
+        # A seed per trial: workers never draw the same values, and the sequence does not depend on
+        # who draws.
         self.study.sampler = make_sampler(self.definition, len(trials))
         with warnings.catch_warnings():
-            # Of heartbeats without `optimize`: `_beat` sends them.
+            # Heartbeats without `optimize`: `_beat` sends them.
             warnings.filterwarnings("ignore", "Heartbeat of storage")
             trial = self.study.ask({p.name: distribution(p) for p in self.definition.space})
         if isinstance(self.storage, optuna.storages.RDBStorage):
-            # Without a first heartbeat a trial never becomes stale; and without a host nobody
-            # asks for one.
+            # A trial without a first heartbeat never becomes stale, and heartbeats are only
+            # checked for trials with a host.
             self.storage.record_heartbeat(trial._trial_id)
         trial.set_user_attr("process", os.getpid())
         trial.set_user_attr("host", self._host)
         return trial
 
     def _reclaim(self) -> list[FrozenTrial]:
-        """Fail trials whose workers are dead, and offer them again; all trials then."""
+        """Fail trials of dead workers and offer them again; return all trials."""
         trials = self.study.get_trials(deepcopy=False)
         retried = {t.user_attrs.get("retry_of") for t in trials}
         changed = False
         for trial in trials:
             if trial.state != TrialState.RUNNING or self._alive(trial):
                 continue
-            # Its worker may have told its value and let go since the trials were read.
+            # The worker may have finished the trial since the trials were read.
             if self.storage.get_trial(trial._trial_id).state != TrialState.RUNNING:
                 continue
             attempt = int(trial.user_attrs.get("attempt", 1))
-            # The offer comes first: a process that dies in between is taken up here as well.
+            # Offer first, so that the trial is not lost if this process dies in between.
             if trial.number not in retried and attempt < ATTEMPTS and _drawn(trial):
                 self._offer(trial, attempt + 1)
             self._end(trial, "its worker was killed")
@@ -388,13 +378,13 @@ class SweepStudy:
             self.storage.set_trial_user_attr(trial._trial_id, "reason", reason)
             self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
-    # -- who lives --------------------------------------------------------------------------------
+    # -- liveness ---------------------------------------------------------------------------------
 
     def _lock_file(self, number: int) -> Path:
         return self.folder / "trials" / f"{number}.lock"
 
     def _alive(self, trial: FrozenTrial) -> bool:
-        """Whether somebody is at a running trial."""
+        """Return True if a worker holds a running trial."""
         here = trial.user_attrs.get("host", self._host) == self._host
         if isinstance(self.storage, optuna.storages.RDBStorage) and not here:
             stale = self.storage._get_stale_trial_ids(self.study._study_id)
@@ -403,14 +393,14 @@ class SweepStudy:
             return not free
 
     def _beat(self, claim: Claim) -> None:
-        """Tell a database again and again that this process lives."""
+        """Send heartbeats to a database until the trial is released."""
         storage = self.storage
         if not isinstance(storage, optuna.storages.RDBStorage):
             return
 
         def beat() -> None:
             while True:
-                with suppress(Exception):  # a server that is away is not this thread's business
+                with suppress(Exception):  # this thread need not handle an unavailable server
                     storage.record_heartbeat(claim.trial._trial_id)
                 if claim._stop.wait(HEARTBEAT_SECONDS):
                     return
@@ -419,34 +409,33 @@ class SweepStudy:
 
     @contextmanager
     def holding(self, claim: Claim) -> Iterator[None]:
-        """Keep the trial until the work on it has ended, however it ends."""
+        """Release the trial at the end of the block, also after an error."""
         try:
             yield
         finally:
             claim._stop.set()
             claim._lock.close()
 
-    def note(self, claim: Claim, facts: Mapping[str, Any]) -> None:
-        """Write down what is known of a trial while it runs."""
+    # -- results of a trial -----------------------------------------------------------------------
 
+    def note(self, claim: Claim, facts: Mapping[str, Any]) -> None:
+        """Store facts of a running trial."""
         retry_while_unavailable(lambda: _write(claim, facts), self.report)
 
-    # -- ending a trial ---------------------------------------------------------------------------
-
     def finish(self, claim: Claim, values: tuple[float, ...], facts: Mapping[str, Any]) -> None:
-        """Record the values of a trial, and what else is known of it."""
+        """Store the values and facts of a finished trial."""
         self._tell(claim, facts, values=list(values))
 
     def prune(self, claim: Claim, facts: Mapping[str, Any]) -> None:
-        """Record that a trial was ended early."""
+        """Mark a trial as pruned."""
         self._tell(claim, facts, state=TrialState.PRUNED)
 
     def fail(self, claim: Claim, reason: str) -> None:
-        """Record why a trial has no value; it is not tried again."""
+        """Mark a trial as failed; it is not retried."""
         self._tell(claim, {"reason": reason}, state=TrialState.FAIL)
 
     def give_back(self, claim: Claim) -> None:
-        """Offer a trial again that this process cannot finish; it does not count as an attempt."""
+        """Offer an unfinished trial again; this does not count as an attempt."""
 
         def give() -> None:
             known = {t.number: t for t in self.study.get_trials(deepcopy=False)}
@@ -458,26 +447,26 @@ class SweepStudy:
         with self._asking():
             retry_while_unavailable(give, self.report, patience=30)
 
-    def _tell(self, claim: Claim, facts: Mapping[str, Any], **told: Any) -> None:
+    def _tell(self, claim: Claim, facts: Mapping[str, Any], **result: Any) -> None:
         if self.definition.sampler == "grid":
             # After the last cell Optuna's grid stops the study, which raises outside `optimize`.
             self.study.sampler = optuna.samplers.RandomSampler()
 
         def tell() -> None:
-            # Done again after a break, the first telling may have arrived; and a worker that was
-            # thought dead finds its trial ended. Neither is an error.
+            # Not an error: the first attempt arrived although its answer was lost, or the worker
+            # was thought dead and its trial has ended.
             with suppress(optuna.exceptions.UpdateFinishedTrialError, ValueError):
                 _write(claim, facts)
-                self.study.tell(claim.trial, **told)
+                self.study.tell(claim.trial, **result)
 
         retry_while_unavailable(tell, self.report)
 
     def see(self, claim: Claim, step: int, value: float) -> bool:
-        """Record an intermediate value; whether the trial should end.
+        """Store an intermediate value, and return True if the trial should be pruned.
 
         Args:
             claim: the trial.
-            step: grows within the trial.
+            step: increases within the trial.
             value: larger is better.
         """
 
@@ -486,7 +475,7 @@ class SweepStudy:
             return bool(claim.trial.should_prune())
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a value that a resumed trial reports again
+            warnings.simplefilter("ignore")  # a resumed trial reports values again
             return retry_while_unavailable(report, self.report)
 
 
@@ -496,10 +485,9 @@ def _write(claim: Claim, facts: Mapping[str, Any]) -> None:
 
 
 def counting(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """The trials that the budget counts.
+    """Return the trials that count towards the budget.
 
-    Left out are those that a later trial repeats, and those whose worker was killed before they
-    had a parameter.
+    Excluded are trials that a later one repeats, and those killed before they had parameters.
     """
     repeated = {t.user_attrs.get("retry_of") for t in trials}
     return [
@@ -508,12 +496,12 @@ def counting(trials: list[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def _drawn(trial: FrozenTrial) -> dict[str, Any]:
-    """A trial's parameters, also where its worker was killed before it had taken them."""
+    """Return a trial's parameters, also if its worker was killed before it used them."""
     return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """What changed between two JSON values, in words.
+    """Describe the changes between two JSON values.
 
     Example:
         >>> differences({"a": 1, "b": {"c": [1]}}, {"a": 1, "b": {"c": [2]}})
@@ -521,7 +509,7 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     """
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
-        for key in [*old, *(k for k in new if k not in old)]:
+        for key in dict.fromkeys([*old, *new]):
             inner = f"{name}.{key}" if name else str(key)
             found += differences(old.get(key), new.get(key), inner)
         return found
@@ -529,7 +517,7 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
 
 
 def free_name(runs_root: Path, name: str) -> str:
-    """NAME-2, NAME-3, …: the first that no sweep has yet."""
+    """Return the first of NAME-2, NAME-3, … that no sweep has."""
     number = 2
     while folder_of(runs_root, f"{name}-{number}").exists():
         number += 1
@@ -540,52 +528,51 @@ def free_name(runs_root: Path, name: str) -> str:
 
 
 def distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:
-    """The values of a parameter as Optuna says it."""
+    """Return Optuna's distribution for a parameter."""
+    kinds = optuna.distributions
+    low, high, log = parameter.low, parameter.high, parameter.log
     if parameter.choices:
-        return optuna.distributions.CategoricalDistribution(parameter.choices)
+        return kinds.CategoricalDistribution(parameter.choices)
     if parameter.whole:
-        return optuna.distributions.IntDistribution(
-            int(parameter.low),
-            int(parameter.high),
-            log=parameter.log,
-            step=int(parameter.step) or 1,
-        )
-    return optuna.distributions.FloatDistribution(
-        parameter.low, parameter.high, log=parameter.log, step=parameter.step or None
-    )
+        step = int(parameter.step) or 1
+        return kinds.IntDistribution(int(low), int(high), log=log, step=step)
+    return kinds.FloatDistribution(low, high, log=log, step=parameter.step or None)
 
 
 def make_sampler(definition: Definition, drawn: int) -> optuna.samplers.BaseSampler:
-    """The definition's sampler for one draw.
+    """Return the sampler for one draw.
 
     Args:
-        definition: names it, and its seed.
-        drawn: trials that are there already, which the seed depends on.
+        definition: the sweep.
+        drawn: number of existing trials, which the seed depends on.
     """
     seed = definition.seed * 100_003 + drawn
+    samplers = optuna.samplers
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if definition.sampler == "grid":
             values = {p.name: list(p.values()) for p in definition.space}
-            return optuna.samplers.GridSampler(values, seed=definition.seed)
-        if definition.sampler == "random":
-            return optuna.samplers.RandomSampler(seed=seed)
-        if definition.sampler == "cmaes":
-            return optuna.samplers.CmaEsSampler(seed=seed)
-        if definition.sampler == "nsga2":
-            return optuna.samplers.NSGAIISampler(seed=seed)
-        # What other workers are at counts as poor, so that they do not all try the same place.
-        return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+            return samplers.GridSampler(values, seed=definition.seed)
+        if definition.sampler == "tpe":
+            # Running trials count as poor, so that workers spread.
+            return samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+        kinds: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
+            "random": samplers.RandomSampler,
+            "cmaes": samplers.CmaEsSampler,
+            "nsga2": samplers.NSGAIISampler,
+        }
+        return kinds[definition.sampler](seed=seed)
 
 
 def make_pruner(definition: Definition) -> optuna.pruners.BasePruner:
-    """The definition's pruner."""
-    if definition.pruner == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=4)
-    if definition.pruner == "hyperband":
-        return optuna.pruners.HyperbandPruner()
-    if definition.pruner == "wilcoxon":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.pruners.WilcoxonPruner(p_threshold=0.1)
-    return optuna.pruners.NopPruner()
+    """Return the pruner of a sweep."""
+    pruners = optuna.pruners
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if definition.pruner == "median":
+            return pruners.MedianPruner(n_startup_trials=4)
+        if definition.pruner == "hyperband":
+            return pruners.HyperbandPruner()
+        if definition.pruner == "wilcoxon":
+            return pruners.WilcoxonPruner(p_threshold=0.1)
+    return pruners.NopPruner()

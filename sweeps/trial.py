@@ -1,4 +1,4 @@
-"""One trial: the runs that a configuration needs, and the values that they come to."""
+"""Run the trials of a sweep and compute their values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from glua_bench.runs.plan import PlannedRun, build_method, plan
 from glua_bench.runs.request import RunOptions, RunRequest
 from glua_bench.sweeps.definition import Definition
 
-WAIT_SECONDS = 0.2  # between looks at the processes of a run
+WAIT_SECONDS = 0.2  # between checks of the processes of a run
 
 See = Callable[[int, float], bool]
 Begin = Callable[[list[str]], None]
@@ -31,10 +31,10 @@ Begin = Callable[[list[str]], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trial came to.
+    """Result of a trial.
 
     Attributes:
-        values: one for each objective: quality (larger is better), then costs.
+        values: one per objective: quality (larger is better), then costs.
         facts: run ids, and the quality of each run under "direction, seed N".
     """
 
@@ -43,10 +43,10 @@ class Outcome:
 
 
 class Pruned(execution.Stopped):
-    """A trial was ended early.
+    """A trial was pruned.
 
     Args:
-        facts: as of an `Outcome`, of the runs that were finished before.
+        facts: as in `Outcome`, for the runs that had finished.
     """
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
@@ -57,11 +57,11 @@ class Pruned(execution.Stopped):
 def requests(
     definition: Definition, base: RunOptions, params: Mapping[str, Any]
 ) -> list[RunRequest]:
-    """The runs of a configuration: every direction with every seed, in a fixed order.
+    """Return the runs of a configuration: every direction with every seed, in a fixed order.
 
     Args:
-        definition: of the sweep.
-        base: what all runs share beyond the definition (directories, devices, plugins).
+        definition: the sweep.
+        base: options shared by all runs (directories, devices, plugins).
         params: setting → value.
     """
     chosen = [assignment(f"method.{name}", value) for name, value in params.items()]
@@ -88,24 +88,24 @@ def execute(
     see: See,
     begin: Begin = lambda ids: None,
 ) -> Outcome:
-    """Run what a configuration needs; what is done already is read.
+    """Execute the runs of a configuration; finished runs are reused.
 
     Args:
-        definition: of the sweep.
-        base: what all runs share.
+        definition: the sweep.
+        base: options shared by all runs.
         params: setting → value.
-        progress: what the user sees.
-        see: told an intermediate step and value; returns whether the trial should end.
-        begin: told the ids of the trial's runs so far when one more begins.
+        progress: progress output.
+        see: receives an intermediate step and value; returns True to prune the trial.
+        begin: receives the ids of the trial's runs before each run.
 
     Returns:
-        The values: of quality the mean over the runs, each at the checkpoint that the objective
+        The trial's values; quality is the mean over runs, each at the checkpoint that the objective
         chooses.
 
     Raises:
-        Pruned: `see` asked for the end.
-        UserError: the configuration is refused.
-        RunFailure: a run failed, or the objective can judge none of its checkpoints.
+        Pruned: `see` returned True.
+        UserError: the configuration is invalid.
+        RunFailure: a run failed, or the objective scores none of its checkpoints.
     """
     qualities: dict[str, float] = {}
     seconds: list[float] = []
@@ -113,13 +113,13 @@ def execute(
     for request in requests(definition, base, params):
         planned = plan(request)
         ids.append(planned.id)
-        begin(list(ids))  # so that a run that fails is known as this trial's
+        begin(list(ids))  # before the run, so that a failed one is known
         known = list(qualities.values())
 
         def watched(
             step: int, score: float, known: list[float] = known, run: PlannedRun = planned
         ) -> None:
-            # The mean of what is known by now, at a position that all trials pass alike.
+            # Mean so far, at a step that is comparable between trials.
             steps = len(known) * run.config.candidates
             place = steps + math.ceil(step * run.config.candidates / run.config.steps)
             mean = (sum(known) + score) / (len(known) + 1)
@@ -154,30 +154,30 @@ def execute_apart(
     progress: Progress,
     start: Callable[..., subprocess.Popen] = subprocess.Popen,
 ) -> None:
-    """Run as `glua-bench run` does, in processes of its own.
+    """Execute a run in separate processes, as `glua-bench run` does.
 
-    Fabric starts the further processes of a run by the command line of the first one, so that one
-    must be `run` and not `worker`.
+    Fabric starts further processes with the command line of the first one, which must be that of
+    the run and not of the worker.
 
     Args:
-        planned: the run, with several devices.
-        progress: told where it begins.
+        planned: a run with several devices.
+        progress: progress output.
         start: starts a process.
 
     Raises:
-        RunFailure: the run failed, or its processes were killed again and again.
-        Interrupted: this process was asked to end; the run has written its checkpoint.
+        RunFailure: the run failed, or its processes were killed repeatedly.
+        Interrupted: this process was stopped; the run has written its checkpoint.
     """
     devices = planned.request.devices
     changed = dict(os.environ)
     changed["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // devices))
     for _ in range(ATTEMPTS):
-        while running(planned):  # processes of a killed worker go on with it
+        while running(planned):  # processes of a killed worker continue
             interruption.end_if_asked()
             time.sleep(WAIT_SECONDS)
         if planned.directory.done:
             return
-        progress.line(f"run {planned.id} begins in {devices} processes")
+        progress.line(f"run {planned.id} starts in {devices} processes")
         with tempfile.TemporaryFile("w+") as errors:
             process = start(
                 child_command(planned),
@@ -185,30 +185,30 @@ def execute_apart(
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
-                start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on
+                start_new_session=True,  # only this process receives Ctrl-C, and forwards it
             )
             code = _wait(process)
             errors.seek(0)
-            said = errors.read()
+            output = errors.read()
         if planned.directory.done:
             return
         interruption.end_if_asked()
         if 0 < code < 128:
-            raise RunFailure(planned.directory.failed or complaint(said))
+            raise RunFailure(planned.directory.failed or complaint(output))
     raise RunFailure(
-        f"The processes of {planned.directory.path} were killed {ATTEMPTS} times; look for a lack "
-        "of memory, and give the same command again."
+        f"The processes of {planned.directory.path} were killed {ATTEMPTS} times; check the "
+        "memory, and repeat the command."
     )
 
 
 def _wait(process: subprocess.Popen) -> int:
-    """Wait for a run, and pass on that this process was asked to end; its exit code."""
-    told = False
+    """Wait for a run, forward a request to stop, and return the exit code."""
+    forwarded = False
     try:
         while process.poll() is None:
-            if interruption.asked() and not told:
+            if interruption.asked() and not forwarded:
                 process.send_signal(signal.SIGTERM)
-                told = True
+                forwarded = True
             time.sleep(WAIT_SECONDS)
     except BaseException:
         process.send_signal(signal.SIGTERM)
@@ -218,23 +218,23 @@ def _wait(process: subprocess.Popen) -> int:
 
 
 def planned_stages(planned: PlannedRun) -> tuple:
-    """The stages of a planned run's method."""
+    """Return the stages of a planned run's method."""
     structures = planned.dataset.structures
     method = build_method(planned.config, structures, planned.method_class)
     return tuple(method.stages())
 
 
 def best(summary: Mapping[str, Any], selector: str, place: Any) -> float:
-    """The score of the checkpoint that a selector chose.
+    """Return the score of the checkpoint that a selector chose.
 
     Raises:
-        RunFailure: it could judge none.
+        RunFailure: it scored no checkpoint.
     """
     scores = summary["selector_scores"].get(selector, {})
     values = [float(v) for v in scores.values() if not math.isnan(float(v))]
     if not values:
         raise RunFailure(
-            f"'{selector}' could judge no checkpoint of {place}; use an objective that has what it "
-            "needs (`glua-bench list selectors`)."
+            f"'{selector}' scored no checkpoint of {place}; use an objective whose requirements "
+            "are met (`glua-bench list selectors`)."
         )
     return max(values)

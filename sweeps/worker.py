@@ -1,4 +1,4 @@
-"""A worker takes trials of a study until there is none, and loses none when it is killed."""
+"""Worker of a sweep: run trials of a study until none is left."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from optuna.trial import TrialState
 from glua_bench.errors import RunFailure, UserError
 from glua_bench.runs import execution, interruption
 from glua_bench.runs.interruption import Interrupted
+from glua_bench.sweeps.progress import shown
 from glua_bench.sweeps.study import Claim, SweepStudy, counting
 from glua_bench.sweeps.trial import Outcome, Pruned, See
 
-POLL_SECONDS = 1.0  # between looks at trials that other workers are at
-MAX_FAILURES = 3  # trials that all fail, without one that works, end a sweep
+POLL_SECONDS = 1.0  # between checks of trials that other workers run
+MAX_FAILURES = 3  # a sweep ends if this many trials fail and none succeeds
 
 Run = Callable[[Claim, See], Outcome]
 
 
 @dataclass
 class Done:
-    """What one worker did.
+    """Trials of one worker.
 
     Attributes:
-        finished: trials with values.
-        pruned: trials that were ended early.
-        failed: trials that have no value.
+        finished: number of trials with values.
+        pruned: number of pruned trials.
+        failed: number of failed trials.
     """
 
     finished: int = 0
@@ -41,21 +42,20 @@ def work(
     report: Callable[[str], None] = lambda line: None,
     poll: float = POLL_SECONDS,
 ) -> Done:
-    """Take trials and run them, until the study is finished.
+    """Run trials until the study is finished.
 
     Args:
-        study: shared with other workers.
-        run: executes a trial; it may raise `Stopped` to end it early.
-        report: receives a line for each trial.
-        poll: seconds between looks, where only others' trials are left.
+        study: the study, shared with other workers.
+        run: executes a trial; it raises `Stopped` to prune it.
+        report: receives a line per trial.
+        poll: seconds between checks if only other workers' trials are left.
 
     Returns:
-        What this worker did.
+        The numbers of this worker's trials.
 
     Raises:
-        RunFailure: the first trials failed, all of them, or the storage stays away.
-        Interrupted: the process was asked to end; its trial is offered to others.
-        KeyboardInterrupt: likewise.
+        RunFailure: all of the first trials failed, or the storage stays unavailable.
+        Interrupted, KeyboardInterrupt: the process was stopped; its trial is offered to others.
     """
     done = Done()
     while True:
@@ -68,8 +68,7 @@ def work(
             time.sleep(poll)
             continue
         again = f", attempt {claim.attempt}" if claim.attempt > 1 else ""
-        said = ", ".join(f"{name} {_short(value)}" for name, value in claim.params.items())
-        report(f"trial {claim.number}: {said}{again}")
+        report(f"trial {claim.number}: {shown(claim.params)}{again}")
         with study.holding(claim):
             _run(study, claim, run, report, done)
         if done.failed >= MAX_FAILURES:
@@ -101,21 +100,13 @@ def _run(
 
 
 def _check_failures(study: SweepStudy) -> None:
-    """End a sweep of which nothing works.
-
-    Raises:
-        RunFailure: several trials failed and none did not.
-    """
+    """Raise if several trials failed and none succeeded."""
     trials = counting(study.trials())
     failed = [t for t in trials if t.state == TrialState.FAIL]
     good = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     if len(failed) >= MAX_FAILURES and not good:
         reason = str(failed[-1].user_attrs.get("reason", "no reason")).rstrip(".")
         raise RunFailure(
-            f"The first {len(failed)} trials of '{study.name}' failed ({reason}); repair this and "
-            "begin anew with --fork."
+            f"The first {len(failed)} trials of '{study.name}' failed ({reason}); fix this and "
+            "start again with --fork."
         )
-
-
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -51,7 +51,6 @@ class Domain:
         val: ids of validation cases.
         test: ids of test cases.
         place: the domain's table in the file, for messages.
-        notes: changes to suggest to the user, in sentences.
     """
 
     find: Callable[[Path], list[Found]]
@@ -60,7 +59,6 @@ class Domain:
     val: tuple[str, ...]
     test: tuple[str, ...]
     place: Table
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,6 @@ class Description:
         protocol: deviations from the harness's protocol, usually none.
         publishable: whether pictures may leave the machine.
         same_people: whether an id means the same person in all domains.
-        notes: changes to suggest to the user, in sentences.
     """
 
     name: str
@@ -95,7 +92,6 @@ class Description:
     protocol: str
     publishable: bool
     same_people: bool
-    notes: tuple[str, ...]
 
 
 def describe(file: Path) -> Description:
@@ -140,7 +136,6 @@ def describe(file: Path) -> Description:
         text.take("protocol", str, ""),
         text.take("publishable", bool, False),
         text.take("same_people", bool, False),
-        tuple(note for domain in domains.values() for note in domain.notes),
     )
     text.finish()
     return described
@@ -241,12 +236,6 @@ def _domain(
         if (root / folder / "dataset.json").is_file():
             named = {} if "values" in part else nnunet_values(root / folder)
             unannotated = nnunet_unannotated(root / folder)
-    notes = []
-    if "ignore" in part:
-        notes.append(
-            f"{part.where('ignore')}: 'ignore' is deprecated; rename it to 'background', or to "
-            "'unannotated' if those voxels were not annotated."
-        )
     unannotated = tuple(dict.fromkeys((*unannotated, *_listed(part, "unannotated"))))
     own, background = _domain_values(part, structures, named, unannotated)
     plane = replace(plane, ignored_values=background, unannotated_values=unannotated)
@@ -257,7 +246,6 @@ def _domain(
         tuple(map(composed, part.texts("val", []))),
         tuple(map(composed, part.texts("test", []))),
         part,
-        tuple(notes),
     )
     both = sorted(set(domain.val) & set(domain.test))
     if both:
@@ -310,7 +298,7 @@ def _domain_values(
         raise part.error(
             f"{missing[0]} has no label value; add it under 'values', here or in its class"
         )
-    background = (*_listed(part, "background"), *_listed(part, "ignore"))
+    background = _listed(part, "background")
     meanings = {s.name: values[s.name] for s in structures}
     meanings |= {"'background'": background, "'unannotated'": unannotated}
     for (one, first), (other, second) in combinations(meanings.items(), 2):

@@ -52,29 +52,14 @@ TISSUES = (
 # Axes of the heart before tilting: along the left ventricle to the apex (left, forward, down),
 # towards the septum, and upwards, perpendicular to both.
 _APEX = np.array([-0.63, 0.55, -0.55])
-
-
 _APEX /= np.linalg.norm(_APEX)
-
 _SEPTUM = np.array([0.66, 0.74, 0.06])
-
-
 _SEPTUM -= _APEX * (_APEX @ _SEPTUM)
-
-
 _SEPTUM /= np.linalg.norm(_SEPTUM)
-
 _UP = np.cross(_SEPTUM, _APEX)
-
-
-_UP *= np.sign(_UP[2])
-
-HEART_AXES = np.stack([_APEX, _SEPTUM, _UP])
-
+HEART_AXES = np.stack([_APEX, _SEPTUM, _UP * np.sign(_UP[2])])
 HEART_CENTRE = np.array([-26.0, 20.0, -4.0])
-
 _BASE = np.array([-22.0, 12.0, 9.0])  # centre of the left ventricle's valve plane
-
 _DEPTH = 86.0  # half of the chest's inner depth, mm
 
 
@@ -241,19 +226,18 @@ class _Body:
         column = column * 34 + 26 * np.clip((-self.z - 10) / 60, 0, 1)
         septum = np.abs(middle) - 4 - 7 * front * np.clip((self.z + 20) / 60, 0, 1)
         back = np.sqrt((self.x + 6) ** 2 + (self.y - self.spine_y - 18) ** 2) - 24
-        self.between = np.minimum(np.minimum(column, septum), back)
+        between = np.minimum(np.minimum(column, septum), back)
         # Lymph nodes, remnants of the thymus and small vessels in that fat.
         nodes = np.clip(2.2 * c.fields["tree_b"] - 1.2, 0, 0.9)
-        c.paint("muscle", np.maximum(self.inner + 2, self.between + 1), strength=nodes)
-        lung = np.maximum(np.maximum(self.inner + 1, -self.between), self.diaphragm)
-        self.lung = lung
+        c.paint("muscle", np.maximum(self.inner + 2, between + 1), strength=nodes)
+        lung = np.maximum(np.maximum(self.inner + 1, -between), self.diaphragm)
         c.paint("lung", lung)
         # Common zeros of two random fields are curves, which look like branching vessels.
         thick = np.float32(0.13) + np.float32(0.22) * np.exp(
             -(((np.abs(self.x + 6) - 45) / 35) ** 2) - ((self.y + 15) / 45) ** 2
         ).astype(np.float32)
-        curves = np.sqrt(c.fields["tree_a"] ** 2 + c.fields["tree_b"] ** 2)
-        vessel = np.clip(1.4 - curves / thick, 0, 1)
+        self.curves = np.sqrt(c.fields["tree_a"] ** 2 + c.fields["tree_b"] ** 2)
+        vessel = np.clip(1.4 - self.curves / thick, 0, 1)
         c.paint("lung_vessel", lung + 2, strength=vessel)
         # Trachea and main bronchi.
         wall_y = -6.0
@@ -285,14 +269,7 @@ class _Body:
         level = Ellipsoid(np.array([52.0, 2, top - 22]), np.array([98.0, 76, 66]), turn((0, 12, 0)))
         liver = np.maximum(level.distance(c.q), below + 1)
         c.paint("liver", liver)
-        c.paint(
-            "liver_vein",
-            liver + 4,
-            strength=0.8
-            * np.clip(
-                1.3 - np.sqrt(c.fields["tree_a"] ** 2 + c.fields["tree_b"] ** 2) / 0.18, 0, 1
-            ),
-        )
+        c.paint("liver_vein", liver + 4, strength=0.8 * np.clip(1.3 - self.curves / 0.18, 0, 1))
         stomach = Ellipsoid(
             np.array([-58.0, 8, top - 12]), np.array([34.0, 40, 40]), turn((10, -20, 10))
         )
@@ -342,8 +319,7 @@ class _Heart:
         self.turn = turn(s.tilt)
         self.axes = HEART_AXES @ self.turn.T
         self.offset = np.array(s.shift) + [0, 0.35 * (body.depth - _DEPTH), 0]
-        base = self.place(_BASE)
-        self.base = base
+        self.base = base = self.place(_BASE)
         apex, septum, up = self.axes
         k = s.heart_scale
         radius, wall = s.lv_radius * k, s.wall * np.sqrt(k)
@@ -408,7 +384,6 @@ class _Heart:
         p = s.pulmonary
         trunk = valve + [0, -19, 22]
         fork = trunk + np.array([4, -20, 10])
-        self.fork = fork
         self.pulmonary = Tube.through([valve, trunk, fork], [p, 1.05 * p, p])
         self.pulmonary_branches = [
             Tube.through(

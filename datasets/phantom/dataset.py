@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import gzip
 import json
-import multiprocessing
-import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import nibabel as nib
 import numpy as np
 
+from glua_bench.data.cache import cache_root
+from glua_bench.data.parallel import cores, parallel_map
 from glua_bench.datasets import mmwhs_layout
 from glua_bench.datasets.mmwhs_layout import MMWHSLayout
-from glua_bench.errors import DataError
+from glua_bench.errors import DataError, RunFailure
 from glua_bench.files import storing, write_bytes, write_json
 from glua_bench.paths import entries
 
@@ -36,10 +35,6 @@ MORE_TESTS = tuple(range(1021, 1037))
 ALL_IDS = (*mmwhs_layout.ALL_IDS, *MORE_TESTS)
 
 Report = Callable[[str], None]
-
-
-def _silent(line: str) -> None:
-    """Discard a report."""
 
 
 class Phantom(MMWHSLayout):
@@ -70,10 +65,9 @@ class Phantom(MMWHSLayout):
 
         Generated files belong to the cache, not to GLUA_BENCH_DATA.
         """
-        base = os.environ.get("GLUA_BENCH_CACHE") or "~/.cache/glua-bench"
-        return Path(base).expanduser() / "phantom" / f"v{GENERATOR_VERSION}-seed{seed}"
+        return cache_root() / "phantom" / f"v{GENERATOR_VERSION}-seed{seed}"
 
-    def prepare(self, report: Report = _silent) -> None:
+    def prepare(self, report: Report = lambda line: None) -> None:
         """Generate missing files.
 
         A smaller cohort (from `generate`) stays as it is, except a complete cohort of an earlier
@@ -113,7 +107,7 @@ def generate(
     ids: Mapping[str, Sequence[int]] | None = None,
     voxel_scale: float = 1.0,
     workers: int | None = None,
-    report: Report = _silent,
+    report: Report = lambda line: None,
 ) -> None:
     """Write a cohort, or the missing part of it.
 
@@ -200,38 +194,27 @@ def _work_off(
     report: Report,
 ) -> None:
     """Write all jobs, in several processes if possible."""
-    count = min(8, _cpus()) if workers is None else workers
-    count = max(1, min(count, len(jobs)))
     total = len(jobs)
+    count = max(1, min(min(8, cores()) if workers is None else workers, total))
     report(f"phantom: generating {total} volumes in {root} with {count} processes")
-    if count > 1:
-        # Spawn, because the caller may have threads (torch, BLAS) that do not survive a fork.
+    work = partial(_write_job, root, seed, voxel_scale)
+    for processes in (count, 1):
+        done = total - len(jobs)
         try:
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(count, mp_context=context) as pool:
-                futures = {
-                    pool.submit(
-                        write_subject, root, seed, domain, number, voxel_scale
-                    ): f"{domain}_{number}"
-                    for domain, number in jobs
-                }
-                for done, future in enumerate(as_completed(futures), 1):
-                    future.result()
-                    report(f"phantom: {done}/{total} {futures[future]}")
+            for index, _ in parallel_map(work, jobs, processes):
+                done += 1
+                report(f"phantom: {done}/{total} {jobs[index][0]}_{jobs[index][1]}")
             return
-        except BrokenProcessPool:
+        except RunFailure:
             # A script without a `__main__` guard cannot spawn, and a child may be killed.
+            if processes == 1:
+                raise
             report("phantom: worker processes do not start; continuing in this process")
             jobs = [job for job in jobs if not _complete(root, *job)]
-    for done, (domain, number) in enumerate(jobs, 1 + total - len(jobs)):
-        write_subject(root, seed, domain, number, voxel_scale)
-        report(f"phantom: {done}/{total} {domain}_{number}")
 
 
-def _cpus() -> int:
-    """Return the number of CPUs available to this process."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+def _write_job(root: Path, seed: int, voxel_scale: float, job: tuple[str, int]) -> None:
+    write_subject(root, seed, *job, voxel_scale)
 
 
 def _wanted(ids: Mapping[str, Sequence[int]] | None) -> dict[str, list[int]]:
@@ -249,10 +232,8 @@ def _wanted(ids: Mapping[str, Sequence[int]] | None) -> dict[str, list[int]]:
 
 def _complete(root: Path, domain: str, number: int) -> bool:
     """Return True if both files of a subject exist."""
-    return (
-        Phantom.image_path(root, domain, number).is_file()
-        and Phantom.label_path(root, domain, number).is_file()
-    )
+    paths = Phantom.image_path(root, domain, number), Phantom.label_path(root, domain, number)
+    return all(path.is_file() for path in paths)
 
 
 def _read_manifest(root: Path, seed: int) -> dict[str, Any] | None:

@@ -13,14 +13,14 @@ Med 2003;50:210-213), so fat enters with a negative sign and mixed voxels cancel
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
 
 from glua_bench.datasets.phantom.anatomy import TISSUES, Subject, draw_thorax
-from glua_bench.datasets.phantom.shapes import Canvas, Lattice, smooth_field
+from glua_bench.datasets.phantom.shapes import Canvas, Lattice, smooth_field, turn
 
 Spread = tuple[float, float]  # mean and standard deviation of the texture
 
@@ -165,13 +165,9 @@ def acquire_ct(subject: Subject, rng: np.random.Generator, voxel_scale: float) -
         voxel_scale: factor on the voxel size at constant field of view.
     """
     values = draw_hounsfield(rng)
-    in_plane = rng.uniform(1.95, 2.2) * voxel_scale
-    thickness = rng.uniform(1.9, 2.2) * voxel_scale
-    extent = np.array([rng.uniform(222, 240), rng.uniform(196, 214), rng.uniform(196, 214)])
-    centre = _heart_middle(subject) + rng.uniform(-1, 1, 3) * _OFF_CENTRE
-    spacing = np.array([in_plane, in_plane, thickness])
-    shape = _counts(extent, spacing)
-    steps = np.diag([-in_plane, -in_plane, thickness])  # towards left, back and head
+    sizes, sides = ((1.95, 2.2), (1.9, 2.2)), ((222, 240), (196, 214), (196, 214))
+    shape, spacing, centre = _field_of_view(rng, subject, voxel_scale, sizes, sides)
+    steps = np.diag([-1, -1, 1] * spacing)  # towards left, back and head
     lattice = Lattice(shape, steps, centre - steps @ (np.array(shape) - 1) / 2)
     canvas = Canvas(lattice, subject.warp, values, _fields(rng, lattice))
     draw_thorax(canvas, subject)
@@ -258,15 +254,11 @@ def acquire_mr(subject: Subject, rng: np.random.Generator, voxel_scale: float) -
         voxel_scale: factor on the voxel size at constant field of view.
     """
     values = draw_signals(rng)
-    in_plane = rng.uniform(1.8, 2.15) * voxel_scale
-    thickness = rng.uniform(3.4, 4.4) * voxel_scale
-    extent = np.array([rng.uniform(225, 262), rng.uniform(225, 262), rng.uniform(150, 175)])
-    centre = _heart_middle(subject) + rng.uniform(-1, 1, 3) * _OFF_CENTRE
-    spacing = np.array([in_plane, in_plane, thickness])
-    shape = _counts(extent, spacing)
+    sizes, sides = ((1.8, 2.15), (3.4, 4.4)), ((225, 262), (225, 262), (150, 175))
+    shape, spacing, centre = _field_of_view(rng, subject, voxel_scale, sizes, sides)
     # Columns run to the left, rows to the feet, slices to the front.
     directions = np.array([[-1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
-    steps = _small_turn(rng.uniform(-5, 5, 3)) @ directions * spacing
+    steps = turn(rng.uniform(-5, 5, 3)) @ directions * spacing
     origin = centre - steps @ (np.array(shape) - 1) / 2
     lattice = Lattice(shape, steps, origin)
 
@@ -281,7 +273,9 @@ def acquire_mr(subject: Subject, rng: np.random.Generator, voxel_scale: float) -
     labels = np.ascontiguousarray(canvas.labels[..., 1::2])
 
     # Breathing blurs along the body axis, the second array axis.
-    signal = ndimage.gaussian_filter1d(signal, rng.uniform(0.4, 1.4) / in_plane, axis=1, truncate=3)
+    signal = ndimage.gaussian_filter1d(
+        signal, rng.uniform(0.4, 1.4) / spacing[0], axis=1, truncate=3
+    )
     bias = _coil(rng, lattice, centre)
     signal *= bias
     blood = values["lv_blood"][0]
@@ -317,30 +311,28 @@ ACQUIRE: dict[str, Callable[[Subject, np.random.Generator, float], Volume]] = {
 }
 
 
-def _heart_middle(subject: Subject) -> np.ndarray:
-    """Return the centre of the field of view: near the heart, towards the midline."""
-    return np.array([-16.0, 12.0, 12.0]) + 0.8 * np.array(subject.shift)
-
-
-def _counts(extent: np.ndarray, spacing: np.ndarray) -> tuple[int, int, int]:
-    """Return the number of voxels that cover an extent."""
+def _field_of_view(
+    rng: np.random.Generator,
+    subject: Subject,
+    voxel_scale: float,
+    sizes: Sequence[tuple[float, float]],
+    sides: Sequence[tuple[float, float]],
+) -> tuple[tuple[int, int, int], np.ndarray, np.ndarray]:
+    """Draw shape, spacing and centre of a volume from ranges of voxel sizes and sides in mm."""
+    in_plane, thickness = (rng.uniform(*size) * voxel_scale for size in sizes)
+    spacing = np.array([in_plane, in_plane, thickness])
+    extent = [rng.uniform(*side) for side in sides]
+    # Near the heart, towards the midline.
+    centre = np.array([-16.0, 12.0, 12.0]) + 0.8 * np.array(subject.shift)
+    centre = centre + rng.uniform(-1, 1, 3) * _OFF_CENTRE
     a, b, c = (max(8, round(float(e / s))) for e, s in zip(extent, spacing, strict=True))
-    return a, b, c
+    return (a, b, c), spacing, centre
 
 
 def _fields(rng: np.random.Generator, lattice: Lattice) -> dict[str, np.ndarray]:
     """Draw the random fields used for textures."""
     lengths = {"fine": 5.0, "rough": 5.5, "tree_a": 16.0, "tree_b": 16.0}
     return {name: smooth_field(rng, lattice, length) for name, length in lengths.items()}
-
-
-def _small_turn(degrees: np.ndarray) -> np.ndarray:
-    """Return a rotation about x, y and z by small angles."""
-    a, b, c = np.radians(degrees)
-    about_x = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
-    about_y = np.array([[np.cos(b), 0, np.sin(b)], [0, 1, 0], [-np.sin(b), 0, np.cos(b)]])
-    about_z = np.array([[np.cos(c), -np.sin(c), 0], [np.sin(c), np.cos(c), 0], [0, 0, 1]])
-    return about_z @ about_y @ about_x
 
 
 def _affine(lattice: Lattice) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -235,18 +235,15 @@ class Canvas:
         if isinstance(shape, Ellipsoid):
             return shape.distance(self.q[(slice(None), *box)])
         made = np.full(self.image[box].shape, 50.0, np.float32)
-        outer = [s.start for s in _explicit(box, self.lattice.shape)]
+        outer = _explicit(box, self.lattice.shape)
         segments = zip(shape.points, shape.points[1:], shape.radii, shape.radii[1:], strict=False)
         for a, b, ra, rb in segments:
             r = max(ra, rb)
-            near = self.box(np.minimum(a, b) - r, np.maximum(a, b) + r, margin)
-            near = _overlap(near, _explicit(box, self.lattice.shape))
+            near = _overlap(self.box(np.minimum(a, b) - r, np.maximum(a, b) + r, margin), outer)
             if any(s.stop <= s.start for s in near):
                 continue
-            d, e, f = (
-                slice(s.start - start, s.stop - start) for s, start in zip(near, outer, strict=True)
-            )
-            part = made[d, e, f]
+            pairs = zip(near, outer, strict=True)
+            part = made[tuple(slice(s.start - o.start, s.stop - o.start) for s, o in pairs)]
             np.minimum(part, _capsule(self.q[(slice(None), *near)], a, b, ra, rb), out=part)
         return made
 
@@ -324,7 +321,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def turn(degrees: tuple[float, float, float]) -> np.ndarray:
+def turn(degrees: Sequence[float] | np.ndarray) -> np.ndarray:
     """Return the rotation about x, then y, then z."""
     (ca, cb, cc), (sa, sb, sc) = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     about_x = np.array([[1, 0, 0], [0, ca, -sa], [0, sa, ca]])

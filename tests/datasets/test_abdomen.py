@@ -1,14 +1,13 @@
-"""datasets/abdomen.py, abdomen_files.py, chaos.py: the owners' layouts, and slices that stand up.
+"""datasets/abdomen.py, abdomen_files.py, chaos.py: the owners' layouts, and upright slices.
 
-No patient is here. Bodies are drawn in the patient's coordinates, with a liver at their right, and
-stored as differently as scanners and converters store them.
+No patient data. Bodies are drawn in patient coordinates, with the liver on the right, and stored in
+the orientations of various scanners and converters.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import shutil
-import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -19,21 +18,15 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
+from drawn import CODES, HEADERS, run_glua, sentence, share_in_window, store
 from PIL import Image
 
-from glua_bench import cli
 from glua_bench.conformance import parametrize_dataset
-from glua_bench.console import Progress
 from glua_bench.data.volumes import load_image, load_label, read_label_volume
 from glua_bench.datasets import abdomen, chaos
-from glua_bench.datasets.abdomen import (
-    Abdomen,
-)
+from glua_bench.datasets.abdomen import Abdomen
 from glua_bench.errors import DataError, RunFailure
 from glua_bench.reports import published
-from glua_bench.runs.execution import execute
-from glua_bench.runs.plan import plan
-from glua_bench.runs.request import RunRequest
 from glua_bench.task import SPLITS, Dataset, Grid
 
 FOLDS = range(1, Abdomen.folds + 1)
@@ -61,8 +54,6 @@ SHOWN = {
     "mr": dict(zip(["air", "body", "liver", "right", "left", "spleen", "stomach", "spine"],
                    (2, 150, 90, 420, 420, 330, 240, 20), strict=True)),
 }  # fmt: skip
-CODES = ("LPS", "RAS", "LAS", "PIR", "LIA", "ASL")
-HEADERS = ("both", "sform", "qform", "disagree")
 # Directions in which columns and rows are counted, LPS+.
 PLANES = {
     "axial": ((1, 0, 0), (0, 1, 0)),
@@ -75,7 +66,7 @@ PLANES = {
 
 
 def draw(domain: str, number: int, ras: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A body at places in RAS+ mm (..., 3): values without noise, and raw labels."""
+    """Draw a body at positions in RAS+ mm (..., 3): noise-free intensities and raw labels."""
     rng = np.random.default_rng([number, domain == "mr"])
     place = ras - rng.uniform(-4, 4, 3)
     tones, values = SHOWN[domain], CT_LABEL if domain == "ct" else MR_LABEL
@@ -90,42 +81,25 @@ def draw(domain: str, number: int, ras: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def lattice(shape: tuple[int, ...] = SHAPE, spacing: tuple[float, ...] = SPACING) -> np.ndarray:
-    """RAS+ affine of a volume whose middle is the origin."""
+    """Return the RAS+ affine of a volume centred on the origin."""
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = [-(n - 1) / 2 * s for n, s in zip(shape, spacing, strict=True)]
     return affine
 
 
 def world(affine: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Where voxels are: mm (X, Y, Z, 3)."""
+    """Return the positions of voxels in mm, (X, Y, Z, 3)."""
     return np.stack(np.indices(shape), -1) @ affine[:3, :3].T + affine[:3, 3]
 
 
-def store(path: Path, data: np.ndarray, codes: str, header: str, slope: bool = False) -> None:
-    """Write RAS+ data in other axes; `header` says which of the two matrices holds the truth."""
-    image = nib.Nifti1Image(data.astype(np.int16), lattice())
-    turned = nib.orientations.ornt_transform(
-        nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(tuple(codes))
-    )
-    image = image.as_reoriented(turned)
-    if slope:  # stored from 0, as a converter of CT may do
-        image = nib.Nifti1Image((np.asarray(image.dataobj) + 1024) // 2, image.affine)
-        image.header.set_slope_inter(2, -1024)
-    truth = image.affine.copy()
-    wrong = truth @ np.diag([-1.0, 1.0, -1.0, 1.0])
-    image.set_sform(truth if header != "qform" else wrong, 0 if header == "qform" else 1)
-    image.set_qform(truth if header in ("both", "qform") else wrong, int(header != "sform"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(image, path)
-
-
 def write_ct(root: Path, number: int, codes: str = "LAS", header: str = "both") -> None:
-    """One scan of BTCV."""
+    """Write one scan of BTCV."""
     folder = root / "RawData" / "Training"
     image, label = draw("ct", number, world(lattice(), SHAPE))
     image += np.random.default_rng(number).normal(0, 6, SHAPE)
-    store(folder / "img" / f"img{number:04d}.nii.gz", np.rint(image), codes, header, number % 2)
-    store(folder / "label" / f"label{number:04d}.nii.gz", label, codes, header)
+    path, slope = folder / "img" / f"img{number:04d}.nii.gz", bool(number % 2)
+    store(path, np.rint(image), lattice(), codes, header, slope)
+    store(folder / "label" / f"label{number:04d}.nii.gz", label, lattice(), codes, header)
 
 
 WriteMR = Callable[..., Path]
@@ -133,7 +107,7 @@ WriteMR = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def write_mr(dicom_slice: Callable[..., Any]) -> WriteMR:
-    """Writes one scan of CHAOS below `MR`: DICOM and PNG, named in an order of its own."""
+    """Writes one scan of CHAOS below `MR`: DICOM and PNG files with shuffled names."""
 
     def write(root: Path, number: int, plane: str = "axial", names: bool = True) -> Path:
         scan = root / "Train_Sets" / "MR" / str(number) / "T2SPIR"
@@ -169,7 +143,7 @@ def write_mr(dicom_slice: Callable[..., Any]) -> WriteMR:
 
 
 def write_all(root: Path, write_mr: WriteMR) -> Path:
-    """All 50 scans, each with a header of its own."""
+    """Write all 50 scans with different headers."""
     for number in CT_IDS:
         write_ct(root / "Abdomen", number, CODES[number % 6], HEADERS[number % 4])
     for number in MR_IDS:
@@ -198,7 +172,7 @@ def dataset(root: Path) -> Abdomen:
 
 
 def touch(root: Path, ct: str = "RawData/Training/img", mr: str = "niis/T2SPIR") -> Path:
-    """Empty NIfTI files under the names that are looked for, for what never opens them."""
+    """Create empty NIfTI files under the expected names."""
     for names, folder in (
         ([f"{kind}{n:04d}.nii.gz" for n in CT_IDS for kind in ("img", "label")], ct),
         ([f"{kind}_{n}.nii.gz" for n in MR_IDS for kind in ("image", "label")], mr),
@@ -208,15 +182,6 @@ def touch(root: Path, ct: str = "RawData/Training/img", mr: str = "niis/T2SPIR")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
     return root
-
-
-def sentence(error: pytest.ExceptionInfo[Exception], *named: object) -> str:
-    """One sentence that names what it is about."""
-    text = str(error.value)
-    assert text.endswith(".") and "\n" not in text and ". " not in text, text
-    for what in named:
-        assert str(what) in text, text
-    return text
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -241,7 +206,7 @@ def test_volumes_are_found_at_any_depth(tmp_path: Path, ct: str) -> None:
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:
-    """Data sets are large: a link to where one lies is enough, and a link in a circle harmless."""
+    """Links to large data sets are followed, and circular links do no harm."""
     store = touch(tmp_path / "store")
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "btcv").symlink_to(store / "RawData", target_is_directory=True)
@@ -252,7 +217,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
 
 
 def test_series_count_before_copies(root: Path, dataset: Abdomen, tmp_path: Path) -> None:
-    """Who has made NIfTI copies beside the originals gets the originals, and is told so."""
+    """The originals are preferred to NIfTI copies beside them, and reported."""
     touch(tmp_path)
     (tmp_path / "chaos").symlink_to(root / "CHAOS_Train_Sets", target_is_directory=True)
     lines: list[str] = []
@@ -265,7 +230,7 @@ def test_series_count_before_copies(root: Path, dataset: Abdomen, tmp_path: Path
 @pytest.mark.parametrize("domain", ["ct", "mr"])
 @pytest.mark.parametrize("fault", ["nothing", "domain", "image", "label"])
 def test_missing_files_are_one_sentence(tmp_path: Path, domain: str, fault: str) -> None:
-    """What is missing, where it is obtained, what to accept, which files are expected."""
+    """What is missing, where to obtain it, which terms to accept, which files are expected."""
     root = touch(tmp_path / "data")
     form = {"ct": "{}{:04d}.nii.gz", "mr": "{}_{}.nii.gz"}[domain]
     kinds = {"ct": ("img", "label"), "mr": ("image", "label")}[domain]
@@ -371,7 +336,7 @@ def test_published_results_are_found_by_the_name() -> None:
 
 
 def check_upright(image: np.ndarray, labels: np.ndarray) -> None:
-    """(Z, H, W): right is left, the front is at the top, slices run upwards."""
+    """Check an image (Z, H, W): right on the left, front at the top, slices ascending."""
     at = {k: np.argwhere(labels == k).mean(0) for k in range(1, 5)}
     liver, right, left, spleen = (at[k] for k in range(1, 5))
     assert liver[2] < spleen[2] - 10 and right[2] < left[2] - 8
@@ -393,7 +358,7 @@ def loaded(image: Path, label: Path, domain: str, grid: Grid) -> tuple[Any, np.n
 @pytest.mark.parametrize("header", HEADERS)
 @pytest.mark.parametrize("codes", CODES)
 def test_ct_stands_upright_however_it_is_stored(tmp_path: Path, codes: str, header: str) -> None:
-    """The same slices for all axes, also where a header contradicts itself."""
+    """The same slices for all axes, also with contradictory headers."""
     grid, found = Grid(80, 5.2, 10.0), []
     for name, stored in (("drawn", ("RAS", "both")), ("stored", (codes, header))):
         write_ct(tmp_path / name, 2, *stored)
@@ -414,7 +379,7 @@ def test_ct_stands_upright_however_it_is_stored(tmp_path: Path, codes: str, head
 def test_mr_stands_upright_however_it_is_stored(
     tmp_path: Path, write_mr: WriteMR, plane: str
 ) -> None:
-    """From DICOM files in any orientation, named in any order, with a slope in each slice."""
+    """From DICOM files in any orientation and order, with a slope per slice."""
     scan = write_mr(tmp_path, 3, plane)
     image, label = tmp_path / "image.nii", tmp_path / "label.nii"
     chaos.convert(chaos.slices_of(scan), image, label)
@@ -435,7 +400,7 @@ def test_mr_stands_upright_however_it_is_stored(
 
 
 def test_ct_has_a_window_in_hounsfield_units(tmp_path: Path) -> None:
-    """The same range in every volume, whatever else is in it, and however it is stored."""
+    """The same range in every volume, whatever its content and storage."""
     values = np.linspace(-1024, 1500, 20 * 20 * 4).reshape(20, 20, 4).round()
     for number, (slope, inter) in enumerate(((1, 0), (2, -1024))):
         volume = nib.Nifti1Image(((values - inter) / slope).astype(np.int16), np.diag([5, 5, 5, 1]))
@@ -468,7 +433,7 @@ def test_labels_mean_what_the_owners_say(dataset: Abdomen) -> None:
 
 
 def test_copies_with_class_numbers_give_the_same(dataset: Abdomen, tmp_path: Path) -> None:
-    """NIfTI copies of CHAOS hold 1 to 4 in place of the grey levels."""
+    """NIfTI copies of CHAOS hold 1 to 4 instead of grey levels."""
     case = dataset.cases("mr")[1]
     grey: Any = nib.load(case.label)
     classes = np.searchsorted([0, 63, 126, 189, 252], np.asarray(grey.dataobj)).astype(np.uint8)
@@ -504,15 +469,7 @@ def test_the_window_holds_the_organs_of_a_large_patient(tmp_path: Path, domain: 
         path = tmp_path / "scan.nii.gz"
         nib.save(nib.Nifti1Image(image.astype(np.float32), lattice(shape, spacing)), path)
         placement = load_image(path, Abdomen.reading_of(domain), Abdomen.grids["quick"]).placement
-        kept = organs.transpose(placement.axes)
-        kept = kept[tuple(slice(None, None, -1 if f else 1) for f in placement.flips)]
-        for axis in (1, 2):
-            half = 0.5 * placement.step[axis]
-            first = placement.offset[axis] - half
-            last = placement.offset[axis] + 2 * half * (placement.shape[axis] - 0.5)
-            index = np.arange(kept.shape[axis])
-            kept = np.compress((index >= first - 1e-6) & (index <= last + 1e-6), kept, axis)
-        assert kept.sum() >= 0.999 * organs.sum()
+        assert share_in_window(organs, placement) >= 0.999
 
 
 # -- from DICOM and PNG to NIfTI ------------------------------------------------------------------
@@ -524,7 +481,7 @@ def scan(tmp_path: Path, write_mr: WriteMR) -> Path:
 
 
 def test_masks_lie_where_their_slices_lie(scan: Path, tmp_path: Path) -> None:
-    """A mask belongs to the file of its name: renaming both changes nothing."""
+    """A mask belongs to the file of the same name: renaming both changes nothing."""
     image, label = tmp_path / "image.nii", tmp_path / "label.nii"
     chaos.convert(chaos.slices_of(scan), image, label)
     first = [np.asarray(nib.load(file).dataobj) for file in (image, label)]
@@ -539,7 +496,7 @@ def test_masks_lie_where_their_slices_lie(scan: Path, tmp_path: Path) -> None:
 
 
 def test_grey_levels_are_ranges(scan: Path, tmp_path: Path) -> None:
-    """Above the first, up to the second number; and pictures of other modes with the same grey."""
+    """Above the first, up to the second number, in any picture mode."""
     slices = chaos.slices_of(scan)
     levels = np.zeros((SHAPE[1], SHAPE[0]), np.uint8)
     levels.flat[:8] = (56, 70, 111, 135, 176, 200, 241, 255)
@@ -651,7 +608,7 @@ def test_mutated_masks_are_one_sentence_each(scan: Path, tmp_path: Path) -> None
 
 
 def own(tmp_path: Path, scan: Path, monkeypatch: pytest.MonkeyPatch) -> Abdomen:
-    """A root with one MR scan that tests may change, and a cache of its own."""
+    """Return a dataset with one MR scan and its own cache, which tests may change."""
 
     class One(Abdomen):
         """A single MR case, which tests."""
@@ -670,7 +627,7 @@ def own(tmp_path: Path, scan: Path, monkeypatch: pytest.MonkeyPatch) -> Abdomen:
 def test_conversions_are_addressed_by_content(
     tmp_path: Path, scan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What changes is converted again, a mask never touches the image, and nothing is stale."""
+    """Changed files are converted again, and a changed mask leaves the image alone."""
     dataset = own(tmp_path, scan, monkeypatch)
     with pytest.raises(DataError) as error:
         dataset.cases("mr")
@@ -760,12 +717,9 @@ def test_conformance(check: Callable[[Dataset], None], dataset: Abdomen) -> None
 
 
 def test_check_names_the_file_that_cannot_be_used(
-    root: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    root: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:
-    """As the user sees it: the case, the value, and exit code 2."""
+    """The command names the case and the value, and exits with 2."""
     shutil.copytree(root / "Abdomen", tmp_path / "data" / "btcv")
     (tmp_path / "data" / "chaos").symlink_to(root / "CHAOS_Train_Sets", target_is_directory=True)
     label = next((tmp_path / "data").rglob("label0022.nii.gz"))
@@ -773,40 +727,21 @@ def test_check_names_the_file_that_cannot_be_used(
     voxels = np.array(stored.dataobj)
     voxels[0, 0, 0] = 14  # the duodenum, which others have added
     nib.save(nib.Nifti1Image(voxels, stored.affine, stored.header), label)
-    command = ["glua-bench", "data", "check", "abdomen", "--data-root", str(tmp_path / "data")]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    out, err = capsys.readouterr()
-    assert end.value.code == 2 and err.count("\n") == 1
+    code, out, err = call("data", "check", "abdomen", "--data-root", tmp_path / "data")
+    assert code == 2 and err.count("\n") == 1
     assert "label value(s) 14" in out + err and "label0022" in out + err
 
 
 @pytest.mark.parametrize("direction", Abdomen.directions)
 def test_glua_runs_from_the_owners_files(root: Path, tmp_path: Path, direction: str) -> None:
-    """Without a step before it; predictions overlay the original, with its domain's values."""
-    small = ["segmenter.width=4", "segmenter.depth=3", "batch_size=2"]
-    small += ["grid.size=64", "grid.spacing=6.5", "grid.slice_spacing=20"]
-    request = RunRequest(
-        "glua",
-        "abdomen",
-        direction=direction,
-        preset="quick",
-        steps=2,
-        assignments=small,
-        data_root=root,
-        runs_root=tmp_path,
-        device="cpu",
-        mlflow=False,
-    )
-    execute(plan(request), Progress(enabled=False))
-    (done,) = tmp_path.glob("abdomen/glua/*/done")
-    rows = pd.read_parquet(done.parent / "cases.parquet")
+    """Without preparation; predictions overlay the original, with its domain's values."""
+    spacing = ("grid.spacing=6.5", "grid.slice_spacing=20")
+    run, rows = run_glua("abdomen", direction, root, tmp_path, *spacing)
     target = direction.split("-")[1]
     assert set(rows["case"]) == {f"{target}_{n:02d}" for n in TEST_IDS[target]}
     assert set(rows["structure"]) >= {"LIV", "RK", "LK", "SPL"}
     case = Abdomen(root).split(target, "test")[1]
-    (prediction,) = done.parent.glob(f"predictions/{case.id}*.nii.gz")
+    (prediction,) = run.glob(f"predictions/{case.id}*.nii.gz")
     saved: Any = nib.load(prediction)
     np.testing.assert_allclose(saved.affine, nib.load(case.image).affine, atol=1e-4)
     table = {"ct": {0, 1, 2, 3, 6}, "mr": {0, 63, 126, 189, 252}}[target]

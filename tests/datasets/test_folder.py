@@ -1,4 +1,4 @@
-"""folder.py: what a description says is what is trained and scored on."""
+"""folder/dataset.py: training and scoring use the described files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ domains:
 
 @pytest.fixture
 def described(tmp_path: Path) -> Path:
-    """A description beside the files of the conformance kit."""
+    """Write a description beside the files of the conformance kit."""
     TinyDataset(tmp_path / "data").prepare()
     file = tmp_path / "tiny.yaml"
     file.write_text(TEXT)
@@ -159,7 +159,7 @@ def test_the_registry_knows_a_description_by_its_name(described: Path) -> None:
 
 
 def test_glua_runs_on_described_volumes_of_other_formats(described: Path, tmp_path: Path) -> None:
-    """From NRRD and MetaImage files to scores on them, by the command line."""
+    """From NRRD and MetaImage files to scores, with the command line."""
     for path in (described.parent / "data").rglob("*.nii.gz"):
         suffix = ".nrrd" if "plain" in path.name else ".mha"
         voxels = SimpleITK.ReadImage(path)
@@ -184,7 +184,7 @@ def test_glua_runs_on_described_volumes_of_other_formats(described: Path, tmp_pa
 
 
 def test_one_label_serves_two_sequences_of_the_same_people(tmp_path: Path) -> None:
-    """Both domains name the same label files; every check passes, and nobody is told as a copy."""
+    """Both domains share their label files; every check passes without reported duplicates."""
     made = TinyDataset(tmp_path / "data")
     made.prepare()
     for case in made.cases("plain"):
@@ -205,14 +205,3 @@ def test_one_label_serves_two_sequences_of_the_same_people(tmp_path: Path) -> No
     apart = Registry("dataset", [file]).load("two")()
     _, findings = check_dataset(apart, Progress(enabled=False))
     assert {f.check for f in findings if f.problem} == {"same file"}
-
-
-def test_the_old_word_for_background_is_told(described: Path) -> None:
-    described.write_text(TEXT.replace("background: [30]", "ignore: [30]"))
-    said: list[str] = []
-    own = load(described)
-    own.prepare(said.append)
-    assert [line.partition(": ")[2][:35] for line in said] == [
-        "'ignore' is deprecated; rename it t"
-    ] * 2
-    assert own.reading_of("plain").ignored_values == (30,)

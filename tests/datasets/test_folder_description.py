@@ -1,4 +1,4 @@
-"""folder_description.py: what a description may say, and one sentence for what it may not."""
+"""folder/description.py: valid descriptions, and one sentence for invalid ones."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_everything_that_may_be_said_is_taken(tmp_path: Path) -> None:
-    told = describe(write(tmp_path, TEXT))
-    assert told.name == "own" and told.directions == ("ct-mr", "mr-ct") and told.root == tmp_path
-    assert told.grids["quick"] == Grid(64, 5.0, 3.0) and told.grids["paper"] == Grid(256, 1.25, 3.0)
-    ct, mr = told.domains["ct"], told.domains["mr"]
+    own = describe(write(tmp_path, TEXT))
+    assert own.name == "own" and own.directions == ("ct-mr", "mr-ct") and own.root == tmp_path
+    assert own.grids["quick"] == Grid(64, 5.0, 3.0) and own.grids["paper"] == Grid(256, 1.25, 3.0)
+    ct, mr = own.domains["ct"], own.domains["mr"]
     assert [s.values for s in ct.structures] == [(1,), (4, 5)]
     assert [s.values for s in mr.structures] == [(63,), (4, 5)]
-    assert [(s.name, s.title, s.color) for s in told.structures] == [
+    assert [(s.name, s.title, s.color) for s in own.structures] == [
         ("LIV", "liver", "#e69f00"),
         ("SPL", "spleen", "#112233"),
     ]
@@ -62,10 +62,10 @@ def test_planes_grids_and_stored_arrays(tmp_path: Path) -> None:
         "    window",
         "    stored: {slices: 0, rows: 2, flip: [1]}\n    spacing: [0, 1, 1]\n    window",
     )
-    told = describe(write(tmp_path, text))
-    assert told.grids == {"quick": Grid(96, 2.0, 3.0)}
-    assert told.domains["mr"].reading.slice_axis == 1
-    ct = told.domains["ct"].reading
+    own = describe(write(tmp_path, text))
+    assert own.grids == {"quick": Grid(96, 2.0, 3.0)}
+    assert own.domains["mr"].reading.slice_axis == 1
+    ct = own.domains["ct"].reading
     assert (ct.orientation, ct.slice_axis, ct.row_axis, ct.flip) == ("stored", 0, 2, (1,))
     assert ct.stated_spacing == (0.0, 1.0, 1.0)
 
@@ -82,7 +82,7 @@ def test_labels_of_nnunet_are_taken_by_name(tmp_path: Path) -> None:
 
 
 def nnunet_text(tmp_path: Path, labels: dict[str, Any], classes: str = "", own: str = "") -> str:
-    """A description whose second domain is a folder of nnU-Net with such labels."""
+    """Return a description whose second domain is an nnU-Net folder with the given labels."""
     folder = tmp_path / "Dataset001_MR"
     folder.mkdir(exist_ok=True)
     (folder / "dataset.json").write_text(json.dumps({"labels": labels, "file_ending": ".nii.gz"}))
@@ -105,21 +105,10 @@ def test_ignore_of_nnunet_is_unannotated_and_not_background(tmp_path: Path) -> N
 
 def test_what_nobody_annotated_is_listed(tmp_path: Path) -> None:
     text = TEXT.replace("background: [7]", "background: [7]\n    unannotated: [255]")
-    told = describe(write(tmp_path, text))
-    reading = told.domains["mr"].reading
+    own = describe(write(tmp_path, text))
+    reading = own.domains["mr"].reading
     assert (reading.ignored_values, reading.unannotated_values) == ((7,), (255,))
-    assert told.notes == () and told.domains["ct"].reading.unannotated_values == ()
-
-
-def test_ignore_still_means_background_and_says_so(tmp_path: Path) -> None:
-    file = write(tmp_path, TEXT.replace("background: [7]", "ignore: [7]"))
-    told = describe(file)
-    assert told.domains["mr"].reading == describe(write(tmp_path, TEXT)).domains["mr"].reading
-    (note,) = told.notes
-    line = 1 + TEXT[: TEXT.index("background: [7]")].count("\n")
-    assert note.startswith(
-        f"{file}, line {line}: 'ignore' is deprecated; rename it to 'background'"
-    )
+    assert own.domains["ct"].reading.unannotated_values == ()
 
 
 REGIONS = {"background": 0, "whole tumour": [1, 2, 3], "core": [2, 3], "enhancing": 3}
@@ -179,7 +168,8 @@ def test_regions_that_overlap_are_no_classes(tmp_path: Path) -> None:
         ("table: mr.csv", "table: mr.csv\n    images: '*.nii'", "but has images and table."),
         ("LIV: 63", "LVI: 63", "line 16: 'LVI' is not a class; did you mean 'LIV'?"),
         ("LIV: 63", "LIV: 7", "label value 7 is used for both LIV and 'background'; give"),
-        ("background: [7]", "ignore: [x]", "'ignore' must be a list of label values."),
+        ("background: [7]", "background: [x]", "'background' must be a list of label values."),
+        ("background: [7]", "ignore: [7]", "unknown 'ignore'"),
         ("  mr:", "  m-r:", "'m-r' is not a domain name; use lower-case letters"),
         ("  mr:", "  ct:", "line 13: 'ct' is given twice; keep one."),
         ("name: own", "name: own\ndirections: [mr-pet]", "'mr-pet' is not a direction; did you"),

@@ -1,4 +1,4 @@
-"""folder_draft.py: a description is written from files and answers, and it describes them."""
+"""folder/draft.py: descriptions drafted from files and answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ VALUES = {"ct": (1, 4), "mr": (1, 4)}
 
 @pytest.fixture
 def volumes(tmp_path: Path) -> Callable[..., Path]:
-    """Writes people p1 to p6 in two domains, with two organs and a stray value."""
+    """Writes volumes of p1 to p6 in two domains, with two organs and a stray value."""
 
     def write(values: dict[str, tuple[int, int]] = VALUES, same: bool = True) -> Path:
         rng = np.random.default_rng(0)
@@ -57,7 +57,7 @@ def volumes(tmp_path: Path) -> Callable[..., Path]:
 
 
 def answers(structures: str = "", same: str = "") -> Ask:
-    """Answers what is given, and takes the guess of everything else."""
+    """Return a function that gives these answers and otherwise accepts the guess."""
 
     def ask(question: str, guess: str, read: Callable[[str], Any]) -> Any:
         given = structures if "name=value" in question else same if "same" in question else ""
@@ -67,7 +67,7 @@ def answers(structures: str = "", same: str = "") -> Ask:
 
 
 def by_domain(**structures: str) -> Ask:
-    """Names the structures of each domain, and takes the guess of everything else."""
+    """Return a function that names each domain's structures and otherwise accepts the guess."""
 
     def ask(question: str, guess: str, read: Callable[[str], Any]) -> Any:
         return read(structures[question[:2]] if "name=value" in question else guess)
@@ -190,7 +190,7 @@ def test_a_domain_without_labels_trains_and_is_not_tested_on(
 
 
 def nnunet_folders(root: Path, data: Path, labels: dict[str, object]) -> Path:
-    """Both domains as nnU-Net keeps them."""
+    """Copy both domains into nnU-Net folders."""
     for number, domain in enumerate(("ct", "mr"), start=1):
         folder = root / f"Dataset00{number}_{domain.upper()}"
         for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
@@ -230,7 +230,7 @@ def test_folders_of_nnunet_are_described_by_their_names(
 def test_names_of_nnunet_are_proposed_as_answers(
     tmp_path: Path, volumes: Callable[..., Path], names: tuple[str, ...], titles: list[str]
 ) -> None:
-    """What is proposed can be taken, whatever labels are called."""
+    """Proposals are valid answers for any label names."""
     labels = {"background": 0, **dict(zip(names, (1, 4, 9), strict=True))}
     own = written(tmp_path, nnunet_folders(tmp_path / "raw", volumes(), labels))
     assert [s.title for s in own.structures] == titles
@@ -335,7 +335,7 @@ SIZE = (12, 14, 5)
 
 
 def scan(path: Path, values: tuple[int, ...] = (1,)) -> None:
-    """A small image, or a small label where the path speaks of one."""
+    """Write a small image, or a small label if the path names one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(zlib.crc32(str(path).encode()))
     image = rng.integers(0, 400, SIZE).astype(np.int16)
@@ -448,7 +448,7 @@ def test_files_that_no_pattern_tells_apart_are_told_and_nothing_is_written(tmp_p
 def nnunet(
     root: Path, name: str, train: str, test: str = "", bare: str = "", fold: str = ""
 ) -> Path:
-    """A folder of nnU-Net: a letter is a case; the one fold validates with some."""
+    """Write an nnU-Net folder with a case per letter, and optionally one fold."""
     folder = root / name
     for case in train + bare:
         scan(folder / f"imagesTr/{case}_0000.nii.gz")
@@ -460,8 +460,8 @@ def nnunet(
     facts = {"labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz"}
     (folder / "dataset.json").write_text(json.dumps(facts))
     if fold:
-        told = [{"train": sorted(set(train) - set(fold)), "val": list(fold)}]
-        (folder / "splits_final.json").write_text(json.dumps(told))
+        folds = [{"train": sorted(set(train) - set(fold)), "val": list(fold)}]
+        (folder / "splits_final.json").write_text(json.dumps(folds))
     return root
 
 
@@ -469,14 +469,14 @@ def nnunet(
 def test_a_split_of_nnunet_holds_in_all_domains_of_the_same_people(
     tmp_path: Path, first: str, second: str
 ) -> None:
-    """Whichever domain comes first, and whichever has it."""
+    """Whichever domain comes first and has the split."""
     nnunet(tmp_path / "raw", f"Dataset001_{first}", "abcdefg")
     nnunet(tmp_path / "raw", f"Dataset002_{second}", "abcde", "fg", fold="e")
     own = written(tmp_path, tmp_path / "raw")
     for domain in (first, second):
-        told = splits_of(own, domain)
-        assert {case for case, split in told.items() if split == "test"} == {"f", "g"}
-        assert {case for case, split in told.items() if split == "val"} == {"e"}
+        splits = splits_of(own, domain)
+        assert {case for case, split in splits.items() if split == "test"} == {"f", "g"}
+        assert {case for case, split in splits.items() if split == "val"} == {"e"}
     assert problems(own) == []
 
 

@@ -1,4 +1,4 @@
-"""folder_guess.py: what names and voxels suggest is found, and nothing is made up."""
+"""folder/guess.py: guesses from names and voxels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""folder_layouts.py: cases are found by patterns, from a table, and in nnU-Net's layout."""
+"""folder/layouts.py: cases by patterns, from a table, and in nnU-Net's layout."""
 
 from __future__ import annotations
 
@@ -134,8 +134,8 @@ def nnunet(root: Path, **facts: object) -> Path:
         *(f"imagesTs/c_{n}_0000.nii.gz" for n in (4, 5)),
         "labelsTs/c_4.nii.gz",
     )
-    told = {"file_ending": ".nii.gz", "labels": {"background": 0, "liver": 1}, **facts}
-    (folder / "dataset.json").write_text(json.dumps(told))
+    content = {"file_ending": ".nii.gz", "labels": {"background": 0, "liver": 1}, **facts}
+    (folder / "dataset.json").write_text(json.dumps(content))
     return folder
 
 
@@ -281,7 +281,7 @@ def test_one_case_in_training_and_test_is_told(tmp_path: Path) -> None:
 
 
 def decathlon(root: Path, **facts: object) -> Path:
-    """Task09 as it is distributed: no channels in names, paths listed, macOS's shadows."""
+    """Write Task09 as distributed: no channels in names, listed paths, macOS shadow files."""
     folder = touch(
         root / "Task09_Spleen",
         *(f"imagesTr/spleen_{n}.nii.gz" for n in (2, 10)),
@@ -289,7 +289,7 @@ def decathlon(root: Path, **facts: object) -> Path:
         *(f"imagesTr/._spleen_{n}.nii.gz" for n in (2, 10)),
         "imagesTs/spleen_1.nii.gz",
     )
-    told = {
+    content = {
         "name": "Spleen",
         "tensorImageSize": "3D",
         "modality": {"0": "CT"},
@@ -305,7 +305,7 @@ def decathlon(root: Path, **facts: object) -> Path:
         "test": ["./imagesTs/spleen_1.nii.gz"],
         **facts,
     }
-    (folder / "dataset.json").write_text(json.dumps(told))
+    (folder / "dataset.json").write_text(json.dumps(content))
     return folder
 
 

@@ -1,13 +1,12 @@
-"""datasets/mmwhs.py: the owners' layout and headers, splits, and a heart that fits the window.
+"""datasets/mmwhs.py: the owners' layout and headers, splits, and the working window.
 
-No patient is here. The files are drawn in world coordinates and stored as differently as scanners
-and converters store them.
+No patient data. Files are drawn in world coordinates and stored in the orientations of various
+scanners and converters.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +14,8 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from drawn import CODES, HEADERS, SMALL, run_glua, sentence, share_in_window, store
 
-from glua_bench import cli
 from glua_bench.conformance import parametrize_dataset
 from glua_bench.console import Progress
 from glua_bench.data.cache import SliceCache
@@ -28,9 +27,6 @@ from glua_bench.datasets.phantom import anatomy, physics
 from glua_bench.datasets.phantom.shapes import Canvas, Lattice, smooth_field
 from glua_bench.errors import ConfigError, DataError, RunFailure
 from glua_bench.inspection.integrity import check_dataset
-from glua_bench.runs.execution import execute
-from glua_bench.runs.plan import plan
-from glua_bench.runs.request import RunRequest
 from glua_bench.task import SPLITS, Dataset, Grid
 
 FOLDS = range(1, MMWHS.folds + 1)
@@ -46,13 +42,11 @@ PARTS = (
     (820, (10, 5, 50), 17),
     (850, (-25, 15, 52), 13),
 )
-CODES = ("LPS", "RAS", "LAS", "PIR", "LIA", "ASL")
-HEADERS = ("both", "sform", "qform", "disagree")
 SHOWN = {"ct": (-1000, 40, 100, 320), "mr": (8, 160, 120, 480)}  # air, body, wall, blood
 
 
 def draw(domain: str, number: int, stray: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """A chest with a heart in RAS+ axes, int16 (X, Y, Z): image and raw labels."""
+    """Draw a chest with a heart in RAS+ axes, int16 (X, Y, Z): image and raw labels."""
     rng = np.random.default_rng([number, domain == "mr"])
     x, y, z = (
         (np.arange(n) - (n - 1) / 2) * s + rng.uniform(-4, 4)
@@ -74,25 +68,12 @@ def draw(domain: str, number: int, stray: bool = False) -> tuple[np.ndarray, np.
     return np.rint(image).astype(np.int16), label
 
 
-def store(path: Path, data: np.ndarray, codes: str, header: str) -> None:
-    """Write RAS+ data in other axes; `header` says which of the two matrices holds the truth."""
-    affine = np.diag([*SPACING, 1.0])
-    affine[:3, 3] = (-110.0, -95.0, 300.0)
-    image = nib.Nifti1Image(data, affine)
-    turned = nib.orientations.ornt_transform(
-        nib.io_orientation(affine), nib.orientations.axcodes2ornt(tuple(codes))
-    )
-    image = image.as_reoriented(turned)
-    truth = image.affine.copy()  # setting a matrix changes the array that `affine` gives
-    # Another place and the other way round, as converters leave it in the matrix that they forget.
-    wrong = truth @ np.diag([-1.0, 1.0, -1.0, 1.0])
-    image.set_sform(truth if header != "qform" else wrong, 0 if header == "qform" else 1)
-    image.set_qform(truth if header in ("both", "qform") else wrong, int(header != "sform"))
-    nib.save(image, path)
+AFFINE = np.diag([*SPACING, 1.0])
+AFFINE[:3, 3] = (-110.0, -95.0, 300.0)
 
 
 def write(root: Path, stray: tuple[int, ...] = ()) -> Path:
-    """All 80 files under the owners' names, each case with a header of its own."""
+    """Write all 80 files under the owners' names, with different headers."""
     for domain in ("ct", "mr"):
         folder = root / f"{domain}_train"
         folder.mkdir(parents=True)
@@ -100,7 +81,8 @@ def write(root: Path, stray: tuple[int, ...] = ()) -> Path:
             codes, header = CODES[number % len(CODES)], HEADERS[number % len(HEADERS)]
             drawn = draw(domain, number, domain == "mr" and number in stray)
             for data, kind in zip(drawn, ("image", "label"), strict=True):
-                store(folder / f"{domain}_train_{number}_{kind}.nii.gz", data, codes, header)
+                path = folder / f"{domain}_train_{number}_{kind}.nii.gz"
+                store(path, data, AFFINE, codes, header)
     return root
 
 
@@ -115,7 +97,7 @@ def dataset(root: Path) -> MMWHS:
 
 
 def touch(root: Path, layout: str = "folders") -> Path:
-    """Empty files under the owners' names, for what never opens them."""
+    """Create empty files under the owners' names."""
     for domain in ("ct", "mr"):
         for number in range(1001, 1021):
             folder = root
@@ -136,7 +118,7 @@ def touch(root: Path, layout: str = "folders") -> Path:
 def test_files_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str, variable: str
 ) -> None:
-    """In the owners' folders or all in one, under a given root or under the variable."""
+    """In the owners' folders or a single one, below a given root or the variable's."""
     monkeypatch.setenv("GLUA_BENCH_DATA", str(tmp_path))
     base = touch(tmp_path / variable, layout)
     lines: list[str] = []
@@ -157,7 +139,7 @@ def test_files_are_found(
 
 @pytest.mark.parametrize("fault", ["nothing", "empty", "no mr", "image", "label"])
 def test_missing_files_are_one_sentence(tmp_path: Path, fault: str) -> None:
-    """Where the data are obtained, what to accept, which files are expected, where."""
+    """Where to obtain the data, which terms to accept, which files are expected."""
     root = tmp_path / "data"
     if fault == "empty":
         root.mkdir()
@@ -170,17 +152,9 @@ def test_missing_files_are_one_sentence(tmp_path: Path, fault: str) -> None:
             (root / "mr_train" / f"mr_train_{number}_{fault}.nii.gz").unlink()
     with pytest.raises(DataError) as caught:
         MMWHS(root).prepare()
-    text = str(caught.value)
-    assert text.endswith(".") and ". " not in text and "\n" not in text
-    for part in (
-        str(root),
-        "MM-WHS 2017 challenge",
-        "register",
-        "accepting its terms",
-        "ct_train_1001_image.nii.gz",
-        "mr_train_1020_label.nii.gz",
-    ):
-        assert part in text
+    terms = ("MM-WHS 2017 challenge", "register", "accepting its terms")
+    files = ("ct_train_1001_image.nii.gz", "mr_train_1020_label.nii.gz")
+    text = sentence(caught, root, *terms, *files)
     if fault in ("image", "label"):
         assert f"lacks 2 of 40 files, first mr_train_1004_{fault}.nii.gz" in text
     else:
@@ -246,13 +220,13 @@ def test_the_split_file_is_complete() -> None:
 def test_slices_stand_upright_however_they_are_stored(
     tmp_path: Path, codes: str, header: str
 ) -> None:
-    """The same voxels on the working grid for all axes, and where a header contradicts itself."""
+    """The same voxels on the working grid for all axes, also with contradictory headers."""
     image, label = draw("ct", 1001)
     paths = {}
     for name, stored in (("as drawn", ("RAS", "both")), ("stored", (codes, header))):
         paths[name] = [tmp_path / f"{name} {kind}.nii.gz" for kind in ("image", "label")]
         for path, data in zip(paths[name], (image, label), strict=True):
-            store(path, data, *stored)
+            store(path, data, AFFINE, *stored)
     grid = Grid(64, 4.0, 4.0)
     loaded = {}
     for name, (image_path, label_path) in paths.items():
@@ -272,7 +246,7 @@ def test_slices_stand_upright_however_they_are_stored(
 
 
 def test_labels_mean_what_the_owners_say(dataset: MMWHS) -> None:
-    """All seven values, and 421, which is the left atrium's."""
+    """All seven values, and 421, which counts as left atrium."""
     names = {value: s.name for s in dataset.structures for value in s.values}
     assert names == {205: "MYO", 420: "LAC", STRAY: "LAC", 500: "LVC", 820: "AA"}
     assert [s.name for s in dataset.structures] == ["MYO", "LAC", "LVC", "AA"]
@@ -289,7 +263,7 @@ def test_labels_mean_what_the_owners_say(dataset: MMWHS) -> None:
 
 
 def thorax(domain: str, number: int, voxel: float) -> tuple[np.ndarray, np.ndarray]:
-    """A whole phantom thorax, 420 × 320 × 440 mm, RAS+: image and where its task structures are."""
+    """Draw a phantom thorax, 420 × 320 × 440 mm, RAS+: image and mask of the task's structures."""
     rng = np.random.default_rng([9, number])
     person = anatomy.draw_subject(rng)
     table = physics.draw_hounsfield if domain == "ct" else physics.draw_signals
@@ -311,7 +285,7 @@ def thorax(domain: str, number: int, voxel: float) -> tuple[np.ndarray, np.ndarr
 def test_the_window_holds_the_heart_wherever_the_scan_is_centred(
     tmp_path: Path, domain: str
 ) -> None:
-    """Fields of view of 200 to 420 mm with the heart anywhere in them; there is no label file."""
+    """Fields of view of 200 to 420 mm with the heart anywhere, without label files."""
     voxel, grids = 6.0, MMWHS.grids
     assert {round(grid.size * grid.spacing, 6) for grid in grids.values()} == {320}
     rng = np.random.default_rng(3)
@@ -330,16 +304,7 @@ def test_the_window_holds_the_heart_wherever_the_scan_is_centred(
             path = tmp_path / f"{number}.nii.gz"
             nib.save(nib.Nifti1Image(image[tuple(cut)], np.diag([voxel] * 3 + [1])), path)
             placement = load_image(path, MMWHS.reading, grids["quick"]).placement
-            kept = part.transpose(placement.axes)
-            kept = kept[tuple(slice(None, None, -1 if f else 1) for f in placement.flips)]
-            for axis in (1, 2):
-                half = 0.5 * placement.step[axis]
-                first = placement.offset[axis] - half
-                last = placement.offset[axis] + 2 * half * (placement.shape[axis] - 0.5)
-                index = np.arange(kept.shape[axis])
-                seen = (index >= first - 1e-6) & (index <= last + 1e-6)
-                kept = np.compress(seen, kept, axis)
-            assert kept.sum() >= 0.999 * part.sum()
+            assert share_in_window(part, placement) >= 0.999
 
 
 # -- commands -------------------------------------------------------------------------------------
@@ -351,12 +316,9 @@ def test_conformance(check: Callable[[Dataset], None], dataset: MMWHS) -> None:
 
 
 def test_check_refuses_values_outside_the_map(
-    root: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    root: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
 ) -> None:
-    """As the user sees it: the case, the value, and exit code 2."""
+    """The command names the case and the value, and exits with 2."""
     for domain in ("ct", "mr"):
         (tmp_path / "data" / f"{domain}_train").mkdir(parents=True)
         for file in (root / f"{domain}_train").iterdir():
@@ -365,20 +327,16 @@ def test_check_refuses_values_outside_the_map(
     path.unlink()
     label = draw("ct", 1005)[1]
     label[0, 0, 0] = 430
-    store(path, label, CODES[1005 % len(CODES)], HEADERS[1005 % len(HEADERS)])
-    command = ["glua-bench", "data", "check", "mmwhs", "--data-root", str(tmp_path / "data")]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    out, err = capsys.readouterr()
-    assert end.value.code == 2 and "1 of 40 cases" in err
+    store(path, label, AFFINE, CODES[1005 % len(CODES)], HEADERS[1005 % len(HEADERS)])
+    code, out, err = call("data", "check", "mmwhs", "--data-root", tmp_path / "data")
+    assert code == 2 and "1 of 40 cases" in err
     (line,) = (line for line in out.splitlines() if line.startswith("problem"))
     assert str(path) in line and "label value(s) 430" in line
     assert "421, a stray value" in out
 
 
 def test_check_refuses_a_label_that_lies_otherwise(root: Path, tmp_path: Path) -> None:
-    """An image by its sform and a label by its qform is a fault: nothing is guessed."""
+    """An image with an sform and a label with a qform are rejected."""
 
     class One(MMWHS):
         """A single case a domain."""
@@ -393,8 +351,8 @@ def test_check_refuses_a_label_that_lies_otherwise(root: Path, tmp_path: Path) -
             tmp_path / f"{domain}_train" / f"{domain}_train_1001_{k}.nii.gz"
             for k in ("image", "label")
         ]
-        store(names[0], image, "LPS", "both")
-        store(names[1], label, "LPS", "both" if domain == "ct" else "disagree")
+        store(names[0], image, AFFINE, "LPS", "both")
+        store(names[1], label, AFFINE, "LPS", "both" if domain == "ct" else "disagree")
         if domain == "mr":
             crossed = nib.load(names[1])
             crossed.set_sform(None, 0)
@@ -407,28 +365,13 @@ def test_check_refuses_a_label_that_lies_otherwise(root: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("direction", MMWHS.directions)
 def test_glua_runs_from_raw_files(root: Path, tmp_path: Path, direction: str) -> None:
-    small = ["segmenter.width=4", "segmenter.depth=3", "batch_size=2"]
-    small += ["grid.size=64", "grid.spacing=5", "grid.slice_spacing=16"]
-    request = RunRequest(
-        "glua",
-        "mmwhs",
-        direction=direction,
-        preset="quick",
-        steps=2,
-        assignments=small,
-        data_root=root,
-        runs_root=tmp_path,
-        device="cpu",
-        mlflow=False,
-    )
-    execute(plan(request), Progress(enabled=False))
-    (done,) = tmp_path.glob("mmwhs/glua/*/done")
-    rows = pd.read_parquet(done.parent / "cases.parquet")
+    spacing = ("grid.spacing=5", "grid.slice_spacing=16")
+    run, rows = run_glua("mmwhs", direction, root, tmp_path, *spacing)
     target = direction.split("-")[1]
     assert set(rows["case"]) == {f"{target}_{n}" for n in MMWHS.test_ids[target]}
     assert set(rows["structure"]) >= {"MYO", "LAC", "LVC", "AA"}
     case = f"{target}_{MMWHS.test_ids[target][0]}"
-    (prediction,) = done.parent.glob(f"predictions/{case}*.nii.gz")
+    (prediction,) = run.glob(f"predictions/{case}*.nii.gz")
     saved = nib.load(prediction)
     original = nib.load(root / f"{target}_train" / f"{target}_train_{case[3:]}_image.nii.gz")
     np.testing.assert_allclose(saved.affine, original.affine, atol=1e-4)
@@ -436,7 +379,7 @@ def test_glua_runs_from_raw_files(root: Path, tmp_path: Path, direction: str) ->
 
 
 def test_the_cache_needs_no_label(dataset: MMWHS, tmp_path: Path) -> None:
-    """An image's entry is the same whether its label is there, wrong or missing."""
+    """An image's entry does not depend on its label."""
     case = dataset.cases("mr")[3]
     alone = tmp_path / case.image.name
     alone.write_bytes(case.image.read_bytes())
@@ -485,19 +428,18 @@ def test_the_literature_s_crop_uses_labels_for_the_crop_only(
 
 
 def test_a_run_of_the_literature_s_crop_is_stamped(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: Callable[..., tuple[int, str, str]],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "cache"))
-    command = ["glua-bench", "run", "--method=source_only", "--dataset=mmwhs_literature"]
-    command += ["--data-root", str(root), "--no-mlflow", "--steps=2", "--device=cpu"]
-    for setting in ("segmenter.width=4", "segmenter.depth=3", "batch_size=2", "grid.size=32"):
-        command.append(f"--set={setting}")
-    monkeypatch.setattr(sys, "argv", [*command, "--set=grid.slice_spacing=16"])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert not end.value.code
-    out, _ = capsys.readouterr()
+    options = ["--method=source_only", "--dataset=mmwhs_literature", f"--data-root={root}"]
+    options += ["--no-mlflow", "--steps=2", "--device=cpu"]
+    settings = (*SMALL, "grid.size=32", "grid.slice_spacing=16")
+    code, out, _ = call("run", *options, *(f"--set={setting}" for setting in settings))
+    assert not code
     (line,) = (line for line in out.splitlines() if line.startswith("PROTOCOL"))
     assert "literature" in line and "labels" in line
     (done,) = Path("runs").glob("mmwhs_literature/source_only/*/done")

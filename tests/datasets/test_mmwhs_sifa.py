@@ -1,4 +1,4 @@
-"""datasets/mmwhs_sifa.py, sifa_release.py, tfrecord.py: files as released, damaged, and real ones.
+"""datasets/mmwhs_sifa.py, sifa_release.py, tfrecord.py: synthetic, damaged and real files.
 
 The TFRecord files are written here byte by byte, with a checksum computed the slow way, so that
 reader and writer share no code.
@@ -14,25 +14,20 @@ from typing import Any
 import google_crc32c
 import nibabel as nib
 import numpy as np
-import pandas as pd
 import pytest
+from drawn import run_glua, sentence
 
 import glua_bench.datasets.mmwhs_sifa as module
 from glua_bench.conformance import DATASET_CHECKS, run_dataset_checks
-from glua_bench.console import Progress
 from glua_bench.data.cache import SliceCache
 from glua_bench.data.volumes import load_image, read_label_volume
 from glua_bench.datasets.mmwhs_sifa import MMWHSSIFA
 from glua_bench.datasets.sifa_release import RANGES, read_slice, read_volume, rescaled
 from glua_bench.datasets.tfrecord import read_examples
 from glua_bench.errors import DataError
-from glua_bench.runs.execution import execute
-from glua_bench.runs.plan import plan
-from glua_bench.runs.request import RunRequest
 from glua_bench.task import Grid, Reading
 
 SIDE = 64
-SMALL = ("segmenter.width=4", "segmenter.depth=3", "grid.size=64", "grid.spacing=1", "batch_size=2")
 TEST_IDS = {"ct": (1003, 1008, 1014, 1019), "mr": (1007, 1009, 1018, 1019)}
 
 
@@ -89,7 +84,7 @@ def record(payload: bytes) -> bytes:
 
 
 def features(image: np.ndarray, label: np.ndarray, **changes: bytes | None) -> dict[str, bytes]:
-    """The features of the release for arrays (X, Y, 3), in an order of no meaning."""
+    """Return the release's features for arrays (X, Y, 3), in arbitrary order."""
     found: dict[str, bytes | None] = {
         "mask_scale": integers(4),
         "label_vol": octets(label.astype("<f4").tobytes()),
@@ -104,7 +99,7 @@ def features(image: np.ndarray, label: np.ndarray, **changes: bytes | None) -> d
 
 
 def hearts(domain: str, seed: int, depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """A drawn scene (X, Y, depth): four discs and one of the undocumented label."""
+    """Draw a scene (X, Y, depth): four discs and one with the undocumented label."""
     rng = np.random.default_rng([seed, domain == "mr"])
     x, y = np.indices((SIDE, SIDE))
     label = np.zeros((SIDE, SIDE))
@@ -123,7 +118,7 @@ def write_slice(path: Path, domain: str = "ct", seed: int = 0, **changes: bytes 
 
 
 def write_release(root: Path, slices: int = 3, depth: int = 4) -> Path:
-    """Slices and test volumes under the release's names: CT as NIfTI, MR as npz."""
+    """Write slices and test volumes under the release's names: CT as NIfTI, MR as npz."""
     for domain in ("ct", "mr"):
         for split in ("train", "val"):
             for number in range(slices):
@@ -146,15 +141,6 @@ def write_release(root: Path, slices: int = 3, depth: int = 4) -> Path:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-def sentence(error: pytest.ExceptionInfo[DataError], *named: object) -> str:
-    """One sentence that names what it is about."""
-    text = str(error.value)
-    assert text.endswith(".") and "\n" not in text and ". " not in text, text
-    for what in named:
-        assert str(what) in text
-    return text
 
 
 # -- the reader of records ------------------------------------------------------------------------
@@ -294,7 +280,7 @@ def test_labels_that_storage_rounded_are_read_as_integers(tmp_path):
 
 
 def test_mutated_records_are_one_sentence_each(tmp_path):
-    """Flipped, cut and inserted bytes, with checksums made right again, so that parsing is met."""
+    """Flipped, removed and inserted bytes with corrected checksums, to test the parser."""
     rng = np.random.default_rng(0)
     image, label = (array[:8, :8] for array in hearts("ct", 0, 3))
     intact = example(features(image, label))
@@ -344,7 +330,7 @@ def test_a_fixed_range_replaces_percentiles(tmp_path):
 
 
 def test_a_range_that_is_not_set_changes_no_identity():
-    """What was cached before there was a fixed range is found again."""
+    """Caches from before fixed ranges remain valid."""
     assert "intensity_range" not in Reading().identity()
     assert set(Reading().identity()) == {
         *("orientation", "slice_axis", "row_axis", "flip", "stated_spacing"),
@@ -354,7 +340,7 @@ def test_a_range_that_is_not_set_changes_no_identity():
 
 
 def test_test_volumes_are_turned_and_overlay_the_original(tmp_path):
-    """The turned array and its affine put every voxel where the original file has it."""
+    """The flipped array and its affine preserve the position of every voxel."""
     image, label = hearts("ct", 1, 5)
     affine = np.array([[0, 0, 2.0, 1], [0.5, 0, 0, 2], [0, 0.7, 0, 3], [0, 0, 0, 1]])
     files = [tmp_path / "image_ct_1003.nii.gz", tmp_path / "gth_ct_1003.nii.gz"]
@@ -460,7 +446,7 @@ def test_label_5_is_known_and_background(tmp_path):
 
 
 def test_test_and_training_lie_alike_and_upright(tmp_path):
-    """Axis 0 is reversed for display and runs along columns; axis 1 is reversed along rows."""
+    """Axis 0 runs along columns and axis 1 along rows, both reversed for display."""
     dataset = MMWHSSIFA(write_release(tmp_path))
     dataset.prepare()
     for case in dataset.cases("mr"):
@@ -559,7 +545,7 @@ def test_two_files_of_one_slice_are_one_sentence(tmp_path):
 
 
 def test_a_domain_without_test_volumes_is_a_source(tmp_path):
-    """The release's first download has no MR volumes for the test."""
+    """The release's first download has no MR test volumes."""
     root = write_release(tmp_path)
     for file in (root / "test_mr").iterdir():
         file.unlink()
@@ -581,24 +567,10 @@ def test_what_cannot_be_measured_is_said():
 
 
 def test_glua_runs_and_predicts_every_slice(tmp_path):
-    """End to end; the authors' evaluation leaves out what remains after blocks of 128 slices."""
+    """End to end; the authors' evaluation skips slices after the last block of 128."""
     root = write_release(tmp_path / "data", slices=6, depth=130)
-    request = RunRequest(
-        "glua",
-        "mmwhs_sifa",
-        preset="quick",
-        direction="ct-mr",
-        steps=2,
-        assignments=[*SMALL, "method.adgan_width=4"],
-        data_root=root,
-        runs_root=tmp_path / "runs",
-        device="cpu",
-        mlflow=False,
-    )
-    planned = plan(request)
-    execute(planned, Progress(enabled=False))
-    run = planned.directory.path
-    rows = pd.read_parquet(run / "cases.parquet")
+    settings = ("grid.spacing=1", "method.adgan_width=4")
+    run, rows = run_glua("mmwhs_sifa", "ct-mr", root, tmp_path / "runs", *settings)
     assert set(rows["case"]) == {f"mr_{number}" for number in TEST_IDS["mr"]}
     assert set(rows["structure"]) == {"MYO", "LAC", "LVC", "AA"}
     for number in TEST_IDS["mr"]:

@@ -1,4 +1,4 @@
-"""datasets/mscmr.py: layouts, splits and messages; with the real files where there are any."""
+"""datasets/mscmr.py: layouts, splits and messages; real files if available."""
 
 import ast
 import inspect
@@ -8,6 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from drawn import sentence
 
 import glua_bench.datasets.mscmr as module
 from glua_bench.data.cache import SliceCache
@@ -27,7 +28,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 def make_files(base: Path, c0=range(1, 21), lge=range(21, 36)) -> Path:
-    """Empty files under the release's names."""
+    """Create empty files under the release's names."""
     for folder, numbers in (("C0", c0), ("LGE", lge)):
         (base / folder).mkdir(parents=True)
         for number in numbers:
@@ -37,7 +38,7 @@ def make_files(base: Path, c0=range(1, 21), lge=range(21, 36)) -> Path:
 
 
 def drawn(folder: Path, number: int, sequence: str) -> None:
-    """A drawn heart in the release's format: a ring, its cavity and a crescent on its left."""
+    """Write a heart in the release's format: a ring, its cavity and a crescent on its left."""
     x, y, z = np.indices((192, 192, 3))
     r = np.hypot(x - 100, y - 92)
     raw = np.zeros(r.shape, np.int16)
@@ -65,7 +66,7 @@ def test_layouts_are_found_under_a_given_root(tmp_path, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_are_found_under_the_variable(tmp_path, monkeypatch, layout):
-    """GLUA_BENCH_DATA names the data directory, or the files' own."""
+    """GLUA_BENCH_DATA is the data directory, or that of the files."""
     make_files(tmp_path / layout)
     monkeypatch.setenv("GLUA_BENCH_DATA", str(tmp_path))
     assert len(MSCMR().cases("bssfp")) == 20
@@ -78,7 +79,7 @@ def test_unset_variable_is_a_sentence(monkeypatch):
 
 
 def test_splits_share_no_person(tmp_path):
-    """Nobody is on both sides, in no direction; ids and files are unique and sorted."""
+    """No patient is in both domains; ids and files are unique and sorted."""
     make_files(tmp_path)
     dataset = MSCMR(tmp_path)
     people = {}
@@ -95,7 +96,7 @@ def test_splits_share_no_person(tmp_path):
 
 
 def test_full_release_gives_the_same_cases(tmp_path):
-    """More files change nothing, so that scores from different copies compare."""
+    """Additional files change nothing, so that scores from different copies are comparable."""
     few, all_of_it = tmp_path / "few", tmp_path / "all"
     make_files(few)
     make_files(all_of_it, range(1, 36), range(1, 46))
@@ -124,9 +125,7 @@ def test_incomplete_data_is_one_sentence(tmp_path, fault):
             (root / "LGE" / f"patient{number}_LGE{suffix}.nii.gz").unlink()
     with pytest.raises(DataError) as caught:
         MSCMR(root).prepare()
-    text = str(caught.value)
-    assert str(root) in text and "zmiclab.github.io/zxh/0/mscmrseg19" in text
-    assert text.endswith(".") and "\n" not in text and ". " not in text
+    text = sentence(caught, root, "zmiclab.github.io/zxh/0/mscmrseg19")
     if fault in ("label", "image"):
         assert f"patient22_LGE{suffix}.nii.gz" in text and "and 2 more" in text
     else:
@@ -139,7 +138,7 @@ def test_unknown_domain_is_a_sentence(tmp_path):
 
 
 def test_reading_states_the_spacing_and_stands_upright(tmp_path):
-    """Arrays stay as stored; RV on the left; 0.74 mm in the plane, the header's slice distance."""
+    """Arrays as stored, RV on the left, 0.74 mm in-plane, the header's slice distance."""
     make_files(tmp_path)
     drawn(tmp_path / "C0", 1, "C0")
     dataset = MSCMR(tmp_path)
@@ -165,7 +164,7 @@ def test_reading_states_the_spacing_and_stands_upright(tmp_path):
 
 
 def test_listing_needs_no_heavy_import():
-    """`list` reads the class attributes from the source, and a listing never imports torch."""
+    """`list` reads class attributes from the source and never imports torch."""
     tree = ast.parse(inspect.getsource(module))
     body = next(node for node in tree.body if isinstance(node, ast.ClassDef)).body
     literals = {
@@ -190,7 +189,7 @@ def real() -> MSCMR:
 
 @pytest.mark.realdata
 def test_real_patients_go_there_and_back(real, tmp_path):
-    """Every case: known labels, all structures present, and the standard grid loses nothing."""
+    """Every case has known labels and all structures, and the standard grid is lossless."""
     cache = SliceCache(tmp_path)
     for domain in real.domains():
         depths = []
@@ -213,7 +212,7 @@ def test_real_patients_go_there_and_back(real, tmp_path):
 
 @pytest.mark.realdata
 def test_real_sequences_have_hearts_of_one_size(real, tmp_path):
-    """The reason for the stated spacing: the cavities agree in mm, which the headers deny."""
+    """The stated spacing gives cavities of equal size, unlike the headers."""
     cache = SliceCache(tmp_path)
     widths = {}
     for domain in real.domains():

@@ -1,4 +1,4 @@
-"""The phantom: files and facts, anatomy, physics, determinism, and what its errors say."""
+"""The phantom: files, anatomy, physics, determinism and errors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from drawn import sentence
 
 from glua_bench.data.volumes import load_image, load_label, read_label_volume
 from glua_bench.datasets.mmwhs_layout import MMWHSLayout
@@ -28,10 +29,8 @@ SCALE = 2.0
 
 
 @pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("phantom") / "tiny"
-    generate(made, ids=IDS, voxel_scale=SCALE, workers=1)
-    return made
+def root(phantom_root: Path) -> Path:
+    return phantom_root
 
 
 @pytest.fixture(scope="session")
@@ -40,15 +39,9 @@ def dataset(root: Path) -> Phantom:
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
-    """Every file below a directory, with its bytes."""
+    """Return the content of every file below a directory."""
     files = sorted(path for path in root.rglob("*") if path.is_file())
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
-
-
-def one_sentence(error: pytest.ExceptionInfo[DataError]) -> str:
-    text = str(error.value)
-    assert "\n" not in text and text.endswith(".") and text[:-1].count(". ") == 0
-    return text
 
 
 # -- files and facts ------------------------------------------------------------------------------
@@ -218,7 +211,7 @@ def test_a_cohort_of_four_test_cases_is_completed_and_a_chosen_one_is_kept(
     for chosen, after in ((old, list(phantom.ALL_IDS)), (old[:-1], old[:-1])):
         place = tmp_path / str(len(chosen))
         generate(place, ids=dict.fromkeys(phantom.DOMAINS, chosen), workers=1)
-        monkeypatch.setattr(phantom, "_cpus", lambda: 1)
+        monkeypatch.setattr(phantom, "cores", lambda: 1)
         Phantom(place).prepare()
         for domain in phantom.DOMAINS:
             assert list(Phantom(place).ids(domain)) == after
@@ -231,18 +224,18 @@ def test_a_cohort_of_four_test_cases_is_completed_and_a_chosen_one_is_kept(
 def test_cases_before_prepare_name_the_command(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         Phantom(tmp_path / "nothing").cases("ct")
-    assert "data prepare" in one_sentence(error)
+    sentence(error, "data prepare")
 
 
 def test_another_seed_or_scale_is_refused(root: Path) -> None:
     with pytest.raises(DataError) as error:
         Phantom(root, seed=5).prepare()
-    assert "seed 0" in one_sentence(error) and "seed 5" in str(error.value)
+    sentence(error, "seed 0", "seed 5")
     with pytest.raises(DataError, match="seed 5"):
         Phantom(root, seed=5).cases("ct")
     with pytest.raises(DataError) as error:
         generate(root, ids=IDS, voxel_scale=3.0)
-    assert "voxel scale" in one_sentence(error)
+    sentence(error, "voxel scale")
 
 
 def test_foreign_files_are_refused_and_left_alone(tmp_path: Path) -> None:
@@ -251,7 +244,7 @@ def test_foreign_files_are_refused_and_left_alone(tmp_path: Path) -> None:
     foreign.write_bytes(b"a patient")
     with pytest.raises(DataError) as error:
         Phantom(tmp_path).prepare()
-    assert "files of something else" in one_sentence(error)
+    sentence(error, "files of something else")
     assert snapshot(tmp_path) == {"ct_train/ct_train_1001_image.nii.gz": b"a patient"}
 
 
@@ -261,7 +254,7 @@ def test_an_interrupted_generation_goes_on_only_as_it_began(tmp_path: Path) -> N
     (tmp_path / "ct_train").mkdir()
     with pytest.raises(DataError) as error:
         generate(tmp_path, seed=1, ids={"ct": [1001]}, voxel_scale=4.0)
-    assert "unfinished" in one_sentence(error)
+    sentence(error, "unfinished")
     generate(tmp_path, ids={"ct": [1001]}, voxel_scale=4.0, workers=1)
     assert Phantom(tmp_path).ids("ct") == (1001,)
 
@@ -271,7 +264,7 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(DataError) as error:
         Phantom(tmp_path).cases("ct")
-    assert MANIFEST in one_sentence(error)
+    sentence(error, MANIFEST)
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -279,7 +272,7 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(RunFailure) as error:
             Phantom(place).prepare()
-        assert "choose another directory with --data-root" in one_sentence(error)
+        sentence(error, "choose another directory with --data-root")
 
 
 def test_layout_errors_name_directory_and_domain(dataset: Phantom, tmp_path: Path) -> None:
@@ -293,13 +286,13 @@ def test_layout_errors_name_directory_and_domain(dataset: Phantom, tmp_path: Pat
 
     with pytest.raises(DataError) as error:
         Elsewhere(tmp_path).prepare()
-    assert "ct_train" in one_sentence(error)
+    sentence(error, "ct_train")
     with pytest.raises(DataError) as error:
         Elsewhere(dataset.root).prepare()
-    assert "ct_train_1002_image.nii.gz" in one_sentence(error)
+    sentence(error, "ct_train_1002_image.nii.gz")
     with pytest.raises(DataError) as error:
         dataset.cases("us")
-    assert "'us'" in one_sentence(error)
+    sentence(error, "'us'")
 
 
 def test_senseless_arguments_are_our_mistake(tmp_path: Path) -> None:

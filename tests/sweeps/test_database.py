@@ -366,8 +366,8 @@ def test_a_server_that_is_away_delays_and_loses_nothing(postgres: str, tmp_path:
     assert done.finished == 12
     trials = counting(opened(postgres, tmp_path, "away", 12).trials())
     assert [t.state for t in trials] == [TrialState.COMPLETE] * 12
-    assert sum("does not answer" in line for line in said) == 2
-    assert said[-1] == "the storage answers again"
+    assert sum("does not respond" in line for line in said) == 2
+    assert said[-1] == "the storage responds again"
 
 
 @pytest.mark.cluster
@@ -385,7 +385,7 @@ def test_a_worker_that_starts_while_the_server_is_away_waits(postgres: str, tmp_
     )
     assert work(study, quick, poll=POLL).finished == 2
     way.close()
-    assert "does not answer" in said[0] and said[1] == "the storage answers again"
+    assert "does not respond" in said[0] and said[1] == "the storage responds again"
 
 
 # -- what is said of a storage that cannot be used ------------------------------------------------

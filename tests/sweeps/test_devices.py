@@ -1,4 +1,4 @@
-"""Runs of a sweep in two processes: the same result, ended and taken up like those in one."""
+"""Runs of a sweep in two processes: same results, stopping and resuming as with one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from sweep_samples import define
 
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, RunFailure
@@ -24,7 +25,6 @@ from glua_bench.runs import plan as runs
 from glua_bench.runs.interruption import Interrupted
 from glua_bench.runs.request import RunOptions, RunRequest
 from glua_bench.sweeps import command
-from glua_bench.sweeps.definition import Definition, Parameter
 from glua_bench.sweeps.launch import worker_environment
 from glua_bench.sweeps.trial import execute, execute_apart
 
@@ -34,11 +34,9 @@ PLUGINS = [
     SUPPORT / "sample_plugin" / "src" / "glua_bench_sample" / "discs.py",
 ]
 QUIET = Progress(enabled=False)
-DEFINITION = Definition(
-    Path("own.yaml"), "own", "", "slow", "discs", ("bright-dark",), 1, "quick",
-    ("batch_size=2", "candidates=2", "segmenter.width=4", "segmenter.depth=3"),
-    (Parameter("lr", low=0.01, high=0.5),), ("im",), "random", "none", 1, 0,
-)  # fmt: skip
+SETTINGS = ("batch_size=2", "candidates=2", "segmenter.width=4", "segmenter.depth=3")
+TASK = {"method": "slow", "dataset": "discs", "directions": ("bright-dark",)}
+DEFINITION = define(**TASK, settings=SETTINGS, trials=1)
 
 
 @pytest.fixture
@@ -62,7 +60,7 @@ def plan(base: RunOptions, pause: float = 0.0) -> runs.PlannedRun:
 
 
 def finish(planned: runs.PlannedRun) -> None:
-    """As if the run had been done."""
+    """Mark a run as finished."""
     planned.directory.start({})
     planned.directory.finish({})
 
@@ -110,20 +108,20 @@ def test_a_run_in_two_processes_ends_politely_and_goes_on(
 
 
 class Started:
-    """Processes that only have exit codes; what they are told is kept."""
+    """Starts processes with given exit codes, and records their commands."""
 
     def __init__(self, *codes: int, then: Callable[[], Any] = lambda: None) -> None:
         self.codes, self.then = list(codes), then
         self.commands: list[Any] = []
 
-    def __call__(self, words: list[str], **told: Any) -> subprocess.Popen:
-        self.commands.append((words, told))
+    def __call__(self, words: list[str], **options: Any) -> subprocess.Popen:
+        self.commands.append((words, options))
         code = self.codes.pop(0)
         if not self.codes:
             self.then()
         act = "import os, signal, sys; print('glua-bench: error: too bad', file=sys.stderr); {}"
         end = f"sys.exit({code})" if code >= 0 else f"os.kill(os.getpid(), {-code})"
-        return subprocess.Popen([words[0], "-c", act.format(end)], **told)
+        return subprocess.Popen([words[0], "-c", act.format(end)], **options)
 
 
 def test_killed_processes_are_tried_again(base: RunOptions) -> None:
@@ -131,10 +129,10 @@ def test_killed_processes_are_tried_again(base: RunOptions) -> None:
     started = Started(-9, -9)
     with pytest.raises(RunFailure, match="were killed 2 times"):
         execute_apart(planned, QUIET, started)
-    words, told = started.commands[0]
+    words, options = started.commands[0]
     assert words[3] == "run-request"
     assert RunRequest.from_json(Path(words[4]).read_text(), words[4]) == planned.request
-    assert told["env"]["OMP_NUM_THREADS"] == "1"
+    assert options["env"]["OMP_NUM_THREADS"] == "1"
     execute_apart(planned, QUIET, Started(-9, 0, then=lambda: finish(planned)))
 
 
@@ -163,7 +161,7 @@ def test_what_a_killed_worker_left_running_is_awaited(base: RunOptions) -> None:
 @pytest.mark.parametrize("pruner", ["median", "hyperband"])
 def test_pruning_within_a_run_needs_one_process(pruner: str, base: RunOptions) -> None:
     own = replace(DEFINITION, pruner=pruner)
-    with pytest.raises(ConfigError, match=f"--devices 2: {pruner} looks at"):
+    with pytest.raises(ConfigError, match=f"--devices 2: {pruner} reads the check"):
         command.open_study(own, base, None, 1, False, False, print)
     assert not base.runs_root.exists()
 
@@ -177,7 +175,7 @@ def test_workers_with_two_gpus_each_share_none(monkeypatch: pytest.MonkeyPatch) 
 def test_runs_in_a_job_of_slurm_start_their_own_processes(
     base: RunOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fabric would take the job's one task for a process that srun started for a run."""
+    """Fabric must not mistake the job's single task for a process of the run started by srun."""
     for name, value in {
         "SLURM_NTASKS": "1",
         "SLURM_JOB_NAME": "sweep",

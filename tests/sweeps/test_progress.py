@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
+from dataclasses import replace
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -12,6 +13,7 @@ import pytest
 from folder_tracker import FolderTracker
 from optuna.trial import TrialState
 from rich.console import Console
+from sweep_samples import define
 
 from glua_bench.sweeps.definition import Definition, Parameter
 from glua_bench.sweeps.progress import Display, Tracked, state
@@ -22,32 +24,19 @@ WEIGHTS = ("lambda_feature", "lambda_output")
 
 @pytest.fixture
 def definition() -> Definition:
-    return Definition(
-        file=Path("own.yaml"),
-        name="own",
-        title="",
-        method="glua",
-        dataset="phantom",
-        directions=("mr-ct",),
-        seeds=1,
-        preset="quick",
-        settings=(),
-        space=tuple(Parameter(name, low=0.0001, high=1.0, log=True) for name in WEIGHTS),
-        objectives=("im",),
-        sampler="tpe",
-        pruner="none",
-        trials=40,
-        seed=0,
-    )
+    space = tuple(Parameter(name, low=0.0001, high=1.0, log=True) for name in WEIGHTS)
+    return define(space=space, sampler="tpe", trials=40)
 
 
-def trial(number: int, kind: TrialState, value: float | None = None) -> Any:
+def trial(number: int, kind: TrialState, value: float | None = None, **attrs: Any) -> Any:
     weight = optuna.distributions.FloatDistribution(0.0001, 1.0, log=True)
     made = optuna.trial.create_trial(
         state=TrialState.COMPLETE,
         value=0.0,
         params=dict.fromkeys(WEIGHTS, 0.00012345),
         distributions=dict.fromkeys(WEIGHTS, weight),
+        user_attrs=attrs,
+        intermediate_values={1: 0.125},
     )
     made.number, made.state, made.values = number, kind, None if value is None else [value]
     made.datetime_start = datetime.now() - timedelta(seconds=125)
@@ -65,7 +54,7 @@ def drawn(definition: Definition, trials: list[Any], width: int) -> list[str]:
 
 
 class Recorder(FolderTracker):
-    """A tracker that remembers what it is asked to show.
+    """A tracker that records its calls.
 
     Args:
         answers: whether it is there.
@@ -80,7 +69,7 @@ class Recorder(FolderTracker):
 
 
 def step(study: SweepStudy, made_runs: Any) -> None:
-    """One more trial that is finished."""
+    """Finish one more trial."""
     claim = study.claim()
     assert claim is not None
     with study.holding(claim):
@@ -115,6 +104,31 @@ def test_a_tracker_that_is_down_is_asked_once(definition: Definition, made_runs:
     assert tracker.shown == [("RUNNING", "1 done")]
 
 
+def test_the_state_of_a_sweep_in_a_line(definition: Definition) -> None:
+    trials = [
+        trial(0, TrialState.COMPLETE, 0.5),
+        trial(1, TrialState.PRUNED),
+        trial(2, TrialState.FAIL),
+        trial(3, TrialState.FAIL, retry=1),
+        trial(4, TrialState.RUNNING, retry_of=3, attempt=2),
+        trial(5, TrialState.COMPLETE, 0.75),
+    ]
+    now = state(replace(definition, trials=10), trials, workers=2)
+    weights = ", ".join(f"{name} 0.0001234" for name in WEIGHTS)
+    counts = "4/10 trials, 1 pruned, 1 failed, 1 running"
+    assert now.line() == f"{counts}, best 0.75 ({weights}), about 3:15 left"
+    stream = io.StringIO()
+    with Display(replace(definition, trials=10), 2, stream) as display:
+        display.show(trials)
+        display.show(trials)
+    assert stream.getvalue() == now.line() + "\n"
+
+
+def test_an_unknown_rest_is_not_guessed(definition: Definition) -> None:
+    now = state(definition, [], 1)
+    assert now.line() == "0/40 trials, 0 running" and math.isnan(now.seconds_left)
+
+
 def cells(lines: list[str], number: int) -> list[str]:
     (found,) = (line.split() for line in lines if line.split()[:1] == [str(number)])
     return found
@@ -129,9 +143,12 @@ def test_the_best_is_marked_and_times_are_told(definition: Definition) -> None:
     lines = drawn(definition, trials, 110)
     assert cells(lines, 1) == ["1", "best", "1:05", "0.000123", "0.000123", "0.75"]
     assert cells(lines, 0)[1] == "done" and cells(lines, 2)[:3] == ["2", "running", "2:05"]
+    assert cells(lines, 2)[-1] == "0.125…"
+    numbers = [line.split()[0] for line in lines if line.split()[:1] and line.split()[0].isdigit()]
+    assert numbers == ["2", "1", "0"]  # running ones, then the best first
     # The best stands in the table, so the line above does not repeat it.
     assert "best 0.75" not in " ".join(lines) and "2/40 trials, 1 running" in lines[0]
-    assert "Ctrl-C ends this" in lines[-1]
+    assert "Ctrl-C stops the sweep" in lines[-1]
     assert "Ctrl-C" not in " ".join(drawn(definition, trials[:2], 110))
 
 

@@ -1,4 +1,4 @@
-"""sweeps/results.py: a study as plain tables, and as the tracker shows it."""
+"""sweeps/results.py: a study as plain tables and as a group in the tracker."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sweep_samples
 
 from glua_bench.console import Progress
 from glua_bench.errors import RunFailure
@@ -25,24 +26,8 @@ KIND = Parameter("mask", choices=("topk", "soft"))
 
 
 def define(**changes: Any) -> Definition:
-    values: dict[str, Any] = {
-        "file": Path("own.yaml"),
-        "name": "own",
-        "title": "Why?",
-        "method": "glua",
-        "dataset": "phantom",
-        "directions": ("mr-ct",),
-        "seeds": 2,
-        "preset": "quick",
-        "settings": ("steps=5",),
-        "space": (RATIO, WEIGHT, KIND),
-        "objectives": ("im",),
-        "sampler": "random",
-        "pruner": "none",
-        "trials": 5,
-        "seed": 0,
-    }
-    return Definition(**{**values, **changes})
+    own = {"title": "Why?", "seeds": 2, "settings": ("steps=5",), "trials": 5}
+    return sweep_samples.define(**{**own, "space": (RATIO, WEIGHT, KIND), **changes})
 
 
 def facts(runs: dict[str, float]) -> dict[str, Any]:
@@ -58,7 +43,7 @@ def claimed(study: SweepStudy) -> Claim:
 
 @pytest.fixture
 def searched(made_runs) -> SweepStudy:
-    """Two finished trials, one that was given back and is taken up again, one pruned, one failed.
+    """Two finished trials, one returned and claimed again, one pruned, one failed.
 
     The first trial has the lower objective and the higher test Dice.
     """
@@ -86,8 +71,8 @@ def searched(made_runs) -> SweepStudy:
 
 
 def test_every_trial_has_its_row(searched, made_runs) -> None:
-    told = results.collect(searched, made_runs.root)
-    table = told["trials"].set_index("number")
+    tables = results.collect(searched, made_runs.root)
+    table = tables["trials"].set_index("number")
     assert list(table["state"]) == ["done", "done", "failed", "pruned", "failed"]
     assert list(table["counted"]) == [True, True, False, True, True]
     assert list(table["attempt"]) == [1, 1, 1, 1, 1]
@@ -98,11 +83,11 @@ def test_every_trial_has_its_row(searched, made_runs) -> None:
     params = searched.trials()[1].params
     assert {name: table[f"method.{name}"][1] for name in params} == params
     assert (table["ended"] >= table["began"]).all()
-    assert told["seen"].values.tolist() == [[0, 0, 0.05], [1, 0, 0.15]]
+    assert tables["seen"].values.tolist() == [[0, 0, 0.05], [1, 0, 0.15]]
 
 
 def test_runs_have_the_test_scores_of_the_objective_s_checkpoint(searched, made_runs) -> None:
-    """Not those of `last`, which are 0.1 in all of them."""
+    """Not those of `last`, which are all 0.1."""
     table = results.collect(searched, made_runs.root)["runs"]
     assert list(table["trial"]) == [0, 0, 1, 1] and list(table["seed"]) == [0, 1, 0, 1]
     assert list(table["dice"]) == pytest.approx([0.6, 0.7, 0.5, 0.6])
@@ -117,10 +102,10 @@ def test_the_report_takes_what_is_collected(searched, made_runs) -> None:
     sweep = Sweep(**results.collect(searched, made_runs.root))
     assert sweep.chosen == 1 and sweep.name == "own" and sweep.title == "Why?"
     assert sweep.parameters == {"mask_ratio": False, "lambda_output": True, "mask": None}
-    assert sweep.facts["searched: lambda_output"] == "0.001 to 1, logarithmic"
-    assert sweep.facts["searched: mask"] == "topk, soft"
-    assert sweep.facts["runs a trial"].startswith("2 ") and not sweep.oracle
-    assert "pruner" in sweep.facts and sweep.facts["set for all"] == "steps=5"
+    assert sweep.facts["values of lambda_output"] == "0.001 to 1, logarithmic"
+    assert sweep.facts["values of mask"] == "topk, soft"
+    assert sweep.facts["runs per trial"].startswith("2 ") and not sweep.oracle
+    assert "pruner" in sweep.facts and sweep.facts["common settings"] == "steps=5"
 
 
 def test_the_tracker_s_group_is_the_study_and_grows(searched, made_runs) -> None:
@@ -132,7 +117,7 @@ def test_the_tracker_s_group_is_the_study_and_grows(searched, made_runs) -> None
     assert group.facts["trials"] == "2 done, 1 pruned, 1 failed"
     chosen = searched.trials()[1].params
     assert group.facts["chosen"] == ", ".join(f"method.{n}={v}" for n, v in chosen.items())
-    assert group.settings is not None and "searched: mask" in group.settings
+    assert group.settings is not None and "values of mask" in group.settings
     claim = claimed(searched)
     with searched.holding(claim):
         made = [made_runs.add("glua", 0.5, seed) for seed in range(2)]
@@ -162,8 +147,8 @@ def test_the_group_stays_the_same_where_its_first_trial_is_repeated(made_runs) -
 def test_a_study_without_runs_has_no_group(made_runs) -> None:
     study = SweepStudy(define(), made_runs.root)
     assert results.group(study, made_runs.root) is None
-    told = results.collect(study, made_runs.root)
-    assert told["trials"].empty and told["runs"].empty and Sweep(**told).chosen is None
+    tables = results.collect(study, made_runs.root)
+    assert tables["trials"].empty and tables["runs"].empty and Sweep(**tables).chosen is None
 
 
 @pytest.fixture
@@ -189,9 +174,9 @@ def test_importances_find_what_matters(filled) -> None:
 @pytest.mark.parametrize(
     ("count", "value", "changes", "said"),
     [
-        (3, lambda p: p["lambda_output"], {}, "3, and 12 are needed for 3 parameters"),
+        (3, lambda p: p["lambda_output"], {}, "3 of the 12 needed for 3 parameters"),
         (12, lambda p: 0.5, {}, "same value"),
-        (3, lambda p: p["lambda_output"], {"space": (WEIGHT,)}, "one parameter"),
+        (3, lambda p: p["lambda_output"], {"space": (WEIGHT,)}, "at least two parameters"),
     ],
 )
 def test_importances_that_say_nothing_are_not_given(filled, count, value, changes, said) -> None:
@@ -205,7 +190,7 @@ def test_importances_that_say_nothing_are_not_given(filled, count, value, change
 def test_a_pruned_trial_names_the_runs_that_it_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first of two runs ends, and the second is ended early."""
+    """The first of two runs finishes, the second is pruned."""
     made: list[str] = []
 
     def plan(request: Any) -> Any:
@@ -223,13 +208,15 @@ def test_a_pruned_trial_names_the_runs_that_it_finished(
     monkeypatch.setattr(trial, "plan", plan)
     monkeypatch.setattr(trial.execution, "execute", execute)
     monkeypatch.setattr(trial, "planned_stages", lambda planned: ())
-    told = define(space=(WEIGHT,), pruner="median", trials=1)
-    study = SweepStudy(told, tmp_path / "runs")
+    definition = define(space=(WEIGHT,), pruner="median", trials=1)
+    study = SweepStudy(definition, tmp_path / "runs")
     base = RunOptions(runs_root=tmp_path / "runs")
 
     def run(claim: Claim, see: Any) -> Any:
         quiet = Progress(enabled=False)
-        return trial.execute(told, base, claim.params, quiet, lambda step, value: len(made) == 2)
+        return trial.execute(
+            definition, base, claim.params, quiet, lambda step, value: len(made) == 2
+        )
 
     done = work(study, run)
     (only,) = study.trials()
@@ -239,7 +226,7 @@ def test_a_pruned_trial_names_the_runs_that_it_finished(
 
 
 def test_a_failed_trial_names_the_run_that_failed(made_runs, monkeypatch) -> None:
-    """So that the tracker shows it below the sweep, where its reason is."""
+    """The tracker shows it with its reason among the sweep's runs."""
     made = [made_runs.add("glua", 0.5, seed) for seed in range(2)]
 
     def plan(request: Any) -> Any:

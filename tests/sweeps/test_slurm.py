@@ -1,4 +1,4 @@
-"""sweeps/slurm.py and job.py: workers as jobs, ended by SLURM and taken up again."""
+"""sweeps/slurm.py and job.py: workers as jobs, stopped by SLURM and resumed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 from optuna.trial import TrialState
+from sweep_samples import define
 
 from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.sweeps import job
 from glua_bench.sweeps import slurm as clusters
-from glua_bench.sweeps.definition import Definition, Parameter
 from glua_bench.sweeps.job import WorkerJob, job_environment, wait_for_end
 from glua_bench.sweeps.slurm import Jobs, Resources, read
 from glua_bench.sweeps.study import SweepStudy, counting
@@ -64,8 +64,8 @@ at_once: 10
 setup: ["module load cuda", "export A=1"]
 extra: {mail-type: FAIL}
 """
-    told = read(file(text), devices=2).parameters("sweep-own")
-    assert told == {
+    parameters = read(file(text), devices=2).parameters("sweep-own")
+    assert parameters == {
         "name": "sweep-own",
         "timeout_min": 90,
         "cpus_per_task": 8,
@@ -91,10 +91,10 @@ extra: {mail-type: FAIL}
         ("cpus: 1", "'hours' is missing"),
         ("hours: 1\npartitoin: gpu", "line 2: unknown 'partitoin'; did you mean 'partition'"),
         ("hours: 0", "line 1: 'hours' must be above 0, not 0."),
-        ("hours: 1\ncpus: 0", "line 2: 'cpus' must be 1 or more, not 0."),
+        ("hours: 1\ncpus: 0", "line 2: 'cpus' must be at least 1, not 0."),
         ("hours: 1\ncpus: many", "line 2: 'cpus' must be a whole number, not 'many'."),
-        ("hours: 1\ngpus: 1", "line 2: gpus: 1 is less than --devices 2; raise it."),
-        ("hours: 0.02", "line 1: workers have 0.02 hours, and would be asked 120 s before"),
+        ("hours: 1\ngpus: 1", "line 2: gpus: 1 is less than --devices 2; increase it."),
+        ("hours: 0.02", "line 1: save_seconds: 120 is not below the time limit of 0.02 hours"),
         ("hours: 1\nextra: [a]", "line 2: 'extra' must be a mapping"),
     ],
 )
@@ -126,7 +126,7 @@ def test_options_that_need_each_other(
 
 
 def pretended(code: str) -> WorkerJob:
-    """A job whose worker is a few lines of Python."""
+    """Return a job whose worker is a few lines of Python."""
     return WorkerJob([sys.executable, "-c", code])
 
 
@@ -160,7 +160,7 @@ def test_a_worker_has_as_many_threads_as_its_job_has_cores(
 def test_a_job_is_asked_to_save_by_submitit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same path on one machine, by submitit's executor that needs no cluster."""
+    """The same code path with submitit's local executor."""
     submitit = pytest.importorskip("submitit")
     monkeypatch.chdir(tmp_path)
     waiting = pretended(
@@ -206,15 +206,12 @@ def test_a_process_is_awaited_within_the_same_wait() -> None:
 
 
 def study_in(root: Path, trials: int = 1) -> SweepStudy:
-    definition = Definition(
-        Path("own.yaml"), "own", "", "slow", "discs", ("bright-dark",), 1, "quick", (),
-        (Parameter("lr", low=0.01, high=0.5),), ("im",), "random", "none", trials, 0,
-    )  # fmt: skip
-    return SweepStudy(definition, root)
+    task = {"method": "slow", "dataset": "discs", "directions": ("bright-dark",)}
+    return SweepStudy(define(**task, trials=trials), root)
 
 
 class Pretended(Jobs):
-    """Jobs whose states are told.
+    """Jobs with given states.
 
     Args:
         states: what is queued at each look.
@@ -270,7 +267,7 @@ def test_jobs_that_only_die_end_the_sweep(at_once: None, tmp_path: Path) -> None
 
 def test_what_a_worker_says_at_its_end_ends_the_sweep(at_once: None, tmp_path: Path) -> None:
     jobs = Pretended(study_in(tmp_path), [set()], {"0": ("success", 2)})
-    with pytest.raises(RunFailure, match=r"^A worker ended: no such thing\.$"):
+    with pytest.raises(RunFailure, match=r"^A worker failed: no such thing\.$"):
         jobs.run()
 
 
@@ -365,12 +362,12 @@ def test_a_sweep_through_sbatch(slurm: None, tmp_path: Path) -> None:
 
 
 def requeue(number: str) -> None:
-    """What an operator does, and a preemption: SLURM ends the job and queues it again."""
+    """Requeue a job, as an operator or a preemption does."""
     subprocess.run(["scontrol", "requeue", number], check=True)
 
 
 def near_its_end(number: str) -> None:
-    """What SLURM sends before the time limit."""
+    """Send the signal that SLURM sends before the time limit."""
     subprocess.run(["scancel", "--signal=USR2", number], check=True)
 
 
@@ -425,7 +422,7 @@ def test_detached_jobs_are_found_again(slurm: None, tmp_path: Path) -> None:
     process = sweep.start()
     assert process.stdout is not None
     for line in process.stdout:
-        if f"jobs {sweep.job()} of an earlier command go on" in line:
+        if f"jobs {sweep.job()} of an earlier command continue" in line:
             break
     else:
         pytest.fail("the second command says nothing of the jobs of the first")
@@ -443,11 +440,11 @@ def test_what_slurm_refuses_is_said(slurm: None, tmp_path: Path) -> None:
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
     last = output.strip().splitlines()[-1]
-    assert last.startswith("glua-bench: error: SLURM takes no job (") and "partition" in last
+    assert last.startswith("glua-bench: error: SLURM rejects the job (") and "partition" in last
 
 
 def states_of(number: str) -> list[str]:
-    """The state of a job, as long as it is in the queue."""
+    """Return the state of a job in the queue."""
     asking = ["squeue", "--noheader", "--jobs", number, "--format=%T"]
     return subprocess.run(asking, capture_output=True, text=True).stdout.split()
 
@@ -460,7 +457,7 @@ def queue() -> list[str]:
 
 
 def test_the_test_suite_can_start_its_servers() -> None:
-    """Both scripts are there, executable, and say how they are used."""
+    """Both scripts exist, are executable, and print their usage."""
     for name in ("slurm", "postgres"):
         script = SUPPORT.parents[1] / ".ci" / name
         assert os.access(script, os.X_OK)

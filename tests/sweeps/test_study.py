@@ -1,4 +1,4 @@
-"""sweeps/study.py and worker.py: no trial is lost, none counts twice, the budget holds."""
+"""sweeps/study.py and worker.py: no trial is lost or counted twice, and the budget holds."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 
 import optuna
 import pytest
+import sweep_samples
 from optuna.trial import TrialState
 
 from glua_bench.errors import ConfigError, RunFailure
@@ -44,24 +45,7 @@ CHOICE = Parameter("mask", choices=("topk", "soft"))
 
 
 def define(**changes: Any) -> Definition:
-    values: dict[str, Any] = {
-        "file": Path("own.yaml"),
-        "name": "own",
-        "title": "",
-        "method": "glua",
-        "dataset": "phantom",
-        "directions": ("mr-ct",),
-        "seeds": 1,
-        "preset": "quick",
-        "settings": (),
-        "space": (LR, CHOICE),
-        "objectives": ("im",),
-        "sampler": "random",
-        "pruner": "none",
-        "trials": 6,
-        "seed": 0,
-    }
-    return Definition(**{**values, **changes})
+    return sweep_samples.define(**{"space": (LR, CHOICE), **changes})
 
 
 @pytest.fixture
@@ -73,7 +57,7 @@ def opened(tmp_path: Path) -> Callable[..., SweepStudy]:
 
 
 def value(claim: Claim, see: Any) -> Outcome:
-    """A trial that takes no time."""
+    """Return the value of a trial at once."""
     return Outcome((float(claim.params["lr"]),), {"runs": [f"run {claim.number}"]})
 
 
@@ -364,8 +348,8 @@ def test_a_study_that_began_otherwise_is_refused(opened: Callable[..., SweepStud
     with pytest.raises(ConfigError) as error:
         opened().remember({**wider.meaning(), "code": "b"})
     assert str(error.value) == (
-        "The study 'own' began otherwise: space.lr.high was 1.0 and is 10.0; code was \"a\" and is "
-        '"b"; change it back, or give --fork to begin a new study beside it.'
+        "The study 'own' has changed: space.lr.high was 1.0 and is 10.0; code was \"a\" and is "
+        '"b"; undo the change, or pass --fork to start a new study.'
     )
 
 
@@ -387,7 +371,7 @@ def test_sqlite_serves_one_worker_on_a_local_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"sqlite:///{tmp_path}/own.db"
-    with pytest.raises(ConfigError, match="SQLite is damaged or stalls with 2 workers; leave --st"):
+    with pytest.raises(ConfigError, match="SQLite is damaged or stalls with 2 workers; omit --st"):
         open_storage(url, workers=2)
     study = SweepStudy(define(), tmp_path / "runs", url)
     work(study, value)
@@ -397,19 +381,13 @@ def test_sqlite_serves_one_worker_on_a_local_disk(
         open_storage(url)
 
 
-@pytest.mark.parametrize(
-    ("url", "said"),
-    [
-        ("nosuch://me:secret@host/base", "cannot be opened"),
-        ("sqlite:////nowhere/at/all.db", "cannot be opened"),
-    ],
-)
-def test_storages_that_cannot_be_opened_are_told_without_the_password(url: str, said: str) -> None:
+@pytest.mark.parametrize("url", ["nosuch://me:secret@host/base", "sqlite:////nowhere/at/all.db"])
+def test_storages_that_cannot_be_opened_are_told_without_the_password(url: str) -> None:
     with pytest.raises(ConfigError) as error:
         open_storage(url)
     message = str(error.value)
-    assert said in message and "secret" not in message and message.endswith(".")
-    assert "\n" not in message
+    assert "cannot be opened" in message and "secret" not in message
+    assert message.endswith(".") and "\n" not in message
 
 
 def test_the_file_system_of_a_path_is_known() -> None:
@@ -443,19 +421,19 @@ def test_a_server_that_is_away_delays() -> None:
 
     assert retry_while_unavailable(ask, lines.append, sleep=slept.append) == "here"
     assert slept == [0.5, 1.0] and len(lines) == 2
-    assert "does not answer" in lines[0] and lines[1] == "the storage answers again"
+    assert "does not respond" in lines[0] and lines[1] == "the storage responds again"
 
     def never() -> None:
         raise OperationalError("select", {}, Exception("gone"))
 
-    with pytest.raises(RunFailure, match="did not answer for 0 s .*; start it and give the same"):
+    with pytest.raises(RunFailure, match="did not respond for 0 s .*; start it and repeat"):
         retry_while_unavailable(never, patience=0, sleep=lambda seconds: None)
 
 
 def test_a_worker_waits_for_a_server_that_is_away_when_it_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A new sweep does not: its URL may be misspelt."""
+    """A new sweep does not wait, because its URL may be wrong."""
     from sqlalchemy.exc import OperationalError
 
     url, real = f"sqlite:///{tmp_path}/study.db", optuna.storages.RDBStorage.__init__
@@ -466,15 +444,15 @@ def test_a_worker_waits_for_a_server_that_is_away_when_it_starts(
             raise OperationalError("select", {}, Exception("connection refused"))
         real(*arguments, **options)
 
-    told = define(trials=1)
-    SweepStudy(told, tmp_path, url)
+    sweep = define(trials=1)
+    SweepStudy(sweep, tmp_path, url)
     lines: list[str] = []
     monkeypatch.setattr(optuna.storages.RDBStorage, "__init__", connect)
     with pytest.raises(ConfigError, match="cannot be opened"):
-        SweepStudy(told, tmp_path, url, report=lines.append)
+        SweepStudy(sweep, tmp_path, url, report=lines.append)
     assert not lines
-    SweepStudy(told, tmp_path, url, report=lines.append, begun=True)
-    assert "connection refused" in lines[0] and lines[1] == "the storage answers again"
+    SweepStudy(sweep, tmp_path, url, report=lines.append, begun=True)
+    assert "connection refused" in lines[0] and lines[1] == "the storage responds again"
 
 
 # -- Optuna's parts -------------------------------------------------------------------------------
