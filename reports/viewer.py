@@ -28,7 +28,7 @@ import numpy as np
 from glua_bench.data.cache import cache_root
 from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.files import write_text
-from glua_bench.reports.run_figures import telling_slice
+from glua_bench.reports.run_figures import most_visible_slice
 from glua_bench.task import Structure
 
 PACKAGE = "@niivue/niivue"
@@ -212,7 +212,7 @@ def _telling_voxel(reference: np.ndarray) -> list[int]:
     """Where the reader begins, (z, y, x): amid the structures of the slice that shows most."""
     if not reference.any():
         return [size // 2 for size in reference.shape]
-    z = telling_slice(reference)
+    z = most_visible_slice(reference)
     places = np.argwhere(reference[z])
     nearest = np.linalg.norm(places - places.mean(0), axis=1).argmin()
     return [z, *(int(position) for position in places[nearest])]
