@@ -810,7 +810,7 @@ def test_a_sweep_ends_with_its_page_and_one_run_in_the_tracker(
     assert code == 0, err
     page = tmp_path / "runs" / "sweeps" / "rates" / "report" / "report.html"
     assert "Report: runs/sweeps/rates/report/report.html" in out and page.is_file()
-    assert "Looked at afterwards: the test Dice of this choice is" in out
+    assert "Post hoc: test Dice of this choice" in out
     chosen = out.partition("--set method.lr=")[2].split()[0]
     assert "Next:   glua-bench run --method source_only --dataset phantom --direction mr-ct " in out
     assert "--seed 1 --preset quick --set segmenter.width=4" in out

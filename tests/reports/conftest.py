@@ -49,3 +49,26 @@ def texts() -> Callable[[Any], set[str]]:
         return {t.get_text() for t in figure.findobj(lambda a: hasattr(a, "get_text"))}
 
     return find
+
+
+@pytest.fixture(scope="module")
+def cells(browser: Any) -> Callable[[str, int], list[str]]:
+    """Return the visible cells of a column: table, column."""
+    script = (
+        "return [...document.querySelectorAll(arguments[0] + ' tbody tr')]"
+        ".filter(r => !r.hidden).map(r => r.cells[arguments[1]].textContent)"
+    )
+    return lambda table, column: browser.driver.execute_script(script, f"#table-{table}", column)
+
+
+@pytest.fixture(scope="session")
+def assert_clean() -> Callable[[Any], None]:
+    """Assert that a page has no errors, no requests, and does not scroll sideways."""
+
+    def check(browser: Any) -> None:
+        root = "document.documentElement"
+        width = browser.driver.execute_script(f"return [{root}.scrollWidth, {root}.clientWidth]")
+        assert browser.errors() == [] and browser.requests() == []
+        assert width[0] <= width[1], "the page itself must not scroll sideways"
+
+    return check

@@ -24,7 +24,7 @@ def test_a_block_says_what_it_is_and_holds_no_number_of_glua():
     assert NOT_COMPARABLE in table.notes and "Published" in table.caption
     assert "SIFA v2" in table.rows and not any("glua" in row.lower() for row in table.rows)
     read_in = dict(zip(table.rows, table.columns[-1].values, strict=True))
-    assert read_in["SIFA v1"] == "summary" and read_in["SIFA v2"] == "source"
+    assert read_in["SIFA v1"] == "secondary" and read_in["SIFA v2"] == "primary"
     assert all(table.place(row, i) == "" for row in range(5) for i in range(len(table.columns)))
 
 

@@ -99,15 +99,15 @@ def test_scores_are_means_over_structures() -> None:
             {"a": [0, 1, 2], "b": [0, 1, 2], "glua": [0, 2]},
             "ab",
             [0, 1, 2],
-            ["glua lacks seed 1 and is left out of intervals, tests and ranks."],
+            ["glua lacks seed 1 and is excluded from intervals, tests and ranks."],
         ),
         (
             {"a": [0, 1, 2], "b": [0, 1, 2], "c": [0], "d": [1], "e": [0, 1, 2]},
             "abe",
             [0, 1, 2],
             [
-                "c lacks seeds 1 and 2 and is left out of intervals, tests and ranks.",
-                "d lacks seeds 0 and 2 and is left out of intervals, tests and ranks.",
+                "c lacks seeds 1 and 2 and is excluded from intervals, tests and ranks.",
+                "d lacks seeds 0 and 2 and is excluded from intervals, tests and ranks.",
             ],
         ),
         # Where one entry has more, these seeds are the ones that are not used.
@@ -115,13 +115,13 @@ def test_scores_are_means_over_structures() -> None:
             {"a": [0, 1, 2], "b": [0, 1, 2], "c": [0, 1, 2, 3, 4]},
             "abc",
             [0, 1, 2],
-            ["Seeds 3 and 4 are not used, since not all entries have them."],
+            ["Seeds 3 and 4 not used: missing in some entries."],
         ),
         (
             {"a": [0, 1, 2], "b": [0, 2]},
             "ab",
             [0, 2],
-            ["Seed 1 is not used, since not all entries have it."],
+            ["Seed 1 not used: missing in some entries."],
         ),
         # However many seeds there are, one entry that lacks one takes none.
         ({"a": [0, 1, 2, 3, 4], "b": [0, 1, 2, 3, 4], "c": [0, 1, 2, 3]}, "ab", range(5), None),
@@ -158,7 +158,7 @@ def test_a_case_that_nobody_can_score_is_left_out_by_name_for_all() -> None:
     rows.loc[(rows["case"] == "z") & (rows["entry"] == "a"), "dice"] = np.nan
     found = design(rows)
     assert found.cases == ("x", "y") and found.entries == ("a", "b")
-    assert found.notes[0].startswith("Case z is not averaged: some run has no score there")
+    assert found.notes[0].startswith("Case z excluded: undefined score in some run")
     assert set(found.of(rows)["case"]) == {"x", "y"}
 
 
@@ -261,12 +261,11 @@ def test_equal_entries_are_not_told_apart() -> None:
     [
         (3, 6, ""),
         (2, 20, ""),
-        (3, 4, "A test needs 6 test cases or more; this comparison has 4 cases (with 4 cases an "
-         "exact test of signs cannot go below p = 0.125)."),
-        (1, 20, "A test needs 2 seeds or more (--seeds 3); this comparison has 1 seed."),
-        (1, 5, "A test needs 2 seeds or more (--seeds 3) and 6 test cases or more; this comparison "
-         "has 1 seed and 5 cases (with 5 cases an exact test of signs cannot go below p = "
-         "0.0625)."),
+        (3, 4, "No tests: 6 test cases are required, found 4 cases (an exact sign test cannot go "
+         "below p = 0.125)."),
+        (1, 20, "No tests: 2 seeds (--seeds 3) are required, found 1 seed."),
+        (1, 5, "No tests: 2 seeds (--seeds 3) and 6 test cases are required, found 1 seed and 5 "
+         "cases (an exact sign test cannot go below p = 0.0625)."),
     ],
 )  # fmt: skip
 def test_what_a_design_cannot_tell_is_withheld_and_why(seeds: int, cases: int, said: str) -> None:

@@ -119,8 +119,8 @@ def test_missing_npm_is_said(empty_cache, monkeypatch):
     with pytest.raises(ConfigError) as caught:
         bundle()
     assert str(caught.value) == (
-        "--viewer needs NiiVue once, and it cannot be obtained (npm is not installed); install "
-        "Node.js's npm and give it access to its registry, or leave --viewer out."
+        "--viewer needs NiiVue, which cannot be obtained (npm is not installed); install "
+        "Node.js's npm with access to its registry, or omit --viewer."
     )
 
 
@@ -144,7 +144,7 @@ def test_failures_of_npm_are_said(npm):
 
 def test_a_cache_that_cannot_be_written_does_no_harm(npm, empty_cache):
     empty_cache.write_text("a file where the directory should be")
-    with pytest.raises(ConfigError, match="cannot be read .*; remove it, or leave --viewer out"):
+    with pytest.raises(ConfigError, match="cannot be read .*; remove it, or omit --viewer"):
         bundle()
     empty_cache.unlink()
     empty_cache.mkdir()
@@ -366,18 +366,21 @@ def test_names_are_shown_as_text(browser, page):
     assert browser.errors() == []
 
 
-def test_a_browser_without_webgl_is_told(browser, page):
-    page("<script>HTMLCanvasElement.prototype.getContext = () => null</script>")
+@pytest.mark.parametrize(
+    ("script", "state", "message"),
+    [
+        (
+            "HTMLCanvasElement.prototype.getContext = () => null",
+            "unsupported",
+            "The volumes cannot be shown, because this browser has no WebGL 2.",
+        ),
+        ("window.DecompressionStream = undefined", "failed", "The volumes cannot be shown ("),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(browser, page, script, state, message):
+    page(f"<script>{script}</script>")
     start(browser)
-    browser.wait(STATE, "unsupported")
-    message = browser.driver.find_element("id", "viewer-message")
-    assert message.text == "The volumes cannot be shown, because this browser has no WebGL 2."
-    assert browser.errors() == []
-
-
-def test_what_cannot_be_drawn_is_told(browser, page):
-    page("<script>window.DecompressionStream = undefined</script>")
-    start(browser)
-    browser.wait(STATE, "failed")
-    message = browser.driver.find_element("id", "viewer-message")
-    assert message.text.startswith("The volumes cannot be shown (")
+    browser.wait(STATE, state)
+    assert browser.driver.find_element("id", "viewer-message").text.startswith(message)
+    if state == "unsupported":
+        assert browser.errors() == []
