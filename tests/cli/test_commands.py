@@ -735,9 +735,9 @@ def test_a_report_says_its_answer_its_limits_and_where_it_lies(call, made_runs, 
     assert "Next:" in out and "report/report.html" in out
     page = (tmp_path / "report" / "report.html").read_text()
     assert "slaug" in page and "fda" not in page
-    assert "1 run failed" not in err  # it is not among those that were asked for
+    assert "1 failed run" not in err  # it is not among those that were asked for
     code, out, err = call(*words, "--out", "other")
-    assert code == 0 and "warning: 1 run failed and is not in this report." in err
+    assert code == 0 and "warning: 1 failed run excluded." in err
     code, again, _ = call("report", "--rows", "other/rows.parquet", "--out", "third")
     assert code == 0
     assert [x for x in again.splitlines() if "highest" in x] == [
@@ -748,10 +748,10 @@ def test_a_report_says_its_answer_its_limits_and_where_it_lies(call, made_runs, 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--runs", "nowhere"], "no runs below nowhere"),
+        (["--runs", "nowhere"], "nowhere has no runs"),
         (["--where", "steps"], "--where steps has no value"),
-        (["--where", "steps=9"], "fits --where steps=9"),
-        (["--selector", "best"], "--selector best chose no checkpoint"),
+        (["--where", "steps=9"], "matches --where steps=9"),
+        (["--selector", "best"], "--selector best: no run has a checkpoint"),
         (["--rows", "gone.parquet"], "gone.parquet cannot be read"),
         (["--rows", "a.parquet", "--from-mlflow"], "give one of them"),
     ],

@@ -1,4 +1,4 @@
-"""reports/charts.py: what the charts draw, read back from the drawings."""
+"""reports/charts.py: the drawn values, read back from the figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""reports/comparison.py: the table, the sentence, and the files, from rows made by hand."""
+"""reports/comparison.py: table, verdict and files, from synthetic rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from glua_bench.task import Grid
 
 
 def made(cases: str = "ab", of: dict[str, list[float]] | None = None) -> pd.DataFrame:
-    """Dice of each seed; cases differ by a little, and nothing else does."""
+    """Return rows with the given Dice of each seed; cases differ slightly."""
     rows = []
     for entry, dice in (of or DICE).items():
         for seed, mean in enumerate(dice):
@@ -56,13 +56,13 @@ def test_the_table_is_of_seeds_and_pairs_the_gap_by_seed() -> None:
 @pytest.mark.parametrize(
     "bounds",
     [
-        {"source_only": [0.30, 0.42], "supervised": [0.38, 0.37]},  # one seed the other way round
-        {"source_only": [0.30, 0.30], "supervised": [0.31, 0.39]},  # above, by chance or not
+        {"source_only": [0.30, 0.42], "supervised": [0.38, 0.37]},  # reversed for one seed
+        {"source_only": [0.30, 0.30], "supervised": [0.31, 0.39]},  # above, but not significantly
         {"source_only": [0.5, 0.5], "supervised": [0.4, 0.4]},
         {"source_only": [0.2], "supervised": [math.nan, 0.8]},  # no seed in common
     ],
 )
-def test_a_gap_that_may_not_be_there_is_not_divided_by(bounds: dict[str, list[float]]) -> None:
+def test_an_uncertain_gap_is_undefined(bounds: dict[str, list[float]]) -> None:
     lines = table(made(of={**bounds, "mine": [0.25, 0.26]}))
     assert lines[["gap recovered", "gap min", "gap max"]].isna().all(axis=None)
     text = as_text(lines)
@@ -88,7 +88,7 @@ def test_an_incomplete_entry_takes_no_seed_from_the_others() -> None:
 
 
 def test_seeds_that_others_lack_move_no_number_of_the_table() -> None:
-    """One number for one thing: what the sentence says of an entry stands in its line."""
+    """The verdict and the table state the same number."""
     frame = made("abcdef", {"a": [0.5, 0.6, 0.1], "b": [0.3, 0.4], "c": [0.2, 0.3]})
     lines = table(frame).loc["t x-y"]
     assert lines.loc["a", "Dice"] == pytest.approx(0.55) and lines.loc["a", "seeds"] == 2
@@ -96,7 +96,7 @@ def test_seeds_that_others_lack_move_no_number_of_the_table() -> None:
     assert "a has the highest mean Dice, 0.550" in said and "Seed 2 not used" in said
 
 
-def test_everything_that_tells_a_mean_tells_the_same(tmp_path: Path) -> None:
+def test_all_outputs_state_the_same_mean(tmp_path: Path) -> None:
     frame = made("abcdef", {**DICE, "late": [0.3]})
     lines = table(frame)
     write(frame, tmp_path)
@@ -115,7 +115,7 @@ def test_everything_that_tells_a_mean_tells_the_same(tmp_path: Path) -> None:
 
 
 def repeated() -> pd.DataFrame:
-    """Seed 0 of mine three times more, nudged in its last bits."""
+    """Return `made` with repeats of seed 0 of "mine"."""
     frame = made().assign(perturbation=0)
     own = frame[(frame["entry"] == "mine") & (frame["seed"] == 0)]
     more = [own.assign(perturbation=k, dice=own["dice"] + by) for k, by in ((1, 0.1), (2, -0.3))]
@@ -148,7 +148,7 @@ def test_the_numbers_have_names_that_a_tracker_takes() -> None:
     assert numbers["x-y/gap_recovered/mine masked ours"] == pytest.approx(0.4)
 
 
-def test_a_gap_of_fewer_seeds_than_the_row_is_told() -> None:
+def test_a_gap_over_fewer_seeds_has_a_note() -> None:
     dice = {"source_only": [0.2, 0.22, 0.21], "supervised": [0.8], "mine": [0.5, 0.4, 0.45]}
     lines = table(made("abcdef", {**dice, "other": [0.3, 0.3, 0.3]}))
     assert lines.loc[("t x-y", "mine"), ["seeds", "gap seeds"]].tolist() == [3, 1]
@@ -160,7 +160,7 @@ def test_a_gap_of_fewer_seeds_than_the_row_is_told() -> None:
 
 
 def test_zero_has_no_sign() -> None:
-    dice = {"b": [0.5, 0.5], "a": [0.5, 0.50002]}  # a, b: the difference is turned round
+    dice = {"b": [0.5, 0.5], "a": [0.5, 0.50002]}  # the difference changes its sign
     rows = made("abcdef", dice)
     assert "−0.0 " not in verdict(rows, "t x-y", percent=True)
     assert "−0.000" not in verdict(rows, "t x-y")
@@ -168,7 +168,7 @@ def test_zero_has_no_sign() -> None:
 
 
 @pytest.mark.parametrize("more", ["", "x" * 300])
-def test_entries_whose_names_are_alike_to_a_tracker_stay_apart(more: str) -> None:
+def test_entries_with_equal_tracker_names_stay_apart(more: str) -> None:
     rows = made().replace({"mine": f"mine {more}(a)", "source_only": f"mine {more}[a]"})
     numbers = as_metrics(table(rows))
     dice = {name.split("/")[2]: v for name, v in numbers.items() if "/dice/" in name}
@@ -179,7 +179,7 @@ def test_entries_whose_names_are_alike_to_a_tracker_stay_apart(more: str) -> Non
         )
 
 
-def test_the_sentence_names_the_best_that_saw_no_target_label() -> None:
+def test_the_verdict_excludes_the_upper_bound() -> None:
     said = verdict(made(), "t x-y")
     assert said.startswith("t x-y: mine has the highest mean Dice, 0.450 (95 % CI ")
     assert "; 2 cases, 2 seeds); runner-up source_only: difference 0.240 (95 % CI " in said
@@ -197,7 +197,7 @@ def test_the_sentence_names_the_best_that_saw_no_target_label() -> None:
     )
 
 
-def test_the_sentence_says_whether_the_difference_is_beyond_chance() -> None:
+def test_the_verdict_states_significance() -> None:
     cases = "abcdefgh"
     clear = made(cases, {"a": [0.7, 0.71, 0.7], "b": [0.4, 0.4, 0.41], "c": [0.2, 0.2, 0.2]})
     assert "), significant, p < 0.001 (Holm, 3 pairs)." in verdict(clear, "t x-y")
@@ -231,7 +231,7 @@ def test_a_shared_stage_costs_every_run_what_it_cost_the_first() -> None:
     second = {"stage_seconds": {"segment": 60.0}, "reused_stages": ["style"]}
     alone = {"stage_seconds": {"train": 20.0}, "reused_stages": []}
     assert costs([(config, second), (config, first), (config, alone)]) == [360, 350, 20]
-    other = replace(config, seed=1)  # its style was trained by a run that is not here
+    other = replace(config, seed=1)  # its style stage was trained by another run
     assert math.isnan(costs([(config, first), (other, second)])[1])
     for change in ({"direction": "ct-mr"}, {"steps": 9}, {"preset": "paper"}):
         assert math.isnan(costs([(config, first), (replace(config, **change), second)])[1])

@@ -24,13 +24,13 @@ GREEN, BLUE, RED = "#00b000", "#0060ff", figures.WARNING
 
 
 def drawn(path: Path) -> np.ndarray:
-    """(H, W, 3) in [0, 1]."""
+    """Load a PNG as (H, W, 3) in [0, 1]."""
     assert path.read_bytes().startswith(b"\x89PNG")
     return np.asarray(matplotlib.image.imread(path))[:, :, :3]
 
 
 def pixels(path: Path, color: str, tolerance: float = 0.12) -> int:
-    """How many pixels have about a colour."""
+    """Count the pixels close to a colour."""
     wanted = np.array(matplotlib.colors.to_rgb(color))
     return int((np.abs(drawn(path) - wanted).max(-1) < tolerance).sum())
 
@@ -116,7 +116,7 @@ def test_a_structure_at_the_border_has_a_whole_outline(tmp_path: Path) -> None:
 
 
 def test_volumes_of_structures_are_dots_in_their_colours(tmp_path: Path) -> None:
-    """Cases of many volumes draw more; the chart is to the right, below the slices."""
+    """More volumes draw more marks, in the chart at the bottom right."""
     none = montage(tmp_path / "none.png")
     few = montage(tmp_path / "few.png", volumes=[[100.0], [50.0]])
     many = montage(tmp_path / "many.png", volumes=[[100.0], [20.0, 50.0, 80.0, 140.0]])

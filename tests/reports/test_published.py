@@ -1,4 +1,4 @@
-"""reports/published.py: context that cannot be mistaken for a result."""
+"""reports/published.py: published results for context."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from glua_bench.reports.published import BLOCKS, NOT_COMPARABLE, context
 
 
 def test_means_are_those_of_their_parts():
-    """A slip of the pen in a copied number shows here."""
+    """Detects typing errors in copied numbers."""
     checked = 0
     for block in BLOCKS.values():
         for line in block.lines:

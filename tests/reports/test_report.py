@@ -1,4 +1,4 @@
-"""reports/report.py: one page from one frame, opened and used in a browser."""
+"""reports/report.py: page and files, and use in a browser."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def page_of(results, out, options=NO_PICTURES):
 
 @pytest.fixture(scope="module")
 def filled(made_runs_in, tmp_path_factory):
-    """A comparison, an ablation with a curve, and a method with a name that means harm."""
+    """Runs of a comparison, an ablation with a curve, and an entry with a malicious name."""
     made_runs = made_runs_in(tmp_path_factory.mktemp("filled") / "runs")
     made_runs.comparison()
     for seed in range(3):
@@ -104,7 +104,7 @@ def test_names_are_shown_and_never_executed(written):
     assert r"\textless{}img src=x" in text and r"\$\_\{x\}" in text
 
 
-def test_every_number_leads_to_its_runs(filled, written):
+def test_every_number_links_to_its_runs(filled, written):
     page = (written / "report.html").read_text()
     ids = set(re.findall(r'id="run-(\w+)"', page))
     cited = {run for text in re.findall(r'data-runs="([^"]+)"', page) for run in text.split()}
@@ -135,17 +135,17 @@ def test_published_results_stand_apart(written, tmp_path):
     assert "SIFA v2" not in own
 
 
-def test_what_limits_the_numbers_is_said_on_the_page(made_runs, tmp_path):
+def test_caveats_are_on_the_page(made_runs, tmp_path):
     made_runs.comparison(seeds=1)
     made_runs.add("fda", 0.3).fail("why")
     page = page_of(from_runs(made_runs.root), tmp_path / "report")
     assert "phantom mr-ct: No tests: 2 seeds (--seeds 3)" in page
     assert "1 failed run" in page and "for this training of each method only" in page
-    assert "±" not in page and "†" not in page  # neither is there, so nothing explains them
+    assert "±" not in page and "†" not in page  # neither occurs, so neither is explained
 
 
-def test_every_sentence_about_numbers_is_true_of_these(made_runs, tmp_path):
-    """Enough seeds and cases for tests, an incomplete entry, a repeat, no gap in one task."""
+def test_statements_on_the_page_match_the_numbers(made_runs, tmp_path):
+    """Enough seeds and cases for tests, an incomplete entry, no gap in one task."""
     made_runs.cases = tuple(f"case_{i}" for i in range(7))
     made_runs.comparison()
     made_runs.add("fda", 0.9, 0)
@@ -168,7 +168,7 @@ def test_every_sentence_about_numbers_is_true_of_these(made_runs, tmp_path):
     ):
         assert said in page, said
     assert "phantom mr-ct: gap recovered is" not in page
-    # The sentence, the tables and the data say one number.
+    # Verdict, tables and data agree.
     scores = statistics.scores(results.of(task), task)
     assert "fda" not in scores
     best = scores["glua"]
@@ -181,7 +181,7 @@ def test_every_sentence_about_numbers_is_true_of_these(made_runs, tmp_path):
         assert word not in page
 
 
-def test_the_caption_of_a_curve_says_what_is_drawn(made_runs, tmp_path):
+def test_the_caption_of_a_curve_matches_the_drawing(made_runs, tmp_path):
     for ratio in (0.1, 0.3, 0.7):
         made_runs.add("glua", ratio, settings={"mask_ratio": ratio} if ratio != 0.3 else {})
     made_runs.add("source_only", 0.2)
@@ -196,7 +196,7 @@ def test_the_caption_of_a_curve_says_what_is_drawn(made_runs, tmp_path):
     assert captions[2].endswith("on this axis, with standard deviation.")
 
 
-def test_entries_without_a_seed_in_common_are_told_and_drawn(made_runs, tmp_path):
+def test_entries_without_a_common_seed_are_noted_and_drawn(made_runs, tmp_path):
     made_runs.add("glua", 0.6, 0)
     made_runs.add("slaug", 0.5, 1)
     page = page_of(from_runs(made_runs.root), tmp_path / "report")
@@ -249,7 +249,7 @@ def test_a_missing_dataset_costs_the_pictures_only(made_runs, tmp_path):
         (Options(pictures=False), "--out"),
     ],
 )
-def test_what_cannot_be_written_is_said(made_runs, tmp_path, options, said):
+def test_what_cannot_be_written_is_an_error(made_runs, tmp_path, options, said):
     made_runs.comparison(seeds=1)
     (tmp_path / "file").write_text("")
     with pytest.raises((ConfigError, RunFailure), match=said):
@@ -267,7 +267,7 @@ def test_a_reader_can_use_the_page(browser, cells, assert_clean, written: Path):
     def click(selector):
         driver.execute_script("document.querySelector(arguments[0]).click()", selector)
 
-    # Sort: numbers begin with the largest, a second click turns round.
+    # Sort: numbers descending; a second click reverses.
     head = "#table-main_phantom_mr-ct thead tr:last-child th:nth-child(4) button"
     click(head)
     first = [float(text.split()[0].rstrip("†")) for text in cells("main_phantom_mr-ct", 3)]
@@ -276,20 +276,20 @@ def test_a_reader_can_use_the_page(browser, cells, assert_clean, written: Path):
     turned = cells("main_phantom_mr-ct", 3)
     assert [float(text.split()[0].rstrip("†")) for text in turned] == first[::-1]
 
-    # Filter: only rows that hold every word stay.
+    # Filter: rows that contain every word remain.
     every = len(cells("runs", 0))
     box = driver.find_element("css selector", "#table-runs input")
     box.send_keys("GLUA 0.7")
     shown = cells("runs", 1)
     assert shown == ["glua, mask_ratio = 0.7"] * 3 and every > 3
 
-    # A number leads to its runs, whatever was filtered before.
+    # A link shows its runs, regardless of the filter.
     link = driver.find_element("css selector", "#table-main_phantom_mr-ct a[data-runs]")
     wanted = link.get_attribute("data-runs").split()
     click("#table-main_phantom_mr-ct a[data-runs]")
     assert sorted(cells("runs", 0)) == sorted(wanted)
 
-    # Theme: paper and the charts' ink change together.
+    # Theme: background and charts change together.
     looks = """return [document.body, document.querySelector('#figure-gap_recovered svg text')]
         .map(e => getComputedStyle(e)).map(style => style.backgroundColor + style.fill)"""
     before = driver.execute_script(looks)

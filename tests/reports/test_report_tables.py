@@ -1,4 +1,4 @@
-"""reports/report_tables.py: which numbers stand in a report's tables, checked by hand."""
+"""reports/report_tables.py: numbers of the tables, checked by hand."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def compared(made_runs):
     return made_runs
 
 
-def test_the_main_table_is_the_field_s(compared):
-    compared.add("glua", 0.9, settings={"mask": "random"})  # an ablation's, not a method
+def test_the_main_table_has_the_usual_columns(compared):
+    compared.add("glua", 0.9, settings={"mask": "random"})  # belongs to the ablation
     table = report_tables.main(from_runs(compared.root), TASK)
     assert list(table.rows) == ["source_only", "slaug", "glua", "supervised (privileged)"]
     assert table.groups[:2] == [("Dice (%)", 3), ("ASSD (mm)", 3)]
@@ -41,7 +41,7 @@ def test_the_main_table_is_the_field_s(compared):
     assert pd.isna(gap["source_only"]) and pd.isna(gap["supervised (privileged)"])
     assert table.place(2, 2) == "best" and table.place(3, 2) == ""
     assert all(len(ids) == 3 for ids in table.ids)
-    # Three cases decide nothing, however clear their order is.
+    # Three cases are too few for tests.
     assert not table.marks
     assert any(note.startswith("No tests: 6 test cases are required") for note in table.notes)
 
@@ -65,7 +65,7 @@ def test_six_cases_are_tested(made_runs):
     assert any("over all 3 pairs" in n for n in pairs.notes)
 
 
-def test_a_mark_that_nothing_bears_is_not_explained(made_runs):
+def test_unused_marks_are_not_explained(made_runs):
     made_runs.cases = tuple(f"case_{i}" for i in range(6))
     for seed, dice in enumerate((0.4, 0.6)):
         made_runs.add("glua", dice, seed)
@@ -147,9 +147,9 @@ def test_pairs_have_the_better_one_first(compared):
     assert low <= 10.001 and high >= 9.999
 
 
-def test_a_pair_that_is_turned_round_is_turned_whole(made_runs):
-    made_runs.comparison(methods=("slaug", "glua"))  # the later in the alphabet is the better one
-    for seed in range(3, 5):  # and something to be unsure of
+def test_a_swapped_pair_swaps_its_interval(made_runs):
+    made_runs.comparison(methods=("slaug", "glua"))  # the later one in the alphabet is better
+    for seed in range(3, 5):  # with large variation
         made_runs.add("slaug", 0.7, seed)
         made_runs.add("glua", 0.3, seed)
         made_runs.add("source_only", 0.2, seed)
@@ -232,7 +232,7 @@ def test_an_ablation_lists_bounds_parts_and_variants_in_order(compared):
 
 
 def test_runs_of_an_older_version_stand_beside_those_of_today(made_runs):
-    """Its settings may be gone; they make a curve of their own."""
+    """Settings that no longer exist have a curve of their own."""
     made_runs.add("source_only", 0.2)
     made_runs.add("glua", 0.6)
     for weight in (0.1, 0.5, 0.9):
@@ -276,7 +276,7 @@ def test_correlations_are_spearman_s_over_all_checkpoints(made_runs):
     assert "oracle" not in found.index and "last" not in found.index
 
 
-def test_without_an_oracle_nothing_is_said_of_regret(compared):
+def test_without_an_oracle_there_is_no_regret(compared):
     results = from_runs(compared.root)
     assert report_tables.selector_quality(results) is None
     assert report_tables.regrets(results).empty and report_tables.correlations(results).empty

@@ -1,4 +1,4 @@
-"""reports/results.py: what is read, what it is called, and what may not stand in one table."""
+"""reports/results.py: reading runs and rows, names of entries, and rejected mixtures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def entries(found):
     return sorted(str(entry) for entry in found.rows["entry"].unique())
 
 
-def test_an_entry_is_called_by_what_differs_from_its_method(made_runs):
+def test_an_entry_is_named_after_its_changes(made_runs):
     made_runs.add("source_only", 0.2)
     made_runs.add("source_only", 0.8, scenario="supervised")
     made_runs.add("source_only", 0.4, augmentation="photometric")
@@ -47,12 +47,12 @@ def test_an_entry_is_called_by_what_differs_from_its_method(made_runs):
     assert found.tasks == ["phantom mr-ct"] and len(found.directories) == 7
 
 
-def test_what_a_run_said_of_its_settings_counts_before_today_s_defaults(made_runs):
+def test_recorded_changes_take_precedence_over_current_defaults(made_runs):
     said = {"changed": {"mask": "soft"}, "variant": "of then"}
     made_runs.add("glua", 0.6, environment=said)
     made_runs.add("gone_since", 0.5, environment={"changed": {}, "variant": ""})
     assert entries(from_runs(made_runs.root)) == ["glua, mask = soft", "gone_since"]
-    made_runs.add("gone_too", 0.5)  # which does not say it
+    made_runs.add("gone_too", 0.5)  # which does not record it
     found = from_runs(made_runs.root)
     assert len(entries(found)) == 2
     assert any("gone_too" in text and "changed settings" in text for text in found.notices)
@@ -104,7 +104,7 @@ def test_protocols_are_never_mixed(made_runs, changes, said):
 
 
 def test_a_run_on_more_slices_does_not_replace_one_on_a_single_slice(made_runs):
-    """Both are the same entry with the same seed, and none is a newer version of the other."""
+    """They are the same entry with the same seed, but no versions of each other."""
     made_runs.add("glua", 0.6)
     made_runs.add("glua", 0.7, slices=3, slice_distance=4.0)
     made_runs.add("glua", 0.7, slices=3, slice_distance=8.0)
@@ -115,7 +115,7 @@ def test_a_run_on_more_slices_does_not_replace_one_on_a_single_slice(made_runs):
 
 
 def test_rows_that_do_not_say_their_slices_are_of_single_ones(made_runs, tmp_path):
-    """Such a file was written before there was a choice."""
+    """Rows of older versions do not state the slices."""
     made_runs.add("glua", 0.6)
     older = from_runs(made_runs.root).rows.astype({"protocol": str, "run": str})
     without = {k: v for k, v in json.loads(older["protocol"].iloc[0]).items() if k != "slices"}
@@ -137,7 +137,7 @@ def test_the_upper_bound_has_training_data_of_its_own(made_runs):
     assert entries(from_runs(made_runs.root)) == ["source_only", "supervised"]
 
 
-def test_what_is_left_out_is_named(made_runs):
+def test_excluded_runs_are_noted(made_runs):
     kept = made_runs.add("source_only", 0.2)
     torn = made_runs.add("glua", 0.6)
     whole = (torn.path / "cases.parquet").read_bytes()
@@ -165,7 +165,7 @@ def test_the_newest_run_of_a_cell_counts(made_runs):
     assert set(from_runs(made_runs.root, {"code": ["old"]}).directories) == {old.id}
 
 
-def test_an_entry_without_some_seed_is_told_and_stops_nothing(made_runs):
+def test_an_entry_that_lacks_a_seed_is_noted(made_runs):
     made_runs.comparison(seeds=2)
     made_runs.add("fda", 0.5, seed=0)
     told = "phantom mr-ct: fda lacks seed 1 and is excluded from intervals, tests and ranks."
@@ -188,7 +188,7 @@ def test_a_comparison_that_cannot_be_written_down_is_one_sentence(tmp_path: Path
 
 
 def test_a_comparison_is_reported_by_its_own_runs_alone(made_runs):
-    """Beside runs of another budget, a newer version and another dataset's direction."""
+    """Other runs have another budget, code or direction."""
     made_runs.comparison()
     path = record(made_runs.root, "compare glua, slaug", list_runs(made_runs.root))
     wanted = {run.id for run in list_runs(made_runs.root)}
@@ -213,7 +213,7 @@ def test_a_comparison_is_reported_by_its_own_runs_alone(made_runs):
 
 
 def repeats(rows, **changes):
-    """Rows of a repeat of glua's seed 0."""
+    """Return the rows of a repeat of glua's seed 0."""
     own = rows[(rows["entry"] == "glua") & (rows["seed"] == 0)]
     return own.assign(**{"run": "nudged", "perturbation": 1, **changes})
 
@@ -255,7 +255,7 @@ def test_repeats_are_read_from_runs(made_runs):
     assert bits["phantom mr-ct", "glua"] == pytest.approx(pd.Series([0.6, 0.7]).std())
 
 
-def test_nothing_to_report_is_said(made_runs, tmp_path):
+def test_nothing_to_report_is_an_error(made_runs, tmp_path):
     with pytest.raises(ConfigError, match="nowhere has no runs; .*--runs"):
         from_runs(tmp_path / "nowhere")
     made_runs.add("glua", 0.6)
@@ -297,7 +297,7 @@ def test_rows_of_a_file_are_those_of_the_runs(made_runs, tmp_path):
         from_rows(path, {"seed": ["9"]})
 
 
-def test_a_file_that_is_no_table_of_rows_is_said(tmp_path):
+def test_a_file_without_rows_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"gone.parquet cannot be read as Parquet"):
         from_rows(tmp_path / "gone.parquet")
     pd.DataFrame({"dice": [0.5]}).to_parquet(tmp_path / "other.parquet")

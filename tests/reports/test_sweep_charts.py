@@ -1,4 +1,4 @@
-"""reports/sweep_charts.py: what the charts draw, read back from the drawings."""
+"""reports/sweep_charts.py: the drawn values, read back from the figures."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_agreement_names_the_correlation(made_sweep, texts):
     assert (0.4, 0.3) in offsets(figure.axes[0]) and (0.3, 0.6) in offsets(figure.axes[0])
 
 
-def test_the_front_is_apart_from_what_it_beats(made_sweep):
+def test_the_front_is_drawn_apart_from_dominated_trials(made_sweep):
     sweep = made_sweep({"lr": RATIOS}, [0.1, 0.4, 0.3, 0.2], costs=[5.0, 20.0, 30.0, 10.0])
     assert sweep.front == [0, 1, 3]
     figure = sweep_charts.front(sweep.done, "im", "seconds", sweep.front)
@@ -142,7 +142,7 @@ def test_the_time_line_has_a_row_for_each_worker(made_sweep, texts):
     assert bars[0].get_alpha() < bars[1].get_alpha() and "pale: restarted" in texts(figure)
 
 
-def test_pictures_have_a_paper_and_lines_have_none(made_sweep, tmp_path):
+def test_pngs_are_white_and_svgs_transparent(made_sweep, tmp_path):
     from matplotlib.image import imread
 
     sweep = made_sweep({"lr": RATIOS}, [0.1, 0.2, 0.3, 0.4])

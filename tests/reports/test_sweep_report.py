@@ -24,7 +24,7 @@ EVIL = "<img src=x onerror=alert(1)>"
 
 @pytest.fixture
 def ratios(made_sweep):
-    """The objective takes the second of four, test labels would take the third."""
+    """The objective chooses the second of four trials, test labels the third."""
 
     def make(**changes):
         values = {
@@ -36,7 +36,7 @@ def ratios(made_sweep):
     return make
 
 
-def test_the_price_is_paired_over_seeds(ratios):
+def test_the_selection_cost_is_paired_over_seeds(ratios):
     cost = selection_cost(ratios())
     assert (cost.chosen, cost.best) == (1, 2)
     assert cost.difference == pytest.approx(0.13)
@@ -46,7 +46,7 @@ def test_the_price_is_paired_over_seeds(ratios):
     assert list(cost.trials["dice"]) == pytest.approx([0.6, 0.62, 0.75, 0.45])
 
 
-def test_seeds_that_are_lost_make_no_trial_better(ratios):
+def test_missing_seeds_make_no_trial_better(ratios):
     sweep = ratios()
     sweep.runs.loc[(sweep.runs["trial"] == 2) & (sweep.runs["seed"] == 0), "dice"] = math.nan
     cost = selection_cost(sweep)
@@ -66,7 +66,7 @@ def test_a_lost_direction_leaves_a_trial_out_by_number(ratios, tmp_path):
     page = write(sweep, tmp_path / "report")[0].read_text()
     assert "Excluded without scores: trial 2." in page
     assert "±: standard deviation over 2 seeds" in page
-    assert "biased upwards" not in page  # the chosen one is the highest: there is no price
+    assert "biased upwards" not in page  # the chosen trial is the best: no cost
 
 
 def test_one_seed_has_no_bars_and_no_spread(ratios, tmp_path):
@@ -75,7 +75,7 @@ def test_one_seed_has_no_bars_and_no_spread(ratios, tmp_path):
     assert "bars: standard deviation" not in page and "biased upwards" in page
 
 
-def test_the_answer_says_what_was_known_and_what_was_not(ratios):
+def test_the_summary_separates_choice_and_evaluation(ratios):
     first, second = sentences(ratios())
     assert first == (
         "Selected without target labels: mask_ratio 0.3 with the highest im, 0.4 (trial 1; 4 "
@@ -92,7 +92,7 @@ def test_the_answer_says_what_was_known_and_what_was_not(ratios):
     assert not any("One seed per trial" in text for text in notices(ratios()))
 
 
-def test_what_is_open_or_failed_is_said(made_sweep):
+def test_unfinished_and_failed_trials_are_noted(made_sweep):
     sweep = made_sweep(
         {"lr": [0.1, 0.2, 0.3]}, [0.1] * 3, states=["failed", "pruned", "running"], budget=5
     )
@@ -126,7 +126,7 @@ def test_a_sweep_over_one_number_has_its_curve(ratios, tmp_path):
     ids = set(re.findall(r'id="run-(\w+)"', page))
     cited = {run for text in re.findall(r'data-runs="([^"]+)"', page) for run in text.split()}
     assert cited == ids and len(ids) == 8
-    # Before the part that says so, nothing on the page comes from test labels but its summary.
+    # Apart from the summary, only the post hoc section uses test labels.
     before, after = page.split('<section id="post-hoc">')
     assert "never\n" in after or "never " in after.split("</div>")[0]
     assert "test Dice" not in before.split('<section id="question">')[1]
