@@ -393,8 +393,10 @@ def _cube(table: pd.DataFrame) -> np.ndarray:
 
 def numbered(noun: str, names: Sequence[int] | Sequence[str]) -> str:
     """Return e.g. "seed 1", or "seeds 1 and 2"."""
-    *words, last = map(str, names)
-    return f"{noun}{'s' * bool(words)} " + " and ".join([*[", ".join(words)] * bool(words), last])
+    words = [str(name) for name in names]
+    if len(words) < 2:
+        return " ".join([noun, *words])
+    return f"{noun}s {', '.join(words[:-1])} and {words[-1]}"
 
 
 def counted(number: int, noun: str) -> str:

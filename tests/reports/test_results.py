@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from glua_bench.config import RunConfig
 from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.records.run_directory import list_runs
 from glua_bench.reports.results import from_rows, from_runs, parse_where, record
@@ -19,6 +17,21 @@ from glua_bench.reports.statistics import last_bits
 
 def entries(found):
     return sorted(str(entry) for entry in found.rows["entry"].unique())
+
+
+def noted(found, start):
+    return any(text.startswith(start) for text in found.notices)
+
+
+@pytest.fixture
+def reread(tmp_path):
+    """Write frames to a file and read it: frames, and `where`."""
+
+    def read(*frames, where=None):
+        pd.concat(frames).to_parquet(tmp_path / "rows.parquet")
+        return from_rows(tmp_path / "rows.parquet", where)
+
+    return read
 
 
 def test_an_entry_is_named_after_its_changes(made_runs):
@@ -56,7 +69,7 @@ def test_recorded_changes_take_precedence_over_current_defaults(made_runs):
     found = from_runs(made_runs.root)
     assert len(entries(found)) == 2
     assert any("gone_too" in text and "changed settings" in text for text in found.notices)
-    with pytest.raises(ConfigError, match="finished and readable"):  # nothing else is left
+    with pytest.raises(ConfigError, match="finished and readable"):
         from_runs(made_runs.root, {"method": ["gone_too"]})
 
 
@@ -64,12 +77,9 @@ def test_rows_hold_every_score_in_the_dataset_s_order(made_runs):
     run = made_runs.add("glua", 0.6, seed=2)
     found = from_runs(made_runs.root)
     rows = found.of("phantom mr-ct")
-    pd.testing.assert_frame_equal(
-        rows[["case", "structure", "dice", "assd"]].astype({"case": str, "structure": str}),
-        run.read_cases()[["case", "structure", "dice", "assd"]].astype(
-            {"case": str, "structure": str}
-        ),
-    )
+    columns, texts = ["case", "structure", "dice", "assd"], {"case": str, "structure": str}
+    stored = run.read_cases()[columns].astype(texts)
+    pd.testing.assert_frame_equal(rows[columns].astype(texts), stored)
     assert list(rows["structure"].cat.categories) == ["MYO", "LAC"]  # not by the alphabet
     assert set(rows["seed"]) == {2} and set(rows["run"]) == {run.id}
     assert set(rows["seconds"]) == {100.0} and set(rows["device"]) == {"CPU, 1 thread"}
@@ -114,7 +124,7 @@ def test_a_run_on_more_slices_does_not_replace_one_on_a_single_slice(made_runs):
         assert len(from_runs(made_runs.root, where).directories) == 1
 
 
-def test_rows_that_do_not_say_their_slices_are_of_single_ones(made_runs, tmp_path):
+def test_rows_without_slices_are_of_single_slices(made_runs, reread):
     """Rows of older versions do not state the slices."""
     made_runs.add("glua", 0.6)
     older = from_runs(made_runs.root).rows.astype({"protocol": str, "run": str})
@@ -122,11 +132,9 @@ def test_rows_that_do_not_say_their_slices_are_of_single_ones(made_runs, tmp_pat
     older["protocol"] = json.dumps(without)
     newer = older.assign(run="newer", seed=1, protocol=json.dumps({**without, "slices": "1"}))
     stacked = older.assign(run="s", seed=1, protocol=json.dumps({**without, "slices": "3, 4 mm"}))
-    pd.concat([older, newer]).to_parquet(tmp_path / "same.parquet")
-    pd.concat([older, stacked]).to_parquet(tmp_path / "mixed.parquet")
-    assert from_rows(tmp_path / "same.parquet").rows["run"].nunique() == 2
+    assert reread(older, newer).rows["run"].nunique() == 2
     with pytest.raises(ConfigError, match="slices is 1 in 1 run and 3, 4 mm in 1 run"):
-        from_rows(tmp_path / "mixed.parquet")
+        reread(older, stacked)
 
 
 def test_the_upper_bound_has_training_data_of_its_own(made_runs):
@@ -146,12 +154,11 @@ def test_excluded_runs_are_noted(made_runs):
     failed.fail("no memory")
     open_ = made_runs.add("fda", 0.5)
     (open_.path / "done").unlink()
-    said = []
-    found = from_runs(made_runs.root, warn=said.append)
-    assert set(found.directories) == {kept.id} and found.notices == said
-    assert any(torn.id in text and "no readable cases.parquet" in text for text in said)
-    assert any(text == "1 failed run excluded." for text in said)
-    assert any(text == "1 unfinished run excluded." for text in said)
+    warned = []
+    found = from_runs(made_runs.root, warn=warned.append)
+    assert set(found.directories) == {kept.id} and found.notices == warned
+    assert any(torn.id in text and "no readable cases.parquet" in text for text in warned)
+    assert {"1 failed run excluded.", "1 unfinished run excluded."} <= set(warned)
 
 
 def test_the_newest_run_of_a_cell_counts(made_runs):
@@ -173,10 +180,7 @@ def test_an_entry_that_lacks_a_seed_is_noted(made_runs):
     made_runs.add("glua", 0.5, seed=5, settings={"mask": "random"})  # an ablation's own matter
     assert told in from_runs(made_runs.root).notices
     made_runs.add("advent", 0.5, seed=7)
-    found = from_runs(made_runs.root)
-    assert any(
-        text.startswith("phantom mr-ct: advent lacks seeds 0 and 1") for text in found.notices
-    )
+    assert noted(from_runs(made_runs.root), "phantom mr-ct: advent lacks seeds 0 and 1")
     one = from_runs(made_runs.root, {"seed": ["0"]})
     assert any("No tests: 2 seeds (--seeds 3)" in text for text in one.notices)
 
@@ -204,9 +208,7 @@ def test_a_comparison_is_reported_by_its_own_runs_alone(made_runs):
     assert not any("failed" in text or "newer" in text for text in found.notices)
     assert set(from_runs(path, {"method": ["slaug"]}).rows["entry"]) == {"slaug"}
     shutil.rmtree(next(run.path for run in list_runs(made_runs.root) if run.id in wanted))
-    assert any(
-        text.startswith("1 run of the comparison missing") for text in from_runs(path).notices
-    )
+    assert noted(from_runs(path), "1 run of the comparison missing")
     (path.parent / "other.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"other.json is not a comparison"):
         from_runs(path.parent / "other.json")
@@ -218,33 +220,24 @@ def repeats(rows, **changes):
     return own.assign(**{"run": "nudged", "perturbation": 1, **changes})
 
 
-def test_repeats_stand_apart(made_runs, tmp_path):
+def test_repeats_are_separate(made_runs, reread):
     made_runs.comparison(seeds=2)
     rows = from_runs(made_runs.root).rows.astype({"run": str, "code": str, "protocol": str})
-    path = tmp_path / "rows.parquet"
-    pd.concat([rows, repeats(rows)]).to_parquet(path)
-    found = from_rows(path)
+    found = reread(rows, repeats(rows))
     assert set(found.repeats["run"].astype(str)) == {"nudged"}
     assert set(found.rows["run"]) == set(rows["run"]) and not found.rows["perturbation"].any()
     assert len(found.with_repeats(found.of("phantom mr-ct"))) == len(rows) + len(found.repeats)
     with pytest.raises(ConfigError, match="only repeats"):
-        from_rows(path, {"perturbation": ["1"]})
-    pd.concat([rows, repeats(rows, code="older")]).to_parquet(path)
-    found = from_rows(path)
-    assert found.repeats.empty and any(
-        text.startswith("1 repeat excluded") for text in found.notices
-    )
+        reread(rows, repeats(rows), where={"perturbation": ["1"]})
+    found = reread(rows, repeats(rows, code="older"))
+    assert found.repeats.empty and noted(found, "1 repeat excluded")
     other = json.dumps({**json.loads(rows["protocol"].iloc[0]), "steps": 20})
-    pd.concat([rows, repeats(rows, protocol=other)]).to_parquet(path)
     with pytest.raises(ConfigError, match="steps is 500 in 8 runs and 20 in 1 run"):
-        from_rows(path)
-    pd.concat([rows.drop(columns="perturbation")]).to_parquet(path)  # of an older version
-    assert not from_rows(path).rows["perturbation"].any()
+        reread(rows, repeats(rows, protocol=other))
+    older = rows.drop(columns="perturbation")
+    assert not reread(older).rows["perturbation"].any()
 
 
-@pytest.mark.skipif(
-    "perturbation" not in {f.name for f in fields(RunConfig)}, reason="runs have no repeats"
-)
 def test_repeats_are_read_from_runs(made_runs):
     made_runs.comparison(seeds=2)
     again = made_runs.add("glua", 0.7, perturbation=1)
@@ -277,24 +270,21 @@ def test_where_is_read():
         parse_where(["steps"])
 
 
-def test_rows_of_a_file_are_those_of_the_runs(made_runs, tmp_path):
+def test_rows_of_a_file_are_those_of_the_runs(made_runs, reread):
     made_runs.comparison()
     made_runs.add("glua", 0.5, settings={"mask": "random"})
-    found = from_runs(made_runs.root)
-    path = tmp_path / "rows.parquet"
-    found.rows.to_parquet(path, index=False)
-    again = from_rows(path)
+    rows = from_runs(made_runs.root).rows
+    again, text = reread(rows), {"entry": str}
     pd.testing.assert_frame_equal(
-        again.rows.astype({"entry": str}),
-        found.rows.astype({"entry": str}),
-        check_categorical=False,
+        again.rows.astype(text), rows.astype(text), check_categorical=False
     )
     assert again.checkpoints.empty and not again.directories
-    assert entries(from_rows(path, {"method": ["glua"]})) == ["glua", "glua, mask = random"]
+    glua = reread(rows, where={"method": ["glua"]})
+    assert entries(glua) == ["glua", "glua, mask = random"]
     with pytest.raises(ConfigError, match="--where colour: .* has no such column"):
-        from_rows(path, {"colour": ["red"]})
+        reread(rows, where={"colour": ["red"]})
     with pytest.raises(ConfigError, match="has no rows that match"):
-        from_rows(path, {"seed": ["9"]})
+        reread(rows, where={"seed": ["9"]})
 
 
 def test_a_file_without_rows_is_an_error(tmp_path):
@@ -305,12 +295,11 @@ def test_a_file_without_rows_is_an_error(tmp_path):
         from_rows(tmp_path / "other.parquet")
 
 
-def test_two_runs_of_one_cell_in_a_file_are_refused(made_runs, tmp_path):
+def test_two_runs_of_one_entry_and_seed_are_rejected(made_runs, reread):
     made_runs.comparison(seeds=1)
     rows = from_runs(made_runs.root).rows.astype({"run": str})
     again = rows[rows["entry"] == "glua"].assign(run="other")
-    pd.concat([rows, again]).to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(ConfigError, match=r"two runs of glua with seed 0; select .*--where run="):
-        from_rows(tmp_path / "rows.parquet")
+        reread(rows, again)
     fewer = {"run": [str(run) for run in rows["run"].unique()]}
-    assert len(from_rows(tmp_path / "rows.parquet", fewer).rows) == len(rows)
+    assert len(reread(rows, again, where=fewer).rows) == len(rows)
