@@ -1,5 +1,4 @@
-"""What is drawn from runs and datasets: `figures` draws plain arrays, `run_figures` chooses them.
+"""Figures of runs and datasets, and reports of many runs and of sweeps.
 
-Also the place of what is written about many runs. Nothing in the harness imports this package but
-the command line, which hands its drawing functions to a run.
+Only the command line imports this package; it passes the drawing functions to runs.
 """

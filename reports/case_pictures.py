@@ -1,4 +1,4 @@
-"""The same cases for every entry: which ones, on which slice, and what each entry found there."""
+"""Pictures of the best, median and worst case of a task, with the predictions of every entry."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pandas as pd
 from glua_bench.config import UPPER
 from glua_bench.data.cache import SliceCache
 from glua_bench.reports.comparison import title
-from glua_bench.reports.figures import Panel, parallel_map
+from glua_bench.reports.figures import Panel, case_grid
 from glua_bench.reports.results import Results, plain
-from glua_bench.reports.run_figures import read_prediction, telling_slice
+from glua_bench.reports.run_figures import most_visible_slice, read_prediction
 from glua_bench.reports.statistics import design
 from glua_bench.scoring.metrics import PRIMARY
 from glua_bench.task import UNANNOTATED, Dataset
@@ -22,16 +22,16 @@ from glua_bench.task import UNANNOTATED, Dataset
 
 @dataclass(frozen=True)
 class ComparedCase:
-    """One case and what every entry found in it, on the working grid.
+    """One case and the predictions of every entry, on the working grid.
 
-    Args:
-        id: the case's id.
-        note: why it is shown, e.g. "worst".
+    Attributes:
+        id: id of the case.
+        note: why the case is shown, e.g. "worst".
         image: (Z, H, W) in [-1, 1].
         reference: (Z, H, W), class indices.
         predictions: entry → (Z, H, W), class indices.
-        dice: entry → mean Dice over the structures, in [0, 1].
-        spacing: of a voxel in mm (z, y, x).
+        dice: entry → mean Dice over structures, in [0, 1].
+        spacing: mm per voxel (z, y, x).
     """
 
     id: str
@@ -46,18 +46,16 @@ class ComparedCase:
 def compared_cases(
     results: Results, task: str, dataset: Dataset, selector: str = "last"
 ) -> list[ComparedCase]:
-    """Best, median and worst case of a task by the mean Dice over all entries but the bound.
-
-    One seed is shown, the lowest of those that are compared; no seed is looked for.
+    """Load the best, median and worst case of a task at the lowest compared seed.
 
     Args:
-        results: with the runs' directories.
+        results: with the directories of the runs.
         task: e.g. "phantom mr-ct".
         dataset: gives images and references.
-        selector: whose checkpoints count; predictions are kept of the run's first one.
+        selector: checkpoint selector of the Dice; runs keep predictions of their first selector.
 
     Returns:
-        Fewer than three where there are fewer cases; none where predictions are not kept.
+        Up to three cases; none if no run keeps predictions.
     """
     rows = plain(results.of(task, selector))
     paired = design(rows)
@@ -73,7 +71,7 @@ def compared_cases(
         return []
     grid, target = first.config.grid, first.config.target
     test, cache, shown = {c.id: c for c in dataset.split(target, "test")}, SliceCache(), []
-    for case_id, note in telling_cases(dice).items():
+    for case_id, note in example_cases(dice).items():
         case = test[case_id]
         view = dataset.view(case.domain).on(grid)
         image = cache.image(case.unlabelled(), view)
@@ -98,17 +96,14 @@ def compared_cases(
     return shown
 
 
-def telling_cases(dice: pd.DataFrame) -> dict[str, str]:
-    """Case → why it is shown: "best", "median" or "worst" by the mean over entries but the bound.
+def example_cases(dice: pd.DataFrame) -> dict[str, str]:
+    """Return case → "best", "median" or "worst", by mean Dice without the upper bound.
 
     Args:
         dice: entry × case.
-
-    Returns:
-        Three cases, or as many as there are.
     """
     mean = dice.drop(index=UPPER, errors="ignore").mean()
-    # A healthy case in which nothing was found has no Dice, and is the worst of none.
+    # Dice is undefined if neither mask has a structure; such a case is not the worst.
     mean = mean.dropna() if mean.notna().any() else mean
     order = [str(case) for case in mean.sort_values(ascending=False, kind="stable").index]
     notes: dict[str, str] = {}
@@ -120,38 +115,22 @@ def telling_cases(dice: pd.DataFrame) -> dict[str, str]:
 def draw(
     paths: Sequence[Path], cases: Sequence[ComparedCase], entries: Sequence[str], dataset: Dataset
 ) -> None:
-    """Write the cases side by side, to each of the paths.
+    """Draw the cases side by side, one row per entry with predictions of all cases.
 
     Args:
-        paths: the files, PNG or SVG.
-        cases: a column each.
-        entries: a row each, those without predictions left out.
+        paths: the files to write, PNG or SVG.
+        cases: one column each.
+        entries: in the order of the rows.
         dataset: gives the structures, and whether pictures may be redistributed.
     """
-    slices = [telling_slice(case.reference) for case in cases]
-
-    def panel(case: ComparedCase, z: int, entry: str) -> Panel:
-        return Panel(
-            case.image[z],
-            case.reference[z],
-            case.predictions[entry][z],
-            case.id,
-            case.dice[entry],
-            case.note,
-        )
-
     shown = [e for e in entries if all(e in case.predictions for case in cases)]
-    for path in paths:
-        parallel_map(
-            path,
-            [
-                Panel(c.image[z], c.reference[z], c.reference[z], c.id, 1.0, c.note)
-                for c, z in zip(cases, slices, strict=True)
-            ],
-            {
-                title(entry): [panel(c, z, entry) for c, z in zip(cases, slices, strict=True)]
-                for entry in shown
-            },
-            dataset.structures,
-            publishable=dataset.publishable,
+    panels = []
+    for case in cases:
+        z = most_visible_slice(case.reference)
+        predictions = {title(e): case.predictions[e][z] for e in shown}
+        dice = {title(e): case.dice[e] for e in shown}
+        panels.append(
+            Panel(case.image[z], case.reference[z], predictions, dice, case.id, case.note)
         )
+    for path in paths:
+        case_grid(path, panels, dataset.structures, publishable=dataset.publishable)

@@ -1,8 +1,8 @@
-"""Charts of comparisons: numbers of many runs, drawn so that one can trust what one sees.
+"""Charts of comparisons.
 
-Every function draws one matplotlib figure; `files` writes it. An entry has the same colour
-and marker in all charts of a report; bounds are gray. Colours are Okabe and Ito's, which people
-with any kind of colour vision tell apart.
+Every function returns one matplotlib figure, which `files` writes. An entry has the same colour and
+marker in all charts of a report; bounds are gray. Colours are those of Okabe and Ito, which are
+distinguishable with colour blindness.
 """
 
 from __future__ import annotations
@@ -17,26 +17,23 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from glua_bench.config import LOWER, ORACLE, UPPER
 from glua_bench.errors import shortened
-from glua_bench.files import replacing
 from glua_bench.reports.comparison import title
+from glua_bench.reports.figures import COLOUR_MAP, FAINT, INK, new_figure, save
 from glua_bench.scoring.metrics import PRIMARY
 
-INK = "#222222"
-FAINT = "#6b6b6b"
 LINE = "#d9d9d9"
 BOUND = "#8c8c8c"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#9467bd")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-MOST_POINTS = 4000  # more are drawn as a picture inside the drawing
+MAX_VECTOR_POINTS = 4000  # more points are rasterized inside the SVG
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's colour
+    "svg.fonttype": "none",  # text stays searchable and takes the page's colour
     "font.family": "sans-serif",
     "font.size": 9.0,
     "axes.edgecolor": LINE,
@@ -52,16 +49,14 @@ STYLE: dict[Any, Any] = {
     "grid.color": LINE,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "text.parse_math": False,  # a "$" in a name is a dollar
+    "text.parse_math": False,  # "$" in a name is a dollar sign
 }
 DPI = 150
-
-
 P = ParamSpec("P")
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw in the style of a report, and leave everybody else's alone."""
+    """Decorate a drawing function to use the style of reports, without a global effect."""
 
     @functools.wraps(draw)
     def drawn(*args: P.args, **options: P.kwargs) -> Figure:
@@ -72,73 +67,103 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def files(figure: Figure, stem: Path) -> list[Path]:
-    """Write a chart as SVG and PNG.
+    """Write a chart as SVG (transparent) and PNG (white), and return both paths.
 
     Args:
         figure: the chart.
-        stem: the files' path without a suffix.
+        stem: path of the files without suffix.
 
     Raises:
-        RunFailure: they cannot be written.
+        RunFailure: a file cannot be written.
     """
-    written = []
-    with mpl.rc_context({**STYLE, "svg.hashsalt": stem.name}):
-        for suffix in (".svg", ".png"):
-            path = stem.with_name(stem.name + suffix)
-            # A picture by itself has a paper; the same lines in a page have the page's.
-            figure.patch.set_alpha(0.0 if suffix == ".svg" else 1.0)
-            with replacing(path, "--out") as temporary:
-                figure.savefig(
-                    temporary,
-                    format=suffix[1:],
-                    dpi=DPI,
-                    facecolor="none" if suffix == ".svg" else "white",
-                    metadata={"Date": None} if suffix == ".svg" else None,
-                )
-            written.append(path)
+    written = [stem.with_name(stem.name + suffix) for suffix in (".svg", ".png")]
+    with mpl.rc_context(STYLE):
+        for path, facecolor in zip(written, ("none", "white"), strict=True):
+            save(figure, path, DPI, facecolor)
     return written
 
 
 class Palette:
-    """Entry → colour and marker, the same in every chart.
+    """Colours and markers of entries, the same in every chart.
 
     Args:
-        entries: of the whole report.
+        entries: all entries of the report.
     """
 
     def __init__(self, entries: Sequence[str]) -> None:
         others = sorted(set(entries) - {LOWER, UPPER})
         self._looks: dict[str, tuple[str, str]] = {}
-        # The same colour again has another marker.
         for i, entry in enumerate(others):
-            turn = (i + i // len(COLOURS)) % len(MARKERS)
-            self._looks[entry] = COLOURS[i % len(COLOURS)], MARKERS[turn]
+            turn = i + i // len(COLOURS)  # a repeated colour gets another marker
+            self._looks[entry] = COLOURS[i % len(COLOURS)], MARKERS[turn % len(MARKERS)]
         self._looks[LOWER], self._looks[UPPER] = (BOUND, "o"), (BOUND, "*")
 
+    def look(self, entry: str) -> tuple[str, str]:
+        """Return the colour and the marker of an entry."""
+        return self._looks[entry]
+
     def colour(self, entry: str) -> str:
-        """Its colour."""
+        """Return the colour of an entry."""
         return self._looks[entry][0]
-
-    def marker(self, entry: str) -> str:
-        """Its marker."""
-        return self._looks[entry][1]
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of a report, inches wide and high."""
-    # Not through pyplot: no global state, safe in any thread.
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.patch.set_alpha(0)
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def new_axes(figure: Figure, rows: int = 1, columns: int = 1, **options: Any) -> np.ndarray:
-    """Its panels, as an array of rows × columns."""
+    """Add panels to a figure and return them as an array of rows × columns."""
     found: np.ndarray = figure.subplots(rows, columns, squeeze=False, **options)
     for axes in found.flat:
         axes.patch.set_alpha(0)
     return found
+
+
+def colour_bar(figure: Figure, drawn: Any, axes: Any, label: str, **options: Any) -> None:
+    """Add a colour bar without outline."""
+    bar = figure.colorbar(drawn, ax=axes, fraction=0.03, pad=0.01, **options)
+    bar.set_label(label, color=INK)
+    bar.outline.set_visible(False)
+
+
+def log_axis(axes: Any, along: str = "x") -> None:
+    """Make an axis ("x" or "y") logarithmic, with plain numbers as tick labels."""
+    axes.set(**{f"{along}scale": "log"})
+    axis = axes.xaxis if along == "x" else axes.yaxis
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _strip(
+    axes: Any, part: pd.DataFrame, x: str, y: str, order: Sequence[str], **look: Any
+) -> None:
+    """Draw a row of dots per category, with a bar at the mean."""
+    sns.stripplot(
+        part,
+        x=x,
+        y=y,
+        order=list(order),
+        size=3.2,
+        jitter=0.22,
+        ax=axes,
+        rasterized=len(part) > MAX_VECTOR_POINTS,
+        **look,
+    )
+    mean = part.groupby(y)[x].mean().reindex(order)
+    axes.plot(mean, range(len(order)), "|", color=INK, ms=11, mew=1.6, zorder=5)
+    axes.set_ylabel("")
+    axes.grid(axis="x", color=LINE)
+
+
+def _span(axes: Any, y: int, ends: Sequence[float], value: float, look: tuple[str, str]) -> None:
+    """Draw a horizontal interval with a marker at its value."""
+    colour, marker = look
+    axes.plot(ends, [y, y], color=colour, lw=2)
+    axes.plot(value, y, marker, color=colour, ms=6)
+
+
+def _task_panels(figure: Figure, tasks: Sequence[str], sharey: bool = True) -> Any:
+    """Return pairs of a titled panel and its task."""
+    grid = new_axes(figure, 1, len(tasks), sharey=sharey)[0]
+    for axes, task in zip(grid, tasks, strict=True):
+        axes.set_title(str(task))
+    return zip(grid, tasks, strict=True)
 
 
 def _names(axes: Any, entries: Sequence[str]) -> None:
@@ -153,7 +178,7 @@ def _short(entry: str, most: int = 46) -> str:
 
 @styled
 def scores(rows: pd.DataFrame, entries: Sequence[str], palette: Palette) -> Figure:
-    """Dice of every case and seed, structure by structure, and the mean over structures.
+    """Draw Dice of every case and seed, for each structure and for the mean over structures.
 
     Args:
         rows: of one task and selector.
@@ -172,37 +197,21 @@ def scores(rows: pd.DataFrame, entries: Sequence[str], palette: Palette) -> Figu
     grid = new_axes(figure, 1, len(panels), sharey=True)[0]
     for axes, panel in zip(grid, panels, strict=True):
         part = points[points["panel"] == panel]
-        sns.stripplot(
-            part,
-            x=PRIMARY.name,
-            y="entry",
-            order=list(entries),
-            hue="entry",
-            hue_order=list(entries),
-            palette={entry: palette.colour(entry) for entry in entries},
-            size=3.2,
-            alpha=0.55,
-            jitter=0.22,
-            legend=False,
-            ax=axes,
-            rasterized=len(part) > MOST_POINTS,
-        )
-        average = part.groupby("entry")[PRIMARY.name].mean().reindex(entries)
-        axes.plot(average, range(len(entries)), "|", color=INK, ms=11, mew=1.6, zorder=5)
+        colours = {entry: palette.colour(entry) for entry in entries}
+        look: dict[str, Any] = {"hue": "entry", "hue_order": list(entries), "palette": colours}
+        _strip(axes, part, PRIMARY.name, "entry", entries, alpha=0.55, legend=False, **look)
         axes.set_title(panel)
         axes.set_xlim(-0.03, 1.03)
         axes.set_xticks([0, 0.5, 1])
         axes.set_xlabel("")
-        axes.set_ylabel("")
-        axes.grid(axis="x", color=LINE)
         _names(axes, entries)
-    grid[len(panels) // 2].set_xlabel("Dice; a dot for each case and seed, a line at the mean")
+    grid[len(panels) // 2].set_xlabel("Dice (dots: cases and seeds, bar: mean)")
     return figure
 
 
 @styled
 def gaps(lines: pd.DataFrame, palette: Palette) -> Figure:
-    """The share of the gap that each entry recovers, with its smallest and largest seed.
+    """Draw the gap recovered by each entry: mean, minimum and maximum over seeds.
 
     Args:
         lines: from `comparison.table`; tasks without a gap have no panel.
@@ -213,21 +222,18 @@ def gaps(lines: pd.DataFrame, palette: Palette) -> Figure:
     order = lines["gap recovered"].groupby("entry", observed=True).mean().dropna().sort_values()
     entries = [str(e) for e in order.index if e not in (LOWER, UPPER)]
     figure = new_figure(2.4 + 3.0 * len(tasks), 1.0 + 0.3 * len(entries))
-    for axes, task in zip(new_axes(figure, 1, len(tasks), sharey=True)[0], tasks, strict=True):
+    for axes, task in _task_panels(figure, tasks):
         part = lines.loc[task]
         for y, entry in enumerate(entries):
             if entry not in part.index or math.isnan(part.loc[entry, "gap recovered"]):
                 continue
             row = 100 * part.loc[entry, ["gap recovered", "gap min", "gap max"]]
-            axes.plot(row[["gap min", "gap max"]], [y, y], color=palette.colour(entry), lw=2)
-            axes.plot(
-                row["gap recovered"], y, palette.marker(entry), color=palette.colour(entry), ms=6
-            )
+            _span(axes, y, row[["gap min", "gap max"]], row["gap recovered"], palette.look(entry))
         for x, name in ((0, LOWER), (100, UPPER)):
             axes.axvline(x, color=BOUND, lw=1, ls="--", zorder=0)
             axes.text(x, -0.75, _short(name), ha="center", va="bottom", fontsize=7, color=FAINT)
         axes.set_title(str(task), pad=14)
-        axes.set_xlabel("gap recovered (%), smallest to largest seed")
+        axes.set_xlabel("gap recovered (%): mean, min and max over seeds")
         axes.grid(axis="x", color=LINE)
         _names(axes, entries)
     return figure
@@ -235,7 +241,7 @@ def gaps(lines: pd.DataFrame, palette: Palette) -> Figure:
 
 @styled
 def cost_quality(lines: pd.DataFrame, palette: Palette) -> Figure:
-    """Dice over the seconds of training; the area of a mark grows with memory.
+    """Draw Dice over training time; the area of a marker grows with memory.
 
     Args:
         lines: from `comparison.table`, of all tasks.
@@ -244,36 +250,27 @@ def cost_quality(lines: pd.DataFrame, palette: Palette) -> Figure:
     tasks = list(dict.fromkeys(lines.index.get_level_values("task")))
     figure = new_figure(1.0 + 4.2 * len(tasks), 3.6)
     largest = float(lines["peak MiB"].max())
-    for axes, task in zip(new_axes(figure, 1, len(tasks), sharey=True)[0], tasks, strict=True):
+    for axes, task in _task_panels(figure, tasks):
         shown = lines.loc[task].dropna(subset="training s").sort_values("training s")
         middle = math.sqrt(shown["training s"].min() * shown["training s"].max())
         for index, (entry, row) in enumerate(shown.iterrows()):
+            point = row["training s"], row[PRIMARY.label]
             size = 30 + (150 * row["peak MiB"] / largest if largest > 0 else 0)
-            axes.scatter(
-                row["training s"],
-                row[PRIMARY.label],
-                s=size,
-                color=palette.colour(str(entry)),
-                marker=palette.marker(str(entry)),
-                alpha=0.85,
-                linewidths=0,
-            )
+            colour, marker = palette.look(str(entry))
+            axes.scatter(*point, s=size, color=colour, marker=marker, alpha=0.85, linewidths=0)
             axes.annotate(
                 _short(str(entry), 24),
-                (row["training s"], row[PRIMARY.label]),
-                # Neighbours on this axis have their names on different sides.
+                point,
+                # Alternate the sides of labels of neighbours.
                 xytext=(-7 if row["training s"] > middle else 7, 5 if index % 2 else -10),
                 ha="right" if row["training s"] > middle else "left",
                 textcoords="offset points",
                 fontsize=7,
                 color=INK,
             )
-        axes.set_xscale("log")
+        log_axis(axes)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(str(task))
-        axes.set_xlabel("seconds of training")
+        axes.set_xlabel("training time (s)")
         axes.grid(color=LINE)
         axes.margins(x=0.25, y=0.12)
     figure.axes[0].set_ylabel(PRIMARY.title)
@@ -284,14 +281,14 @@ def cost_quality(lines: pd.DataFrame, palette: Palette) -> Figure:
 def learning(
     checkpoints: pd.DataFrame, chosen: pd.DataFrame, entries: Sequence[str], palette: Palette
 ) -> Figure:
-    """Source-validation Dice over training, and the checkpoints that selectors chose.
+    """Draw source-validation Dice over training, and the checkpoint chosen by each selector.
 
-    With the oracle's scores, target Dice is drawn too; it is privileged and says so.
+    Target Dice is drawn if the oracle's scores are given, and marked privileged.
 
     Args:
-        checkpoints: of one task: entry, seed, selector, step, score.
-        chosen: entry, seed, selector, step: what each selector chose.
-        entries: a panel each.
+        checkpoints: entry, seed, selector, step, score; of one task.
+        chosen: entry, seed, selector, step; the chosen checkpoints.
+        entries: one panel each.
         palette: colours and markers.
     """
     columns = min(4, len(entries))
@@ -312,14 +309,8 @@ def learning(
         for selector, style in (("source_val", "-"), (ORACLE, ":")):
             for _, line in part[part["selector"] == selector].groupby("seed"):
                 line = line.sort_values("step")
-                top.plot(
-                    line["step"],
-                    line["score"],
-                    style,
-                    color=palette.colour(entry),
-                    lw=1.2,
-                    alpha=0.9,
-                )
+                look: dict[str, Any] = {"color": palette.colour(entry), "lw": 1.2, "alpha": 0.9}
+                top.plot(line["step"], line["score"], style, **look)
         top.set_title(_short(entry, 30), fontsize=8)
         top.set_ylim(-0.03, 1.03)
         top.set_yticks([0, 0.5, 1])
@@ -342,7 +333,7 @@ def learning(
         low.set_xticks(steps if len(steps) <= 6 else [steps[0], steps[-1]])
         low.grid(color=LINE)
         if index // columns == rows - 1 or index + columns >= len(entries):
-            low.set_xlabel("updates of the segmenter", fontsize=7)
+            low.set_xlabel("segmenter updates", fontsize=7)
         if index % columns == 0:
             top.set_ylabel(PRIMARY.title, fontsize=8)
         for axes in (top, low):
@@ -350,16 +341,15 @@ def learning(
     keys = [Line2D([], [], color=FAINT, ls="-", label="source validation")]
     if ORACLE in set(own["selector"]):
         keys.append(Line2D([], [], color=FAINT, ls=":", label="target test cases (privileged)"))
-    keys.append(
-        Line2D([], [], color=FAINT, ls="", marker="o", label="chosen; area: share of seeds")
-    )
+    label = "chosen (area: share of seeds)"
+    keys.append(Line2D([], [], color=FAINT, ls="", marker="o", label=label))
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=8)
     return figure
 
 
 @styled
 def selector_regret(regret: pd.DataFrame) -> Figure:
-    """What choosing by each selector gives away, a dot a run, a line at the mean.
+    """Draw the regret of each selector: one dot per run, a bar at the mean.
 
     Args:
         regret: from `report_tables.regrets`.
@@ -367,34 +357,18 @@ def selector_regret(regret: pd.DataFrame) -> Figure:
     tasks = sorted(regret["task"].astype(str).unique())
     order = regret.groupby("selector")["regret"].mean().sort_values().index.astype(str).tolist()
     figure = new_figure(1.8 + 2.8 * len(tasks), 1.0 + 0.28 * len(order))
-    for axes, task in zip(new_axes(figure, 1, len(tasks), sharey=True)[0], tasks, strict=True):
+    for axes, task in _task_panels(figure, tasks):
         part = regret[regret["task"] == task].assign(regret=lambda d: 100 * d["regret"])
         part = part.astype({"selector": str})
-        sns.stripplot(
-            part,
-            x="regret",
-            y="selector",
-            order=order,
-            color=COLOURS[0],
-            size=3.2,
-            alpha=0.5,
-            jitter=0.22,
-            ax=axes,
-            rasterized=len(part) > MOST_POINTS,
-        )
-        mean = part.groupby("selector")["regret"].mean().reindex(order)
-        axes.plot(mean, range(len(order)), "|", color=INK, ms=11, mew=1.6, zorder=5)
-        axes.set_title(task)
-        axes.set_ylabel("")
-        axes.set_xlabel("regret against the oracle (privileged), in points")
-        axes.grid(axis="x", color=LINE)
+        _strip(axes, part, "regret", "selector", order, color=COLOURS[0], alpha=0.5)
+        axes.set_xlabel("regret vs. oracle (privileged), Dice points")
         axes.tick_params(axis="y", length=0)
     return figure
 
 
 @styled
 def intervals(spans: pd.DataFrame, palette: Palette) -> Figure:
-    """Mean Dice of each entry with its 95 % interval.
+    """Draw the mean Dice of each entry with its 95 % CI.
 
     Args:
         spans: from `statistics.intervals`, from top to bottom.
@@ -405,9 +379,8 @@ def intervals(spans: pd.DataFrame, palette: Palette) -> Figure:
     axes = new_axes(figure)[0, 0]
     for y, entry in enumerate(entries):
         mean, low, high = 100 * spans.loc[entry, ["mean", "low", "high"]]
-        axes.plot([low, high], [y, y], color=palette.colour(entry), lw=2)
-        axes.plot(mean, y, palette.marker(entry), color=palette.colour(entry), ms=6)
-    axes.set_xlabel("mean Dice (%) with its 95 % interval")
+        _span(axes, y, [low, high], mean, palette.look(entry))
+    axes.set_xlabel("mean Dice (%) and 95 % CI")
     axes.grid(axis="x", color=LINE)
     _names(axes, entries)
     return figure
@@ -415,7 +388,7 @@ def intervals(spans: pd.DataFrame, palette: Palette) -> Figure:
 
 @styled
 def heat_map(table: pd.DataFrame) -> Figure:
-    """Entries × cases: mean Dice over structures and seeds.
+    """Draw mean Dice over structures and seeds, as entries × cases.
 
     Args:
         table: entry × case, in [0, 1].
@@ -427,7 +400,7 @@ def heat_map(table: pd.DataFrame) -> Figure:
         1.1 + 0.27 * len(entries),
     )
     axes = new_axes(figure)[0, 0]
-    drawn = axes.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    drawn = axes.imshow(table, cmap=COLOUR_MAP, vmin=0, vmax=1, aspect="auto")
     if written:
         for y, values in enumerate(table.to_numpy()):
             for x, value in enumerate(values):
@@ -440,27 +413,24 @@ def heat_map(table: pd.DataFrame) -> Figure:
     if len(cases) > 40:
         axes.set_xticks([])
         axes.set_xlabel(f"{len(cases)} cases")
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    bar = figure.colorbar(drawn, ax=axes, fraction=0.03, pad=0.01, ticks=[0, 0.5, 1])
-    bar.set_label(PRIMARY.title, color=INK)
-    bar.outline.set_visible(False)
+    axes.spines[:].set_visible(False)
+    colour_bar(figure, drawn, axes, PRIMARY.title, ticks=[0, 0.5, 1])
     return figure
 
 
 @styled
 def curve(points: pd.DataFrame, setting: str, controls: Mapping[str, pd.DataFrame]) -> Figure:
-    """Dice over the values of one setting: dots are seeds, the line joins their means.
+    """Draw Dice over the values of one setting: dots are seeds, the line connects their means.
 
     Args:
         points: from `report_tables.curves`.
-        setting: its name.
-        controls: name → task, seed, dice of variants that have no value on the axis.
+        setting: name of the setting.
+        controls: name → task, seed, dice of variants without a value on the axis.
     """
     tasks = sorted(points["task"].unique())
     figure = new_figure(1.2 + 3.7 * len(tasks), 3.3)
     default = sorted(points.loc[~points["changed"], "value"].unique())
-    for axes, task in zip(new_axes(figure, 1, len(tasks))[0], tasks, strict=True):
+    for axes, task in _task_panels(figure, tasks, sharey=False):
         part = points[points["task"] == task]
         mean = part.groupby("value")[PRIMARY.name].mean()
         axes.plot(part["value"], part[PRIMARY.name], "o", color=COLOURS[0], ms=3.5, alpha=0.5)
@@ -471,20 +441,13 @@ def curve(points: pd.DataFrame, setting: str, controls: Mapping[str, pd.DataFram
                 colour = COLOURS[index % len(COLOURS)]
                 axes.axhline(own.mean(), color=colour, lw=1.2, ls="--", label=name)
                 if len(own) > 1:
-                    axes.axhspan(
-                        own.mean() - own.std(),
-                        own.mean() + own.std(),
-                        color=colour,
-                        alpha=0.12,
-                        lw=0,
-                    )
+                    low, high = own.mean() - own.std(), own.mean() + own.std()
+                    axes.axhspan(low, high, color=colour, alpha=0.12, lw=0)
         for value in default:
             axes.axvline(value, color=BOUND, lw=0.8, ls=":", zorder=0)
         if part["value"].min() > 0 and part["value"].max() / part["value"].min() > 30:
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.set_title(task)
-        axes.set_xlabel(f"{setting} (dotted: the default)")
+            log_axis(axes)
+        axes.set_xlabel(f"{setting} (dotted: default)")
         axes.grid(color=LINE)
         axes.margins(y=0.25)
     figure.axes[0].set_ylabel(PRIMARY.title)

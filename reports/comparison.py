@@ -1,4 +1,4 @@
-"""A comparison's answer: its table, a sentence, and files of its numbers."""
+"""Results of a comparison: table, verdict in one sentence, and CSV files."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ from glua_bench.reports import statistics
 from glua_bench.scoring.metrics import METRICS, PRIMARY, complete
 
 LAST_BITS = (
-    "Last bits: standard deviation of Dice over repeats of one seed whose first weights differ in "
-    "their last bits alone, as threads and processors make sums differ."
+    "Last bits: standard deviation of Dice over repeats of one seed whose initial weights differ "
+    "only in their last bits, as sums do between processors and numbers of threads."
 )
 NO_REPEATS = (
-    "The spread over seeds of one machine may understate how far a result moves: threads and "
-    "processors change last bits, which a training can amplify. `compare … --repeats 2` measures "
-    "it."
+    "The spread over seeds on one machine may underestimate the variation: processors and numbers "
+    "of threads change last bits, which training can amplify. `compare … --repeats 2` measures it."
 )
 
 
 def collect(runs: Iterable[tuple[str, str, RunDirectory]]) -> pd.DataFrame:
-    """Rows per case, structure and selector of finished runs, with what the runs cost.
+    """Collect the rows of finished runs, with their costs.
 
     Args:
         runs: entry, task and directory of each run.
@@ -53,10 +52,10 @@ def collect(runs: Iterable[tuple[str, str, RunDirectory]]) -> pd.DataFrame:
 
 
 def costs(runs: Sequence[tuple[RunConfig, Mapping[str, Any]]]) -> list[float]:
-    """Seconds of training of each run, from its configuration and summary.
+    """Return the seconds of training of each run, from configurations and summaries.
 
-    A stage that a run took from the cache costs what it cost the run that trained it; where that
-    run is not among the given ones, the seconds are unknown (nan).
+    A stage reused from the cache counts with the seconds of the run that trained it; nan if that
+    run is not among the given ones.
     """
 
     def key(config: RunConfig, stage: str) -> tuple[Any, ...]:
@@ -70,7 +69,7 @@ def costs(runs: Sequence[tuple[RunConfig, Mapping[str, Any]]]) -> list[float]:
         if stage not in summary["reused_stages"]
     }
     return [
-        sum(seconds for stage, seconds in summary["stage_seconds"].items())
+        sum(summary["stage_seconds"].values())
         + sum(trained.get(key(config, stage), math.nan) for stage in summary["reused_stages"])
         for config, summary in runs
     ]
@@ -79,16 +78,16 @@ def costs(runs: Sequence[tuple[RunConfig, Mapping[str, Any]]]) -> list[float]:
 def compared(
     rows: pd.DataFrame, selector: str = "last"
 ) -> tuple[pd.DataFrame, dict[str, statistics.Design]]:
-    """The rows that tables average, and what is paired in each task.
+    """Select the rows that tables average, and determine the pairing of each task.
 
     Args:
-        rows: as `collect` gives them.
-        selector: whose checkpoints count.
+        rows: from `collect`.
+        selector: name of the checkpoint selector.
 
     Returns:
-        Ordinary rows of the selector (no repeats), of what is paired and of what entries that are
-        left out have; the design of each task. A metric that some runs of an entry lack, because
-        they are older than it, is nan for the entry: its mean would be over other runs.
+        Rows of the selector without repeats (see `Design.of`), and the design of each task. A
+        metric that some runs of an entry lack is nan for the entry, as its mean would be over
+        fewer runs.
     """
     rows = complete(statistics.ordinary(rows[rows["selector"] == selector]))
     tasks = [str(task) for task in rows["task"].unique()]
@@ -104,29 +103,24 @@ def compared(
 
 
 def title(name: str) -> str:
-    """An entry's or a selector's name as it is shown: one that saw target labels says so."""
+    """Return the displayed name of an entry or selector; marks use of target labels."""
     return f"{name} (privileged)" if name in (UPPER, ORACLE) else name
 
 
 def competing(scores: pd.DataFrame) -> pd.DataFrame:
-    """Scores without the upper bound, which has seen target labels and takes no part.
-
-    Args:
-        scores: from `statistics.scores`.
-    """
+    """Drop the upper bound, which uses target labels, from a table of `statistics.scores`."""
     return scores.drop(columns=UPPER, errors="ignore")
 
 
 def gap_known(rows: pd.DataFrame, task: str, selector: str = "last") -> bool:
-    """Whether the upper bound is clearly above the lower one, so that there is a gap to recover.
+    """Return True if the upper bound is clearly above the lower bound.
+
+    That is, the 95 % CI of their difference and the difference of every seed are above 0.
 
     Args:
-        rows: as `collect` gives them.
+        rows: from `collect`.
         task: e.g. "phantom mr-ct".
-        selector: whose checkpoints count.
-
-    Returns:
-        True where the 95 % interval of their difference lies above 0, and no seed has it below.
+        selector: name of the checkpoint selector.
     """
     bounds = rows[rows["entry"].isin((LOWER, UPPER)) & (rows["task"] == task)]
     if not {LOWER, UPPER} <= set(bounds["entry"]):
@@ -140,24 +134,23 @@ def gap_known(rows: pd.DataFrame, task: str, selector: str = "last") -> bool:
 
 
 def table(rows: pd.DataFrame, selector: str = "last") -> pd.DataFrame:
-    """One line per task and entry: means and standard deviations over seeds.
+    """Compute means and standard deviations over seeds for each task and entry.
 
-    Entries that are paired are averaged over the same seeds and cases, so that these are the means
-    which intervals and tests are about. The gap recovered is (entry - source_only) / (supervised -
-    source_only), from the mean Dice of the same seed; undefined where one of the two is not among
-    the rows, or supervised is not clearly above source_only (`gap_known`).
+    Paired entries are averaged over the same seeds and cases as in intervals and tests. The gap
+    recovered is (entry - source_only) / (supervised - source_only), from the mean Dice of the same
+    seed; it is undefined without both bounds, or unless supervised is clearly above source_only
+    (`gap_known`).
 
     Args:
-        rows: as `collect` gives them.
-        selector: whose checkpoints count.
+        rows: from `collect`.
+        selector: name of the checkpoint selector.
 
     Returns:
-        Indexed by task and entry: seeds, Dice, sd (over seeds; nan for one), last bits (standard
-        deviation over repeats of one seed; nan without repeats), the other metrics by their labels
-        (ASSD mm, …), gap recovered, gap min, gap max, gap seeds (how many have one), missed
-        (structures, over cases and seeds), training s, s a step (all training, for each update of
-        the segmenter), peak MiB, compared (whether the entry is among those that are paired);
-        sorted by Dice within a task.
+        Indexed by task and entry: seeds, Dice, sd (over seeds), last bits (standard deviation over
+        repeats of one seed), the other metrics by their labels (ASSD mm, …), gap recovered, gap
+        min, gap max, gap seeds (number of seeds with a gap), missed (structures, over cases and
+        seeds), training s, s/update (all training, per update of the segmenter), peak MiB,
+        compared (True for paired entries). Undefined values are nan. Sorted by Dice within a task.
     """
     bits = statistics.last_bits(rows[rows["selector"] == selector])
     rows, designs = compared(rows, selector)
@@ -167,7 +160,7 @@ def table(rows: pd.DataFrame, selector: str = "last") -> pd.DataFrame:
     per_seed["missed"] = by_run["missed"].sum()
     per_seed["seconds"] = by_run["seconds"].first()
     per_seed["memory"] = by_run["peak_memory_mib"].first()
-    per_seed["a step"] = per_seed["seconds"] / by_run["step"].first()
+    per_seed["per update"] = per_seed["seconds"] / by_run["step"].first()
     dice = per_seed[PRIMARY.name].unstack("entry")
     if {LOWER, UPPER} <= set(dice):
         span = dice[UPPER] - dice[LOWER]
@@ -192,7 +185,7 @@ def table(rows: pd.DataFrame, selector: str = "last") -> pd.DataFrame:
             "gap seeds": by_entry["gap"].count(),
             "missed": by_entry["missed"].sum(),
             "training s": by_entry["seconds"].mean(),
-            "s a step": by_entry["a step"].mean(),
+            "s/update": by_entry["per update"].mean(),
             "peak MiB": by_entry["memory"].mean(),
         }
     )
@@ -202,10 +195,10 @@ def table(rows: pd.DataFrame, selector: str = "last") -> pd.DataFrame:
 
 
 def gap_notes(lines: pd.DataFrame) -> list[str]:
-    """A sentence for each task whose gap is withheld, or known for some of the seeds only.
+    """Return one sentence per task whose gap is undefined, or defined for some seeds only.
 
     Args:
-        lines: as `table` gives them.
+        lines: from `table`.
     """
     notes = []
     for task, block in lines.groupby(level="task", sort=False):
@@ -214,106 +207,95 @@ def gap_notes(lines: pd.DataFrame) -> list[str]:
             continue
         if block["gap recovered"].isna().all():
             notes.append(
-                f"{task}: no gap is given, since {UPPER} is not clearly above {LOWER}; that takes "
-                "a 95 % interval of their difference above 0, and a difference above 0 with every "
-                "seed."
+                f"{task}: gap recovered is undefined, since {UPPER} is not clearly above {LOWER} "
+                "(95 % CI of the difference above 0, and difference above 0 for every seed)."
             )
             continue
         some = block["gap seeds"].between(1, block["seeds"] - 1)
         few = [str(entry) for entry in block.index[some] if entry not in (LOWER, UPPER)]
         if few:
             notes.append(
-                f"{task}: the gap recovered by {', '.join(few)} is over the seeds that both "
-                "bounds have, which are fewer than the seeds of its Dice."
+                f"{task}: gap recovered of {', '.join(few)} is over the seeds of both bounds, "
+                "fewer than those of Dice."
             )
     return notes
 
 
 def last_bits_note(lines: pd.DataFrame) -> str:
-    """What the spread over seeds does not hold; "" where there is no spread.
-
-    Args:
-        lines: as `table` gives them.
-    """
+    """Return the note on variation from last bits; "" for a table (of `table`) without spread."""
     if lines["last bits"].notna().any():
         return LAST_BITS
     return NO_REPEATS if lines["sd"].notna().any() else ""
 
 
 def verdict(rows: pd.DataFrame, task: str, selector: str = "last", percent: bool = False) -> str:
-    """A task's answer in plain words: the best entry, how sure, against the next one, what is out.
+    """State the best entry of a task, its difference to the runner-up, and what is excluded.
 
-    The upper bound has seen target labels and does not take part.
+    The upper bound, which uses target labels, is not considered.
 
     Args:
-        rows: as `collect` gives them.
+        rows: from `collect`.
         task: e.g. "phantom mr-ct".
-        selector: whose checkpoints count.
-        percent: say Dice in percent, as reports do, instead of as a share of one.
+        selector: name of the checkpoint selector.
+        percent: state Dice in percent, as reports do, instead of as a fraction.
     """
+    scale, digits, unit, points = (100, 1, " %", " points") if percent else (1, 3, "", "")
 
-    def dice(value: float) -> str:
-        return f"{_number(100 * value, 1)} %" if percent else _number(value, 3)
+    def number(value: float) -> str:
+        return _number(scale * value, digits).replace("-", "−")
 
-    def points(value: float) -> str:
-        return f"{_number(100 * value, 1)} points" if percent else _number(value, 3)
+    def interval(low: float, high: float) -> str:
+        return f"95 % CI {number(low)} to {number(high)}"
 
     _, designs = compared(rows[rows["task"] == task], selector)
-    left_out = "".join(f" {note}" for note in designs[task].notes)
+    excluded = "".join(f" {note}" for note in designs[task].notes)
     scores = competing(statistics.scores(rows, task, selector))
     if not scores.shape[1]:
-        return f"{task}: nothing is there to compare besides {UPPER}.{left_out}"
+        return f"{task}: no entries besides {UPPER}.{excluded}"
     seeds, cases = statistics.counts(scores)
     ranked = statistics.ranking(scores)
     best = str(ranked.index[0])
     own = statistics.intervals(scores).loc[best]
     has = "has the highest mean Dice," if len(ranked) > 1 else "has a mean Dice of"
-    text = f"{task}: {best} {has} {dice(own['mean'])}"
-    span = f"95 % interval {dice(own['low'])} to {dice(own['high'])} over {cases} cases"
+    text = f"{task}: {best} {has} {number(own['mean'])}{unit}"
     if cases == 1:
-        return f"{text}, on one case; intervals need more.{left_out}"
+        return f"{text} (one case, no CI).{excluded}"
+    text += f" ({interval(own['low'], own['high'])}; {cases} cases, "
     if seeds == 1:
-        return (
-            f"{text}, with one seed ({span}, for this one training); what another training would "
-            f"give needs more seeds (--seeds 3).{left_out}"
-        )
-    text += f" ({span} and {seeds} seeds)"
-    if len(ranked) > 1:
-        second = str(ranked.index[1])
-        pairs = statistics.pairs(scores)
-        pair = pairs[(pairs["a"].isin((best, second))) & (pairs["b"].isin((best, second)))].iloc[0]
-        sign = 1 if pair["a"] == best else -1
-        low, high = sorted((sign * pair["low"], sign * pair["high"]))
-        text += (
-            f"; the next, {second}, is {points(sign * pair['difference'])} lower (95 % interval "
-            f"{points(low).split()[0]} to {points(high)}"
-        )
-        why = statistics.untested(seeds, cases)
-        if why:
-            text += f"). {why[:-1]}"
-        else:
-            p = "p < 0.001" if pair["p_holm"] < 0.001 else f"p = {pair['p_holm']:.3f}"
-            counted = f" by Holm's method over {len(pairs)} pairs" if len(pairs) > 1 else ""
-            text += f", {p}{counted})"
-            if pair["p_holm"] >= statistics.SIGNIFICANT:
-                text += ", which is not beyond chance"
-    return f"{text}.{left_out}"
+        return f"{text}1 seed: for this training only; --seeds 3 covers new trainings).{excluded}"
+    text += f"{seeds} seeds)"
+    if len(ranked) == 1:
+        return f"{text}.{excluded}"
+    second = str(ranked.index[1])
+    pairs = statistics.pairs(scores)
+    pair = pairs[(pairs["a"].isin((best, second))) & (pairs["b"].isin((best, second)))].iloc[0]
+    sign = 1 if pair["a"] == best else -1
+    ends = sorted((sign * pair["low"], sign * pair["high"]))
+    text += f"; runner-up {second}: difference {number(sign * pair['difference'])}{points} "
+    text += f"({interval(*ends)})"
+    why = statistics.untested(seeds, cases)
+    if why:
+        return f"{text}. {why}{excluded}"
+    p = "p < 0.001" if pair["p_holm"] < 0.001 else f"p = {pair['p_holm']:.3f}"
+    corrected = f" (Holm, {len(pairs)} pairs)" if len(pairs) > 1 else ""
+    outcome = "not significant" if pair["p_holm"] >= statistics.SIGNIFICANT else "significant"
+    return f"{text}, {outcome}, {p}{corrected}.{excluded}"
 
 
 def write(rows: pd.DataFrame, folder: Path, selector: str = "last") -> list[Path]:
-    """Write a comparison's numbers as CSV files.
+    """Write the numbers of a comparison as CSV files.
 
     Args:
-        rows: as `collect` gives them.
-        folder: where; it is made.
-        selector: whose checkpoints count.
+        rows: from `collect`.
+        folder: directory of the files; created if missing.
+        selector: name of the checkpoint selector.
 
     Returns:
-        `rows.csv` (as given), `table.csv`, and of all tasks `intervals.csv`, and, without the
-        upper bound, `pairs.csv` and `ranking.csv`.
+        `rows.csv`, `table.csv`, `intervals.csv`, and, without the upper bound, `pairs.csv` and
+        `ranking.csv`.
 
     Raises:
-        ConfigError: the directory cannot be written.
+        ConfigError: a file cannot be written.
     """
     parts: dict[str, list[pd.DataFrame]] = {"intervals": [], "pairs": [], "ranking": []}
     for task in rows["task"].unique():
@@ -333,15 +315,12 @@ def write(rows: pd.DataFrame, folder: Path, selector: str = "last") -> list[Path
 
 
 def as_metrics(lines: pd.DataFrame) -> dict[str, float]:
-    """The table's main numbers by name, for a tracker.
-
-    Args:
-        lines: as `table` gives them.
+    """Return the main numbers of a table (of `table`) by name, for a tracker.
 
     Returns:
         e.g. {"mr-ct/dice/glua": 0.8, "mr-ct/assd_mm/glua": 4.0, "mr-ct/dice_sd/glua": 0.01,
-        "mr-ct/gap_recovered/glua": 0.7}; the share of the gap as a fraction, nan where a number
-        is not defined; "dice_last_bits" where there are repeats.
+        "mr-ct/gap_recovered/glua": 0.7}, with "dice_last_bits" if there are repeats; undefined
+        numbers are nan.
     """
     names = {
         **{metric.label: metric.key for metric in METRICS.values()},
@@ -359,23 +338,19 @@ def as_metrics(lines: pd.DataFrame) -> dict[str, float]:
 
 
 def _plain(entry: str) -> str:
-    """An entry's name of letters, digits and a few signs: "union (GLUA)" → "union GLUA"."""
-    return " ".join(re.sub(r"[^\w.\-]", " ", entry).split())[:90]  # of a tracker's 100
+    """Return a name that trackers accept: "union (GLUA)" → "union GLUA"."""
+    return " ".join(re.sub(r"[^\w.\-]", " ", entry).split())[:90]  # MLflow allows 100
 
 
 def as_text(lines: pd.DataFrame) -> str:
-    """The table as plain text, a block for each task.
-
-    Args:
-        lines: as `table` gives them.
-    """
+    """Return a table (of `table`) as plain text, one block per task."""
     texts = {
         f"{PRIMARY.label} ± sd": map(_spread, lines[PRIMARY.label], lines["sd"]),
         "last bits": ("" if math.isnan(v) else f"± {v:.3f}" for v in lines["last bits"]),
         "gap recovered": (_gap(row) for _, row in lines.iterrows()),
         **{m.label: map(m.text, lines[m.label]) for m in METRICS.values() if m != PRIMARY},
         "missed": lines["missed"],
-        "s a step": (_number(value, 2) for value in lines["s a step"]),
+        "s/update": (_number(value, 2) for value in lines["s/update"]),
         "MiB": (_number(value, 0) for value in lines["peak MiB"]),
         "seeds": lines["seeds"],
     }
@@ -387,7 +362,7 @@ def as_text(lines: pd.DataFrame) -> str:
         block = block.droplevel("task").rename(index=title).rename_axis(None)
         text += [str(task), block.to_string(), ""]
     if (lines["seeds"] == 1).any():
-        text.append("One seed has no standard deviation, and decides nothing: give --seeds 3.")
+        text.append("One seed: no standard deviation and no tests; use --seeds 3.")
     text += [*gap_notes(lines), last_bits_note(lines)]
     return "\n".join(text).rstrip()
 

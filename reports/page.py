@@ -1,7 +1,7 @@
-"""A page of tables and charts: its parts, the files beside it, and how it becomes one file.
+"""Pages of tables and charts.
 
-The page holds everything that it shows and needs no network. Every table and every chart of it
-also lies beside it, for papers and slides.
+A page is one file that works offline. Its tables and charts are also written beside it, for papers
+and slides.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from glua_bench.reports.tables import Table
 
 @dataclass
 class Section:
-    """A part of the page.
+    """A section of a page.
 
-    Args:
-        id: its anchor.
-        title: its heading.
-        intro: what is in it, a sentence or two.
-        blocks: tables and drawings, in order.
-        warning: what a reader must know before it; "" for nothing.
-        command: what a reader may copy; "" for nothing.
+    Attributes:
+        id: anchor.
+        title: heading.
+        intro: introductory sentences.
+        blocks: tables and figures, in order.
+        warning: highlighted text; "" for none.
+        command: a command to copy; "" for none.
     """
 
     id: str
@@ -41,10 +41,10 @@ class Section:
 
 
 def make_folders(out: Path) -> None:
-    """The directories of a page.
+    """Create the directories of a page.
 
     Raises:
-        RunFailure: they cannot be made.
+        RunFailure: a directory cannot be created.
     """
     with storing(out, "--out"):
         for folder in (out, out / "tables", out / "figures"):
@@ -52,10 +52,10 @@ def make_folders(out: Path) -> None:
 
 
 class PageWriter:
-    """Writes tables, charts and pictures, and gives what the page shows of them.
+    """Writes tables and charts, and returns blocks for the template.
 
     Args:
-        out: the page's directory, with `tables` and `figures`.
+        out: directory of the page, with `tables` and `figures`.
     """
 
     def __init__(self, out: Path) -> None:
@@ -64,7 +64,7 @@ class PageWriter:
         self._stems: set[Path] = set()
 
     def stem(self, folder: str, name: str) -> Path:
-        """A path without ending for a name, which no other file of the page has."""
+        """Return a path without suffix that is unique on the page."""
         stem, number = self.out / folder / file_name(name), 1
         while stem in self._stems:
             number += 1
@@ -73,7 +73,7 @@ class PageWriter:
         return stem
 
     def table(self, table: Table) -> dict[str, Any]:
-        """Write a table in all its forms."""
+        """Write a table as LaTeX, Markdown and CSV."""
         stem = self.stem("tables", table.name)
         for suffix, text in (
             (".tex", tables.latex(table)),
@@ -86,7 +86,7 @@ class PageWriter:
         return {"kind": "table", "table": table, "name": stem.name}
 
     def chart(self, name: str, caption: str, figure: Any) -> dict[str, Any]:
-        """Write a chart, and give its lines to the page."""
+        """Write a chart as SVG and PNG."""
         stem = self.stem("figures", name)
         written = charts.files(figure, stem)
         self.files += written
@@ -98,13 +98,13 @@ class PageWriter:
         }
 
     def picture(self, path: Path, caption: str) -> dict[str, Any]:
-        """A PNG for the page."""
+        """Embed a PNG."""
         data = base64.b64encode(path.read_bytes()).decode()
         return {"kind": "picture", "data": data, "caption": caption}
 
 
 def render(template: str, **values: Any) -> str:
-    """A page from its template in `templates/`."""
+    """Render a template of `templates/`."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -118,7 +118,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def _sortable(table: Table, row: int, column: int) -> str:
-    """What a column is sorted by."""
+    """Return the sort key of a cell."""
     value = table.columns[column].values[row]
     if isinstance(value, str):
         return value
@@ -126,12 +126,12 @@ def _sortable(table: Table, row: int, column: int) -> str:
 
 
 def _inline(svg: str) -> str:
-    """A chart's lines for the page: without the file's head, in the page's own colours."""
+    """Return the SVG element of a chart, in the colours of the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
     for colour, name in ((charts.INK, "ink"), (charts.FAINT, "faint"), (charts.LINE, "line")):
         svg = svg.replace(colour, f"var(--{name})")
-    # The page decides the size; the drawing keeps its shape.
+    # The page limits the width; the aspect ratio is kept.
     head, _, rest = svg.partition(">")
     width = re.search(r'width="([\d.]+)pt"', head)
     head = re.sub(r' (?:width|height)="[\d.]+pt"', "", head)
@@ -140,10 +140,10 @@ def _inline(svg: str) -> str:
 
 
 def file_name(name: str) -> str:
-    """A name that every file system takes."""
+    """Return a name that every file system accepts."""
     return re.sub(r"[^\w.+-]+", "_", name).strip("._") or "unnamed"
 
 
 def slug(text: str) -> str:
-    """A name that may be an anchor."""
+    """Return a valid HTML anchor."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "part"

@@ -1,7 +1,7 @@
-"""Published results, as context beside own ones and never mixed with them.
+"""Published results, shown in a separate block for context.
 
-Numbers of papers come from other splits, crops and units (see docs/protocol.md), so they stand in
-a block of their own. "S" was read in the source that is named, "2" in a secondary summary.
+They come from other splits, crops and units (see docs/protocol.md), so they are never mixed with
+the harness's own results.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from glua_bench.reports.tables import Column, Table
 
 @dataclass(frozen=True)
 class Published:
-    """One line of a published table.
+    """One row of a published table.
 
-    Args:
+    Attributes:
         name: the method as published.
         mean: Dice in percent.
         parts: Dice of the structures in percent, in the order of the task's `structures`; ().
-        assd: in the unit of the source, which is not always mm; nan where not given.
-        secondary: read in a secondary summary.
+        assd: in the unit of the source, not always mm; nan if not given.
+        secondary: True if taken from a secondary summary.
     """
 
     name: str
@@ -36,11 +36,11 @@ class Published:
 class Block:
     """The published results of one task.
 
-    Args:
-        task: in words.
-        structures: whose Dice `Published.parts` are.
+    Attributes:
+        task: description of the task.
+        structures: the structures of `Published.parts`.
         lines: the results.
-        source: where the numbers were read.
+        source: source of the numbers.
     """
 
     task: str
@@ -52,7 +52,7 @@ class Block:
 _HEART = ("AA", "LAC", "LVC", "MYO")
 _GENERIC_SSL = "the table of GenericSSL (NeurIPS 2023), unless marked"
 
-# Dataset and direction → what was published for the same organs and modalities.
+# (dataset, direction) → published results for the same organs and modalities.
 BLOCKS: Mapping[tuple[str, str], Block] = {
     ("mmwhs", "mr-ct"): Block(
         "cardiac MR→CT",
@@ -117,35 +117,31 @@ BLOCKS: Mapping[tuple[str, str], Block] = {
 }
 
 NOT_COMPARABLE = (
-    "As published, on other splits, crops and units: context, not a comparison. Of GLUA no table "
-    "is known; `glua` here is a re-implementation."
+    "As published, on other splits, crops and units: context, not a comparison. No published table "
+    "of GLUA is known; `glua` is a re-implementation."
 )
 
 
 def context(dataset: str, direction: str) -> Table | None:
-    """The published results of a task; None where none are known for it."""
+    """Build the table of published results of a task; None if there are none."""
     block = BLOCKS.get((dataset, direction))
     if block is None:
         return None
-    lines = block.lines
-    columns = [
-        Column(
-            name,
-            [line.parts[i] if line.parts else math.nan for line in lines],
-            1,
-            group="Dice (%)",
-        )
-        for i, name in enumerate(block.structures)
-    ]
-    columns.append(Column("mean", [line.mean for line in lines], 1, group="Dice (%)"))
+    lines, columns = block.lines, []
+    for i, name in enumerate(block.structures):
+        parts = [line.parts[i] if line.parts else math.nan for line in lines]
+        columns.append(Column(name, parts, group="Dice (%)"))
+    columns.append(Column("mean", [line.mean for line in lines], group="Dice (%)"))
     if not all(math.isnan(line.assd) for line in lines):
-        columns.append(Column("mean", [line.assd for line in lines], 1, group="ASD (as published)"))
-    columns.append(Column("read in", ["summary" if line.secondary else "source" for line in lines]))
+        columns.append(Column("mean", [line.assd for line in lines], group="ASD (as published)"))
+    columns.append(
+        Column("source", ["secondary" if line.secondary else "primary" for line in lines])
+    )
     return Table(
         f"published_{dataset}_{direction}",
         f"Published results for {block.task} (from {block.source}).",
         [line.name for line in lines],
         columns,
         notes=[NOT_COMPARABLE],
-        first="published",
+        first="published method",
     )

@@ -1,4 +1,4 @@
-"""The report: from results to one page, tables and figures, all from one frame."""
+"""The report of runs: one page, with tables and figures."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from glua_bench.runs import carried
 from glua_bench.scoring.metrics import PRIMARY
 from glua_bench.task import Dataset
 
-RUN_PICTURES = {  # figures of a run that the page shows, and what they are
-    "restyled": "source images, the same restyled or translated, and target images",
-    "pictures": "what the method shows of itself",
+RUN_PICTURES = {  # figures of a run shown on the page, with their captions
+    "restyled": "source images, restyled or translated source images, and target images",
+    "pictures": "pictures of the method",
 }
-MOST_ENTRIES_DRAWN = 40  # rows of a chart; more cannot be told apart
+MAX_DRAWN = 40  # entries in a chart
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a report holds.
+    """Options of a report.
 
-    Args:
-        selector: whose checkpoints count.
-        title: of the page.
-        pictures: whether images of cases are drawn and embedded.
-        viewer: whether the volume viewer is embedded.
-        data_root: of the datasets; None is each dataset's default.
+    Attributes:
+        selector: name of the checkpoint selector.
+        title: title of the page.
+        pictures: draw and embed images of cases.
+        viewer: embed the volume viewer.
+        data_root: directory of the datasets; None takes each dataset's default.
         plugins: files with further datasets.
     """
 
@@ -64,73 +64,62 @@ def write(
 
     Args:
         results: the runs.
-        out: the directory; it is made.
-        options: what the report holds.
-        report: receives a line about each part that takes time.
+        out: directory of the report; created if missing.
+        options: options of the report.
+        report: receives progress messages.
 
     Returns:
         The files, the page first.
 
     Raises:
-        UserError: the selector judged no run.
-        RunFailure: the directory cannot be written.
+        UserError: no run has a checkpoint of the selector.
+        RunFailure: a file cannot be written.
     """
     known = {str(name) for name in results.rows["selector"].unique()}
     if options.selector not in known:
         raise ConfigError(
-            f"--selector {options.selector} chose no checkpoint of these runs; use one of "
+            f"--selector {options.selector}: no run has a checkpoint of this selector; use one of "
             f"{', '.join(sorted(known))}."
         )
-    _name_unjudged(results, options.selector)
+    _note_missing(results, options.selector)
     make_folders(out)
     writer = _Writer(results, out, options, report)
     sections = writer.sections()
     page = out / "report.html"
     write_text(page, _page(results, sections, options), "--out")
+    every = [results.rows, *[results.repeats] * bool(len(results.repeats))]
     with replacing(out / "rows.parquet", "--out") as temporary:
-        every = results.rows
-        if len(results.repeats):
-            every = pd.concat([every, results.repeats], ignore_index=True)
-        every.to_parquet(temporary, index=False)
+        pd.concat(every, ignore_index=True).to_parquet(temporary, index=False)
     return [page, out / "rows.parquet", *writer.files]
 
 
-def _name_unjudged(results: Results, selector: str) -> None:
-    """Add a notice for the entries that a selector chose no checkpoint of.
-
-    Raises:
-        ConfigError: it chose none of a whole task.
-    """
+def _note_missing(results: Results, selector: str) -> None:
+    """Add a notice on entries without a checkpoint of the selector; fail if a task has none."""
     for task in results.tasks:
         every = results.rows.loc[results.rows["task"] == task, "entry"].astype(str)
         lacking = sorted(set(every) - set(results.of(task, selector)["entry"].astype(str)))
         if len(lacking) == every.nunique():
             raise ConfigError(
-                f"--selector {selector} chose no checkpoint of any run on {task}; choose another, "
-                "or other runs with --where."
+                f"--selector {selector}: no run on {task} has a checkpoint of this selector; use "
+                "another one, or select other runs with --where."
             )
         if lacking:
             results.notices.append(
-                f"{task}: not in the tables, since {selector} chose no checkpoint of them: "
-                f"{', '.join(lacking)}."
+                f"{task}: excluded without a checkpoint of {selector}: {', '.join(lacking)}."
             )
 
 
 def summary(results: Results, options: Options) -> list[str]:
-    """Each task's answer in plain words."""
+    """Return the verdict of each task."""
+    selector = options.selector
     return [
-        comparison.verdict(
-            plain(results.of(task, options.selector)),
-            task,
-            options.selector,
-            percent=True,
-        )
+        comparison.verdict(plain(results.of(task, selector)), task, selector, percent=True)
         for task in results.tasks
     ]
 
 
 class _Writer(PageWriter):
-    """Builds the parts of a report and writes their files."""
+    """Builds the sections of a report and writes their files."""
 
     def __init__(
         self, results: Results, out: Path, options: Options, report: Callable[[str], None]
@@ -147,7 +136,7 @@ class _Writer(PageWriter):
         self._datasets: dict[str, Dataset | None] = {}
 
     def sections(self) -> list[Section]:
-        """All parts, in the order of the page."""
+        """Build all sections, in the order of the page."""
         found = [self._answers(), *(self._task(task) for task in self.results.tasks)]
         found += [self._ablation(method) for method in report_tables.ablated(self.results)]
         found += [self._cost(), self._selection()]
@@ -158,16 +147,14 @@ class _Writer(PageWriter):
 
     def _answers(self) -> Section:
         lines = self.lines
-        section = Section("answers", "In short")
-        if lines["gap recovered"].notna().any() and len(lines) <= 4 * MOST_ENTRIES_DRAWN:
-            section.blocks.append(
-                self.chart(
-                    "gap_recovered",
-                    "The share of the distance from source_only to supervised that each method "
-                    "recovers, of the mean Dice of each seed.",
-                    charts.gaps(lines, self.palette),
-                )
+        section = Section("answers", "Summary")
+        if lines["gap recovered"].notna().any() and len(lines) <= 4 * MAX_DRAWN:
+            caption = (
+                "Gap recovered: share of the difference in mean Dice between source_only and "
+                "supervised, paired by seed."
             )
+            figure = charts.gaps(lines, self.palette)
+            section.blocks.append(self.chart("gap_recovered", caption, figure))
         return section
 
     def _task(self, task: str) -> Section:
@@ -182,39 +169,29 @@ class _Writer(PageWriter):
             section.blocks.append({**self.table(context), "context": True})
         entries = self.entries[task]
         name = file_name(task)
-        if len(entries) <= MOST_ENTRIES_DRAWN:
-            section.blocks.append(
-                self.chart(
-                    f"scores_{name}",
-                    "Dice of every case and seed; a structure that was missed is a dot at 0.",
-                    charts.scores(rows, entries, self.palette),
-                )
-            )
+        if len(entries) <= MAX_DRAWN:
+            caption = "Dice of every case and seed; missed structures are dots at 0."
+            figure = charts.scores(rows, entries, self.palette)
+            section.blocks.append(self.chart(f"scores_{name}", caption, figure))
         scores = comparison.competing(statistics.scores(rows, task, selector))
-        if not 2 <= scores.shape[1] <= report_tables.MOST_PAIRED:
+        if not 2 <= scores.shape[1] <= report_tables.MAX_PAIRED:
             return section
         section.blocks.append(self.table(report_tables.ranking(results, task, selector)))
         spans = statistics.intervals(scores).sort_values("mean", ascending=False)
         if spans["low"].notna().all():
             note = report_tables.interval_note(*statistics.counts(scores))
-            section.blocks.append(
-                self.chart(
-                    f"intervals_{name}",
-                    f"{note} Two methods are compared by the interval of their difference, in the "
-                    "table of pairs, since they share cases and seeds.",
-                    charts.intervals(spans, self.palette),
-                )
+            caption = (
+                f"{note} Overlap of these intervals is not a test: methods share cases and seeds, "
+                "so compare two of them by the CI of their difference in the table of pairs."
             )
+            figure = charts.intervals(spans, self.palette)
+            section.blocks.append(self.chart(f"intervals_{name}", caption, figure))
         section.blocks.append(self.table(report_tables.pairs(results, task, selector)))
         cases = rows.groupby(["entry", "case"], observed=True)[PRIMARY.name].mean().unstack("case")
         cases.index = cases.index.astype(str)
-        section.blocks.append(
-            self.chart(
-                f"cases_{name}",
-                "Mean Dice of each case over structures and seeds: hard cases are dark columns.",
-                charts.heat_map(cases.reindex(entries)),
-            )
-        )
+        caption = "Mean Dice of each case over structures and seeds; hard cases are dark columns."
+        figure = charts.heat_map(cases.reindex(entries))
+        section.blocks.append(self.chart(f"cases_{name}", caption, figure))
         return section
 
     def _ablation(self, method: str) -> Section:
@@ -222,52 +199,38 @@ class _Writer(PageWriter):
         section = Section(
             f"ablation-{slug(method)}",
             f"Ablation of {method}",
-            "These numbers come from target labels: a setting that is chosen by them is chosen by "
-            "target labels, and no result of an adaptation without them.",
+            "Selecting a setting by these numbers means selecting by target labels, which "
+            "unsupervised adaptation does not have.",
         )
         section.blocks.append(self.table(report_tables.ablation(results, method, selector)))
         controls = self._controls(method)
         for setting, points in report_tables.curves(results, method, selector).items():
-            section.blocks += [
-                self.chart(
-                    f"curve_{method}_{setting}",
-                    f"Dice over {setting}; dots are seeds, the line joins their means."
-                    + " Dashed: variants without a value on this axis" * bool(controls)
-                    + ", with their standard deviation" * any(map(_spread, controls.values()))
-                    + "." * bool(controls),
-                    charts.curve(points, setting, controls),
-                ),
-                self.table(report_tables.curve(method, setting, points)),
-            ]
+            caption = f"Dice over {setting}. Dots: seeds; line: their mean."
+            if controls:
+                band = ", with standard deviation" * any(map(_has_spread, controls.values()))
+                caption += f" Dashed: variants without a value on this axis{band}."
+            figure = charts.curve(points, setting, controls)
+            section.blocks.append(self.chart(f"curve_{method}_{setting}", caption, figure))
+            section.blocks.append(self.table(report_tables.curve(method, setting, points)))
         return section
 
     def _controls(self, method: str) -> dict[str, pd.DataFrame]:
-        """Declared variants by name: task, seed, dice of each run."""
+        """Return declared variants by name: task, seed, dice of each run."""
         rows = self.results.chosen_by(self.options.selector)
-        rows = rows[
-            (rows["method"] == method)
-            & (rows["base"] == method)
-            & (rows["variant"] != "")
-            & (rows["settings"] != "{}")
-        ]
-        keys = ["variant", "task", "seed"]
-        dice = statistics.means(rows, keys).reset_index()
+        rows = rows[(rows["method"] == method) & (rows["base"] == method)]
+        rows = rows[(rows["variant"] != "") & (rows["settings"] != "{}")]
+        dice = statistics.means(rows, ["variant", "task", "seed"]).reset_index()
         names, _ = self.results.declared(method)
-        return {
-            name: dice[dice["variant"] == name] for name in names if (dice["variant"] == name).any()
-        }
+        by_name = {name: dice[dice["variant"] == name] for name in names}
+        return {name: own for name, own in by_name.items() if len(own)}
 
     def _cost(self) -> Section:
         lines = self.lines
-        section = Section("cost", "Cost", "Seconds and memory beside the quality that they buy.")
-        if lines["training s"].notna().any() and len(lines) <= 4 * MOST_ENTRIES_DRAWN:
-            section.blocks.append(
-                self.chart(
-                    "cost_quality",
-                    "Dice over seconds of training; the area of a mark grows with memory.",
-                    charts.cost_quality(lines, self.palette),
-                )
-            )
+        section = Section("cost", "Cost", "Training time and memory against Dice.")
+        if lines["training s"].notna().any() and len(lines) <= 4 * MAX_DRAWN:
+            caption = "Dice over training time; marker area grows with peak memory."
+            figure = charts.cost_quality(lines, self.palette)
+            section.blocks.append(self.chart("cost_quality", caption, figure))
         section.blocks += [
             self.table(report_tables.cost(self.results, task, self.options.selector))
             for task in self.results.tasks
@@ -276,52 +239,45 @@ class _Writer(PageWriter):
 
     def _selection(self) -> Section:
         results = self.results
+        oracle = (
+            "The oracle uses target labels (privileged) and gives the regret of the others."
+            if ORACLE in set(results.rows["selector"])
+            else "Their regret requires runs made with --oracle."
+        )
         section = Section(
             "selection",
-            "Choosing a checkpoint",
-            "Every selector judged the same checkpoints of the same trainings, without target "
-            "labels. "
-            + (
-                "The oracle read them (privileged): it shows what a selector misses."
-                if ORACLE in set(results.rows["selector"])
-                else "What each gives away can be said of runs made with --oracle."
-            ),
+            "Checkpoint selection",
+            "All selectors score the same checkpoints of the same trainings, without target "
+            f"labels. {oracle}",
         )
         quality = report_tables.selector_quality(results)
         if quality is not None:
-            section.blocks += [
-                self.table(quality),
-                self.chart(
-                    "selector_regret",
-                    "Regret of every run against the oracle (privileged).",
-                    charts.selector_regret(report_tables.regrets(results)),
-                ),
-            ]
+            section.blocks.append(self.table(quality))
+            caption = "Regret of every run against the oracle (privileged)."
+            figure = charts.selector_regret(report_tables.regrets(results))
+            section.blocks.append(self.chart("selector_regret", caption, figure))
         for task in results.tasks:
             section.blocks.append(self.table(report_tables.selectors(results, task)))
             entries = [entry for entry in self.entries[task] if entry != UPPER]
             scores = results.checkpoints
             scores = scores[(scores["task"] == task) & scores["entry"].isin(entries)]
-            if len(scores) and 0 < len(entries) <= MOST_ENTRIES_DRAWN:
+            if len(scores) and 0 < len(entries) <= MAX_DRAWN:
                 rows = results.rows[results.rows["task"] == task]
                 chosen = rows[["entry", "seed", "selector", "step"]].drop_duplicates()
-                section.blocks.append(
-                    self.chart(
-                        f"learning_{task}",
-                        f"{task}: Dice on source validation over training, and what each selector "
-                        "chose.",
-                        charts.learning(scores, chosen, entries, self.palette),
-                    )
+                caption = (
+                    f"{task}: source-validation Dice over training, and the checkpoints chosen by "
+                    "each selector."
                 )
+                figure = charts.learning(scores, chosen, entries, self.palette)
+                section.blocks.append(self.chart(f"learning_{task}", caption, figure))
         return section
 
     def _pictures(self) -> Section:
         section = Section(
             "pictures",
             "Cases",
-            "The same slices for every method, of the best, the median and the worst case by the "
-            "mean Dice over all methods; one seed, the lowest that is compared. Numbers hide what "
-            "a picture shows.",
+            "The same slices for every method: best, median and worst case by mean Dice over all "
+            "methods, at the lowest compared seed.",
         )
         if not self.results.directories:
             return section
@@ -333,14 +289,15 @@ class _Writer(PageWriter):
             self.report(f"{task}: pictures")
             shown = case_pictures.compared_cases(self.results, task, dataset, self.options.selector)
             if not shown:
-                self.notices.append(f"{task}: the runs here keep no predictions to draw.")
+                self.notices.append(f"{task}: no pictures, since no run keeps its predictions.")
                 continue
             stem = self.stem("figures", f"side_by_side_{task}")
             paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]
             entries = self.entries[task]
             case_pictures.draw(paths, shown, entries, dataset)
             self.files += paths
-            section.blocks.append(self.picture(paths[0], f"{task}. {_terms(dataset)}".strip()))
+            terms = "" if dataset.publishable else " Images of patients: not for redistribution."
+            section.blocks.append(self.picture(paths[0], f"{task}.{terms}"))
             section.blocks += self._pictures_of_runs(task, entries)
             viewed[task] = dataset, shown
         if self.options.viewer and viewed:
@@ -348,7 +305,7 @@ class _Writer(PageWriter):
         return section
 
     def _pictures_of_runs(self, task: str, entries: Sequence[str]) -> list[dict[str, Any]]:
-        """What methods show of themselves, folded away, of the lowest seed."""
+        """Return the methods' own pictures at the lowest seed, collapsed."""
         rows = plain(self.results.of(task, self.options.selector))
         first = rows.sort_values("seed").drop_duplicates("entry").set_index("entry")["run"]
         found = []
@@ -364,7 +321,7 @@ class _Writer(PageWriter):
         return found
 
     def _provenance(self) -> Section:
-        section = Section("runs", "Runs", "What every number was made of.")
+        section = Section("runs", "Runs", "The runs behind all numbers.")
         section.blocks.append(self.table(report_tables.runs(self.results, self.options.selector)))
         return section
 
@@ -380,7 +337,7 @@ class _Writer(PageWriter):
         return self._datasets[name]
 
     def _plugins(self, name: str) -> list[Path]:
-        """Plugins, with the description of a dataset that only its runs still know."""
+        """Return the plugins, with a dataset's description from its runs if it is unknown."""
         plugins = list(self.options.plugins)
         if name not in Registry("dataset", plugins):
             runs = self.results.directories.values()
@@ -406,7 +363,7 @@ def _page(results: Results, sections: Sequence[Section], options: Options) -> st
 
 
 def _protocol(results: Results, task: str) -> list[tuple[str, str]]:
-    """What was equal for all runs of a task."""
+    """Return the settings that all runs of a task share."""
     own = results.rows[results.rows["task"] == task]
     paired = statistics.design(plain(own[own["selector"] == own["selector"].iloc[0]]))
     shared: dict[str, str] = {}
@@ -416,18 +373,11 @@ def _protocol(results: Results, task: str) -> list[tuple[str, str]]:
                 shared[name.replace("_", " ")] = str(value)
     shared["test cases"] = str(own["case"].nunique())
     shared["seeds compared"] = ", ".join(str(seed) for seed in paired.seeds)
-    shared.pop("data", None)
-    shared.pop("selector", None)
-    return list(shared.items())
+    return [item for item in shared.items() if item[0] not in ("data", "selector")]
 
 
-def _spread(runs: pd.DataFrame) -> bool:
-    """Whether a task has several seeds, so that its standard deviation is drawn."""
-    return bool((runs.groupby("task", observed=True).size() > 1).any())
-
-
-def _terms(dataset: Dataset) -> str:
-    return "" if dataset.publishable else "Images of patients: not for redistribution."
+def _has_spread(runs: pd.DataFrame) -> bool:
+    return bool(runs["task"].duplicated().any())  # several seeds of a task
 
 
 def _viewer(viewed: dict[str, tuple[Dataset, list[case_pictures.ComparedCase]]]) -> str:

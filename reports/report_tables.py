@@ -1,4 +1,4 @@
-"""The tables of a report: which numbers stand in them, and what their marks mean."""
+"""The tables of a report."""
 
 from __future__ import annotations
 
@@ -16,66 +16,62 @@ from glua_bench.reports.results import Results, plain
 from glua_bench.reports.tables import Column, Table
 from glua_bench.scoring.metrics import METRICS, PRIMARY, Metric
 
-MOST_PAIRED = 40  # entries whose pairs are listed: 780 pairs, of which nobody reads more
+MAX_PAIRED = 40  # entries with a table of pairs (780 pairs)
 MEANS = (
-    "Means over seeds, cases and structures; a missed structure counts with Dice 0 and the "
-    "diagonal of its volume as distance."
+    "Means over seeds, cases and structures. A missed structure has Dice 0 and the diagonal of its "
+    "volume as distance."
 )
-SPREAD = "± is the standard deviation over seeds of the mean over cases and structures."
-MODEL = (
-    "from the mean squares of seeds and cases (crossed random effects, Cochran and Cox's quantile)"
-)
-PRIVILEGED = f"{UPPER} trained on labels of target cases (privileged): a bound, not a competitor."
+SPREAD = "±: standard deviation over seeds of the mean over cases and structures."
+MODEL = "crossed random effects of seeds and cases, Cochran and Cox's quantile"
+PRIVILEGED = f"{UPPER} was trained on labelled target cases (privileged): an upper bound."
 
 
 def ordered(lines: pd.DataFrame) -> list[str]:
-    """Entries of one task as they stand in tables: the lower bound, by Dice, the upper bound."""
+    """Order the entries of one task for tables: lower bound, others by Dice, upper bound."""
     entries = [str(entry) for entry in lines[PRIMARY.label].sort_values().index]
     first, last = ([name] if name in entries else [] for name in (LOWER, UPPER))
     return [*first, *(e for e in entries if e not in (LOWER, UPPER)), *last]
 
 
 def entries_of(results: Results, task: str, selector: str = "last") -> list[str]:
-    """The entries of a task in the order of its main table."""
+    """Return the entries of a task in the order of its main table."""
     return ordered(comparison.table(plain(results.of(task, selector)), selector).loc[task])
 
 
 def _unranked(lines: pd.DataFrame) -> frozenset[str]:
-    """Names of rows that are neither best nor second: the bound, and what is not paired."""
+    """Return the rows excluded from best and second: the upper bound and unpaired entries."""
     entry = lines.index.get_level_values("entry")
     return frozenset(map(title, {UPPER, *map(str, entry[~lines["compared"].to_numpy(bool)])}))
 
 
 def _means(lines: pd.DataFrame) -> list[str]:
-    """What the means of a table are, and their spread where there is one."""
+    """Return the notes on means and, if defined, their spread."""
     return [MEANS, *[SPREAD] * bool(lines["sd"].notna().any())]
 
 
 def run_ids(rows: pd.DataFrame, entries: Sequence[str]) -> list[list[str]]:
-    """The runs behind each entry."""
+    """Return the ids of the runs of each entry."""
     found = rows.drop_duplicates("run").groupby("entry", observed=True)["run"].agg(list)
     return [[str(run) for run in found.get(entry, [])] for entry in entries]
 
 
 def main(results: Results, task: str, selector: str = "last") -> Table:
-    """A task's main table in the field's form: every metric's mean, and that of each structure.
+    """Build the main table of a task: the mean of every metric, and Dice and ASSD per structure.
 
     Args:
         results: the runs.
         task: e.g. "phantom mr-ct".
-        selector: whose checkpoints count.
+        selector: name of the checkpoint selector.
     """
     own = results.with_repeats(plain(results.of(task, selector)))
     every = comparison.table(own, selector)
     rows, designs = comparison.compared(own, selector)
-    lines = every.loc[task]
-    entries = ordered(lines)
+    entries = ordered(every.loc[task])
+    lines = every.loc[task].loc[entries]
     keys = ["entry", "seed", "structure"]
     by_structure = rows.groupby(keys, observed=True)[list(METRICS)].mean()
     by_structure = by_structure.groupby(["entry", "structure"], observed=True).mean()
     structures = [str(name) for name in rows["structure"].unique()]
-    lines = lines.loc[entries]
-
     columns = []
     for metric in METRICS.values():
         for structure in structures if metric.per_structure else ():
@@ -86,7 +82,7 @@ def main(results: Results, task: str, selector: str = "last") -> Table:
             bits = list(metric.scale * lines["last bits"])
             columns.append(Column("last bits ±", bits, metric.digits, group=metric.heading))
     columns += [
-        Column("gap recov. (%)", _gap(lines, entries), 0, None, "higher"),
+        Column("gap recov. (%)", _gap(lines, entries), 0, better="higher"),
         Column("missed", [float(v) for v in lines["missed"]], 0),
         Column("seeds", [float(v) for v in lines["seeds"]], 0),
     ]
@@ -99,16 +95,16 @@ def main(results: Results, task: str, selector: str = "last") -> Table:
         pairs = statistics.pairs(scores)
         marks = {(entries.index(e), len(structures)): "†" for e in _worse(pairs, best)}
         seeds, cases = statistics.counts(scores)
-        corrected = f", by Holm's method over {len(pairs)} pairs" if len(pairs) > 1 else ""
+        corrected = f"; Holm correction over {len(pairs)} pairs" if len(pairs) > 1 else ""
         notes.append(
-            (f"† lower than {best}, " if marks else f"No entry is lower than {best}, ")
-            + "the best mean, beyond chance. Beyond chance is p < "
-            f"{statistics.SIGNIFICANT:g} {MODEL}{corrected}; {cases} cases, {seeds} seeds."
+            ("†: " if marks else "No entry is ")
+            + f"significantly lower than {best}, the best mean (p < {statistics.SIGNIFICANT:g}; "
+            f"{MODEL}{corrected}; {cases} cases, {seeds} seeds)."
         )
     notes += [why, *designs[task].notes]
     return Table(
-        f"main_{task.replace(' ', '_')}",
-        f"{task}: {_titles()} on the test cases, checkpoint by {title(selector)}.",
+        f"main {task}",
+        f"{task}: {_titles()} on the test cases; checkpoint selector: {title(selector)}.",
         [title(entry) for entry in entries],
         columns,
         _unranked(lines),
@@ -124,27 +120,27 @@ def _titles() -> str:
 
 
 def _mean(metric: Metric, lines: pd.DataFrame, title: str = "", group: str = "") -> Column:
-    """The column of a metric's means, with the spread of the primary one."""
+    """Return the column of a metric's means; the primary metric has its spread."""
     spread = lines["sd"] if metric == PRIMARY else None
     return Column.of(metric, lines[metric.label], title, spread, group)
 
 
 def _gap(lines: pd.DataFrame, entries: Sequence[str]) -> list[float]:
-    """The share of the gap that entries recover in percent; nan for the bounds."""
+    """Return the gap recovered by each entry in percent; nan for the bounds."""
     return [
         math.nan if e in (LOWER, UPPER) else 100 * lines.loc[e, "gap recovered"] for e in entries
     ]
 
 
 def untested(scores: pd.DataFrame) -> str:
-    """Why a table has no tests; "" where it has."""
+    """Return the reason why a table has no tests; "" if it has."""
     if scores.shape[1] < 2:
-        return "Nothing is tested: one method stands besides the bound, or none."
+        return "No tests: fewer than two methods."
     return statistics.untested(*statistics.counts(scores))
 
 
 def _worse(pairs: pd.DataFrame, best: str) -> list[str]:
-    """The entries that are lower than one of them beyond chance."""
+    """Return the entries that are significantly lower than the best."""
     lower = []
     for pair in pairs.itertuples():
         if best in (pair.a, pair.b) and pair.p_holm < statistics.SIGNIFICANT:
@@ -155,69 +151,65 @@ def _worse(pairs: pd.DataFrame, best: str) -> list[str]:
 
 
 def cost(results: Results, task: str, selector: str = "last") -> Table:
-    """Seconds and memory of a task's entries beside their Dice."""
+    """Build the table of training time and memory of a task."""
     rows = plain(results.of(task, selector))
     lines = comparison.table(rows, selector).loc[task]
     entries = ordered(lines)
     lines = lines.loc[entries]
     devices = rows.drop_duplicates("run").groupby("entry", observed=True)["device"].unique()
     return Table(
-        f"cost_{task.replace(' ', '_')}",
-        f"{task}: what training costs, stages that runs share counted in each.",
+        f"cost {task}",
+        f"{task}: cost of training. A stage shared by several runs counts in each.",
         [title(entry) for entry in entries],
         [
             _mean(PRIMARY, lines),
-            Column("training (s)", list(lines["training s"]), 0, None, "lower"),
-            Column("s an update", list(lines["s a step"]), 3, None, "lower"),
-            Column("peak memory (MiB)", list(lines["peak MiB"]), 0, None, "lower"),
-            Column("on", [", ".join(map(str, devices[e])) or MISSING_DEVICE for e in entries]),
+            Column("training (s)", list(lines["training s"]), 0, better="lower"),
+            Column("s/update", list(lines["s/update"]), 3, better="lower"),
+            Column("peak memory (MiB)", list(lines["peak MiB"]), 0, better="lower"),
+            Column("device", [", ".join(map(str, devices[e])) or "unknown" for e in entries]),
         ],
         _unranked(lines),
         notes=[
             *_means(lines),
-            "An update is one of the segmenter; what a method trains besides is in the seconds. "
-            "Memory is that of the GPU where there is one, else of the whole process.",
+            "s/update: all training, including further networks, per update of the segmenter. "
+            "Peak memory: of the GPU, or of the process on a CPU.",
         ],
         ids=run_ids(rows, entries),
     )
 
 
-MISSING_DEVICE = "unknown"
-
-
 def ranking(results: Results, task: str, selector: str = "last") -> Table:
-    """Ranks by both ways to aggregate, with intervals and what the tests leave open."""
+    """Build the table of ranks by both ways to aggregate, with intervals."""
     rows, designs = comparison.compared(plain(results.of(task, selector)), selector)
     scores = comparison.competing(statistics.scores(rows, task, selector))
     ranks, spans = statistics.ranking(scores), statistics.intervals(scores)
     spans = spans.loc[ranks.index]
     entries = [str(entry) for entry in ranks.index]
-    seeds, cases = statistics.counts(scores)
     columns = [
         Column.of(PRIMARY, ranks["mean"]),
-        Column("low", list(100 * spans["low"]), 1, None, "", "95 % interval"),
-        Column("high", list(100 * spans["high"]), 1, None, "", "95 % interval"),
-        Column("of the mean", list(ranks["rank"]), 0, None, "", "rank"),
-        Column("mean of ranks", list(ranks["mean_rank"]), 2, None, "", "rank"),
+        *_interval(spans["low"], spans["high"]),
+        Column("of the mean", list(ranks["rank"]), 0, group="rank"),
+        Column("mean of ranks", list(ranks["mean_rank"]), 2, group="rank"),
     ]
     notes = [
-        interval_note(seeds, cases),
-        "“Of the mean” ranks mean scores; “mean of ranks” ranks within each case and seed first.",
+        interval_note(*statistics.counts(scores)),
+        "Of the mean: rank of the mean score. Mean of ranks: mean over ranks within each case and "
+        "seed.",
     ]
     why = untested(scores)
     if not why:
         columns += [
-            Column("from", list(ranks["rank_low"]), 0, None, "", "left open"),
-            Column("to", list(ranks["rank_high"]), 0, None, "", "left open"),
+            Column("from", list(ranks["rank_low"]), 0, group="rank interval"),
+            Column("to", list(ranks["rank_high"]), 0, group="rank interval"),
         ]
         notes.append(
-            "“Left open” are the ranks that no test of two methods excludes (p < "
-            f"{statistics.SIGNIFICANT:g} by Holm's method). They hold the true ranks of all "
-            "methods at once with 95 % confidence."
+            "Rank interval: ranks not excluded by the pairwise tests (Holm-corrected p < "
+            f"{statistics.SIGNIFICANT:g}); all true ranks are covered simultaneously with 95 % "
+            "confidence."
         )
     return Table(
-        f"ranking_{task.replace(' ', '_')}",
-        f"{task}: ranks by mean Dice, and how sure they are.",
+        f"ranking {task}",
+        f"{task}: ranks by mean Dice, with intervals.",
         entries,
         columns,
         notes=[*notes, *[why] * bool(why), *designs[task].notes],
@@ -225,38 +217,41 @@ def ranking(results: Results, task: str, selector: str = "last") -> Table:
     )
 
 
+def _interval(low: pd.Series, high: pd.Series) -> list[Column]:
+    """Return the columns of a confidence interval of Dice."""
+    ends = {"low": low, "high": high}
+    return [Column(name, list(100 * end), group="95 % CI") for name, end in ends.items()]
+
+
 def interval_note(seeds: int, cases: int) -> str:
-    """What the intervals of a design are about."""
+    """Return the note on the confidence intervals of a design."""
     if cases < 2:
-        return "One case has no interval."
+        return "One case: no CI."
     if seeds < 2:
         return (
-            f"95 % intervals (Student's t) over {cases} cases, for this one training of each "
-            "method: how far another training may lie from it, one seed cannot tell."
+            f"95 % CI over {cases} cases (Student's t), for this training of each method only: one "
+            "seed does not show the variation between trainings."
         )
     return (
-        f"95 % intervals for new cases and new trainings, over {cases} cases and {seeds} seeds, "
-        f"{MODEL}. How often they hold the truth is measured in docs/protocol.md."
+        f"95 % CI for new cases and new trainings, from {cases} cases and {seeds} seeds ({MODEL}); "
+        "docs/protocol.md reports its measured coverage."
     )
 
 
 def pairs(results: Results, task: str, selector: str = "last") -> Table:
-    """Every two entries: difference, interval, test."""
+    """Build the table of pairwise differences, with intervals and tests; better entries first."""
     rows, designs = comparison.compared(plain(results.of(task, selector)), selector)
     scores = comparison.competing(statistics.scores(rows, task, selector))
     found = statistics.pairs(scores)
     why = untested(scores)
-    # The better entry first, so that every line reads the same way.
-    turn = found["difference"] < 0
-    sign = 1 - 2 * turn.astype(int)
-    first = found["a"].astype(str).where(~turn, found["b"].astype(str))
-    second = found["b"].astype(str).where(~turn, found["a"].astype(str))
-    low = found["low"].where(~turn, -found["high"])
-    high = found["high"].where(~turn, -found["low"])
+    swap = found["difference"] < 0
+    first, second = found["a"].where(~swap, found["b"]), found["b"].where(~swap, found["a"])
+    low = found["low"].where(~swap, -found["high"])
+    high = found["high"].where(~swap, -found["low"])
+    difference = list(100 * found["difference"].abs())
     columns = [
-        Column("difference", list(100 * sign * found["difference"]), 1, None, "", "Dice (points)"),
-        Column("low", list(100 * low), 1, None, "", "95 % interval"),
-        Column("high", list(100 * high), 1, None, "", "95 % interval"),
+        Column("difference", difference, group="Dice (points)"),
+        *_interval(low, high),
     ]
     notes = [interval_note(*statistics.counts(scores))]
     if why:
@@ -265,15 +260,12 @@ def pairs(results: Results, task: str, selector: str = "last") -> Table:
         columns.append(Column("p", list(found["p"]), 4))
         if len(found) > 1:
             columns.append(Column("p (Holm)", list(found["p_holm"]), 4))
-        notes.append("p belongs to the interval: below 0.05 where the interval leaves 0 out.")
+        notes.append("p < 0.05 if the 95 % CI excludes 0.")
         if len(found) > 1:
-            notes.append(
-                f"“Holm” is corrected for all {len(found)} pairs by Holm's method; the intervals "
-                "are not."
-            )
+            notes.append(f"p (Holm): corrected over all {len(found)} pairs; intervals are not.")
     return Table(
-        f"pairs_{task.replace(' ', '_')}",
-        f"{task}: every two methods, that of the higher mean first.",
+        f"pairs {task}",
+        f"{task}: pairwise differences, higher mean first.",
         [f"{a} – {b}" for a, b in zip(first, second, strict=True)],
         columns,
         notes=[*notes, *designs[task].notes],
@@ -285,15 +277,15 @@ def pairs(results: Results, task: str, selector: str = "last") -> Table:
 
 
 def ablated(results: Results) -> list[str]:
-    """Methods with runs at other settings than their defaults."""
+    """Return the methods with runs at non-default settings."""
     changed = results.rows["settings"] != "{}"
     return sorted(results.rows.loc[changed, "method"].astype(str).unique())
 
 
 def ablation(results: Results, method: str, selector: str = "last") -> Table:
-    """A method's ablation: bounds, parts, declared variants in their order, further settings.
+    """Build the ablation of a method: bounds, parts, declared variants, further settings.
 
-    Values of one number, of which there are three or more, are a curve instead (`curves`).
+    Settings with a curve (`curves`) are excluded.
     """
     rows = results.chosen_by(selector)
     on_curves = {
@@ -304,9 +296,7 @@ def ablation(results: Results, method: str, selector: str = "last") -> Table:
     own = rows[(rows["method"] == method) & (rows["base"] == method)]
     known = own.drop_duplicates("entry").set_index("entry")
     declared, parts = results.declared(method)
-    names: dict[str, str] = {LOWER: LOWER}
-    for part in parts:
-        names[part] = part
+    names: dict[str, str] = {name: name for name in (LOWER, *parts)}
     position = {name: index for index, name in enumerate(declared)}
     found = sorted(
         (entry for entry in known.index if str(entry) not in on_curves),
@@ -328,12 +318,12 @@ def ablation(results: Results, method: str, selector: str = "last") -> Table:
         first, *others = (_mean(metric, part, group=task) for metric in METRICS.values())
         columns += [
             first,
-            Column("gap (%)", _gap(part, entries), 0, None, "higher", task),
+            Column("gap (%)", _gap(part, entries), 0, better="higher", group=task),
             *others,
-            Column("seeds", list(part["seeds"]), 0, None, "", task),
+            Column("seeds", list(part["seeds"]), 0, group=task),
         ]
-    seconds = lines["s a step"].groupby("entry", observed=True).mean()
-    columns.append(Column("s an update", [float(seconds.get(e, math.nan)) for e in entries], 3))
+    seconds = lines["s/update"].groupby("entry", observed=True).mean()
+    columns.append(Column("s/update", list(seconds.reindex(entries)), 3))
     return Table(
         f"ablation_{method}",
         f"Ablation of {method}.",
@@ -352,11 +342,11 @@ def ablation(results: Results, method: str, selector: str = "last") -> Table:
 
 
 def curves(results: Results, method: str, selector: str = "last") -> dict[str, pd.DataFrame]:
-    """Dice over the values of one numeric setting, all others at their defaults.
+    """Collect Dice over the values of each numeric setting, with all others at their defaults.
 
     Returns:
-        setting → task, entry, value, seed, dice, changed (whether the value is not the default),
-        for settings with three values or more.
+        setting → task, entry, value, seed, dice, changed (False for the default value), for
+        settings with at least three values.
     """
     rows = results.chosen_by(selector)
     rows = rows[(rows["method"] == method) & (rows["base"] == method)]
@@ -373,7 +363,7 @@ def curves(results: Results, method: str, selector: str = "last") -> dict[str, p
     }
     for name in sorted(numeric):
         for run, changes in settings.items():
-            # A run of another version of the method may not have the setting.
+            # Runs of another version of the method may lack the setting.
             if set(changes) - {name} or name not in configs[run]:
                 continue
             found.setdefault(name, []).append(
@@ -391,16 +381,16 @@ def curves(results: Results, method: str, selector: str = "last") -> dict[str, p
 
 
 def curve(method: str, setting: str, points: pd.DataFrame) -> Table:
-    """The numbers of a curve."""
+    """Build the table of a curve (from `curves`)."""
     values = sorted(points["value"].unique())
     columns = []
-    few: set[float] = set()  # values with fewer seeds than others, which compete with none
+    few: set[float] = set()  # values with fewer seeds than others are not ranked
     for task, part in points.groupby("task"):
         by_value = part.groupby("value")[PRIMARY.name]
         mean, deviation = (found.reindex(values) for found in (by_value.mean(), by_value.std()))
         columns.append(Column.of(PRIMARY, mean, spread=deviation, group=str(task)))
         seeds = by_value.size().reindex(values, fill_value=0)
-        columns.append(Column("seeds", list(seeds.astype(float)), 0, None, "", str(task)))
+        columns.append(Column("seeds", list(seeds.astype(float)), 0, group=str(task)))
         few |= set(seeds.index[seeds < seeds.max()])
     default = set(points.loc[~points["changed"], "value"])
     names = {v: f"{v:g}" + (" (default)" if v in default else "") for v in values}
@@ -412,7 +402,7 @@ def curve(method: str, setting: str, points: pd.DataFrame) -> Table:
         frozenset(names[v] for v in few),
         notes=[
             *_means(points.groupby(["task", "value"])[PRIMARY.name].agg(sd="std")),
-            "The best value here was found with target labels, so it is not a choice.",
+            "The best value is known from target labels only: not a selection method.",
         ],
         first=setting,
     )
@@ -422,7 +412,7 @@ def curve(method: str, setting: str, points: pd.DataFrame) -> Table:
 
 
 def selectors(results: Results, task: str) -> Table:
-    """The Dice that each selector would have given to each entry."""
+    """Build the table of Dice of each entry at the checkpoint of each selector."""
     rows = plain(results.rows[results.rows["task"] == task])
     rows = rows[rows["entry"] != UPPER]
     dice, seeds = _by_selector(rows)
@@ -430,22 +420,21 @@ def selectors(results: Results, task: str) -> Table:
     names += [ORACLE] * (ORACLE in dice)
     entries = [str(entry) for entry in dice.index]
     return Table(
-        f"selectors_{task.replace(' ', '_')}",
-        f"{task}: Dice (%) of the checkpoint that each selector chooses.",
+        f"selectors {task}",
+        f"{task}: Dice (%) at the checkpoint of each selector.",
         entries,
         [
-            *(Column(title(name), list(100 * dice[name]), 1) for name in names),
+            *(Column(title(name), list(100 * dice[name])) for name in names),
             Column("seeds", [float(seeds[entry]) for entry in entries], 0),
         ],
-        notes=["oracle chose by Dice on the test cases (privileged): never a result."]
-        if ORACLE in names
-        else [],
+        notes=["oracle selects by Dice on the test cases (privileged): not a result."]
+        * (ORACLE in names),
         ids=run_ids(rows, entries),
     )
 
 
 def _by_selector(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
-    """Mean Dice, entry × selector, of the seeds that all selectors of an entry judged; how many."""
+    """Return mean Dice, entry × selector, over the seeds with all selectors, and their number."""
     keys = ["entry", "selector", "seed", "case"]
     per_case = rows.groupby(keys, observed=True)[PRIMARY.name].mean()
     per_run = per_case.groupby(["entry", "seed", "selector"], observed=True).mean()
@@ -460,10 +449,10 @@ def _by_selector(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
 
 
 def regrets(results: Results) -> pd.DataFrame:
-    """What a selector gives away: the oracle's Dice minus the selector's, of each run.
+    """Compute the regret of each run and selector: the oracle's Dice minus the selector's.
 
     Returns:
-        task, entry, seed, selector, regret; empty where no run was made with --oracle.
+        task, entry, seed, selector, regret; empty without runs made with --oracle.
     """
     rows = plain(results.rows)
     rows = rows[rows["entry"] != UPPER]
@@ -478,10 +467,10 @@ def regrets(results: Results) -> pd.DataFrame:
 
 
 def correlations(results: Results) -> pd.DataFrame:
-    """How well a selector's score orders checkpoints: Spearman's correlation with target Dice.
+    """Compute Spearman's correlation of each selector's score with target Dice.
 
-    Over all candidates of all runs of a task, and as the mean of the correlations within runs;
-    the second is what a selector needs that chooses within one run.
+    It is computed over all candidates of a task (pooled), and as the mean of correlations within
+    runs, which is what selection within one run depends on.
 
     Returns:
         selector, task, pooled, within, checkpoints; empty without runs made with --oracle.
@@ -521,7 +510,7 @@ def correlations(results: Results) -> pd.DataFrame:
 
 
 def selector_quality(results: Results) -> Table | None:
-    """Regret and rank correlation of every selector; None where no run was made with --oracle."""
+    """Build the table of regret and rank correlation; None without runs made with --oracle."""
     regret, correlation = regrets(results), correlations(results)
     if regret.empty:
         return None
@@ -530,38 +519,21 @@ def selector_quality(results: Results) -> Table | None:
     for task in sorted(regret["task"].astype(str).unique()):
         own = regret[regret["task"] == task].groupby("selector")["regret"]
         related = correlation[correlation["task"] == task].set_index("selector")
-        columns += [
-            Column(
-                "regret",
-                [100 * float(own.mean().get(n, math.nan)) for n in names],
-                1,
-                [100 * float(own.std().get(n, math.nan)) for n in names],
-                "lower",
-                task,
-            ),
-            *(
-                Column(
-                    f"ρ {kind}",
-                    [float(related[kind].get(n, math.nan)) for n in names],
-                    2,
-                    None,
-                    "higher",
-                    task,
-                )
-                for kind in ("pooled", "within")
-            ),
-        ]
+        mean, spread = (list(100 * part.reindex(names)) for part in (own.mean(), own.std()))
+        columns.append(Column("regret", mean, 1, spread, "lower", task))
+        for kind in ("pooled", "within"):
+            rho = list(related[kind].reindex(names).astype(float))
+            columns.append(Column(f"ρ {kind}", rho, 2, better="higher", group=task))
     return Table(
         "selectors",
-        "What choosing a checkpoint by each selector gives away.",
+        "Regret of each selector.",
         [title(name) for name in names],
         columns,
         notes=[
-            "Regret: the oracle's Dice minus that of the chosen checkpoint, in points, over the "
-            "runs of all entries (± standard deviation). ρ: Spearman's correlation of score and "
-            "target Dice, over all checkpoints of all runs (pooled), and the mean within runs. "
-            "Both compare with the oracle, which reads target labels (privileged): they judge "
-            "selectors, and are no result of a method."
+            "Regret: the oracle's Dice minus that of the chosen checkpoint, in points (mean ± "
+            "standard deviation over runs of all entries). ρ: Spearman's correlation of score and "
+            "target Dice over all checkpoints of all runs (pooled), and its mean within runs. Both "
+            "use the oracle, i.e. target labels (privileged): they evaluate selectors, not methods."
         ],
         first="selector",
     )
@@ -571,30 +543,28 @@ def selector_quality(results: Results) -> Table | None:
 
 
 def runs(results: Results, selector: str = "last") -> Table:
-    """Every run, with what its numbers were made by."""
+    """Build the table of all runs with seed, device, commit and code."""
     rows = results.with_repeats(results.chosen_by(selector))
     dice = statistics.means(rows, ["run"])
     order = ["task", "entry", "seed", statistics.REPEAT]
     lines = rows.drop_duplicates("run").sort_values(order)
-    nudged = [int(value) for value in lines[statistics.REPEAT]]
+    repeats = [int(value) for value in lines[statistics.REPEAT]]
     entries = [
-        title(str(entry)) + (f" (repeat {k}, last bits nudged)" if k else "")
-        for entry, k in zip(lines["entry"], nudged, strict=True)
+        title(str(entry)) + (f" (repeat {k}, last bits perturbed)" if k else "")
+        for entry, k in zip(lines["entry"], repeats, strict=True)
     ]
     names = [str(run) for run in lines["run"]]
     return Table(
         "runs",
-        "The runs behind the numbers.",
+        "All runs of this report.",
         names,
         [
             Column("entry", entries),
-            Column("task", [str(task) for task in lines["task"]]),
-            Column("seed", [float(seed) for seed in lines["seed"]], 0),
-            Column(PRIMARY.heading, list(PRIMARY.scale * dice[names]), PRIMARY.digits),
-            Column("training (s)", [float(value) for value in lines["seconds"]], 0),
-            Column("on", [str(device) for device in lines["device"]]),
-            Column("commit", [str(commit) for commit in lines["commit"]]),
-            Column("code", [str(code) for code in lines["code"]]),
+            Column("task", list(lines["task"].astype(str))),
+            Column("seed", list(lines["seed"].astype(float)), 0),
+            Column.of(PRIMARY, dice[names]),
+            Column("training (s)", list(lines["seconds"].astype(float)), 0),
+            *(Column(name, list(lines[name].astype(str))) for name in ("device", "commit", "code")),
         ],
         first="run",
     )

@@ -1,7 +1,7 @@
-"""What a report is made of: one frame of rows, read from run directories or from a file.
+"""The data of a report: rows read from run directories or from a file.
 
-Reading decides what may stand in one table. Runs of one task must follow one protocol; a run that
-cannot be read, or that a newer run of the same cell replaces, is left out and named.
+Runs of one task must follow one protocol. Runs that cannot be read, or that a newer run of the same
+entry, task and seed replaces, are excluded with a notice.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from glua_bench.files import write_json
 from glua_bench.records.run_directory import RunDirectory, list_runs
 from glua_bench.registry import Registry
 from glua_bench.reports import comparison, statistics
+from glua_bench.reports.statistics import counted
 from glua_bench.scoring.metrics import METRICS, PRIMARY
 
 TEXTS = ("case", "structure", "selector")
-# What every row of a run has, besides metrics that may be newer than the run.
+# Columns of every run; metrics other than the primary one may be newer than the run.
 MEASURED = [
     *("case", "structure", PRIMARY.name),
     *("missed", "reference_ml", "prediction_ml", "selector", "step"),
 ]
 KEY = ["task", "entry", "seed"]
 NEEDED = [*MEASURED, *KEY, "run", "method", "dataset", "direction", "seconds"]
-FROM_OLDER = {  # columns that rows of an older version lack
+DEFAULTS = {  # of columns that rows of older versions lack
     "settings": "{}",
     "config": "{}",
     "base": "",
@@ -48,28 +49,27 @@ FROM_OLDER = {  # columns that rows of an older version lack
     "peak_memory_mib": math.nan,
     statistics.REPEAT: 0,
 }
-MAY_AGE = ("data", "distances", "protocol")  # of a protocol: what newer runs may replace
-PROTOCOL_OF_OLDER = {"slices": "1"}  # what protocols of an older version do not say, but follow
+VERSIONED = ("data", "distances", "protocol")  # newer runs replace older ones despite these
+PROTOCOL_DEFAULTS = {"slices": "1"}  # of entries that protocols of older versions lack
 
 
 @dataclass
 class Results:
     """The runs of a report.
 
-    Args:
-        rows: per run, case, structure and selector: what `cases.parquet` holds, and entry (the
-            name in tables), base (the entry without changed settings), config (the method's
-            settings, as JSON), settings (what of them differs from its defaults), variant (the
-            method's own name for these settings), task, protocol (JSON), seconds,
-            peak_memory_mib, commit, code, device.
-        checkpoints: entry, task, seed, run, selector, step, score: every selector's judgement of
-            every candidate; empty for rows from a file.
-        directories: run id → its directory; empty for rows from a file.
-        notices: what a reader must know about runs that are not here, a sentence each.
+    Attributes:
+        rows: per run, case, structure and selector: the columns of `cases.parquet`, and entry
+            (displayed name), base (entry without changed settings), config (the method's settings
+            as JSON), settings (those that differ from the defaults), variant (the method's name
+            for these settings), task, protocol (JSON), seconds, peak_memory_mib, commit, code,
+            device.
+        checkpoints: entry, task, seed, run, selector, step, score: scores of all candidates; empty
+            for rows from a file.
+        directories: run id → directory; empty for rows from a file.
+        notices: one sentence per caveat, e.g. excluded runs.
         plugins: files with further methods.
-        repeats: the same of repeats: runs of an entry and seed that are here, whose first weights
-            were nudged in their last bits (perturbation 1, 2, …). They show how far that moves a
-            result, and enter nothing else.
+        repeats: rows of repeats, i.e. of runs whose initial weights were perturbed in their last
+            bits (perturbation 1, 2, …). They are used for the column "last bits" only.
     """
 
     rows: pd.DataFrame
@@ -81,14 +81,11 @@ class Results:
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks, in the order of their names."""
+        """The sorted names of the tasks."""
         return sorted(self.rows["task"].unique())
 
     def declared(self, method: str) -> tuple[list[str], list[str]]:
-        """A method's declared variants, and the methods that are it with parts left out.
-
-        Loads the method, and torch with it; two empty lists where it is not installed.
-        """
+        """Return a method's declared variants and parts; empty lists if it is not installed."""
         try:
             loaded: Any = Registry("method", self.plugins).load(method)
         except UserError:
@@ -96,20 +93,16 @@ class Results:
         return list(loaded.variants()), list(loaded.parts)
 
     def chosen_by(self, selector: str) -> pd.DataFrame:
-        """Rows of one selector, of all tasks."""
+        """Return the rows of one selector."""
         return self.rows[self.rows["selector"] == selector]
 
     def of(self, task: str, selector: str = "last") -> pd.DataFrame:
-        """Rows of one task and selector."""
+        """Return the rows of one task and selector."""
         rows = self.chosen_by(selector)
         return rows[rows["task"] == task]
 
     def with_repeats(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Rows of some entries, and those of their repeats.
-
-        Args:
-            rows: ordinary rows of one selector.
-        """
+        """Append the repeats of the entries to ordinary rows of one selector."""
         if self.repeats.empty:
             return rows
         own = self.repeats
@@ -124,14 +117,13 @@ def from_runs(
     plugins: Sequence[Path] = (),
     warn: Callable[[str], None] = lambda text: None,
 ) -> Results:
-    """The finished runs below a directory.
+    """Read the finished runs of a directory.
 
     Args:
-        runs_root: the directory of all runs; or a file that `record` wrote in it, whose runs
-            alone are taken.
-        where: which runs: setting → allowed values, as text.
+        runs_root: directory of all runs, or a file of `record` that selects some of them.
+        where: setting → allowed values, as text.
         plugins: files with further methods.
-        warn: receives the sentences that also become notices.
+        warn: receives the notices.
 
     Raises:
         UserError: there is no finished run, or runs of one task follow different protocols.
@@ -142,39 +134,39 @@ def from_runs(
     runs = [run for run in list_runs(runs_root) if not recorded or run.id in recorded]
     if not runs:
         raise ConfigError(
-            f"There are no runs below {runs_root}; run something first (glua-bench compare), or "
-            "name the directory with --runs."
+            f"{runs_root} has no runs; make some with `glua-bench compare`, or name another "
+            "directory with --runs."
         )
     chosen = [run for run in runs if _matches(run, where or {})]
     if not chosen:
         raise ConfigError(
-            f"None of the {len(runs)} runs below {runs_root} fits --where "
-            f"{_where_text(where or {})}; `glua-bench report` without it shows what there is."
+            f"None of the {len(runs)} runs in {runs_root} matches --where "
+            f"{_where_text(where or {})}; omit it to report all runs."
         )
     notices: list[str] = []
     notice = _noticing(notices, warn)
     gone = len(recorded) - len({run.id for run in runs}) if recorded else 0
     if gone:
-        notice(f"{_count(gone, 'run')} of the comparison {_is(gone)} not below {runs_root}.")
+        notice(f"{counted(gone, 'run')} of the comparison missing in {runs_root}.")
     done: list[RunDirectory] = []
     left: list[RunDirectory] = []
     for run in chosen:
         (done if run.done else left).append(run)
     failed = sum(run.failed is not None for run in left)
-    for count, what in ((failed, "failed"), (len(left) - failed, "did not end")):
+    for count, state in ((failed, "failed"), (len(left) - failed, "unfinished")):
         if count:
-            notice(f"{_count(count, 'run')} {what} and {_is(count)} not in this report.")
+            notice(f"{counted(count, f'{state} run')} excluded.")
     records = []
     for run in done:
         try:
             records.append(_read(run))
         except UserError as error:
-            notice(f"Left out: {error}")
+            notice(f"Excluded: {error}")
     lines = _lines(records, notice)
     if lines.empty:
         raise ConfigError(
-            f"No run below {runs_root} is finished and readable; look at the warnings, or begin "
-            "again what failed with glua-bench compare --retry-failed."
+            f"No run in {runs_root} is finished and readable; see the warnings, or repeat failed "
+            "runs with `glua-bench compare --retry-failed`."
         )
     found = _assemble(records, lines, notice, notices, plugins)
     _check(found, notice)
@@ -182,18 +174,18 @@ def from_runs(
 
 
 def record(runs_root: Path, title: str, runs: Iterable[RunDirectory]) -> Path:
-    """Write down which runs were compared, for a report of these and no others.
+    """Write the ids of compared runs to a file, for a report of these runs only.
 
     Args:
-        runs_root: the directory of all runs.
-        title: what was asked for, e.g. "compare glua, sifa".
+        runs_root: directory of all runs.
+        title: e.g. "compare glua, sifa".
         runs: the runs.
 
     Returns:
-        A file in `comparisons` below that directory, the same for the same runs.
+        The file in `runs_root / "comparisons"`; equal runs give the same file.
 
     Raises:
-        RunFailure: it cannot be written.
+        RunFailure: the file cannot be written.
     """
     ids = sorted(run.id for run in runs)
     name = re.sub(r"[^\w.+-]+", "_", title)[:60].strip("_")
@@ -203,17 +195,13 @@ def record(runs_root: Path, title: str, runs: Iterable[RunDirectory]) -> Path:
 
 
 def _recorded(path: Path) -> set[str]:
-    """The ids of runs in a file that `record` wrote.
-
-    Raises:
-        ConfigError: it is no such file.
-    """
+    """Return the run ids in a file of `record`."""
     try:
         return set(json.loads(path.read_text(encoding="utf-8"))["runs"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
-            f"{path} is no file of a comparison; give the directory of all runs, or a file below "
-            "its comparisons that `glua-bench compare` named."
+            f"{path} is not a comparison; give the directory of all runs, or the file in its "
+            "`comparisons` that `glua-bench compare` printed."
         ) from error
 
 
@@ -223,15 +211,13 @@ def from_rows(
     plugins: Sequence[Path] = (),
     warn: Callable[[str], None] = lambda text: None,
 ) -> Results:
-    """Rows as a report writes them (`rows.parquet`).
-
-    Such rows hold no scores of checkpoints and no pictures, so a report of them lacks both.
+    """Read the rows of a report (`rows.parquet`), without checkpoint scores and pictures.
 
     Args:
         path: the file.
-        where: which rows: column → allowed values, as text.
+        where: column → allowed values, as text.
         plugins: files with further methods.
-        warn: receives the sentences that also become notices.
+        warn: receives the notices.
 
     Raises:
         UserError: the file cannot be read or lacks a column, or protocols are mixed.
@@ -240,18 +226,15 @@ def from_rows(
         rows = pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{path} cannot be read as a table of rows ({type(error).__name__}); give a "
-            "rows.parquet that `glua-bench report` wrote."
+            f"{path} cannot be read as Parquet ({type(error).__name__}); give a rows.parquet of "
+            "`glua-bench report`."
         ) from error
     missing = [name for name in NEEDED if name not in rows]
     if missing:
         raise ConfigError(
-            f"{path} has no column {missing[0]}; give a rows.parquet that `glua-bench report` "
-            "wrote."
+            f"{path} has no column {missing[0]}; give a rows.parquet of `glua-bench report`."
         )
-    for name, value in FROM_OLDER.items():
-        if name not in rows:
-            rows[name] = value
+    rows = rows.assign(**{name: v for name, v in DEFAULTS.items() if name not in rows})
     rows["base"] = rows["base"].where(rows["base"] != "", rows["entry"])
     for name, values in (where or {}).items():
         if name not in rows:
@@ -261,30 +244,32 @@ def from_rows(
             )
         rows = rows[rows[name].astype(str).isin(values)]
     if rows.empty:
-        raise ConfigError(f"{path} holds no rows that fit; leave --where {_where_text(where)} out.")
+        raise ConfigError(f"{path} has no rows that match --where {_where_text(where)}; omit it.")
     notices: list[str] = []
     notice = _noticing(notices, warn)
     own, repeats = _parted(rows.reset_index(drop=True), notice)
-    found = Results(own, _no_checkpoints(), notices=notices, plugins=plugins, repeats=repeats)
+    columns = ["selector", "step", "score", "run", "entry", "task", "seed"]
+    checkpoints = pd.DataFrame(columns=columns)
+    found = Results(own, checkpoints, notices=notices, plugins=plugins, repeats=repeats)
     _check(found, notice)
     return found
 
 
 def plain(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of entries at their methods' own settings; all rows where only bounds have these.
+    """Return the rows of entries at default settings; all rows if only bounds have these.
 
-    Variants of a method belong to its ablation: beside other methods they would be a choice made
-    after looking.
+    Variants of a method belong to its ablation; beside other methods they would be selected post
+    hoc.
     """
     own = rows[rows["settings"] == "{}"]
     return own if set(own["base"]) - {LOWER, UPPER} else rows
 
 
 def parse_where(texts: Iterable[str]) -> dict[str, list[str]]:
-    """`NAME=V1,V2` of `--where`, several of one name gathered.
+    """Parse `NAME=V1,V2` of `--where`; values of one name are merged.
 
     Raises:
-        ConfigError: one has no `=`.
+        ConfigError: a text has no `=`.
     """
     parsed: dict[str, list[str]] = {}
     for text in texts:
@@ -312,8 +297,7 @@ def _read(run: RunDirectory) -> _Record:
     lacking = [name for name in MEASURED if name not in rows]
     if lacking:
         raise UserError(f"{run.path / 'cases.parquet'} has no column {lacking[0]}; run it again.")
-    for name in TEXTS:  # as numbers into a list of texts: a thousand runs hold few different ones
-        rows[name] = rows[name].astype("category")
+    rows = rows.astype(dict.fromkeys(TEXTS, "category"))  # saves memory with many runs
     environment = run.read_environment()
     if not {"changed", "variant"} <= set(environment):
         raise UserError(f"{run.path / 'environment.json'} has no changed settings; run it again.")
@@ -332,9 +316,9 @@ def _matches(run: RunDirectory, where: Mapping[str, Sequence[str]]) -> bool:
     for name, allowed in where.items():
         if name not in values:
             if name.startswith("method."):
-                return False  # another method's setting
+                return False  # a setting of another method
             raise ConfigError(
-                f"--where {name}: a run has no such setting; use one of code, "
+                f"--where {name}: runs have no such setting; use one of code, "
                 f"{', '.join(sorted(values))}."
             )
         if str(values[name]) not in allowed:
@@ -343,17 +327,16 @@ def _matches(run: RunDirectory, where: Mapping[str, Sequence[str]]) -> bool:
 
 
 def _protocol(record: _Record) -> dict[str, Any]:
-    """What must be equal within one table.
+    """Return the settings that must be equal within one table.
 
-    The training data of the upper bound is another by intent, so it is not among its own.
+    The training data of the upper bound differ by design and are excluded.
     """
     config = record.run.config
+    depth = config.grid.slice_spacing
     values = {
         "preset": config.preset,
-        "grid": f"{config.grid.size} pixels of {config.grid.spacing:g} mm, slices of "
-        f"{config.grid.slice_spacing:g} mm"
-        if config.grid.slice_spacing
-        else f"{config.grid.size} pixels of {config.grid.spacing:g} mm",
+        "grid": f"{config.grid.size} pixels of {config.grid.spacing:g} mm"
+        + (f", slices of {depth:g} mm" if depth else ""),
         "steps": config.steps,
         "batch_size": config.batch_size,
         "segmenter": ", ".join(
@@ -394,7 +377,7 @@ def _shown(value: Any) -> str:
 
 
 def _lines(records: Sequence[_Record], notice: Callable[[str], None]) -> pd.DataFrame:
-    """One line a run: what it is called and was made of; the newest run of each cell."""
+    """Describe each run in one line; keep the newest run of each entry, task and seed."""
     newest: dict[tuple[str, str, int, int, str], dict[str, Any]] = {}
     replaced = 0
     for record in sorted(records, key=lambda record: (record.time, record.run.id)):
@@ -404,11 +387,10 @@ def _lines(records: Sequence[_Record], notice: Callable[[str], None]) -> pd.Data
         entry = ", ".join([base, *(f"{n} = {_shown(v)}" for n, v in changes.items())])
         task = f"{config.fold_name} {config.direction}"
         state = record.environment.get("source") or record.environment.get("git") or {}
-        # Runs of other budgets, grids or slices are not older versions of each other; `_check`
-        # refuses them.
-        nudged = int(getattr(config, statistics.REPEAT, 0))
-        set_up = {k: v for k, v in _protocol(record).items() if k not in MAY_AGE}
-        key = task, entry, config.seed, nudged, json.dumps(set_up)
+        repeat = int(getattr(config, statistics.REPEAT, 0))
+        # Runs with other budgets, grids or slices do not replace each other; `_check` refuses them.
+        setup = {k: v for k, v in _protocol(record).items() if k not in VERSIONED}
+        key = task, entry, config.seed, repeat, json.dumps(setup)
         replaced += key in newest
         newest[key] = {
             "run": record.run.id,
@@ -425,7 +407,7 @@ def _lines(records: Sequence[_Record], notice: Callable[[str], None]) -> pd.Data
             "scenario": config.scenario,
             "augmentation": config.augmentation,
             "seed": config.seed,
-            statistics.REPEAT: nudged,
+            statistics.REPEAT: repeat,
             "peak_memory_mib": float(record.summary["peak_memory_mib"]),
             "commit": str(state.get("commit", ""))[:10] + ("+" if state.get("dirty") else ""),
             "code": str(record.environment.get("code", "")),
@@ -433,8 +415,8 @@ def _lines(records: Sequence[_Record], notice: Callable[[str], None]) -> pd.Data
         }
     if replaced:
         notice(
-            f"{_count(replaced, 'run')} {_is(replaced)} left out, since newer ones of the same "
-            "entry, task and seed exist (of other code or data); --where code=… chooses."
+            f"{counted(replaced, 'run')} excluded: replaced by newer runs of the same entry, task "
+            "and seed with other code or data; select with --where code=…."
         )
     return pd.DataFrame(newest.values())
 
@@ -446,7 +428,7 @@ def _assemble(
     notices: list[str],
     plugins: Sequence[Path],
 ) -> Results:
-    """The rows and scores of the runs that have a line."""
+    """Collect the rows and scores of the described runs."""
     by_run = {record.run.id: record for record in records}
     kept = [by_run[run] for run in lines["run"]]
     lines["seconds"] = comparison.costs([(r.run.config, r.summary) for r in kept])
@@ -457,10 +439,10 @@ def _assemble(
         for selector, scores in record.summary.get("selector_scores", {}).items():
             checkpoints += [(position, selector, int(s), float(v)) for s, v in scores.items()]
     for name in TEXTS:
-        # One vocabulary, in the order of appearance, which is the dataset's own.
-        words = dict.fromkeys(w for record in kept for w in record.rows[name].unique())
+        # Categories in the order of appearance, i.e. the dataset's.
+        values = dict.fromkeys(v for record in kept for v in record.rows[name].unique())
         for record in kept:
-            record.rows[name] = record.rows[name].cat.set_categories(list(words))
+            record.rows[name] = record.rows[name].cat.set_categories(list(values))
     rows = pd.concat([record.rows for record in kept], ignore_index=True)
     rows["line"] = np.repeat(np.arange(len(kept)), [len(record.rows) for record in kept])
     own, repeats = _parted(_with_runs(rows, lines), notice)
@@ -478,17 +460,17 @@ def _assemble(
 
 
 def _parted(rows: pd.DataFrame, notice: Callable[[str], None]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Ordinary rows, and those of repeats of the same runs by the same code.
+    """Split rows into ordinary ones and repeats of these runs by the same code.
 
     Raises:
-        ConfigError: there are none but repeats.
+        ConfigError: there are only repeats.
     """
     own = statistics.ordinary(rows)
     if own.empty:
         raise ConfigError(
-            "There are only repeats here, which show how far last bits move a result, and not the "
-            f"runs that they repeat; leave {statistics.REPEAT} out of --where, or make those runs "
-            f"(the same command without --set {statistics.REPEAT}=…)."
+            f"There are only repeats, without the runs that they repeat; omit {statistics.REPEAT} "
+            "from --where, or make those runs (the same command without --set "
+            f"{statistics.REPEAT}=…)."
         )
     if len(own) == len(rows):
         return own, rows.iloc[:0]
@@ -500,14 +482,14 @@ def _parted(rows: pd.DataFrame, notice: Callable[[str], None]) -> tuple[pd.DataF
     lost = {run for run, key in zip(per_run["run"], found, strict=True) if key not in known}
     if lost:
         notice(
-            f"{_count(len(lost), 'repeat')} {_is(len(lost))} left out: the run of the same code, "
-            "entry, task and seed is not here."
+            f"{counted(len(lost), 'repeat')} excluded: no run with the same code, entry, task and "
+            "seed."
         )
     return own.reset_index(drop=True), repeats[~repeats["run"].isin(lost)].reset_index(drop=True)
 
 
 def _with_runs(rows: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
-    """Rows beside the columns of their run; texts as categories, for a thousand runs' sake."""
+    """Add the columns of its run to each row; texts become categories to save memory."""
     position = rows.pop("line").to_numpy()
     for name in lines:
         values = lines[name]
@@ -523,19 +505,14 @@ def _device(environment: Mapping[str, Any]) -> str:
     if str(environment.get("device", "")).startswith("cuda"):
         return next(iter(environment.get("gpus", [])), "GPU")
     threads = environment.get("threads")
-    return "CPU" if threads is None else f"CPU, {_count(threads, 'thread')}"
+    return "CPU" if threads is None else f"CPU, {counted(threads, 'thread')}"
 
 
-def _no_checkpoints() -> pd.DataFrame:
-    columns = ["selector", "step", "score", "run", "entry", "task", "seed"]
-    return pd.DataFrame(columns=columns)
-
-
-# -- what may stand in one table ---------------------------------------------------------------
+# -- comparability -----------------------------------------------------------------------------
 
 
 def _check(found: Results, notice: Callable[[str], None]) -> None:
-    """Refuse mixed protocols; say what is not paired, and where nothing can be tested.
+    """Reject mixed protocols; add notices on unpaired entries and missing tests.
 
     Raises:
         ConfigError: the runs of a task follow different protocols.
@@ -552,14 +529,14 @@ def _check(found: Results, notice: Callable[[str], None]) -> None:
         if len(twice):
             raise ConfigError(
                 f"{task} has two runs of {twice.iloc[0]['entry']} with seed "
-                f"{twice.iloc[0]['seed']}; choose one with --where run=… or code=…."
+                f"{twice.iloc[0]['seed']}; select one with --where run=… or code=…."
             )
         devices = per_run["device"].nunique()
         if devices > 1:
-            notice(f"{task}: runs on {devices} devices; seconds compare within one only.")
+            notice(f"{task}: runs on {devices} devices; compare times within one device only.")
         mixed = per_run.groupby("entry", observed=True)["code"].nunique()
         for entry in mixed[mixed > 1].index:
-            notice(f"{task}: the seeds of {entry} were run by code of different versions.")
+            notice(f"{task}: the seeds of {entry} were run by different versions of the code.")
         first = own["selector"] == own["selector"].iloc[0]
         paired = statistics.design(plain(own[first]))
         for note in paired.notes:
@@ -573,52 +550,48 @@ def _one_protocol(task: str, protocols: pd.Series) -> None:
     counts = protocols.astype(str).value_counts()
     values: dict[str, dict[Any, int]] = {}
     for text, count in counts.items():
-        for name, value in {**PROTOCOL_OF_OLDER, **json.loads(str(text))}.items():
+        for name, value in {**PROTOCOL_DEFAULTS, **json.loads(str(text))}.items():
             seen = values.setdefault(name, {})
             seen[value] = seen.get(value, 0) + int(count)
-    different = {name: seen for name, seen in values.items() if len(seen) > 1}
-    if not different:
+    name, seen = next(((n, seen) for n, seen in values.items() if len(seen) > 1), ("", {}))
+    if not name:
         return
-    name, seen = next(iter(different.items()))
-    texts = " and ".join(f"{value} in {_count(count, 'run')}" for value, count in seen.items())
-    usable = {"steps": "steps", "preset": "preset", "batch_size": "batch_size"}
+    texts = " and ".join(f"{value} in {counted(count, 'run')}" for value, count in seen.items())
     most = max(seen, key=lambda value: seen[value])
     fix = {
-        **{key: f"--where {key}={most}" for key in usable},
+        **{key: f"--where {key}={most}" for key in ("steps", "preset", "batch_size", "precision")},
         "grid": "--where grid.size=… and grid.spacing=…",
         "segmenter": "--where segmenter.name=… and segmenter.width=…",
-        "precision": f"--where precision={most}",
         "slices": "--where slices=… and slice_distance=…",
         "data": "--where code=…, or remove the runs on older data",
     }.get(name, "--where")
     raise ConfigError(
-        f"{task} mixes runs of different protocols, which no table may average: {name} is "
-        f"{texts}; choose with {fix}."
+        f"{task} mixes runs of different protocols, which cannot be averaged: {name} is {texts}; "
+        f"select with {fix}."
     )
 
 
 def _one_test_set(task: str, rows: pd.DataFrame) -> None:
-    """The volumes of the reference are the test set's fingerprint, also of rows from a file."""
+    """Reject different test sets, recognized by the volumes of the references."""
     first = rows.drop_duplicates(["run", "case", "structure"])
     sizes = first.groupby(["case", "structure"], observed=True)["reference_ml"]
     spread = sizes.max() - sizes.min()
     wrong = spread[spread > 1e-6]
     cases = first.groupby("run", observed=True)["case"].nunique()
+    difference = ""
     if len(wrong):
-        case = wrong.index[0][0]
+        difference = f"case {wrong.index[0][0]} has references of different sizes"
+    elif cases.nunique() > 1:
+        difference = f"runs on {cases.min()} and on {cases.max()} cases"
+    if difference:
         raise ConfigError(
-            f"{task} mixes different test sets: case {case} has references of different sizes; "
-            "choose runs on the same data with --where code=…, or another --runs."
-        )
-    if cases.nunique() > 1:
-        raise ConfigError(
-            f"{task} mixes different test sets: runs on {cases.min()} and on {cases.max()} cases; "
-            "choose runs on the same data with --where code=…, or another --runs."
+            f"{task} mixes different test sets: {difference}; select runs on the same data with "
+            "--where code=…, or another --runs."
         )
 
 
 def _noticing(notices: list[str], warn: Callable[[str], None]) -> Callable[[str], None]:
-    """Keep a sentence for the page, and tell it now."""
+    """Return a function that collects notices for the page and warns."""
 
     def notice(text: str) -> None:
         notices.append(text)
@@ -629,11 +602,3 @@ def _noticing(notices: list[str], warn: Callable[[str], None]) -> Callable[[str]
 
 def _where_text(where: Mapping[str, Sequence[str]] | None) -> str:
     return " ".join(f"{name}={','.join(values)}" for name, values in (where or {}).items())
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def _is(number: int) -> str:
-    return "is" if number == 1 else "are"

@@ -1,4 +1,4 @@
-"""The figures of one run, and of a dataset's domains: which pictures, from which files."""
+"""The figures of a run, of a prediction and of a dataset: load images and labels and draw them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,7 @@ from glua_bench.data.cache import SliceCache
 from glua_bench.data.resampling import Placement
 from glua_bench.data.volumes import load_label
 from glua_bench.records.run_directory import RunDirectory
-from glua_bench.reports.figures import (
-    Panel,
-    domain_montage,
-    overlay_montage,
-    picture_grid,
-    restyle_grid,
-)
+from glua_bench.reports.figures import Panel, case_grid, domain_montage, picture_grid
 from glua_bench.scoring.metrics import PRIMARY, volumes_ml
 from glua_bench.task import UNANNOTATED, Case, Dataset, Grid, GridView, Structure
 
@@ -36,38 +30,33 @@ def draw_run(
     batch: Batch,
     pictures: Mapping[str, Tensor],
 ) -> None:
-    """Write a run's figures: best, median and worst case, and what its method shows.
+    """Draw the best, median and worst case of a run, and the pictures of its method.
 
     Args:
-        run: its directory; holds the predictions.
+        run: directory with the predictions.
         dataset: gives images, labels and colours.
         rows: results per case and structure of the primary selector.
         batch: source and target images.
-        pictures: the method's own, name → (N, 1, H, W). `restyled` is shown between source and
-            target, everything else in a grid.
+        pictures: name → (N, 1, H, W). `restyled` is drawn in a separate figure.
     """
     _draw_cases(run, dataset, rows)
     plain = {name: values[:, 0].numpy() for name, values in pictures.items()}
-    source = batch.source_images[:, 0].cpu().numpy()
-    target = None if batch.target_images is None else batch.target_images[:, 0].cpu().numpy()
-    if target is not None and "restyled" in plain:
-        restyle_grid(
-            run.figures / "restyled.png",
-            source,
-            plain.pop("restyled"),
-            target,
-            publishable=dataset.publishable,
-        )
+    images = {"source": batch.source_images[:, 0].cpu().numpy()}
+    if batch.target_images is not None:
+        target = batch.target_images[:, 0].cpu().numpy()
+        if "restyled" in plain:
+            styles = {**images, "restyled": plain.pop("restyled"), "target": target}
+            title = "Source images, restyled source images, and target images (unpaired)"
+            picture_grid(run.figures / "restyled.png", styles, title, dataset.publishable)
+        images["target"] = target
     if plain:
-        own = {"source": source} if target is None else {"source": source, "target": target}
-        picture_grid(
-            run.figures / "pictures.png", {**own, **plain}, publishable=dataset.publishable
-        )
+        grid = {**images, **plain}
+        picture_grid(run.figures / "pictures.png", grid, publishable=dataset.publishable)
 
 
 def _draw_cases(run: RunDirectory, dataset: Dataset, rows: pd.DataFrame) -> None:
     config = run.config
-    # A healthy case in which nothing was found has no Dice, and is the worst of none.
+    # Dice is undefined if neither mask has a structure; such a case is not the worst.
     dice = rows.groupby("case")[PRIMARY.name].mean().sort_values(ascending=False)
     dice = dice.dropna() if dice.notna().any() else dice
     chosen = {"best": 0, "median": len(dice) // 2, "worst": len(dice) - 1}
@@ -79,19 +68,19 @@ def _draw_cases(run: RunDirectory, dataset: Dataset, rows: pd.DataFrame) -> None
         image = cache.image(case.unlabelled(), view)
         reference = cache.label(case, view).open()
         predicted = read_prediction(run, case, dataset, image.placement)
-        z = telling_slice(np.asarray(reference))
+        z = most_visible_slice(np.asarray(reference))
         panels.append(
             Panel(
                 np.asarray(image.open()[z], dtype=np.float32),
                 np.asarray(reference[z]),
-                predicted[z],
+                {"prediction": predicted[z]},
+                {"prediction": float(dice.iloc[position])},
                 case.id,
-                float(dice.iloc[position]),
                 note,
             )
         )
     privileged = ", privileged" if config.privileged else ""
-    overlay_montage(
+    case_grid(
         run.figures / "cases.png",
         panels,
         dataset.structures,
@@ -103,11 +92,11 @@ def _draw_cases(run: RunDirectory, dataset: Dataset, rows: pd.DataFrame) -> None
 def read_prediction(
     run: RunDirectory, case: Case, dataset: Dataset, placement: Placement
 ) -> np.ndarray:
-    """A run's prediction as it was saved, brought to the working grid by the code for labels.
+    """Load a saved prediction of a run on the working grid, resampled as labels are.
 
     Args:
-        run: its directory.
-        case: what was segmented.
+        run: directory of the run.
+        case: the segmented case.
         dataset: gives structures and how files are read.
         placement: of the case's image.
 
@@ -125,8 +114,8 @@ def read_prediction(
     )
 
 
-def telling_slice(labels: np.ndarray) -> int:
-    """The slice with the most structures, among those the one with the largest area.
+def most_visible_slice(labels: np.ndarray) -> int:
+    """Return the index of the slice with the most structures; ties go to the largest area.
 
     Args:
         labels: (Z, H, W), class indices or `UNANNOTATED`.
@@ -146,22 +135,22 @@ def draw_prediction(
     publishable: bool,
     columns: int = 6,
 ) -> Path:
-    """Slices of one volume with the contours of what was found, spread over where it was.
+    """Draw evenly spaced slices of a volume, with contours, where any structure was found.
 
     Args:
-        path: the PNG to write.
+        path: the file to write.
         slices: (Z, H, W) in [-1, 1].
         classes: (Z, H, W), class indices.
         structures: the classes.
         title: of the figure.
         publishable: False stamps the figure as not for redistribution.
-        columns: slices in a row; two rows are drawn at most.
+        columns: slices per row; at most two rows are drawn.
 
     Returns:
         The path.
     """
     shown = np.flatnonzero((classes > 0).any((1, 2)))
-    shown = shown if len(shown) else np.arange(len(classes))  # nothing found is seen, too
+    shown = shown if len(shown) else np.arange(len(classes))  # nothing found: all slices
     count = min(2 * columns, len(shown))
     chosen = shown[((np.arange(count) + 0.5) * len(shown) / count).astype(int)]
     panels = [
@@ -172,15 +161,15 @@ def draw_prediction(
 
 
 def draw_dataset(dataset: Dataset, grid: Grid, out: Path, columns: int = 6) -> list[Path]:
-    """One montage a domain: slices of all splits with contours, intensities, and volumes.
+    """Draw one montage per domain: slices of all splits with contours, histograms, and volumes.
 
-    Volumes are those of all labelled cases on the working grid, inside of its window.
+    Volumes are those of all labelled cases, on the working grid and inside its window.
 
     Args:
-        dataset: what to show.
-        grid: the working grid to show it on.
+        dataset: the dataset.
+        grid: the working grid.
         out: directory of the PNGs.
-        columns: slices in a row; two rows are drawn.
+        columns: slices per row; two rows are drawn.
 
     Returns:
         The files.
@@ -196,7 +185,7 @@ def draw_dataset(dataset: Dataset, grid: Grid, out: Path, columns: int = 6) -> l
                 label, z = np.zeros(image.shape, np.uint8), len(image) // 2
             else:
                 label = np.asarray(cache.label(case, view).open())
-                z = telling_slice(label)
+                z = most_visible_slice(label)
             slices.append(
                 (
                     np.asarray(image[z], dtype=np.float32),
@@ -220,7 +209,7 @@ def draw_dataset(dataset: Dataset, grid: Grid, out: Path, columns: int = 6) -> l
 
 
 def _volumes(cache: SliceCache, cases: Sequence[Case], view: GridView) -> list[tuple[float, ...]]:
-    """ml of each structure in each labelled case; empty where no case has a label."""
+    """Return the ml of each structure in each labelled case; empty without labels."""
     rows = []
     for case in cases:
         if case.label is None:

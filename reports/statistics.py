@@ -1,18 +1,19 @@
-"""How sure a comparison is: what is paired, intervals, paired tests, and ranks.
+"""Statistics of a comparison: pairing, confidence intervals, paired tests, and ranks.
 
-Everything starts from one score for each entry, seed and case. Seeds and cases are crossed: every
-seed is scored on the same cases, so scores of one case (or of one seed) go up and down together.
-The model is that of crossed random effects,
+The input is one score per entry, seed and case. Seeds and cases are crossed, since every seed is
+scored on the same cases, so scores of one case (or of one seed) are correlated. The model has
+crossed random effects,
 
-    score = mean + effect of the seed + effect of the case + rest,
+    score = mean + effect of the seed + effect of the case + residual,
 
-of which intervals and tests use the mean squares. `benchmarks/coverage.py` measures how often the
-intervals hold the truth; its table is in docs/protocol.md.
+whose mean squares give intervals and tests. `benchmarks/coverage.py` measures the coverage of the
+intervals; docs/protocol.md has the results.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,49 +25,49 @@ from glua_bench.scoring.metrics import PRIMARY
 
 LEVEL = 0.95
 SIGNIFICANT = 0.05
-# Tests are withheld below these. One training says nothing about the next one. With fewer cases
-# an exact test of signs cannot reach 0.05 (2 / 2^5 = 0.0625), so a smaller p would come from the
-# assumption of a normal distribution, which so few cases cannot support.
-FEWEST_SEEDS, FEWEST_CASES = 2, 6
-REPEAT = "perturbation"  # of a run: 0, or which draw nudged the last bits of its first weights
+# Tests are omitted below these. One training does not determine the variation between trainings.
+# With fewer cases an exact sign test cannot reach 0.05 (2 / 2^5 = 0.0625), so a smaller p would
+# rest on the assumption of a normal distribution, which so few cases cannot support.
+MIN_SEEDS, MIN_CASES = 2, 6
+REPEAT = "perturbation"  # of a run: 0, or the number of a repeat with perturbed initial weights
 
 
-# -- what is compared ----------------------------------------------------------------------------
+# -- pairing -------------------------------------------------------------------------------------
 
 
 def means(rows: pd.DataFrame, keys: list[str], metric: str | list[str] = PRIMARY.name) -> Any:
-    """Means over the structures of each case, then over the cases.
+    """Average over the structures of each case, then over cases.
 
     Args:
         rows: per case and structure.
-        keys: columns; each combination of their values has a mean of its own.
-        metric: the name of one metric, or a list of names.
+        keys: columns to group by.
+        metric: name of a metric, or a list of names.
 
     Returns:
-        A series indexed by `keys`; for a list of names, a frame.
+        A series (a frame for a list of names) indexed by `keys`.
     """
     per_case = rows.groupby([*keys, "case"], observed=True)[metric].mean()
     return per_case.groupby(keys, observed=True).mean()
 
 
 def ordinary(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows without repeats, i.e. without runs whose first weights were nudged in their last bits.
+    """Return the rows without repeats (runs whose initial weights were perturbed in last bits).
 
     Args:
-        rows: of runs; rows of older versions have no column `perturbation`, and no repeats.
+        rows: of runs; rows without the column `perturbation` have no repeats.
     """
     return rows[rows[REPEAT].fillna(0) == 0] if REPEAT in rows else rows
 
 
 @dataclass(frozen=True)
 class Design:
-    """What is paired in a comparison.
+    """The paired entries, seeds and cases of a comparison.
 
-    Args:
-        entries: that have a score for each of the seeds and cases.
-        seeds: that all of them have.
-        cases: that all of them have.
-        notes: a sentence for each entry, seed or case that is left out.
+    Attributes:
+        entries: entries with a score for every seed and case below.
+        seeds: seeds of all entries.
+        cases: cases of all entries.
+        notes: one sentence per excluded entry, seed or case.
     """
 
     entries: tuple[str, ...]
@@ -75,7 +76,7 @@ class Design:
     notes: tuple[str, ...] = ()
 
     def of(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Rows as tables average them: paired entries by what is paired, others by what they have.
+        """Select the rows that tables average: excluded entries keep all their seeds.
 
         Args:
             rows: of one task and selector, with columns entry, seed and case.
@@ -85,11 +86,11 @@ class Design:
 
 
 def design(rows: pd.DataFrame) -> Design:
-    """The seeds and cases that are compared, and the entries that have all of them.
+    """Determine the seeds and cases to compare, and the entries that have all of them.
 
-    An entry that lacks a seed does not take it from the others: the most seeds count that more
-    than half of the entries have, and entries that lack one of these are left out. A case that has
-    no score in some run (neither reference nor prediction shows any structure) is left out of all.
+    The seeds are the largest set that more than half of the entries have; entries that lack one of
+    them are excluded. A case without a score in some run (neither reference nor prediction shows
+    any structure) is excluded for all entries.
 
     Args:
         rows: ordinary rows of one task and selector.
@@ -99,17 +100,17 @@ def design(rows: pd.DataFrame) -> Design:
     """
     by_case = rows.groupby(["entry", "seed", "case"], observed=True)
     per_run = by_case[PRIMARY.name].mean().unstack("case")
-    # Whether a run was scored on a case is one thing, whether the score is defined another.
+    # A run may be scored on a case while the score is undefined.
     scored = by_case.size().unstack("case").notna()
     undefined = (scored & per_run.isna()).any()
     if len(undefined) and undefined.all():
         raise DataError(
-            f"{rows['task'].iloc[0]}: no test case has a score in every run, because a case "
-            "without structures has none where nothing is predicted; test on cases with structures."
+            f"{rows['task'].iloc[0]}: no test case has a score in every run, because Dice is "
+            "undefined without reference and prediction; test on cases with structures."
         )
-    whole = scored.all(axis=1)
+    complete = scored.all(axis=1)
     own: dict[str, set[int]] = {str(e): set() for e in per_run.index.get_level_values("entry")}
-    for entry, seed in per_run.index[whole]:
+    for entry, seed in per_run.index[complete]:
         own[str(entry)].add(int(seed))
     candidates: set[frozenset[int]] = set()
     for has in set(map(frozenset, own.values())):
@@ -125,37 +126,36 @@ def design(rows: pd.DataFrame) -> Design:
     seeds = max(candidates, key=merit, default=frozenset())
     entries = holders(seeds) if seeds else []
     notes = [
-        f"{entry} lacks {_numbered('seed', sorted(seeds - own[entry]))} and is left out of "
+        f"{entry} lacks {numbered('seed', sorted(seeds - own[entry]))} and is excluded from "
         "intervals, tests and ranks."
         for entry in own
         if entry not in entries
     ]
     spare = sorted(set().union(*(own[entry] for entry in entries)) - seeds) if entries else []
     if spare:
-        them = f"not used, since not all entries have {'it' if len(spare) == 1 else 'them'}."
-        notes.append(f"{_numbered('Seed', spare)} {_is(spare)} {them}")
+        notes.append(f"{numbered('Seed', spare)} not used: missing in some entries.")
     names = [str(case) for case in per_run.columns[undefined]]
     if names:
         notes.append(
-            f"{_numbered('Case', names)} {_is(names)} not averaged: some run has no score there, "
-            "since neither reference nor prediction shows any structure."
+            f"{numbered('Case', names)} excluded: undefined score in some run (no structure in "
+            "reference and prediction)."
         )
     cases = tuple(str(case) for case in per_run.columns[~undefined])
     return Design(tuple(entries), tuple(sorted(seeds)), cases, tuple(notes))
 
 
 def scores(rows: pd.DataFrame, task: str, selector: str = "last") -> pd.DataFrame:
-    """The primary metric of each entry, seed and case of a task: its mean over structures.
+    """Compute the mean of the primary metric over structures, for each entry, seed and case.
 
-    A missed structure enters with its penalty, one that nobody shows (nan) does not enter.
+    A missed structure enters with its penalty; one absent from both masks (nan) is ignored.
 
     Args:
-        rows: as `comparison.collect` gives them.
+        rows: from `comparison.collect`.
         task: e.g. "phantom mr-ct".
-        selector: whose checkpoints count.
+        selector: name of the checkpoint selector.
 
     Returns:
-        A column for each entry of the `design`, indexed by seed and case.
+        One column per entry of the `design`, indexed by seed and case.
     """
     own = ordinary(rows[(rows["task"] == task) & (rows["selector"] == selector)])
     paired = design(own)
@@ -171,30 +171,24 @@ def scores(rows: pd.DataFrame, task: str, selector: str = "last") -> pd.DataFram
 
 
 def counts(table: pd.DataFrame) -> tuple[int, int]:
-    """Numbers of seeds and of cases.
-
-    Args:
-        table: from `scores`.
-    """
+    """Return the numbers of seeds and cases of a table from `scores`."""
     index = table.index
     return index.get_level_values("seed").nunique(), index.get_level_values("case").nunique()
 
 
 def untested(seeds: int, cases: int) -> str:
-    """Why nothing is tested, and what would be needed; "" where tests are made."""
-    needed = []
-    if seeds < FEWEST_SEEDS:
-        needed.append(f"{FEWEST_SEEDS} seeds or more (--seeds 3)")
-    if cases < FEWEST_CASES:
-        needed.append(f"{FEWEST_CASES} test cases or more")
-    if not needed:
+    """Return the reason why tests are omitted; "" if they are not."""
+    required, found, limit = [], [], ""
+    if seeds < MIN_SEEDS:
+        required.append(f"{MIN_SEEDS} seeds (--seeds 3)")
+        found.append(counted(seeds, "seed"))
+    if cases < MIN_CASES:
+        required.append(f"{MIN_CASES} test cases")
+        found.append(counted(cases, "case"))
+        limit = f" (an exact sign test cannot go below p = {2 / 2**cases:g})"
+    if not required:
         return ""
-    has = [f"{seeds} seed"] * (seeds < FEWEST_SEEDS)
-    signs = ""
-    if cases < FEWEST_CASES:
-        has.append(f"{cases} case{'s'[: cases != 1]}")
-        signs = f" (with {has[-1]} an exact test of signs cannot go below p = {2 / 2**cases:g})"
-    return f"A test needs {' and '.join(needed)}; this comparison has {' and '.join(has)}{signs}."
+    return f"No tests: {' and '.join(required)} are required, found {' and '.join(found)}{limit}."
 
 
 # -- the model -----------------------------------------------------------------------------------
@@ -202,20 +196,19 @@ def untested(seeds: int, cases: int) -> str:
 
 @dataclass(frozen=True)
 class Means:
-    """Means over crossed seeds and cases, and how sure they are.
+    """Means over crossed seeds and cases, with standard errors.
 
     The variance of a mean is estimated by (A + B - R) / (seeds × cases), with the mean squares A
-    of seeds, B of cases and R of the rest, of which R takes away half of A + B at most. The
-    quantile is Cochran and Cox's: that of Student's t with seeds - 1 degrees of freedom and that
-    with cases - 1, weighted by A and B. With one seed, the error is that over cases of this
-    training alone.
+    of seeds, B of cases and R of the residual; R is limited to half of A + B. The quantile is
+    Cochran and Cox's: Student's t with seeds - 1 and with cases - 1 degrees of freedom, weighted
+    by A and B. With one seed, the error is that over cases for this training only.
 
-    Args:
-        mean: (N,), the means.
-        error: (N,), their standard errors; nan for one case.
+    Attributes:
+        mean: (N,), means.
+        error: (N,), standard errors; nan for one case.
         share: (N,), weight of the seeds' quantile.
-        seeds: how many.
-        cases: how many.
+        seeds: number of seeds.
+        cases: number of cases.
     """
 
     mean: np.ndarray
@@ -226,11 +219,7 @@ class Means:
 
     @classmethod
     def of(cls, cube: np.ndarray) -> Means:
-        """Means of N tables of scores.
-
-        Args:
-            cube: (N, seeds, cases).
-        """
+        """Compute the means of N tables of scores, (N, seeds, cases)."""
         count, seeds, cases = cube.shape
         mean = cube.mean((1, 2))
         if cases < 2:
@@ -247,7 +236,7 @@ class Means:
         return cls(mean, np.sqrt(total / (seeds * cases)), share, seeds, cases)
 
     def quantile(self, tail: float | np.ndarray) -> np.ndarray:
-        """How many standard errors leave this probability above them, (N,)."""
+        """Return the quantile for an upper tail probability, in standard errors, (N,)."""
         from scipy.stats import t
 
         of_case = t.isf(tail, self.cases - 1) * np.ones_like(self.share)
@@ -256,20 +245,19 @@ class Means:
         return np.asarray(self.share * t.isf(tail, self.seeds - 1) + (1 - self.share) * of_case)
 
     def interval(self, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper ends, (N,) each; nan for one case."""
+        """Return the lower and upper ends of the confidence interval, (N,) each."""
         half = self.quantile((1 - level) / 2) * self.error
         return self.mean - half, self.mean + half
 
     def p(self) -> np.ndarray:
-        """Two-sided p-values of "the mean is 0", (N,).
+        """Return two-sided p-values for a mean of 0, (N,).
 
-        The smallest level at which the interval leaves 0 out: p < 0.05 where the 95 % interval
-        does.
+        p is the smallest level at which the interval excludes 0.
         """
         with np.errstate(divide="ignore", invalid="ignore"):
             wanted = np.abs(self.mean) / self.error
         wanted = np.where((self.mean == 0) & (self.error == 0), 0.0, wanted)
-        # The quantile falls as the tail grows: halve the interval of its logarithm.
+        # Bisect the logarithm of the tail; the quantile decreases with it.
         low, high = np.full(len(wanted), -80.0), np.full(len(wanted), math.log(0.5))
         for _ in range(60):
             middle = (low + high) / 2
@@ -279,40 +267,31 @@ class Means:
 
 
 def intervals(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean of each entry with its interval.
+    """Compute the mean of each entry with its confidence interval.
 
     Args:
         table: from `scores`.
 
     Returns:
-        Indexed by entry: mean, low, high, seeds, cases. With one seed the interval is over cases,
-        for this one training; with one case there is none (nan).
+        Indexed by entry: mean, low, high, seeds, cases. With one seed the interval is over cases
+        for this training only; with one case it is nan.
     """
     found = Means.of(_cube(table))
     low, high = found.interval()
-    return pd.DataFrame(
-        {
-            "mean": found.mean,
-            "low": low,
-            "high": high,
-            "seeds": found.seeds,
-            "cases": found.cases,
-        },
-        index=table.columns,
-    )
+    columns = {"mean": found.mean, "low": low, "high": high}
+    sizes = {"seeds": found.seeds, "cases": found.cases}
+    return pd.DataFrame({**columns, **sizes}, index=table.columns)
 
 
 def pairs(table: pd.DataFrame) -> pd.DataFrame:
-    """Every two entries: the difference, its interval, and whether it is beyond chance.
-
-    The p-values belong to the intervals and are corrected by Holm's method over all pairs.
+    """Compare every two entries: the difference, its confidence interval and its p-value.
 
     Args:
         table: from `scores`.
 
     Returns:
-        a, b, difference (mean of a - b), low, high, p, p_holm; the last two nan where a test is
-        withheld (`untested`).
+        a, b, difference (mean of a - b), low, high, p (of the interval), p_holm (corrected over
+        all pairs by Holm's method); p and p_holm are nan if tests are omitted (`untested`).
     """
     from statsmodels.stats.multitest import multipletests
 
@@ -342,12 +321,12 @@ def pairs(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def ranking(table: pd.DataFrame, higher: bool = True) -> pd.DataFrame:
-    """Ranks of entries by both ways to aggregate, and which ranks the tests leave open.
+    """Rank entries by both ways to aggregate, with rank intervals.
 
     Aggregate-then-rank ranks mean scores. Rank-then-aggregate ranks entries within every case and
-    seed and averages these ranks. The ranks that are left open lie between one more than the
-    number of entries that are better beyond chance, and the number of those that are not worse
-    beyond chance (Mogstad et al. 2024): they hold all true ranks at once with 95 % confidence.
+    seed and averages the ranks. A rank interval is from one more than the number of significantly
+    better entries to the number of entries that are not significantly worse (Mogstad et al. 2024);
+    the intervals contain all true ranks simultaneously with 95 % confidence.
 
     Args:
         table: from `scores`.
@@ -355,7 +334,7 @@ def ranking(table: pd.DataFrame, higher: bool = True) -> pd.DataFrame:
 
     Returns:
         Indexed by entry, best first: mean, rank (aggregate-then-rank), mean_rank
-        (rank-then-aggregate), rank_low, rank_high; the last two nan where tests are withheld.
+        (rank-then-aggregate), rank_low, rank_high; the last two are nan if tests are omitted.
     """
     means = table.mean()
     found = pd.DataFrame(
@@ -379,17 +358,16 @@ def ranking(table: pd.DataFrame, higher: bool = True) -> pd.DataFrame:
 
 
 def last_bits(rows: pd.DataFrame) -> pd.Series:
-    """How far last bits alone move the mean Dice of a run: the standard deviation over repeats.
+    """Compute the standard deviation of mean Dice over repeats of a run.
 
-    Repeats are runs of one entry and seed whose first weights differ in their last bits, the
-    ordinary run included. The variances of seeds with repeats are pooled, by their degrees of
-    freedom.
+    Repeats are runs of one entry and seed whose initial weights differ in their last bits, with
+    the ordinary run among them. Variances are pooled over seeds by their degrees of freedom.
 
     Args:
         rows: of one selector, with repeats.
 
     Returns:
-        Standard deviation by task and entry; without entries that have no repeats.
+        Standard deviation by task and entry, for entries with repeats.
     """
     keys = ["task", "entry", "seed"]
     if REPEAT not in rows or not rows[REPEAT].fillna(0).any():
@@ -403,11 +381,7 @@ def last_bits(rows: pd.DataFrame) -> pd.Series:
 
 
 def _cube(table: pd.DataFrame) -> np.ndarray:
-    """(entries, seeds, cases).
-
-    Raises:
-        ValueError: a seed lacks a case.
-    """
+    """Return the scores as (entries, seeds, cases); every seed must have the same cases."""
     seeds = table.index.get_level_values("seed").unique()
     cases = table.index.get_level_values("case").unique()
     full = pd.MultiIndex.from_product([seeds, cases], names=["seed", "case"])
@@ -417,12 +391,14 @@ def _cube(table: pd.DataFrame) -> np.ndarray:
     return np.moveaxis(cube, 2, 0)
 
 
-def _numbered(noun: str, names: list[int] | list[str]) -> str:
-    """ "seed 1", or "seeds 1 and 2"."""
+def numbered(noun: str, names: Sequence[int] | Sequence[str]) -> str:
+    """Return e.g. "seed 1", or "seeds 1 and 2"."""
     words = [str(name) for name in names]
-    listed = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-    return f"{noun}{'s'[: len(words) != 1]} {listed}"
+    if len(words) < 2:
+        return " ".join([noun, *words])
+    return f"{noun}s {', '.join(words[:-1])} and {words[-1]}"
 
 
-def _is(names: list[int] | list[str]) -> str:
-    return "is" if len(names) == 1 else "are"
+def counted(number: int, noun: str) -> str:
+    """Return e.g. "1 run", or "2 runs"."""
+    return f"{number} {noun}{'s' * (number != 1)}"

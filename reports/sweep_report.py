@@ -1,8 +1,7 @@
-"""The report of a sweep: what was asked, what was chosen, and what that choice was worth.
+"""The report of a sweep: definition, chosen configuration, and post hoc evaluation.
 
-The choice comes first and stands by itself: it was made without test labels, unless the sweep's
-objective was the oracle. What test labels say of it stands in a part of its own, which says that
-it was looked at afterwards.
+The choice is made without test labels, unless the objective is the oracle. Numbers from test labels
+are confined to a section that is marked post hoc.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +19,35 @@ from scipy import stats
 from glua_bench.files import write_text
 from glua_bench.reports import sweep_charts
 from glua_bench.reports.page import PageWriter, Section, make_folders, render
+from glua_bench.reports.statistics import counted, numbered
 from glua_bench.reports.tables import Column, Table
-from glua_bench.scoring.metrics import METRICS, PRIMARY
+from glua_bench.scoring.metrics import METRICS, MISSING, PRIMARY
 
-ORACLE_STAMP = "ORACLE (privileged): chosen by labels of target test cases, no result. "
-AFTERWARDS = "looked at afterwards"
-FEWEST_RANKED = 4  # trials; a rank correlation of fewer says nothing
-MOST_PAIRS = 6  # contour plots
-MOST_SHOWN = 10  # rows of the first table
+ORACLE_STAMP = "ORACLE (privileged): selected by labels of target test cases, not a result. "
+POST_HOC = "post hoc"
+MIN_RANKED = 4  # trials for a rank correlation
+MAX_PAIRS = 6  # contour plots
+MAX_SHOWN = 10  # rows of the table of the best trials
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a report of a sweep is made of, as `glua_bench.sweeps.results.collect` gives it.
+    """The data of a sweep's report, from `glua_bench.sweeps.results.collect`.
 
-    Args:
-        name: of the study.
-        title: what it asks.
-        facts: its definition in words.
-        parameters: name → whether the axis is logarithmic; None where values are words.
+    Attributes:
+        name: name of the study.
+        title: the question of the sweep.
+        facts: the definition in words.
+        parameters: name → True for a logarithmic axis; None for categorical parameters.
         objectives: the quality first, then costs.
-        oracle: whether the search read target labels.
-        budget: trials that it may try.
-        shared: `--set` texts of the method that all trials have.
-        trials: a row a trial.
-        runs: a row a run of a finished trial.
-        seen: values while trials ran.
-        importances: share of the variance by parameter, where there are enough trials.
-        importances_note: what they are, or why there are none.
+        oracle: True if the search uses target labels.
+        budget: maximum number of trials.
+        shared: `--set` texts of the method for all trials.
+        trials: one row per trial.
+        runs: one row per run of a finished trial.
+        seen: intermediate values of trials.
+        importances: share of the variance by parameter; None for too few trials.
+        importances_note: description, or the reason why they are missing.
     """
 
     name: str
@@ -66,22 +66,22 @@ class Sweep:
 
     @property
     def objective(self) -> str:
-        """The quality that was searched."""
+        """The quality to maximize."""
         return self.objectives[0]
 
     @property
     def counted(self) -> pd.DataFrame:
-        """The trials that the budget counts."""
+        """The trials that count towards the budget."""
         return self.trials[self.trials["counted"].astype(bool)]
 
     @property
     def done(self) -> pd.DataFrame:
-        """The trials that have values."""
+        """The finished trials."""
         return self.counted[self.counted["state"] == "done"]
 
     @property
     def front(self) -> list[int]:
-        """Numbers of the trials that no other beats in one objective without losing in another."""
+        """Numbers of the trials on the Pareto front."""
         signs = [1.0, *(-1.0 for _ in self.objectives[1:])]
         points = self.done[list(self.objectives)].to_numpy(float) * signs
         return [
@@ -92,35 +92,35 @@ class Sweep:
 
     @property
     def chosen(self) -> int | None:
-        """The trial of the highest quality; None where none has a value."""
+        """Number of the trial with the highest quality, if any is finished."""
         if self.done.empty:
             return None
         return int(self.done.loc[self.done[self.objective].idxmax(), "number"])
 
     def settings(self, number: int) -> dict[str, Any]:
-        """What a trial gave the parameters."""
+        """Return the parameter values of a trial."""
         row = self.trials[self.trials["number"] == number].iloc[0]
         return {name: row[f"method.{name}"] for name in self.parameters}
 
-    def words(self, number: int) -> str:
-        """The same in a phrase."""
+    def describe(self, number: int) -> str:
+        """Return the parameter values of a trial as text."""
         return ", ".join(f"{n} {shown(v)}" for n, v in self.settings(number).items())
 
 
 @dataclass(frozen=True)
-class Price:
-    """What test labels say of a choice that was made without them. Dice in [0, 1].
+class SelectionCost:
+    """Post hoc evaluation of a choice by test labels. Dice in [0, 1].
 
-    Args:
-        trials: number, the objective, dice (mean over directions and seeds) and sd (over seeds);
-            without trials that lack a score of some run.
+    Attributes:
+        trials: number, the objective, dice (mean over directions and seeds) and sd (over seeds),
+            of trials with scores for all runs.
         chosen: number of the chosen trial.
         best: number of the trial with the highest test Dice.
-        difference: how much lower the chosen one is.
-        spread: standard deviation of that difference over seeds; nan for one seed.
+        difference: test Dice of the best minus that of the chosen trial.
+        spread: standard deviation of the difference over seeds; nan for one seed.
         rho: Spearman's rank correlation of objective and test Dice; nan for too few trials.
-        seeds: how many there are.
-        left_out: numbers of the trials that lack a score.
+        seeds: number of seeds.
+        excluded: numbers of trials that lack a score.
     """
 
     trials: pd.DataFrame
@@ -130,21 +130,21 @@ class Price:
     spread: float
     rho: float
     seeds: int
-    left_out: Sequence[int]
+    excluded: Sequence[int]
 
     def dice(self, number: int) -> tuple[float, float]:
-        """Mean and standard deviation over seeds of a trial."""
+        """Return the mean test Dice of a trial and its standard deviation over seeds."""
         row = self.trials[self.trials["number"] == number].iloc[0]
         return float(row[PRIMARY.name]), float(row["sd"])
 
 
-def price(sweep: Sweep) -> Price | None:
-    """The price of not knowing; None where the chosen trial's runs have no test scores."""
+def selection_cost(sweep: Sweep) -> SelectionCost | None:
+    """Compute the cost of selecting without target labels; None without test scores."""
     chosen = sweep.chosen
     if chosen is None or sweep.runs[PRIMARY.name].isna().all():
         return None
     by_run = sweep.runs.groupby(["trial", "seed", "direction"])[PRIMARY.name].mean()
-    # Trials that lack a score of some run would be unequal.
+    # Exclude trials that lack the score of some run: their means would not be comparable.
     by_run = by_run.unstack(["seed", "direction"]).dropna()
     by_seed = by_run.T.groupby(level="seed").mean().T
     if chosen not in by_seed.index:
@@ -156,70 +156,69 @@ def price(sweep: Sweep) -> Price | None:
     table[PRIMARY.name] = table["number"].map(means)
     table["sd"] = table["number"].map(by_seed.std(axis=1))
     rho = math.nan
-    if len(table) >= FEWEST_RANKED and table[sweep.objective].nunique() > 1 < means.nunique():
+    if len(table) >= MIN_RANKED and table[sweep.objective].nunique() > 1 < means.nunique():
         rho = float(stats.spearmanr(table[sweep.objective], table[PRIMARY.name]).statistic)
-    left_out = sorted(int(n) for n in set(sweep.done["number"]) - set(table["number"]))
-    spread = float(gap.std())
-    return Price(table, chosen, best, float(gap.mean()), spread, rho, by_seed.shape[1], left_out)
+    excluded = sorted(int(n) for n in set(sweep.done["number"]) - set(table["number"]))
+    return SelectionCost(
+        table, chosen, best, float(gap.mean()), float(gap.std()), rho, by_seed.shape[1], excluded
+    )
 
 
 def sentences(sweep: Sweep) -> list[str]:
-    """The answer in plain words."""
+    """Return the summary: the choice, the Pareto front, and the post hoc evaluation."""
     counts = sweep.counted["state"].value_counts()
     states = ("done", "pruned", "failed", "running", "waiting")
-    told = ", ".join(f"{counts[s]} {s}" for s in states if s in counts).replace("done", "finished")
+    shown_counts = ", ".join(f"{counts[s]} {s}" for s in states if s in counts)
+    shown_counts = shown_counts.replace("done", "finished") or "none started"
     number = sweep.chosen
     if number is None:
-        return [f"No trial has a value yet ({told or 'none has begun'} of {sweep.budget})."]
+        return [f"No finished trial yet ({shown_counts} of {sweep.budget})."]
     value = float(sweep.done.set_index("number")[sweep.objective][number])
     how = "by labels of target test cases" if sweep.oracle else "without target labels"
     found = [
-        f"{sweep.words(number)} has the highest {sweep.objective}, {shown(value)} (trial {number}; "
-        f"{told}, of {sweep.budget} trials): chosen {how}."
+        f"Selected {how}: {sweep.describe(number)} with the highest {sweep.objective}, "
+        f"{shown(value)} (trial {number}; {shown_counts} of {sweep.budget} trials)."
     ]
     if len(sweep.objectives) > 1:
         costs = " and ".join(sweep.objectives[1:])
         found.append(
             f"{len(sweep.front)} trials are on the Pareto front of {sweep.objective} and {costs}."
         )
-    known = None if sweep.oracle else price(sweep)
-    if known is not None:
-        found.append(_price_in_words(sweep, known))
+    cost = None if sweep.oracle else selection_cost(sweep)
+    if cost is not None:
+        found.append(_post_hoc(sweep, cost))
     return found
 
 
-def _price_in_words(sweep: Sweep, known: Price) -> str:
-    def percent(pair: tuple[float, float]) -> str:
-        spread = "" if math.isnan(pair[1]) else f" ± {100 * pair[1]:.1f}"
-        return f"{100 * pair[0]:.1f} %{spread}"
+def _post_hoc(sweep: Sweep, cost: SelectionCost) -> str:
+    def percent(mean: float, spread: float, unit: str = " %") -> str:
+        around = "" if math.isnan(spread) else f" ± {100 * spread:.1f}"
+        return f"{100 * mean:.1f}{around}{unit}"
 
-    text = (
-        f"Looked at afterwards: the test Dice of this choice is {percent(known.dice(known.chosen))}"
-    )
-    if known.best == known.chosen:
-        text += f", the highest of {len(known.trials)} trials"
+    text = f"Post hoc: test Dice of this choice {percent(*cost.dice(cost.chosen))}"
+    if cost.best == cost.chosen:
+        text += f", the highest of {len(cost.trials)} trials"
     else:
-        spread = "" if math.isnan(known.spread) else f" ± {100 * known.spread:.1f}"
         text += (
-            f"; the oracle would have taken {sweep.words(known.best)} "
-            f"({percent(known.dice(known.best))}, trial {known.best}), so not knowing cost "
-            f"{100 * known.difference:.1f}{spread} points"
+            f"; oracle choice {sweep.describe(cost.best)}: {percent(*cost.dice(cost.best))} "
+            f"(trial {cost.best}); cost of selecting without target labels "
+            f"{percent(cost.difference, cost.spread, ' points')}"
         )
-    if not math.isnan(known.rho):
+    if not math.isnan(cost.rho):
         text += (
-            f"; the rank correlation of {sweep.objective} and test Dice is {known.rho:.2f} over "
-            f"{len(known.trials)} trials"
+            f"; rank correlation of {sweep.objective} and test Dice {cost.rho:.2f} over "
+            f"{len(cost.trials)} trials"
         )
     return f"{text}."
 
 
 def notices(sweep: Sweep) -> list[str]:
-    """What a reader must know before using the numbers."""
+    """Return the caveats of the numbers."""
     found = []
     if sweep.oracle:
         found.append(
-            "ORACLE: the search read the labels of target test cases. What it chose is privileged: "
-            "its scores on these cases are no result, and no comparison may use it."
+            "ORACLE: the search used the labels of target test cases. Its choice is privileged: "
+            "its scores on these cases are not a result and must not enter a comparison."
         )
     open_ = sweep.budget - int(sweep.counted["state"].isin(["done", "pruned", "failed"]).sum())
     if open_ > 0:
@@ -230,43 +229,42 @@ def notices(sweep: Sweep) -> list[str]:
         found.append(f"Trial {numbers} failed: {str(reason).rstrip('.')}.")
     if len(sweep.runs) and sweep.runs["seed"].nunique() == 1:
         found.append(
-            "One seed a trial: differences between neighbouring trials may be chance (--seeds 3)."
+            "One seed per trial: differences between trials may be due to the seed; use --seeds 3."
         )
     lost = int(sweep.runs[PRIMARY.name].isna().sum())
     if lost:
-        found.append(f"{lost} of {len(sweep.runs)} runs have no readable test scores any more.")
+        found.append(f"{lost} of {len(sweep.runs)} runs have no readable test scores.")
     return found
 
 
 def as_metrics(sweep: Sweep) -> dict[str, float]:
-    """The sweep's main numbers by name, for a tracker; what test labels say has its own prefix."""
+    """Return the main numbers by name, for a tracker; numbers from test labels are "post_hoc/"."""
     found: dict[str, float] = {}
     if sweep.chosen is not None:
         row = sweep.done.set_index("number").loc[sweep.chosen]
         found |= {f"chosen/{name}": float(row[name]) for name in sweep.objectives}
-    known = None if sweep.oracle else price(sweep)
-    if known is not None:
+    cost = None if sweep.oracle else selection_cost(sweep)
+    if cost is not None:
         found |= {
-            f"afterwards/{PRIMARY.key}/chosen": known.dice(known.chosen)[0],
-            f"afterwards/{PRIMARY.key}/highest": known.dice(known.best)[0],
-            "afterwards/price": known.difference,
-            "afterwards/rank_correlation": known.rho,
+            f"post_hoc/{PRIMARY.key}/chosen": cost.dice(cost.chosen)[0],
+            f"post_hoc/{PRIMARY.key}/highest": cost.dice(cost.best)[0],
+            "post_hoc/selection_cost": cost.difference,
+            "post_hoc/rank_correlation": cost.rho,
         }
     return found
 
 
 def write(sweep: Sweep, out: Path) -> list[Path]:
-    """Write `report.html`, `tables/`, `figures/`, and the rows behind them as CSV.
+    """Write `report.html`, `tables/`, `figures/`, and the underlying rows as CSV.
 
     Args:
-        sweep: what is shown.
-        out: the directory; it is made.
+        sweep: the sweep.
+        out: directory of the report; created if missing.
 
     Returns:
         The files, the page first.
 
     Raises:
-        ConfigError: the directory cannot be made.
         RunFailure: a file cannot be written.
     """
     make_folders(out)
@@ -295,77 +293,76 @@ def write(sweep: Sweep, out: Path) -> list[Path]:
 
 
 class _Writer(PageWriter):
-    """Builds the parts of a sweep's report and writes their files."""
+    """Builds the sections of a sweep's report and writes their files."""
 
     def __init__(self, sweep: Sweep, out: Path) -> None:
         super().__init__(out)
         self.sweep = sweep
         self.stamp = ORACLE_STAMP if sweep.oracle else ""
-        # What stands at the axes, so that a figure that leaves the page keeps its stamp.
+        # Axis labels carry the stamp when a figure is used outside of the page.
         self.label = f"{sweep.objective} (privileged)" if sweep.oracle else sweep.objective
         self.done = sweep.done.rename(columns={sweep.objective: self.label})
 
     def sections(self) -> list[Section]:
-        """All parts, in the order of the page."""
+        """Build all sections, in the order of the page."""
         found = [
-            Section("answers", "In short"),
+            Section("answers", "Summary"),
             self._question(),
             self._choice(),
             self._history(),
             self._parameters(),
             self._trade_off(),
-            self._afterwards(),
+            self._evaluation(),
             self._workers(),
             self._trials(),
         ]
         return [s for s in found if s.blocks or s.intro or s.id == "answers"]
 
     def table(self, table: Table) -> dict[str, Any]:
-        """Write a table in all its forms, with the stamp."""
-        stamped = Table(**{**vars(table), "caption": self.stamp + table.caption})
-        return super().table(stamped)
+        """Write a table with the stamp."""
+        return super().table(replace(table, caption=self.stamp + table.caption))
 
     def chart(self, name: str, caption: str, figure: Any) -> dict[str, Any]:
-        """Write a chart, with the stamp."""
+        """Write a chart with the stamp."""
         return super().chart(name, self.stamp + caption, figure)
 
     def _question(self) -> Section:
         facts = self.sweep.facts
         table = Table(
             "definition",
-            "The definition of the sweep.",
+            "Definition of the sweep.",
             list(facts),
-            [Column("says", list(facts.values()))],
-            first="entry",
+            [Column("value", list(facts.values()))],
+            first="setting",
         )
-        return Section("question", "The question", self.sweep.title, [self.table(table)])
+        return Section("question", "Question", self.sweep.title, [self.table(table)])
 
     def _choice(self) -> Section:
         sweep = self.sweep
-        section = Section("choice", "The choice")
+        section = Section("choice", "Chosen configuration")
         number = sweep.chosen
         if number is None:
             return section
         own = [f"method.{n}={v}" for n, v in sweep.settings(number).items()]
-        words = " ".join(f"--set {text}" for text in (*sweep.shared, *own))
+        options = " ".join(f"--set {text}" for text in (*sweep.shared, *own))
         section.intro = f"The trial with the highest {self.label}. To use it:"
-        section.command = f"glua-bench run --method {sweep.facts['method']} {words}"
-        best = self.done.sort_values(self.label, ascending=False, kind="stable").head(MOST_SHOWN)
-        caption = f"The {len(best)} best of {len(self.done)} finished trials by {self.label}."
+        section.command = f"glua-bench run --method {sweep.facts['method']} {options}"
+        best = self.done.sort_values(self.label, ascending=False, kind="stable").head(MAX_SHOWN)
+        caption = f"Best {len(best)} of {len(self.done)} finished trials by {self.label}."
         section.blocks.append(self.table(self._of_trials("best", caption, best)))
         points = self._curve_points()
         if points is not None:
             (name, log), *_ = sweep.parameters.items()
             caption = (
-                f"{self.label} over {name}. Dots are runs, the line joins means over seeds, the "
-                "area goes from the smallest to the largest."
+                f"{self.label} over {name}. Dots: runs; line: mean over seeds; band: minimum to "
+                "maximum."
             )
             figure = sweep_charts.curve(points, name, log, self.label, dice=False)
             section.blocks.append(self.chart(f"curve_{name}", caption, figure))
         return section
 
     def _curve_points(self) -> pd.DataFrame | None:
-        """The runs of a sweep over one number, with its value; None for other sweeps."""
+        """Return the runs with the parameter's value, for a sweep over one number."""
         sweep = self.sweep
         (name, log), *others = sweep.parameters.items()
         if others or log is None or sweep.runs["trial"].nunique() < 2:
@@ -375,126 +372,110 @@ class _Writer(PageWriter):
 
     def _history(self) -> Section:
         sweep = self.sweep
-        section = Section("history", "How the search went")
+        section = Section("history", "History")
         trials = sweep.counted.rename(columns={sweep.objective: self.label})
         if not trials["state"].isin(["done", "pruned", "failed"]).any():
             return section
-        section.blocks.append(
-            self.chart(
-                "history",
-                f"{self.label} over the trials in their order; larger is better.",
-                sweep_charts.history(trials, sweep.seen, self.label, sweep.chosen),
-            )
-        )
+        caption = f"{self.label} of the trials in order; larger is better."
+        figure = sweep_charts.history(trials, sweep.seen, self.label, sweep.chosen)
+        section.blocks.append(self.chart("history", caption, figure))
         seen = sweep.seen[sweep.seen["trial"].isin(trials["number"])]
         if len(seen):
             figure = sweep_charts.courses(seen, trials, self.label, sweep.chosen)
-            caption = "Values of the trials while they ran, by which the pruner judged them."
+            caption = "Intermediate values of the trials, which the pruner uses."
             section.blocks.append(self.chart("courses", caption, figure))
         return section
 
     def _parameters(self) -> Section:
         sweep, done = self.sweep, self.done
-        section = Section("parameters", "The parameters")
-        if len(done) < 2 or self._curve_points() is not None:  # the curve says it all
+        section = Section("parameters", "Parameters")
+        if len(done) < 2 or self._curve_points() is not None:  # shown as a curve
             return section
-        others = "Other parameters vary as well." if len(sweep.parameters) > 1 else ""
-        section.blocks.append(
-            self.chart(
-                "slices",
-                f"{self.label} over each parameter; later trials are darker, the star is chosen. "
-                f"{others}".strip(),
-                sweep_charts.slices(done, sweep.parameters, self.label, sweep.chosen),
-            )
+        others = " Other parameters vary as well." if len(sweep.parameters) > 1 else ""
+        caption = (
+            f"{self.label} over each parameter. Later trials are darker; star: chosen.{others}"
         )
+        figure = sweep_charts.slices(done, sweep.parameters, self.label, sweep.chosen)
+        section.blocks.append(self.chart("slices", caption, figure))
         section.intro = sweep.importances_note
         if sweep.importances is not None:
             figure = sweep_charts.importances(sweep.importances, self.label)
             section.blocks.append(self.chart("importances", sweep.importances_note, figure))
-            ranked = list(sweep.importances.index)
-        else:
-            ranked = list(sweep.parameters)
+        ranked = list(sweep.parameters if sweep.importances is None else sweep.importances.index)
         numeric = [name for name in ranked if sweep.parameters[name] is not None]
         pairs = list(itertools.combinations(numeric, 2))
-        drawn = [pair for pair in pairs if sweep_charts.can_contour(done, *pair)][:MOST_PAIRS]
+        drawn = [pair for pair in pairs if sweep_charts.can_contour(done, *pair)][:MAX_PAIRS]
         if drawn:
             used = {n: sweep.parameters[n] for n in numeric if any(n in pair for pair in drawn)}
             figure = sweep_charts.contours(done, used, drawn, self.label, sweep.chosen)
             caption = (
-                f"{self.label} between the trials (dots), for pairs of numbers. Where there are no "
-                "dots, nothing is known."
+                f"{self.label} interpolated between the trials (dots), for pairs of parameters. "
+                "Areas without dots are unknown."
             )
             section.blocks.append(self.chart("contours", caption, figure))
         elif pairs:
             section.intro += (
-                f" Contours are left out: no pair of parameters has "
-                f"{sweep_charts.FEWEST_FOR_CONTOURS} different places."
+                f" Contours are omitted: no pair of parameters has "
+                f"{sweep_charts.MIN_CONTOUR_POINTS} different points."
             )
         return section
 
     def _trade_off(self) -> Section:
         sweep = self.sweep
-        section = Section("trade-off", "Quality against cost")
+        section = Section("trade-off", "Trade-off of quality and cost")
         if len(sweep.objectives) < 2 or self.done.empty:
             return section
         front = sweep.front
         for cost in sweep.objectives[1:]:
             caption = (
-                f"{self.label} over {cost} of training a run, without stages that trials share."
+                f"{self.label} over {cost} of training a run, without stages shared by trials."
             )
             figure = sweep_charts.front(self.done, self.label, cost, front)
             section.blocks.append(self.chart(f"front_{cost}", caption, figure))
         own = self.done[self.done["number"].isin(front)]
         own = own.sort_values(self.label, ascending=False)
-        caption = "The Pareto front: no trial is better in one of these without being worse in one."
+        caption = "Pareto front: no trial is better in one objective and not worse in another."
         section.blocks.append(self.table(self._of_trials("front", caption, own)))
         return section
 
-    def _afterwards(self) -> Section:
+    def _evaluation(self) -> Section:
         sweep = self.sweep
-        section = Section("afterwards", "Looked at afterwards: the price of not knowing")
+        section = Section("post-hoc", "Post hoc: cost of selecting without target labels")
         if sweep.oracle:
-            section.intro = (
-                "The objective was the oracle itself, so there was nothing that it did not know."
-            )
+            section.intro = "Not applicable: the objective is the oracle."
             return section
-        known = price(sweep)
-        if known is None:
-            section.intro = "No test scores of the chosen trial's runs are there."
+        cost = selection_cost(sweep)
+        if cost is None:
+            section.intro = "The runs of the chosen trial have no test scores."
             return section
         section.intro = (
-            "The harness scored the test cases of every finished run once its training was over, "
-            f"at the checkpoint that {sweep.objective} chose. The search has not seen these "
-            "numbers. To choose by them would be to choose by target labels."
+            "Test scores of every finished run, at the checkpoint chosen by "
+            f"{sweep.objective}. The search did not use them."
         )
         section.warning = (
-            "Labels of target test cases: for judging the objective, never for choosing."
+            "These numbers use labels of target test cases: they evaluate the objective and must "
+            "never select a configuration."
         )
-        section.blocks += [
-            self.table(self._price_table(known)),
-            self.chart(
-                "agreement",
-                f"Test Dice over {sweep.objective}, a dot a trial"
-                f"{', bars: standard deviation over seeds' * (known.seeds > 1)}. Looked at "
-                "afterwards.",
-                sweep_charts.agreement(known.trials, sweep.objective, known.chosen, known.rho),
-            ),
-        ]
+        section.blocks.append(self.table(self._cost_table(cost)))
+        bars = "; bars: standard deviation over seeds" * (cost.seeds > 1)
+        caption = f"Post hoc: test Dice over {sweep.objective}, one dot per trial{bars}."
+        figure = sweep_charts.agreement(cost.trials, sweep.objective, cost.chosen, cost.rho)
+        section.blocks.append(self.chart("agreement", caption, figure))
         points = self._curve_points()
         if points is not None:
             (name, log), *_ = sweep.parameters.items()
             caption = (
-                f"{sweep.objective} and test Dice over {name}: what was known, and what was not."
+                f"{sweep.objective} (used by the search) and test Dice (post hoc) over {name}."
             )
             figure = sweep_charts.curve(points, name, log, sweep.objective, dice=True)
-            section.blocks.append(self.chart(f"curve_{name}_afterwards", caption, figure))
+            section.blocks.append(self.chart(f"curve_{name}_post_hoc", caption, figure))
         return section
 
-    def _price_table(self, known: Price) -> Table:
+    def _cost_table(self, cost: SelectionCost) -> Table:
         sweep = self.sweep
-        numbers = [known.chosen, known.best]
-        dice = [known.dice(number) for number in numbers]
-        values = known.trials.set_index("number")[sweep.objective]
+        numbers = [cost.chosen, cost.best]
+        dice = [cost.dice(number) for number in numbers]
+        values = cost.trials.set_index("number")[sweep.objective]
         by_direction = sweep.runs.groupby(["direction", "trial"])[PRIMARY.name].mean()
         directions = list(dict.fromkeys(sweep.runs["direction"]))
         columns = [
@@ -506,58 +487,54 @@ class _Writer(PageWriter):
             Column(sweep.objective, [*(shown(values[n]) for n in numbers), ""]),
             Column(
                 f"test {PRIMARY.heading}",
-                [*(100 * mean for mean, _ in dice), -100 * known.difference],
-                spread=[*(100 * sd for _, sd in dice), 100 * known.spread],
-                group=AFTERWARDS,
+                [*(100 * mean for mean, _ in dice), -100 * cost.difference],
+                spread=[*(100 * sd for _, sd in dice), 100 * cost.spread],
+                group=POST_HOC,
             ),
         ]
         if len(directions) > 1:
             for direction in directions:
                 own = [100 * float(by_direction[direction, number]) for number in numbers]
-                columns.append(Column(direction, [*own, own[0] - own[1]], group=AFTERWARDS))
+                columns.append(Column(direction, [*own, own[0] - own[1]], group=POST_HOC))
+        notes = ["One seed: the difference cannot be separated from variation between seeds."]
+        if cost.seeds > 1:
+            notes = [
+                f"±: standard deviation over {cost.seeds} seeds; of the difference, paired by seed."
+            ]
+        if cost.best != cost.chosen:
+            notes.append(
+                f"The highest of {len(cost.trials)} means is biased upwards, so the cost is an "
+                "overestimate rather than an underestimate."
+            )
+        if cost.excluded:
+            notes.append(f"Excluded without scores: {numbered('trial', cost.excluded)}.")
         return Table(
-            "price",
-            "The chosen configuration, the one that the oracle would have chosen, and the price of "
-            "not knowing, in points of test Dice.",
+            "selection_cost",
+            "Test Dice of the chosen configuration and of the oracle's choice; their difference is "
+            "the cost of selecting without target labels, in points.",
             [f"chosen by {sweep.objective}", "highest test Dice (oracle)", "chosen - oracle"],
             columns,
             unranked=frozenset({"highest test Dice (oracle)"}),
-            notes=[
-                f"± is the standard deviation over {known.seeds} seeds; of the "
-                "difference, over the differences of equal seeds."
-                if known.seeds > 1
-                else "One seed: nothing says how much of the difference is chance.",
-                *[
-                    f"The highest of {len(known.trials)} means is partly luck, so the true price "
-                    "is smaller rather than larger."
-                ]
-                * (known.best != known.chosen),
-                *[f"Without trials {', '.join(map(str, known.left_out))}: scores are missing."]
-                * bool(known.left_out),
-            ],
+            notes=notes,
             first="",
         )
 
     def _workers(self) -> Section:
         trials = self.sweep.trials.dropna(subset=["began", "ended"])
-        section = Section("workers", "Who did what")
+        section = Section("workers", "Workers")
         if trials.empty:
             return section
-        count = trials["worker"].nunique()
-        repeated = int((~trials["counted"]).sum())
-        section.intro = f"{len(trials)} trials by {count} worker process{'es'[: 2 * (count > 1)]}"
-        section.intro += (
-            f"; {repeated} were given up (killed or asked to end) and taken up again, counted once."
-            if repeated
-            else "."
-        )
-        caption = "When each worker was at which trial."
+        workers = counted(trials["worker"].nunique(), "worker")
+        restarted = int((~trials["counted"]).sum())
+        again = f"; {restarted} interrupted and restarted, counted once" if restarted else ""
+        section.intro = f"{counted(len(trials), 'trial')} by {workers}{again}."
+        caption = "Trials of each worker over time."
         section.blocks.append(self.chart("time_line", caption, sweep_charts.time_line(trials)))
         return section
 
     def _trials(self) -> Section:
         sweep = self.sweep
-        section = Section("runs", "Trials and runs", "What every number was made of.")
+        section = Section("runs", "Trials and runs", "The trials and runs behind all numbers.")
         if sweep.trials.empty:
             return section
         trials = sweep.trials.rename(columns={sweep.objective: self.label})
@@ -571,12 +548,12 @@ class _Writer(PageWriter):
                 Column("seed", [str(n) for n in runs["seed"]]),
                 Column(self.label, [shown(v) for v in runs["quality"]]),
                 *(
-                    Column.of(metric, runs[name], f"test {metric.heading}", group=AFTERWARDS)
+                    Column.of(metric, runs[name], f"test {metric.heading}", group=POST_HOC)
                     for name, metric in METRICS.items()
                 ),
             ]
             names = list(runs["run"])
-            caption = "The runs of finished trials."
+            caption = "Runs of finished trials."
             table = Table("runs", caption, names, columns, frozenset(names), first="run")
             section.blocks.append(self.table(table))
         return section
@@ -584,12 +561,13 @@ class _Writer(PageWriter):
     def _of_trials(
         self, name: str, caption: str, trials: pd.DataFrame, everything: bool = False
     ) -> Table:
-        """A table with a row for each of some trials."""
+        """Build a table with one row per trial."""
         sweep = self.sweep
         columns = []
         if everything:
+            restarted = trials["counted"].map({True: "", False: ", restarted"})
             columns = [
-                Column("state", [_state(row) for row in trials.itertuples()]),
+                Column("state", list(trials["state"] + restarted)),
                 Column("attempt", [str(n) for n in trials["attempt"]]),
             ]
         for parameter in sweep.parameters:
@@ -614,12 +592,8 @@ class _Writer(PageWriter):
         )
 
 
-def _state(row: Any) -> str:
-    return str(row.state) if row.counted else f"{row.state}, taken up again"
-
-
 def shown(value: Any) -> str:
-    """A value as a reader wants it."""
-    if isinstance(value, float):
-        return "–" if math.isnan(value) else f"{value:.4g}"
-    return "–" if value is None else str(value)
+    """Format a value; "–" if missing."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return MISSING
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

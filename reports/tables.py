@@ -1,34 +1,35 @@
-"""Tables of a report: one description, and what it looks like as CSV, Markdown and LaTeX.
+"""Tables of a report, and their CSV, Markdown and LaTeX forms.
 
-The page shows the same description (`templates/report.html`), so every form holds the same
-numbers, the same best values and the same marks.
+The page shows the same description (`templates/page.html`), so numbers, best values and marks are
+the same in all forms.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
 
 from glua_bench.scoring.metrics import MISSING, Metric
 
-WIDE = 55  # letters in a row; a text width of `article` holds about sixty
+WIDE = 55  # characters per row; the text width of `article` is about sixty
 
 
 @dataclass(frozen=True)
 class Column:
     """One column of numbers or texts.
 
-    Args:
-        title: its head.
-        values: a number (nan where there is none) or a text for each row.
-        digits: after the decimal point.
-        spread: standard deviations beside the values; nan where there is none.
-        better: "higher", "lower", or "" where no value is better.
-        group: head over several columns.
+    Attributes:
+        title: heading.
+        values: a number (nan if missing) or a text per row.
+        digits: decimals.
+        spread: standard deviations; nan if missing.
+        better: "higher", "lower", or "" for columns without ranking.
+        group: heading over several columns.
     """
 
     title: str
@@ -47,22 +48,23 @@ class Column:
         spread: pd.Series | None = None,
         group: str = "",
     ) -> Column:
-        """A metric's stored values, and their spread, as reports print them."""
+        """Make a column of a metric's values and their spread, in the metric's printed unit."""
         around = None if spread is None else list(metric.scale * spread)
         numbers = list(metric.scale * values)
         return cls(title or metric.heading, numbers, metric.digits, around, metric.better, group)
 
     def text(self, row: int) -> str:
-        """The value as it is shown, without its spread."""
+        """Return the printed value, without its spread."""
         value = self.values[row]
         if isinstance(value, str):
             return value
         if math.isnan(value):
             return MISSING
-        return _signless(f"{value:.{self.digits}f}")
+        shown = f"{value:.{self.digits}f}"
+        return shown.lstrip("-") if float(shown) == 0 else shown
 
     def spread_text(self, row: int) -> str:
-        """The standard deviation as it is shown; "" where there is none."""
+        """Return the printed standard deviation; "" if missing."""
         if self.spread is None or math.isnan(self.spread[row]):
             return ""
         return f"{self.spread[row]:.{self.digits}f}"
@@ -70,19 +72,18 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of entries.
+    """A table with named rows.
 
-    Args:
-        name: of its files.
-        caption: what it shows, in a sentence.
+    Attributes:
+        name: of the files.
+        caption: one sentence.
         rows: names of the rows.
         columns: the columns.
-        unranked: rows that do not take part in the best and the second (the upper bound, which
-            saw target labels).
-        marks: (row, column) → a mark behind the value, e.g. "†".
-        notes: sentences below it, among them what the marks mean.
-        ids: what each row's numbers were made of: run ids.
-        first: head of the rows' names.
+        unranked: rows excluded from best and second, e.g. the upper bound.
+        marks: (row, column) → a mark after the value, e.g. "†".
+        notes: sentences below the table.
+        ids: run ids of each row.
+        first: heading of the row names.
     """
 
     name: str
@@ -96,7 +97,7 @@ class Table:
     first: str = "method"
 
     def place(self, row: int, column: int) -> str:
-        """ "best", "second", or ""."""
+        """Return "best", "second", or ""; values that print alike share a place."""
         spec = self.columns[column]
         if not spec.better or self.rows[row] in self.unranked:
             return ""
@@ -107,25 +108,19 @@ class Table:
             and not isinstance(value, str)
             and not math.isnan(value)
         }
-        if len(ranked) < 2:  # one value, or all alike, are not a best one
+        if len(ranked) < 2:
             return ""
-        # By what is shown: values that look alike share a place.
         order = sorted(ranked, key=lambda t: ranked[t], reverse=spec.better == "higher")
         return {order[0]: "best", order[1]: "second"}.get(spec.text(row), "")
 
     @property
     def groups(self) -> list[tuple[str, int]]:
-        """Heads over neighbouring columns, and how many columns each spans."""
-        spans: list[tuple[str, int]] = []
-        for column in self.columns:
-            if spans and spans[-1][0] == column.group:
-                spans[-1] = (column.group, spans[-1][1] + 1)
-            else:
-                spans.append((column.group, 1))
-        return spans
+        """Group headings of neighbouring columns, and the number of columns each spans."""
+        runs = itertools.groupby(column.group for column in self.columns)
+        return [(group, len(list(own))) for group, own in runs]
 
     def frame(self) -> pd.DataFrame:
-        """The numbers in full, for CSV: one column each for values and spreads."""
+        """Return values and spreads in full precision, for CSV."""
         data: dict[str, Sequence[float | str]] = {self.first: list(self.rows)}
         for column in self.columns:
             name = f"{column.group} {column.title}".strip()
@@ -136,7 +131,7 @@ class Table:
 
 
 def markdown(table: Table) -> str:
-    """A table for Markdown; best in bold, second in italics."""
+    """Return a table in Markdown; best in bold, second in italics."""
     heads = [table.first, *(f"{c.group} {c.title}".strip() for c in table.columns)]
     lines = [_md_line(map(_md, heads)), _md_line(["---"] * len(heads))]
     for row, name in enumerate(table.rows):
@@ -145,22 +140,20 @@ def markdown(table: Table) -> str:
             text = _md(column.text(row))
             text = {"best": f"**{text}**", "second": f"*{text}*"}.get(table.place(row, index), text)
             spread = column.spread_text(row)
-            cells.append(
-                text + (f" ± {spread}" if spread else "") + table.marks.get((row, index), "")
-            )
+            cells.append(text + f" ± {spread}" * bool(spread) + table.marks.get((row, index), ""))
         lines.append(_md_line(cells))
     notes = "".join(f"\n{_md(note)}\n" for note in table.notes)
     return f"{_md(table.caption)}\n\n" + "\n".join(lines) + "\n" + notes
 
 
 def latex(table: Table) -> str:
-    r"""A table for LaTeX with `\usepackage{booktabs}`; best in bold, second underlined."""
+    r"""Return a table in LaTeX for `\usepackage{booktabs}`; best in bold, second underlined."""
     head = " & ".join(_tex(column.title) for column in table.columns)
     letters = len(table.first) + sum(len(column.title) + 2 for column in table.columns)
     for row, name in enumerate(table.rows):
         texts = [c.text(row) + (f"+{c.spread_text(row)}" * bool(c.spread)) for c in table.columns]
         letters = max(letters, len(name) + sum(len(text) + 2 for text in texts))
-    # What is too wide for a column of text goes over both, in smaller letters.
+    # Wide tables span both columns, in a smaller font.
     kind, size = ("table*", "scriptsize") if letters > WIDE else ("table", "small")
     lines = [
         "% \\usepackage{booktabs}",
@@ -195,9 +188,9 @@ def latex(table: Table) -> str:
             cells.append(text + _tex(table.marks.get((row, index), "")))
         lines.append(" & ".join(cells) + " \\\\")
     lines += ["\\bottomrule", "\\end{tabular}"]
-    lines += [
-        f"\\par\\smallskip\\parbox{{\\linewidth}}{{\\footnotesize {_tex(' '.join(table.notes))}}}"
-    ] * bool(table.notes)
+    if table.notes:
+        notes = _tex(" ".join(table.notes))
+        lines.append(f"\\par\\smallskip\\parbox{{\\linewidth}}{{\\footnotesize {notes}}}")
     lines += [f"\\end{{{kind}}}", ""]
     return "\n".join(lines)
 
@@ -216,7 +209,7 @@ _TEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
+    '"': "''",
     "±": r"$\pm$",
     "→": r"$\rightarrow$",
     "×": r"$\times$",
@@ -234,25 +227,16 @@ _TEX = {
 
 
 def _tex(text: str) -> str:
-    """Text without anything that LaTeX would execute."""
-    shown = "".join(_TEX.get(letter, letter) for letter in text)
-    shown = shown.replace(r"\textquotedbl{}", "''")
-    # A plain article without further packages knows ASCII and Latin letters.
-    return "".join(
-        letter if ord(letter) < 0x250 and letter.isprintable() else "?" for letter in shown
-    )
+    """Escape a text for LaTeX; other than ASCII and Latin letters need further packages."""
+    shown = text.translate(str.maketrans(_TEX))
+    return "".join(c if ord(c) < 0x250 and c.isprintable() else "?" for c in shown)
 
 
 def _md(text: str) -> str:
-    """Text without anything that Markdown or HTML in it would execute."""
+    """Escape a text for Markdown and HTML."""
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", " ".join(text.split()))
 
 
-def _md_line(cells: object) -> str:
-    return "| " + " | ".join(cells) + " |"  # type: ignore[arg-type]
-
-
-def _signless(text: str) -> str:
-    """Without the sign of a zero."""
-    return text[1:] if re.fullmatch(r"-0(\.0*)?", text) else text
+def _md_line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

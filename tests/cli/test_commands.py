@@ -657,9 +657,9 @@ def test_a_report_says_its_answer_its_limits_and_where_it_lies(call, made_runs, 
     assert "Next:" in out and "report/report.html" in out
     page = (tmp_path / "report" / "report.html").read_text()
     assert "slaug" in page and "fda" not in page
-    assert "1 run failed" not in err  # it is not among those that were asked for
+    assert "1 failed run" not in err  # it is not among those that were asked for
     code, out, err = call(*words, "--out", "other")
-    assert code == 0 and "warning: 1 run failed and is not in this report." in err
+    assert code == 0 and "warning: 1 failed run excluded." in err
     code, again, _ = call("report", "--rows", "other/rows.parquet", "--out", "third")
     assert code == 0
     assert [x for x in again.splitlines() if "highest" in x] == [
@@ -670,10 +670,10 @@ def test_a_report_says_its_answer_its_limits_and_where_it_lies(call, made_runs, 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--runs", "nowhere"], "no runs below nowhere"),
+        (["--runs", "nowhere"], "nowhere has no runs"),
         (["--where", "steps"], "--where steps has no value"),
-        (["--where", "steps=9"], "fits --where steps=9"),
-        (["--selector", "best"], "--selector best chose no checkpoint"),
+        (["--where", "steps=9"], "matches --where steps=9"),
+        (["--selector", "best"], "--selector best: no run has a checkpoint"),
         (["--rows", "gone.parquet"], "gone.parquet cannot be read"),
         (["--rows", "a.parquet", "--from-mlflow"], "give one of them"),
     ],
@@ -732,7 +732,7 @@ def test_a_sweep_ends_with_its_page_and_one_run_in_the_tracker(
     assert code == 0, err
     page = tmp_path / "runs" / "sweeps" / "rates" / "report" / "report.html"
     assert "Report: runs/sweeps/rates/report/report.html" in out and page.is_file()
-    assert "Looked at afterwards: the test Dice of this choice is" in out
+    assert "Post hoc: test Dice of this choice" in out
     chosen = out.partition("--set method.lr=")[2].split()[0]
     assert "Next:   glua-bench run --method source_only --dataset phantom --direction mr-ct " in out
     assert "--seed 1 --preset quick --set segmenter.width=4" in out

@@ -1,45 +1,31 @@
-"""reports/case_pictures.py, and the report of real runs: pictures, viewer, the tracker's copies."""
+"""reports/case_pictures.py, and reports of real runs: pictures, viewer, runs from the tracker."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import nibabel as nib
 import pandas as pd
 import pytest
 
-from glua_bench.console import Progress
 from glua_bench.datasets.phantom.dataset import Phantom
 from glua_bench.records import mlflow_mirror
 from glua_bench.records.fetch import fetch_runs
-from glua_bench.reports.case_pictures import compared_cases, draw, telling_cases
+from glua_bench.reports.case_pictures import compared_cases, draw, example_cases
 from glua_bench.reports.report import Options, write
 from glua_bench.reports.results import from_runs
-from glua_bench.runs.execution import execute
-from glua_bench.runs.plan import plan
-from glua_bench.runs.request import RunRequest
 
-SMALL = ("segmenter.width=4", "segmenter.depth=3", "grid.size=32", "grid.spacing=7", "batch_size=2")
 TASK = "phantom mr-ct"
 
 
 @pytest.fixture(scope="module")
-def runs_root(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs_root(quick_run: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     for method in ("source_only", "histogram_matching"):
-        request = RunRequest(
-            method,
-            "phantom",
-            preset="quick",
-            steps=2,
-            assignments=list(SMALL),
-            data_root=phantom_root,
-            runs_root=root,
-            device="cpu",
-            mlflow=False,
-        )
-        execute(plan(request), Progress(enabled=False))
+        quick_run(method, root)
     return root
 
 
@@ -72,13 +58,13 @@ def test_best_median_and_worst_are_those_of_all_entries() -> None:
         index=["source_only", "mine", "supervised"],
         columns=cases,
     )
-    # Means without the bound: c 0.9, d 0.4, e 0.25, a 0.2, b 0.2.
-    assert telling_cases(dice) == {"c": "best", "e": "median", "b": "worst"}
-    assert telling_cases(dice[["a", "c"]]) == {"c": "best", "a": "worst"}
-    assert telling_cases(dice[["a"]]) == {"a": "best"}
-    # A healthy case in which nothing was found is the worst of none.
+    # Means without the upper bound: c 0.9, d 0.4, e 0.25, a 0.2, b 0.2.
+    assert example_cases(dice) == {"c": "best", "e": "median", "b": "worst"}
+    assert example_cases(dice[["a", "c"]]) == {"c": "best", "a": "worst"}
+    assert example_cases(dice[["a"]]) == {"a": "best"}
+    # A case with undefined Dice is never shown.
     healthy = dice.assign(h=float("nan"))
-    assert telling_cases(healthy) == telling_cases(dice)
+    assert example_cases(healthy) == example_cases(dice)
 
 
 def test_a_run_without_predictions_has_no_row(runs_root: Path, phantom_root: Path):
@@ -105,7 +91,7 @@ def test_the_tracker_s_copies_give_the_same_report(
         folder = tmp_path / name / "report"
         written[name] = {str(f.relative_to(folder)): f.read_bytes() for f in files}
     assert written["runs"].keys() == written["copies"].keys()
-    assert any("parallel_map" in name for name in written["runs"])
+    assert any("side_by_side" in name for name in written["runs"])
     different = [n for n, content in written["runs"].items() if written["copies"][n] != content]
     assert different == []
 
@@ -127,20 +113,9 @@ def test_a_reader_sees_volumes(
 
 
 def test_slices_that_a_dataset_keeps_have_their_own_distance(
-    phantom_root: Path, tmp_path: Path
+    quick_run: Callable[..., Any], phantom_root: Path, tmp_path: Path
 ) -> None:
-    request = RunRequest(
-        "source_only",
-        "phantom",
-        preset="quick",
-        steps=2,
-        assignments=[*SMALL, "grid.slice_spacing=null"],
-        data_root=phantom_root,
-        runs_root=tmp_path,
-        device="cpu",
-        mlflow=False,
-    )
-    execute(plan(request), Progress(enabled=False))
+    quick_run("source_only", tmp_path, "grid.slice_spacing=null")
     dataset = Phantom(phantom_root)
     case = dataset.split("ct", "test")[0]
     (shown,) = compared_cases(from_runs(tmp_path), TASK, dataset)

@@ -1,4 +1,4 @@
-"""reports/charts.py: what the charts draw, read back from the drawings."""
+"""reports/charts.py: the drawn values, read back from the figures."""
 
 from __future__ import annotations
 
@@ -26,21 +26,16 @@ def palette(results):
     return charts.Palette([str(entry) for entry in results.rows["entry"].unique()])
 
 
-def texts(figure):
-    figure.canvas.draw()
-    return [t.get_text() for t in figure.findobj(lambda a: hasattr(a, "get_text"))]
-
-
 def test_entries_have_looks_of_their_own():
     entries = [f"m{i}" for i in range(40)]
     palette = charts.Palette([*entries, "source_only", "supervised"])
-    looks = {(palette.colour(e), palette.marker(e)) for e in entries}
+    looks = {palette.look(e) for e in entries}
     assert len(looks) == 40
     assert palette.colour("source_only") == palette.colour("supervised") == charts.BOUND
     assert charts.BOUND not in {colour for colour, _ in looks}
 
 
-def test_every_case_and_seed_is_a_dot(results, palette):
+def test_every_case_and_seed_is_a_dot(results, palette, texts):
     rows = plain(results.of(TASK))
     entries = report_tables.entries_of(results, TASK)
     figure = charts.scores(rows, entries, palette)
@@ -76,11 +71,11 @@ def test_costs_and_curves_show_every_point(results, palette):
     assert level[0].get_ydata()[0] == pytest.approx(0.45)
 
 
-def test_intervals_are_drawn_from_end_to_end(results, palette):
+def test_intervals_are_drawn_from_end_to_end(results, palette, texts):
     scores = comparison.competing(statistics.scores(plain(results.of(TASK)), TASK))
     spans = statistics.intervals(scores)
     figure = charts.intervals(spans, palette)
-    assert {"glua", "slaug", "source_only"} <= set(texts(figure))
+    assert {"glua", "slaug", "source_only"} <= texts(figure)
     drawn = [line.get_xdata() for line in figure.axes[0].lines if len(line.get_xdata()) == 2]
     assert np.allclose(drawn, 100 * spans[["low", "high"]].to_numpy())
 
@@ -96,7 +91,7 @@ def test_a_task_without_a_gap_has_no_panel(made_runs, palette):
     assert [axes.get_title() for axes in figure.axes] == [TASK]
 
 
-def test_learning_marks_what_was_chosen(made_runs):
+def test_learning_marks_what_was_chosen(made_runs, texts):
     made_runs.add("glua", 0.6, selectors={"source_val": 0.7, "oracle": 0.65})
     results = from_runs(made_runs.root)
     chosen = results.rows[["entry", "seed", "selector", "step"]].drop_duplicates()
@@ -111,11 +106,11 @@ def test_learning_marks_what_was_chosen(made_runs):
     assert "target test cases (privileged)" in texts(figure)
 
 
-def test_a_heat_map_shows_every_case():
+def test_a_heat_map_shows_every_case(texts):
     table = pd.DataFrame([[0.1, 0.9], [np.nan, 0.5]], index=["a", "b"], columns=["c1", "c2"])
     figure = charts.heat_map(table)
     shown = texts(figure)
-    assert {"0.10", "0.90", "0.50", "c1", "c2"} <= set(shown) and "nan" not in shown
+    assert {"0.10", "0.90", "0.50", "c1", "c2"} <= shown and "nan" not in shown
 
 
 def test_names_are_drawn_as_they_are_and_files_are_the_same_again(tmp_path):

@@ -1,4 +1,4 @@
-"""reports/comparison.py: the table, the sentence, and the files, from rows made by hand."""
+"""reports/comparison.py: table, verdict and files, from synthetic rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from glua_bench.task import Grid
 
 
 def made(cases: str = "ab", of: dict[str, list[float]] | None = None) -> pd.DataFrame:
-    """Dice of each seed; cases differ by a little, and nothing else does."""
+    """Return rows with the given Dice of each seed; cases differ slightly."""
     rows = []
     for entry, dice in (of or DICE).items():
         for seed, mean in enumerate(dice):
@@ -42,31 +42,34 @@ def test_the_table_is_of_seeds_and_pairs_the_gap_by_seed() -> None:
     assert mine["Dice"] == pytest.approx(0.45) and mine["sd"] == pytest.approx(0.0707, abs=1e-3)
     assert mine["gap recovered"] == pytest.approx(0.4)  # 50 % and 30 %
     assert (mine["gap min"], mine["gap max"]) == pytest.approx((0.3, 0.5))
-    assert mine["missed"] == 2 and mine["s a step"] == pytest.approx(5.0) and mine["compared"]
+    assert mine["missed"] == 2 and mine["s/update"] == pytest.approx(5.0) and mine["compared"]
     text = as_text(lines)
     assert "0.450 ± 0.071" in text and "40 % (30 to 50)" in text and "One seed" not in text
     assert "supervised (privileged)  " in text
 
     lone = table(frame[(frame["entry"] == "mine") & (frame["seed"] == 0)])
     assert lone["gap recovered"].isna().all()
-    assert "One seed has no standard deviation" in as_text(lone) and "±  " not in as_text(lone)
-    assert "understate" not in as_text(lone)  # there is no spread that could
+    assert "One seed: no standard deviation" in as_text(lone) and "±  " not in as_text(lone)
+    assert "underestimate" not in as_text(lone)  # there is no spread that could
 
 
 @pytest.mark.parametrize(
     "bounds",
     [
-        {"source_only": [0.30, 0.42], "supervised": [0.38, 0.37]},  # one seed the other way round
-        {"source_only": [0.30, 0.30], "supervised": [0.31, 0.39]},  # above, by chance or not
+        {"source_only": [0.30, 0.42], "supervised": [0.38, 0.37]},  # reversed for one seed
+        {"source_only": [0.30, 0.30], "supervised": [0.31, 0.39]},  # above, but not significantly
         {"source_only": [0.5, 0.5], "supervised": [0.4, 0.4]},
         {"source_only": [0.2], "supervised": [math.nan, 0.8]},  # no seed in common
     ],
 )
-def test_a_gap_that_may_not_be_there_is_not_divided_by(bounds: dict[str, list[float]]) -> None:
+def test_an_uncertain_gap_is_undefined(bounds: dict[str, list[float]]) -> None:
     lines = table(made(of={**bounds, "mine": [0.25, 0.26]}))
     assert lines[["gap recovered", "gap min", "gap max"]].isna().all(axis=None)
     text = as_text(lines)
-    assert "t x-y: no gap is given, since supervised is not clearly above source_only" in text
+    assert (
+        "t x-y: gap recovered is undefined, since supervised is not clearly above source_only"
+        in text
+    )
     assert " % (" not in text
     numbers = as_metrics(lines)
     assert math.isnan(numbers["x-y/gap_recovered/mine"])
@@ -80,20 +83,20 @@ def test_an_incomplete_entry_takes_no_seed_from_the_others() -> None:
     assert lines["compared"].to_dict() == {"a": True, "b": True, "glua": False}
     assert lines.loc["glua", "Dice"] == pytest.approx(0.925)
     said = verdict(frame, "t x-y")
-    assert said.startswith("t x-y: a has the highest mean Dice, 0.600 (95 % interval ")
-    assert said.endswith(" glua lacks seed 1 and is left out of intervals, tests and ranks.")
+    assert said.startswith("t x-y: a has the highest mean Dice, 0.600 (95 % CI ")
+    assert said.endswith(" glua lacks seed 1 and is excluded from intervals, tests and ranks.")
 
 
 def test_seeds_that_others_lack_move_no_number_of_the_table() -> None:
-    """One number for one thing: what the sentence says of an entry stands in its line."""
+    """The verdict and the table state the same number."""
     frame = made("abcdef", {"a": [0.5, 0.6, 0.1], "b": [0.3, 0.4], "c": [0.2, 0.3]})
     lines = table(frame).loc["t x-y"]
     assert lines.loc["a", "Dice"] == pytest.approx(0.55) and lines.loc["a", "seeds"] == 2
     said = verdict(frame, "t x-y")
-    assert "a has the highest mean Dice, 0.550" in said and "Seed 2 is not used" in said
+    assert "a has the highest mean Dice, 0.550" in said and "Seed 2 not used" in said
 
 
-def test_everything_that_tells_a_mean_tells_the_same(tmp_path: Path) -> None:
+def test_all_outputs_state_the_same_mean(tmp_path: Path) -> None:
     frame = made("abcdef", {**DICE, "late": [0.3]})
     lines = table(frame)
     write(frame, tmp_path)
@@ -112,7 +115,7 @@ def test_everything_that_tells_a_mean_tells_the_same(tmp_path: Path) -> None:
 
 
 def repeated() -> pd.DataFrame:
-    """Seed 0 of mine three times more, nudged in its last bits."""
+    """Return `made` with repeats of seed 0 of "mine"."""
     frame = made().assign(perturbation=0)
     own = frame[(frame["entry"] == "mine") & (frame["seed"] == 0)]
     more = [own.assign(perturbation=k, dice=own["dice"] + by) for k, by in ((1, 0.1), (2, -0.3))]
@@ -145,27 +148,27 @@ def test_the_numbers_have_names_that_a_tracker_takes() -> None:
     assert numbers["x-y/gap_recovered/mine masked ours"] == pytest.approx(0.4)
 
 
-def test_a_gap_of_fewer_seeds_than_the_row_is_told() -> None:
+def test_a_gap_over_fewer_seeds_has_a_note() -> None:
     dice = {"source_only": [0.2, 0.22, 0.21], "supervised": [0.8], "mine": [0.5, 0.4, 0.45]}
     lines = table(made("abcdef", {**dice, "other": [0.3, 0.3, 0.3]}))
     assert lines.loc[("t x-y", "mine"), ["seeds", "gap seeds"]].tolist() == [3, 1]
     text = as_text(lines)
-    assert "the gap recovered by other, mine is over the seeds that both bounds have" in text
+    assert "gap recovered of other, mine is over the seeds of both bounds" in text
     assert " 50 %  " in text and "(50 to 50)" not in text
     whole = as_text(table(made("abcdef", {**dice, "supervised": [0.8, 0.82, 0.81]})))
-    assert "that both bounds have" not in whole and "(30 to 50)" in whole
+    assert "of both bounds" not in whole and "(30 to 50)" in whole
 
 
 def test_zero_has_no_sign() -> None:
-    dice = {"b": [0.5, 0.5], "a": [0.5, 0.50002]}  # a, b: the difference is turned round
+    dice = {"b": [0.5, 0.5], "a": [0.5, 0.50002]}  # the difference changes its sign
     rows = made("abcdef", dice)
-    assert "-0.0 " not in verdict(rows, "t x-y", percent=True)
-    assert "-0.000" not in verdict(rows, "t x-y")
-    assert "-0.000" not in verdict(rows.assign(dice=0.5), "t x-y")
+    assert "−0.0 " not in verdict(rows, "t x-y", percent=True)
+    assert "−0.000" not in verdict(rows, "t x-y")
+    assert "−0.000" not in verdict(rows.assign(dice=0.5), "t x-y")
 
 
 @pytest.mark.parametrize("more", ["", "x" * 300])
-def test_entries_whose_names_are_alike_to_a_tracker_stay_apart(more: str) -> None:
+def test_entries_with_equal_tracker_names_stay_apart(more: str) -> None:
     rows = made().replace({"mine": f"mine {more}(a)", "source_only": f"mine {more}[a]"})
     numbers = as_metrics(table(rows))
     dice = {name.split("/")[2]: v for name, v in numbers.items() if "/dice/" in name}
@@ -176,36 +179,35 @@ def test_entries_whose_names_are_alike_to_a_tracker_stay_apart(more: str) -> Non
         )
 
 
-def test_the_sentence_names_the_best_that_saw_no_target_label() -> None:
+def test_the_verdict_excludes_the_upper_bound() -> None:
     said = verdict(made(), "t x-y")
-    assert said.startswith("t x-y: mine has the highest mean Dice, 0.450 (95 % interval ")
-    assert "over 2 cases and 2 seeds" in said and "the next, source_only, is 0.240 lower" in said
-    assert "A test needs 6 test cases or more; this comparison has 2 cases" in said
-    assert "supervised" not in said and "p = " not in said.split("A test needs")[0]
+    assert said.startswith("t x-y: mine has the highest mean Dice, 0.450 (95 % CI ")
+    assert "; 2 cases, 2 seeds); runner-up source_only: difference 0.240 (95 % CI " in said
+    assert "No tests: 6 test cases are required, found 2 cases" in said
+    assert "supervised" not in said and "p = " not in said.split("No tests")[0]
     one = verdict(made().query("seed == 0"), "t x-y")
-    assert "with one seed (95 % interval " in one and "for this one training" in one
-    assert one.endswith("needs more seeds (--seeds 3).")
-    assert verdict(made().query("case == 'a'"), "t x-y").endswith(
-        "on one case; intervals need more."
+    assert one.endswith(
+        "; 2 cases, 1 seed: for this training only; --seeds 3 covers new trainings)."
     )
+    assert verdict(made().query("case == 'a'"), "t x-y").endswith(" (one case, no CI).")
     lone = verdict(made().query("entry == 'mine'"), "t x-y")
     assert "mine has a mean Dice of 0.450" in lone and lone.endswith("2 seeds).")
     assert verdict(made().query("entry == 'supervised'"), "t x-y") == (
-        "t x-y: nothing is there to compare besides supervised."
+        "t x-y: no entries besides supervised."
     )
 
 
-def test_the_sentence_says_whether_the_difference_is_beyond_chance() -> None:
+def test_the_verdict_states_significance() -> None:
     cases = "abcdefgh"
     clear = made(cases, {"a": [0.7, 0.71, 0.7], "b": [0.4, 0.4, 0.41], "c": [0.2, 0.2, 0.2]})
-    assert ", p < 0.001 by Holm's method over 3 pairs)." in verdict(clear, "t x-y")
+    assert "), significant, p < 0.001 (Holm, 3 pairs)." in verdict(clear, "t x-y")
     open_ = made(cases, {"a": [0.7, 0.2, 0.7], "b": [0.4, 0.6, 0.4]})
     said = verdict(open_, "t x-y")
-    assert said.endswith("), which is not beyond chance.") and "Holm" not in said
-    # As the pairs in the CSV say.
+    # The numbers are those of the pairs in the CSV.
     found = statistics.pairs(statistics.scores(open_, "t x-y")).iloc[0]
-    assert f"p = {found['p_holm']:.3f})" in said
-    assert f"95 % interval {found['low']:.3f} to {found['high']:.3f}, p" in said
+    assert said.endswith(f"), not significant, p = {found['p_holm']:.3f}.")
+    ends = f"95 % CI {found['low']:.3f} to {found['high']:.3f})".replace("-", "−")
+    assert ends in said
 
 
 def test_the_files_hold_every_number(tmp_path: Path) -> None:
@@ -229,7 +231,7 @@ def test_a_shared_stage_costs_every_run_what_it_cost_the_first() -> None:
     second = {"stage_seconds": {"segment": 60.0}, "reused_stages": ["style"]}
     alone = {"stage_seconds": {"train": 20.0}, "reused_stages": []}
     assert costs([(config, second), (config, first), (config, alone)]) == [360, 350, 20]
-    other = replace(config, seed=1)  # its style was trained by a run that is not here
+    other = replace(config, seed=1)  # its style stage was trained by another run
     assert math.isnan(costs([(config, first), (other, second)])[1])
     for change in ({"direction": "ct-mr"}, {"steps": 9}, {"preset": "paper"}):
         assert math.isnan(costs([(config, first), (replace(config, **change), second)])[1])

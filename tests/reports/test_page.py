@@ -1,4 +1,4 @@
-"""reports/page.py: one file that shows what lies beside it."""
+"""reports/page.py: a page and the files beside it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def writer(tmp_path):
     return PageWriter(tmp_path / "out")
 
 
-def test_what_the_page_shows_lies_beside_it(writer):
+def test_tables_and_charts_are_also_files(writer):
     table = Table("one", "A caption", ["a"], [Column("x", [1.0])])
     figure = charts.new_figure(3, 2)
     axes = charts.new_axes(figure)[0, 0]
@@ -37,7 +37,7 @@ def test_what_the_page_shows_lies_beside_it(writer):
     text = render("page.html", title=EVIL, sections=[section])
     assert EVIL not in text and "&lt;script&gt;alert(1)" in text
     assert 'id="table-one"' in text and 'id="figure-a_b"' in text and "Look twice" in text
-    # The chart takes the page's colours, light and dark.
+    # The chart uses the colours of the page's theme.
     assert "var(--ink)" in text and charts.INK not in text.split("<svg")[1]
 
 
@@ -51,14 +51,14 @@ def test_names_are_fit_for_files_and_anchors():
     assert slug("Phantom MR-CT!") == "phantom-mr-ct" and slug("…") == "part"
 
 
-def test_a_directory_that_cannot_be_is_said(tmp_path):
+def test_a_directory_that_cannot_be_created_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFailure, match="--out"):
         page.make_folders(tmp_path / "file" / "report")
 
 
-def test_names_that_one_file_would_have_get_two(writer):
-    """Tasks and tables may be called by names that differ in signs alone."""
+def test_colliding_file_names_are_numbered(writer):
+    """Names may differ only in characters that files cannot have."""
     stems = [writer.stem("figures", name) for name in ("a (b)", "a [b", "a b", "a b", "a_b-2")]
     assert len(set(stems)) == 5 and {stem.parent for stem in stems} == {writer.out / "figures"}
     assert writer.stem("tables", "a b").name == stems[0].name == "a_b"

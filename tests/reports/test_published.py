@@ -1,4 +1,4 @@
-"""reports/published.py: context that cannot be mistaken for a result."""
+"""reports/published.py: published results for context."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from glua_bench.reports.published import BLOCKS, NOT_COMPARABLE, context
 
 
 def test_means_are_those_of_their_parts():
-    """A slip of the pen in a copied number shows here."""
+    """Detects typing errors in copied numbers."""
     checked = 0
     for block in BLOCKS.values():
         for line in block.lines:
@@ -24,7 +24,7 @@ def test_a_block_says_what_it_is_and_holds_no_number_of_glua():
     assert NOT_COMPARABLE in table.notes and "Published" in table.caption
     assert "SIFA v2" in table.rows and not any("glua" in row.lower() for row in table.rows)
     read_in = dict(zip(table.rows, table.columns[-1].values, strict=True))
-    assert read_in["SIFA v1"] == "summary" and read_in["SIFA v2"] == "source"
+    assert read_in["SIFA v1"] == "secondary" and read_in["SIFA v2"] == "primary"
     assert all(table.place(row, i) == "" for row in range(5) for i in range(len(table.columns)))
 
 

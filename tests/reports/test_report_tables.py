@@ -1,4 +1,4 @@
-"""reports/report_tables.py: which numbers stand in a report's tables, checked by hand."""
+"""reports/report_tables.py: numbers of the tables, checked by hand."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def compared(made_runs):
     return made_runs
 
 
-def test_the_main_table_is_the_field_s(compared):
-    compared.add("glua", 0.9, settings={"mask": "random"})  # an ablation's, not a method
+def test_the_main_table_has_the_usual_columns(compared):
+    compared.add("glua", 0.9, settings={"mask": "random"})  # belongs to the ablation
     table = report_tables.main(from_runs(compared.root), TASK)
     assert list(table.rows) == ["source_only", "slaug", "glua", "supervised (privileged)"]
     assert table.groups[:2] == [("Dice (%)", 3), ("ASSD (mm)", 3)]
@@ -41,9 +41,9 @@ def test_the_main_table_is_the_field_s(compared):
     assert pd.isna(gap["source_only"]) and pd.isna(gap["supervised (privileged)"])
     assert table.place(2, 2) == "best" and table.place(3, 2) == ""
     assert all(len(ids) == 3 for ids in table.ids)
-    # Three cases decide nothing, however clear their order is.
+    # Three cases are too few for tests.
     assert not table.marks
-    assert any(note.startswith("A test needs 6 test cases or more;") for note in table.notes)
+    assert any(note.startswith("No tests: 6 test cases are required") for note in table.notes)
 
 
 def test_six_cases_are_tested(made_runs):
@@ -53,19 +53,19 @@ def test_six_cases_are_tested(made_runs):
     table = report_tables.main(results, TASK)
     assert table.marks == {(0, 2): "†", (1, 2): "†"}
     (note,) = (n for n in table.notes if n.startswith("†"))
-    assert "lower than glua" in note and "over 3 pairs; 6 cases, 3 seeds" in note
+    assert "significantly lower than glua" in note and "over 3 pairs; 6 cases, 3 seeds" in note
     found = statistics.pairs(comparison.competing(statistics.scores(results.of(TASK), TASK)))
     assert (found["p_holm"] < 0.05).all() and len(found) == 3
     ranks = report_tables.ranking(results, TASK)
-    assert list(column(ranks, "from", "left open").values()) == [1, 2, 3]
-    assert list(column(ranks, "to", "left open").values()) == [1, 2, 3]
+    assert list(column(ranks, "from", "rank interval").values()) == [1, 2, 3]
+    assert list(column(ranks, "to", "rank interval").values()) == [1, 2, 3]
     pairs = report_tables.pairs(results, TASK)
     assert set(column(pairs, "p (Holm)")) == set(pairs.rows)
     assert any("6 cases and 3 seeds" in n for n in ranks.notes)
-    assert any("for all 3 pairs" in n for n in pairs.notes)
+    assert any("over all 3 pairs" in n for n in pairs.notes)
 
 
-def test_a_mark_that_nothing_bears_is_not_explained(made_runs):
+def test_unused_marks_are_not_explained(made_runs):
     made_runs.cases = tuple(f"case_{i}" for i in range(6))
     for seed, dice in enumerate((0.4, 0.6)):
         made_runs.add("glua", dice, seed)
@@ -73,7 +73,7 @@ def test_a_mark_that_nothing_bears_is_not_explained(made_runs):
     results = from_runs(made_runs.root)
     table = report_tables.main(results, TASK)
     assert not table.marks and not any("†" in note for note in table.notes)
-    assert any("No entry is lower than sifa, the best mean, beyond" in n for n in table.notes)
+    assert any("No entry is significantly lower than sifa, the best mean" in n for n in table.notes)
     pairs = report_tables.pairs(results, TASK)  # one pair, so there is nothing to correct
     assert not any("Holm" in text for text in (*pairs.notes, *(c.title for c in pairs.columns)))
     assert not any("1 pairs" in note for note in (*table.notes, *pairs.notes))
@@ -88,7 +88,7 @@ def test_an_incomplete_row_is_neither_best_nor_second(made_runs):
     places = {name: table.place(row, 2) for row, name in enumerate(names)}
     assert places["glua"] == "best" and places["slaug"] == "second" and places["fda"] == ""
     assert column(table, "seeds")["fda"] == 1 and column(table, "seeds")["glua"] == 3
-    told = "fda lacks seeds 1 and 2 and is left out of intervals, tests and ranks."
+    told = "fda lacks seeds 1 and 2 and is excluded from intervals, tests and ranks."
     for made in (table, report_tables.ranking(results, TASK), report_tables.pairs(results, TASK)):
         assert told in made.notes
     assert "fda" not in report_tables.ranking(results, TASK).rows
@@ -122,7 +122,7 @@ def test_repeats_are_a_column_and_are_listed(made_runs, tmp_path):
         .equals(report_tables.ablation(found, "glua").frame())
     )
     listed = report_tables.runs(again)
-    assert column(listed, "entry")["again2"] == "glua (repeat 2, last bits nudged)"
+    assert column(listed, "entry")["again2"] == "glua (repeat 2, last bits perturbed)"
     assert {"again1", "again2"} <= set(table.ids[list(table.rows).index("glua")])
 
 
@@ -130,26 +130,26 @@ def test_one_seed_has_neither_spread_nor_mark(made_runs):
     made_runs.comparison(seeds=1)
     results = from_runs(made_runs.root)
     table = report_tables.main(results, TASK)
-    assert not table.marks and any(n.startswith("A test needs 2 seeds") for n in table.notes)
+    assert not table.marks and any(n.startswith("No tests: 2 seeds") for n in table.notes)
     assert report_tables.SPREAD not in table.notes and report_tables.MEANS in table.notes
     pairs = report_tables.pairs(results, TASK)
     assert [c.title for c in pairs.columns] == ["difference", "low", "high"]
     assert column(pairs, "difference", "Dice (points)")["glua – slaug"] == pytest.approx(10)
     assert all(table.columns[2].spread_text(row) == "" for row in range(len(table.rows)))
-    assert any("for this one training of each method" in note for note in pairs.notes)
+    assert any("for this training of each method only" in note for note in pairs.notes)
 
 
 def test_pairs_have_the_better_one_first(compared):
     table = report_tables.pairs(from_runs(compared.root), TASK)
     assert set(table.rows) == {"glua – slaug", "glua – source_only", "slaug – source_only"}
     assert column(table, "difference", "Dice (points)")["glua – slaug"] == pytest.approx(10)
-    low, high = (column(table, name, "95 % interval")["glua – slaug"] for name in ("low", "high"))
+    low, high = (column(table, name, "95 % CI")["glua – slaug"] for name in ("low", "high"))
     assert low <= 10.001 and high >= 9.999
 
 
-def test_a_pair_that_is_turned_round_is_turned_whole(made_runs):
-    made_runs.comparison(methods=("slaug", "glua"))  # the later in the alphabet is the better one
-    for seed in range(3, 5):  # and something to be unsure of
+def test_a_swapped_pair_swaps_its_interval(made_runs):
+    made_runs.comparison(methods=("slaug", "glua"))  # the later one in the alphabet is better
+    for seed in range(3, 5):  # with large variation
         made_runs.add("slaug", 0.7, seed)
         made_runs.add("glua", 0.3, seed)
         made_runs.add("source_only", 0.2, seed)
@@ -168,7 +168,7 @@ def test_the_ranking_leaves_the_bound_out(compared):
     table = report_tables.ranking(from_runs(compared.root), TASK)
     assert list(table.rows) == ["glua", "slaug", "source_only"]
     assert list(column(table, "of the mean", "rank").values()) == [1, 2, 3]
-    assert "left open" not in {c.group for c in table.columns}
+    assert "rank interval" not in {c.group for c in table.columns}
 
 
 def test_selectors_are_compared_on_the_seeds_that_all_judged(made_runs):
@@ -193,8 +193,8 @@ def test_a_value_with_fewer_seeds_is_not_the_best_of_a_curve(made_runs):
 def test_costs_are_of_the_runs(compared):
     table = report_tables.cost(from_runs(compared.root), TASK)
     assert column(table, "training (s)")["glua"] == 100
-    assert column(table, "s an update")["glua"] == pytest.approx(0.2)
-    assert column(table, "on")["glua"] == "CPU, 1 thread"
+    assert column(table, "s/update")["glua"] == pytest.approx(0.2)
+    assert column(table, "device")["glua"] == "CPU, 1 thread"
 
 
 def test_an_ablation_lists_bounds_parts_and_variants_in_order(compared):
@@ -232,7 +232,7 @@ def test_an_ablation_lists_bounds_parts_and_variants_in_order(compared):
 
 
 def test_runs_of_an_older_version_stand_beside_those_of_today(made_runs):
-    """Its settings may be gone; they make a curve of their own."""
+    """Settings that no longer exist have a curve of their own."""
     made_runs.add("source_only", 0.2)
     made_runs.add("glua", 0.6)
     for weight in (0.1, 0.5, 0.9):
@@ -276,7 +276,7 @@ def test_correlations_are_spearman_s_over_all_checkpoints(made_runs):
     assert "oracle" not in found.index and "last" not in found.index
 
 
-def test_without_an_oracle_nothing_is_said_of_regret(compared):
+def test_without_an_oracle_there_is_no_regret(compared):
     results = from_runs(compared.root)
     assert report_tables.selector_quality(results) is None
     assert report_tables.regrets(results).empty and report_tables.correlations(results).empty

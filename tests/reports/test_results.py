@@ -1,16 +1,14 @@
-"""reports/results.py: what is read, what it is called, and what may not stand in one table."""
+"""reports/results.py: reading runs and rows, names of entries, and rejected mixtures."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from glua_bench.config import RunConfig
 from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.records.run_directory import list_runs
 from glua_bench.reports.results import from_rows, from_runs, parse_where, record
@@ -21,7 +19,22 @@ def entries(found):
     return sorted(str(entry) for entry in found.rows["entry"].unique())
 
 
-def test_an_entry_is_called_by_what_differs_from_its_method(made_runs):
+def noted(found, start):
+    return any(text.startswith(start) for text in found.notices)
+
+
+@pytest.fixture
+def reread(tmp_path):
+    """Write frames to a file and read it: frames, and `where`."""
+
+    def read(*frames, where=None):
+        pd.concat(frames).to_parquet(tmp_path / "rows.parquet")
+        return from_rows(tmp_path / "rows.parquet", where)
+
+    return read
+
+
+def test_an_entry_is_named_after_its_changes(made_runs):
     made_runs.add("source_only", 0.2)
     made_runs.add("source_only", 0.8, scenario="supervised")
     made_runs.add("source_only", 0.4, augmentation="photometric")
@@ -47,16 +60,16 @@ def test_an_entry_is_called_by_what_differs_from_its_method(made_runs):
     assert found.tasks == ["phantom mr-ct"] and len(found.directories) == 7
 
 
-def test_what_a_run_said_of_its_settings_counts_before_today_s_defaults(made_runs):
+def test_recorded_changes_take_precedence_over_current_defaults(made_runs):
     said = {"changed": {"mask": "soft"}, "variant": "of then"}
     made_runs.add("glua", 0.6, environment=said)
     made_runs.add("gone_since", 0.5, environment={"changed": {}, "variant": ""})
     assert entries(from_runs(made_runs.root)) == ["glua, mask = soft", "gone_since"]
-    made_runs.add("gone_too", 0.5)  # which does not say it
+    made_runs.add("gone_too", 0.5)  # which does not record it
     found = from_runs(made_runs.root)
     assert len(entries(found)) == 2
     assert any("gone_too" in text and "changed settings" in text for text in found.notices)
-    with pytest.raises(ConfigError, match="finished and readable"):  # nothing else is left
+    with pytest.raises(ConfigError, match="finished and readable"):
         from_runs(made_runs.root, {"method": ["gone_too"]})
 
 
@@ -64,12 +77,9 @@ def test_rows_hold_every_score_in_the_dataset_s_order(made_runs):
     run = made_runs.add("glua", 0.6, seed=2)
     found = from_runs(made_runs.root)
     rows = found.of("phantom mr-ct")
-    pd.testing.assert_frame_equal(
-        rows[["case", "structure", "dice", "assd"]].astype({"case": str, "structure": str}),
-        run.read_cases()[["case", "structure", "dice", "assd"]].astype(
-            {"case": str, "structure": str}
-        ),
-    )
+    columns, texts = ["case", "structure", "dice", "assd"], {"case": str, "structure": str}
+    stored = run.read_cases()[columns].astype(texts)
+    pd.testing.assert_frame_equal(rows[columns].astype(texts), stored)
     assert list(rows["structure"].cat.categories) == ["MYO", "LAC"]  # not by the alphabet
     assert set(rows["seed"]) == {2} and set(rows["run"]) == {run.id}
     assert set(rows["seconds"]) == {100.0} and set(rows["device"]) == {"CPU, 1 thread"}
@@ -80,12 +90,12 @@ def test_rows_hold_every_score_in_the_dataset_s_order(made_runs):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"steps": 20}, r"steps is 500 in 2 runs and 20 in 1 run; choose with --where steps=500"),
+        ({"steps": 20}, r"steps is 500 in 2 runs and 20 in 1 run; select with --where steps=500"),
         ({"batch_size": 2}, r"batch_size is .*--where batch_size=8"),
         ({"precision": "bf16-mixed"}, r"precision is "),
         (
             {"slices": 3, "slice_distance": 4.0},
-            r"slices is 1 in 2 runs and 3, 4 mm apart in 1 run; choose with --where slices=",
+            r"slices is 1 in 2 runs and 3, 4 mm apart in 1 run; select with --where slices=",
         ),
         ({"size": 90.0}, r"different test sets: case case_1 has references of different sizes"),
         ({"environment": {"data": {"train": "other"}}}, r"data is t in 2 runs and other in 1 run"),
@@ -104,7 +114,7 @@ def test_protocols_are_never_mixed(made_runs, changes, said):
 
 
 def test_a_run_on_more_slices_does_not_replace_one_on_a_single_slice(made_runs):
-    """Both are the same entry with the same seed, and none is a newer version of the other."""
+    """They are the same entry with the same seed, but no versions of each other."""
     made_runs.add("glua", 0.6)
     made_runs.add("glua", 0.7, slices=3, slice_distance=4.0)
     made_runs.add("glua", 0.7, slices=3, slice_distance=8.0)
@@ -114,19 +124,17 @@ def test_a_run_on_more_slices_does_not_replace_one_on_a_single_slice(made_runs):
         assert len(from_runs(made_runs.root, where).directories) == 1
 
 
-def test_rows_that_do_not_say_their_slices_are_of_single_ones(made_runs, tmp_path):
-    """Such a file was written before there was a choice."""
+def test_rows_without_slices_are_of_single_slices(made_runs, reread):
+    """Rows of older versions do not state the slices."""
     made_runs.add("glua", 0.6)
     older = from_runs(made_runs.root).rows.astype({"protocol": str, "run": str})
     without = {k: v for k, v in json.loads(older["protocol"].iloc[0]).items() if k != "slices"}
     older["protocol"] = json.dumps(without)
     newer = older.assign(run="newer", seed=1, protocol=json.dumps({**without, "slices": "1"}))
     stacked = older.assign(run="s", seed=1, protocol=json.dumps({**without, "slices": "3, 4 mm"}))
-    pd.concat([older, newer]).to_parquet(tmp_path / "same.parquet")
-    pd.concat([older, stacked]).to_parquet(tmp_path / "mixed.parquet")
-    assert from_rows(tmp_path / "same.parquet").rows["run"].nunique() == 2
+    assert reread(older, newer).rows["run"].nunique() == 2
     with pytest.raises(ConfigError, match="slices is 1 in 1 run and 3, 4 mm in 1 run"):
-        from_rows(tmp_path / "mixed.parquet")
+        reread(older, stacked)
 
 
 def test_the_upper_bound_has_training_data_of_its_own(made_runs):
@@ -137,7 +145,7 @@ def test_the_upper_bound_has_training_data_of_its_own(made_runs):
     assert entries(from_runs(made_runs.root)) == ["source_only", "supervised"]
 
 
-def test_what_is_left_out_is_named(made_runs):
+def test_excluded_runs_are_noted(made_runs):
     kept = made_runs.add("source_only", 0.2)
     torn = made_runs.add("glua", 0.6)
     whole = (torn.path / "cases.parquet").read_bytes()
@@ -146,12 +154,11 @@ def test_what_is_left_out_is_named(made_runs):
     failed.fail("no memory")
     open_ = made_runs.add("fda", 0.5)
     (open_.path / "done").unlink()
-    said = []
-    found = from_runs(made_runs.root, warn=said.append)
-    assert set(found.directories) == {kept.id} and found.notices == said
-    assert any(torn.id in text and "no readable cases.parquet" in text for text in said)
-    assert any(text.startswith("1 run failed and is not") for text in said)
-    assert any(text.startswith("1 run did not end and is not") for text in said)
+    warned = []
+    found = from_runs(made_runs.root, warn=warned.append)
+    assert set(found.directories) == {kept.id} and found.notices == warned
+    assert any(torn.id in text and "no readable cases.parquet" in text for text in warned)
+    assert {"1 failed run excluded.", "1 unfinished run excluded."} <= set(warned)
 
 
 def test_the_newest_run_of_a_cell_counts(made_runs):
@@ -161,24 +168,21 @@ def test_the_newest_run_of_a_cell_counts(made_runs):
     new = made_runs.add("glua", 0.6)
     found = from_runs(made_runs.root)
     assert set(found.directories) == {new.id}
-    assert any("1 run is left out, since newer ones" in text for text in found.notices)
+    assert any("1 run excluded: replaced by newer runs" in text for text in found.notices)
     assert set(from_runs(made_runs.root, {"code": ["old"]}).directories) == {old.id}
 
 
-def test_an_entry_without_some_seed_is_told_and_stops_nothing(made_runs):
+def test_an_entry_that_lacks_a_seed_is_noted(made_runs):
     made_runs.comparison(seeds=2)
     made_runs.add("fda", 0.5, seed=0)
-    told = "phantom mr-ct: fda lacks seed 1 and is left out of intervals, tests and ranks."
+    told = "phantom mr-ct: fda lacks seed 1 and is excluded from intervals, tests and ranks."
     assert told in from_runs(made_runs.root).notices
     made_runs.add("glua", 0.5, seed=5, settings={"mask": "random"})  # an ablation's own matter
     assert told in from_runs(made_runs.root).notices
     made_runs.add("advent", 0.5, seed=7)
-    found = from_runs(made_runs.root)
-    assert any(
-        text.startswith("phantom mr-ct: advent lacks seeds 0 and 1") for text in found.notices
-    )
+    assert noted(from_runs(made_runs.root), "phantom mr-ct: advent lacks seeds 0 and 1")
     one = from_runs(made_runs.root, {"seed": ["0"]})
-    assert any("A test needs 2 seeds or more (--seeds 3)" in text for text in one.notices)
+    assert any("No tests: 2 seeds (--seeds 3)" in text for text in one.notices)
 
 
 def test_a_comparison_that_cannot_be_written_down_is_one_sentence(tmp_path: Path) -> None:
@@ -188,7 +192,7 @@ def test_a_comparison_that_cannot_be_written_down_is_one_sentence(tmp_path: Path
 
 
 def test_a_comparison_is_reported_by_its_own_runs_alone(made_runs):
-    """Beside runs of another budget, a newer version and another dataset's direction."""
+    """Other runs have another budget, code or direction."""
     made_runs.comparison()
     path = record(made_runs.root, "compare glua, slaug", list_runs(made_runs.root))
     wanted = {run.id for run in list_runs(made_runs.root)}
@@ -204,47 +208,36 @@ def test_a_comparison_is_reported_by_its_own_runs_alone(made_runs):
     assert not any("failed" in text or "newer" in text for text in found.notices)
     assert set(from_runs(path, {"method": ["slaug"]}).rows["entry"]) == {"slaug"}
     shutil.rmtree(next(run.path for run in list_runs(made_runs.root) if run.id in wanted))
-    assert any(
-        text.startswith("1 run of the comparison is not") for text in from_runs(path).notices
-    )
+    assert noted(from_runs(path), "1 run of the comparison missing")
     (path.parent / "other.json").write_text("[]")
-    with pytest.raises(ConfigError, match=r"other.json is no file of a comparison"):
+    with pytest.raises(ConfigError, match=r"other.json is not a comparison"):
         from_runs(path.parent / "other.json")
 
 
 def repeats(rows, **changes):
-    """Rows of a repeat of glua's seed 0."""
+    """Return the rows of a repeat of glua's seed 0."""
     own = rows[(rows["entry"] == "glua") & (rows["seed"] == 0)]
     return own.assign(**{"run": "nudged", "perturbation": 1, **changes})
 
 
-def test_repeats_stand_apart(made_runs, tmp_path):
+def test_repeats_are_separate(made_runs, reread):
     made_runs.comparison(seeds=2)
     rows = from_runs(made_runs.root).rows.astype({"run": str, "code": str, "protocol": str})
-    path = tmp_path / "rows.parquet"
-    pd.concat([rows, repeats(rows)]).to_parquet(path)
-    found = from_rows(path)
+    found = reread(rows, repeats(rows))
     assert set(found.repeats["run"].astype(str)) == {"nudged"}
     assert set(found.rows["run"]) == set(rows["run"]) and not found.rows["perturbation"].any()
     assert len(found.with_repeats(found.of("phantom mr-ct"))) == len(rows) + len(found.repeats)
-    with pytest.raises(ConfigError, match="only repeats here"):
-        from_rows(path, {"perturbation": ["1"]})
-    pd.concat([rows, repeats(rows, code="older")]).to_parquet(path)
-    found = from_rows(path)
-    assert found.repeats.empty and any(
-        text.startswith("1 repeat is left out") for text in found.notices
-    )
+    with pytest.raises(ConfigError, match="only repeats"):
+        reread(rows, repeats(rows), where={"perturbation": ["1"]})
+    found = reread(rows, repeats(rows, code="older"))
+    assert found.repeats.empty and noted(found, "1 repeat excluded")
     other = json.dumps({**json.loads(rows["protocol"].iloc[0]), "steps": 20})
-    pd.concat([rows, repeats(rows, protocol=other)]).to_parquet(path)
     with pytest.raises(ConfigError, match="steps is 500 in 8 runs and 20 in 1 run"):
-        from_rows(path)
-    pd.concat([rows.drop(columns="perturbation")]).to_parquet(path)  # of an older version
-    assert not from_rows(path).rows["perturbation"].any()
+        reread(rows, repeats(rows, protocol=other))
+    older = rows.drop(columns="perturbation")
+    assert not reread(older).rows["perturbation"].any()
 
 
-@pytest.mark.skipif(
-    "perturbation" not in {f.name for f in fields(RunConfig)}, reason="runs have no repeats"
-)
 def test_repeats_are_read_from_runs(made_runs):
     made_runs.comparison(seeds=2)
     again = made_runs.add("glua", 0.7, perturbation=1)
@@ -255,13 +248,13 @@ def test_repeats_are_read_from_runs(made_runs):
     assert bits["phantom mr-ct", "glua"] == pytest.approx(pd.Series([0.6, 0.7]).std())
 
 
-def test_nothing_to_report_is_said(made_runs, tmp_path):
-    with pytest.raises(ConfigError, match="no runs below .*--runs"):
+def test_nothing_to_report_is_an_error(made_runs, tmp_path):
+    with pytest.raises(ConfigError, match="nowhere has no runs; .*--runs"):
         from_runs(tmp_path / "nowhere")
     made_runs.add("glua", 0.6)
     with pytest.raises(ConfigError, match="None of the 1 runs .*seed=5"):
         from_runs(made_runs.root, {"seed": ["5"]})
-    with pytest.raises(ConfigError, match="--where colour: a run has no such setting"):
+    with pytest.raises(ConfigError, match="--where colour: runs have no such setting"):
         from_runs(made_runs.root, {"colour": ["5"]})
     made_runs.add("slaug", 0.6).fail("why")
     with pytest.raises(ConfigError, match="finished and readable"):
@@ -277,40 +270,36 @@ def test_where_is_read():
         parse_where(["steps"])
 
 
-def test_rows_of_a_file_are_those_of_the_runs(made_runs, tmp_path):
+def test_rows_of_a_file_are_those_of_the_runs(made_runs, reread):
     made_runs.comparison()
     made_runs.add("glua", 0.5, settings={"mask": "random"})
-    found = from_runs(made_runs.root)
-    path = tmp_path / "rows.parquet"
-    found.rows.to_parquet(path, index=False)
-    again = from_rows(path)
+    rows = from_runs(made_runs.root).rows
+    again, text = reread(rows), {"entry": str}
     pd.testing.assert_frame_equal(
-        again.rows.astype({"entry": str}),
-        found.rows.astype({"entry": str}),
-        check_categorical=False,
+        again.rows.astype(text), rows.astype(text), check_categorical=False
     )
     assert again.checkpoints.empty and not again.directories
-    assert entries(from_rows(path, {"method": ["glua"]})) == ["glua", "glua, mask = random"]
+    glua = reread(rows, where={"method": ["glua"]})
+    assert entries(glua) == ["glua", "glua, mask = random"]
     with pytest.raises(ConfigError, match="--where colour: .* has no such column"):
-        from_rows(path, {"colour": ["red"]})
-    with pytest.raises(ConfigError, match="holds no rows that fit"):
-        from_rows(path, {"seed": ["9"]})
+        reread(rows, where={"colour": ["red"]})
+    with pytest.raises(ConfigError, match="has no rows that match"):
+        reread(rows, where={"seed": ["9"]})
 
 
-def test_a_file_that_is_no_table_of_rows_is_said(tmp_path):
-    with pytest.raises(ConfigError, match=r"gone.parquet cannot be read as a table"):
+def test_a_file_without_rows_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"gone.parquet cannot be read as Parquet"):
         from_rows(tmp_path / "gone.parquet")
     pd.DataFrame({"dice": [0.5]}).to_parquet(tmp_path / "other.parquet")
     with pytest.raises(ConfigError, match=r"other.parquet has no column case"):
         from_rows(tmp_path / "other.parquet")
 
 
-def test_two_runs_of_one_cell_in_a_file_are_refused(made_runs, tmp_path):
+def test_two_runs_of_one_entry_and_seed_are_rejected(made_runs, reread):
     made_runs.comparison(seeds=1)
     rows = from_runs(made_runs.root).rows.astype({"run": str})
     again = rows[rows["entry"] == "glua"].assign(run="other")
-    pd.concat([rows, again]).to_parquet(tmp_path / "rows.parquet")
-    with pytest.raises(ConfigError, match=r"two runs of glua with seed 0; choose .*--where run="):
-        from_rows(tmp_path / "rows.parquet")
+    with pytest.raises(ConfigError, match=r"two runs of glua with seed 0; select .*--where run="):
+        reread(rows, again)
     fewer = {"run": [str(run) for run in rows["run"].unique()]}
-    assert len(from_rows(tmp_path / "rows.parquet", fewer).rows) == len(rows)
+    assert len(reread(rows, again, where=fewer).rows) == len(rows)

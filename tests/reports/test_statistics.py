@@ -1,4 +1,4 @@
-"""reports/statistics.py: against references, and honest where there is too little to say."""
+"""reports/statistics.py: against references, and omitted where data are too few."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def made(seeds: int = 3, cases: int = 6, entries: str = "abc", seed: int = 0) -> pd.DataFrame:
-    """Crossed scores with effects of entry, case and seed."""
+    """Return crossed scores with effects of entry, case and seed."""
     rng = np.random.default_rng(seed)
     of_case, of_seed = rng.normal(0, 0.1, cases), rng.normal(0, 0.02, seeds)
     index = pd.MultiIndex.from_product(
@@ -49,7 +49,7 @@ def made(seeds: int = 3, cases: int = 6, entries: str = "abc", seed: int = 0) ->
 
 
 def rows_of(have: dict[str, list[int]], cases: str = "xy") -> pd.DataFrame:
-    """Rows of entries that have these seeds."""
+    """Return rows of entries with the given seeds."""
     rows = [
         (entry, "task", seed, case, "s", 0.5 + 0.1 * seed, "last")
         for entry, seeds in have.items()
@@ -67,7 +67,7 @@ def cube(table: pd.DataFrame, entry: str) -> np.ndarray:
 # -- what is compared -----------------------------------------------------------------------------
 
 
-def test_no_case_with_a_score_in_every_run_is_told_in_a_sentence() -> None:
+def test_no_case_with_a_score_in_every_run_is_an_error() -> None:
     rows = rows_of({"a": [0, 1], "b": [0, 1]})
     with pytest.raises(DataError, match="task: no test case has a score in every run"):
         design(rows.assign(dice=np.nan))
@@ -94,43 +94,43 @@ def test_scores_are_means_over_structures() -> None:
     ("have", "entries", "seeds", "notes"),
     [
         ({"a": [0, 1, 2], "b": [0, 1, 2]}, "ab", [0, 1, 2], []),
-        # The case of the issue: an incomplete entry takes no seed from the others.
+        # An incomplete entry removes no seed from the others.
         (
             {"a": [0, 1, 2], "b": [0, 1, 2], "glua": [0, 2]},
             "ab",
             [0, 1, 2],
-            ["glua lacks seed 1 and is left out of intervals, tests and ranks."],
+            ["glua lacks seed 1 and is excluded from intervals, tests and ranks."],
         ),
         (
             {"a": [0, 1, 2], "b": [0, 1, 2], "c": [0], "d": [1], "e": [0, 1, 2]},
             "abe",
             [0, 1, 2],
             [
-                "c lacks seeds 1 and 2 and is left out of intervals, tests and ranks.",
-                "d lacks seeds 0 and 2 and is left out of intervals, tests and ranks.",
+                "c lacks seeds 1 and 2 and is excluded from intervals, tests and ranks.",
+                "d lacks seeds 0 and 2 and is excluded from intervals, tests and ranks.",
             ],
         ),
-        # Where one entry has more, these seeds are the ones that are not used.
+        # Additional seeds of one entry are not used.
         (
             {"a": [0, 1, 2], "b": [0, 1, 2], "c": [0, 1, 2, 3, 4]},
             "abc",
             [0, 1, 2],
-            ["Seeds 3 and 4 are not used, since not all entries have them."],
+            ["Seeds 3 and 4 not used: missing in some entries."],
         ),
         (
             {"a": [0, 1, 2], "b": [0, 2]},
             "ab",
             [0, 2],
-            ["Seed 1 is not used, since not all entries have it."],
+            ["Seed 1 not used: missing in some entries."],
         ),
-        # However many seeds there are, one entry that lacks one takes none.
+        # The same with more seeds.
         ({"a": [0, 1, 2, 3, 4], "b": [0, 1, 2, 3, 4], "c": [0, 1, 2, 3]}, "ab", range(5), None),
-        # Two bounds with more seeds do not leave out everything that they bound.
+        # Two entries with more seeds do not exclude the others.
         ({"a": [0, 1, 2], "b": [0, 1, 2], "c": [0], "d": [0]}, "abcd", [0], None),
         ({"a": [0, 1], "b": [2]}, "a", [0, 1], None),
     ],
 )
-def test_an_incomplete_entry_is_left_out_by_name(
+def test_incomplete_entries_are_excluded_with_a_note(
     have: dict[str, list[int]], entries: str, seeds: Sequence[int], notes: list[str] | None
 ) -> None:
     rows = rows_of(have)
@@ -151,14 +151,14 @@ def test_an_entry_without_some_case_of_a_seed_lacks_the_seed() -> None:
     assert found.notes[0].startswith("c lacks seed 1")
 
 
-def test_a_case_that_nobody_can_score_is_left_out_by_name_for_all() -> None:
-    """Where neither shows a structure Dice is undefined; a false alarm there has Dice 0."""
+def test_a_case_with_an_undefined_score_is_excluded_for_all() -> None:
+    """Dice is undefined if neither mask has a structure; a false positive has Dice 0."""
     rows = rows_of({"a": [0, 1], "b": [0, 1]}, "xyz")
     rows.loc[(rows["case"] == "z"), "dice"] = 0.0
     rows.loc[(rows["case"] == "z") & (rows["entry"] == "a"), "dice"] = np.nan
     found = design(rows)
     assert found.cases == ("x", "y") and found.entries == ("a", "b")
-    assert found.notes[0].startswith("Case z is not averaged: some run has no score there")
+    assert found.notes[0].startswith("Case z excluded: undefined score in some run")
     assert set(found.of(rows)["case"]) == {"x", "y"}
 
 
@@ -166,7 +166,7 @@ def test_a_case_that_nobody_can_score_is_left_out_by_name_for_all() -> None:
 
 
 def test_the_error_is_that_of_the_mean_squares() -> None:
-    """By hand, for a table without noise of its own: rows 0, 1, 2 plus columns 0, 10, 20, 30."""
+    """Computed by hand for an additive table: rows 0, 1, 2 plus columns 0, 10, 20, 30."""
     values = np.add.outer([0.0, 1.0, 2.0], [0.0, 10.0, 20.0, 30.0])
     found = Means.of(values[None])
     a, b = 4 * 1.0, 3 * np.var([0, 10, 20, 30], ddof=1)  # the rest is 0
@@ -178,7 +178,7 @@ def test_the_error_is_that_of_the_mean_squares() -> None:
 
 
 def test_the_rest_takes_half_of_the_variance_at_most() -> None:
-    """Otherwise a variance could be 0 or below, where the rest is larger than both."""
+    """Otherwise a variance could be negative if the residual is larger than both."""
     values = np.array([[1.0, 0.0], [0.0, 1.0]])  # all means are alike
     assert Means.of(values[None]).error.item() == 0
     rng = np.random.default_rng(0)
@@ -243,14 +243,14 @@ def test_pairs_are_paired_and_corrected_by_holm() -> None:
         assert row["p"] == pytest.approx(own.p().item())
         assert (row["p"] < 0.05) == (not row["low"] <= 0 <= row["high"])
     assert list(found["p_holm"]) == pytest.approx(multipletests(found["p"], method="holm")[1])
-    # Cases differ by ten times more than entries within one: only pairing can tell.
+    # Variation between cases is ten times larger than between entries: only pairing detects it.
     assert found.loc[("a", "c"), "p_holm"] < 0.05
     apart = intervals(table)
     assert apart.loc["a", "high"] > apart.loc["a", "mean"] + 0.05
     assert found.loc[("a", "b"), "high"] - found.loc[("a", "b"), "low"] < 0.05
 
 
-def test_equal_entries_are_not_told_apart() -> None:
+def test_equal_entries_do_not_differ() -> None:
     table = made(entries="a").assign(b=lambda t: t["a"])
     row = pairs(table).iloc[0]
     assert (row["low"], row["high"], row["p"], row["p_holm"]) == (0, 0, 1, 1)
@@ -261,15 +261,16 @@ def test_equal_entries_are_not_told_apart() -> None:
     [
         (3, 6, ""),
         (2, 20, ""),
-        (3, 4, "A test needs 6 test cases or more; this comparison has 4 cases (with 4 cases an "
-         "exact test of signs cannot go below p = 0.125)."),
-        (1, 20, "A test needs 2 seeds or more (--seeds 3); this comparison has 1 seed."),
-        (1, 5, "A test needs 2 seeds or more (--seeds 3) and 6 test cases or more; this comparison "
-         "has 1 seed and 5 cases (with 5 cases an exact test of signs cannot go below p = "
-         "0.0625)."),
+        (3, 4, "No tests: 6 test cases are required, found 4 cases (an exact sign test cannot go "
+         "below p = 0.125)."),
+        (1, 20, "No tests: 2 seeds (--seeds 3) are required, found 1 seed."),
+        (1, 5, "No tests: 2 seeds (--seeds 3) and 6 test cases are required, found 1 seed and 5 "
+         "cases (an exact sign test cannot go below p = 0.0625)."),
     ],
 )  # fmt: skip
-def test_what_a_design_cannot_tell_is_withheld_and_why(seeds: int, cases: int, said: str) -> None:
+def test_tests_of_small_designs_are_omitted_with_a_reason(
+    seeds: int, cases: int, said: str
+) -> None:
     assert untested(seeds, cases) == said
     table = made(seeds, cases)
     tested = pairs(table)[["p", "p_holm"]].notna().all(axis=None)
@@ -280,8 +281,8 @@ def test_what_a_design_cannot_tell_is_withheld_and_why(seeds: int, cases: int, s
         assert 2 / len(signs) == 0.125
 
 
-def test_two_untrained_networks_are_not_told_apart() -> None:
-    """The issue's case: 5.1 and 7.3 % Dice over 4 cases and 2 seeds had a dagger."""
+def test_two_untrained_networks_do_not_differ() -> None:
+    """5.1 and 7.3 % Dice over 4 cases and 2 seeds must not be significant."""
     rng = np.random.default_rng(3)
     index = pd.MultiIndex.from_product([range(2), range(4)], names=["seed", "case"])
     table = pd.DataFrame(
@@ -303,7 +304,7 @@ def test_rankings_of_both_kinds_can_differ() -> None:
     assert ranking(table, higher=False).index[0] == "last"
 
 
-def test_ranks_that_no_test_excludes_are_left_open() -> None:
+def test_rank_intervals_contain_ranks_that_no_test_excludes() -> None:
     table = made(cases=8, entries="ad").assign(b=lambda t: t["a"] + 0.001)
     rng = np.random.default_rng(0)
     table["b"] += rng.normal(0, 0.02, len(table))
@@ -349,7 +350,7 @@ def simulation() -> Any:
 
 
 def docs_table(name: str) -> pd.DataFrame:
-    """A table of docs/protocol.md."""
+    """Return a table of docs/protocol.md."""
     text = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
     lines = text.split(f"<!-- {name} -->\n")[1].split("<!-- end -->")[0].splitlines()
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]

@@ -1,4 +1,4 @@
-"""reports/sweep_report.py: the choice, apart from what test labels say of it afterwards."""
+"""reports/sweep_report.py: the choice, and its post hoc evaluation by test labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ import pytest
 
 from glua_bench.errors import RunFailure
 from glua_bench.reports import sweep_report
-from glua_bench.reports.sweep_report import ORACLE_STAMP, notices, price, sentences, write
+from glua_bench.reports.sweep_report import (
+    ORACLE_STAMP,
+    notices,
+    selection_cost,
+    sentences,
+    write,
+)
 
 RATIOS = [0.1, 0.3, 0.5, 0.7]
 EVIL = "<img src=x onerror=alert(1)>"
@@ -18,7 +24,7 @@ EVIL = "<img src=x onerror=alert(1)>"
 
 @pytest.fixture
 def ratios(made_sweep):
-    """The objective takes the second of four, test labels would take the third."""
+    """The objective chooses the second of four trials, test labels the third."""
 
     def make(**changes):
         values = {
@@ -30,67 +36,67 @@ def ratios(made_sweep):
     return make
 
 
-def test_the_price_is_paired_over_seeds(ratios):
-    known = price(ratios())
-    assert (known.chosen, known.best) == (1, 2)
-    assert known.difference == pytest.approx(0.13)
-    assert known.spread == pytest.approx(0.03 * math.sqrt(2))  # of 0.10 and 0.16
-    assert known.dice(1) == pytest.approx((0.62, 0.02 * math.sqrt(2)))
-    assert known.rho == pytest.approx(0.6)  # ranks 1 4 3 2 against 2 3 4 1
-    assert list(known.trials["dice"]) == pytest.approx([0.6, 0.62, 0.75, 0.45])
+def test_the_selection_cost_is_paired_over_seeds(ratios):
+    cost = selection_cost(ratios())
+    assert (cost.chosen, cost.best) == (1, 2)
+    assert cost.difference == pytest.approx(0.13)
+    assert cost.spread == pytest.approx(0.03 * math.sqrt(2))  # of 0.10 and 0.16
+    assert cost.dice(1) == pytest.approx((0.62, 0.02 * math.sqrt(2)))
+    assert cost.rho == pytest.approx(0.6)  # ranks 1 4 3 2 against 2 3 4 1
+    assert list(cost.trials["dice"]) == pytest.approx([0.6, 0.62, 0.75, 0.45])
 
 
-def test_seeds_that_are_lost_make_no_trial_better(ratios):
+def test_missing_seeds_make_no_trial_better(ratios):
     sweep = ratios()
     sweep.runs.loc[(sweep.runs["trial"] == 2) & (sweep.runs["seed"] == 0), "dice"] = math.nan
-    known = price(sweep)
-    assert known.best == known.chosen == 1 and list(known.trials["number"]) == [0, 1, 3]
-    assert math.isnan(known.rho)  # of three trials
+    cost = selection_cost(sweep)
+    assert cost.best == cost.chosen == 1 and list(cost.trials["number"]) == [0, 1, 3]
+    assert math.isnan(cost.rho)  # of three trials
     assert any("1 of 8 runs have no readable test scores" in text for text in notices(sweep))
     sweep.runs["dice"] = math.nan
-    assert price(sweep) is None and len(sentences(sweep)) == 1
+    assert selection_cost(sweep) is None and len(sentences(sweep)) == 1
 
 
 def test_a_lost_direction_leaves_a_trial_out_by_number(ratios, tmp_path):
     sweep = ratios(directions=("mr-ct", "ct-mr"))
     lost = (sweep.runs["trial"] == 2) & (sweep.runs["direction"] == "ct-mr")
     sweep.runs.loc[lost & (sweep.runs["seed"] == 1), "dice"] = math.nan
-    known = price(sweep)
-    assert list(known.trials["number"]) == [0, 1, 3] and list(known.left_out) == [2]
+    cost = selection_cost(sweep)
+    assert list(cost.trials["number"]) == [0, 1, 3] and list(cost.excluded) == [2]
     page = write(sweep, tmp_path / "report")[0].read_text()
-    assert "Without trials 2: scores are missing." in page
-    assert "± is the standard deviation over 2 seeds" in page
-    assert "partly luck" not in page  # the chosen one is the highest: there is no price
+    assert "Excluded without scores: trial 2." in page
+    assert "±: standard deviation over 2 seeds" in page
+    assert "biased upwards" not in page  # the chosen trial is the best: no cost
 
 
 def test_one_seed_has_no_bars_and_no_spread(ratios, tmp_path):
     page = write(ratios(dice=[[0.1], [0.2], [0.9], [0.3]]), tmp_path / "report")[0].read_text()
-    assert "One seed: nothing says how much of the difference is chance." in page
-    assert "bars: standard deviation" not in page and "partly luck" in page
+    assert "One seed: the difference cannot be separated from variation between seeds." in page
+    assert "bars: standard deviation" not in page and "biased upwards" in page
 
 
-def test_the_answer_says_what_was_known_and_what_was_not(ratios):
+def test_the_summary_separates_choice_and_evaluation(ratios):
     first, second = sentences(ratios())
     assert first == (
-        "mask_ratio 0.3 has the highest im, 0.4 (trial 1; 4 finished, of 4 trials): chosen "
-        "without target labels."
+        "Selected without target labels: mask_ratio 0.3 with the highest im, 0.4 (trial 1; 4 "
+        "finished of 4 trials)."
     )
     assert second == (
-        "Looked at afterwards: the test Dice of this choice is 62.0 % ± 2.8; the oracle would have "
-        "taken mask_ratio 0.5 (75.0 % ± 7.1, trial 2), so not knowing cost 13.0 ± 4.2 points; the "
-        "rank correlation of im and test Dice is 0.60 over 4 trials."
+        "Post hoc: test Dice of this choice 62.0 ± 2.8 %; oracle choice mask_ratio 0.5: 75.0 ± 7.1 "
+        "% (trial 2); cost of selecting without target labels 13.0 ± 4.2 points; rank correlation "
+        "of im and test Dice 0.60 over 4 trials."
     )
     alike = ratios(dice=[[0.1], [0.9], [0.2], [0.3]])
     assert "90.0 %, the highest of 4 trials" in sentences(alike)[1]
-    assert any("One seed a trial" in text for text in notices(alike))
-    assert not any("One seed a trial" in text for text in notices(ratios()))
+    assert any("One seed per trial" in text for text in notices(alike))
+    assert not any("One seed per trial" in text for text in notices(ratios()))
 
 
-def test_what_is_open_or_failed_is_said(made_sweep):
+def test_unfinished_and_failed_trials_are_noted(made_sweep):
     sweep = made_sweep(
         {"lr": [0.1, 0.2, 0.3]}, [0.1] * 3, states=["failed", "pruned", "running"], budget=5
     )
-    assert sentences(sweep) == ["No trial has a value yet (1 pruned, 1 failed, 1 running of 5)."]
+    assert sentences(sweep) == ["No finished trial yet (1 pruned, 1 failed, 1 running of 5)."]
     told = notices(sweep)
     assert "3 of 5 trials are not finished; the choice may change." in told
     assert "Trial 0 failed: the data are gone." in told
@@ -106,12 +112,12 @@ def test_a_sweep_over_one_number_has_its_curve(ratios, tmp_path):
     assert figures_of(tmp_path / "report") == {
         "history",
         "curve_mask_ratio",
-        "curve_mask_ratio_afterwards",
+        "curve_mask_ratio_post_hoc",
         "agreement",
         "time_line",
     }
     tables = {path.name for path in (tmp_path / "report" / "tables").iterdir()}
-    for name in ("definition", "best", "price", "trials", "runs"):
+    for name in ("definition", "best", "selection_cost", "trials", "runs"):
         assert {f"{name}.tex", f"{name}.csv", f"{name}.md"} <= tables
     page = files[0].read_text()
     assert "How much of it?" in page and "--set method.mask_ratio=0.3" in page
@@ -120,10 +126,10 @@ def test_a_sweep_over_one_number_has_its_curve(ratios, tmp_path):
     ids = set(re.findall(r'id="run-(\w+)"', page))
     cited = {run for text in re.findall(r'data-runs="([^"]+)"', page) for run in text.split()}
     assert cited == ids and len(ids) == 8
-    # Before the part that says so, nothing on the page comes from test labels but its summary.
-    known, after = page.split('<section id="afterwards">')
+    # Apart from the summary, only the post hoc section uses test labels.
+    before, after = page.split('<section id="post-hoc">')
     assert "never\n" in after or "never " in after.split("</div>")[0]
-    assert "test Dice" not in known.split('<section id="question">')[1]
+    assert "test Dice" not in before.split('<section id="question">')[1]
 
 
 def test_what_a_sweep_sets_of_the_method_is_part_of_its_choice(ratios, tmp_path):
@@ -161,7 +167,7 @@ def test_a_sweep_over_many_parameters_has_all_its_charts(made_sweep, tmp_path):
 def test_what_few_trials_cannot_show_is_said(made_sweep, tmp_path):
     sweep = made_sweep({"a": RATIOS, "b": RATIOS[::-1]}, [0.1, 0.2, 0.3, 0.4])
     page = write(sweep, tmp_path / "report")[0].read_text()
-    assert "Contours are left out" in page and "contours" not in figures_of(tmp_path / "report")
+    assert "Contours are omitted" in page and "contours" not in figures_of(tmp_path / "report")
 
 
 def test_what_the_oracle_chose_is_stamped_everywhere(ratios, tmp_path):
@@ -177,8 +183,8 @@ def test_what_the_oracle_chose_is_stamped_everywhere(ratios, tmp_path):
     captions = re.findall(r"<figcaption>(.*?)<", page, re.DOTALL)
     assert captions and all(caption.startswith(ORACLE_STAMP) for caption in captions)
     assert "by labels of target test cases" in sentences(sweep)[0] and len(sentences(sweep)) == 1
-    assert notices(sweep)[0].startswith("ORACLE: ") and price(sweep) is not None
-    assert "afterwards/price" not in sweep_report.as_metrics(sweep)
+    assert notices(sweep)[0].startswith("ORACLE: ") and selection_cost(sweep) is not None
+    assert "post_hoc/selection_cost" not in sweep_report.as_metrics(sweep)
     assert "ORACLE" not in write(ratios(), tmp_path / "other")[0].read_text()
 
 
@@ -186,17 +192,17 @@ def test_the_tracker_s_numbers_keep_the_two_apart(ratios):
     assert sweep_report.as_metrics(ratios()) == pytest.approx(
         {
             "chosen/im": 0.4,
-            "afterwards/dice/chosen": 0.62,
-            "afterwards/dice/highest": 0.75,
-            "afterwards/price": 0.13,
-            "afterwards/rank_correlation": 0.6,
+            "post_hoc/dice/chosen": 0.62,
+            "post_hoc/dice/highest": 0.75,
+            "post_hoc/selection_cost": 0.13,
+            "post_hoc/rank_correlation": 0.6,
         }
     )
 
 
 def test_an_empty_sweep_has_a_page(made_sweep, tmp_path):
     page = write(made_sweep({"lr": []}, [], budget=3), tmp_path / "report")[0].read_text()
-    assert "No trial has a value yet (none has begun of 3)." in page
+    assert "No finished trial yet (none started of 3)." in page
 
 
 def test_a_directory_that_cannot_be_is_said(ratios, tmp_path):
@@ -206,18 +212,8 @@ def test_a_directory_that_cannot_be_is_said(ratios, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_page_works_in_a_browser(browser, ratios, tmp_path):
-    page = write(ratios(), tmp_path / "report")[0]
-    browser.open(page)
-    driver = browser.driver
-    driver.execute_script("document.querySelector('#table-best a[data-runs]').click()")
-    shown = driver.execute_script(
-        "return [...document.querySelectorAll('#table-runs tbody tr')]"
-        ".filter(r => !r.hidden).map(r => r.cells[0].textContent)"
-    )
-    assert shown == ["0001m0", "0001m1"]
-    assert browser.errors() == [] and browser.requests() == []
-    width = driver.execute_script(
-        "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
-    )
-    assert width[0] <= width[1]
+def test_the_page_works_in_a_browser(browser, cells, assert_clean, ratios, tmp_path):
+    browser.open(write(ratios(), tmp_path / "report")[0])
+    browser.driver.execute_script("document.querySelector('#table-best a[data-runs]').click()")
+    assert cells("runs", 0) == ["0001m0", "0001m1"]
+    assert_clean(browser)

@@ -1,4 +1,4 @@
-"""reports/tables.py: one description, the same in every form."""
+"""reports/tables.py: ranking, and CSV, Markdown and LaTeX of a table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The volume viewer: where NiiVue comes from, what is in the page, and what a browser shows."""
+"""reports/viewer.py: fetching NiiVue, the HTML fragment, and its use in a browser."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SCRIPT = "var niivue = {};"
 
 
 def make_case(case: str = "ct_1001", seed: int = 0, **more: object) -> ViewerCase:
-    """A ring around a ball on a gradient, and two predictions: shifted, and empty."""
+    """Return a ring around a ball on a gradient, with a shifted and an empty prediction."""
     z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in (12, 20, 24)), indexing="ij")
     rng = np.random.default_rng(seed)
     distance = np.sqrt((x - 0.2 * seed) ** 2 + y**2 + z**2)
@@ -78,12 +78,12 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def npm(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """An npm that delivers `content` or does `act`, and counts how often it was asked."""
-    fake = SimpleNamespace(content=archive(), act=None, asked=0)
+    """A fake npm that delivers `content` or runs `act`, and counts its calls."""
+    fake = SimpleNamespace(content=archive(), act=None, calls=0)
 
     def run(command: list[str], cwd: str, **options: object) -> subprocess.CompletedProcess[str]:
         assert command[:3] == ["/somewhere/npm", "pack", "@niivue/niivue@0.69.0"]
-        fake.asked += 1
+        fake.calls += 1
         if fake.act is not None:
             return fake.act(command)
         Path(cwd, "niivue-niivue-0.69.0.tgz").write_bytes(fake.content)
@@ -103,7 +103,7 @@ def test_bundle_is_obtained_once(npm, empty_cache, monkeypatch):
     assert bundle() == SCRIPT
     monkeypatch.setattr(module.shutil, "which", lambda name: None)  # without npm from now on
     assert bundle() == SCRIPT
-    assert npm.asked == 1
+    assert npm.calls == 1
     assert [path.name for path in (empty_cache / "viewer").iterdir()] == ["niivue-0.69.0.umd.js"]
 
 
@@ -119,8 +119,8 @@ def test_missing_npm_is_said(empty_cache, monkeypatch):
     with pytest.raises(ConfigError) as caught:
         bundle()
     assert str(caught.value) == (
-        "--viewer needs NiiVue once, and it cannot be obtained (npm is not installed); install "
-        "Node.js's npm and give it access to its registry, or leave --viewer out."
+        "--viewer needs NiiVue, which cannot be obtained (npm is not installed); install "
+        "Node.js's npm with access to its registry, or omit --viewer."
     )
 
 
@@ -144,7 +144,7 @@ def test_failures_of_npm_are_said(npm):
 
 def test_a_cache_that_cannot_be_written_does_no_harm(npm, empty_cache):
     empty_cache.write_text("a file where the directory should be")
-    with pytest.raises(ConfigError, match="cannot be read .*; remove it, or leave --viewer out"):
+    with pytest.raises(ConfigError, match="cannot be read .*; remove it, or omit --viewer"):
         bundle()
     empty_cache.unlink()
     empty_cache.mkdir()
@@ -231,7 +231,7 @@ def test_what_cannot_be_shown_is_refused(npm):
 
 @pytest.fixture
 def page(browser, niivue, tmp_path) -> Callable[[str], None]:
-    """Opens a page with the viewer of two cases, whose second has a hostile name."""
+    """Return a function that opens a page with two cases, the second with a hostile name."""
 
     def show(head: str = "") -> None:
         cases = [make_case(), make_case(HOSTILE, 1)]
@@ -247,7 +247,7 @@ STATE = "document.documentElement.dataset.viewer || null"
 
 
 def picture(browser) -> np.ndarray:
-    """What the canvas shows, (H, W, 3) in [0, 1]."""
+    """Return the canvas, (H, W, 3) in [0, 1]."""
     browser.wait(STATE, "drawn")
     png = browser.driver.find_element("id", "viewer-canvas").screenshot_as_png
     return imread(io.BytesIO(png))[..., :3]
@@ -268,7 +268,7 @@ def start(browser) -> None:
 
 
 def colourful(shown: np.ndarray) -> int:
-    """Pixels that are not gray."""
+    """Count the pixels that are not gray."""
     return int((np.ptp(shown, axis=-1) > 0.15).sum())
 
 
@@ -312,7 +312,7 @@ def test_every_choice_changes_the_picture(browser, page):
         for other in names[:index]:
             assert (np.abs(pictures[name] - pictures[other]) > 0.1).sum() > 300, (name, other)
     assert colourful(pictures["empty"]) == colourful(pictures["case"]) == 0
-    # What was chosen stays chosen in another case, and the first picture can be had again.
+    # A choice persists in another case, and the first picture can be restored.
     entry = browser.driver.find_element("id", "viewer-entry")
     assert entry.get_attribute("value") == "source_only"
     choose(browser, "case", 0)
@@ -323,7 +323,7 @@ def test_every_choice_changes_the_picture(browser, page):
 
 
 def test_areas_are_where_the_prediction_is(browser, page):
-    """Row 0 on top and column 0 at the left: glua is the reference, moved to the right."""
+    """Row 0 is on top and column 0 at the left; glua is the reference shifted to the right."""
     page()
     start(browser)
     centres = {}
@@ -366,18 +366,21 @@ def test_names_are_shown_as_text(browser, page):
     assert browser.errors() == []
 
 
-def test_a_browser_without_webgl_is_told(browser, page):
-    page("<script>HTMLCanvasElement.prototype.getContext = () => null</script>")
+@pytest.mark.parametrize(
+    ("script", "state", "message"),
+    [
+        (
+            "HTMLCanvasElement.prototype.getContext = () => null",
+            "unsupported",
+            "The volumes cannot be shown, because this browser has no WebGL 2.",
+        ),
+        ("window.DecompressionStream = undefined", "failed", "The volumes cannot be shown ("),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(browser, page, script, state, message):
+    page(f"<script>{script}</script>")
     start(browser)
-    browser.wait(STATE, "unsupported")
-    message = browser.driver.find_element("id", "viewer-message")
-    assert message.text == "The volumes cannot be shown, because this browser has no WebGL 2."
-    assert browser.errors() == []
-
-
-def test_what_cannot_be_drawn_is_told(browser, page):
-    page("<script>window.DecompressionStream = undefined</script>")
-    start(browser)
-    browser.wait(STATE, "failed")
-    message = browser.driver.find_element("id", "viewer-message")
-    assert message.text.startswith("The volumes cannot be shown (")
+    browser.wait(STATE, state)
+    assert browser.driver.find_element("id", "viewer-message").text.startswith(message)
+    if state == "unsupported":
+        assert browser.errors() == []
