@@ -228,7 +228,7 @@ _TEX = {
 
 def _tex(text: str) -> str:
     """Escape a text for LaTeX; other than ASCII and Latin letters need further packages."""
-    shown = text.translate(str.maketrans(_TEX))
+    shown = text.translate({ord(char): command for char, command in _TEX.items()})
     return "".join(c if ord(c) < 0x250 and c.isprintable() else "?" for c in shown)
 
 

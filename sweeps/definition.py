@@ -245,10 +245,12 @@ def _directions(text: Table, dataset: Any, given: Sequence[str] | None) -> tuple
 def _shared_settings(text: Table, method: Any) -> tuple[str, ...]:
     """Return the `--set` arguments common to all runs."""
     table = text.table("set")
+    if table is None:
+        return ()
     own = {spec.name for spec in fields(method.Config)}
     return tuple(
         assignment(f"method.{name}" if name in own else name, table.take(name, object))
-        for name in (table.names() if table else ())
+        for name in table.names()
     )
 
 
