@@ -57,9 +57,9 @@ class SliceCache:
         found = _read_entry(path, IMAGE_TYPE)
         if found is None:
             loaded = load_image(case.image, view.reading, view.grid)
-            description = {"placement": json.loads(loaded.placement.to_json())}
+            description = {"placement": asdict(loaded.placement)}
             found = self._write(path, loaded.voxels.astype(IMAGE_TYPE), description)
-        placement = Placement.from_json(json.dumps(found["placement"]))
+        placement = Placement.from_dict(found["placement"])
         return CachedImage(path, placement, placement.shape)
 
     def label(self, case: Case, view: GridView) -> CachedLabel:

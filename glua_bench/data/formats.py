@@ -176,7 +176,7 @@ class VolumeFile:
         affine: float64 (4, 4), from voxel indices to RAS in mm.
         spacing: voxel size in mm per stored axis, from the header's own field.
         forms: qform and sform for a NIfTI file on the same grid; the file's own if it is NIfTI.
-        placed: True if the header states the orientation of the axes.
+        oriented: True if the header states the orientation of the axes.
         dimension: number of stored axes; those beyond the third have length 1.
         slope: values are `slope` · stored + `inter`.
         inter: see `slope`.
@@ -188,7 +188,7 @@ class VolumeFile:
     affine: np.ndarray
     spacing: tuple[float, float, float]
     forms: Forms
-    placed: bool
+    oriented: bool
     dimension: int
     slope: float
     inter: float
@@ -475,11 +475,11 @@ def _open_itk(path: Path, name: str) -> VolumeFile:
             image = reader.Execute()
         return np.asarray(_Pixels(sitk.GetArrayViewFromImage(image), image)).T
 
-    placed, mm = _header_fields(path)
+    oriented, mm = _header_fields(path)
     unit = next((code for code in (1, 2, 3) if _NIFTI_MM[code] == mm), 2)
     forms = Forms.of(affine, (1, 1), unit)
     file = VolumeFile(
-        path, shape, affine, triple(spacing.tolist()), forms, placed, dimension, 1.0, 0.0, read
+        path, shape, affine, triple(spacing.tolist()), forms, oriented, dimension, 1.0, 0.0, read
     )
     return _in_mm(file, mm)
 
@@ -494,14 +494,14 @@ def _header_fields(path: Path) -> tuple[bool, float]:
     if _ITK[path.suffix.lower()] == "NrrdImageIO":
         lines = re.findall(r"(?m)^([^:#\r\n]+): *(.*?)\s*$", text)
         fields = {name.lower(): value for name, value in lines}
-        placed = bool(_ANATOMICAL.fullmatch(fields.get("space", "")))
-        placed &= "space directions" in fields
+        oriented = bool(_ANATOMICAL.fullmatch(fields.get("space", "")))
+        oriented &= "space directions" in fields
         # `space units` applies to the axes of a space, `units` to axes with `spacings`.
         units = fields.get("space units") or fields.get("units", "")
         words = re.findall(r'"([^"]*)"', units) or units.split()
     else:
         fields = dict(re.findall(r"(?m)^(\w+)[ \t]*[=:][ \t]*(.*?)\s*$", text))
-        placed = any(name in fields for name in ("TransformMatrix", "Rotation", "Orientation"))
+        oriented = any(name in fields for name in ("TransformMatrix", "Rotation", "Orientation"))
         words = [fields.get("DistanceUnits", "")]
     # Normalise the micro sign, which may be in Latin-1.
     found = {word.replace("\udcb5", "\u03bc").strip().casefold() for word in words[:3]}
@@ -511,7 +511,7 @@ def _header_fields(path: Path) -> tuple[bool, float]:
             f"{path} has the units {' and '.join(sorted(map(repr, found)))[:60]}: set one known "
             "unit for all axes, such as mm, in the header."
         )
-    return placed, sizes.pop()
+    return oriented, sizes.pop()
 
 
 class _Pixels:

@@ -175,7 +175,7 @@ def follows_other_form(
     return ""
 
 
-def doubts(file: VolumeFile, reading: Reading) -> tuple[tuple[str, str], ...]:
+def ambiguities(file: VolumeFile, reading: Reading) -> tuple[tuple[str, str], ...]:
     """Return name and text of the most severe ambiguity of a header's geometry; empty if none.
 
     Args:
@@ -189,7 +189,7 @@ def doubts(file: VolumeFile, reading: Reading) -> tuple[tuple[str, str], ...]:
         sides = nib.affines.voxel_sizes(file.affine)
         ratio = np.array(file.spacing) / sides
     second = second_form(file.forms, file.shape)
-    if not file.placed:
+    if not file.oriented:
         check = "no geometry"
         text = (
             f"has no orientation in its header and is assumed to be {axis_codes(file.affine, path)}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -61,19 +62,15 @@ class Placement:
         """Volume of a working voxel in ml."""
         return self.ml * prod(self.step)
 
-    def to_json(self) -> str:
-        """Serialise to JSON text."""
-        return json.dumps(asdict(self), sort_keys=True)
-
     @classmethod
-    def from_json(cls, text: str) -> Placement:
-        """Deserialise the text of `to_json`.
+    def from_dict(cls, table: Mapping[str, Any]) -> Placement:
+        """Build from `dataclasses.asdict`, possibly with lists instead of tuples as in JSON.
 
         Raises:
-            ValueError: the text is not a placement.
+            ValueError: the table is not a placement.
         """
         try:
-            fields = {name: tuples(value) for name, value in json.loads(text).items()}
+            fields = {name: tuples(value) for name, value in table.items()}
             forms = {name: tuples(value) for name, value in fields.pop("forms").items()}
             return cls(**fields, forms=Forms(**forms))
         except (TypeError, AttributeError, KeyError) as error:

@@ -84,11 +84,6 @@ def load_image(path: Path | VolumeFile, reading: Reading, grid: Grid) -> GridIma
 
     Raises:
         DataError: as for `open_volume`, or the volume is constant or not finite.
-
-    Example:
-        >>> image = load_image(path, Reading(), Grid(256, 1.0))  # doctest: +SKIP
-        >>> image.voxels.shape  # doctest: +SKIP
-        (177, 256, 256)
     """
     file = path if isinstance(path, VolumeFile) else open_volume(path)
     affine, spacing, axes, flips = frame(file, reading)
@@ -523,7 +518,7 @@ def foreground(file: VolumeFile, volume: np.ndarray) -> list[tuple[float, float]
     return box
 
 
-def inside(volume: np.ndarray, box: Sequence[tuple[float, float]] | np.ndarray) -> np.ndarray:
+def crop(volume: np.ndarray, box: Sequence[tuple[float, float]] | np.ndarray) -> np.ndarray:
     """Crop a volume to a box of first and last index per axis."""
     return volume[tuple(slice(int(first), int(last) + 1) for first, last in box)]
 
@@ -541,6 +536,11 @@ def _otsu(values: np.ndarray) -> float:
     return float(edges[int(between.argmax()) + 1])
 
 
+def sample_step(size: int) -> int:
+    """Return the step along each axis for a sample of at most `_SAMPLE` voxels."""
+    return max(1, int(np.ceil((size / _SAMPLE) ** (1 / 3))))
+
+
 def _intensity_range(
     file: VolumeFile,
     volume: np.ndarray,
@@ -552,9 +552,9 @@ def _intensity_range(
     minimum, maximum = extremes
     if reading.intensity_range is not None:
         return reading.intensity_range
-    body = inside(volume, box)
-    stride = max(1, int(np.ceil((body.size / _SAMPLE) ** (1 / 3))))
-    sample = intensities(file, body[::stride, ::stride, ::stride])
+    body = crop(volume, box)
+    step = sample_step(body.size)
+    sample = intensities(file, body[::step, ::step, ::step])
     sample = sample[sample > minimum]
     low, high = np.percentile(sample, reading.percentiles) if sample.size else (minimum, maximum)
     if high - low < _LEAST_RANGE:  # almost all voxels have one value

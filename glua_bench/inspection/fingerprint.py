@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -178,9 +180,7 @@ def _domain_differences(
 
 
 def _differ(here: Sequence[float], there: Sequence[float]) -> bool:
-    return any(
-        abs(a - b) > _TOLERANCE * max(abs(a), abs(b)) for a, b in zip(here, there, strict=True)
-    )
+    return not all(map(partial(isclose, rel_tol=_TOLERANCE), here, there))
 
 
 # -- files ----------------------------------------------------------------------------------------

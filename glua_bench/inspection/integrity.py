@@ -82,9 +82,9 @@ def case_findings(measured: CaseMeasurements, dataset: Dataset) -> Iterator[Find
         yield Finding("label", own, measured.label_problem, problem=True)
     if image is not None:
         yield from _empty_slices(case, image, label)
-    # Reported for the image alone if the label has the same.
-    doubts = dict([*(label.doubts if label else ()), *(image.doubts if image else ())])
-    for check, text in doubts.items():
+    ambiguities = dict(label.ambiguities) if label is not None else {}
+    ambiguities.update(image.ambiguities if image is not None else ())  # reported once, for both
+    for check, text in ambiguities.items():
         yield Finding(check, own, text)
     if image is not None and label is not None and view.reading.orientation == "canonical":
         yield from _displaced_label(case, image, label)

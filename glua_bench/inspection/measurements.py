@@ -15,9 +15,16 @@ from scipy import ndimage
 
 from glua_bench.console import Progress
 from glua_bench.data.formats import VolumeFile, open_volume, triple
-from glua_bench.data.geometry import doubts, frame, orient, rows_of, second_form, voxel_ml
+from glua_bench.data.geometry import ambiguities, frame, orient, rows_of, second_form, voxel_ml
 from glua_bench.data.parallel import parallel_map
-from glua_bench.data.volumes import extremes, foreground, inside, intensities, read_label_volume
+from glua_bench.data.volumes import (
+    crop,
+    extremes,
+    foreground,
+    intensities,
+    read_label_volume,
+    sample_step,
+)
 from glua_bench.errors import DataError
 from glua_bench.task import Case, Dataset, DomainView, Reading
 
@@ -27,8 +34,6 @@ Rows = tuple[tuple[float, ...], ...]
 LEVELS = np.linspace(0, 100, 101)
 # Margin around the bounding box of the structures, relative to its size, on each side.
 _MARGIN = 0.25
-# Maximum sample size for distributions that are not of small integers.
-_SAMPLE = 2_000_000
 # Maximum number of distinct values that are listed.
 _FEW = 16
 
@@ -59,7 +64,7 @@ class ImageMeasurements:
         spacing: mm per stored axis, after the dataset's reading.
         affine: of the header, 4 rows of 4.
         second: affine of the header's other form if it differs.
-        doubts: name and text of each ambiguity of the header.
+        ambiguities: name and text of each ambiguity of the header.
         axes: stored axis of each of (Z, Y, X).
         extremes: lowest and highest intensity.
         levels: intensities at `LEVELS`, of voxels above the minimum in the body's bounding box.
@@ -76,7 +81,7 @@ class ImageMeasurements:
     spacing: Three
     affine: Rows
     second: Rows | None
-    doubts: tuple[tuple[str, str], ...]
+    ambiguities: tuple[tuple[str, str], ...]
     axes: tuple[int, int, int]
     extremes: tuple[float, float]
     levels: tuple[float, ...]
@@ -106,7 +111,7 @@ class LabelMeasurements:
     Attributes:
         affine: see `ImageMeasurements`.
         second: see `ImageMeasurements`.
-        doubts: see `ImageMeasurements`.
+        ambiguities: see `ImageMeasurements`.
         structures: in the dataset's order; None for missing structures.
         whole: union of all structures; None if there are none.
         blank: fraction of the structures' voxels in constant slices of the image.
@@ -118,7 +123,7 @@ class LabelMeasurements:
 
     affine: Rows
     second: Rows | None
-    doubts: tuple[tuple[str, str], ...]
+    ambiguities: tuple[tuple[str, str], ...]
     structures: tuple[StructureMeasurements | None, ...]
     whole: StructureMeasurements | None
     blank: float
@@ -230,7 +235,7 @@ def read_intensities(file: VolumeFile, reading: Reading) -> Intensities:
     stored = file.voxels()
     low, _ = extremes(file, stored)
     volume = orient(stored, axes, flips)
-    body = inside(volume, foreground(file, volume))
+    body = crop(volume, foreground(file, volume))
     below = sum(int((intensities(file, plane) < 0).sum()) for plane in _slices(stored))
     return Intensities(_levels(file, body, above=low), below / stored.size)
 
@@ -259,7 +264,7 @@ def _measure_image(volume: _Volume) -> ImageMeasurements:
     values, weights, fingerprint = _distribution(file, stored)
     distinct = values[np.diff(values, prepend=np.nan) != 0]
     box = np.array(foreground(file, volume.oriented))
-    body = inside(volume.oriented, box)
+    body = crop(volume.oriented, box)
     middle = (np.array(volume.oriented.shape) - 1) / 2
     ends, gaps = zip(*map(_ends_and_gaps, volume.flat), strict=True)
     return ImageMeasurements(
@@ -267,7 +272,7 @@ def _measure_image(volume: _Volume) -> ImageMeasurements:
         spacing=volume.spacing,
         affine=rows_of(volume.affine),
         second=_second(file),
-        doubts=doubts(file, volume.reading),
+        ambiguities=ambiguities(file, volume.reading),
         axes=volume.axes,
         extremes=(low, high),
         levels=_levels(file, body, above=low),
@@ -322,7 +327,7 @@ def _measure_label(
     return LabelMeasurements(
         affine=rows_of(file.affine),
         second=_second(file),
-        doubts=doubts(file, volume.reading),
+        ambiguities=ambiguities(file, volume.reading),
         structures=tuple(structures),
         whole=whole,
         blank=blank,
@@ -372,11 +377,6 @@ def _plain(file: VolumeFile, stored: np.ndarray) -> np.ndarray:
     return intensities(file, stored).astype("<f4") + np.float32(0)  # -0 becomes 0
 
 
-def _step(size: int) -> int:
-    """Return the step along each axis for a sample of at most `_SAMPLE` voxels."""
-    return max(1, int(np.ceil((size / _SAMPLE) ** (1 / 3))))
-
-
 def _digest(shape: tuple[int, ...], slices: Iterable[np.ndarray]) -> str:
     """Compute the SHA-256 of a shape and of slices in Fortran order."""
     digest = hashlib.sha256(repr(shape).encode())
@@ -396,7 +396,7 @@ def _distribution(file: VolumeFile, stored: np.ndarray) -> tuple[np.ndarray, np.
         values, weights = _plain(file, counted[0]), counted[1]
         total = int((_mixed(values) * weights.astype(np.uint64)).sum())
     else:
-        step, kept, total = _step(stored.size), [], 0
+        step, kept, total = sample_step(stored.size), [], 0
         for z, plane in enumerate(_slices(stored)):
             numbers = _plain(file, plane)
             total += int(_mixed(numbers).sum())
@@ -442,7 +442,7 @@ def _ends_and_gaps(flat: np.ndarray) -> tuple[float, int]:
 
 def _levels(file: VolumeFile, stored: np.ndarray, above: float = -np.inf) -> tuple[float, ...]:
     """Return intensities at `LEVELS`, of voxels above a value if there are any."""
-    step = _step(stored.size)
+    step = sample_step(stored.size)
     values = _plain(file, stored[::step, ::step, ::step]).ravel()
     chosen = values[values > above]
     found = np.percentile(chosen if chosen.size else values, LEVELS, method="inverted_cdf")

@@ -286,8 +286,8 @@ def _distribution_anomalies(
 
 def _from_others(curves: np.ndarray) -> list[float]:
     """Return the median distance of each curve (images, percentiles) from the others."""
-    apart = np.abs(curves[:, None] - curves[None]).mean(2)
-    return [float(np.median(np.delete(row, index))) for index, row in enumerate(apart)]
+    distances = np.abs(curves[:, None] - curves[None]).mean(2)
+    return [float(np.median(np.delete(row, index))) for index, row in enumerate(distances)]
 
 
 def _distribution_anomaly(
@@ -364,16 +364,16 @@ def resemblance(
         return "", ""
     others = {name: one for name, one in known.items() if one is not None and name != domain}
     curve = _curve(image.levels)
-    apart = {
+    distances = {
         name: float(np.abs(curve - one.curve).mean())
         for name, one in {domain: own, **others}.items()
     }
-    anomaly, like = _distribution_anomaly(apart.pop(domain), own.spread, apart, domain)
+    anomaly, like = _distribution_anomaly(distances.pop(domain), own.spread, distances, domain)
     sign = "" if anomaly else _sign_anomaly(image.negative, own.negative, domain)
     if sign:
         negative = image.negative
         fitting = [d for d, one in others.items() if not _sign_anomaly(negative, one.negative, d)]
-        like = min(fitting, key=apart.__getitem__, default="")
+        like = min(fitting, key=distances.__getitem__, default="")
     return anomaly or sign, like
 
 

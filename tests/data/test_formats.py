@@ -609,7 +609,7 @@ def test_nrrd_is_in_mm_whatever_its_unit(tmp_path, unit):
         nrrd_in(tmp_path / "b.nrrd", f'spacings: 2 3 4\nunits: "{unit}" "{unit}" "{unit}"')
     )
     assert second.spacing == pytest.approx(np.array([2, 3, 4]) * UNITS[unit])
-    assert first.placed and not second.placed
+    assert first.oriented and not second.oriented
     assert np.array_equal(first.voxels(), VALUES)
 
 
@@ -622,7 +622,7 @@ def test_metaimage_is_in_mm_whatever_its_unit(tmp_path, unit):
     assert found.spacing == pytest.approx(np.array([2, 3, 4]) * length)
     expected = np.array([[0, 3, 0, -5], [-2, 0, 0, -6], [0, 0, 4, 7]])
     np.testing.assert_allclose(np.abs(found.affine[:3]), np.abs(expected) * length, rtol=1e-6)
-    assert found.placed
+    assert found.oriented
 
 
 @pytest.mark.parametrize(
@@ -648,7 +648,7 @@ def test_a_unit_that_is_none_is_a_sentence(tmp_path, name, content):
 
 
 @pytest.mark.parametrize(
-    ("fields", "placed"),
+    ("fields", "oriented"),
     [
         (f"space: RAS\n{DIRECTIONS}", True),
         (f"space: left-posterior-superior\n{DIRECTIONS}", True),
@@ -657,15 +657,15 @@ def test_a_unit_that_is_none_is_a_sentence(tmp_path, name, content):
         (f"space: scanner-xyz\n{DIRECTIONS}", False),
     ],
 )
-def test_nrrd_without_a_space_of_the_body_is_known(tmp_path, fields, placed):
-    assert open_volume(nrrd_in(tmp_path / "v.nrrd", fields)).placed is placed
+def test_nrrd_without_a_space_of_the_body_is_known(tmp_path, fields, oriented):
+    assert open_volume(nrrd_in(tmp_path / "v.nrrd", fields)).oriented is oriented
 
 
 def test_nifti_and_metaimage_without_directions_are_known(tmp_path):
-    assert not open_volume(_header(tmp_path / "v.nii", sform_code=0, qform_code=0)).placed
-    assert open_volume(_header(tmp_path / "w.nii", sform_code=0, qform_code=1)).placed
+    assert not open_volume(_header(tmp_path / "v.nii", sform_code=0, qform_code=0)).oriented
+    assert open_volume(_header(tmp_path / "w.nii", sform_code=0, qform_code=1)).oriented
     bare = meta_in(tmp_path / "v.mha", ("TransformMatrix = 0 -1 0 1 0 0 0 0 1\n", ""))
-    assert not open_volume(bare).placed
+    assert not open_volume(bare).oriented
 
 
 def quaternion(path: Path, length: float, sform_code: int = 0) -> Path:

@@ -302,7 +302,7 @@ def read_intensities_of(voxels: np.ndarray):  # type: ignore[no-untyped-def]
         affine=np.eye(4),
         spacing=spacing,
         forms=Forms.of(np.eye(4), (1, 1)),
-        placed=True,
+        oriented=True,
         dimension=3,
         slope=1.0,
         inter=0.0,
