@@ -82,7 +82,7 @@ def test_each_domain_is_read_by_its_own_table(both: tuple[TinyDataset, TwoTables
 
 def test_a_table_of_the_other_domain_is_refused(both: tuple[TinyDataset, TwoTables]) -> None:
     _, two = both
-    with pytest.raises(DataError, match=r"label value\(s\) 7, 11 that the dataset does not know"):
+    with pytest.raises(DataError, match=r"label value\(s\) 7, 11 unknown to the dataset"):
         SliceCache().label(two.cases("inverted")[0], two.view("plain").on(GRID))
 
 
@@ -226,7 +226,7 @@ def test_a_source_without_labels_is_refused(
         ({"plain": "train"}, "has no labelled training case of 'plain', which plain-inverted", 0),
         ({"inverted": "test"}, "has no test case of 'inverted'", 1),
         ({"inverted": "test", "plain": "test"}, "has no test case of 'inverted'", 0),
-        ({"plain": "val"}, "No labelled case of 'plain' in dataset .* is for validation", 2),
+        ({"plain": "val"}, "'plain' of dataset .* has no labelled validation case", 2),
     ],
 )
 def test_a_role_without_cases_is_found_and_refused_in_the_same_words(
@@ -247,7 +247,7 @@ def test_a_role_without_cases_is_found_and_refused_in_the_same_words(
     assert any(re.search(said, f.text) for f in found)
     assert [f.problem for f in found] == [runs_left == 0] * len(found)
     if runs_left == 0:
-        with pytest.raises(DataError, match="The splits of here cannot be used as they are"):
+        with pytest.raises(DataError, match="The splits of here cannot be used"):
             refuse_problems(findings, 8, "here")
     refused = 0
     for direction in data.directions:

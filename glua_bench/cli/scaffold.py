@@ -126,12 +126,12 @@ def new_description(
     registry = Registry("dataset")
     (reader,) = registry.readers(file.suffix)
     drafter: Any = registry.load(reader.name)
-    from glua_bench.inspection.integrity import told_by_cases
+    from glua_bench.inspection.integrity import check_cases
 
     write_text(file, drafter.draft(name, data, ask, domains, structures), "--out")
     try:
         described: Any = Registry("dataset", [file]).load(name)()
-        faults = [found.text for found in told_by_cases(described) if found.problem]
+        faults = [found.text for found in check_cases(described) if found.problem]
     except UserError:
         file.unlink()  # it would block a second attempt
         raise

@@ -1,1 +1,1 @@
-"""From files to batches."""
+"""Read volumes, cache them and serve batches."""

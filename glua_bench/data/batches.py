@@ -17,6 +17,8 @@ from glua_bench.data.stores import IMAGE_TYPE, LABEL_TYPE, ImageStore, LabelledS
 
 # Independent random streams for one seed.
 _STREAMS = {"source": 1, "target": 2}
+# Source images, source labels and target images.
+Tensors = tuple[Tensor, Tensor, Tensor | None]
 
 
 def epoch_indices(
@@ -75,11 +77,9 @@ class Batches:
         self.batch_size, self.seed, self.device = batch_size, seed, device
         self.rank, self.world = rank, world
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._ahead: tuple[tuple[int, int], Future[tuple[Tensor, Tensor, Tensor | None]]] | None = (
-            None
-        )
+        self._ahead: tuple[tuple[int, int], Future[Tensors]] | None = None
 
-    def load(self, stage: int, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def load(self, stage: int, step: int) -> Tensors:
         """Load source images, source labels and target images of a step onto the device.
 
         Returns:
@@ -91,11 +91,8 @@ class Batches:
             tensors = self._read(stage, step)
         self._ahead = ((stage, step + 1), self._pool.submit(self._read, stage, step + 1))
         images, labels, target = tensors
-        return (
-            self._move(images).float(),
-            self._move(labels),
-            None if target is None else self._move(target).float(),
-        )
+        moved = None if target is None else self._move(target).float()
+        return self._move(images).float(), self._move(labels), moved
 
     def target_slices(self, size: int = 32) -> Iterator[Tensor]:
         """Iterate over all target training images in order, (≤ size, S, H, W)."""
@@ -109,19 +106,16 @@ class Batches:
         """Stop the loading thread."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, stage: int, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _read(self, stage: int, step: int) -> Tensors:
         """Read in the stored types: less to transfer, and the device converts faster than NumPy."""
         share = slice(self.rank, None, self.world)
-        chosen = epoch_indices(self.seed, "source", stage, step, self.batch_size, len(self.source))[
-            share
-        ]
+        of_step = (stage, step, self.batch_size)
+        chosen = epoch_indices(self.seed, "source", *of_step, len(self.source))[share]
         images = torch.from_numpy(self.source.images(chosen, IMAGE_TYPE))
         labels = torch.from_numpy(self.source.labels(chosen, LABEL_TYPE))
         target = None
         if self.target is not None:
-            chosen = epoch_indices(
-                self.seed, "target", stage, step, self.batch_size, len(self.target)
-            )[share]
+            chosen = epoch_indices(self.seed, "target", *of_step, len(self.target))[share]
             target = torch.from_numpy(self.target.images(chosen, IMAGE_TYPE))
         if self.device.type == "cuda":
             images, labels = images.pin_memory(), labels.pin_memory()

@@ -1,11 +1,10 @@
-"""Preprocessed slices on disk: content-addressed, memory-mapped, shared among processes.
+"""Cache of preprocessed volumes: content-addressed, memory-mapped, shared among processes.
 
-An entry's name is the hash of everything that its content depends on, so it is never stale and
-never changes once it is there. Of the two files of an entry, the description is placed last. Two
-processes that build the same entry write the same bytes, so it does not matter who comes first.
+The name of an entry is a hash of all its inputs, so entries are never stale. An entry has two
+files, of which the description is written last; concurrent processes write identical bytes.
 
-Images and labels live in different directories under unrelated names. Nothing of an image entry,
-nor of the objects that serve it, leads to a label.
+Images and labels have separate directories and unrelated names, so that an image entry does not
+lead to its label.
 """
 
 from __future__ import annotations
@@ -30,28 +29,25 @@ from glua_bench.files import replacing, sha256, write_json, write_text
 from glua_bench.identity import code_digest
 from glua_bench.task import Case, GridView, UnlabelledCase
 
-OPTION = "GLUA_BENCH_CACHE"  # names the cache to whoever cannot write it
-
-CACHE_VERSION = 2  # of what entries look like
-
-READING = ("glua_bench.data.volumes",)  # makes voxels of files; entries of other code are others
-
-# A file changed this recently may change again without a new time stamp.
+OPTION = "GLUA_BENCH_CACHE"  # named in error messages
+CACHE_VERSION = 2  # version of the entries' format
+READING = ("glua_bench.data.volumes",)  # modules whose code is part of the keys
+# A file changed more recently may change again with the same time stamp.
 _SETTLED_NS = 2_000_000_000
 
 
 class SliceCache:
-    """Preprocessed volumes, built on first use and shared by every process with the same root.
+    """Preprocessed volumes, built on first use.
 
     Args:
-        root: directory of the entries; None takes `slices` under `cache_root()`.
+        root: directory of the entries; default: `slices` in `cache_root()`.
     """
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = root if root is not None else cache_root() / "slices"
 
     def image(self, case: UnlabelledCase, view: GridView) -> CachedImage:
-        """The image of a case on the working grid.
+        """Return the image of a case on the working grid.
 
         Raises:
             DataError: the image cannot be used.
@@ -61,20 +57,19 @@ class SliceCache:
         found = _read_entry(path, IMAGE_TYPE)
         if found is None:
             loaded = load_image(case.image, view.reading, view.grid)
-            description = {"placement": json.loads(loaded.placement.to_json())}
+            description = {"placement": asdict(loaded.placement)}
             found = self._write(path, loaded.voxels.astype(IMAGE_TYPE), description)
-        placement = Placement.from_json(json.dumps(found["placement"]))
+        placement = Placement.from_dict(found["placement"])
         return CachedImage(path, placement, placement.shape)
 
     def label(self, case: Case, view: GridView) -> CachedLabel:
-        """The label of a case on the working grid of its image.
+        """Return the label of a case on the working grid of its image.
 
         Raises:
             DataError: image or label cannot be used.
             RunFailure: the disk is full or the cache cannot be written.
         """
-        digests = file_digest(case.truth), file_digest(case.image)
-        path = self._label_path(*digests, view)
+        path = self._label_path(file_digest(case.truth), file_digest(case.image), view)
         found = _read_entry(path, LABEL_TYPE)
         if found is None:
             placement = self.image(case.unlabelled(), view).placement
@@ -86,36 +81,32 @@ class SliceCache:
     def holds(self, case: Case, view: GridView) -> bool:
         """Return True if the case's image (and label, if any) is cached.
 
-        No volume is read: a file whose digest is not remembered counts as not cached.
+        No volume is read: a file without a stored digest counts as not cached.
         """
-        image = _remembered_digest(case.image)
+        image = _stored_digest(case.image)
         if image is None or not _read_entry(self._image_path(image, view), IMAGE_TYPE):
             return False
         if case.label is None:
             return True
-        label = _remembered_digest(case.label)
-        if label is None:
-            return False
-        return _read_entry(self._label_path(label, image, view), LABEL_TYPE) is not None
+        label = _stored_digest(case.label)
+        return label is not None and bool(
+            _read_entry(self._label_path(label, image, view), LABEL_TYPE)
+        )
 
     def _image_path(self, image: str, view: GridView) -> Path:
-        """Of the entry of an image with a digest."""
-        key = _key("image", code_digest(READING), image, view.reading.identity(), asdict(view.grid))
-        return self._path("images", key)
+        return self._path("images", view, image)
 
     def _label_path(self, label: str, image: str, view: GridView) -> Path:
-        """Of the entry of a label with a digest."""
-        # The crop is found in the image, so the image's content is part of the label's key.
+        # The image determines the crop, so its content is part of the label's key.
         values = [structure.values for structure in view.structures]
-        reading, grid, code = view.reading.identity(), asdict(view.grid), code_digest(READING)
-        key = _key("label", code, label, image, reading, grid, values)
-        return self._path("labels", key)
+        return self._path("labels", view, label, image, values)
 
-    def _path(self, kind: str, key: str) -> Path:
+    def _path(self, kind: str, view: GridView, *content: object) -> Path:
+        key = _key(kind, code_digest(READING), content, view.reading.identity(), asdict(view.grid))
         return self.root / kind / key[:2] / f"{key}.npy"
 
     def _write(self, path: Path, voxels: np.ndarray, description: dict) -> dict:
-        """Put an entry in place, array first and description last."""
+        """Write an entry, array first and description last."""
         with replacing(path, OPTION) as array_file:
             np.save(array_file, voxels)
             size = array_file.stat().st_size
@@ -125,17 +116,15 @@ class SliceCache:
 
 
 def cache_root() -> Path:
-    """`$GLUA_BENCH_CACHE`, or `~/.cache/glua-bench`."""
+    """Return `$GLUA_BENCH_CACHE`, or `~/.cache/glua-bench`."""
     return Path(os.environ.get("GLUA_BENCH_CACHE") or "~/.cache/glua-bench").expanduser()
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a volume's content, as hex.
+    """Return the SHA-256 of a volume's file, or of the digests of its files if there are several.
 
-    Where a header keeps its voxels in other files, it is the digest of all their digests. Those of
-    single files are remembered in the cache by path, size, times and inode, one small file each, so
-    that a run over gigabytes does not read them again. A file that changed within the last two
-    seconds is not remembered: it could change again under the same time stamp.
+    Digests are stored in the cache by path, size, times and inode, unless the file changed within
+    the last two seconds and could change again with the same time stamp.
 
     Raises:
         DataError: a file cannot be read.
@@ -144,12 +133,7 @@ def file_digest(path: Path) -> str:
 
 
 def fingerprint(cases: Iterable[Case | UnlabelledCase]) -> str:
-    """What a set of cases consists of: ids and file contents, in any order.
-
-    A `Case` counts with image and label where it has one, an `UnlabelledCase` with its image alone.
-
-    Returns:
-        SHA-256 as hex.
+    """Return the SHA-256 of a set of cases: ids, images and (of a `Case`) labels, in any order.
 
     Raises:
         DataError: a file cannot be read.
@@ -164,24 +148,23 @@ def fingerprint(cases: Iterable[Case | UnlabelledCase]) -> str:
 
 
 def _joined(digests: Sequence[str]) -> str:
-    """One digest of the files of a volume."""
+    """Combine the digests of a volume's files."""
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _remembered_digest(path: Path) -> str | None:
-    """As `file_digest`, but None where a file would have to be read or cannot be."""
+def _stored_digest(path: Path) -> str | None:
+    """Return the digest of a volume, None if it is not stored."""
     try:
         digests = [_recall(file)[0] for file in files_of(path)]
     except DataError:
         return None
-    known = [digest for digest in digests if digest]
-    return _joined(known) if len(known) == len(digests) else None
+    return _joined(digests) if all(digests) else None
 
 
 def _recall(path: Path) -> tuple[str, Path, bool]:
-    """The remembered digest of a file or "", where it is kept, and whether it may be."""
+    """Return the stored digest of a file or "", the path to store it, and whether to store it."""
     path = path.resolve()
     try:
         status = path.stat()
@@ -190,18 +173,18 @@ def _recall(path: Path) -> tuple[str, Path, bool]:
             f"{path} cannot be read ({error.strerror}): check the data directory (--data-root)."
         ) from error
     identity = (str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-    memory = cache_root() / "digests" / _key(*identity)
+    store = cache_root() / "digests" / _key(*identity)
     settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED_NS
     with suppress(OSError, UnicodeDecodeError):
-        remembered = memory.read_text()
-        if len(remembered) == 64:
-            return remembered, memory, settled
-    return "", memory, settled
+        digest = store.read_text()
+        if len(digest) == 64:
+            return digest, store, settled
+    return "", store, settled
 
 
 def _one_digest(path: Path) -> str:
-    """SHA-256 of one file, from memory where it has not changed."""
-    digest, memory, settled = _recall(path)
+    """Return the SHA-256 of one file, stored or computed."""
+    digest, store, settled = _recall(path)
     if digest:
         return digest
     try:
@@ -211,19 +194,19 @@ def _one_digest(path: Path) -> str:
             f"{path} cannot be read ({error.strerror}): check the file and its permissions."
         ) from error
     if settled:
-        with suppress(RunFailure):  # forgetting costs time only
-            write_text(memory, digest)
+        with suppress(RunFailure):  # the digest is computed again next time
+            write_text(store, digest)
     return digest
 
 
 def _key(*parts: object) -> str:
-    """SHA-256 of a few JSON-able values and the cache's version."""
+    """Return the SHA-256 of JSON values and the cache's version."""
     text = json.dumps([CACHE_VERSION, *parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read_entry(path: Path, dtype: np.dtype) -> dict | None:
-    """The description of an entry; None where it is absent, unfinished or damaged."""
+    """Return the description of an entry; None if it is missing, incomplete or damaged."""
     try:
         description = json.loads(path.with_suffix(".json").read_text())
         shape = tuple(description["shape"])

@@ -136,7 +136,7 @@ def series_of(files: Sequence[Path]) -> list[tuple[str, list[Path]]]:
     """
     found: dict[str, tuple[str, list[Path]]] = {}
     for file in files:
-        header = _header(file, _bytes(file), pixels=False)
+        header = _header(file, pixels=False)
         title = str(_value(header, file, "SeriesDescription") or "")
         key = str(_value(header, file, "SeriesInstanceUID") or "")
         found.setdefault(key, (title, []))[1].append(file)
@@ -200,7 +200,7 @@ def _step(slices: Sequence[_Slice], normal: np.ndarray) -> float:
 
 def _read(file: Path) -> _Slice:
     """Read a slice and its position."""
-    header = _header(file, _bytes(file))
+    header = _header(file)
     if (
         _value(header, file, "PhotometricInterpretation") != "MONOCHROME2"
         or _value(header, file, "SamplesPerPixel") != 1
@@ -237,17 +237,14 @@ def _read(file: Path) -> _Slice:
     )
 
 
-def _bytes(file: Path) -> bytes:
+def _header(file: Path, pixels: bool = True) -> pydicom.FileDataset:
+    """Parse a file; pixels are left encoded, or skipped."""
     try:
-        return file.read_bytes()
+        content = file.read_bytes()
     except OSError as error:
         raise DataError(
             f"{file} cannot be read ({error.strerror}): check the file and its permissions."
         ) from error
-
-
-def _header(file: Path, content: bytes, pixels: bool = True) -> pydicom.FileDataset:
-    """Parse a file; pixels are left encoded, or skipped."""
     try:
         with _quiet():
             return pydicom.dcmread(io.BytesIO(content), stop_before_pixels=not pixels)

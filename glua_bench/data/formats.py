@@ -12,13 +12,13 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import hypot, prod
 from pathlib import Path
 from threading import Lock
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import nibabel as nib
 import numpy as np
@@ -32,6 +32,7 @@ from nibabel.volumeutils import apply_read_scaling
 from glua_bench.errors import DataError, first_line
 from glua_bench.paths import broken
 
+Number = TypeVar("Number")
 NIFTI = (".nii.gz", ".nii")
 # Suffix → ITK reader, so that ITK does not guess.
 _ITK = {
@@ -175,7 +176,7 @@ class VolumeFile:
         affine: float64 (4, 4), from voxel indices to RAS in mm.
         spacing: voxel size in mm per stored axis, from the header's own field.
         forms: qform and sform for a NIfTI file on the same grid; the file's own if it is NIfTI.
-        placed: True if the header states the orientation of the axes.
+        oriented: True if the header states the orientation of the axes.
         dimension: number of stored axes; those beyond the third have length 1.
         slope: values are `slope` · stored + `inter`.
         inter: see `slope`.
@@ -187,7 +188,7 @@ class VolumeFile:
     affine: np.ndarray
     spacing: tuple[float, float, float]
     forms: Forms
-    placed: bool
+    oriented: bool
     dimension: int
     slope: float
     inter: float
@@ -246,13 +247,13 @@ def open_volume(path: Path) -> VolumeFile:
 
 
 def _in_mm(file: VolumeFile, mm: float) -> VolumeFile:
-    """Convert lengths to mm from a unit of `mm` millimetres."""
+    """Convert lengths from a unit of `mm` millimetres."""
     if mm == 1:
         return file
     # Rounded to the precision of NIfTI, so that all units give the same position.
     affine = file.affine.copy()
     affine[:3] = (affine[:3] * mm).astype(np.float32)
-    spacing = _triple((np.array(file.spacing) * mm).astype(np.float32))
+    spacing = triple(_floats((np.array(file.spacing) * mm).astype(np.float32)))
     forms = file.forms
     if _NIFTI_MM[forms.unit] != mm:  # NIfTI has no code for the unit
         forms = Forms.of(affine, forms.codes)
@@ -272,7 +273,7 @@ def files_of(path: Path) -> tuple[Path, ...]:
         return (path, other) if other.exists() else (path,)
     if suffix not in _ITK:
         return (path,)
-    text = _text(path)
+    text, _ = _text_header(path)
     if _ITK[suffix] == "NrrdImageIO":
         names = _nrrd_files(text)
     else:
@@ -381,7 +382,7 @@ def _open_nifti(path: Path) -> VolumeFile:
         path,
         _three(image.shape, path),
         np.asarray(image.affine, float),
-        _triple(header.get_zooms()),
+        triple(_floats(header.get_zooms()[:3])),
         forms,
         any(forms.codes),
         len(image.shape),
@@ -474,11 +475,11 @@ def _open_itk(path: Path, name: str) -> VolumeFile:
             image = reader.Execute()
         return np.asarray(_Pixels(sitk.GetArrayViewFromImage(image), image)).T
 
-    placed, mm = _header_fields(path)
+    oriented, mm = _header_fields(path)
     unit = next((code for code in (1, 2, 3) if _NIFTI_MM[code] == mm), 2)
     forms = Forms.of(affine, (1, 1), unit)
     file = VolumeFile(
-        path, shape, affine, _triple(spacing), forms, placed, dimension, 1.0, 0.0, read
+        path, shape, affine, triple(spacing.tolist()), forms, oriented, dimension, 1.0, 0.0, read
     )
     return _in_mm(file, mm)
 
@@ -489,20 +490,18 @@ def _header_fields(path: Path) -> tuple[bool, float]:
     Raises:
         DataError: the unit is unknown, or differs between axes.
     """
-    text = _text(path)
+    text, _ = _text_header(path)
     if _ITK[path.suffix.lower()] == "NrrdImageIO":
-        head = _nrrd_head(text)
-        lines = re.findall(r"(?m)^([^:#\r\n]+): *(.*?)\s*$", head)
+        lines = re.findall(r"(?m)^([^:#\r\n]+): *(.*?)\s*$", text)
         fields = {name.lower(): value for name, value in lines}
-        placed = bool(_ANATOMICAL.fullmatch(fields.get("space", "")))
-        placed &= "space directions" in fields
+        oriented = bool(_ANATOMICAL.fullmatch(fields.get("space", "")))
+        oriented &= "space directions" in fields
         # `space units` applies to the axes of a space, `units` to axes with `spacings`.
         units = fields.get("space units") or fields.get("units", "")
         words = re.findall(r'"([^"]*)"', units) or units.split()
     else:
-        head = text.split("ElementDataFile", 1)[0]
-        fields = dict(re.findall(r"(?m)^(\w+)[ \t]*[=:][ \t]*(.*?)\s*$", head))
-        placed = any(name in fields for name in ("TransformMatrix", "Rotation", "Orientation"))
+        fields = dict(re.findall(r"(?m)^(\w+)[ \t]*[=:][ \t]*(.*?)\s*$", text))
+        oriented = any(name in fields for name in ("TransformMatrix", "Rotation", "Orientation"))
         words = [fields.get("DistanceUnits", "")]
     # Normalise the micro sign, which may be in Latin-1.
     found = {word.replace("\udcb5", "\u03bc").strip().casefold() for word in words[:3]}
@@ -512,7 +511,7 @@ def _header_fields(path: Path) -> tuple[bool, float]:
             f"{path} has the units {' and '.join(sorted(map(repr, found)))[:60]}: set one known "
             "unit for all axes, such as mm, in the header."
         )
-    return placed, sizes.pop()
+    return oriented, sizes.pop()
 
 
 class _Pixels:
@@ -547,29 +546,28 @@ def _itk() -> Iterator[None]:
             os.close(nowhere)
 
 
-def _text(path: Path) -> str:
-    """Read the beginning of a file with a text header.
+def _text_header(path: Path) -> tuple[str, int]:
+    """Read a NRRD or MetaImage header; return it and the offset of attached voxels.
 
     Raises:
         DataError: the file cannot be read.
     """
     try:
         with path.open("rb") as stream:
-            return os.fsdecode(stream.read(_HEADER_BYTES))
+            content = stream.read(_HEADER_BYTES)
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}): check the data directory (--data-root)."
         ) from error
-
-
-def _nrrd_head(text: str) -> str:
-    """Return the header of a NRRD file without the data."""
-    return re.split(r"\r?\n\r?\n", text, maxsplit=1)[0]
+    nrrd = _ITK[path.suffix.lower()] == "NrrdImageIO"
+    end = re.search(rb"\r?\n\r?\n" if nrrd else rb"(?m)^ElementDataFile[ \t]*[=:].*\n?", content)
+    size = end.end() if end else len(content)
+    return os.fsdecode(content[:size]), size
 
 
 def _nrrd_files(text: str) -> list[str]:
     """List the data files of a NRRD header, relative to it; empty if the header is attached."""
-    lines = re.split(r"\r?\n", _nrrd_head(text))
+    lines = re.split(r"\r?\n", text)
     for number, line in enumerate(lines):
         match = re.match(r"data ?file:\s*(\S.*?)\s*$", line, re.IGNORECASE)
         if match and match[1].split()[0] == "LIST":
@@ -608,19 +606,15 @@ def _meta_files(text: str, path: Path) -> list[str]:
 
 def _deflated(path: Path) -> list[tuple[Path, int]]:
     """List the files of a volume with compressed voxels, with the offset of the data."""
-    with path.open("rb") as stream:
-        header = stream.read(_HEADER_BYTES)
-    beside = files_of(path)[1:]
-    if _ITK[path.suffix.lower()] == "NrrdImageIO":
-        head = re.split(rb"\r?\n\r?\n", header, maxsplit=1)[0]
-        if not re.search(rb"^encoding:\s*gz(?:ip)?\s*$", head, re.MULTILINE | re.IGNORECASE):
-            return []
-        end = re.search(rb"\r?\n\r?\n", header)
-    else:
-        if not re.search(rb"^CompressedData[ \t]*[=:][ \t]*[Tt1]", header, re.MULTILINE):
-            return []
-        end = re.search(rb"^ElementDataFile.*\n", header, re.MULTILINE)
-    return [(file, 0) for file in beside] or [(path, end.end() if end else len(header))]
+    text, start = _text_header(path)
+    packed = (
+        r"(?im)^encoding:\s*gz(?:ip)?\s*$"
+        if _ITK[path.suffix.lower()] == "NrrdImageIO"
+        else r"(?m)^CompressedData[ \t]*[=:][ \t]*[Tt1]"
+    )
+    if not re.search(packed, text):
+        return []
+    return [(file, 0) for file in files_of(path)[1:]] or [(path, start)]
 
 
 def _check_deflated(path: Path, start: int) -> None:
@@ -659,6 +653,7 @@ def _floats(values: Any) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
-def _triple(values: Any) -> tuple[float, float, float]:
-    first, second, third = (float(value) for value in values[:3])
+def triple(values: Iterable[Number]) -> tuple[Number, Number, Number]:
+    """Return three values as a tuple of known length."""
+    first, second, third = values
     return first, second, third

@@ -1,4 +1,4 @@
-"""All volumes of a dataset into the cache: parallel, resumable, and not stopped by a bad file."""
+"""Preprocess all volumes of a dataset into the cache, in parallel and resumable."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from glua_bench.task import Case, Dataset, Grid, GridView
 
 @dataclass(frozen=True)
 class _Job:
-    """One case, and how it is read."""
-
     case: Case
     view: GridView
     root: Path  # of the cache
@@ -24,19 +22,16 @@ class _Job:
 def prepare_cases(
     dataset: Dataset, grid: Grid, progress: Progress, jobs: int | None = None
 ) -> list[str]:
-    """Bring every case of a dataset into the cache.
-
-    Cases that are there are passed over at once. Entries appear whole, so that a call that ended
-    early, however it did, leaves what it finished, and the next one goes on from there.
+    """Preprocess every case of a dataset into the cache; cached cases are skipped.
 
     Args:
-        dataset: a prepared one.
+        dataset: a prepared dataset.
         grid: the working grid.
-        progress: what the user sees.
-        jobs: processes, each of which holds one volume at a time; None takes all cores.
+        progress: progress display.
+        jobs: number of processes, each with one volume in memory; default: all cores.
 
     Returns:
-        A sentence for each case that cannot be used, in the order of the cases.
+        One sentence per unusable case, without duplicates, in the order of the cases.
 
     Raises:
         DataError: the dataset's directory cannot be used at all.
@@ -49,21 +44,21 @@ def prepare_cases(
         view = dataset.view(case.domain).on(grid)
         if not cache.holds(case, view):
             waiting.append(_Job(case, view, cache.root))
-    there = len(cases) - len(waiting)
-    progress.stage("preprocess", len(cases), there)
-    progress.update(there)
+    cached = len(cases) - len(waiting)
+    progress.stage("preprocess", len(cases), cached)
+    progress.update(cached)
     problems: dict[int, str] = {}
     results = parallel_map(_prepare, waiting, jobs or cores())
-    for done, (place, problem) in enumerate(results, start=1):
+    for done, (place, problem) in enumerate(results, start=cached + 1):
         if problem:
             problems[place] = problem
-        progress.update(there + done)
-    # What several cases share is the same sentence to all of them.
+        progress.update(done)
+    # Cases with a common file have the same problem.
     return list(dict.fromkeys(problems[place] for place in sorted(problems)))
 
 
 def _prepare(job: _Job) -> str:
-    """What is wrong with a case, and nothing where it is in the cache now."""
+    """Preprocess a case; return its problem, or ""."""
     cache = SliceCache(job.root)
     try:
         cache.image(job.case.unlabelled(), job.view)

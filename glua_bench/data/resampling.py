@@ -1,15 +1,16 @@
-"""Resample between the grid of a file and the working grid, and back."""
+"""Resample between the grid of a file and the working grid."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 from scipy import sparse
 
-from glua_bench.data.formats import Forms
+from glua_bench.data.formats import Forms, triple
 from glua_bench.data.geometry import tuples
 
 _EPSILON = 1e-6
@@ -17,28 +18,26 @@ _EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the working grid lies in a file's own voxel grid.
+    """Position of the working grid relative to a file's voxel grid.
 
-    Working axis i (0 = Z, 1 = H, 2 = W) runs along file axis `axes[i]`, reversed where
-    `flips[i]`. Along it, working voxel j has its centre at oriented voxel index
-    `offset[i] + step[i] * j`.
+    Working axis i (0 = Z, 1 = H, 2 = W) is file axis `axes[i]`, reversed if `flips[i]`. The centre
+    of working voxel j is at oriented voxel index `offset[i] + step[i] * j`.
 
-    Args:
-        file_shape: voxels per axis of the stored array.
+    Attributes:
+        file_shape: voxels per stored axis.
         affine: voxel-to-world matrix of the file, 4 rows of 4.
-        forms: what the file's header says, to be written into what belongs to it.
-        spacing: mm per axis of the *file's stored array*, for metrics on the original grid; a
-            spacing that the dataset states has replaced the header's.
-        ml: millilitres of a voxel of the file.
+        forms: geometry of the file's header, copied to predictions.
+        spacing: mm per stored axis; a spacing stated by the dataset replaces the header's.
+        ml: volume of a voxel of the file in ml.
         axes: file axis of each working axis.
-        flips: whether each working axis runs against its file axis.
+        flips: True for reversed working axes.
         offset: oriented index of the first working voxel, per working axis.
         step: oriented voxels per working voxel, per working axis.
         shape: (Z, H, W) of the working grid.
     """
 
     file_shape: tuple[int, int, int]
-    affine: tuple[tuple[float, float, float, float], ...]
+    affine: tuple[tuple[float, ...], ...]
     forms: Forms
     spacing: tuple[float, float, float]
     ml: float
@@ -51,37 +50,29 @@ class Placement:
     @property
     def oriented_shape(self) -> tuple[int, int, int]:
         """(Z, Y, X) of the whole file after orientation."""
-        a, b, c = (self.file_shape[axis] for axis in self.axes)
-        return a, b, c
+        return triple(self.file_shape[axis] for axis in self.axes)
 
     @property
     def grid_spacing(self) -> tuple[float, float, float]:
         """mm per working voxel along (Z, H, W)."""
-        a, b, c = (
-            self.spacing[axis] * step for axis, step in zip(self.axes, self.step, strict=True)
-        )
-        return a, b, c
+        return triple(self.spacing[a] * step for a, step in zip(self.axes, self.step, strict=True))
 
     @property
     def grid_ml(self) -> float:
-        """Millilitres of a working voxel."""
+        """Volume of a working voxel in ml."""
         return self.ml * prod(self.step)
 
-    def to_json(self) -> str:
-        """The placement as JSON text; `from_json` gives back an equal object."""
-        return json.dumps(asdict(self), sort_keys=True)
-
     @classmethod
-    def from_json(cls, text: str) -> Placement:
-        """The placement that `to_json` wrote.
+    def from_dict(cls, table: Mapping[str, Any]) -> Placement:
+        """Build from `dataclasses.asdict`, possibly with lists instead of tuples as in JSON.
 
         Raises:
-            ValueError: the text is not a placement.
+            ValueError: the table is not a placement.
         """
         try:
-            fields = {name: tuples(value) for name, value in json.loads(text).items()}
-            forms = {name: tuples(value) for name, value in fields["forms"].items()}
-            return cls(**{**fields, "forms": Forms(**forms)})
+            fields = {name: tuples(value) for name, value in table.items()}
+            forms = {name: tuples(value) for name, value in fields.pop("forms").items()}
+            return cls(**fields, forms=Forms(**forms))
         except (TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"Not a placement: {error}.") from error
 
@@ -90,10 +81,10 @@ class Placement:
 class Map:
     """Linear interpolation along one axis.
 
-    Args:
+    Attributes:
         matrix: (out, in) weights; each row sums to 1.
-        inside: which outputs have their centre within the input's voxels; the others are clamped.
-        same: the matrix is the identity.
+        inside: (out,), True for outputs centred within the input's voxels; others are clamped.
+        same: True if the matrix is the identity.
     """
 
     matrix: sparse.csr_array
@@ -101,22 +92,24 @@ class Map:
     same: bool
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and weights of one output."""
+        """Return inputs and weights of one output."""
         start, stop = self.matrix.indptr[index : index + 2]
         return self.matrix.indices[start:stop], self.matrix.data[start:stop]
 
     def window(self) -> slice:
-        """The outputs that are inside; they follow each other."""
+        """Return the range of outputs that are inside."""
         found = np.flatnonzero(self.inside)
         return slice(int(found[0]), int(found[-1]) + 1) if found.size else slice(0)
 
     def reached(self, marked: np.ndarray) -> tuple[slice, slice, Map] | None:
-        """What the marked inputs, a boolean each, contribute to.
+        """Restrict the map to the extent of the marked inputs.
+
+        Args:
+            marked: (in,), boolean.
 
         Returns:
-            The outputs inside that have one of them (or one between them) among their inputs; all
-            inputs of these outputs; and the map from the ones to the others. None where there is
-            no such output.
+            The range of outputs inside that depend on it, the range of their inputs, and the map
+            between the two; None if there is no such output.
         """
         first = self.matrix.indices[self.matrix.indptr[:-1]]
         last = self.matrix.indices[self.matrix.indptr[1:] - 1]
@@ -131,14 +124,13 @@ class Map:
 
 
 def _map(count: int, positions: np.ndarray, scale: float) -> Map:
-    """Weights that read `count` samples at `positions`, which lie `scale` samples apart.
+    """Interpolate `count` samples at `positions`, spaced by `scale` samples.
 
-    The triangle widens with the scale, so that a coarser grid averages what it covers instead of
-    skipping it.
+    The triangular kernel widens with the scale, so that a coarser grid averages samples.
     """
     inside = (positions >= -0.5 - _EPSILON) & (positions <= count - 0.5 + _EPSILON)
     clamped = np.clip(positions, 0, count - 1)
-    # Positions a rounding error away from a sample take that sample alone.
+    # Correct rounding errors of positions at a sample.
     whole = np.rint(clamped)
     clamped = np.where(np.abs(clamped - whole) < _EPSILON, whole, clamped)
     width = max(1.0, scale)
@@ -147,19 +139,16 @@ def _map(count: int, positions: np.ndarray, scale: float) -> Map:
     weights[(taps < 0) | (taps >= count)] = 0
     weights /= weights.sum(1, keepdims=True)
     rows, columns = np.nonzero(weights)
+    indices = rows, taps[rows, columns].astype(np.int64)
     matrix = sparse.csr_array(
-        (
-            weights[rows, columns].astype(np.float32),
-            (rows, taps[rows, columns].astype(np.int64)),
-        ),
-        shape=(len(positions), count),
+        (weights[rows, columns].astype(np.float32), indices), shape=(len(positions), count)
     )
     same = len(positions) == count and scale == 1 and bool((clamped == np.arange(count)).all())
     return Map(matrix, inside, same)
 
 
 def maps_to_grid(placement: Placement) -> list[Map]:
-    """Oriented file voxels → working voxels, per axis."""
+    """Return the maps from oriented file voxels to working voxels, per axis."""
     maps = []
     for axis in range(3):
         step = placement.step[axis]
@@ -169,7 +158,7 @@ def maps_to_grid(placement: Placement) -> list[Map]:
 
 
 def maps_to_file(placement: Placement) -> list[Map]:
-    """Working voxels → oriented file voxels, per axis."""
+    """Return the maps from working voxels to oriented file voxels, per axis."""
     maps = []
     for axis in range(3):
         step = placement.step[axis]
@@ -177,19 +166,18 @@ def maps_to_file(placement: Placement) -> list[Map]:
         positions = (indices - placement.offset[axis]) / step
         made = _map(placement.shape[axis], positions, 1 / step)
         if axis == 0:
-            # A coarser stack of slices ends up to half a step early; its last slice stands for
-            # the rest, so that no slice of the file stays without a prediction.
+            # A coarser stack ends up to half a step early; its last slice is used for the rest.
             made = Map(made.matrix, np.ones_like(made.inside), made.same)
         maps.append(made)
     return maps
 
 
 def apply(rows: Map, columns: Map, planes: np.ndarray) -> np.ndarray:
-    """Resample (C, H, W) planes in both directions of the plane."""
+    """Resample (C, H, W) planes along both in-plane axes."""
     if rows.same and columns.same:
         return planes
     channels, height, width = planes.shape
-    # One product an axis: the axis to resample first, everything else flattened behind it.
+    # One matrix product per axis, with the resampled axis first and the others flattened.
     flat = np.ascontiguousarray(planes.transpose(1, 0, 2)).reshape(height, channels * width)
     flat = (rows.matrix @ flat).reshape(-1, channels, width)
     flat = np.ascontiguousarray(flat.transpose(2, 1, 0)).reshape(width, -1)

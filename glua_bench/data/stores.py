@@ -1,4 +1,4 @@
-"""Prepared slices of several volumes, opened for training."""
+"""Access to the cached slices of several volumes for training."""
 
 from __future__ import annotations
 
@@ -14,16 +14,13 @@ from glua_bench.data.neighbours import ALONE, Neighbourhood
 from glua_bench.data.resampling import Placement
 from glua_bench.errors import DataError
 
-# Half precision: its error of at most 2.4e-4 in [-1, 1] is under half a unit of a 12-bit image,
-# and it halves the disk and the page cache that volumes occupy.
+# Half precision halves disk and memory; its error in [-1, 1], at most 2.4e-4, is less than half a
+# grey level of a 12-bit image.
 IMAGE_TYPE = np.dtype(np.float16)
-
 LABEL_TYPE = np.dtype(np.uint8)
-
-# Stores up to this size are held in memory as one array.
+# Smaller stores are held in memory as one array.
 IN_MEMORY = 256 * 2**20
-
-# More maps than this are never open at once, so that memory does not grow with the data set.
+# Maximum number of open memory maps.
 OPEN_MAPS = 16
 
 
@@ -31,9 +28,9 @@ OPEN_MAPS = 16
 class CachedImage:
     """A preprocessed image volume on disk.
 
-    Args:
+    Attributes:
         path: the .npy file.
-        placement: the way back to the original file's voxels.
+        placement: maps the grid to the original file's voxels.
         shape: (Z, H, W).
     """
 
@@ -42,7 +39,7 @@ class CachedImage:
     shape: tuple[int, int, int]
 
     def open(self) -> np.memmap:
-        """Read-only float16 (Z, H, W) in [-1, 1]."""
+        """Map the volume, read-only float16 (Z, H, W) in [-1, 1]."""
         return map_file(self.path, self.shape, IMAGE_TYPE)
 
 
@@ -50,7 +47,7 @@ class CachedImage:
 class CachedLabel:
     """A preprocessed label volume on disk, on the grid of its image.
 
-    Args:
+    Attributes:
         path: the .npy file.
         shape: (Z, H, W).
     """
@@ -59,23 +56,23 @@ class CachedLabel:
     shape: tuple[int, int, int]
 
     def open(self) -> np.memmap:
-        """Read-only uint8 (Z, H, W), class indices."""
+        """Map the volume, read-only uint8 (Z, H, W), class indices."""
         return map_file(self.path, self.shape, LABEL_TYPE)
 
 
 class ImageStore:
-    """The slices of many cached images, numbered from 0 through all of them.
+    """Slices of several cached images, numbered consecutively.
 
-    It knows images and nothing else: target-side training sees an `ImageStore`. Every slice is
-    stored once, and its neighbours are gathered when it is read.
+    It has no labels, so it is used for the target domain. Neighbouring slices are gathered on
+    reading.
 
     Args:
-        images: volumes whose slices have one size.
-        in_memory: hold everything as one array; None decides by size (256 MiB).
-        neighbourhood: which slices of its volume are served with each slice; by default none.
+        images: volumes with slices of the same size.
+        in_memory: load everything as one array; default: if it is smaller than 256 MiB.
+        neighbourhood: neighbours returned with each slice; default: none.
 
     Raises:
-        ValueError: no volumes, or slices of different size.
+        ValueError: no volumes, or slices of different sizes.
 
     Example:
         >>> store = ImageStore([cache.image(case, view) for case in cases])
@@ -92,18 +89,17 @@ class ImageStore:
     ) -> None:
         self._images = _Slices(images, IMAGE_TYPE, in_memory)
         starts = np.cumsum([0, *(image.shape[0] for image in images)])
-        self._stacks = np.concatenate(  # int64 (len, S), numbers of each stack's slices
+        self._stacks = np.concatenate(  # int64 (len, S), slice numbers of each stack
             [
                 start + neighbourhood.numbers(image.shape[0], image.placement.grid_spacing[0])
                 for start, image in zip(starts, images, strict=False)
             ]
         )
-        # Both as the caller needs them to go from a slice back to its case.
-        self.volumes: np.ndarray = self._images.volumes  # int64 (len,), index of the volume
+        self.volumes: np.ndarray = self._images.volumes  # int64 (len,), volume of each slice
         self.positions: np.ndarray = self._images.positions  # int64 (len,), z in the volume
 
     def __len__(self) -> int:
-        """Number of slices."""
+        """Return the number of slices."""
         return len(self.volumes)
 
     @property
@@ -114,15 +110,14 @@ class ImageStore:
     def images(
         self, indices: Sequence[int] | np.ndarray, dtype: type | np.dtype = np.float32
     ) -> np.ndarray:
-        """Slices by number, each in the middle of its neighbours.
+        """Read slices by number, each as the centre of its stack.
 
         Args:
-            indices: N numbers from 0 to len - 1, in any order, repeats allowed.
-            dtype: of the result; `IMAGE_TYPE` spares the conversion.
+            indices: N slice numbers, in any order, possibly repeated.
+            dtype: of the result; `IMAGE_TYPE` avoids a conversion.
 
         Returns:
-            (N, S, H, W) in [-1, 1], in the order of `indices`; S slices of one volume, in its
-            order.
+            (N, S, H, W) in [-1, 1], with S slices of a volume per stack.
 
         Raises:
             IndexError: a number is out of range.
@@ -136,13 +131,13 @@ class LabelledStore(ImageStore):
     """Slices with their labels.
 
     Args:
-        images: volumes whose slices have one size.
+        images: see `ImageStore`.
         labels: the label of each volume, in the same order.
-        in_memory: hold everything in memory; None decides by size (256 MiB).
-        neighbourhood: of images; labels are those of the middle slices alone.
+        in_memory: see `ImageStore`.
+        neighbourhood: of images; labels are those of the middle slices.
 
     Raises:
-        ValueError: numbers or shapes of images and labels differ.
+        ValueError: as for `ImageStore`, or numbers or shapes of images and labels differ.
     """
 
     def __init__(
@@ -153,21 +148,21 @@ class LabelledStore(ImageStore):
         neighbourhood: Neighbourhood = ALONE,
     ) -> None:
         if [image.shape for image in images] != [label.shape for label in labels]:
-            raise ValueError("Images and labels of a store have different numbers or shapes.")
+            raise ValueError("Images and labels of a store differ in number or shape.")
         super().__init__(images, in_memory, neighbourhood)
         self._labels = _Slices(labels, LABEL_TYPE, in_memory)
 
     def labels(
         self, indices: Sequence[int] | np.ndarray, dtype: type | np.dtype = np.int64
     ) -> np.ndarray:
-        """Labels of slices by number.
+        """Read labels by slice number.
 
         Args:
-            indices: as for `images`.
-            dtype: of the result; `LABEL_TYPE` spares the conversion.
+            indices: N slice numbers, as for `images`.
+            dtype: of the result; `LABEL_TYPE` avoids a conversion.
 
         Returns:
-            (N, H, W), class indices, in the order of `indices`.
+            (N, H, W), class indices.
 
         Raises:
             IndexError: a number is out of range.
@@ -176,13 +171,10 @@ class LabelledStore(ImageStore):
 
 
 class _Slices:
-    """The slices of many memory-mapped volumes under one numbering."""
+    """Slices of memory-mapped volumes, numbered consecutively."""
 
     def __init__(
-        self,
-        entries: Sequence[CachedImage | CachedLabel],
-        dtype: np.dtype,
-        in_memory: bool | None,
+        self, entries: Sequence[CachedImage | CachedLabel], dtype: np.dtype, in_memory: bool | None
     ) -> None:
         if not entries:
             raise ValueError("A store needs at least one volume.")
@@ -202,32 +194,32 @@ class _Slices:
         if in_memory if in_memory is not None else total < IN_MEMORY:
             self._all = np.empty((len(self.volumes), *self.size), dtype)
             start = 0
-            for entry in entries:  # one map at a time, so that memory holds each volume once
+            for entry in entries:  # one at a time, to limit memory
                 self._all[start : start + entry.shape[0]] = entry.open()
                 start += entry.shape[0]
 
     def checked(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Slice numbers as int64 (N,), all of them in range."""
-        wanted = np.asarray(indices, np.int64).reshape(-1)
-        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self.volumes)):
-            raise IndexError(f"Slice numbers lie between 0 and {len(self.volumes) - 1}.")
-        return wanted
+        """Return slice numbers as int64 (N,); raise IndexError if one is out of range."""
+        numbers = np.asarray(indices, np.int64).reshape(-1)
+        if numbers.size and (numbers.min() < 0 or numbers.max() >= len(self.volumes)):
+            raise IndexError(f"Slice numbers must be between 0 and {len(self.volumes) - 1}.")
+        return numbers
 
     def take(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """(N, H, W) as they are stored, a copy."""
-        wanted = self.checked(indices)
+        """Read a copy of slices, (N, H, W) in the stored type."""
+        numbers = self.checked(indices)
         if self._all is not None:
-            return self._all[wanted]
-        out = np.empty((len(wanted), *self.size), self._dtype)
-        # Sorted, each volume is opened once for a batch and read front to back.
+            return self._all[numbers]
+        out = np.empty((len(numbers), *self.size), self._dtype)
+        # Sorted, so that each volume is opened once per batch and read sequentially.
         with self._lock:
-            for place in np.argsort(wanted, kind="stable"):
-                number = wanted[place]
+            for place in np.argsort(numbers, kind="stable"):
+                number = numbers[place]
                 out[place] = self._volume(int(self.volumes[number]))[self.positions[number]]
         return out
 
     def _volume(self, index: int) -> np.ndarray:
-        """An open volume; the one unused for longest is closed."""
+        """Return an open volume; the least recently used one is closed."""
         if index in self._open:
             self._open.move_to_end(index)
             return self._open[index]
@@ -237,7 +229,7 @@ class _Slices:
         return self._open[index]
 
     def __getstate__(self) -> dict:
-        """A store goes to another process without its maps, which open there again."""
+        """Pickle without memory maps, which are opened again on access."""
         state = {**self.__dict__, "_open": OrderedDict()}
         del state["_lock"]
         return state
@@ -247,10 +239,10 @@ class _Slices:
 
 
 def map_file(path: Path, shape: Sequence[int], dtype: np.dtype) -> np.memmap:
-    """A read-only map of an array of known shape and type.
+    """Map a .npy file of known shape and type, read-only.
 
     Raises:
-        DataError: the file is gone or is not that array.
+        DataError: the file is missing, damaged or another array.
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)

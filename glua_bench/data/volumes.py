@@ -1,15 +1,12 @@
-"""Volumes in and out: orientation, resampling, cropping, intensity, and the way back.
+"""Load volumes onto the working grid, and map predictions back to the file's voxels.
 
-Three frames appear here, and a `Placement` ties them together:
+A `Placement` connects three frames:
 
-- the *file* frame, the array axes as they are stored, in which results are saved and scored;
-- the *oriented* frame, after the dataset's `Reading`, cut as (Z, Y, X);
-- the *working* frame, the (Z, H, W) grid on which networks see slices.
+- the *file* frame: stored array axes, in which results are saved and scored;
+- the *oriented* frame: (Z, Y, X) after the dataset's `Reading`, a permutation and reversal of axes;
+- the *working* frame: the (Z, H, W) grid of the networks, an offset and a scale per axis.
 
-File and oriented frames differ by a permutation and reversals of axes, which invert exactly.
-Oriented and working frames differ by an offset and a scale per axis, so resampling in either
-direction is one small sparse matrix an axis. Nothing here is computed from a label: the crop and
-the intensity range come from the image alone.
+The crop and the intensity range are computed from the image alone, never from a label.
 """
 
 from __future__ import annotations
@@ -25,14 +22,14 @@ from scipy import ndimage
 
 from glua_bench.data.formats import Forms, VolumeFile, open_volume
 from glua_bench.data.geometry import (
+    axis_codes,
     follows_other_form,
     frame,
     orient,
     orientation,
-    quadruple,
+    rows_of,
     same_place,
     second_form,
-    triple,
     voxel_ml,
 )
 from glua_bench.data.resampling import Map, Placement, apply, maps_to_file, maps_to_grid
@@ -40,25 +37,20 @@ from glua_bench.errors import DataError
 from glua_bench.files import replacing
 from glua_bench.task import UNANNOTATED, DomainView, Grid, Reading
 
-# A working pixel within 0.1 % of the file's pixel is taken as equal: over 256 pixels the drift
-# stays below a quarter of a pixel, and the image is not blurred by an interpolation.
+# Relative tolerance for equal pixel sizes, which need no interpolation: over 256 pixels, the drift
+# is below a quarter of a pixel.
 _SAME_SPACING = 1e-3
 
-# Percentiles and thresholds come from a regular subsample of at most this many voxels.
+# Maximum size of the regular subsample for percentiles.
 _SAMPLE = 2_000_000
-
-# Voxels at a time for what looks at every one: a piece stays in the processor's cache.
+# Voxels per block of a pass over a volume, chosen to fit into the processor's cache.
 _PIECE = 1 << 18
-
-# Voxels of slices that are float32 at a time.
+# Voxels per block of slices in float32.
 _SLAB = 1 << 21
-
-_STRAY = 254  # a class index that stands for a label value that the dataset does not know
-
-# Label values may be off by this much from the integers that they are: storage rounds.
+_STRAY = 254  # class index of unknown label values
+# Tolerance for rounding errors of label values.
 _ROUNDED = 1e-3
-
-# Intensities and ranges of them beyond which float32 overflows on the way to [-1, 1].
+# Limits of intensities and of their range, beyond which float32 overflows on scaling to [-1, 1].
 _LARGEST, _LEAST_RANGE = 1e18, 1e-18
 
 
@@ -66,9 +58,9 @@ _LARGEST, _LEAST_RANGE = 1e18, 1e-18
 class GridImage:
     """An image volume on the working grid.
 
-    Args:
-        voxels: float32 (Z, H, W) in [-1, 1]; -1 also where the grid reaches beyond the volume.
-        placement: the way back to the file's voxels.
+    Attributes:
+        voxels: float32 (Z, H, W) in [-1, 1]; -1 where the grid extends beyond the volume.
+        placement: maps the grid to the file's voxels.
     """
 
     voxels: np.ndarray
@@ -76,29 +68,22 @@ class GridImage:
 
 
 def load_image(path: Path | VolumeFile, reading: Reading, grid: Grid) -> GridImage:
-    """Read an image volume onto the working grid, in [-1, 1].
+    """Load an image onto the working grid, scaled to [-1, 1].
 
-    Every slice of the volume is kept. In the plane, the window of `grid.size` pixels is centred on
-    the volume where it covers the whole of it; otherwise on the bounding box of the foreground,
-    moved so that it does not leave the volume. The foreground is the largest component of what
-    exceeds half of Otsu's threshold on a coarse, smoothed copy: a body without the air around it
-    or the couch below it. Intensities are clipped before anything is interpolated: at the reading's
-    `intensity_range`, or else at its percentiles, taken inside that bounding box over the voxels
-    above the volume's minimum (scanners pad with a constant).
+    All slices are kept. In plane, the window of `grid.size` pixels is centred on the volume if it
+    covers the volume, otherwise on the bounding box of the foreground, shifted to stay within the
+    volume. The foreground is the largest component above half of Otsu's threshold on a coarse,
+    smoothed copy, which excludes air and couch. Intensities are clipped before interpolation to the
+    reading's `intensity_range`, or to its percentiles inside the bounding box over voxels above the
+    volume's minimum (scanners pad with a constant).
 
     Args:
-        path: a NIfTI, NRRD or MetaImage file, 3-D (or with further axes of length 1), or what
-            `open_volume` made of one.
-        reading: how the dataset's arrays lie.
+        path: a 3-D volume file, or the result of `open_volume`.
+        reading: orientation, spacing and intensities of the dataset.
         grid: the working grid.
 
     Raises:
         DataError: as for `open_volume`, or the volume is constant or not finite.
-
-    Example:
-        >>> image = load_image(path, Reading(), Grid(256, 1.0))  # doctest: +SKIP
-        >>> image.voxels.shape  # doctest: +SKIP
-        (177, 256, 256)
     """
     file = path if isinstance(path, VolumeFile) else open_volume(path)
     affine, spacing, axes, flips = frame(file, reading)
@@ -108,25 +93,22 @@ def load_image(path: Path | VolumeFile, reading: Reading, grid: Grid) -> GridIma
     box = foreground(file, volume)
     low, high = _intensity_range(file, volume, box, ends, reading)
 
-    offset: list[float] = []
-    step: list[float] = []
-    shape: list[int] = []
-    for axis, (length, bounds) in enumerate(zip(volume.shape, box, strict=True)):
-        first, scale, count = _window(length, spacing[axes[axis]], bounds, axis, grid)
-        offset.append(first)
-        step.append(scale)
-        shape.append(count)
+    windows = [
+        _window(length, spacing[axes[axis]], bounds, axis, grid)
+        for axis, (length, bounds) in enumerate(zip(volume.shape, box, strict=True))
+    ]
+    offset, step, shape = zip(*windows, strict=True)
     placement = Placement(
         file_shape=file.shape,
-        affine=tuple(quadruple(row) for row in affine),
+        affine=rows_of(affine),
         forms=file.forms,
         spacing=spacing,
         ml=voxel_ml(affine, spacing, reading),
         axes=axes,
         flips=flips,
-        offset=triple(offset, float),
-        step=triple(step, float),
-        shape=triple(shape, int),
+        offset=offset,
+        step=step,
+        shape=shape,
     )
 
     maps = maps_to_grid(placement)
@@ -140,44 +122,31 @@ def load_image(path: Path | VolumeFile, reading: Reading, grid: Grid) -> GridIma
     return GridImage(voxels, placement)
 
 
-def load_label(
-    path: Path,
-    image_path: Path,
-    view: DomainView,
-    placement: Placement,
-) -> np.ndarray:
-    """Read a label volume onto the working grid of its image.
+def load_label(path: Path, image_path: Path, view: DomainView, placement: Placement) -> np.ndarray:
+    """Load a label volume onto the working grid of its image.
 
-    Each class is resampled like an image and the largest share wins (the lower index in a tie).
-    Nearest neighbour would pick one of several voxels under a coarser grid and fray thin walls;
-    this way a label volume and `restore` use the same interpolation in both directions.
+    Each class is interpolated linearly and the class with the largest weight wins (in a tie, the
+    lower index), as in `restore`. Nearest-neighbour interpolation would fray thin walls.
 
     Args:
         path: the label file.
-        image_path: the image that it belongs to, for messages.
-        view: of the domain; class i + 1 is `structures[i]`, `ignored_values` count as background,
-            and `unannotated_values` as a class of their own, `UNANNOTATED`.
-        placement: what `load_image` gave for the image.
+        image_path: its image, for messages.
+        view: of the domain; class i + 1 is `structures[i]`, `ignored_values` are background and
+            `unannotated_values` become `UNANNOTATED`.
+        placement: of the image.
 
     Returns:
-        uint8 (Z, H, W), class indices or `UNANNOTATED`, 0 where the grid reaches beyond the
-        volume.
+        uint8 (Z, H, W), class indices or `UNANNOTATED`; 0 where the grid extends beyond the volume.
 
     Raises:
         DataError: as for `read_label_volume`.
     """
-    classes = _read_classes(
-        path,
-        image_path,
-        placement.file_shape,
-        np.array(placement.affine),
-        placement.forms,
-        view,
-    )
+    shape, affine = placement.file_shape, np.array(placement.affine)
+    classes = _read_classes(path, image_path, shape, affine, placement.forms, view)
     volume = orient(classes, placement.axes, placement.flips)
     maps = maps_to_grid(placement)
     labels = np.zeros(placement.shape, np.uint8)
-    # Most of a volume is background: shares are weighed where a structure reaches, nowhere else.
+    # Restricted to the extent of the structures, since most of a volume is background.
     rows, columns = volume.max(axis=2) > 0, volume.max(axis=1) > 0
     for z in range(placement.shape[0]):
         taps, weights = maps[0].row(z)
@@ -196,42 +165,39 @@ def load_label(
 
 
 def read_label_volume(path: Path, image_path: Path, view: DomainView) -> np.ndarray:
-    """Read a label volume on the file's own grid, as evaluation needs it.
+    """Read a label volume on the file's own grid.
 
     Args:
         path: the label file.
-        image_path: the image that it belongs to; only its header is read.
-        view: of the domain; class i + 1 is `structures[i]`, `ignored_values` count as background
-            and `unannotated_values` as `UNANNOTATED`. Headers of the two files have to agree where
-            the orientation is taken from them.
+        image_path: its image, of which only the header is read.
+        view: of the domain, as for `load_label`.
 
     Returns:
         uint8, class indices or `UNANNOTATED`, in the file's stored axes and shape.
 
     Raises:
-        DataError: as for `open_volume`; or shapes or orientations of image and label differ, or a
-            value is no integer or not in the dataset's table.
+        DataError: as for `open_volume`; or shape or (canonical) orientation differ from the image,
+            or a value is not an integer or not known to the dataset.
     """
     image = open_volume(image_path)
     return _read_classes(path, image_path, image.shape, image.affine, image.forms, view)
 
 
 def restore(probabilities: np.ndarray, placement: Placement) -> np.ndarray:
-    """Bring class probabilities from the working grid back to the file's voxels.
+    """Map class probabilities to labels on the file's voxels.
 
-    Probabilities are interpolated linearly and the most probable class wins (the lower index in a
-    tie). Every slice of the file receives a prediction; voxels outside the working grid's window
-    are background.
+    Probabilities are interpolated linearly and the most probable class wins (in a tie, the lower
+    index). Voxels outside the in-plane window of the working grid are background.
 
     Args:
-        probabilities: float (K, Z, H, W); logits or a one-hot volume serve as well.
-        placement: what `load_image` gave for the image.
+        probabilities: float (K, Z, H, W), or logits or a one-hot volume.
+        placement: of the image.
 
     Returns:
         uint8, class indices in the file's stored axes and shape.
 
     Raises:
-        ValueError: the last three axes are not the placement's shape.
+        ValueError: the shape is not that of the working grid.
     """
     labels = np.zeros(placement.file_shape, np.uint8)
     volume = orient(labels, placement.axes, placement.flips)  # a view: writes reach `labels`
@@ -241,17 +207,13 @@ def restore(probabilities: np.ndarray, placement: Placement) -> np.ndarray:
 
 
 def restore_probabilities(probabilities: np.ndarray, placement: Placement) -> np.ndarray:
-    """As `restore`, but the interpolated probabilities themselves.
-
-    Args:
-        probabilities: float (K, Z, H, W).
-        placement: what `load_image` gave for the image.
+    """Map class probabilities to the file's voxels, as `restore` does before the argmax.
 
     Returns:
-        float32 (X, Y, Z of the file, K); outside the working grid's window, background has 1.
+        float32 (X, Y, Z of the file, K); background outside the window of the working grid.
 
     Raises:
-        ValueError: as for `restore`.
+        ValueError: the shape is not that of the working grid.
     """
     maps = np.zeros((*placement.file_shape, len(probabilities)), np.float32)
     maps[..., 0] = 1
@@ -267,10 +229,10 @@ def restore_probabilities(probabilities: np.ndarray, placement: Placement) -> np
 def _restored(
     probabilities: np.ndarray, placement: Placement
 ) -> Iterator[tuple[int, Any, np.ndarray]]:
-    """Oriented slice, its rows and columns within the window, and probabilities (K, Y, X)."""
+    """Yield index, in-window rows and columns and probabilities (K, Y, X) of oriented slices."""
     if probabilities.ndim != 4 or probabilities.shape[1:] != placement.shape:
         raise ValueError(
-            f"Probabilities of shape {probabilities.shape} do not lie on the working grid "
+            f"Probabilities have shape {probabilities.shape}, but the working grid is "
             f"(K, {', '.join(map(str, placement.shape))})."
         )
     maps = maps_to_file(placement)
@@ -287,55 +249,53 @@ def _restored(
 def save_labels(
     path: Path, labels: np.ndarray, placement: Placement, values: Sequence[int]
 ) -> None:
-    """Write class indices as a NIfTI label file that overlays the original image.
+    """Write class indices as a NIfTI file with the dataset's label values.
 
-    The file carries the dataset's own label values and the image's geometry: both forms with their
-    codes, the voxel size and the unit, number by number. So whatever a program makes of them, it
-    makes of both files. It appears complete or not at all.
+    qform, sform, voxel size and unit are copied from the image, so that all programs overlay both.
 
     Args:
-        path: ends in .nii.gz (or .nii).
-        labels: integer class indices in the file's stored axes and shape, from `restore`.
-        placement: what `load_image` gave for the image.
-        values: raw value of each structure: class i + 1 becomes `values[i]`, class 0 stays 0.
+        path: ends in .nii.gz or .nii.
+        labels: integer class indices in the file's stored axes and shape.
+        placement: of the image.
+        values: label values; class i + 1 becomes `values[i]`, class 0 stays 0.
 
     Raises:
         ValueError: the shape is not the file's, or a class index has no value.
         RunFailure: the disk is full or the directory cannot be written.
     """
     if labels.shape != placement.file_shape:
-        raise ValueError(f"Labels of shape {labels.shape} do not fit {placement.file_shape}.")
+        raise ValueError(f"Labels have shape {labels.shape}, not {placement.file_shape}.")
     table = np.array([0, *values], np.int64)
     if labels.size and int(labels.max()) >= len(table):
-        raise ValueError(f"Class {int(labels.max())} has no raw value among {list(values)}.")
+        raise ValueError(f"Class {int(labels.max())} has no label value in {list(values)}.")
     kind = np.result_type(*(np.min_scalar_type(int(value)) for value in table))
     save_volume(path, table.astype(kind)[labels], placement.forms)
 
 
 def save_maps(path: Path, maps: np.ndarray, placement: Placement) -> None:
-    """Write class probabilities as a NIfTI file that overlays the original image.
+    """Write class probabilities as a NIfTI file with the geometry of the image.
 
     Args:
-        path: ends in .nii.gz (or .nii).
-        maps: float32 with the file's shape and a last axis for the classes, background first.
-        placement: what `load_image` gave for the image.
+        path: ends in .nii.gz or .nii.
+        maps: float32, the file's shape and a last axis for the classes, background first.
+        placement: of the image.
 
     Raises:
         ValueError: the shape is not the file's.
         RunFailure: the disk is full or the directory cannot be written.
     """
     if maps.shape[:3] != placement.file_shape:
-        raise ValueError(f"Maps of shape {maps.shape} do not fit {placement.file_shape}.")
+        raise ValueError(f"Maps have shape {maps.shape}, not {placement.file_shape}.")
     save_volume(path, maps, placement.forms)
 
 
 def save_volume(path: Path, voxels: np.ndarray, forms: Forms) -> None:
-    """Write voxels as NIfTI; the file appears complete or not at all.
+    """Write voxels as NIfTI, atomically.
 
     Args:
-        path: ends in .nii.gz (or .nii).
-        voxels: in the axes and the number type to store.
-        forms: the header's geometry.
+        path: ends in .nii.gz or .nii.
+        voxels: in stored axes and data type.
+        forms: geometry of the header.
 
     Raises:
         RunFailure: the disk is full or the directory cannot be written.
@@ -350,14 +310,10 @@ def save_volume(path: Path, voxels: np.ndarray, forms: Forms) -> None:
 
 
 def slice_distance(path: Path, reading: Reading) -> float:
-    """Distance of a file's own slices in mm; of the file, only the header is read.
-
-    Args:
-        path: the image file.
-        reading: decides along which axis slices are cut.
+    """Return the slice distance of an image file in mm, from its header.
 
     Raises:
-        DataError: the file is missing, of an unknown format or not 3-D, or its header is unusable.
+        DataError: as for `open_volume`, or the header has no usable geometry.
     """
     _, spacing, axes, _ = frame(open_volume(path), reading)
     return spacing[axes[0]]
@@ -371,7 +327,7 @@ def _read_classes(
     forms: Forms,
     view: DomainView,
 ) -> np.ndarray:
-    """Class indices in stored axes, after every check on the values."""
+    """Read and check a label; return class indices in stored axes."""
     reading = view.reading
     file = open_volume(path)
     if file.shape != shape:
@@ -380,25 +336,22 @@ def _read_classes(
             "resample the label onto the image."
         )
     if reading.orientation == "canonical" and not same_place(file.affine, affine, shape):
-        turns = [
-            orientation(own, place) for own, place in ((file.affine, path), (affine, image_path))
-        ]
-        # Axis by axis, because names of axes change at 45°, where rounding decides on them.
+        names = [axis_codes(file.affine, path), axis_codes(affine, image_path)]
+        # Compared axis by axis, because at 45° the names of axes depend on rounding.
         sides = [np.linalg.norm(own[:3, :3], axis=0) for own in (file.affine, affine)]
         between = np.eye(4)
         between[:3, :3] = (affine[:3, :3] / sides[1]).T @ (file.affine[:3, :3] / sides[0])
         if (orientation(between, path) != [[0, 1], [1, 1], [2, 1]]).any():
-            names = ["".join(nib.orientations.ornt2axcodes(turn)) for turn in turns]
-            what = f"lies as {names[0]} but its image {image_path} as {names[1]}"
+            what = f"has orientation {names[0]} but its image {image_path} has {names[1]}"
             if names[0] == names[1]:
-                what = f"lies more than 45° askew of its image {image_path}"
+                what = f"is rotated by more than 45° relative to its image {image_path}"
             second = second_form(file.forms, shape), second_form(forms, shape)
             other = follows_other_form((file.affine, second[0]), (affine, second[1]), shape)
-            mend = f"{other}, so make the headers of both agree" if other else ""
+            fix = f"{other}, so make both headers agree" if other else "resample the label onto it"
             for place, own in ((path, file.forms), (image_path, forms)):
                 if not any(own.codes):
-                    mend = f"{place} has no geometry in its header, so write it there"
-            raise DataError(f"{path} {what}: {mend or 'resample the label onto it'}.")
+                    fix = f"{place} has no geometry in its header, so add it"
+            raise DataError(f"{path} {what}: {fix}.")
     known = {0: 0}
     known.update(dict.fromkeys(reading.ignored_values, 0))
     known.update(dict.fromkeys(reading.unannotated_values, UNANNOTATED))
@@ -416,28 +369,24 @@ def _read_classes(
     if strays:
         shown = ", ".join(map(str, strays[:5])) + (", …" if len(strays) > 5 else "")
         raise DataError(
-            f"{path} has label value(s) {shown} that the dataset does not know: relabel the file, "
-            "or list them in the dataset's structures, ignored_values or unannotated_values."
+            f"{path} has label value(s) {shown} unknown to the dataset: relabel the file, or list "
+            "them in the dataset's structures, ignored_values or unannotated_values."
         )
     return classes.reshape(shape, order="F")
 
 
 def label_integers(values: np.ndarray, path: Path) -> np.ndarray:
-    """Label values as the integers that they are.
-
-    Storage rounds: a slope of 0.1, or a resampling by nearest neighbour in single precision, leaves
-    2.9999993 where 3 is meant. What is within a thousandth of an integer is that integer; every
-    reader of label values asks here.
+    """Convert label values to integers, correcting rounding errors up to 0.001.
 
     Args:
-        values: of any number type and shape, after scaling.
+        values: of any data type and shape, after scaling.
         path: their file, for messages.
 
     Returns:
-        integers of the same shape; those that do not fit into 64 bits become some that do.
+        Integers of the same shape; values beyond 64 bits are arbitrary.
 
     Raises:
-        DataError: a value is not finite, or no integer.
+        DataError: a value is not finite or not an integer.
 
     Example:
         >>> label_integers(np.array([0.0, 0.99998, 2.9999993]), Path("label.nii")).tolist()
@@ -450,20 +399,20 @@ def label_integers(values: np.ndarray, path: Path) -> np.ndarray:
     whole = np.rint(values)
     if not np.isfinite(values).all() or (values.size and np.abs(values - whole).max() > _ROUNDED):
         raise DataError(
-            f"{path} has label values that are no integers: "
-            "save it without interpolation or scaling."
+            f"{path} has label values that are not integers: save it without interpolation or "
+            "scaling."
         )
-    with np.errstate(invalid="ignore"):  # beyond 64 bits, and no known value in any case
+    with np.errstate(invalid="ignore"):  # values beyond 64 bits are unknown labels anyway
         return whole.astype(np.int64)
 
 
 def _look_up(part: np.ndarray, known: Mapping[int, int]) -> np.ndarray:
-    """uint8 class of each integer of a vector, `_STRAY` where it is not known."""
+    """Return the uint8 class of each label value, `_STRAY` if unknown."""
     low, high = int(part.min()), int(part.max())
     if low == high:  # background, mostly
         return np.full(part.shape, known.get(low, _STRAY), np.uint8)
     if high - low < 65536:
-        # A difference may leave the signed type, but never the unsigned one of its size.
+        # The difference may overflow the signed type, but not the unsigned type of its size.
         places = (part - part.dtype.type(low)).view(f"u{part.dtype.itemsize}")
         table = np.full(high - low + 1, _STRAY, np.uint8)
         for value in known.keys() & range(low, high + 1):
@@ -471,33 +420,32 @@ def _look_up(part: np.ndarray, known: Mapping[int, int]) -> np.ndarray:
     else:
         values, places = np.unique(part, return_inverse=True)
         table = np.array([known.get(value, _STRAY) for value in values.tolist()], np.uint8)
-    return table.take(places, mode="clip")  # the fastest mode; no place is beyond the table
+    return table.take(places, mode="clip")  # the fastest mode; all indices are valid
 
 
 def intensities(file: VolumeFile, stored: np.ndarray) -> np.ndarray:
-    """Intensities of (part of) a stored array, float32; too large ones become infinite."""
+    """Return float32 intensities of (part of) a stored array; too large values become infinite."""
     with np.errstate(over="ignore", invalid="ignore"):
         return file.scaled(stored).astype(np.float32, copy=False)
 
 
 def _pieces(stored: np.ndarray) -> Iterator[slice]:
-    """Consecutive pieces of a vector of voxels."""
+    """Split a vector of voxels into consecutive blocks."""
     for start in range(0, len(stored), _PIECE):
         yield slice(start, start + _PIECE)
 
 
 def extremes(file: VolumeFile, stored: np.ndarray) -> tuple[float, float]:
-    """Lowest and highest intensity of a stored array.
+    """Return the lowest and highest intensity of a stored array.
 
     Raises:
-        DataError: a voxel is NaN or infinite, the intensities are too large to be computed with,
-            or they are all the same.
+        DataError: a voxel is NaN or infinite, or the intensities are constant or too large.
     """
     stored = stored.reshape(-1, order="F")
     found = []
     for piece in _pieces(stored):
         part = stored[piece]
-        # Scaling keeps or turns the order, and both ends of a piece with a NaN are NaN.
+        # Scaling is monotonic, and NaN propagates to both extremes.
         with np.errstate(invalid="ignore"):
             ends = intensities(file, np.array([part.min(), part.max()]))
         found += [ends.min(), ends.max()]
@@ -506,9 +454,7 @@ def extremes(file: VolumeFile, stored: np.ndarray) -> tuple[float, float]:
             int(np.count_nonzero(~np.isfinite(intensities(file, stored[piece]))))
             for piece in _pieces(stored)
         )
-        raise DataError(
-            f"{file.path} has {bad} voxels that are NaN or infinite: replace them in the file."
-        )
+        raise DataError(f"{file.path} has {bad} NaN or infinite voxels: replace them in the file.")
     low, high = float(min(found)), float(max(found))
     if max(-low, high) > _LARGEST:
         raise DataError(
@@ -516,14 +462,14 @@ def extremes(file: VolumeFile, stored: np.ndarray) -> tuple[float, float]:
             "and intercept, or the voxels."
         )
     if high - low < _LEAST_RANGE:
-        raise DataError(f"{file.path} has the same value everywhere: give the file with the image.")
+        raise DataError(f"{file.path} is constant: give the file that contains the image.")
     return low, high
 
 
 def _window(
     length: int, spacing: float, bounds: tuple[float, float], axis: int, grid: Grid
 ) -> tuple[float, float, int]:
-    """Offset, step and count of working voxels along one oriented axis."""
+    """Return offset, step and number of working voxels along one oriented axis."""
     wanted = grid.slice_spacing if axis == 0 else grid.spacing
     step = 1.0 if wanted is None else wanted / spacing
     if abs(step - 1) < _SAME_SPACING:
@@ -532,17 +478,17 @@ def _window(
     if axis == 0:
         count = max(1, round(length / step))
         return middle - step * (count - 1) / 2, step, count
-    reach = step * grid.size  # of the window, in voxels
+    extent = step * grid.size  # in voxels
     centre = middle
-    if reach < length:
-        centre = min(max(sum(bounds) / 2, (reach - 1) / 2), length - 1 - (reach - 1) / 2)
+    if extent < length:
+        centre = min(max(sum(bounds) / 2, (extent - 1) / 2), length - 1 - (extent - 1) / 2)
     first = centre - step * (grid.size - 1) / 2
-    # Whole voxels are taken over as they are instead of being blended by half a voxel.
+    # Aligned to whole voxels if pixels are equal, to avoid interpolation.
     return (float(np.floor(first + 0.5)) if step == 1.0 else first), step, grid.size
 
 
 def foreground(file: VolumeFile, volume: np.ndarray) -> list[tuple[float, float]]:
-    """Bounding box of the body in an oriented volume: first and last index per axis."""
+    """Return the body's bounding box in an oriented volume: first and last index per axis."""
     strides = [max(1, length // 64) for length in volume.shape]
     coarse = intensities(file, volume[tuple(slice(None, None, s) for s in strides)])
     whole = [(0.0, length - 1.0) for length in volume.shape]
@@ -555,8 +501,7 @@ def foreground(file: VolumeFile, volume: np.ndarray) -> list[tuple[float, float]
     smooth = ndimage.gaussian_filter(np.clip(coarse, low, high), 1.0, mode="nearest")
     # Half the threshold keeps the darker half of a body in MR, and skin and muscle in CT.
     mask = smooth > low + (_otsu(smooth) - low) / 2
-    # A slice-wise opening cuts off a couch that touches the back; slices may be few, so never
-    # along them.
+    # A slice-wise opening separates a couch that touches the back.
     cross = ndimage.generate_binary_structure(2, 1)[None]
     core = ndimage.binary_erosion(mask, cross, border_value=1)
     mask = ndimage.binary_dilation(core, cross, mask=mask)
@@ -573,13 +518,13 @@ def foreground(file: VolumeFile, volume: np.ndarray) -> list[tuple[float, float]
     return box
 
 
-def inside(volume: np.ndarray, box: Sequence[tuple[float, float]] | np.ndarray) -> np.ndarray:
-    """The part of a volume in a box of first and last index per axis, as `foreground` gives it."""
+def crop(volume: np.ndarray, box: Sequence[tuple[float, float]] | np.ndarray) -> np.ndarray:
+    """Crop a volume to a box of first and last index per axis."""
     return volume[tuple(slice(int(first), int(last) + 1) for first, last in box)]
 
 
 def _otsu(values: np.ndarray) -> float:
-    """The threshold that best separates two groups of intensities."""
+    """Return Otsu's threshold."""
     counts, edges = np.histogram(values, 256)
     centres = (edges[:-1] + edges[1:]) / 2
     below = np.cumsum(counts)
@@ -591,6 +536,11 @@ def _otsu(values: np.ndarray) -> float:
     return float(edges[int(between.argmax()) + 1])
 
 
+def sample_step(size: int) -> int:
+    """Return the step along each axis for a sample of at most `_SAMPLE` voxels."""
+    return max(1, int(np.ceil((size / _SAMPLE) ** (1 / 3))))
+
+
 def _intensity_range(
     file: VolumeFile,
     volume: np.ndarray,
@@ -598,22 +548,22 @@ def _intensity_range(
     extremes: tuple[float, float],
     reading: Reading,
 ) -> tuple[float, float]:
-    """The intensities that become -1 and 1."""
+    """Return the intensities that are mapped to -1 and 1."""
     minimum, maximum = extremes
     if reading.intensity_range is not None:
         return reading.intensity_range
-    body = inside(volume, box)
-    stride = max(1, int(np.ceil((body.size / _SAMPLE) ** (1 / 3))))
-    sample = intensities(file, body[::stride, ::stride, ::stride])
+    body = crop(volume, box)
+    step = sample_step(body.size)
+    sample = intensities(file, body[::step, ::step, ::step])
     sample = sample[sample > minimum]
     low, high = np.percentile(sample, reading.percentiles) if sample.size else (minimum, maximum)
-    if high - low < _LEAST_RANGE:  # almost everything has one value, as in a drawn test image
+    if high - low < _LEAST_RANGE:  # almost all voxels have one value
         low, high = minimum, maximum
     return float(low), float(high)
 
 
 def _planes(file: VolumeFile, volume: np.ndarray, along: Map) -> Iterator[tuple[int, np.ndarray]]:
-    """Working slices of an oriented volume, still with the file's pixels, in one float32 buffer."""
+    """Yield working slices with the file's pixels; all use the same float32 buffer."""
     step = max(1, _SLAB // (volume.shape[1] * volume.shape[2]))
     plane, share = np.empty((2, *volume.shape[1:]), np.float32)
     slab, start, stop = plane[None], 0, 0
@@ -621,7 +571,7 @@ def _planes(file: VolumeFile, volume: np.ndarray, along: Map) -> Iterator[tuple[
         taps, weights = along.row(z)
         if taps[-1] >= stop:
             start, stop = int(taps[0]), max(int(taps[-1]) + 1, int(taps[0]) + step)
-            del slab  # before the next one is made
+            del slab  # free memory first
             slab = intensities(file, np.ascontiguousarray(volume[start:stop]))
         plane.fill(0)
         for tap, weight in zip(taps, weights, strict=True):

@@ -1,1 +1,1 @@
-"""Check whether data are what they should be."""
+"""Check data: errors, outliers, fingerprints, and export to nnU-Net."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from glua_bench.documents import dump, load
 from glua_bench.errors import ConfigError, DataError
 from glua_bench.files import write_text
 from glua_bench.inspection.findings import enumerate_names
-from glua_bench.inspection.measurements import CaseFacts
+from glua_bench.inspection.measurements import CaseMeasurements
 from glua_bench.task import SPLITS, Dataset
 
 # Increment when a change of this file changes fingerprints.
@@ -36,7 +38,7 @@ _EXPECTED = "give a file written by `data fingerprint --out`"
 _TOLERANCE = 0.01  # smaller relative differences are not reported
 
 
-def fingerprint(dataset: Dataset, facts: Sequence[CaseFacts]) -> dict[str, Any]:
+def fingerprint(dataset: Dataset, measured: Sequence[CaseMeasurements]) -> dict[str, Any]:
     """Compute the fingerprint of a dataset as plain values.
 
     The digest of a case covers image values, label classes, voxel sizes and axes, but not names,
@@ -44,18 +46,18 @@ def fingerprint(dataset: Dataset, facts: Sequence[CaseFacts]) -> dict[str, Any]:
 
     Args:
         dataset: the dataset with its domains, structures and splits.
-        facts: measurements of all its cases.
+        measured: measurements of all its cases.
 
     Raises:
         DataError: a case cannot be read.
     """
-    for one in facts:
+    for one in measured:
         problem = one.image_problem or one.label_problem
         if problem:
             raise DataError(problem)
     names = [structure.name for structure in dataset.structures]
     domains = {
-        domain: _domain([one for one in facts if one.case.domain == domain], names)
+        domain: _domain([one for one in measured if one.case.domain == domain], names)
         for domain in dataset.domains()
     }
     content = _digest({domain: table["content"] for domain, table in domains.items()})
@@ -68,7 +70,7 @@ def fingerprint(dataset: Dataset, facts: Sequence[CaseFacts]) -> dict[str, Any]:
     }
 
 
-def case_digest(one: CaseFacts) -> str:
+def case_digest(one: CaseMeasurements) -> str:
     """Return a short digest of a case's content."""
     image, label = one.image, one.label
     assert image is not None
@@ -178,9 +180,7 @@ def _domain_differences(
 
 
 def _differ(here: Sequence[float], there: Sequence[float]) -> bool:
-    return any(
-        abs(a - b) > _TOLERANCE * max(abs(a), abs(b)) for a, b in zip(here, there, strict=True)
-    )
+    return not all(map(partial(isclose, rel_tol=_TOLERANCE), here, there))
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -233,13 +233,13 @@ def read(path: Path) -> dict[str, Any]:
     return dict(table)
 
 
-def _domain(facts: Sequence[CaseFacts], names: Sequence[str]) -> dict[str, Any]:
+def _domain(measured: Sequence[CaseMeasurements], names: Sequence[str]) -> dict[str, Any]:
     """Summarise one domain: numbers of cases, sizes, intensities and digests."""
-    images = [one.image for one in facts if one.image is not None]
-    labels = [one.label for one in facts if one.label is not None]
+    images = [one.image for one in measured if one.image is not None]
+    labels = [one.label for one in measured if one.label is not None]
     inside = [label.inside for label in labels if label.inside is not None]
     splits = {
-        split: sorted(case_digest(one) for one in facts if one.case.split == split)
+        split: sorted(case_digest(one) for one in measured if one.case.split == split)
         for split in SPLITS
     }
     structures = {}
@@ -249,7 +249,7 @@ def _domain(facts: Sequence[CaseFacts], names: Sequence[str]) -> dict[str, Any]:
         structures[name] = {"labels": len(ml), "ml": _range(ml)}
     keys = ("mean", "std", "percentile_00_5", "median", "percentile_99_5")
     return {
-        "cases": len(facts),
+        "cases": len(measured),
         "labelled": len(labels),
         "content": _digest(splits),
         "splits": splits,

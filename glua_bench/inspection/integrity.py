@@ -1,15 +1,15 @@
-"""Are a dataset's files what they should be? Read every one before anything is trained.
+"""Check the files of a dataset before training.
 
-Here stands what one case tells, and what cases must not share. What only a comparison with other
-cases can tell is in `outliers.py`.
+Checks single cases and what cases must not share; `outliers.py` compares cases with each other.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,180 +18,164 @@ from glua_bench.data.geometry import SAME_SIDES, follows_other_form, max_displac
 from glua_bench.data.volumes import label_integers
 from glua_bench.errors import DataError
 from glua_bench.inspection.findings import Finding, enumerate_names
-from glua_bench.inspection.measurements import CaseFacts, gather
+from glua_bench.inspection.measurements import (
+    CaseMeasurements,
+    ImageMeasurements,
+    LabelMeasurements,
+    gather,
+)
 from glua_bench.inspection.outliers import comparisons
 from glua_bench.paths import name_fault
 from glua_bench.task import Case, Dataset, role_fault
 
-# Slices without an image: that many of an axis at its ends may be padding.
+# Maximum fraction of constant slices at the ends of an axis.
 _PADDING = 0.5
-# Labelled voxels in such slices; a border may be touched.
+# Maximum fraction of labelled voxels in constant slices.
 _BLANK = 0.01
-# A label without any structure is a healthy case, unless more of a domain's labels are like that.
-_MOST = 0.5
-# Findings after which an image's intensities say nothing new.
+# Maximum fraction of labels of a domain without any structure.
+_EMPTY = 0.5
+# Findings that make a check of the image's intensities redundant.
 _OF_IMAGES = ("image", "swapped files", "few values", "empty slices")
 
 
 def check_dataset(
     dataset: Dataset, progress: Progress, jobs: int = 1
-) -> tuple[list[CaseFacts], list[Finding]]:
-    """Read every case of every domain, and judge each alone and all together.
+) -> tuple[list[CaseMeasurements], list[Finding]]:
+    """Read and check every case of every domain.
 
     Returns:
-        What the files hold, in the dataset's order; and what was found, problems first.
+        Measurements in the dataset's order, and findings, problems first.
 
     Raises:
-        DataError: the dataset's directory cannot be used at all.
+        DataError: the dataset's directory cannot be used.
     """
-    facts = gather(dataset, jobs, progress)
-    findings = [found for one in facts for found in case_findings(one, dataset)]
+    measured = gather(dataset, jobs, progress)
+    findings = [found for one in measured for found in case_findings(one, dataset)]
     doubted = {f.cases[0] for f in findings if f.check in _OF_IMAGES}
-    cases = [one.case for one in facts]
-    findings += [*told_by_cases(dataset), *empty_labels(facts), *shared_content(facts)]
-    findings += comparisons(facts, [s.name for s in dataset.structures], doubted)
-    order = {case.id: place for place, case in enumerate(cases)}
+    findings += [*check_cases(dataset), *empty_labels(measured), *shared_content(measured)]
+    findings += comparisons(measured, [s.name for s in dataset.structures], doubted)
+    order = {one.case.id: place for place, one in enumerate(measured)}
     findings.sort(key=lambda f: (not f.problem, min((order[c] for c in f.cases), default=-1)))
-    return facts, findings
+    return measured, findings
 
 
 # -- one case -------------------------------------------------------------------------------------
 
 
-def case_findings(facts: CaseFacts, dataset: Dataset) -> Iterator[Finding]:
-    """What is wrong with one case, whatever the others are like."""
-    case, image, label = facts.case, facts.image, facts.label
+def case_findings(measured: CaseMeasurements, dataset: Dataset) -> Iterator[Finding]:
+    """Check one case alone."""
+    case, image, label = measured.case, measured.image, measured.label
     view = dataset.view(case.domain)
     own = (case.id,)
     if image is not None and image.few:
         known = {0, *view.reading.ignored_values, *view.reading.unannotated_values}
         known |= {v for s in view.structures for v in s.values}
-        if facts.label_problem and _are_labels(image.few, known):
-            yield Finding(
-                "swapped files",
-                own,
-                f"{case.image} holds label values and {case.label} does not: exchange the two.",
-                problem=True,
-            )
+        if measured.label_problem and _are_labels(image.few, known):
+            text = f"{case.image} contains label values and {case.label} does not: swap the files."
+            yield Finding("swapped files", own, text, problem=True)
             return
-        yield Finding(
-            "few values",
-            own,
-            f"{case.image} has {len(image.few)} distinct values, as a mask has: make sure that it "
-            "is the image.",
-        )
-    if facts.image_problem:
-        yield Finding("image", own, facts.image_problem, problem=True)
-    if facts.label_problem:
-        yield Finding("label", own, facts.label_problem, problem=True)
+        text = f"{case.image} has {len(image.few)} distinct values: check that it is not a mask."
+        yield Finding("few values", own, text)
+    if measured.image_problem:
+        yield Finding("image", own, measured.image_problem, problem=True)
+    if measured.label_problem:
+        yield Finding("label", own, measured.label_problem, problem=True)
     if image is not None:
-        yield from _empty_slices(facts)
-    canonical = view.reading.orientation == "canonical"
-    told = image.doubts if image is not None else ()
-    # What a label has from its image is told once.
-    told += tuple(d for d in label.doubts if d[0] not in dict(told)) if label is not None else ()
-    for check, text in told:
+        yield from _empty_slices(case, image, label)
+    ambiguities = dict(label.ambiguities) if label is not None else {}
+    ambiguities.update(image.ambiguities if image is not None else ())  # reported once, for both
+    for check, text in ambiguities.items():
         yield Finding(check, own, text)
-    if image is not None and label is not None and canonical:
-        yield from _placed_apart(facts)
+    if image is not None and label is not None and view.reading.orientation == "canonical":
+        yield from _displaced_label(case, image, label)
 
 
 def _are_labels(values: Sequence[float], known: set[int]) -> bool:
-    """Whether an image's distinct values are label values."""
     try:
         return set(label_integers(np.array(values), Path()).tolist()) <= known
     except DataError:
         return False
 
 
-def _empty_slices(facts: CaseFacts) -> Iterator[Finding]:
-    """Slices along any axis that hold one single value."""
-    assert facts.image is not None
-    case, image, blank = facts.case, facts.image, facts.label.blank if facts.label else 0.0
-    what = ""
+def _empty_slices(
+    case: Case, image: ImageMeasurements, label: LabelMeasurements | None
+) -> Iterator[Finding]:
+    """Find images with constant slices along any axis."""
+    blank = label.blank if label is not None else 0.0
     if any(image.gaps):
-        what = f"has {max(image.gaps)} slices without an image between others"
+        what = f"has {max(image.gaps)} empty slices between others"
     elif blank > _BLANK:
-        what = f"has no image where {blank:.0%} of the labelled voxels lie"
+        what = f"is empty in the slices of {blank:.0%} of the labelled voxels"
     elif max(image.flat) > _PADDING:
-        what = f"has no image in {max(image.flat):.0%} of its slices"
-    if what:
-        yield Finding(
-            "empty slices", (case.id,), f"{case.image} {what}: look whether a part got lost."
-        )
-
-
-def _placed_apart(facts: CaseFacts) -> Iterator[Finding]:
-    """Headers of image and label that put the same voxel at different places."""
-    assert facts.image is not None and facts.label is not None
-    case = facts.case
-    image, label = np.array(facts.image.affine), np.array(facts.label.affine)
-    shape = facts.image.shape
-    if same_place(label, image, shape):
-        return
-    distance = max_displacement(image, label, shape)
-    seconds = [None if s is None else np.array(s) for s in (facts.label.second, facts.image.second)]
-    other = follows_other_form((label, seconds[0]), (image, seconds[1]), shape)
-    sides = [np.linalg.norm(affine[:3, :3], axis=0) for affine in (image, label)]
-    image[:3, 3] = label[:3, 3] = 0  # what remains is the angle
-    if other:
-        what = f"lies {distance:.3g} mm beside its image ({other})"
-    elif np.abs(sides[1] / sides[0] - 1).max() > SAME_SIDES:
-        mm = ["×".join(f"{side:.3g}" for side in own) for own in sides]
-        what = f"has voxels of {mm[1]} mm and its image of {mm[0]} mm"
-    elif not same_place(label, image, shape):
-        what = "lies at another angle than its image"
+        what = f"is empty in {max(image.flat):.0%} of its slices"
     else:
-        what = f"lies {distance:.3g} mm beside its image"
-    yield Finding(
-        "label geometry",
-        (case.id,),
-        f"{case.label} {what}, by their headers: make sure that the two overlay voxel by voxel, as "
-        "they are used here.",
+        return
+    text = f"{case.image} {what}: check whether data are missing."
+    yield Finding("empty slices", (case.id,), text)
+
+
+def _displaced_label(
+    case: Case, image: ImageMeasurements, label: LabelMeasurements
+) -> Iterator[Finding]:
+    """Find labels whose header differs from that of the image."""
+    affines, shape = (np.array(label.affine), np.array(image.affine)), image.shape
+    if same_place(*affines, shape):
+        return
+    distance = max_displacement(*affines, shape)
+    seconds = [None if s is None else np.array(s) for s in (label.second, image.second)]
+    other = follows_other_form((affines[0], seconds[0]), (affines[1], seconds[1]), shape)
+    sides = [np.linalg.norm(affine[:3, :3], axis=0) for affine in affines]
+    for affine in affines:
+        affine[:3, 3] = 0  # leaves the angle
+    what = f"is offset by {distance:.3g} mm"
+    if other:
+        what += f" ({other})"
+    elif np.abs(sides[0] / sides[1] - 1).max() > SAME_SIDES:
+        mm = ["×".join(f"{side:.3g}" for side in own) for own in sides]
+        what = f"has voxels of {mm[0]} mm instead of {mm[1]} mm"
+    elif not same_place(*affines, shape):
+        what = "is rotated"
+    text = (
+        f"{case.label} {what} relative to its image according to the headers: check that both "
+        "overlay voxel by voxel, which is assumed."
     )
+    yield Finding("label geometry", (case.id,), text)
 
 
-def empty_labels(facts: Sequence[CaseFacts]) -> Iterator[Finding]:
-    """Labels without any structure: healthy cases, or wrong files where most of a domain are so."""
-    labelled = [one for one in facts if one.label is not None]
-    for domain in dict.fromkeys(one.case.domain for one in labelled):
-        own = [one for one in labelled if one.case.domain == domain]
-        empty = [one.case for one in own if one.label is not None and one.label.whole is None]
-        most = len(empty) > _MOST * len(own)
+def empty_labels(measured: Sequence[CaseMeasurements]) -> Iterator[Finding]:
+    """Find labels without any structure; a problem if they are the majority of a domain."""
+    for domain, own in _groups(measured, lambda one: one.case.domain if one.label else None):
+        empty = [one.case for one in own if one.label.whole is None]
+        most = len(empty) > _EMPTY * len(own)
+        advice = ": check that it is a healthy case and not a wrong file."
+        if most:
+            advice = (
+                f", like {len(empty)} of {len(own)} labels of {domain}: correct the label values "
+                "of the dataset, or the files."
+            )
         for case in empty:
-            text = f"{case.label} holds none of the dataset's structures"
-            if most:
-                text += (
-                    f", like {len(empty)} of {len(own)} labels of {domain}: correct the label "
-                    "values of the dataset, or give the right files."
-                )
-            else:
-                text += ": make sure that it is a healthy case and not another file."
+            text = f"{case.label} contains none of the dataset's structures{advice}"
             yield Finding("label without structures", (case.id,), text, problem=most)
 
 
-def told_by_cases(dataset: Dataset) -> list[Finding]:
-    """What a dataset's cases tell before a file of theirs is opened.
+def check_cases(dataset: Dataset) -> list[Finding]:
+    """Check the cases of a dataset without opening their files.
 
     Raises:
         DataError: files are missing.
     """
     cases = [case for domain in dataset.domains() for case in dataset.cases(domain)]
-    return [
-        *empty_roles(dataset),
-        *case_names(cases),
-        *shared_names(cases),
-        *shared_subjects(cases),
-    ]
+    checks = (case_names, shared_names, shared_subjects)
+    return [*empty_roles(dataset), *(found for check in checks for found in check(cases))]
 
 
-# -- what directions need -------------------------------------------------------------------------
+# -- directions -----------------------------------------------------------------------------------
 
 
 def empty_roles(dataset: Dataset) -> Iterator[Finding]:
-    """Directions that have nothing to train with or to test on, and sources without validation.
+    """Find directions without training or test cases, and sources without validation cases.
 
-    Where no direction can be run, that is a problem; where some can, the others are a warning.
+    It is a problem if no direction can be run, otherwise a warning.
     """
     faults = {direction: role_fault(dataset, direction) for direction in dataset.directions}
     for text in dict.fromkeys(filter(None, faults.values())):
@@ -199,143 +183,129 @@ def empty_roles(dataset: Dataset) -> Iterator[Finding]:
     sources = [direction.split("-")[0] for direction, fault in faults.items() if not fault]
     for domain in dict.fromkeys(sources):
         if not dataset.labelled(domain, "val"):
-            yield Finding(
-                "empty role",
-                (),
-                f"No labelled case of '{domain}' in dataset '{dataset.name}' is for validation, so "
-                "the selector source_val cannot choose where it is the source: put one into the "
-                "split val, or choose by another selector.",
+            text = (
+                f"Domain '{domain}' of dataset '{dataset.name}' has no labelled validation case, "
+                "which the selector source_val requires of a source: add a case to the split val, "
+                "or use another selector."
             )
+            yield Finding("empty role", (), text)
 
 
 # -- what cases must not share --------------------------------------------------------------------
 
 
 def case_names(cases: Sequence[Case]) -> Iterator[Finding]:
-    """Ids that cannot name the file of a prediction."""
+    """Find ids that are not valid file names."""
     for case in cases:
         fault = name_fault(case.id)
         if fault:
-            text = f"The id '{case.id}' of {case.image} {fault}: give the case another."
+            text = f"The id '{case.id}' of {case.image} {fault}: choose another id."
             yield Finding("id", (case.id,), text, problem=True)
 
 
 def shared_names(cases: Sequence[Case]) -> Iterator[Finding]:
-    """Ids and files that several cases have in common.
+    """Find ids and files of several cases.
 
-    One label may serve several sequences of a person, which lie on one grid.
+    Several sequences of a subject may have the same label.
     """
-    for name, same in _groups(cases, lambda case: case.id).items():
+    for name, same in _duplicates(cases, lambda case: case.id):
         files = enumerate_names(sorted(str(case.image) for case in same))
-        yield Finding(
-            "same id",
-            (name,),
-            f"{len(same)} cases are called {name} ({files}): give each an id of its own.",
-            problem=True,
-        )
+        text = f"{len(same)} cases have the id {name} ({files}): choose unique ids."
+        yield Finding("same id", (name,), text, problem=True)
     uses = [(file, case) for case in cases for file in (case.image, case.label) if file is not None]
-    for file, both in _groups(uses, lambda use: use[0]).items():
-        if _one_person(case for _, case in both) and all(file != case.image for _, case in both):
+    for file, both in _duplicates(uses, lambda use: use[0]):
+        if _same_subject([case for _, case in both]) and all(file != c.image for _, c in both):
             continue
         names = sorted({case.id for _, case in both})
-        yield Finding(
-            "same file",
-            tuple(names),
-            f"{file} is used {len(both)} times, by {enumerate_names(names)}: give each case "
-            "its own files.",
-            problem=True,
-        )
+        text = f"{file} is used {len(both)} times, by {enumerate_names(names)}: use it once."
+        yield Finding("same file", tuple(names), text, problem=True)
 
 
 def shared_subjects(cases: Sequence[Case]) -> Iterator[Finding]:
-    """Persons who are in two splits of a domain, or trained with in one and tested in another."""
-    for subject, own in _groups(cases, lambda case: case.subject).items():
+    """Find subjects in several splits, of one domain or of different ones."""
+    for subject, own in _duplicates(cases, lambda case: case.subject):
         splits = sorted({case.split for case in own})
         if len(splits) > 1:
             names = tuple(sorted(case.id for case in own))
-            yield Finding(
-                "subject in two splits",
-                names,
+            text = (
                 f"Subject {subject} is in {enumerate_names(splits)} ({enumerate_names(names)}): "
-                "put all cases of a person into one split.",
-                problem=True,
+                "put all cases of a subject into the same split."
             )
+            yield Finding("subject in two splits", names, text, problem=True)
 
 
-def shared_content(facts: Sequence[CaseFacts]) -> Iterator[Finding]:
-    """Images that hold the same voxels, and labels that do."""
+def shared_content(measured: Sequence[CaseMeasurements]) -> Iterator[Finding]:
+    """Find different images with the same voxels, and different labels with the same voxels."""
     twins: set[tuple[str, str]] = set()
-    images = [one for one in facts if one.image is not None]
-    for same in _groups(images, lambda one: one.image.values).values():
+    for _, same in _duplicates(measured, lambda one: one.image.values if one.image else None):
         cases = [one.case for one in same]
         if len({case.image for case in cases}) == 1:
-            continue  # told by its name
-        twins |= set(combinations(sorted(case.id for case in cases), 2))
+            continue  # reported by `shared_names`
         names = tuple(sorted(case.id for case in cases))
+        twins |= set(combinations(names, 2))
         parts = sorted({f"{case.domain} {case.split}" for case in cases})
         across = len(parts) > 1
         where = f"across {enumerate_names(parts)}" if across else f"in {parts[0]}"
-        yield Finding(
-            "same image",
-            names,
-            f"{enumerate_names(str(case.image) for case in cases)} hold the same voxels, {where}, "
-            "perhaps turned or converted: keep one of them.",
-            problem=across,
+        text = (
+            f"{enumerate_names(str(case.image) for case in cases)} have the same voxels, {where}, "
+            "possibly reoriented or converted: keep one of them."
         )
-    labels = [one for one in facts if one.label is not None and one.label.whole is not None]
-    for same in _groups(labels, lambda one: one.label.content).values():
-        names = tuple(sorted(one.case.id for one in same))
+        yield Finding("same image", names, text, problem=across)
+    labels = [one for one in measured if one.label is not None and one.label.whole is not None]
+    for _, same in _duplicates(labels, lambda one: one.label.content):
+        cases = [one.case for one in same]
+        names = tuple(sorted(case.id for case in cases))
         if len(set(names)) == 1 or set(combinations(names, 2)) <= twins:
             continue
-        if len({one.case.label for one in same}) == 1 or _one_person(one.case for one in same):
+        if len({case.label for case in cases}) == 1 or _same_subject(cases):
             continue
-        yield Finding(
-            "same label",
-            names,
-            f"{enumerate_names(str(one.case.label) for one in same)} are the same label of "
-            "different images: find out whose it is.",
+        text = (
+            f"{enumerate_names(str(case.label) for case in cases)} are the same label of different "
+            "images: find out which image it belongs to."
         )
+        yield Finding("same label", names, text)
 
 
-def _one_person(cases: Iterable[Case]) -> bool:
-    """Whether different cases show the same subject."""
-    seen = list(cases)
-    return len({case.subject for case in seen}) == 1 and len({case.id for case in seen}) == len(
-        seen
-    )
+def _same_subject(cases: Sequence[Case]) -> bool:
+    """Return True for different cases of the same subject."""
+    subjects, ids = {case.subject for case in cases}, {case.id for case in cases}
+    return len(subjects) == 1 and len(ids) == len(cases)
 
 
-def _groups(items: Sequence, key: Callable) -> dict:
-    """Items with one key, for each key that at least two have."""
+def _groups(items: Sequence, key: Callable) -> list[tuple[Any, list]]:
+    """Group items by key; those with the key None are omitted."""
     found = defaultdict(list)
     for item in items:
         found[key(item)].append(item)
-    return {name: same for name, same in found.items() if len(same) > 1}
+    return [(name, same) for name, same in found.items() if name is not None]
+
+
+def _duplicates(items: Sequence, key: Callable) -> list[tuple[Any, list]]:
+    """Group items by key, for keys of several items."""
+    return [(name, same) for name, same in _groups(items, key) if len(same) > 1]
 
 
 def summary(findings: Sequence[Finding]) -> str:
-    """The warnings in words, e.g. "2 warnings: look at them first"."""
+    """Summarise the warnings, e.g. "2 warnings: review them first"."""
     count = sum(not found.problem for found in findings)
-    return f"{count} warning{'s' * (count > 1)}: look first" if count else "no warnings"
+    return f"{count} warning{'s' * (count > 1)}: review them first" if count else "no warnings"
 
 
 def refuse_problems(findings: Sequence[Finding], count: int, place: str) -> None:
-    """Raise where something cannot be used.
+    """Raise an error if there are problems.
 
     Args:
-        findings: all that was found.
-        count: of the cases.
-        place: where they are, in words.
+        findings: all findings.
+        count: number of cases.
+        place: name of the dataset and its directory, for the message.
 
     Raises:
-        DataError: there are problems; the sentence counts them.
+        DataError: there are problems.
     """
     problems = [found for found in findings if found.problem]
     if problems:
         bad = {case for found in problems for case in found.cases}
-        warnings = sum(not found.problem for found in findings)
+        warnings = len(findings) - len(problems)
         what = f"{len(bad)} of {count} cases of {place}" if bad else f"The splits of {place}"
-        besides = f", besides {warnings} warning{'s' * (warnings > 1)}" if warnings else ""
-        raise DataError(
-            f"{what} cannot be used as they are{besides}; repair or replace what is named above."
-        )
+        more = f" (and there are {warnings} warning{'s' * (warnings > 1)})" if warnings else ""
+        raise DataError(f"{what} cannot be used{more}: fix the problems listed above.")

@@ -1,8 +1,7 @@
-"""What one pass over a case's two files tells: geometry, intensities, anatomy, content.
+"""Measure geometry, intensities, anatomy and content of a case in one pass over its files.
 
-`integrity.py` and `outliers.py` judge these facts, `fingerprint.py` sums them up. They hold no
-voxel, and their size does not depend on that of the volumes. The labels of all cases are read,
-those of target cases too: looking at data is no training, and nothing of it reaches a run.
+`integrity.py` and `outliers.py` check the measurements, `fingerprint.py` summarises them. They
+contain no voxels. Labels of target cases are measured too, but no measurement is used in training.
 """
 
 from __future__ import annotations
@@ -15,32 +14,39 @@ import numpy as np
 from scipy import ndimage
 
 from glua_bench.console import Progress
-from glua_bench.data.formats import VolumeFile, open_volume
-from glua_bench.data.geometry import doubts, frame, orient, second_form, voxel_ml
+from glua_bench.data.formats import VolumeFile, open_volume, triple
+from glua_bench.data.geometry import ambiguities, frame, orient, rows_of, second_form, voxel_ml
 from glua_bench.data.parallel import parallel_map
-from glua_bench.data.volumes import extremes, foreground, inside, intensities, read_label_volume
+from glua_bench.data.volumes import (
+    crop,
+    extremes,
+    foreground,
+    intensities,
+    read_label_volume,
+    sample_step,
+)
 from glua_bench.errors import DataError
 from glua_bench.task import Case, Dataset, DomainView, Reading
 
 Three = tuple[float, float, float]
-# Where distributions of intensities are kept, in percent, from their minimum to their maximum.
+Rows = tuple[tuple[float, ...], ...]
+# Percentiles of the stored intensity distributions, including minimum and maximum.
 LEVELS = np.linspace(0, 100, 101)
-# The surroundings of the structures are their bounding box and this share of it on each side.
+# Margin around the bounding box of the structures, relative to its size, on each side.
 _MARGIN = 0.25
-# Distributions of what is not stored as small integers come from at most this many voxels.
-_SAMPLE = 2_000_000
+# Maximum number of distinct values that are listed.
 _FEW = 16
 
 
 @dataclass(frozen=True)
-class StructureFacts:
-    """One structure of one case; axes are the oriented ones, (Z, Y, X).
+class StructureMeasurements:
+    """One structure of a case; axes are (Z, Y, X).
 
-    Args:
-        ml: its volume.
-        centre: of its voxels, in mm from the middle of the volume.
-        spread: standard deviation of its voxels' places along each axis, in mm.
-        level: median intensity of the image inside; nan where the image cannot be read.
+    Attributes:
+        ml: volume in ml.
+        centre: centre of mass in mm from the centre of the image volume.
+        spread: standard deviation of the voxel positions along each axis, in mm.
+        level: median intensity inside; NaN if the image is unusable.
     """
 
     ml: float
@@ -50,34 +56,32 @@ class StructureFacts:
 
 
 @dataclass(frozen=True)
-class ImageFacts:
-    """An image volume, without its voxels.
+class ImageMeasurements:
+    """An image volume.
 
-    Args:
+    Attributes:
         shape: voxels per stored axis.
-        spacing: mm per stored axis, as the dataset reads the file.
+        spacing: mm per stored axis, after the dataset's reading.
         affine: of the header, 4 rows of 4.
-        second: the affine of the header's other form, where it lies elsewhere; otherwise None.
-        doubts: finding and sentence of what the header leaves unsure.
+        second: affine of the header's other form if it differs.
+        ambiguities: name and text of each ambiguity of the header.
         axes: stored axis of each of (Z, Y, X).
         extremes: lowest and highest intensity.
-        levels: intensities at `LEVELS` of the body: of the voxels above the volume's minimum in the
-            body's bounding box, from which preprocessing takes its percentiles, too.
-        negative: share of the voxels below 0.
-        flat: share of slices along (Z, Y, X) that have one value only and lie at an end.
-        gaps: number of slices along (Z, Y, X) that have one value only and lie between others.
-        few: the distinct values, where there are no more than 16; empty otherwise.
-        body: centre of the body's bounding box along (Z, Y, X), in mm from the volume's middle.
-        content: SHA-256 of the values in their order; the same for every number type, scaling,
-            compression and format that keeps the values and the stored axes.
-        values: hash of the values in any order; the same also when axes are swapped or reversed.
+        levels: intensities at `LEVELS`, of voxels above the minimum in the body's bounding box.
+        negative: fraction of negative voxels.
+        flat: fraction of constant slices at the ends, along (Z, Y, X).
+        gaps: number of constant slices between others, along (Z, Y, X).
+        few: the distinct values if there are at most 16, otherwise empty.
+        body: centre of the body's bounding box along (Z, Y, X), in mm from the volume's centre.
+        content: SHA-256 of the values in order, independent of data type, scaling and file format.
+        values: hash of the values in any order, also independent of the order of axes.
     """
 
     shape: tuple[int, int, int]
     spacing: Three
-    affine: tuple[tuple[float, ...], ...]
-    second: tuple[tuple[float, ...], ...] | None
-    doubts: tuple[tuple[str, str], ...]
+    affine: Rows
+    second: Rows | None
+    ambiguities: tuple[tuple[str, str], ...]
     axes: tuple[int, int, int]
     extremes: tuple[float, float]
     levels: tuple[float, ...]
@@ -92,36 +96,36 @@ class ImageFacts:
     @property
     def oriented_spacing(self) -> Three:
         """mm along (Z, Y, X)."""
-        return _floats(self.spacing[axis] for axis in self.axes)
+        return triple(self.spacing[axis] for axis in self.axes)
 
     @property
     def oriented_shape(self) -> tuple[int, int, int]:
         """Voxels along (Z, Y, X)."""
-        return _ints(self.shape[axis] for axis in self.axes)
+        return triple(self.shape[axis] for axis in self.axes)
 
 
 @dataclass(frozen=True)
-class LabelFacts:
-    """A label volume with its image.
+class LabelMeasurements:
+    """A label volume, together with its image.
 
-    Args:
-        affine: of the label's header, 4 rows of 4.
-        second: as `ImageFacts.second`.
-        doubts: as `ImageFacts.doubts`.
-        structures: in the dataset's order; None where a structure has no voxel.
-        whole: all structures as one; None where there are none.
-        blank: share of the structures' voxels in slices of the image that have one value only.
-        inside: mean, standard deviation and percentiles 0.5, 50 and 99.5 of the image's intensities
-            in all structures; None where there are none or the image cannot be read.
-        around: intensities at `LEVELS` in the structures' surroundings; empty as `inside`.
-        content: SHA-256 of the class indices in their order.
+    Attributes:
+        affine: see `ImageMeasurements`.
+        second: see `ImageMeasurements`.
+        ambiguities: see `ImageMeasurements`.
+        structures: in the dataset's order; None for missing structures.
+        whole: union of all structures; None if there are none.
+        blank: fraction of the structures' voxels in constant slices of the image.
+        inside: mean, standard deviation and percentiles 0.5, 50 and 99.5 of the intensities in all
+            structures; None without structures or a usable image.
+        around: intensities at `LEVELS` around the structures; empty if `inside` is None.
+        content: SHA-256 of the class indices in order.
     """
 
-    affine: tuple[tuple[float, ...], ...]
-    second: tuple[tuple[float, ...], ...] | None
-    doubts: tuple[tuple[str, str], ...]
-    structures: tuple[StructureFacts | None, ...]
-    whole: StructureFacts | None
+    affine: Rows
+    second: Rows | None
+    ambiguities: tuple[tuple[str, str], ...]
+    structures: tuple[StructureMeasurements | None, ...]
+    whole: StructureMeasurements | None
     blank: float
     inside: tuple[float, float, float, float, float] | None
     around: tuple[float, ...]
@@ -129,67 +133,64 @@ class LabelFacts:
 
 
 @dataclass(frozen=True)
-class CaseFacts:
-    """A case and what its files hold, or why they cannot be used.
+class CaseMeasurements:
+    """Measurements of a case.
 
-    Args:
+    Attributes:
         case: the case.
-        image: None where the image cannot be used.
-        label: None where the case has no label, or it cannot be used.
-        image_problem: why the image cannot be used, one sentence; empty where it can.
-        label_problem: the same of the label.
+        image: None if the image is unusable.
+        label: None if the label is missing or unusable.
+        image_problem: why the image is unusable, one sentence, or "".
+        label_problem: why the label is unusable, one sentence, or "".
     """
 
     case: Case
-    image: ImageFacts | None = None
-    label: LabelFacts | None = None
+    image: ImageMeasurements | None = None
+    label: LabelMeasurements | None = None
     image_problem: str = ""
     label_problem: str = ""
 
 
 @dataclass(frozen=True)
 class Intensities:
-    """How the intensities of one image are distributed.
+    """Intensity distribution of an image.
 
-    Args:
-        levels: as of `ImageFacts`.
-        negative: share of the voxels below 0.
+    Attributes:
+        levels: see `ImageMeasurements`.
+        negative: see `ImageMeasurements`.
     """
 
     levels: tuple[float, ...]
     negative: float
 
 
-def gather(dataset: Dataset, jobs: int, progress: Progress) -> list[CaseFacts]:
-    """The facts of every case of every domain, in the dataset's order.
+def gather(dataset: Dataset, jobs: int, progress: Progress) -> list[CaseMeasurements]:
+    """Measure every case of every domain, in the dataset's order.
 
     Args:
-        dataset: its files are there.
-        jobs: processes, each of which holds one case at a time.
-        progress: shows how many cases are read.
+        dataset: a prepared dataset.
+        jobs: number of processes, each with one case in memory.
+        progress: progress display.
 
     Raises:
-        DataError: the dataset's directory cannot be used at all.
+        DataError: the dataset's directory cannot be used.
     """
-    cases = [
-        (case, dataset.view(domain))
-        for domain in dataset.domains()
-        for case in dataset.cases(domain)
-    ]
+    domains = dataset.domains()
+    cases = [(case, dataset.view(domain)) for domain in domains for case in dataset.cases(domain)]
     progress.stage("read files", len(cases))
-    found: dict[int, CaseFacts] = {}
-    for place, facts in parallel_map(_read, cases, jobs):
-        found[place] = facts
+    found: dict[int, CaseMeasurements] = {}
+    for place, measured in parallel_map(_measure, cases, jobs):
+        found[place] = measured
         progress.update(len(found))
     return [found[place] for place in range(len(cases))]
 
 
-def _read(item: tuple[Case, DomainView]) -> CaseFacts:
-    return read_facts(*item)
+def _measure(item: tuple[Case, DomainView]) -> CaseMeasurements:
+    return measure_case(*item)
 
 
-def read_facts(case: Case, view: DomainView) -> CaseFacts:
-    """Read both files of a case, each once.
+def measure_case(case: Case, view: DomainView) -> CaseMeasurements:
+    """Read and measure both files of a case.
 
     Args:
         case: the case.
@@ -199,31 +200,33 @@ def read_facts(case: Case, view: DomainView) -> CaseFacts:
     volume: _Volume | None = None
     try:
         volume = _Volume(case, view.reading)
-        image = _image_facts(volume)
+        image = _measure_image(volume)
     except DataError as error:
         image_problem = str(error)
     if case.label is None and case.split != "train":
         label_problem = (
-            f"{case.image} has no label, which a case for {case.split} needs: add its label file, "
-            "or use the case for training of the target."
+            f"{case.image} has no label, which a {case.split} case requires: add the label file, "
+            "or use the case as a target training case."
         )
     elif case.label is not None:
         try:
             classes = read_label_volume(case.label, case.image, view)
             if volume is not None:
-                label = _label_facts(case, classes, volume, len(view.structures), image is not None)
+                label = _measure_label(
+                    case, classes, volume, len(view.structures), image is not None
+                )
         except DataError as error:
-            # What keeps the image from being read is told once.
+            # An unusable image is reported only once.
             label_problem = "" if str(error) == image_problem else str(error)
-    return CaseFacts(case, image, label, image_problem, label_problem)
+    return CaseMeasurements(case, image, label, image_problem, label_problem)
 
 
 def read_intensities(file: VolumeFile, reading: Reading) -> Intensities:
-    """The distribution alone, of an image that need not be a case.
+    """Measure the intensity distribution of any image.
 
     Args:
         file: the opened image.
-        reading: of the domain that it may belong to.
+        reading: of its presumed domain.
 
     Raises:
         DataError: as for `extremes`, or the header has no usable geometry.
@@ -232,13 +235,13 @@ def read_intensities(file: VolumeFile, reading: Reading) -> Intensities:
     stored = file.voxels()
     low, _ = extremes(file, stored)
     volume = orient(stored, axes, flips)
-    body = inside(volume, foreground(file, volume))
+    body = crop(volume, foreground(file, volume))
     below = sum(int((intensities(file, plane) < 0).sum()) for plane in _slices(stored))
     return Intensities(_levels(file, body, above=low), below / stored.size)
 
 
 class _Volume:
-    """An image file with its voxels and axes; which slices are flat, per oriented axis."""
+    """An image file with its voxels, axes and constant slices per oriented axis."""
 
     def __init__(self, case: Case, reading: Reading) -> None:
         self.file, self.reading = open_volume(case.image), reading
@@ -247,53 +250,49 @@ class _Volume:
         self.stored = self.file.voxels()
         self.oriented = orient(self.stored, self.axes, self.flips)
         self.oriented_spacing = np.array([self.spacing[axis] for axis in self.axes])
-        flat = [low == high for low, high in _bounds(self.stored)]
+        # In stored axes, because passes over reversed views are slow.
+        flat = [self.stored.min(o) == self.stored.max(o) for o in ((1, 2), (0, 2), (0, 1))]
         self.flat = [
             flat[axis][::-1] if flip else flat[axis]
             for axis, flip in zip(self.axes, self.flips, strict=True)
         ]
 
 
-def _image_facts(volume: _Volume) -> ImageFacts:
-    """Facts of an image.
-
-    Raises:
-        DataError: as for `extremes`.
-    """
+def _measure_image(volume: _Volume) -> ImageMeasurements:
     file, stored = volume.file, volume.stored
     low, high = extremes(file, stored)
     values, weights, fingerprint = _distribution(file, stored)
     distinct = values[np.diff(values, prepend=np.nan) != 0]
     box = np.array(foreground(file, volume.oriented))
-    body = inside(volume.oriented, box)
+    body = crop(volume.oriented, box)
     middle = (np.array(volume.oriented.shape) - 1) / 2
     ends, gaps = zip(*map(_ends_and_gaps, volume.flat), strict=True)
-    return ImageFacts(
-        shape=_ints(stored.shape),
+    return ImageMeasurements(
+        shape=file.shape,
         spacing=volume.spacing,
-        affine=_rows(volume.affine),
+        affine=rows_of(volume.affine),
         second=_second(file),
-        doubts=doubts(file, volume.reading),
+        ambiguities=ambiguities(file, volume.reading),
         axes=volume.axes,
         extremes=(low, high),
         levels=_levels(file, body, above=low),
         negative=float(weights[values < 0].sum() / weights.sum()),
-        flat=_floats(ends),
-        gaps=_ints(gaps),
-        few=tuple(float(v) for v in distinct) if len(distinct) <= _FEW else (),
-        body=_floats((box.mean(1) - middle) * volume.oriented_spacing),
+        flat=ends,
+        gaps=gaps,
+        few=tuple(distinct.tolist()) if len(distinct) <= _FEW else (),
+        body=triple(((box.mean(1) - middle) * volume.oriented_spacing).tolist()),
         content=_digest(stored.shape, (_plain(file, plane) for plane in _slices(stored))),
         values=fingerprint,
     )
 
 
-def _label_facts(
+def _measure_label(
     case: Case, classes: np.ndarray, volume: _Volume, count: int, readable: bool
-) -> LabelFacts:
-    """Facts of a label; without intensities where the image is not `readable`."""
+) -> LabelMeasurements:
+    """Measure a label, without intensities if the image is not `readable`."""
     labels = orient(classes, volume.axes, volume.flips)
     profiles = [np.zeros(length) for length in labels.shape]
-    structures: list[StructureFacts | None] = []
+    structures: list[StructureMeasurements | None] = []
     samples: list[np.ndarray] = []
     boxes = ndimage.find_objects(labels, count)
     for index, box in enumerate(boxes, start=1):
@@ -320,15 +319,15 @@ def _label_facts(
         )
     if samples and readable:
         together = np.concatenate(samples)
-        low, middle, high = (float(v) for v in np.percentile(together, (0.5, 50, 99.5)))
+        low, middle, high = np.percentile(together, (0.5, 50, 99.5)).tolist()
         mean, deviation = float(together.mean(dtype=float)), float(together.std(dtype=float))
         inside = mean, deviation, low, middle, high
         around = _surroundings(volume, [box for box in boxes if box is not None])
     file = open_volume(case.truth)
-    return LabelFacts(
-        affine=_rows(file.affine),
+    return LabelMeasurements(
+        affine=rows_of(file.affine),
         second=_second(file),
-        doubts=doubts(file, volume.reading),
+        ambiguities=ambiguities(file, volume.reading),
         structures=tuple(structures),
         whole=whole,
         blank=blank,
@@ -339,7 +338,7 @@ def _label_facts(
 
 
 def _surroundings(volume: _Volume, boxes: Sequence[tuple[slice, ...]]) -> tuple[float, ...]:
-    """The distribution of intensities where the structures are, the same part of every body."""
+    """Return the intensity distribution around the structures, a comparable part of the body."""
     region = []
     for axis in range(3):
         first = min(box[axis].start for box in boxes)
@@ -349,58 +348,55 @@ def _surroundings(volume: _Volume, boxes: Sequence[tuple[slice, ...]]) -> tuple[
     return _levels(volume.file, volume.oriented[tuple(region)])
 
 
-def _structure(profiles: Sequence[np.ndarray], volume: _Volume, level: float) -> StructureFacts:
-    """Volume, centre and spread from the numbers of voxels in each slice along each axis."""
+def _structure(
+    profiles: Sequence[np.ndarray], volume: _Volume, level: float
+) -> StructureMeasurements:
+    """Compute volume, centre and spread from the numbers of voxels per slice along each axis."""
     total = profiles[0].sum()
     centres, spreads = [], []
     for profile, length in zip(profiles, volume.oriented_spacing, strict=True):
         places = (np.arange(len(profile)) - (len(profile) - 1) / 2) * length
         centre = float((profile * places).sum() / total)
-        # A voxel has an extent, so that a structure in one slice is not infinitely thin.
-        variance = float((profile * (places - centre) ** 2).sum() / total) + length**2 / 12
+        # Includes the variance within a voxel, so that a single slice has a thickness.
+        variance = float((profile * (places - centre) ** 2).sum() / total + length**2 / 12)
         centres.append(centre)
         spreads.append(variance**0.5)
-    return StructureFacts(float(total * volume.ml), _floats(centres), _floats(spreads), level)
+    return StructureMeasurements(float(total * volume.ml), triple(centres), triple(spreads), level)
 
 
 # -- passes over the voxels -----------------------------------------------------------------------
 
 
 def _slices(stored: np.ndarray) -> Iterator[np.ndarray]:
-    """Slices along the last stored axis, which are contiguous in memory."""
+    """Iterate over slices along the last stored axis, which are contiguous in memory."""
     return (stored[:, :, z] for z in range(stored.shape[2]))
 
 
 def _plain(file: VolumeFile, stored: np.ndarray) -> np.ndarray:
-    """Intensities as little-endian float32, so that equal ones have equal bytes."""
+    """Return intensities as little-endian float32, so that equal values have equal bytes."""
     return intensities(file, stored).astype("<f4") + np.float32(0)  # -0 becomes 0
 
 
-def _step(size: int) -> int:
-    """Take every so many voxels of each axis, to have a sample of so many voxels."""
-    return max(1, int(np.ceil((size / _SAMPLE) ** (1 / 3))))
-
-
-def _digest(shape: Sequence[int], slices: Iterable[np.ndarray]) -> str:
-    """SHA-256 of a shape and of slices, the first axis running fastest."""
-    digest = hashlib.sha256(repr(_ints(shape)).encode())
+def _digest(shape: tuple[int, ...], slices: Iterable[np.ndarray]) -> str:
+    """Compute the SHA-256 of a shape and of slices in Fortran order."""
+    digest = hashlib.sha256(repr(shape).encode())
     for plane in slices:
         digest.update(plane.tobytes("F"))
     return digest.hexdigest()
 
 
 def _distribution(file: VolumeFile, stored: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
-    """Sorted values, their weights, and a hash of all values in any order.
+    """Return sorted values, their weights, and an order-independent hash.
 
-    The hash is a sum over the voxels of a function of the value alone, so that stored integers
-    need only be counted; the same values stored as another type have the same sum.
+    The hash is a sum over voxels, independent of the data type, so that stored integers can be
+    counted.
     """
     counted = _counted(stored)
     if counted is not None:
         values, weights = _plain(file, counted[0]), counted[1]
         total = int((_mixed(values) * weights.astype(np.uint64)).sum())
     else:
-        step, kept, total = _step(stored.size), [], 0
+        step, kept, total = sample_step(stored.size), [], 0
         for z, plane in enumerate(_slices(stored)):
             numbers = _plain(file, plane)
             total += int(_mixed(numbers).sum())
@@ -414,7 +410,7 @@ def _distribution(file: VolumeFile, stored: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _counted(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """The distinct stored integers and how often each occurs; None where that does not pay."""
+    """Count stored integers; None for other types and wide ranges."""
     if stored.dtype.kind not in "iub":
         return None
     low, high = int(stored.min()), int(stored.max())
@@ -428,32 +424,15 @@ def _counted(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of each float32: the finaliser of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    """Hash each float32 to 64 bits by the finaliser of SplitMix64 (Steele et al., OOPSLA 2014)."""
     bits = values.view("<u4").astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))
 
 
-def _bounds(stored: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Minimum and maximum of each slice, along each stored axis."""
-    lows: list[np.ndarray] = []
-    highs: list[np.ndarray] = []
-    depth = stored.shape[2]
-    for z, plane in enumerate(_slices(stored)):
-        low, high = [plane.min(1), plane.min(0)], [plane.max(1), plane.max(0)]
-        if not z:
-            lows = [*low, np.empty(depth, stored.dtype)]
-            highs = [*high, np.empty(depth, stored.dtype)]
-        for axis in range(2):
-            np.minimum(lows[axis], low[axis], out=lows[axis])
-            np.maximum(highs[axis], high[axis], out=highs[axis])
-        lows[2][z], highs[2][z] = low[0].min(), high[0].max()
-    return list(zip(lows, highs, strict=True))
-
-
 def _ends_and_gaps(flat: np.ndarray) -> tuple[float, int]:
-    """Of flat slices: the share that lies at the ends, and how many lie between others."""
+    """Return the fraction of constant slices at the ends and the number between other slices."""
     filled = np.flatnonzero(~flat)
     if not len(filled):
         return 1.0, 0
@@ -462,32 +441,14 @@ def _ends_and_gaps(flat: np.ndarray) -> tuple[float, int]:
 
 
 def _levels(file: VolumeFile, stored: np.ndarray, above: float = -np.inf) -> tuple[float, ...]:
-    """Intensities at `LEVELS` of a part of a volume, of voxels above a value if there are any."""
-    step = _step(stored.size)
+    """Return intensities at `LEVELS`, of voxels above a value if there are any."""
+    step = sample_step(stored.size)
     values = _plain(file, stored[::step, ::step, ::step]).ravel()
     chosen = values[values > above]
     found = np.percentile(chosen if chosen.size else values, LEVELS, method="inverted_cdf")
-    return tuple(float(value) for value in found)
+    return tuple(found.tolist())
 
 
-# -- small things ---------------------------------------------------------------------------------
-
-
-def _floats(values: Iterable[float]) -> Three:
-    first, second, third = (float(value) for value in values)
-    return first, second, third
-
-
-def _ints(values: Iterable[int]) -> tuple[int, int, int]:
-    first, second, third = (int(value) for value in values)
-    return first, second, third
-
-
-def _rows(affine: np.ndarray) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(float(value) for value in row) for row in affine)
-
-
-def _second(file: VolumeFile) -> tuple[tuple[float, ...], ...] | None:
-    """Rows of the other form of a header, where it lies elsewhere."""
+def _second(file: VolumeFile) -> Rows | None:
     second = second_form(file.forms, file.shape)
-    return None if second is None else _rows(second)
+    return None if second is None else rows_of(second)

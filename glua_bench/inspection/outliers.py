@@ -11,19 +11,21 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations, product
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from glua_bench.inspection.findings import Finding, enumerate_names
 from glua_bench.inspection.measurements import (
-    CaseFacts,
-    ImageFacts,
+    CaseMeasurements,
+    ImageMeasurements,
     Intensities,
-    LabelFacts,
-    StructureFacts,
+    LabelMeasurements,
+    StructureMeasurements,
 )
 from glua_bench.task import Case
+
+Item = TypeVar("Item")
 
 # Minimum number of other cases to compare a case with.
 LEAST = 4
@@ -52,109 +54,98 @@ _TURNS = tuple(product(permutations(range(3)), product((1, -1), repeat=3)))
 
 
 def comparisons(
-    facts: Sequence[CaseFacts], structures: Sequence[str], doubted: Collection[str] = ()
+    measured: Sequence[CaseMeasurements], structures: Sequence[str], doubted: Collection[str] = ()
 ) -> list[Finding]:
     """Compare cases and domains, and return all warnings.
 
     Args:
-        facts: measurements of the cases of all domains.
+        measured: measurements of the cases of all domains.
         structures: names of the structures.
         doubted: ids of cases with faulty images, whose intensities are not checked.
     """
-    domains: dict[str, list[CaseFacts]] = {}
-    for one in facts:
+    domains: dict[str, list[CaseMeasurements]] = {}
+    for one in measured:
         domains.setdefault(one.case.domain, []).append(one)
-    findings = [*missing_structures(domains, structures), *size_outliers(domains)]
-    findings += domain_sizes(domains)
+    labelled = {domain: _labelled(cases) for domain, cases in domains.items()}
+    findings = [*missing_structures(labelled, structures), *size_outliers(labelled)]
+    findings += domain_sizes(labelled)
     foreign = [found for found in intensity_outliers(domains) if found.cases[0] not in doubted]
-    misfits = label_misfits(domains) - {*doubted, *(found.cases[0] for found in foreign)}
-    turned = list(orientation_outliers(domains, misfits))
-    findings += [*foreign, *turned, *domain_orientations(domains)]
+    misfits = label_misfits(labelled) - {*doubted, *(found.cases[0] for found in foreign)}
+    turned = list(orientation_outliers(labelled, misfits))
+    findings += [*foreign, *turned, *domain_orientations(labelled)]
     reported = {found.cases[0] for found in turned}
-    for one in facts:
+    for one in measured:
         if one.case.id in misfits - reported:
-            findings.append(
-                Finding(
-                    "label fit",
-                    (one.case.id,),
-                    f"{one.case.label} encloses different intensities than the labels of other "
-                    f"cases of {one.case.domain}: check that it belongs to {one.case.image.name} "
-                    "and overlays it.",
-                )
+            text = (
+                f"{one.case.label} encloses different intensities than the labels of other cases "
+                f"of {one.case.domain}: check that it belongs to {one.case.image.name} and "
+                "overlays it."
             )
+            findings.append(Finding("label fit", (one.case.id,), text))
     return findings
 
 
-Domains = Mapping[str, Sequence[CaseFacts]]
-
-
-class _Labelled(NamedTuple):
+class _LabelledCase(NamedTuple):
     """A case with readable image and label and at least one structure."""
 
     case: Case
-    image: ImageFacts
-    label: LabelFacts
-    whole: StructureFacts
+    image: ImageMeasurements
+    label: LabelMeasurements
+    whole: StructureMeasurements
 
 
-def missing_structures(domains: Domains, structures: Sequence[str]) -> Iterator[Finding]:
+Domains = Mapping[str, Sequence[CaseMeasurements]]
+Labelled = Mapping[str, Sequence[_LabelledCase]]
+
+
+def missing_structures(domains: Labelled, structures: Sequence[str]) -> Iterator[Finding]:
     """Find structures missing in some labels of a domain."""
-    for domain, facts in domains.items():
-        labelled = _labelled(facts)
+    for domain, cases in domains.items():
         for index, name in enumerate(structures):
-            without = [one for one in labelled if one.label.structures[index] is None]
-            if len(without) > max(1, _OFTEN_MISSING * len(labelled)):
-                yield Finding(
-                    "structure missing",
-                    (),
-                    f"{name} is missing in {len(without)} of {len(labelled)} labels of {domain}: "
-                    "check the label values of the dataset.",
+            without = [one.case for one in cases if one.label.structures[index] is None]
+            if len(without) > max(1, _OFTEN_MISSING * len(cases)):
+                text = (
+                    f"{name} is missing in {len(without)} of {len(cases)} labels of {domain}: "
+                    "check the label values of the dataset."
                 )
+                yield Finding("structure missing", (), text)
                 continue
-            for one in without:
-                yield Finding(
-                    "structure missing",
-                    (one.case.id,),
-                    f"{one.case.label} has no {name}, unlike other labels of {domain}: check "
-                    "whether it was omitted.",
+            for case in without:
+                text = (
+                    f"{case.label} has no {name}, unlike other labels of {domain}: check whether "
+                    "it was omitted."
                 )
+                yield Finding("structure missing", (case.id,), text)
 
 
 # -- size -----------------------------------------------------------------------------------------
 
 
-def size_outliers(domains: Domains) -> Iterator[Finding]:
+def size_outliers(domains: Labelled) -> Iterator[Finding]:
     """Find structures that are much larger or smaller in mm than those of other cases."""
-    for domain, facts in domains.items():
-        labelled = _labelled(facts)
-        sizes = np.log([one.whole.spread for one in labelled]).reshape(-1, 3)
-        for index, one in enumerate(labelled):
-            others = np.delete(sizes, index, 0)
-            if len(others) < LEAST:
-                break
-            centre = np.median(others, 0)
-            shift = sizes[index] - centre
+    for domain, cases in domains.items():
+        sizes = np.log([one.whole.spread for one in cases]).reshape(-1, 3)
+        for one, own, others in _leave_one_out(cases, sizes):
+            shift = own - np.median(others, 0)
             least = np.maximum(np.log(_SIZE), _SIZE_DEVIATIONS * _deviation(others))
             if (np.abs(shift) > least).any():
                 ratio = " × ".join(f"{value:.2f}" for value in np.exp(shift))
-                yield Finding(
-                    "size",
-                    (one.case.id,),
-                    f"The structures of {one.case.label} are {ratio} times as large in mm as in "
+                text = (
+                    f"The structures of {one.case.label} are {ratio} times larger (mm) than in "
                     f"other cases of {domain} (through-plane × vertical × horizontal): check the "
-                    "voxel size in the headers, and the label.",
+                    "voxel size in the headers, and the label."
                 )
+                yield Finding("size", (one.case.id,), text)
 
 
-def domain_sizes(domains: Domains) -> Iterator[Finding]:
+def domain_sizes(domains: Labelled) -> Iterator[Finding]:
     """Find domains whose structures differ implausibly in size."""
-    usable = {domain: _labelled(facts) for domain, facts in domains.items()}
-    for first, second in combinations([d for d, f in usable.items() if len(f) >= LEAST], 2):
+    for first, second in combinations([d for d, f in domains.items() if len(f) >= LEAST], 2):
         sizes, voxels = [], []
         for domain in (first, second):
-            spread = np.array([one.whole.spread for one in usable[domain]])
+            spread = np.array([one.whole.spread for one in domains[domain]])
             sizes.append(np.log(spread))
-            voxels.append(np.log(spread / [one.image.oriented_spacing for one in usable[domain]]))
+            voxels.append(np.log(spread / [one.image.oriented_spacing for one in domains[domain]]))
         shift = np.median(sizes[0], 0) - np.median(sizes[1], 0)
         error = np.sqrt(sum(_deviation(own) ** 2 / len(own) for own in sizes))
         wrong = (np.abs(shift) > np.log(_DOMAIN_SIZE)) & (
@@ -165,63 +156,50 @@ def domain_sizes(domains: Domains) -> Iterator[Finding]:
         in_voxels = np.median(voxels[0], 0) - np.median(voxels[1], 0)
         agree = wrong & (np.abs(in_voxels) < np.abs(shift) / 2)
         ratio = [" × ".join(f"{value:.2f}" for value in np.exp(s)) for s in (shift, in_voxels)]
-        hint = (
-            f" but {ratio[1]} times in voxels, so the headers of one domain may be wrong"
-            if agree.any()
-            else ""
+        hint = f", but {ratio[1]} times in voxels, so the headers of one domain may be wrong"
+        text = (
+            f"The structures of {first} are {ratio[0]} times larger (mm) than those of {second} "
+            f"(through-plane × vertical × horizontal){hint if agree.any() else ''}: compare the "
+            "voxel sizes, and set the correct one in the dataset's reading."
         )
-        yield Finding(
-            "size of domains",
-            (),
-            f"The structures of {first} are {ratio[0]} times as large in mm as those of {second} "
-            f"(through-plane × vertical × horizontal){hint}: compare the voxel sizes, and set the "
-            "correct one in the dataset's reading.",
-        )
+        yield Finding("size of domains", (), text)
 
 
 # -- orientation ----------------------------------------------------------------------------------
 
 
-def orientation_outliers(domains: Domains, misfits: set[str]) -> Iterator[Finding]:
+def orientation_outliers(domains: Labelled, misfits: set[str]) -> Iterator[Finding]:
     """Find cases whose structures are reflected or rotated."""
-    for domain, facts in domains.items():
-        labelled = _labelled(facts)
-        patterns = _patterns(labelled)
-        for index, one in enumerate(labelled):
-            others = np.delete(patterns, index, 0)
-            if len(others) < LEAST:
-                break
-            turn = _turn(patterns[index], others, _few(labelled))
+    for domain, cases in domains.items():
+        for one, own, others in _leave_one_out(cases, _patterns(cases)):
+            turn = _turn(own, others, _few(cases))
             if turn:
                 advice = (
                     "the intensities inside do not fit either, so only the label may be wrong"
                     if one.case.id in misfits
                     else "check that the label overlays its image, and check the headers of both"
                 )
-                yield Finding(
-                    "orientation",
-                    (one.case.id,),
+                text = (
                     f"The structures of {one.case.label} are {turn} relative to other cases of "
-                    f"{domain}: {advice}.",
+                    f"{domain}: {advice}."
                 )
+                yield Finding("orientation", (one.case.id,), text)
 
 
-def domain_orientations(domains: Domains) -> Iterator[Finding]:
+def domain_orientations(domains: Labelled) -> Iterator[Finding]:
     """Find domains whose orientations differ after the dataset's reading."""
-    usable = {domain: _labelled(facts) for domain, facts in domains.items()}
-    for first, second in combinations([d for d, f in usable.items() if len(f) > LEAST], 2):
-        few = _few(usable[first])
-        turn = _turn(_median(_patterns(usable[first])), _patterns(usable[second]), few)
+    for first, second in combinations([d for d, f in domains.items() if len(f) > LEAST], 2):
+        patterns = _patterns(domains[first]), _patterns(domains[second])
+        turn = _turn(_median(patterns[0]), patterns[1], _few(domains[first]))
         if turn:
-            yield Finding(
-                "orientation of domains",
-                (),
+            text = (
                 f"The structures of {first} are {turn} relative to those of {second}: correct the "
-                "orientation or the flips in the dataset's reading.",
+                "orientation or the flips in the dataset's reading."
             )
+            yield Finding("orientation of domains", (), text)
 
 
-def _patterns(cases: Sequence[_Labelled]) -> np.ndarray:
+def _patterns(cases: Sequence[_LabelledCase]) -> np.ndarray:
     """Return positions of structures, (cases, structures, 3), relative to their centre and size.
 
     With fewer than three structures, the centre of the body is appended.
@@ -252,12 +230,9 @@ def _turn(pattern: np.ndarray, others: np.ndarray, few: bool) -> str:
     axes, signs = _TURNS[best]
     names = ("slice order", "up-down", "left-right")
     swapped = [names[i] for i in range(3) if axes[i] != i]
-    reversed_ = [names[i] for i in range(3) if axes[i] == i and signs[i] < 0]
-    return (
-        f"transposed ({enumerate_names(swapped)})"
-        if swapped
-        else f"reversed ({enumerate_names(reversed_)})"
-    )
+    if swapped:
+        return f"transposed ({enumerate_names(swapped)})"
+    return f"reversed ({enumerate_names(names[i] for i in range(3) if signs[i] < 0)})"
 
 
 # -- intensities ----------------------------------------------------------------------------------
@@ -265,34 +240,25 @@ def _turn(pattern: np.ndarray, others: np.ndarray, few: bool) -> str:
 
 def intensity_outliers(domains: Domains) -> Iterator[Finding]:
     """Find images whose intensity distribution differs from that of their domain."""
-    found = _distribution_anomalies(
-        domains, lambda one: one.image.levels if one.image is not None else ()
-    )
+    whole = _distribution_anomalies(domains, lambda one: one.image.levels if one.image else ())
     # A scan with a small field of view shows a different part of the body, but the surroundings of
     # the structures are comparable. If there are any, both comparisons must agree.
-    close = _distribution_anomalies(
-        domains, lambda one: one.label.around if one.label is not None else ()
-    )
-    for domain, facts in domains.items():
-        readable = [(one.case, one.image) for one in facts if one.image is not None]
-        shares = np.array([image.negative for _, image in readable])
-        for index, (case, image) in enumerate(readable):
-            others = np.delete(shares, index)
-            usual = float(np.median(others)) if len(others) >= LEAST else np.nan
-            anomaly = found.get(case, "")
-            if case in close and close[case] != anomaly:
+    close = _distribution_anomalies(domains, lambda one: one.label.around if one.label else ())
+    for domain, cases in domains.items():
+        readable = [(one.case, one.image) for one in cases if one.image is not None]
+        negative = np.array([image.negative for _, image in readable])
+        for (case, _), own, others in _leave_one_out(readable, negative):
+            anomaly = whole.get(case, "")
+            if close.get(case, anomaly) != anomaly:
                 anomaly = ""
-            anomaly = anomaly or _sign_anomaly(image.negative, usual, domain)
+            anomaly = anomaly or _sign_anomaly(float(own), float(np.median(others)), domain)
             if anomaly:
-                yield Finding(
-                    "intensities",
-                    (case.id,),
-                    f"The intensity of {case.image} {anomaly}: check its modality and units.",
-                )
+                text = f"The intensity of {case.image} {anomaly}: check its modality and units."
+                yield Finding("intensities", (case.id,), text)
 
 
 def _distribution_anomalies(
-    domains: Domains, levels: Callable[[CaseFacts], Sequence[float]]
+    domains: Domains, levels: Callable[[CaseMeasurements], Sequence[float]]
 ) -> dict[Case, str]:
     """Describe the anomaly of each comparable case's distribution, "" if there is none.
 
@@ -300,15 +266,15 @@ def _distribution_anomalies(
     scale and offset of the scanner. Their distance is the mean absolute difference of percentiles
     (Wasserstein distance).
     """
-    known = {d: [one for one in facts if len(levels(one))] for d, facts in domains.items()}
-    curves = {d: np.array([_curve(levels(one)) for one in facts]) for d, facts in known.items()}
+    known = {d: [one for one in cases if levels(one)] for d, cases in domains.items()}
+    curves = {d: np.array([_curve(levels(one)) for one in cases]) for d, cases in known.items()}
     anomalies: dict[Case, str] = {}
-    for domain, facts in known.items():
-        if len(facts) <= LEAST:
+    for domain, cases in known.items():
+        if len(cases) <= LEAST:
             continue
         far = _from_others(curves[domain])
         usual = float(np.median(far))
-        for one, own, curve in zip(facts, far, curves[domain], strict=True):
+        for one, own, curve in zip(cases, far, curves[domain], strict=True):
             elsewhere = {
                 other: float(np.median(np.abs(curves[other] - curve).mean(1)))
                 for other in curves
@@ -320,8 +286,8 @@ def _distribution_anomalies(
 
 def _from_others(curves: np.ndarray) -> list[float]:
     """Return the median distance of each curve (images, percentiles) from the others."""
-    apart = np.abs(curves[:, None] - curves[None]).mean(2)
-    return [float(np.median(np.delete(row, index))) for index, row in enumerate(apart)]
+    distances = np.abs(curves[:, None] - curves[None]).mean(2)
+    return [float(np.median(np.delete(row, index))) for index, row in enumerate(distances)]
 
 
 def _distribution_anomaly(
@@ -338,9 +304,9 @@ def _distribution_anomaly(
     nearest = min(elsewhere, key=elsewhere.__getitem__, default=domain)
     near = elsewhere.get(nearest, np.inf) < _NEARER * own
     if near and own > _USUAL * usual:
-        return f"is distributed as in {nearest}, not as in {domain}", nearest
+        return f"resembles {nearest}, not {domain}", nearest
     if own > max(_UNLIKE * usual, _UNLIKE_LEAST):
-        return f"is distributed differently from other images of {domain}", ""
+        return f"is distributed differently than in other images of {domain}", ""
     return "", ""
 
 
@@ -398,38 +364,31 @@ def resemblance(
         return "", ""
     others = {name: one for name, one in known.items() if one is not None and name != domain}
     curve = _curve(image.levels)
-    apart = {
+    distances = {
         name: float(np.abs(curve - one.curve).mean())
         for name, one in {domain: own, **others}.items()
     }
-    anomaly, like = _distribution_anomaly(apart.pop(domain), own.spread, apart, domain)
+    anomaly, like = _distribution_anomaly(distances.pop(domain), own.spread, distances, domain)
     sign = "" if anomaly else _sign_anomaly(image.negative, own.negative, domain)
     if sign:
-        fitting = [
-            name
-            for name, one in others.items()
-            if not _sign_anomaly(image.negative, one.negative, name)
-        ]
-        like = min(fitting, key=apart.__getitem__, default="")
+        negative = image.negative
+        fitting = [d for d, one in others.items() if not _sign_anomaly(negative, one.negative, d)]
+        like = min(fitting, key=distances.__getitem__, default="")
     return anomaly or sign, like
 
 
-def label_misfits(domains: Domains) -> set[str]:
+def label_misfits(domains: Labelled) -> set[str]:
     """Return ids of cases whose structures enclose unusual intensities."""
-    odd = set()
-    for facts in domains.values():
-        labelled = [one for one in _labelled(facts) if one.label.around]
-        levels = np.array([_relative_levels(one) for one in labelled])
-        for index, one in enumerate(labelled):
-            others = np.delete(levels, index, 0)
-            if len(others) < LEAST:
-                break
-            deviation = np.maximum(_deviation(others), _FIT_FLOOR)
-            far = np.abs(levels[index] - _median(others)) / deviation
-            least = _FIT_DEVIATIONS_OF_FEW if _few(labelled) else _FIT_DEVIATIONS
+    misfits = set()
+    for labelled in domains.values():
+        cases = [one for one in labelled if one.label.around]
+        least = _FIT_DEVIATIONS_OF_FEW if _few(cases) else _FIT_DEVIATIONS
+        levels = np.array([_relative_levels(one) for one in cases])
+        for one, own, others in _leave_one_out(cases, levels):
+            far = np.abs(own - _median(others)) / np.maximum(_deviation(others), _FIT_FLOOR)
             if np.isfinite(far).any() and np.nanmedian(far) > least:
-                odd.add(one.case.id)
-    return odd
+                misfits.add(one.case.id)
+    return misfits
 
 
 def _curve(levels: Sequence[float]) -> np.ndarray:
@@ -438,7 +397,7 @@ def _curve(levels: Sequence[float]) -> np.ndarray:
     return (np.array(levels[1:100]) - low) / (high - low) if high > low else np.zeros(99)
 
 
-def _relative_levels(one: _Labelled) -> list[float]:
+def _relative_levels(one: _LabelledCase) -> list[float]:
     """Return for each structure the fraction of its surroundings darker than its median."""
     return [
         np.nan if s is None else float(np.searchsorted(one.label.around, s.level)) / 100
@@ -449,15 +408,24 @@ def _relative_levels(one: _Labelled) -> list[float]:
 # -- utilities ------------------------------------------------------------------------------------
 
 
-def _labelled(facts: Sequence[CaseFacts]) -> list[_Labelled]:
+def _labelled(cases: Sequence[CaseMeasurements]) -> list[_LabelledCase]:
     return [
-        _Labelled(one.case, one.image, one.label, one.label.whole)
-        for one in facts
+        _LabelledCase(one.case, one.image, one.label, one.label.whole)
+        for one in cases
         if one.image is not None and one.label is not None and one.label.whole is not None
     ]
 
 
-def _few(cases: Sequence[_Labelled]) -> bool:
+def _leave_one_out(
+    cases: Sequence[Item], values: np.ndarray
+) -> Iterator[tuple[Item, np.ndarray, np.ndarray]]:
+    """Yield each case, its values and those of the others; nothing if there are too few."""
+    if len(cases) > LEAST:
+        for index, one in enumerate(cases):
+            yield one, values[index], np.delete(values, index, 0)
+
+
+def _few(cases: Sequence[_LabelledCase]) -> bool:
     """Return True if the dataset has too few structures for a reliable pattern."""
     return bool(cases) and len(cases[0].label.structures) < _FEW
 

@@ -57,7 +57,7 @@ class Given:
             affine=affine,
             spacing=(across, down, between),
             forms=Forms.of(affine, (1, 1)),
-            placed=True,
+            oriented=True,
             dimension=3,
             slope=1.0,
             inter=0.0,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from glua_bench import __version__
 from glua_bench.config import ORACLE, RunConfig, build_settings
-from glua_bench.data.geometry import doubts
+from glua_bench.data.geometry import ambiguities
 from glua_bench.data.neighbours import Neighbourhood, Stacks
 from glua_bench.data.stores import IMAGE_TYPE
 from glua_bench.data.volumes import (
@@ -353,7 +353,7 @@ def _load(model: Model, image: Given, domain: str, warn: Callable[[str], None]) 
     """Load an image on the working grid; warn about its header or its intensities."""
     known = model.data.domains
     file = image.open()
-    for _, doubt in doubts(file, known[domain].reading):
+    for _, doubt in ambiguities(file, known[domain].reading):
         warn(doubt)
     voxels = file.voxels()
     file = replace(file, read=lambda: voxels)  # because they are used twice

@@ -441,7 +441,7 @@ def test_stores_refuse_what_does_not_fit(many, case):
     with pytest.raises(ValueError, match="differ in size"):
         other = SliceCache().image(case.unlabelled(), replace(VIEW, grid=Grid(16, 1.0)))
         ImageStore([images[0], other])
-    with pytest.raises(ValueError, match="different numbers or shapes"):
+    with pytest.raises(ValueError, match="differ in number or shape"):
         LabelledStore(images, labels[::-1])
 
 

@@ -16,6 +16,7 @@ import pytest
 import SimpleITK as sitk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusals import refused
 from scipy.spatial.transform import Rotation
 
 from glua_bench.data.cache import SliceCache, file_digest, fingerprint
@@ -34,6 +35,7 @@ from glua_bench.task import Case, DomainView, Grid, Reading, Structure
 
 OTHERS = ("v.nrrd", "v.nhdr", "v.mha", "v.mhd")
 STRUCTURES = (Structure("A", "a", (205,), ""), Structure("B", "b", (500,), ""))
+VIEW = DomainView("ct", Reading(), STRUCTURES)
 PROPERTY = settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -232,9 +234,8 @@ def test_voxels_beside_the_header_count(tmp_path, style, suffix):
 
     last.unlink()
     for look in (open_volume, file_digest):
-        with pytest.raises(DataError) as caught:
+        with refused(header) as caught:
             look(header)
-        _one_sentence(caught.value, header)
         assert str(last) in str(caught.value)
 
 
@@ -244,9 +245,8 @@ def test_metaimages_of_several_files_are_refused(tmp_path, names):
     for number in range(2):
         (tmp_path / f"part{number}.raw").write_bytes(VALUES[..., :2].tobytes("F"))
     (tmp_path / "v.mhd").write_text(META + names)
-    with pytest.raises(DataError, match="several files") as caught:
+    with refused(tmp_path / "v.mhd", "several files"):
         open_volume(tmp_path / "v.mhd")
-    _one_sentence(caught.value, tmp_path / "v.mhd")
 
 
 def test_both_files_of_a_nifti_pair_count(tmp_path):
@@ -325,9 +325,8 @@ def test_what_is_no_volume_is_one_sentence(tmp_path, capfd, kind, suffix):
     if kind == "missing":
         path.unlink()
     capfd.readouterr()
-    with pytest.raises(DataError) as caught:
+    with refused(path):
         load_image(path, Reading(), Grid(16, 1.0))
-    _one_sentence(caught.value, path)
     assert capfd.readouterr() == ("", "")  # what ITK's libraries would say
 
 
@@ -341,18 +340,16 @@ def test_a_header_may_end_at_any_place_of_its_last_line(tmp_path, suffix):
     for end in range(begins, len(whole)):
         for rest in (b"", b" ", b"\n"):
             path.write_bytes(whole[:end] + rest)
-            with pytest.raises(DataError) as caught:
+            with refused(path):
                 load_image(path, Reading(), Grid(16, 1.0))
-            _one_sentence(caught.value, path)
 
 
 def test_complex_nrrd_is_one_sentence(tmp_path):
     path = tmp_path / "v.nrrd"
     data = itk(heart(np.float32)[0], np.eye(4))
     sitk.WriteImage(sitk.RealAndImaginaryToComplex(data, data), str(path))
-    with pytest.raises(DataError, match="one real number") as caught:
+    with refused(path, "one real number"):
         open_volume(path)
-    _one_sentence(caught.value, path)
 
 
 @pytest.mark.filterwarnings("error")
@@ -361,9 +358,8 @@ def test_nan_in_an_affine_is_a_sentence_without_a_warning(tmp_path):
     content = bytearray(nib.Nifti1Image(VALUES, np.eye(4)).to_bytes())
     content[296:300] = np.array([0x7FA00000], "<u4").tobytes()  # srow_y
     (tmp_path / "v.nii").write_bytes(content)
-    with pytest.raises(DataError) as caught:
+    with refused(tmp_path / "v.nii"):
         load_image(tmp_path / "v.nii", Reading(), Grid(16, 1.0))
-    _one_sentence(caught.value, tmp_path / "v.nii")
 
 
 @pytest.mark.parametrize("suffix", ["nii", "nii.gz"])
@@ -372,9 +368,8 @@ def test_a_header_that_claims_too_much_is_told_before_memory_is_taken(tmp_path, 
     content[42:48] = np.array([30_000] * 3, "<i2").tobytes()
     packed = gzip.compress(content) if suffix == "nii.gz" else bytes(content)
     (tmp_path / f"v.{suffix}").write_bytes(packed)
-    with pytest.raises(DataError, match="30000×30000×30000") as caught:
+    with refused(tmp_path / f"v.{suffix}", "30000×30000×30000"):
         open_volume(tmp_path / f"v.{suffix}")
-    _one_sentence(caught.value, tmp_path / f"v.{suffix}")
 
 
 def test_the_terminal_is_given_back(tmp_path, capfd):
@@ -420,9 +415,8 @@ def test_damaged_bytes_of_packed_voxels_are_never_taken_for_voxels(tmp_path, nam
         damaged = bytearray(content)
         damaged[place] ^= 1 << int(rng.integers(8))
         held.write_bytes(damaged)
-        with pytest.raises(DataError, match="damaged or truncated") as caught:
+        with refused(path, "damaged or truncated"):
             open_volume(path).voxels()
-        _one_sentence(caught.value, path)
     held.write_bytes(content[:-3])
     with pytest.raises(DataError, match="damaged or truncated"):
         open_volume(path).voxels()
@@ -432,9 +426,8 @@ def test_damaged_bytes_of_packed_voxels_are_never_taken_for_voxels(tmp_path, nam
 def test_a_number_of_axes_that_would_overrun_itk_is_a_sentence(tmp_path, said):
     path = write(tmp_path / "v.mhd", VALUES)
     path.write_text(path.read_text().replace("NDims = 3", f"NDims = {said}"))
-    with pytest.raises(DataError, match=f"NDims = {said}") as caught:
+    with refused(path, f"NDims = {said}"):
         open_volume(path)
-    _one_sentence(caught.value, path)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
@@ -442,9 +435,8 @@ def test_what_is_no_file_is_a_sentence(tmp_path):
     os.mkfifo(tmp_path / "v.nii.gz")
     (tmp_path / "v.nrrd").mkdir()
     for name in ("v.nii.gz", "v.nrrd"):
-        with pytest.raises(DataError, match="is not a file") as caught:
+        with refused(tmp_path / name, "is not a file"):
             open_volume(tmp_path / name)
-        _one_sentence(caught.value, tmp_path / name)
 
 
 def _header(path: Path, **fields: float) -> Path:
@@ -470,9 +462,8 @@ def _header(path: Path, **fields: float) -> Path:
 )
 def test_a_header_that_has_to_be_guessed_is_a_sentence(tmp_path, capfd, fields, words):
     path = _header(tmp_path / "v.nii", **fields)
-    with pytest.raises(DataError, match=words) as caught:
+    with refused(path, words):
         open_volume(path).voxels()
-    _one_sentence(caught.value, path)
     assert capfd.readouterr() == ("", "")
 
 
@@ -487,13 +478,6 @@ def test_harmless_repairs_of_a_header_are_quiet(tmp_path, capfd, fields):
     np.testing.assert_array_equal(found.voxels(), VALUES)
     np.testing.assert_array_equal(found.affine, np.diag([2.0, 2.0, 3.0, 1.0]))
     assert capfd.readouterr() == ("", "")
-
-
-def _one_sentence(error: DataError, path: Path) -> None:
-    text = str(error)
-    assert str(path) in text
-    assert text.endswith(".") and "\n" not in text and ":" in text
-    assert ". " not in text.replace(str(path), "")
 
 
 # -- what a header means --------------------------------------------------------------------------
@@ -539,7 +523,7 @@ def test_nifti_is_in_mm_whatever_its_unit(tmp_path, unit, suffix):
         image = nifti_in(tmp_path / f"{name}.{suffix}", data, AFFINE, own)
         label = nifti_in(tmp_path / f"{name}_label.{suffix}", raw, AFFINE, own)
         loaded = load_image(image, Reading(), Grid(24, 2.0, 4.0))
-        labels = load_label(label, image, DomainView("ct", Reading(), STRUCTURES), loaded.placement)
+        labels = load_label(label, image, VIEW, loaded.placement)
         np.testing.assert_allclose(loaded.placement.affine, AFFINE, atol=1e-5)
         np.testing.assert_allclose(open_volume(image).spacing, (2, 2, 4), rtol=1e-6)
         np.testing.assert_allclose(sitk.ReadImage(str(image)).GetSpacing(), (2, 2, 4), rtol=1e-6)
@@ -569,9 +553,7 @@ def test_image_and_label_may_state_different_units(tmp_path, first, second):
     image = nifti_in(tmp_path / "i.nii", data, AFFINE, first)
     label = nifti_in(tmp_path / "l.nii", raw, AFFINE, second)
     assert same_place(open_volume(label).affine, open_volume(image).affine, data.shape)
-    assert np.array_equal(
-        read_label_volume(label, image, DomainView("ct", Reading(), STRUCTURES)) == 1, raw == 205
-    )
+    assert np.array_equal(read_label_volume(label, image, VIEW) == 1, raw == 205)
     wrong = nib.load(label)
     wrong.header["xyzt_units"] = first
     nib.save(wrong, tmp_path / "w.nii")
@@ -603,6 +585,15 @@ def nrrd_in(path: Path, fields: str) -> Path:
     return path
 
 
+def meta_in(path: Path, *changes: tuple[str, str]) -> Path:
+    """A MetaImage whose header is `META` with replaced texts."""
+    text = META
+    for old, new in changes:
+        text = text.replace(old, new)
+    path.write_bytes(text.encode() + b"LOCAL\n" + VALUES.tobytes("F"))
+    return path
+
+
 UNITS = {"mm": 1.0, "um": 1e-3, "\u00b5m": 1e-3, "micron": 1e-3, "cm": 10.0, "m": 1000.0, "": 1.0}
 
 
@@ -618,7 +609,7 @@ def test_nrrd_is_in_mm_whatever_its_unit(tmp_path, unit):
         nrrd_in(tmp_path / "b.nrrd", f'spacings: 2 3 4\nunits: "{unit}" "{unit}" "{unit}"')
     )
     assert second.spacing == pytest.approx(np.array([2, 3, 4]) * UNITS[unit])
-    assert first.placed and not second.placed
+    assert first.oriented and not second.oriented
     assert np.array_equal(first.voxels(), VALUES)
 
 
@@ -626,15 +617,12 @@ def test_nrrd_is_in_mm_whatever_its_unit(tmp_path, unit):
 def test_metaimage_is_in_mm_whatever_its_unit(tmp_path, unit):
     """MetaIO's field, which ITK keeps and does not apply."""
     line = f"DistanceUnits = {unit}\n" if unit else ""
-    (tmp_path / "v.mha").write_bytes(
-        META.replace("DimSize", f"{line}DimSize").encode() + b"LOCAL\n" + VALUES.tobytes("F")
-    )
-    found = open_volume(tmp_path / "v.mha")
+    found = open_volume(meta_in(tmp_path / "v.mha", ("DimSize", f"{line}DimSize")))
     length = {"um": 1e-3, "cm": 10.0}.get(unit, 1.0)
     assert found.spacing == pytest.approx(np.array([2, 3, 4]) * length)
     expected = np.array([[0, 3, 0, -5], [-2, 0, 0, -6], [0, 0, 4, 7]])
     np.testing.assert_allclose(np.abs(found.affine[:3]), np.abs(expected) * length, rtol=1e-6)
-    assert found.placed
+    assert found.oriented
 
 
 @pytest.mark.parametrize(
@@ -652,17 +640,15 @@ def test_a_unit_that_is_none_is_a_sentence(tmp_path, name, content):
     if name == "v.nrrd":
         nrrd_in(path, content)
     elif name == "v.mha":
-        text = META.replace("DimSize", f"{content}DimSize")
-        path.write_bytes(text.encode() + b"LOCAL\n" + VALUES.tobytes("F"))
+        meta_in(path, ("DimSize", f"{content}DimSize"))
     else:
         _header(path, xyzt_units=content)
-    with pytest.raises(DataError, match="unit") as caught:
+    with refused(path, "unit"):
         open_volume(path)
-    _one_sentence(caught.value, path)
 
 
 @pytest.mark.parametrize(
-    ("fields", "placed"),
+    ("fields", "oriented"),
     [
         (f"space: RAS\n{DIRECTIONS}", True),
         (f"space: left-posterior-superior\n{DIRECTIONS}", True),
@@ -671,16 +657,15 @@ def test_a_unit_that_is_none_is_a_sentence(tmp_path, name, content):
         (f"space: scanner-xyz\n{DIRECTIONS}", False),
     ],
 )
-def test_nrrd_without_a_space_of_the_body_is_known(tmp_path, fields, placed):
-    assert open_volume(nrrd_in(tmp_path / "v.nrrd", fields)).placed is placed
+def test_nrrd_without_a_space_of_the_body_is_known(tmp_path, fields, oriented):
+    assert open_volume(nrrd_in(tmp_path / "v.nrrd", fields)).oriented is oriented
 
 
 def test_nifti_and_metaimage_without_directions_are_known(tmp_path):
-    assert not open_volume(_header(tmp_path / "v.nii", sform_code=0, qform_code=0)).placed
-    assert open_volume(_header(tmp_path / "w.nii", sform_code=0, qform_code=1)).placed
-    text = META.replace("TransformMatrix = 0 -1 0 1 0 0 0 0 1\n", "")
-    (tmp_path / "v.mha").write_bytes(text.encode() + b"LOCAL\n" + VALUES.tobytes("F"))
-    assert not open_volume(tmp_path / "v.mha").placed
+    assert not open_volume(_header(tmp_path / "v.nii", sform_code=0, qform_code=0)).oriented
+    assert open_volume(_header(tmp_path / "w.nii", sform_code=0, qform_code=1)).oriented
+    bare = meta_in(tmp_path / "v.mha", ("TransformMatrix = 0 -1 0 1 0 0 0 0 1\n", ""))
+    assert not open_volume(bare).oriented
 
 
 def quaternion(path: Path, length: float, sform_code: int = 0) -> Path:
@@ -706,9 +691,8 @@ def test_quaternions_within_rounding_are_read_as_itk_reads_them(tmp_path, over):
 @pytest.mark.parametrize("length", [1.01, 2.0, np.inf, np.nan])
 def test_a_quaternion_that_is_no_rotation_is_a_sentence_of_ours(tmp_path, length):
     path = quaternion(tmp_path / "v.nii", length)
-    with pytest.raises(DataError, match="correct the qform, or set the sform") as caught:
+    with refused(path, "correct the qform, or set the sform") as caught:
         open_volume(path)
-    _one_sentence(caught.value, path)
     assert "w2" not in str(caught.value)
     # Beside an sform it is not asked.
     beside = open_volume(quaternion(tmp_path / "w.nii", length, sform_code=1))
@@ -737,18 +721,16 @@ def sheared(path: Path, degrees: float) -> Path:
     else:
         # As many digits as writers give it; the third direction has length 1.
         y, z = np.sin(np.radians(degrees)), np.cos(np.radians(degrees))
-        text = META.replace("0 -1 0 1 0 0 0 0 1", f"1 0 0 0 1 0 0 {y:.9f} {z:.9f}")
-        text = text.replace("2 3 4\nDimSize", f"2 2 {3 / z:.9f}\nDimSize")
-        path.write_bytes(text.encode() + b"LOCAL\n" + VALUES.tobytes("F"))
+        directions = ("0 -1 0 1 0 0 0 0 1", f"1 0 0 0 1 0 0 {y:.9f} {z:.9f}")
+        meta_in(path, directions, ("2 3 4\nDimSize", f"2 2 {3 / z:.9f}\nDimSize"))
     return path
 
 
 @pytest.mark.parametrize("name", ["v.nii", "v.nrrd", "v.mha"])
 def test_a_shear_is_a_sentence_that_names_the_way_out(tmp_path, name):
     path = sheared(tmp_path / name, 30)
-    with pytest.raises(DataError, match="60.0° instead of 90°.*resample_to_output") as caught:
+    with refused(path, "60.0° instead of 90°.*resample_to_output"):
         load_image(path, Reading(), Grid(8, 2.0))
-    _one_sentence(caught.value, path)
     # Where the header is known to be wrong, nothing is asked of it.
     load_image(path, Reading("stored", stated_spacing=(2.0, 2.0, 3.0)), Grid(8, 2.0))
 

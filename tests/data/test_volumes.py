@@ -2,8 +2,9 @@
 
 import errno
 import gzip
+import json
 import tracemalloc
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -12,12 +13,8 @@ import pytest
 import SimpleITK as sitk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nibabel.orientations import (
-    apply_orientation,
-    axcodes2ornt,
-    inv_ornt_aff,
-    ornt_transform,
-)
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, ornt_transform
+from refusals import refused
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
@@ -34,7 +31,7 @@ from glua_bench.data.volumes import (
     save_maps,
     slice_distance,
 )
-from glua_bench.errors import DataError, RunFailure, UserError
+from glua_bench.errors import DataError, RunFailure
 from glua_bench.scoring.metrics import case_metrics
 from glua_bench.task import UNANNOTATED, DomainView, Grid, Reading, Structure
 
@@ -42,6 +39,7 @@ STRUCTURES = (
     Structure("A", "shell", (205,), "#000000"),
     Structure("B", "core", (500, 501), "#000000"),
 )
+VIEW = DomainView("ct", Reading(), STRUCTURES)
 PROPERTY = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -246,10 +244,7 @@ def test_window_that_covers_the_volume_stays_on_its_centre(tmp_path):
     outside[6:34, 5:35] = False
     assert (loaded.voxels[:, outside] == -1).all()
     labels = load_label(
-        write(tmp_path / "l.nii", np.full_like(raw, 205)),
-        file,
-        DomainView("ct", Reading(), STRUCTURES),
-        loaded.placement,
+        write(tmp_path / "l.nii", np.full_like(raw, 205)), file, VIEW, loaded.placement
     )
     assert not labels[:, outside].any() and labels[:, ~outside].all()
 
@@ -277,9 +272,8 @@ def test_an_outlier_does_not_spread_on_a_coarser_grid(tmp_path):
 def test_every_slice_is_predicted(tmp_path, slice_spacing):
     """Whatever the slice distance, no slice of the file is left without a prediction."""
     image, _ = heart((20, 20, 11), (1, 1, 3))
-    placement = load_image(
-        write(tmp_path / "a.nii", image, (1, 1, 3)), Reading(), Grid(20, 1.0, slice_spacing)
-    ).placement
+    file = write(tmp_path / "a.nii", image, (1, 1, 3))
+    placement = load_image(file, Reading(), Grid(20, 1.0, slice_spacing)).placement
     everything = onehot(np.ones(placement.shape, int))
     assert (restore(everything, placement) == 1).all()
 
@@ -312,12 +306,8 @@ def test_thick_slices_come_back_from_a_common_distance(tmp_path, thickness, want
     ]
     # The tube's ends lie within one slice of the coarser of both distances.
     assert abs(tubes[0].sum() - tubes[1].sum()) * thickness <= 2 * max(thickness, wanted)
-    dice = (
-        2
-        * ((restored == 1) & (reference == 1)).sum()
-        / ((restored == 1).sum() + (reference == 1).sum())
-    )
-    assert dice > 0.85 and (dice > 0.98 or wanted > thickness)
+    overlap = dice(restored == 1, reference == 1)
+    assert overlap > 0.85 and (overlap > 0.98 or wanted > thickness)
     # Whatever is predicted on the working grid, each slice of the file is answered.
     assert (restore(onehot(np.ones(loaded.placement.shape, int)), loaded.placement) == 1).all()
 
@@ -334,18 +324,16 @@ def test_the_distance_of_slices_is_that_of_the_axis_that_is_cut(tmp_path):
 
 
 def test_outside_the_window_is_background(tmp_path):
-    placement = load_image(
-        write(tmp_path / "a.nii", heart((30, 30, 4))[0]), Reading(), Grid(10, 1.5)
-    ).placement
+    file = write(tmp_path / "a.nii", heart((30, 30, 4))[0])
+    placement = load_image(file, Reading(), Grid(10, 1.5)).placement
     restored = restore(onehot(np.ones(placement.shape, int)), placement)
     assert 14 * 14 <= restored.any(2).sum() <= 16 * 16  # 15 mm a side
     assert restored[:5].sum() + restored[25:].sum() == 0
 
 
 def test_restore_refuses_another_grid(tmp_path):
-    placement = load_image(
-        write(tmp_path / "a.nii", heart()[0]), Reading(), Grid(10, 1.5)
-    ).placement
+    file = write(tmp_path / "a.nii", heart()[0])
+    placement = load_image(file, Reading(), Grid(10, 1.5)).placement
     with pytest.raises(ValueError, match="working grid"):
         restore(np.zeros((3, 20, 10, 11), np.float32), placement)
 
@@ -354,13 +342,12 @@ def test_placement_round_trips_as_json(tmp_path):
     affine = nib.affines.from_matvec(
         np.array([[0.6, -1.04, 0.0], [0.8, 0.78, 0.0], [0.0, 0.0, 2.0]]), (3.3, -7.1, 0.123456789)
     )
-    placement = load_image(
-        write(tmp_path / "a.nii", heart()[0], affine=affine), Reading(), Grid(21, 1.37, 3.1)
-    ).placement
-    assert Placement.from_json(placement.to_json()) == placement
-    assert hash(placement) == hash(Placement.from_json(placement.to_json()))
+    file = write(tmp_path / "a.nii", heart()[0], affine=affine)
+    placement = load_image(file, Reading(), Grid(21, 1.37, 3.1)).placement
+    again = Placement.from_dict(json.loads(json.dumps(asdict(placement))))
+    assert again == placement and hash(again) == hash(placement)
     with pytest.raises(ValueError, match="placement"):
-        Placement.from_json('{"shape": [1, 2, 3]}')
+        Placement.from_dict({"shape": [1, 2, 3]})
 
 
 @pytest.mark.parametrize("codes", [(0, 0), (1, 0), (0, 1), (2, 1), (1, 4)])
@@ -414,7 +401,7 @@ def test_save_refuses_labels_without_a_value(tmp_path):
     placement = load_image(write(tmp_path / "a.nii", image), Reading(), Grid(32, 1)).placement
     with pytest.raises(ValueError, match="Class 2"):
         save_labels(tmp_path / "o.nii", np.full(raw.shape, 2, np.uint8), placement, [205])
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match=r"not \(30, 28, 20\)"):
         save_labels(tmp_path / "o.nii", np.zeros((2, 2, 2), np.uint8), placement, [205])
 
 
@@ -450,10 +437,7 @@ def test_number_types_and_scaling_do_not_matter(tmp_path, kind, slope, inter, su
     structures = [Structure("A", "A", (64,), ""), Structure("B", "B", (128,), "")]
     grid = Grid(20, 1.7, 2.3)
     found = []
-    for name, stored, *scaling in (
-        ("plain", "<i2", 1, 0),
-        ("other", kind, slope, inter),
-    ):
+    for name, stored, *scaling in (("plain", "<i2", 1, 0), ("other", kind, slope, inter)):
         files = []
         for what, data in (("image", values), ("label", classes)):
             inner = (data - scaling[1]) / scaling[0]
@@ -531,7 +515,7 @@ def test_preparing_holds_less_than_two_volumes(tmp_path, monkeypatch):
     placement = load_image(file, Reading(), grid).placement  # imports, once
     for work in (
         lambda: load_image(file, Reading(), grid),
-        lambda: load_label(label, file, DomainView("ct", Reading(), STRUCTURES), placement),
+        lambda: load_label(label, file, VIEW, placement),
         lambda: load_image(file, Reading(slice_axis=0, row_axis=2), grid),
     ):
         tracemalloc.start()
@@ -547,7 +531,7 @@ def test_label_values_merge_and_ignored_ones_vanish(tmp_path):
     raw[0, 0, 0], raw[1, 0, 0] = 501, 421
     label = write(tmp_path / "l.nii", raw)
     with pytest.raises(DataError, match="421"):
-        read_label_volume(label, file, DomainView("ct", Reading(), STRUCTURES))
+        read_label_volume(label, file, VIEW)
     classes = read_label_volume(
         label, file, DomainView("ct", Reading(ignored_values=(421,)), STRUCTURES)
     )
@@ -573,41 +557,29 @@ def test_what_nobody_annotated_keeps_its_place_on_both_grids(tmp_path):
         assert np.array_equal(labels == UNANNOTATED, named == len(own))
         assert np.array_equal(np.where(labels == UNANNOTATED, len(own), labels), named)
         assert (labels == UNANNOTATED).any() and (labels == 1).any()
-    with pytest.raises(DataError, match="99 that the dataset does not know"):
-        read_label_volume(label, file, DomainView("ct", Reading(), STRUCTURES))
+    with pytest.raises(DataError, match="99 unknown to the dataset"):
+        read_label_volume(label, file, VIEW)
 
 
-@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
-def test_labels_of_any_number_type(tmp_path, kind):
-    image, raw = heart()
-    values = {205: 1, 500: 2} if kind is np.uint8 else {205: 205, 500: 500}
-    data = np.zeros(raw.shape, kind)
-    for old, new in values.items():
-        data[raw == old] = new
-    structures = [Structure("A", "A", (values[205],), ""), Structure("B", "B", (values[500],), "")]
-    classes = read_label_volume(
-        write(tmp_path / "l.nii", data),
-        write(tmp_path / "a.nii", image),
-        DomainView("ct", Reading(), structures),
-    )
-    assert np.array_equal(classes, np.select([raw == 205, raw == 500], [1, 2], 0))
+ONE_TWO = DomainView(
+    "ct", Reading(), (Structure("A", "A", (1,), ""), Structure("B", "B", (2,), ""))
+)
 
 
 @pytest.mark.parametrize(
-    ("kind", "error"), [(np.float32, -2e-5), (np.float64, 9e-4), (np.float64, -9e-4)]
+    ("kind", "error"),
+    [
+        *((kind, 0) for kind in (np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64)),
+        *((np.float32, -2e-5), (np.float64, 9e-4), (np.float64, -9e-4)),
+    ],
 )
-def test_label_values_that_storage_rounded_are_the_integers_they_were(tmp_path, kind, error):
+def test_labels_of_any_number_type_may_be_rounded(tmp_path, kind, error):
     image, raw = heart()
-    file = write(tmp_path / "a.nii", image)
-    rounded = write(tmp_path / "l.nii", (raw + error * (raw > 0)).astype(kind))
-    assert np.any(open_volume(rounded).voxels() != raw)
-    exact = read_label_volume(
-        write(tmp_path / "e.nii", raw), file, DomainView("ct", Reading(), STRUCTURES)
-    )
-    assert np.array_equal(
-        read_label_volume(rounded, file, DomainView("ct", Reading(), STRUCTURES)), exact
-    )
-    assert exact.max() == 2
+    classes = np.select([raw == 205, raw == 500], [1, 2], 0)
+    stored = (classes + error * (classes > 0)).astype(kind)
+    assert np.any(stored != classes) == bool(error)
+    files = write(tmp_path / "l.nii", stored), write(tmp_path / "a.nii", image)
+    assert np.array_equal(read_label_volume(*files, ONE_TWO), classes)
 
 
 def test_label_values_scaled_by_a_header_are_integers(tmp_path):
@@ -617,13 +589,8 @@ def test_label_values_scaled_by_a_header_are_integers(tmp_path):
     label = nib.Nifti1Image((classes * 3).astype(np.int16), np.eye(4))
     label.header.set_slope_inter(1 / 3, 0)
     nib.save(label, tmp_path / "l.nii")
-    structures = [Structure("A", "A", (1,), ""), Structure("B", "B", (2,), "")]
-    found = read_label_volume(
-        tmp_path / "l.nii",
-        write(tmp_path / "a.nii", image),
-        DomainView("ct", Reading(), structures),
-    )
-    assert np.array_equal(found, classes)
+    file = write(tmp_path / "a.nii", image)
+    assert np.array_equal(read_label_volume(tmp_path / "l.nii", file, ONE_TWO), classes)
 
 
 @pytest.mark.parametrize("value", [0.5, 1.002, np.nan, np.inf])
@@ -632,10 +599,8 @@ def test_label_values_that_are_no_integers_are_refused(tmp_path, value):
     data = (raw > 0).astype(np.float64)
     data[0, 0, 0] = value
     label = write(tmp_path / "l.nii", data)
-    with pytest.raises(DataError, match=r"l\.nii has label values that are no integers"):
-        read_label_volume(
-            label, write(tmp_path / "a.nii", image), DomainView("ct", Reading(), STRUCTURES)
-        )
+    with pytest.raises(DataError, match=r"l\.nii has label values that are not integers"):
+        read_label_volume(label, write(tmp_path / "a.nii", image), VIEW)
 
 
 def test_label_values_may_lie_far_apart(tmp_path):
@@ -646,7 +611,7 @@ def test_label_values_may_lie_far_apart(tmp_path):
     label = write(tmp_path / "l.nii", far)
     classes = read_label_volume(label, file, DomainView("ct", Reading(), structures))
     assert np.array_equal(classes, np.select([raw == 205, raw == 500], [1, 2], 0))
-    with pytest.raises(DataError, match=r"value\(s\) 2000000000 that"):
+    with pytest.raises(DataError, match=r"value\(s\) 2000000000 unknown"):
         read_label_volume(label, file, DomainView("ct", Reading(), structures[:1]))
 
 
@@ -655,11 +620,7 @@ def test_singleton_fourth_axis_is_accepted(tmp_path):
     flat = load_image(write(tmp_path / "a.nii", image), Reading(), Grid(32, 1))
     four = load_image(write(tmp_path / "b.nii", image[..., None]), Reading(), Grid(32, 1))
     assert np.array_equal(flat.voxels, four.voxels)
-    classes = read_label_volume(
-        write(tmp_path / "l.nii", raw[..., None]),
-        tmp_path / "b.nii",
-        DomainView("ct", Reading(), STRUCTURES),
-    )
+    classes = read_label_volume(write(tmp_path / "l.nii", raw[..., None]), tmp_path / "b.nii", VIEW)
     assert classes.shape == raw.shape
 
 
@@ -716,9 +677,8 @@ def _broken_image(kind: str, folder: Path) -> Path:
 )  # fmt: skip
 def test_unusable_image_is_one_sentence(tmp_path, kind):
     path = _broken_image(kind, tmp_path)
-    with pytest.raises(DataError) as caught:
+    with refused(path):
         load_image(path, Reading(), Grid(16, 1.0))
-    _one_sentence(caught.value, path)
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "truncated", "shape", "turned", "halves",
@@ -742,16 +702,14 @@ def test_unusable_label_is_one_sentence(tmp_path, kind):
         write(label, np.where(raw == 205, -1, raw).astype(np.int16))
     elif kind == "nan":
         write(label, np.where(raw == 205, np.nan, raw).astype(np.float32))
-    with pytest.raises(DataError) as caught:
-        read_label_volume(label, file, DomainView("ct", Reading(), STRUCTURES))
-    _one_sentence(caught.value, label)
+    with refused(label):
+        read_label_volume(label, file, VIEW)
     with pytest.raises(DataError):
-        load_label(label, file, DomainView("ct", Reading(), STRUCTURES), placement)
+        load_label(label, file, VIEW, placement)
 
 
 @pytest.mark.parametrize(
-    ("size", "voxels"),
-    [(0.0005, 1.0), (1e6, 1.0), (900.0, 1.0), (1.0, 1e20), (1.0, 1e-22)],
+    ("size", "voxels"), [(0.0005, 1.0), (1e6, 1.0), (900.0, 1.0), (1.0, 1e20), (1.0, 1e-22)]
 )
 def test_headers_and_intensities_beyond_any_scan_are_one_sentence(tmp_path, size, voxels):
     """They would cost memory without bounds, or end as NaN in the cache."""
@@ -760,9 +718,8 @@ def test_headers_and_intensities_beyond_any_scan_are_one_sentence(tmp_path, size
     file = write(
         tmp_path / "a.nii.gz", image.astype(np.float32) * np.float32(voxels), affine=affine
     )
-    with pytest.raises(DataError) as caught:
+    with refused(file):
         load_image(file, Reading(), Grid(16, 1.0, 1.0))
-    _one_sentence(caught.value, file)
 
 
 @pytest.mark.parametrize("voxels", [1e15, 1e-16])
@@ -779,9 +736,8 @@ def test_a_label_without_an_orientation_is_one_sentence(tmp_path):
     content = bytearray(label.read_bytes())
     content[280:328] = np.full(12, np.nan, "<f4").tobytes()  # the three rows of the sform
     label.write_bytes(content)
-    with pytest.raises(DataError, match="without an orientation") as caught:
-        read_label_volume(label, file, DomainView("ct", Reading(), STRUCTURES))
-    _one_sentence(caught.value, label)
+    with refused(label, "without an orientation"):
+        read_label_volume(label, file, VIEW)
 
 
 def test_the_distance_of_two_affines_is_that_of_the_farthest_voxel():
@@ -794,13 +750,6 @@ def test_the_distance_of_two_affines_is_that_of_the_farthest_voxel():
     assert max_displacement(first, longer, (5, 6, 7)) == pytest.approx(0.5 * 6)
 
 
-def _one_sentence(error: UserError, path: Path) -> None:
-    text = str(error)
-    assert str(path) in text
-    assert text.endswith(".") and "\n" not in text and ":" in text
-    assert ". " not in text.replace(str(path), "")
-
-
 def test_thin_walls_survive_a_coarser_grid(tmp_path):
     """A shell of two voxels keeps its volume at half the resolution."""
     x, y, _ = np.indices((64, 64, 3))
@@ -809,12 +758,7 @@ def test_thin_walls_survive_a_coarser_grid(tmp_path):
     image = ndimage.gaussian_filter(raw.astype(np.float32), 1) + x
     file = write(tmp_path / "a.nii", image)
     loaded = load_image(file, Reading(), Grid(32, 2.0))
-    labels = load_label(
-        write(tmp_path / "l.nii", raw),
-        file,
-        DomainView("ct", Reading(), STRUCTURES),
-        loaded.placement,
-    )
+    labels = load_label(write(tmp_path / "l.nii", raw), file, VIEW, loaded.placement)
     share = np.count_nonzero(labels == 1) * 4 / np.count_nonzero(raw)
     assert 0.8 < share < 1.2
 
@@ -873,7 +817,7 @@ def test_names_of_axes_do_not_count_where_affines_agree(tmp_path, angle):
         near = turned_by(angle + step)
         label = write(tmp_path / f"l{number}.nii", raw, affine=near)
         assert 0 <= max_displacement(turned_by(angle), near, raw.shape) < 5e-5
-        classes = read_label_volume(label, file, DomainView("ct", Reading(), STRUCTURES))
+        classes = read_label_volume(label, file, VIEW)
         assert np.array_equal(classes == 1, raw == 205)
     # The names alone would have refused one of them.
     codes = {nib.aff2axcodes(turned_by(45 + step, offset=(0, 0, 0))) for step in (-5e-5, 5e-5)}
@@ -881,20 +825,19 @@ def test_names_of_axes_do_not_count_where_affines_agree(tmp_path, angle):
 
 
 @pytest.mark.parametrize(
-    ("angle", "refused"), [(10, False), (40, False), (50, True), (90, True), (180, True)]
+    ("angle", "accepted"), [(10, True), (40, True), (50, False), (90, False), (180, False)]
 )
-def test_a_label_is_refused_where_an_axis_runs_along_another_one(tmp_path, angle, refused):
+def test_a_label_is_refused_where_an_axis_runs_along_another_one(tmp_path, angle, accepted):
     """By the angle between the two, wherever the image itself lies."""
     image, raw = heart()
     for own in (0, 20, 44):
         file = write(tmp_path / "a.nii", image, affine=turned_by(own, (1, 1, 4)))
         label = write(tmp_path / "l.nii", raw, affine=turned_by(own + angle, (1, 1, 4)))
-        if not refused:
-            read_label_volume(label, file, DomainView("ct", Reading(), STRUCTURES))
+        if accepted:
+            read_label_volume(label, file, VIEW)
             continue
-        with pytest.raises(DataError, match="resample the label|45°") as caught:
-            read_label_volume(label, file, DomainView("ct", Reading(), STRUCTURES))
-        _one_sentence(caught.value, label)
+        with refused(label, "resample the label|45°"):
+            read_label_volume(label, file, VIEW)
 
 
 def test_a_label_that_follows_the_other_form_is_told_as_that(tmp_path):
@@ -902,16 +845,15 @@ def test_a_label_that_follows_the_other_form_is_told_as_that(tmp_path):
     sform, qform = np.diag([1.0, 1, 1, 1]), np.diag([-1.0, 1, 1, 1])
     both = forms(tmp_path / "a.nii", image, qform, sform)
     only = forms(tmp_path / "l.nii", raw, qform, qform, (1, 0))
-    with pytest.raises(DataError, match="follows the qform of its image, which is read by its sf"):
-        read_label_volume(only, both, DomainView("ct", Reading(), STRUCTURES))
+    with pytest.raises(DataError, match="matches the qform of its image, but the sform is used"):
+        read_label_volume(only, both, VIEW)
     other = forms(tmp_path / "b.nii", image, sform, sform)
     torn = forms(tmp_path / "m.nii", raw, sform, qform)
-    with pytest.raises(DataError, match="by its qform it lies on its image") as caught:
-        read_label_volume(torn, other, DomainView("ct", Reading(), STRUCTURES))
-    _one_sentence(caught.value, torn)
+    with refused(torn, "its qform matches its image"):
+        read_label_volume(torn, other, VIEW)
     third = forms(tmp_path / "n.nii", raw, np.diag([1.0, -1, 1, 1]), np.diag([1.0, -1, 1, 1]))
     with pytest.raises(DataError, match="resample the label") as caught:
-        read_label_volume(third, both, DomainView("ct", Reading(), STRUCTURES))
+        read_label_volume(third, both, VIEW)
     assert "qform" not in str(caught.value)
 
 
@@ -925,9 +867,8 @@ def test_a_file_without_a_geometry_is_named_where_the_other_has_one(tmp_path, ba
         else write(tmp_path / f"{name}.nii", data)
         for name, data in (("image", image), ("label", raw))
     }
-    with pytest.raises(DataError, match=f"{bare}.nii has no geometry in its header") as caught:
-        read_label_volume(files["label"], files["image"], DomainView("ct", Reading(), STRUCTURES))
-    _one_sentence(caught.value, files["label"])
+    with refused(files["label"], f"{bare}.nii has no geometry in its header"):
+        read_label_volume(files["label"], files["image"], VIEW)
 
 
 @settings(max_examples=200, deadline=None)
@@ -1076,11 +1017,9 @@ def test_square_pixels_come_back_exactly(tmp_path, angles, side, depth, unit, co
         nib.save(volume, path)
     loaded = load_image(files[0], Reading(), Grid(16, side))
     assert loaded.placement.step == (1.0, 1.0, 1.0)
-    labels = load_label(
-        files[1], files[0], DomainView("ct", Reading(), STRUCTURES), loaded.placement
-    )
+    labels = load_label(files[1], files[0], VIEW, loaded.placement)
     restored = restore(onehot(labels), loaded.placement)
-    reference = read_label_volume(files[1], files[0], DomainView("ct", Reading(), STRUCTURES))
+    reference = read_label_volume(files[1], files[0], VIEW)
     assert np.array_equal(reference == 2, raw == 500)
     for score in case_metrics(restored, reference, STRUCTURES, loaded.placement.spacing):
         assert score["dice"] == 1 and score["assd"] == score["hd95"] == 0

@@ -360,7 +360,7 @@ def test_check_refuses_a_label_that_lies_otherwise(root: Path, tmp_path: Path) -
     _, findings = check_dataset(One(tmp_path), Progress(enabled=False))
     (label,) = (finding for finding in findings if finding.check != "empty role")
     assert label.cases == ("mr_1001",) and label.problem
-    assert "lies as" in label.text and "resample the label" in label.text
+    assert "has orientation" in label.text and "resample the label" in label.text
 
 
 @pytest.mark.parametrize("direction", MMWHS.directions)

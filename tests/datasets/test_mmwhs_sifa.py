@@ -259,7 +259,7 @@ FAULTS: dict[str, tuple[dict[str, bytes | None], str]] = {
     ),
     "label 1.5": (
         {"label_vol": octets(np.full((SIDE, SIDE, 3), 1.5, "<f4").tobytes())},
-        "label values that are no integers",
+        "label values that are not integers",
     ),
 }
 

@@ -128,9 +128,9 @@ def test_other_splits_are_told_by_case(known: dict[str, Any], phantom_root: Path
             split = super().split_of(domain, number)
             return {"train": "val", "val": "train"}.get(split, split) if domain == "ct" else split
 
-    facts = gather(Other(phantom_root), 1, SILENT)
-    names = {case_digest(one): one.case.id for one in facts}
-    assert sorted(differences(fingerprint(Other(phantom_root), facts), known, names)) == [
+    measured = gather(Other(phantom_root), 1, SILENT)
+    names = {case_digest(one): one.case.id for one in measured}
+    assert sorted(differences(fingerprint(Other(phantom_root), measured), known, names)) == [
         "ct_1001 of ct is in val here and in train there.",
         "ct_1004 of ct is in train here and in val there.",
     ]

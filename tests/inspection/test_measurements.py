@@ -1,4 +1,4 @@
-"""glua_bench/facts.py: geometry, intensities and content, whatever the file's format."""
+"""Measurements: geometry, intensities and content, whatever the file's format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import SimpleITK as sitk
 
 from glua_bench.console import Progress
 from glua_bench.datasets.phantom.dataset import Phantom
-from glua_bench.inspection.measurements import LEVELS, CaseFacts, gather, read_facts
+from glua_bench.inspection.measurements import LEVELS, CaseMeasurements, gather, measure_case
 from glua_bench.task import Case, DomainView, Reading, Structure
 
 STRUCTURES = (
@@ -33,8 +33,8 @@ def volume(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     return image, label
 
 
-def read(folder: Path, image: object, label: object | None, **reading: object) -> CaseFacts:
-    """The facts of two volumes saved in a folder."""
+def read(folder: Path, image: object, label: object | None, **reading: object) -> CaseMeasurements:
+    """Measurements of two volumes saved in a folder."""
     paths = []
     for name, content in (("image", image), ("label", label)):
         if content is None:
@@ -45,14 +45,14 @@ def read(folder: Path, image: object, label: object | None, **reading: object) -
             content = nib.Nifti1Image(content, np.diag([*SPACING, 1.0]))
         nib.save(content, paths[-1])
     case = Case("a", "ct", paths[0], paths[1], "train", "a")
-    return read_facts(case, DomainView("ct", Reading(**reading), STRUCTURES))  # type: ignore[arg-type]
+    return measure_case(case, DomainView("ct", Reading(**reading), STRUCTURES))  # type: ignore[arg-type]
 
 
-def test_facts_by_hand(tmp_path: Path) -> None:
+def test_measurements_by_hand(tmp_path: Path) -> None:
     image, label = volume(np.random.default_rng(0))
-    facts = read(tmp_path, image, label, slice_axis=2, row_axis=1)
-    found, drawn = facts.image, facts.label
-    assert found is not None and drawn is not None and not facts.image_problem + facts.label_problem
+    case = read(tmp_path, image, label, slice_axis=2, row_axis=1)
+    found, drawn = case.image, case.label
+    assert found is not None and drawn is not None and not case.image_problem + case.label_problem
     assert found.shape == (12, 10, 8) and found.spacing == SPACING
     assert found.oriented_spacing == (5.0, 3.0, 2.0)  # slices, rows, columns
     assert found.negative == pytest.approx((image < 0).mean())
@@ -104,12 +104,12 @@ def test_content_does_not_depend_on_how_it_is_stored(tmp_path: Path) -> None:
     }
     found = {}
     for name, variant in variants.items():
-        facts = read(tmp_path, variant, label)
-        assert facts.image is not None and facts.label is not None, facts
-        found[name] = facts.image.content, facts.image.values, facts.label.content
+        case = read(tmp_path, variant, label)
+        assert case.image is not None and case.label is not None, case
+        found[name] = case.image.content, case.image.values, case.label.content
     path = tmp_path / "image.mha"
     sitk.WriteImage(sitk.GetImageFromArray(image.T), str(path))
-    other = read_facts(
+    other = measure_case(
         Case("a", "ct", path, None, "train", "a"), DomainView("ct", Reading(), STRUCTURES)
     ).image
     assert other is not None
@@ -119,11 +119,11 @@ def test_content_does_not_depend_on_how_it_is_stored(tmp_path: Path) -> None:
 
 def test_order_tells_contents_apart_and_values_together(tmp_path: Path) -> None:
     image, label = volume(np.random.default_rng(3))
-    facts = [
+    measured = [
         read(tmp_path, array, None).image
         for array in (image, image[::-1], image.transpose(2, 0, 1), image + 1, image.astype("f4"))
     ]
-    contents, values = ([getattr(f, name) for f in facts] for name in ("content", "values"))
+    contents, values = ([getattr(f, name) for f in measured] for name in ("content", "values"))
     assert len(set(contents)) == 4 and contents[4] == contents[0]
     assert len(set(values)) == 2 and values[3] not in (*values[:3], values[4])
 
@@ -142,34 +142,34 @@ def test_flat_slices_at_the_ends_and_between(tmp_path: Path, axis: int) -> None:
     view = np.moveaxis(image, axis, 0)
     view[:2] = 5
     view[4] = -7  # each slice has a value of its own
-    facts = read(tmp_path, image, label, slice_axis=2, row_axis=1, flip=(axis,))
-    assert facts.image is not None and facts.label is not None
+    case = read(tmp_path, image, label, slice_axis=2, row_axis=1, flip=(axis,))
+    assert case.image is not None and case.label is not None
     oriented = 2 - axis  # (Z, Y, X)
-    assert facts.image.gaps[oriented] == 1 and sum(facts.image.gaps) == 1
-    assert facts.image.flat[oriented] == pytest.approx(2 / image.shape[axis])
+    assert case.image.gaps[oriented] == 1 and sum(case.image.gaps) == 1
+    assert case.image.flat[oriented] == pytest.approx(2 / image.shape[axis])
     lost = (np.moveaxis(label, axis, 0)[[0, 1, 4]] > 0).sum() / (label > 0).sum()
-    assert facts.label.blank == pytest.approx(lost) and (axis == 2 or lost > 0)
+    assert case.label.blank == pytest.approx(lost) and (axis == 2 or lost > 0)
 
 
 def test_what_cannot_be_read_is_told_once_and_by_its_file(tmp_path: Path) -> None:
     image, label = volume(np.random.default_rng(6))
-    facts = read(tmp_path, image, label)
-    broken = facts.case
+    case = read(tmp_path, image, label)
+    broken = case.case
     broken.image.write_bytes(b"no volume")
-    facts = read_facts(broken, DomainView("ct", Reading(), STRUCTURES))
-    assert facts.image is None and facts.label is None
-    assert str(broken.image) in facts.image_problem and facts.label_problem == ""
+    case = measure_case(broken, DomainView("ct", Reading(), STRUCTURES))
+    assert case.image is None and case.label is None
+    assert str(broken.image) in case.image_problem and case.label_problem == ""
     # Damaged voxels leave the header, so the label is judged, without intensities.
-    facts = read(tmp_path, np.where(image > 800, np.nan, image), label)
-    assert "NaN" in facts.image_problem and facts.image is None
-    assert facts.label is not None and facts.label.inside is None and facts.label.around == ()
-    assert facts.label.structures[0] is not None and math.isnan(facts.label.structures[0].level)
+    case = read(tmp_path, np.where(image > 800, np.nan, image), label)
+    assert "NaN" in case.image_problem and case.image is None
+    assert case.label is not None and case.label.inside is None and case.label.around == ()
+    assert case.label.structures[0] is not None and math.isnan(case.label.structures[0].level)
 
 
 def test_gather_keeps_the_order_of_the_dataset(phantom_root: Path) -> None:
     data = Phantom(phantom_root)
     expected = [case for domain in data.domains() for case in data.cases(domain)]
     for jobs in (1, 2):
-        facts = gather(data, jobs, Progress(enabled=False))
-        assert [one.case for one in facts] == expected
-        assert all(one.image and one.label for one in facts)
+        measured = gather(data, jobs, Progress(enabled=False))
+        assert [one.case for one in measured] == expected
+        assert all(one.image and one.label for one in measured)

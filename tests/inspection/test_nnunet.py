@@ -63,10 +63,10 @@ def test_the_layout_is_that_of_nnunet(phantom_root: Path, tmp_path: Path) -> Non
         f"imagesTs/{test}_0000.nii.gz",
         f"labelsTs/{test}.nii.gz",
     }
-    facts = json.loads((folder / "dataset.json").read_text())
-    assert facts["channel_names"] == {"0": "CT"} and facts["file_ending"] == ".nii.gz"
-    assert facts["labels"] == {"background": 0, "MYO": 1, "LAC": 2, "LVC": 3, "AA": 4}
-    assert facts["numTraining"] == 2
+    description = json.loads((folder / "dataset.json").read_text())
+    assert description["channel_names"] == {"0": "CT"} and description["file_ending"] == ".nii.gz"
+    assert description["labels"] == {"background": 0, "MYO": 1, "LAC": 2, "LVC": 3, "AA": 4}
+    assert description["numTraining"] == 2
     splits = [{"train": ["1001"], "val": ["1004"]}]
     for place in (folder, tmp_path / "nnUNet_preprocessed" / folder.name):
         assert json.loads((place / "splits_final.json").read_text()) == splits
@@ -102,8 +102,8 @@ def test_what_nobody_annotated_is_nnunet_s_ignore(phantom_root: Path, tmp_path: 
     data = Open(phantom_root)
     count = len(data.structures)
     for domain, folder in exported(data, tmp_path).items():
-        facts = json.loads((folder / "dataset.json").read_text())
-        assert facts["labels"]["ignore"] == max(facts["labels"].values()) == count + 1
+        description = json.loads((folder / "dataset.json").read_text())
+        assert description["labels"]["ignore"] == max(description["labels"].values()) == count + 1
         assert nnunet_unannotated(folder) == (count + 1,)
         case = data.split(domain, "test")[0]
         written = np.asarray(nib.load(folder / "labelsTs" / f"{name_of(case)}.nii.gz").dataobj)
@@ -296,7 +296,7 @@ def test_nothing_else_is_overwritten(phantom_root: Path, copy: Path, tmp_path: P
     folder = tmp_path / "nnUNet_raw" / "Dataset501_phantom_mr"
     folder.mkdir(parents=True)
     (folder / "dataset.json").write_text("{}")
-    with pytest.raises(ConfigError, match="no export of glua-bench.*--to"):
+    with pytest.raises(ConfigError, match="not an export of glua-bench.*--to"):
         exported(Phantom(phantom_root), tmp_path)
     assert (folder / "dataset.json").read_text() == "{}"
     to = tmp_path / "other"
@@ -326,7 +326,7 @@ def test_numbers_are_three_digits_and_free(phantom_root: Path, tmp_path: Path) -
         with pytest.raises(ConfigError, match=f"--number {number}"):
             exported(data, tmp_path, number)
     (tmp_path / "nnUNet_raw" / "Dataset602_Spleen").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="has the number 602 already"):
+    with pytest.raises(ConfigError, match="already has the number 602"):
         exported(data, tmp_path, 601)
 
 

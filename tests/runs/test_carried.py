@@ -18,7 +18,7 @@ from glua_bench.data.formats import open_volume
 from glua_bench.data.volumes import load_image, restore
 from glua_bench.datasets.folder.dataset import Folder
 from glua_bench.errors import UserError
-from glua_bench.inspection.measurements import read_facts, read_intensities
+from glua_bench.inspection.measurements import measure_case, read_intensities
 from glua_bench.inspection.outliers import LEAST, Usual, resemblance, usual
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.registry import Registry
@@ -228,7 +228,7 @@ def test_an_image_of_the_source_is_told_and_read_by_its_own_window(
     code, said, err = call("predict", ct, *words, "--out", tmp_path / "wrong")
     assert code == 0 and "read as mr, the target domain" in said
     (warning,) = err.splitlines()
-    assert warning.startswith(f"warning: The intensity of {ct} is distributed as in ct, not as ")
+    assert warning.startswith(f"warning: The intensity of {ct} resembles ct, not ")
     assert "--domain ct" in warning and warning.endswith(".")
     code, said, err = call("predict", ct, *words, "--out", tmp_path / "right", "--domain", "ct")
     assert code == 0 and not err and "read as ct, the source domain." in said
@@ -297,7 +297,7 @@ def read_intensities_of(voxels: np.ndarray):  # type: ignore[no-untyped-def]
         affine=np.eye(4),
         spacing=spacing,
         forms=Forms.of(np.eye(4), (1, 1)),
-        placed=True,
+        oriented=True,
         dimension=3,
         slope=1.0,
         inter=0.0,
@@ -314,7 +314,7 @@ def test_the_measure_is_that_of_data_check(trained: Livers) -> None:
     for domain, own in kept.domains.items():
         found = []
         for case in dataset.split(domain, "train"):
-            facts = read_facts(case, own).image
+            facts = measure_case(case, own).image
             mine = read_intensities(open_volume(case.image), own.reading)
             assert facts is not None and mine.levels == facts.levels
             assert mine.negative == pytest.approx(facts.negative, abs=1e-6)
