@@ -543,7 +543,7 @@ def test_an_ablation_says_what_it_would_run(call: Call, phantom_root: Path) -> N
     entries = re.findall(r"^ +(.+?) +phantom mr-ct +1 open", out, re.MULTILINE)
     bounds, variants = ["source_only", "supervised"], ["Step B", "nothing aligned"]
     assert entries == [*bounds, *variants, "mask_ratio = 0.1", "mask = random"]
-    assert "'mask_ratio = 0.3' has the settings of 'Step B'" in out
+    assert "'mask_ratio = 0.3' duplicates 'Step B'" in out
     assert not Path("runs").exists()
 
 
