@@ -194,8 +194,8 @@ def domain_montage(
             chart.plot((edges[1:] + edges[:-1]) / 2, density, color="#0072b2", lw=0.8, alpha=0.5)
     chart.set_xlim(-1, 1)
     chart.set_ylim(bottom=0)
-    label = "normalized intensity (lower limit excluded), one line per slice"
-    chart.set_xlabel(label, fontsize=8, color=INK)
+    meaning = "normalized intensity (lower limit excluded), one line per slice"
+    chart.set_xlabel(meaning, fontsize=8, color=INK)
     chart.set_ylabel("density", fontsize=8, color=INK)
     _unbox(chart)
     if volumes:
