@@ -155,7 +155,7 @@ def domain_montage(
 ) -> Path:
     """Draw slices of one domain with label contours, their histograms, and structure volumes.
 
-    Histograms have one line per slice, so that a case normalized unlike the others stands out.
+    Histograms have one line per slice, so that a case normalised unlike the others stands out.
     Pixels at the lower limit (air, padding) are excluded: they would dominate.
 
     Args:

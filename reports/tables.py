@@ -195,40 +195,42 @@ def latex(table: Table) -> str:
     return "\n".join(lines)
 
 
-_TEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    '"': "''",
-    "±": r"$\pm$",
-    "→": r"$\rightarrow$",
-    "×": r"$\times$",
-    "≤": r"$\leq$",
-    "≥": r"$\geq$",
-    "−": r"$-$",
-    "†": r"\textsuperscript{\dag}",
-    "–": "--",
-    "…": r"\dots{}",
-    "“": "``",
-    "”": "''",
-    "λ": r"$\lambda$",
-    "ρ": r"$\rho$",
-}
+_TEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "&": r"\&",
+        "%": r"\%",
+        "$": r"\$",
+        "#": r"\#",
+        "_": r"\_",
+        "{": r"\{",
+        "}": r"\}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        '"': "''",
+        "±": r"$\pm$",
+        "→": r"$\rightarrow$",
+        "×": r"$\times$",
+        "≤": r"$\leq$",
+        "≥": r"$\geq$",
+        "−": r"$-$",
+        "†": r"\textsuperscript{\dag}",
+        "–": "--",
+        "…": r"\dots{}",
+        "“": "``",
+        "”": "''",
+        "λ": r"$\lambda$",
+        "ρ": r"$\rho$",
+    }
+)
 
 
 def _tex(text: str) -> str:
     """Escape a text for LaTeX; other than ASCII and Latin letters need further packages."""
-    shown = text.translate({ord(char): command for char, command in _TEX.items()})
+    shown = text.translate(_TEX)
     return "".join(c if ord(c) < 0x250 and c.isprintable() else "?" for c in shown)
 
 
