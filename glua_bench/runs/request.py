@@ -58,7 +58,10 @@ class RunOptions:
 
     preset: Annotated[
         str | None,
-        typer.Option(help="quick, standard or paper; default: standard with a GPU, else quick."),
+        typer.Option(
+            help="quick, standard or paper; default: standard with a GPU, else quick (of a sweep: "
+            "its file's)."
+        ),
     ] = None
     assignments: Annotated[
         list[str],
