@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -214,7 +214,7 @@ def _seconds(trial: FrozenTrial) -> float:
     return ((trial.datetime_complete or datetime.now()) - trial.datetime_start).total_seconds()
 
 
-def shown(params: dict[str, Any]) -> str:
+def shown(params: Mapping[str, Any]) -> str:
     """Format parameters in a line."""
     return ", ".join(f"{name} {_cell(value)}" for name, value in params.items())
 
