@@ -463,13 +463,13 @@ def test_a_crop_without_labels_or_space_is_one_sentence(
         image, label = draw(domain, 1001)
         for data, kind in ((image, "image"), (label * (domain == "ct"), "label")):
             path = tmp_path / f"{domain}_train" / f"{domain}_train_1001_{kind}.nii.gz"
-            store(path, data.astype(np.int16), "LPS", "both")
+            store(path, data, AFFINE, "LPS", "both")
     monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "cache"))
     with pytest.raises(DataError, match="mr_train_1001_label.nii.gz holds none of"):
         One(tmp_path).prepare()
     (tmp_path / "file").touch()
     monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "file"))
-    store(path, label, "LPS", "both")
+    store(path, label, AFFINE, "LPS", "both")
     with pytest.raises(RunFailure) as caught:
         One(tmp_path).prepare()
     text = str(caught.value)
