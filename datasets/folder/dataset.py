@@ -116,11 +116,14 @@ class Folder(Dataset):
         return cls.structures if own is None else own.domains[domain].structures
 
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
-        """Find the files and report cases without labels; nothing is written.
+        """Find the files and report what to change in the description; nothing is written.
 
         Raises:
             DataError: files are missing.
         """
+        for own in () if self.description is None else self.description.domains.values():
+            for note in own.notes:
+                report(note)
         for domain in self.domains():
             cases = self.cases(domain)
             unlabelled = sum(case.label is None for case in cases)

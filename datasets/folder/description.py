@@ -51,6 +51,7 @@ class Domain:
         val: ids of validation cases.
         test: ids of test cases.
         place: the domain's table in the file, for messages.
+        notes: changes to suggest to the user, in sentences.
     """
 
     find: Callable[[Path], list[Found]]
@@ -59,6 +60,7 @@ class Domain:
     val: tuple[str, ...]
     test: tuple[str, ...]
     place: Table
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,12 @@ def _domain(
         if (root / folder / "dataset.json").is_file():
             named = {} if "values" in part else nnunet_values(root / folder)
             unannotated = nnunet_unannotated(root / folder)
+    notes = []
+    if "ignore" in part:
+        notes.append(
+            f"{part.where('ignore')}: 'ignore' is deprecated; rename it to 'background', or to "
+            "'unannotated' if those voxels were not annotated."
+        )
     unannotated = tuple(dict.fromkeys((*unannotated, *_listed(part, "unannotated"))))
     own, background = _domain_values(part, structures, named, unannotated)
     plane = replace(plane, ignored_values=background, unannotated_values=unannotated)
@@ -246,6 +254,7 @@ def _domain(
         tuple(map(composed, part.texts("val", []))),
         tuple(map(composed, part.texts("test", []))),
         part,
+        tuple(notes),
     )
     both = sorted(set(domain.val) & set(domain.test))
     if both:
@@ -298,7 +307,7 @@ def _domain_values(
         raise part.error(
             f"{missing[0]} has no label value; add it under 'values', here or in its class"
         )
-    background = _listed(part, "background")
+    background = (*_listed(part, "background"), *_listed(part, "ignore"))
     meanings = {s.name: values[s.name] for s in structures}
     meanings |= {"'background'": background, "'unannotated'": unannotated}
     for (one, first), (other, second) in combinations(meanings.items(), 2):

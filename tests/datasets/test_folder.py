@@ -205,3 +205,14 @@ def test_one_label_serves_two_sequences_of_the_same_people(tmp_path: Path) -> No
     apart = Registry("dataset", [file]).load("two")()
     _, findings = check_dataset(apart, Progress(enabled=False))
     assert {f.check for f in findings if f.problem} == {"same file"}
+
+
+def test_the_old_word_for_background_is_reported(described: Path) -> None:
+    described.write_text(TEXT.replace("background: [30]", "ignore: [30]"))
+    said: list[str] = []
+    own = load(described)
+    own.prepare(said.append)
+    assert [line.partition(": ")[2][:35] for line in said] == [
+        "'ignore' is deprecated; rename it t"
+    ] * 2
+    assert own.reading_of("plain").ignored_values == (30,)

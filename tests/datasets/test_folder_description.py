@@ -169,7 +169,7 @@ def test_regions_that_overlap_are_no_classes(tmp_path: Path) -> None:
         ("LIV: 63", "LVI: 63", "line 16: 'LVI' is not a class; did you mean 'LIV'?"),
         ("LIV: 63", "LIV: 7", "label value 7 is used for both LIV and 'background'; give"),
         ("background: [7]", "background: [x]", "'background' must be a list of label values."),
-        ("background: [7]", "ignore: [7]", "unknown 'ignore'"),
+        ("background: [7]", "ignore: [x]", "'ignore' must be a list of label values."),
         ("  mr:", "  m-r:", "'m-r' is not a domain name; use lower-case letters"),
         ("  mr:", "  ct:", "line 13: 'ct' is given twice; keep one."),
         ("name: own", "name: own\ndirections: [mr-pet]", "'mr-pet' is not a direction; did you"),
@@ -204,3 +204,13 @@ def test_a_class_without_a_value_is_told_with_its_domain(tmp_path: Path) -> None
     text = TEXT.replace("title: liver, values: 1", "title: liver")
     with pytest.raises(ConfigError, match="LIV has no label value; add it under 'values', here"):
         describe(write(tmp_path, text))
+
+
+def test_ignore_still_means_background_and_says_so(tmp_path: Path) -> None:
+    file = write(tmp_path, TEXT.replace("background: [7]", "ignore: [7]"))
+    own = describe(file).domains["mr"]
+    assert own.reading == describe(write(tmp_path, TEXT)).domains["mr"].reading
+    line = 1 + TEXT[: TEXT.index("background: [7]")].count("\n")
+    assert own.notes[0].startswith(
+        f"{file}, line {line}: 'ignore' is deprecated; rename it to 'background'"
+    )
