@@ -351,6 +351,7 @@ def test_weights_that_no_module_owns_are_found_out(made: Made) -> None:
     hidden = prediction._fresh(model, model.method.state_dict())
     hidden.__class__ = Hidden
     hidden.aside = nn.Linear(1, 1)
+    nn.init.constant_(hidden.aside.weight, 2.0)
     spoiled = prediction.Model(
         hidden.eval(),
         model.config,
