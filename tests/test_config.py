@@ -330,6 +330,7 @@ OTHER: Mapping[str, Any] = {
     "method_config": {"rate": 0.2},
     "segmenter": SegmenterSpec("timm:other"),
     "scenario": "supervised",
+    "fold": 2,
     "seed": 1,
     "perturbation": 1,
     "steps": 6,
