@@ -19,8 +19,6 @@ import yaml
 
 from glua_bench.documents import WORDS, dump, dump_line, load, nearest
 from glua_bench.errors import ConfigError
-from glua_bench.identity import digest as digest  # names that other modules import from here
-from glua_bench.identity import identity as identity
 from glua_bench.task import Grid, fold_name
 
 AUGMENTATIONS = ("none", "geometric", "photometric")

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from glua_bench.config import LOWER, UPPER, RunConfig, digest, flat_settings
+from glua_bench.config import LOWER, UPPER, RunConfig, flat_settings
 from glua_bench.data.neighbours import Neighbourhood
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.files import write_json
+from glua_bench.identity import digest
 from glua_bench.records.run_directory import RunDirectory, list_runs
 from glua_bench.registry import Registry
 from glua_bench.reports import comparison, statistics

@@ -22,13 +22,12 @@ from glua_bench.config import (
     assignment,
     build_settings,
     changed_settings,
-    digest,
-    identity,
     parse_overrides,
     setting,
     variant_name,
 )
 from glua_bench.errors import ConfigError
+from glua_bench.identity import digest, identity
 from glua_bench.task import Grid
 
 CONFIG = RunConfig("m", "d", "a-b", Grid(64, 2.0), {"rate": 0.1}, steps=5)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from glua_bench.config import PRESETS, RunConfig, build_settings, identity
+from glua_bench.config import PRESETS, RunConfig, build_settings
 from glua_bench.conformance.bench import (
     BATCH,
     SIZE,
@@ -39,6 +39,7 @@ from glua_bench.conformance.results import (
     register,
 )
 from glua_bench.console import Progress
+from glua_bench.identity import identity
 from glua_bench.method import Method, Role
 from glua_bench.runs import execution
 from glua_bench.runs.trainer import stage_order, to_channels_last
