@@ -140,7 +140,7 @@ def draft(
         blocks.append("\n".join(block))
     both = " and ".join(domain.name for domain in found)
     listed = ", ".join(titles.values())
-    template = files("glua_bench.cli") / "templates" / "dataset.yaml.txt"
+    template = files("glua_bench") / "templates" / "dataset.yaml.txt"
     return Template(template.read_text(encoding="utf-8")).substitute(
         name=name,
         title=json.dumps(f"{listed[0].upper()}{listed[1:]} in {both}", ensure_ascii=False),

@@ -20,7 +20,7 @@ from glua_bench.data.formats import open_volume
 from glua_bench.data.volumes import read_label_volume
 from glua_bench.method import Method
 from glua_bench.registry import describe_class
-from glua_bench.task import SPLITS, Dataset, role_fault
+from glua_bench.task import SPLITS, Dataset
 
 _SOURCE = re.compile(
     r"arxiv|doi|https?://|et al|\b(19|20)\d\d\b|baseline|reconstruction|original|lower bound", re.I
@@ -152,8 +152,12 @@ def _splits(dataset: Dataset) -> None:
             bool(dash) and source != target and "-" not in target,
             f"the direction '{direction}' is invalid; write it as source-target",
         )
-        fault = role_fault(dataset, direction)
-        demand(not fault, fault)
+        for domain, split in ((source, "train"), (target, "train"), (target, "test")):
+            demand(
+                bool(dataset.split(domain, split)),
+                f"'{domain}' has no case in '{split}', which {direction} needs; add one, or remove "
+                "the direction",
+            )
     cases = [case for domain in dataset.domains() for case in dataset.cases(domain)]
     for domain in dataset.domains():
         own = dataset.cases(domain)

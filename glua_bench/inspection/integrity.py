@@ -307,5 +307,5 @@ def refuse_problems(findings: Sequence[Finding], count: int, place: str) -> None
         bad = {case for found in problems for case in found.cases}
         warnings = len(findings) - len(problems)
         what = f"{len(bad)} of {count} cases of {place}" if bad else f"The splits of {place}"
-        more = f" (and there are {warnings} warning{'s' * (warnings > 1)})" if warnings else ""
+        more = f" ({warnings} warning{'s' * (warnings > 1)})" if warnings else ""
         raise DataError(f"{what} cannot be used{more}: fix the problems listed above.")

@@ -148,7 +148,7 @@ def test_check_tells_problems_from_warnings(call: Call, phantom_root: Path, tmp_
     )
     (root / "mr_train" / "mr_train_1007_image.nii.gz").write_bytes(b"cut off")
     result = call(*where)
-    refused(result, "1 of 6 cases", "cannot be used", "1 warning;")
+    refused(result, "1 of 6 cases", "cannot be used", "(1 warning)")
     assert "problem (image): " in result[1] and "warning (structure missing): " in result[1]
     table = Path("found.csv").read_text().splitlines()
     assert [line.split(",")[:3] for line in table[1:]] == [
@@ -211,7 +211,10 @@ def test_export_writes_data_and_a_run_s_predictions(call: Call, phantom_root: Pa
     assert set(classes.tolist()) <= set(range(5))
     assert call(*command)[0] == 0  # again, nothing to do
     refused(call(*command, "--link"), "other files or settings")
-    refused(call(*command, "--run", "nothing"), "--run nothing")
+    refused(
+        call(*command, "--run", "nothing"),
+        "--run: no run in runs/ has an id starting with 'nothing'",
+    )
 
 
 FOLDED = """\

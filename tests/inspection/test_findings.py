@@ -27,7 +27,7 @@ def test_the_table_holds_every_finding(tmp_path: Path) -> None:
 
 def test_a_table_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RunFailure, match="cannot be made.*--out"):
+    with pytest.raises(RunFailure, match="cannot be created.*--out"):
         write_findings(tmp_path / "file" / "found.csv", [])
 
 

@@ -184,5 +184,5 @@ def test_other_suffixes_and_places_are_sentences(known: dict[str, Any], tmp_path
     with pytest.raises(ConfigError, match="must end in .json or .yaml"):
         write(tmp_path / "sum.txt", known)
     (tmp_path / "file").touch()
-    with pytest.raises(RunFailure, match="cannot be made.*--out"):
+    with pytest.raises(RunFailure, match="cannot be created.*--out"):
         write(tmp_path / "file" / "sum.json", known)

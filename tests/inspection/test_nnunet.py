@@ -332,7 +332,7 @@ def test_numbers_are_three_digits_and_free(phantom_root: Path, tmp_path: Path) -
 
 def test_a_place_that_cannot_be_written_is_a_sentence(phantom_root: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RunFailure, match="cannot be made.*--to"):
+    with pytest.raises(RunFailure, match="cannot be created.*--to"):
         exported(Phantom(phantom_root), tmp_path / "file")
 
 

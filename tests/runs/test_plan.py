@@ -406,7 +406,9 @@ class Untested(Phantom):
         return tuple(case for case in super().cases(domain) if case.split != "test")
 
 
-@pytest.mark.parametrize(("kind", "said"), [(Shared, "Subject twin"), (Untested, "for the test")])
+@pytest.mark.parametrize(
+    ("kind", "said"), [(Shared, "Subject twin"), (Untested, "has no test case of")]
+)
 def test_splits_that_give_no_honest_result_are_refused(
     kind: type[Phantom], said: str, phantom_root: Path
 ) -> None:

@@ -892,7 +892,7 @@ def test_a_full_disk_stops_the_run_and_the_old_checkpoint_stays(
             return super().step(batch, context)
 
     trainer = make(tmp_path, Filling, candidates=1)
-    with pytest.raises(RunFailure, match=r"last\.pt.*same command again\.$"):
+    with pytest.raises(RunFailure, match=r"last\.pt.*then repeat the command\.$"):
         finish(trainer)
     monkeypatch.undo()
     assert (last(trainer)["stage"], last(trainer)["step"]) == (1, 4)

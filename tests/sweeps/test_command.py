@@ -147,7 +147,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     code, _, err = ended(process)
-    assert code == 130 and "the same command goes on." in err and err.count("\n") == 1
+    assert code == 130 and "the same command resumes." in err and err.count("\n") == 1
     joined, _ = command.join("own", tmp_path / "runs", None, [], print)
     assert not [t for t in joined.trials() if t.state == TrialState.RUNNING]
     code, out, err = ended(start(tmp_path, phantom_root, "--resume"))

@@ -403,7 +403,7 @@ def test_an_interrupted_sweep_cancels_its_jobs_and_goes_on(slurm: None, tmp_path
     until(lambda: len(sweep.steps()) >= 3)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130 and "the same command goes on" in output
+    assert process.returncode == 130 and "the same command resumes" in output
     assert sweep.job() not in queue()
     finished(sweep.start(), sweep)
     assert sweep.steps() == list(range(STEPS)), sweep.logs()
