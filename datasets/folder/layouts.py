@@ -1,6 +1,6 @@
 """How the files of a described domain are found: by pattern, by table, or in nnU-Net's layout.
 
-Each function returns a list of `Found`, from which `folder.py` makes cases.
+Each function returns a list of `Found`, from which `dataset.py` makes cases.
 """
 
 from __future__ import annotations

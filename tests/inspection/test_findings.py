@@ -1,4 +1,4 @@
-"""glua_bench/findings.py: the table of findings, and lists in words."""
+"""glua_bench/inspection/findings.py: the table of findings, and lists in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""glua_bench/nnunet.py: the layout that nnU-Net v2 reads, and the way back."""
+"""glua_bench/inspection/nnunet.py: the layout that nnU-Net v2 reads, and the way back."""
 
 from __future__ import annotations
 
