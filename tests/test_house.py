@@ -84,6 +84,16 @@ def test_every_file_answers_a_question() -> None:
     assert {folder.removeprefix("glua_bench/") for folder in folders} == named
 
 
+def test_pages_name_files_that_exist() -> None:
+    """Paths from the root of the repository in every page but the changelog, which is history."""
+    pages = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    path = re.compile(rf"(?<![\w./])(?:{'|'.join(HOUSE['PRODUCT'])}|tests|benchmarks)/[\w/]+\.py\b")
+    named = {(page.name, name) for page in pages for name in path.findall(page.read_text("utf-8"))}
+    assert len(named) > 20
+    missing = [(page, name) for page, name in named if not (ROOT / name).is_file()]
+    assert [(page, name) for page, name in missing if "NAME" not in name] == []
+
+
 def trips() -> list[tuple[str, list[str], str]]:
     """The rows of the page's table of changes: change, files, test."""
     table = PAGE.split("## What does a change touch?")[1].split("\n## ")[0]
