@@ -1,4 +1,4 @@
-"""glua_bench/inspection/fingerprint.py: equal data have equal fingerprints; differences are named."""
+"""inspection/fingerprint.py: equal data have equal fingerprints; differences are named."""
 
 from __future__ import annotations
 
