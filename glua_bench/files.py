@@ -26,11 +26,12 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-from filelock import Timeout, UnixFileLock
+from typing import TYPE_CHECKING, Any
 
 from glua_bench.errors import RunFailure
+
+if TYPE_CHECKING:
+    from filelock import UnixFileLock
 
 UNFINISHED = ".writing-"  # prefix of temporary names
 ABANDONED_SECONDS = 86_400
@@ -247,6 +248,8 @@ def try_lock(path: Path, option: str = "") -> Iterator[bool]:
 
 
 def _acquired(path: Path, wait: bool, option: str) -> UnixFileLock | None:
+    from filelock import Timeout, UnixFileLock  # here, since --help needs no locks
+
     # `FileLock` and `fallback_to_soft` may use the existence of a file as lock, which outlives a
     # killed process. Locks may be released by another thread.
     lock = UnixFileLock(path, thread_local=False, fallback_to_soft=False)
