@@ -148,9 +148,15 @@ def drop_torn_line(path: Path) -> None:
         OSError: the file cannot be written.
     """
     with suppress(FileNotFoundError), path.open("rb+") as file:
-        content = file.read()
-        if not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
+        # From the end, since a journal is long and each of its writers comes here.
+        start = end = file.seek(0, os.SEEK_END)
+        line = -1
+        while start > 0 and line < 0:
+            last, start = start, max(0, start - 4096)
+            file.seek(start)
+            line = file.read(last - start).rfind(b"\n")
+        if start + line + 1 < end:
+            file.truncate(start + line + 1)
 
 
 # -- leftovers ------------------------------------------------------------------------------------
