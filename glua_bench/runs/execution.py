@@ -90,27 +90,31 @@ def stores(
     progress.stage("read data", total)
     done = 0
 
-    assert not any(isinstance(case, Case) for case in chosen["target_train"])
-
-    def store(cases: Sequence[Case | UnlabelledCase]) -> LabelledStore | ImageStore:
+    def labelled(cases: Sequence[Case | UnlabelledCase]) -> LabelledStore:
         nonlocal done
         images, labels = [], []
         for case in cases:
+            assert isinstance(case, Case)
             view = dataset.view(case.domain).on(config.grid)
-            if isinstance(case, Case):
-                labels.append(cache.label(case, view))
-                case = case.unlabelled()
-            images.append(cache.image(case, view))
+            images.append(cache.image(case.unlabelled(), view))
+            labels.append(cache.label(case, view))
             done += 1
             progress.update(done)
-        if labels:
-            return LabelledStore(images, labels, neighbourhood=neighbourhood)
-        return ImageStore(images, neighbourhood=neighbourhood)
+        return LabelledStore(images, labels, neighbourhood=neighbourhood)
 
-    train = store(chosen["source_train"])
-    val = store(chosen["source_val"]) if chosen["source_val"] else None
-    assert isinstance(train, LabelledStore) and isinstance(val, LabelledStore | None)
-    return train, val, store(chosen["target_train"]) if planned.method_class.uses_target else None
+    train = labelled(chosen["source_train"])
+    val = labelled(chosen["source_val"]) if chosen["source_val"] else None
+    target = None
+    if planned.method_class.uses_target:
+        # Apart from `labelled`, so that no label of the target can be read here.
+        images = []
+        for case in chosen["target_train"]:
+            assert isinstance(case, UnlabelledCase)
+            images.append(cache.image(case, dataset.view(case.domain).on(config.grid)))
+            done += 1
+            progress.update(done)
+        target = ImageStore(images, neighbourhood=neighbourhood)
+    return train, val, target
 
 
 def execute(
