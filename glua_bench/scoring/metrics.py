@@ -69,7 +69,7 @@ class MaskPair:
             raise ValueError("Surface distances need two masks that are not empty.")
         steps = _steps(self.spacing, self.prediction.ndim)
         # No margin is needed, since voxels beyond the array count as outside, as in medpy.
-        first, second = (m & ~ndimage.binary_erosion(m) for m in (self.prediction, self.reference))
+        first, second = _surface(self.prediction), _surface(self.reference)
         return np.concatenate([_one_way(first, second, steps), _one_way(second, first, steps)])
 
     def scores(self) -> dict[str, float]:
@@ -248,11 +248,15 @@ def case_metrics(
     diagonal = distance_penalty(prediction.shape, spacing)
     if ml is None:
         ml = float(np.prod(np.asarray(spacing, float))) / 1000
-    # One pass over both volumes finds the box of each class.
-    boxes = ndimage.find_objects(np.stack([prediction, reference]).astype(np.int32), count)
+    # One pass over each volume finds the box of each class.
+    found, wanted = (
+        ndimage.find_objects(np.asarray(labels, np.int32), count)
+        for labels in (prediction, reference)
+    )
     rows = []
-    for index, (structure, box) in enumerate(zip(structures, boxes, strict=True), start=1):
-        inside = box[1:] if box is not None else (slice(0, 0),) * prediction.ndim
+    for index, structure in enumerate(structures, start=1):
+        boxes = [box for box in (found[index - 1], wanted[index - 1]) if box is not None]
+        inside = _union(boxes) if boxes else (slice(0, 0),) * prediction.ndim
         masks = MaskPair(prediction[inside] == index, reference[inside] == index, spacing, diagonal)
         predicted, expected = masks.sizes
         rows.append(
@@ -271,6 +275,28 @@ def case_metrics(
 def volumes_ml(labels: np.ndarray, structures: Sequence[Structure], ml: float) -> dict[str, float]:
     """Return the volume of each structure in ml, from class indices and the volume of a voxel."""
     return {s.name: np.count_nonzero(labels == i) * ml for i, s in enumerate(structures, start=1)}
+
+
+def _surface(mask: np.ndarray) -> np.ndarray:
+    """Return the voxels of a mask with a face neighbour outside it, where the array ends too."""
+    # As `mask & ~ndimage.binary_erosion(mask)`, several times as fast.
+    inner = mask.copy()
+    for axis in range(mask.ndim):
+        ahead = np.moveaxis(mask, axis, 0)
+        kept = np.moveaxis(inner, axis, 0)
+        kept[1:] &= ahead[:-1]
+        kept[:-1] &= ahead[1:]
+        kept[0] = False
+        kept[-1] = False
+    return mask & ~inner
+
+
+def _union(boxes: Sequence[tuple[slice, ...]]) -> tuple[slice, ...]:
+    """Return the smallest box around boxes."""
+    return tuple(
+        slice(min(side.start for side in sides), max(side.stop for side in sides))
+        for sides in zip(*boxes, strict=True)
+    )
 
 
 def _one_way(surface: np.ndarray, other: np.ndarray, steps: np.ndarray) -> np.ndarray:
