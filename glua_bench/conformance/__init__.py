@@ -12,7 +12,8 @@ check tests one rule of the contract. In a plugin's tests:
 Without pytest: `run_checks(MyMethod)`. docs/conformance.md lists the rules.
 """
 
-from glua_bench.conformance import label_checks  # noqa: F401  registers its checks
+# Importing these registers their checks.
+from glua_bench.conformance import dataset_checks, label_checks, method_checks  # noqa: F401
 from glua_bench.conformance.bench import (
     STEPS,
     Bench,

@@ -34,7 +34,7 @@ def unsaved_state(method: Method, skip: tuple[type, ...]) -> dict[str, Any]:
         for path, value in reachable(roots, (torch.nn.Module, *skip)):
             name = f"{module_name}.{path}".lstrip(".")
             if isinstance(value, Tensor):
-                value = value.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+                value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             if isinstance(value, np.ndarray):
                 state[name] = hashlib.sha256(value.tobytes()).hexdigest()
             elif isinstance(value, (str, bytes, int, float, complex)):

@@ -130,7 +130,7 @@ def _stages(bench: Bench) -> None:
     demand(bool(stages), "stages() is empty; return at least one stage")
     stage_order(stages)
     settings = {spec.name for spec in fields(bench.method.Config)}
-    modules = {name for name, _ in method.named_modules()}
+    modules = {name for name, _ in method.named_modules(remove_duplicate=False)}
     for stage in stages:
         what = f"stage '{stage.name}'"
         for kind, names, known in (

@@ -890,6 +890,23 @@ def test_the_callers_world_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) ->
     assert not Path("/somewhere").exists()
 
 
+class Aliased(Sound):
+    """A sound method with a module under two names and a strided view as an attribute."""
+
+    def extend(self, task: TaskInfo) -> None:
+        self.first = self.stem
+        self.column = torch.arange(6.0).reshape(3, 2)[:, 0]
+
+    def stages(self) -> tuple[Stage, ...]:
+        stem, *rest = super().stages()
+        return (replace(stem, modules=("first",)), *rest)
+
+
+def test_aliases_and_strided_tensors_are_no_fault() -> None:
+    results = conformance.run_checks(Aliased, only=["stages", "trains"])
+    assert [r.check for r in results if r.passed] == ["stages", "trains"], results
+
+
 def test_pytest_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pytest", None)  # an import of it fails now
     monkeypatch.setattr(glua_bench, "conformance", conformance)  # to be restored
