@@ -135,6 +135,8 @@ def picture_grid(
             for cell, picture in zip(row, values, strict=False):
                 _gray(cell, picture)
             continue
+        if not len(values):
+            continue
         for cell, picture in zip(row, values, strict=False):
             drawn = cell.imshow(picture, cmap=COLOUR_MAP, vmin=0, vmax=1, interpolation="nearest")
             _bare(cell)

@@ -287,3 +287,6 @@ def test_every_run_is_listed(compared):
     assert len(table.rows) == 12 and len(set(table.rows)) == 12
     assert column(table, "entry")["000000000003"] == "glua"
     assert column(table, "Dice (%)")["000000000003"] == pytest.approx(60)
+    # Tasks, seeds and the upper bound stand side by side: nothing is best.
+    places = {table.place(row, at) for row in range(12) for at in range(len(table.columns))}
+    assert places == {""}
