@@ -182,8 +182,7 @@ def run_crew(
     if study.ended:
         return
     words = ["worker", "--study", study.name, "--runs", str(base.runs_root)]
-    _export(storage)
-    with _shown(study, base, workers, stream) as show:
+    with _exported(storage), _shown(study, base, workers, stream) as show:
         Crew(study, words, workers, show, base.devices).run()
 
 
@@ -205,13 +204,13 @@ def run_jobs(
     if study.ended:
         return True
     words = ["worker", "--study", study.name, "--runs", str(base.runs_root.absolute())]
-    _export(storage)
-    jobs = Jobs(study, words, workers, resources, report=report)
-    if detach:
-        jobs.begin()
-        return False
-    with _shown(study, base, workers, stream) as jobs.show:
-        jobs.run()
+    with _exported(storage):
+        jobs = Jobs(study, words, workers, resources, report=report)
+        if detach:
+            jobs.begin()
+            return False
+        with _shown(study, base, workers, stream) as jobs.show:
+            jobs.run()
     return True
 
 
@@ -232,11 +231,20 @@ def _shown(
         yield show
 
 
-def _export(storage: str | None) -> None:
+@contextmanager
+def _exported(storage: str | None) -> Iterator[None]:
     """Pass the storage to workers by environment; all users of a machine see its commands."""
-    if storage is not None:
-        own = storage if "://" in storage else str(Path(storage).absolute())
-        os.environ[STORAGE_VARIABLE] = own
+    if storage is None:
+        yield
+        return
+    before = os.environ.get(STORAGE_VARIABLE)
+    os.environ[STORAGE_VARIABLE] = storage if "://" in storage else str(Path(storage).absolute())
+    try:
+        yield
+    finally:
+        del os.environ[STORAGE_VARIABLE]
+        if before is not None:
+            os.environ[STORAGE_VARIABLE] = before
 
 
 def conclude(study: SweepStudy) -> list[str]:

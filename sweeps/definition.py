@@ -321,7 +321,7 @@ def _parameter(table: Table, method: Any, preset: str, name: str) -> Parameter:
     if log and step:
         raise part.error(f"'{name}' has both step and log; remove one")
     if not 0 <= step <= high - low:
-        raise part.error(f"'{name}' has the step {step:g}; it must be at most {high - low:g}")
+        raise part.error(f"'{name}' has the step {step:g}; it must be from 0 to {high - low:g}")
     if whole and any(value != int(value) for value in (low, high, step)):
         raise part.error(f"'{name}' takes whole numbers; round low, high and step")
     for value in (low, high):
@@ -382,22 +382,22 @@ def _objectives(text: Table, oracle: bool) -> tuple[str, ...]:
     written = text.take("objective", object)
     names = text.texts("objective") if isinstance(written, list) else [str(written)]
     selectors = [name for name in SELECTORS if name != "last"]
-    problem = ""
-    if len(set(names)) < len(names) or not names:
-        problem = "'objective' is empty or repeats a name"
-    elif ORACLE in names and not oracle:
-        problem = (
-            "the objective 'oracle' reads the labels of target test cases; pass --oracle to allow "
-            "it, which marks every result"
-        )
-    for name, kind in zip(names, ("selector", *["cost"] * len(names)), strict=False):
-        known = [*selectors, ORACLE] if kind == "selector" else list(COSTS)
+    for index, name in enumerate(names):
+        known = list(COSTS) if index else [*selectors, ORACLE]
         if name == "last":
-            problem = f"'last' computes no score; use one of {', '.join(selectors)}"
-        elif name not in known:
-            problem = f"'{name}' is not a {kind}; {nearest(name, known)}"
-    if problem:
-        raise text.error(problem, "objective")
+            hint = f"'last' computes no score; use one of {', '.join(selectors)}"
+            raise text.error(hint, "objective")
+        if name not in known:
+            kind = "cost" if index else "selector"
+            raise text.error(f"'{name}' is not a {kind}; {nearest(name, known)}", "objective")
+    if len(set(names)) < len(names) or not names:
+        raise text.error("'objective' is empty or repeats a name", "objective")
+    if ORACLE in names and not oracle:
+        raise text.error(
+            "the objective 'oracle' reads the labels of target test cases; pass --oracle to allow "
+            "it, which marks every result",
+            "objective",
+        )
     return tuple(names)
 
 
