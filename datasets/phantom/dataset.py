@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -205,9 +206,9 @@ def _work_off(
                 done += 1
                 report(f"phantom: {done}/{total} {jobs[index][0]}_{jobs[index][1]}")
             return
-        except RunFailure:
+        except RunFailure as error:
             # A script without a `__main__` guard cannot spawn, and a child may be killed.
-            if processes == 1:
+            if processes == 1 or not isinstance(error.__cause__, BrokenProcessPool):
                 raise
             report("phantom: worker processes do not start; continuing in this process")
             jobs = [job for job in jobs if not _complete(root, *job)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import errno
 import inspect
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -225,6 +227,21 @@ def test_cases_before_prepare_name_the_command(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         Phantom(tmp_path / "nothing").cases("ct")
     sentence(error, "data prepare")
+
+
+def test_a_full_disk_is_not_taken_for_processes_that_do_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: list[int] = []
+
+    def full(work: Any, jobs: Any, processes: int) -> Any:
+        attempts.append(processes)
+        raise RunFailure("The disk is full.") from OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(phantom, "parallel_map", full)
+    with pytest.raises(RunFailure, match="disk is full"):
+        generate(tmp_path / "data", ids={"ct": [1001, 1002]}, voxel_scale=SCALE, workers=2)
+    assert attempts == [2]
 
 
 def test_another_seed_or_scale_is_refused(root: Path) -> None:
