@@ -424,8 +424,9 @@ def role_fault(dataset: Dataset, direction: str, privileged: bool = False) -> st
     )
     for cases, domain, split, what in needed:
         if not cases(domain, split):
+            bare = "its label file" if dataset.split(domain, split) else "one"
             return (
                 f"Dataset '{dataset.name}' has no {what} of '{domain}', which {direction} needs: "
-                f"add one to the split {split}, or remove {direction} from the directions."
+                f"add {bare} to the split {split}, or remove {direction} from the directions."
             )
     return ""

@@ -223,7 +223,7 @@ def test_a_source_without_labels_is_refused(
 @pytest.mark.parametrize(
     ("gone", "said", "runs_left"),
     [
-        ({"plain": "train"}, "has no labelled training case of 'plain', which plain-inverted", 0),
+        ({"plain": "train"}, "no labelled training case of 'plain', which .* add one to the", 0),
         ({"inverted": "test"}, "has no test case of 'inverted'", 1),
         ({"inverted": "test", "plain": "test"}, "has no test case of 'inverted'", 0),
         ({"plain": "val"}, "'plain' of dataset .* has no labelled validation case", 2),
@@ -292,6 +292,7 @@ def test_unlabelled_cases_are_checked_prepared_and_drawn(tmp_path: Path) -> None
     assert not [f.text for f in findings if f.problem]
     (empty,) = [f.text for f in findings if f.check == "empty role"]
     assert "no labelled training case of 'inverted'" in empty and "remove inverted-plain" in empty
+    assert "add its label file to the split train" in empty
     assert [f.case.id for f in facts if f.label is None] == ["inverted_0", "inverted_1"]
     assert len(draw_dataset(data, GRID, tmp_path / "figures")) == 2
     assert not failed_checks(data)
