@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +178,9 @@ def _domain_differences(
 
 
 def _differ(here: Sequence[float], there: Sequence[float]) -> bool:
-    return not all(map(partial(isclose, rel_tol=_TOLERANCE), here, there))
+    return any(
+        abs(a - b) > _TOLERANCE * max(abs(a), abs(b)) for a, b in zip(here, there, strict=True)
+    )
 
 
 # -- files ----------------------------------------------------------------------------------------
