@@ -109,6 +109,7 @@ def test_what_nobody_annotated_is_listed(tmp_path: Path) -> None:
     reading = own.domains["mr"].reading
     assert (reading.ignored_values, reading.unannotated_values) == ((7,), (255,))
     assert own.domains["ct"].reading.unannotated_values == ()
+    assert not any(domain.notes for domain in own.domains.values())
 
 
 REGIONS = {"background": 0, "whole tumour": [1, 2, 3], "core": [2, 3], "enhancing": 3}
@@ -211,6 +212,7 @@ def test_ignore_still_means_background_and_says_so(tmp_path: Path) -> None:
     own = describe(file).domains["mr"]
     assert own.reading == describe(write(tmp_path, TEXT)).domains["mr"].reading
     line = 1 + TEXT[: TEXT.index("background: [7]")].count("\n")
-    assert own.notes[0].startswith(
+    (note,) = own.notes
+    assert note.startswith(
         f"{file}, line {line}: 'ignore' is deprecated; rename it to 'background'"
     )

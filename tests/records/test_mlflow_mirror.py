@@ -380,6 +380,8 @@ def test_two_processes_make_no_duplicate(
         thread.join()
     parents, children = parents_and_children(root)
     assert (len(parents), len(children)) == ((1, 2) if grouped else (0, 1))
+    ids = {child.data.tags["glua_bench.id"] for child in children}
+    assert ids == {run.id for _, run in (members if grouped else members[:1])}
 
 
 def test_doubles_that_machines_without_a_common_lock_made_become_one(root: Path) -> None:
