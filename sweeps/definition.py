@@ -321,7 +321,8 @@ def _parameter(table: Table, method: Any, preset: str, name: str) -> Parameter:
     if log and step:
         raise part.error(f"'{name}' has both step and log; remove one")
     if not 0 <= step <= high - low:
-        raise part.error(f"'{name}' has the step {step:g}; it must be from 0 to {high - low:g}")
+        limit = "at least 0" if step < 0 else f"at most {high - low:g}"
+        raise part.error(f"'{name}' has the step {step:g}; it must be {limit}")
     if whole and any(value != int(value) for value in (low, high, step)):
         raise part.error(f"'{name}' takes whole numbers; round low, high and step")
     for value in (low, high):

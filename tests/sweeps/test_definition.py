@@ -107,6 +107,7 @@ def test_every_definition_that_is_shipped_is_sound(name: str) -> None:
         ("high: 0.9", "high: 9", "line 11: method.mask_ratio = 9.0 is out of range"),
         ("high: 0.9", "high: 0.1", "'mask_ratio' has the range 0.1 to 0.1; low must be below"),
         ("high: 0.9", "high: 0.9, step: 2", "'mask_ratio' has the step 2; it must be at most 0.8"),
+        ("high: 0.9", "high: 0.9, step: -1", "the step -1; it must be at least 0"),
         ("0.1, high: 0.9", "0, high: 0.9, log: true", "'mask_ratio' with log needs a low above 0"),
         ("0.9}", "0.9, step: 0.1, log: true}", "'mask_ratio' has both step and log; remove one"),
         ("{low: 0.1, high: 0.9}", "0.3", "line 11: 'mask_ratio' in 'space' must be a mapping of"),
