@@ -8,10 +8,11 @@ command line, validation and sweeps share.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -39,6 +40,17 @@ SELECTORS = (
     "class_silhouette",
     "agreement",
 )
+# Fields of `RunConfig` that `--set NAME=VALUE` accepts.
+SETTABLE = {
+    "augmentation",
+    "batch_size",
+    "candidates",
+    "perturbation",
+    "precision",
+    "slice_distance",
+    "slices",
+    "steps",
+}
 ORACLE = "oracle"  # the checkpoint of the best score on labelled test cases: privileged
 
 
@@ -319,18 +331,60 @@ def setting_type(cls: type, name: str) -> Any:
     return _kind(typing.get_type_hints(cls)[name])[0]
 
 
-def parse_overrides(assignments: list[str]) -> dict[str, dict[str, Any]]:
+def setting_names(cls: type) -> list[str]:
+    """Return the names of the settings of a dataclass, e.g. of a method's `Config`."""
+    return [spec.name for spec in fields(cls)]
+
+
+def unknown_setting(name: str, own: Collection[str]) -> str:
+    """Return a hint for a name that `--set` does not accept.
+
+    A setting of the same name in another group comes first, e.g. `method.mask_ratio` for
+    `mask_ratio`, and `steps` for `method.steps`.
+
+    Args:
+        name: the unknown name.
+        own: names of the method's settings.
+
+    Example:
+        >>> unknown_setting("mask_ratio", ["mask_ratio"]).partition("?")[0]
+        "did you mean 'method.mask_ratio'"
+    """
+    known = [f"method.{each}" for each in own] + sorted(SETTABLE)
+    for group, cls in (("segmenter", SegmenterSpec), ("grid", Grid)):
+        known += [f"{group}.{each}" for each in setting_names(cls)]
+    last = [each.rpartition(".")[2] for each in known]
+    bare = name.rpartition(".")[2]
+    found = [each for each, end in zip(known, last, strict=True) if end == bare]
+    found = found or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    for near in [] if found else difflib.get_close_matches(bare, last, n=1, cutoff=0.6):
+        found = [known[last.index(near)]]
+    hint = f"did you mean '{found[0]}'? " if found else ""
+    return f"{hint}known are {', '.join(known)}"
+
+
+def parse_overrides(
+    assignments: list[str], own: Collection[str] | None = None
+) -> dict[str, dict[str, Any]]:
     """Parse the arguments of `--set` and group them.
 
     Args:
         assignments: e.g. ["method.lr=0.001", "steps=100", "segmenter.width=8"].
+        own: names of the method's settings, to refuse unknown names; None accepts any name.
 
     Returns:
         {"run": {...}, "method": {...}, "segmenter": {...}, "grid": {...}}.
 
     Raises:
-        ConfigError: an argument without "=", an unknown group, or a value that is not valid YAML.
+        ConfigError: an argument without "=", an unknown group or name, or a value that is not valid
+            YAML.
     """
+    known = {
+        "run": SETTABLE,
+        "method": own or (),
+        "segmenter": setting_names(SegmenterSpec),
+        "grid": setting_names(Grid),
+    }
     groups: dict[str, dict[str, Any]] = {"run": {}, "method": {}, "segmenter": {}, "grid": {}}
     for text in assignments:
         key, equals, value = text.partition("=")
@@ -339,7 +393,11 @@ def parse_overrides(assignments: list[str]) -> dict[str, dict[str, Any]]:
         group, dot, name = key.strip().partition(".")
         if not dot:
             group, name = "run", group
-        if group not in groups or (group == "run" and dot):
+        wrong = group not in groups or (group == "run" and bool(dot))
+        if own is not None and (wrong or name not in known[group]):
+            whole = key.strip()
+            raise ConfigError(f"Unknown setting '{whole}' (--set); {unknown_setting(whole, own)}.")
+        if wrong:
             raise ConfigError(
                 f"--set {text}: unknown group '{group}'; write method.NAME, segmenter.NAME, "
                 "grid.NAME or a run option such as steps."

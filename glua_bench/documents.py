@@ -229,6 +229,17 @@ class Table:
         for key, node in inner._nodes.items():
             yield key, Table(self.file, node, f"'{key}'{inner._inside()}")
 
+    def items(self, name: str) -> Iterator[Table]:
+        """Iterate over a list of mappings.
+
+        Raises:
+            ConfigError: the value is missing or is not such a list.
+        """
+        self.take(name, list)
+        node = self._nodes[name]
+        for number, item in enumerate(node.value, 1):
+            yield Table(self.file, item, f"item {number} of '{name}'{self._inside()}")
+
     def choice(self, name: str, among: Sequence[str], default: Any = _MISSING) -> str:
         """Read one of several allowed strings.
 

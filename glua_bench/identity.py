@@ -52,6 +52,8 @@ SCORING = tuple(
 # Modules that training imports but that change neither weights nor scores, with the reason.
 NO_RESULT: Mapping[str, str] = {
     f"{PACKAGE}.runs.carried": "stores what is needed to segment new volumes beside the run",
+    f"{PACKAGE}.cli": "the command line",
+    f"{PACKAGE}.cli.api": "the Python interface, which `import glua_bench` offers",
     f"{PACKAGE}.console": "progress bars and prompts",
     f"{PACKAGE}.documents": "parses dataset descriptions, whose content is hashed",
     f"{PACKAGE}.errors": "exception types",

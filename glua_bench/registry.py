@@ -215,6 +215,18 @@ class Registry:
         return loaded
 
 
+def with_descriptions(datasets: str, plugins: Sequence[Path] | None) -> tuple[str, list[Path]]:
+    """Replace FILE.yaml among comma-separated names by its name, and add it to the plugins."""
+    names, files = [], list(plugins or [])
+    for text in map(str.strip, datasets.split(",")):
+        path = Path(text)
+        if path.suffix in DESCRIPTIONS:
+            files += [] if path in files else [path]
+            text = Registry("dataset", files).name_of(path)
+        names.append(text)
+    return ",".join(names), files
+
+
 def load_dataset(
     name: str, data_root: Path | None, plugins: Sequence[Path], fold: int = 1
 ) -> Dataset:

@@ -117,6 +117,7 @@ def from_runs(
     where: Mapping[str, Sequence[str]] | None = None,
     plugins: Sequence[Path] = (),
     warn: Callable[[str], None] = lambda text: None,
+    pooled: bool = True,
 ) -> Results:
     """Read the finished runs of a directory.
 
@@ -125,11 +126,12 @@ def from_runs(
         where: setting → allowed values, as text.
         plugins: files with further methods.
         warn: receives the notices.
+        pooled: check that the runs of one task can stand in one table.
 
     Raises:
         UserError: there is no finished run, or runs of one task follow different protocols.
     """
-    recorded: set[str] = set()
+    recorded: dict[str, str] = {}
     if runs_root.is_file():
         recorded, runs_root = _recorded(runs_root), runs_root.resolve().parent.parent
     runs = [run for run in list_runs(runs_root) if not recorded or run.id in recorded]
@@ -163,43 +165,54 @@ def from_runs(
             records.append(_read(run))
         except UserError as error:
             notice(f"Excluded: {error}")
-    lines = _lines(records, notice)
+    lines = _lines(records, notice, recorded)
     if lines.empty:
         raise ConfigError(
             f"No run in {runs_root} is finished and readable; see the warnings, or repeat failed "
             "runs with `glua-bench compare --retry-failed`."
         )
     found = _assemble(records, lines, notice, notices, plugins)
-    _check(found, notice)
+    if pooled:
+        _check(found, notice)
     return found
 
 
-def record(runs_root: Path, title: str, runs: Iterable[RunDirectory]) -> Path:
+def record(
+    runs_root: Path,
+    title: str,
+    runs: Iterable[RunDirectory],
+    names: Mapping[str, str] | None = None,
+) -> Path:
     """Write the ids of compared runs to a file, for a report of these runs only.
 
     Args:
         runs_root: directory of all runs.
         title: e.g. "compare glua, sifa".
         runs: the runs.
+        names: id → entry of a comparison that names its entries; by default, the entry of a run is
+            derived from its settings.
 
     Returns:
-        The file in `runs_root / "comparisons"`; equal runs give the same file.
+        The file in `runs_root / "comparisons"`; equal runs and names give the same file.
 
     Raises:
         RunFailure: the file cannot be written.
     """
     ids = sorted(run.id for run in runs)
     name = re.sub(r"[^\w.+-]+", "_", title)[:60].strip("_")
-    path = runs_root / "comparisons" / f"{name}_{digest(ids)[:6]}.json"
-    write_json(path, {"title": title, "runs": ids}, "--runs")
+    content = {"title": title, "runs": ids} | ({"entries": dict(names)} if names else {})
+    key = digest([ids, dict(names)] if names else ids)
+    path = runs_root / "comparisons" / f"{name}_{key[:6]}.json"
+    write_json(path, content, "--runs")
     return path
 
 
-def _recorded(path: Path) -> set[str]:
-    """Return the run ids in a file of `record`."""
+def _recorded(path: Path) -> dict[str, str]:
+    """Return the run ids in a file of `record`, with their entries; "" where they have no name."""
     try:
-        return set(json.loads(path.read_text(encoding="utf-8"))["runs"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {**dict.fromkeys(content["runs"], ""), **content.get("entries", {})}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
             f"{path} is not a comparison; give the directory of all runs, or the file in its "
             "`comparisons` that `glua-bench compare` printed."
@@ -211,6 +224,7 @@ def from_rows(
     where: Mapping[str, Sequence[str]] | None = None,
     plugins: Sequence[Path] = (),
     warn: Callable[[str], None] = lambda text: None,
+    pooled: bool = True,
 ) -> Results:
     """Read the rows of a report (`rows.parquet`), without checkpoint scores and pictures.
 
@@ -219,6 +233,7 @@ def from_rows(
         where: column → allowed values, as text.
         plugins: files with further methods.
         warn: receives the notices.
+        pooled: as in `from_runs`.
 
     Raises:
         UserError: the file cannot be read or lacks a column, or protocols are mixed.
@@ -252,7 +267,8 @@ def from_rows(
     columns = ["selector", "step", "score", "run", "entry", "task", "seed"]
     checkpoints = pd.DataFrame(columns=columns)
     found = Results(own, checkpoints, notices=notices, plugins=plugins, repeats=repeats)
-    _check(found, notice)
+    if pooled:
+        _check(found, notice)
     return found
 
 
@@ -377,8 +393,13 @@ def _shown(value: Any) -> str:
 # -- all runs ----------------------------------------------------------------------------------
 
 
-def _lines(records: Sequence[_Record], notice: Callable[[str], None]) -> pd.DataFrame:
-    """Describe each run in one line; keep the newest run of each entry, task and seed."""
+def _lines(
+    records: Sequence[_Record], notice: Callable[[str], None], names: Mapping[str, str]
+) -> pd.DataFrame:
+    """Describe each run in one line; keep the newest run of each entry, task and seed.
+
+    A run with a name from a comparison file is an entry of its own instead of a method's variant.
+    """
     newest: dict[tuple[str, str, int, int, str], dict[str, Any]] = {}
     replaced = 0
     for record in sorted(records, key=lambda record: (record.time, record.run.id)):
@@ -386,6 +407,8 @@ def _lines(records: Sequence[_Record], notice: Callable[[str], None]) -> pd.Data
         changes = record.environment["changed"]
         base = _base(config)
         entry = ", ".join([base, *(f"{n} = {_shown(v)}" for n, v in changes.items())])
+        if named := names.get(record.run.id):
+            entry, base, changes = named, named, {}
         task = f"{config.fold_name} {config.direction}"
         state = record.environment.get("source") or record.environment.get("git") or {}
         repeat = int(getattr(config, statistics.REPEAT, 0))

@@ -275,6 +275,15 @@ def conclude(study: SweepStudy) -> list[str]:
     ]
 
 
+def chosen(study: SweepStudy) -> dict[str, Any] | None:
+    """Return number, settings and values of the chosen trial, if any."""
+    trial = chosen_trial(counting(study.trials()))
+    if trial is None:
+        return None
+    values = dict(zip(study.definition.objectives, trial.values, strict=True))
+    return {"trial": trial.number, "settings": dict(trial.params), "values": values}
+
+
 def has_value(study: SweepStudy) -> bool:
     """Return True if any trial has a value."""
     return chosen_trial(counting(study.trials())) is not None

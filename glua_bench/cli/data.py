@@ -13,13 +13,16 @@ from glua_bench.cli.options import (
     Plugins,
     PresetName,
     Processes,
+    answer,
+    note,
+    progress,
     say,
-    with_descriptions,
     with_options,
+    with_output,
 )
 from glua_bench.console import next_command
 from glua_bench.errors import ConfigError, DataError
-from glua_bench.registry import load_dataset
+from glua_bench.registry import load_dataset, with_descriptions
 from glua_bench.runs.request import DataRoot, Fold, RunsRoot
 
 if TYPE_CHECKING:
@@ -50,7 +53,7 @@ class Source:
         """Load the dataset and prepare its files."""
         name, plugins = with_descriptions(self.dataset, self.plugin)
         dataset = load_dataset(name, self.data_root, plugins, self.fold)
-        dataset.prepare(say)
+        dataset.prepare(note)
         return dataset
 
     def command(self, words: tuple[str, ...]) -> str:
@@ -66,33 +69,45 @@ class Source:
 
 
 @data_app.command()
+@with_output
 @with_options()
 def prepare(source: Source, preset: PresetName = "quick", jobs: Processes = None) -> None:
     """Generate or locate a dataset's files and preprocess them."""
-    from glua_bench.console import Progress
     from glua_bench.data.cache import cache_root
     from glua_bench.data.preparation import prepare_cases
 
     data = source.load()
-    with Progress() as progress:
-        problems = prepare_cases(data, data.grid(preset), progress, jobs)
+    with progress() as bar:
+        problems = prepare_cases(data, data.grid(preset), bar, jobs)
+    domains = {}
     for domain in data.domains():
-        counts = ", ".join(f"{len(data.split(domain, s))} {s}" for s in ("train", "val", "test"))
+        sizes = {split: len(data.split(domain, split)) for split in ("train", "val", "test")}
+        counts = ", ".join(f"{count} {split}" for split, count in sizes.items())
         bare = sum(case.label is None for case in data.cases(domain))
+        domains[domain] = {**sizes, "unlabelled": bare}
         note = f"; {bare} without a label, used as target images only" if bare else ""
         say(f"{domain}: {counts}{note}")
     say(f"Files: {data.root}   cache: {cache_root()}")
     for problem in problems:
         say(f"PROBLEM: {problem}")
+    answer(
+        dataset=data.fold_name,
+        root=data.root,
+        cache=cache_root(),
+        domains=domains,
+        problems=problems,
+        next=[source.command(_SHOW)],
+    )
     if problems:
         raise DataError(
             f"Some cases of '{source.dataset}' in {data.root} could not be prepared; correct or "
             "replace the files listed above and repeat the command."
         )
-    say(f"Next: {source.command(_SHOW)}")
+    note(f"Next: {source.command(_SHOW)}")
 
 
 @data_app.command()
+@with_output
 @with_options()
 def check(
     source: Source,
@@ -105,14 +120,13 @@ def check(
 
     Reads the labels of all cases, including the target's; runs use none of the findings.
     """
-    from glua_bench.console import Progress
     from glua_bench.data.parallel import cores
     from glua_bench.inspection.findings import write_findings
     from glua_bench.inspection.integrity import check_dataset, refuse_problems, summary
 
     data = source.load()
-    with Progress() as progress:
-        facts, findings = check_dataset(data, progress, jobs or cores())
+    with progress() as bar:
+        facts, findings = check_dataset(data, bar, jobs or cores())
     heads = [f"{structure.name} ml" for structure in data.structures]
     widths = [max(10, len(head) + 2) for head in heads]
     first = max([14, *(len(one.case.id) + 2 for one in facts)])
@@ -138,13 +152,37 @@ def check(
     if out is not None:
         write_findings(out, findings)
         say(f"Wrote {out}")
+    answer(
+        dataset=data.fold_name,
+        root=data.root,
+        cases=[
+            {
+                "case": one.case.id,
+                "split": one.case.split,
+                "shape": None if one.image is None else one.image.shape,
+                "spacing": None if one.image is None else one.image.spacing,
+                "ml": {}
+                if one.label is None
+                else {
+                    structure.name: found.ml if found else 0.0
+                    for structure, found in zip(data.structures, one.label.structures, strict=True)
+                },
+            }
+            for one in facts
+        ],
+        findings=[
+            {"severity": each.severity, "check": each.check, "text": each.text} for each in findings
+        ],
+        next=[source.command(_SHOW), source.command(_RUN)],
+    )
     refuse_problems(findings, len(facts), f"'{source.dataset}' in {data.root}")
     say(f"All {len(facts)} cases in {data.root} can be used; {summary(findings)}.")
-    say(f"Next: {source.command(_SHOW)}")
-    say(f"      {source.command(_RUN)}")
+    note(f"Next: {source.command(_SHOW)}")
+    note(f"      {source.command(_RUN)}")
 
 
 @data_app.command()
+@with_output
 @with_options()
 def fingerprint(
     source: Source,
@@ -157,7 +195,6 @@ def fingerprint(
     ] = None,
 ) -> None:
     """Fingerprint a dataset without voxels, names or paths."""
-    from glua_bench.console import Progress
     from glua_bench.data.parallel import cores
     from glua_bench.inspection import fingerprint as prints
     from glua_bench.inspection.measurements import gather
@@ -166,26 +203,30 @@ def fingerprint(
         prints.format_of(out)  # fail early
     known = prints.read(against) if against is not None else None
     data = source.load()
-    with Progress() as progress:
-        facts = gather(data, jobs or cores(), progress)
+    with progress() as bar:
+        facts = gather(data, jobs or cores(), bar)
     table = prints.fingerprint(data, facts)
     for line in prints.describe(table):
         say(line)
     if out is not None:
         prints.write(out, table)
         say(f"Wrote {out}")
+    found = []
     if known is not None:
         say()
         names = {prints.case_digest(one): one.case.id for one in facts}
         found = prints.differences(table, known, names)
         for sentence in found:
             say(sentence)
+    answer(fingerprint=table, file=out, against=against, differences=found, next=[])
+    if known is not None:
         if found:
             raise DataError(f"The data of '{source.dataset}' in {data.root} differ from {against}.")
         say(f"The data have the same cases in the same splits as {against}.")
 
 
 @data_app.command(name="export")
+@with_output
 @with_options()
 def export_data(
     *,
@@ -202,7 +243,6 @@ def export_data(
     jobs: Processes = None,
 ) -> None:
     """Export a dataset, its splits and a run's predictions in nnU-Net's layout."""
-    from glua_bench.console import Progress
     from glua_bench.data.parallel import cores
     from glua_bench.inspection import nnunet
 
@@ -217,14 +257,14 @@ def export_data(
                 f"--run {run} is a run on '{found.config.fold_name}', not on '{data.fold_name}': "
                 "give a run on this dataset."
             )
-    with Progress() as progress:
-        made = nnunet.export(data, to, number, link, jobs or cores(), progress)
+    with progress() as bar:
+        made = nnunet.export(data, to, number, link, jobs or cores(), bar)
         if found is not None:
             target = found.config.target
             folder = nnunet.folder_of(data, target, to, number).name
             place = to / nnunet.PREDICTIONS / folder / f"{found.config.method}_{found.id}"
             count = nnunet.export_predictions(
-                data, target, found.predictions, place, jobs or cores(), progress
+                data, target, found.predictions, place, jobs or cores(), bar
             )
     for one in made:
         note = f"; {one.left_out} without a label skipped" if one.left_out else ""
@@ -236,11 +276,22 @@ def export_data(
     if not data.publishable:
         say("The data owner's terms of use also apply to the copies.")
     raw, preprocessed = (shlex.quote(str(to / part)) for part in (nnunet.RAW, nnunet.PREPROCESSED))
-    say(f"Next: export nnUNet_raw={raw} nnUNet_preprocessed={preprocessed}")
-    say(f"      nnUNetv2_plan_and_preprocess -d {number} --verify_dataset_integrity")
+    following = [
+        f"export nnUNet_raw={raw} nnUNet_preprocessed={preprocessed}",
+        f"nnUNetv2_plan_and_preprocess -d {number} --verify_dataset_integrity",
+    ]
+    note(f"Next: {following[0]}")
+    note(f"      {following[1]}")
+    answer(
+        dataset=data.fold_name,
+        folders=made,
+        predictions=None if found is None else place,
+        next=following,
+    )
 
 
 @data_app.command()
+@with_output
 @with_options()
 def show(
     source: Source,
@@ -251,8 +302,10 @@ def show(
     data = source.load()
     from glua_bench.reports.run_figures import draw_dataset
 
-    for file in draw_dataset(data, data.grid(preset), out):
+    files = list(draw_dataset(data, data.grid(preset), out))
+    for file in files:
         say(f"Wrote {file}")
     if not data.publishable:
         say("The figures show the data owner's images: do not share them.")
-    say(f"Next: {source.command(_RUN)}")
+    note(f"Next: {source.command(_RUN)}")
+    answer(files=files, shareable=data.publishable, next=[source.command(_RUN)])

@@ -16,7 +16,15 @@ import typer
 
 from glua_bench import __version__
 from glua_bench.cli import data, plugins, reports, runs, sweeps
-from glua_bench.cli.options import Plugins, ReportedExit, end, say
+from glua_bench.cli.options import (
+    Plugins,
+    ReportedExit,
+    answer,
+    end,
+    note,
+    say,
+    with_output,
+)
 from glua_bench.errors import ConfigError, RunFailure, UserError, reason
 from glua_bench.runs.interruption import Interrupted
 from glua_bench.runs.request import RunsRoot
@@ -26,7 +34,7 @@ app = typer.Typer(
     help="Reproducible benchmark of unsupervised domain adaptation for medical image segmentation.",
     epilog="Start with: glua-bench run --method source_only --dataset phantom",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},  # inherited by all commands
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -41,14 +49,15 @@ for command in (
     sweeps.sweep,
     sweeps.worker,
 ):
-    app.command()(command)
+    app.command()(with_output(command))
 app.command(name="run-request", hidden=True)(runs.run_request)
-app.command(name="list")(plugins.list_plugins)
-app.command()(plugins.new_method)
-app.command()(plugins.new_dataset)
+app.command(name="list")(with_output(plugins.list_plugins))
+app.command()(with_output(plugins.new_method))
+app.command()(with_output(plugins.new_dataset))
 
 
 @app.command()
+@with_output
 def sync(runs_root: RunsRoot = Path("runs")) -> None:
     """Upload runs missing in MLflow."""
     if not runs_root.is_dir():
@@ -61,15 +70,17 @@ def sync(runs_root: RunsRoot = Path("runs")) -> None:
         f"{tracker.place}: {counts.uploaded} runs uploaded, {counts.present} already present, "
         f"{counts.unfinished} unfinished (skipped), {counts.missed} failed."
     )
+    answer(tracker=tracker.place, **vars(counts), next=[tracker.browse])
     if counts.missed:
         raise RunFailure(
             f"{counts.missed} runs could not be uploaded to {tracker.place}; {tracker.remedy}, and "
             "repeat the command."
         )
-    say(f"Next: {tracker.browse}")
+    note(f"Next: {tracker.browse}")
 
 
 @app.command()
+@with_output
 def doctor(runs_root: RunsRoot = Path("runs"), plugin: Plugins = None) -> None:
     """Check versions, devices, data, tracker and plugins."""
     from glua_bench.cli.doctor import examine
@@ -78,9 +89,10 @@ def doctor(runs_root: RunsRoot = Path("runs"), plugin: Plugins = None) -> None:
     width = max(len(name) for name, _ in findings)
     for name, text in findings:
         say(f"{name:<{width}}  {text}")
-    say()
+    note()
     for line in todo:
-        say(f"Next: {line}")
+        note(f"Next: {line}")
+    answer(findings=[{"name": name.strip(), "text": text} for name, text in findings], next=todo)
 
 
 def _version(show: bool) -> None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import json
+import math
 import os
 import sys
-from collections.abc import Callable, Collection
-from dataclasses import MISSING, dataclass, is_dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, asdict, dataclass, is_dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
-from glua_bench.documents import SUFFIXES as DESCRIPTIONS
 from glua_bench.errors import ERROR
-from glua_bench.registry import Registry
 from glua_bench.runs.request import PLUGIN, Fold, RunOptions, options
+
+if TYPE_CHECKING:
+    from glua_bench.console import Progress
 
 Plugins = Annotated[list[Path] | None, PLUGIN]
 PresetName = Annotated[
@@ -88,11 +93,14 @@ class Work:
     ] = None
 
 
-def with_options(without: Collection[str] = ()) -> Callable[[Callable], Callable[..., None]]:
+def with_options(
+    without: Collection[str] = (), optional: Collection[str] = ()
+) -> Callable[[Callable], Callable[..., None]]:
     """Replace a command's dataclass parameters, e.g. `RunOptions`, by one option per field.
 
     Args:
         without: fields that are not options of this command and keep their defaults.
+        optional: required texts that a file may give instead; "" if they are not given.
     """
 
     def decorate(command: Callable) -> Callable[..., None]:
@@ -107,7 +115,7 @@ def with_options(without: Collection[str] = ()) -> Callable[[Callable], Callable
             groups[name] = [spec.name for spec, _ in fields]
             for spec, hint in fields:
                 value = own.empty if spec.default is MISSING else spec.default
-                if spec.default_factory is not MISSING:
+                if spec.default_factory is not MISSING or spec.name in optional:
                     value = None  # Typer passes None for a list that is not given
                 parameters.append(
                     inspect.Parameter(spec.name, own.KEYWORD_ONLY, default=value, annotation=hint)
@@ -118,7 +126,8 @@ def with_options(without: Collection[str] = ()) -> Callable[[Callable], Callable
             for group, names in groups.items():
                 values = {name: given.pop(name) for name in names}
                 chosen = {name: value for name, value in values.items() if value is not None}
-                given[group] = hints[group](**chosen)
+                left = {name: "" for name in optional if name in names}
+                given[group] = hints[group](**{**left, **chosen})
             command(**given)
 
         called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -127,27 +136,146 @@ def with_options(without: Collection[str] = ()) -> Callable[[Callable], Callable
     return decorate
 
 
+def on_command_line(context: typer.Context) -> set[str]:
+    """Return the names of the parameters that were given on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
+@dataclass
+class _Output:
+    """How the current command prints.
+
+    Attributes:
+        quiet: print only the result.
+        answer: the result, for `--json`.
+    """
+
+    quiet: bool = False
+    answer: dict[str, Any] | None = None
+
+
+_output = _Output()
+
+
+def with_output(command: Callable[..., None]) -> Callable[..., None]:
+    """Add `--json` and `--quiet` to a command, which states its result by `answer`."""
+    hints = get_type_hints(command, include_extras=True)
+    own = [
+        each.replace(kind=each.KEYWORD_ONLY, annotation=hints[name])
+        if isinstance(each.annotation, str)
+        else each
+        for name, each in inspect.signature(command).parameters.items()
+    ]
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=hint)
+        for name, hint in (("as_json", _JSON), ("quiet", _QUIET))
+    ]
+
+    @functools.wraps(command)
+    def called(*, as_json: bool, quiet: bool, **given: Any) -> None:
+        _output.quiet, _output.answer = quiet, None
+        if not as_json:
+            try:
+                command(**given)
+            finally:
+                _output.quiet = False
+            return
+        try:
+            # Whatever else is printed, progress included, stays out of the document.
+            with contextlib.redirect_stdout(sys.stderr):
+                command(**given)
+            if _output.answer is None:
+                raise RuntimeError(f"{command.__name__} states no result")
+        finally:  # a failure may follow the result, e.g. findings of `data check`
+            _output.quiet = False
+            if _output.answer is not None and _leading():
+                document = json.dumps(to_json(_output.answer), indent=2, ensure_ascii=False)
+                print(document, flush=True)
+
+    called.__signature__ = inspect.Signature([*own, *extra])  # type: ignore[attr-defined]
+    return called
+
+
+_JSON = Annotated[
+    bool,
+    typer.Option("--json", help="Print the result as one JSON document; other lines to stderr."),
+]
+_QUIET = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Print the result only: no progress, no suggestions."),
+]
+
+
+def answer(**values: Any) -> None:
+    """State the result of a command, which `--json` prints at its end.
+
+    Args:
+        values: data frames, dataclasses, paths, numbers, and lists and mappings of them; `next`
+            lists the suggested commands.
+    """
+    _output.answer = values
+
+
+def to_json(value: Any) -> Any:
+    """Convert a value to plain JSON types, with None for nan and infinite numbers.
+
+    Data frames become lists of records, including the names of their index; paths become strings.
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(name): to_json(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [to_json(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return to_json(asdict(value))
+    if hasattr(value, "to_dict") and hasattr(value, "columns"):  # a frame, without pandas
+        named = [name for name in value.index.names if name is not None]
+        return to_json((value.reset_index() if named else value).to_dict("records"))
+    if hasattr(value, "tolist"):  # numpy
+        return to_json(value.tolist())
+    return str(value)
+
+
+def _leading() -> bool:
+    """Return True on the first process of a run."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def say(text: str = "") -> None:
-    """Print a line, on the first process of a run only."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    """Print a line of the result, on the first process of a run only."""
+    if _leading():
         print(text, flush=True)
+
+
+def note(text: str = "") -> None:
+    """Print a line that `--quiet` omits, e.g. on progress or the next command."""
+    if not _output.quiet:
+        say(text)
+
+
+def progress() -> Progress:
+    """Return a progress bar, which shows nothing with `--quiet` or on another process."""
+    from glua_bench.console import Progress
+
+    return Progress(enabled=_leading() and not _output.quiet)
+
+
+def quiet() -> bool:
+    """Return True if the command was given `--quiet`."""
+    return _output.quiet
 
 
 def warn(text: str) -> None:
     """Print a warning to stderr."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def with_descriptions(datasets: str, plugins: list[Path] | None) -> tuple[str, list[Path]]:
-    """Replace each FILE.yaml among comma-separated names by its name, and add it to the plugins."""
-    names, files = [], list(plugins or [])
-    for text in map(str.strip, datasets.split(",")):
-        path = Path(text)
-        if path.suffix in DESCRIPTIONS:
-            files += [] if path in files else [path]
-            text = Registry("dataset", files).name_of(path)
-        names.append(text)
-    return ",".join(names), files
 
 
 def split_names(text: str | None) -> list[str]:
@@ -160,7 +288,7 @@ def say_browse(shared: RunOptions) -> None:
     from glua_bench.records.tracker import open_tracker
 
     if shared.mlflow:
-        say(f"Browse:  {open_tracker(shared.runs_root).browse}")
+        note(f"Browse:  {open_tracker(shared.runs_root).browse}")
 
 
 class ReportedExit(SystemExit):

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from glua_bench.cli.options import Plugins, say, split_names
+from glua_bench.cli.options import Plugins, answer, note, say, split_names
 from glua_bench.console import next_command
 from glua_bench.errors import ConfigError
 from glua_bench.registry import Registry
@@ -36,15 +36,26 @@ def list_plugins(
     ] = False,
 ) -> None:
     """List methods, datasets, selectors and sweeps with summary, reference and required data."""
-    broken = 0
+    broken, listed = 0, []
     for chosen in [kind] if kind is not None else list(Kind):
         if chosen is Kind.sweeps:
-            _list_sweeps()
+            listed += _list_sweeps()
             continue
         singular = chosen.value[:-1]
         entries = Registry(singular, plugin or []).entries()
         say(chosen.value.capitalize())
         for entry in entries:
+            listed.append(
+                {
+                    "kind": singular,
+                    "name": entry.name,
+                    "summary": entry.summary,
+                    "origin": entry.origin,
+                    "reference": entry.attributes.get("reference"),
+                    "needs": entry.attributes.get("needs"),
+                    "error": entry.error or None,
+                }
+            )
             if entry.error:
                 broken += 1
                 say(f"  {entry.name:<13} BROKEN ({entry.origin}): {entry.error}")
@@ -55,27 +66,32 @@ def list_plugins(
                     lines = textwrap.wrap(f"{label}: {text}", 80, subsequent_indent=" " * 7)
                     say(textwrap.indent("\n".join(lines), " " * 16))
             if verbose and singular == "method":
-                _list_settings(Registry(singular, plugin or []).load(entry.name))
+                loaded = Registry(singular, plugin or []).load(entry.name)
+                listed[-1]["settings"] = _list_settings(loaded)
         say()
     if broken:
         say(f"{broken} plugin(s) cannot be used; correct or uninstall them.")
+    following = ["glua-bench run --method NAME --dataset NAME", "glua-bench run --help"]
     if kind is Kind.sweeps:
-        say("Next: glua-bench sweep NAME --dry-run, or glua-bench sweep --help")
-    else:
-        say("Next: glua-bench run --method NAME --dataset NAME, or glua-bench run --help")
+        following = ["glua-bench sweep NAME --dry-run", "glua-bench sweep --help"]
+    note(f"Next: {', or '.join(following)}")
+    answer(plugins=listed, next=following)
 
 
-def _list_sweeps() -> None:
+def _list_sweeps() -> list[dict[str, Any]]:
     from glua_bench.documents import read_document
     from glua_bench.sweeps.definition import shipped
 
     say("Sweeps")
+    listed = []
     for name, file in shipped().items():
         text = read_document(file)
         space, objective = text.take("space", object), text.take("objective", object)
         objectives = ", ".join(objective) if isinstance(objective, list) else objective
         searched = space if isinstance(space, str) else ", ".join(space)
-        say(f"  {name:<17} {text.take('title', str)}")
+        title = text.take("title", str)
+        say(f"  {name:<17} {title}")
+        listed.append({"kind": "sweep", "name": name, "summary": title, "origin": str(file)})
         summary = (
             f"{text.take('method', str)}: {searched}; objective {objectives}, "
             f"sampler {text.take('sampler', str, 'tpe')}"
@@ -83,11 +99,13 @@ def _list_sweeps() -> None:
         say(textwrap.indent(textwrap.fill(summary, 76), " " * 20))
     say(f"  Files: {shipped()['example'].parent}; copy example.yaml to define your own.")
     say()
+    return listed
 
 
-def _list_settings(method: Any) -> None:
+def _list_settings(method: Any) -> dict[str, dict[str, Any]]:
     from dataclasses import fields
 
+    settings = {}
     for spec in fields(method.Config):
         meta = spec.metadata
         allowed = ""
@@ -96,6 +114,8 @@ def _list_settings(method: Any) -> None:
         elif meta.get("low") is not None:
             allowed = f" [{meta['low']:g} to {meta['high']:g}]"
         say(f"{'':16}method.{spec.name} = {spec.default}{allowed}  {meta.get('help', '')}")
+        settings[spec.name] = {"default": spec.default, **meta}
+    return settings
 
 
 def new_method(
@@ -109,7 +129,8 @@ def new_method(
     say(f"Wrote {file} and {test}; a working example to replace by your method.")
     say(f"Check: {next_command('pytest', test)}")
     following = next_command("glua-bench", "run", "--plugin", file, "--method", name)
-    say(f"Next:  {following} --dataset phantom")
+    note(f"Next:  {following} --dataset phantom")
+    answer(file=file, test=test, next=[f"{following} --dataset phantom"])
 
 
 def new_dataset(
@@ -145,7 +166,8 @@ def new_dataset(
         say(f"Wrote {file} and {test}; set splits, orientation and grids in the first.")
         say(f"Files: DIRECTORY/{{{pair[0]},{pair[1]}}}/PERSON_image.nii.gz and PERSON_label.nii.gz")
         following = next_command("glua-bench", "data", "check", name, plugins=[file])
-        say(f"Next:  {following} --data-root DIRECTORY")
+        note(f"Next:  {following} --data-root DIRECTORY")
+        answer(file=file, test=test, next=[f"{following} --data-root DIRECTORY"])
         return
     from glua_bench.console import ask
 
@@ -161,4 +183,6 @@ def new_dataset(
         name, out, data, partial(ask, interactive=interactive), names, given
     )
     say(f"Wrote {file}: review and correct it.")
-    say(f"Next: {next_command('glua-bench', 'data', 'check', file)}")
+    following = next_command("glua-bench", "data", "check", file)
+    note(f"Next: {following}")
+    answer(file=file, next=[following])

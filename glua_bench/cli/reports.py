@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from glua_bench.cli.options import Plugins, Storage, say, warn
+from glua_bench.cli.options import Plugins, Storage, answer, note, progress, say, warn
 from glua_bench.cli.sweeps import report_sweep
 from glua_bench.console import next_command
 from glua_bench.errors import ConfigError
-from glua_bench.files import write_text
 from glua_bench.runs.request import DataRoot, Device, RunsRoot
 
 if TYPE_CHECKING:
-    from glua_bench.runs.prediction import Model
+    from glua_bench.runs.prediction import Model, Predicted
 
 RunName = Annotated[
     str | None,
@@ -82,10 +81,12 @@ def report(
     if sweep is not None:
         from glua_bench.sweeps import command
 
-        study, base = command.join(sweep, runs_root, storage, plugin or [], say)
-        page = report_sweep(study, base, out or study.folder / "report")
+        study, base = command.join(sweep, runs_root, storage, plugin or [], note)
+        page, sentences = report_sweep(study, base, out or study.folder / "report")
+        following = command.next_command(study, base)
         say(f"Report: {page}")
-        say(f"Next:   open {page}; {command.next_command(study, base)}")
+        note(f"Next:   open {page}; {following}")
+        answer(report=page, summary=sentences, next=[following])
         return
     from glua_bench.reports import report as reporting
     from glua_bench.reports import results
@@ -104,13 +105,21 @@ def report(
             found = results.from_runs(Path(scratch), chosen, plugin or [], warn)
         else:
             found = results.from_runs(runs_root, chosen, plugin or [], warn)
-        files = reporting.write(found, out, options, say)
-    say()
-    for sentence in reporting.summary(found, options):
+        files = reporting.write(found, out, options, note)
+    note()
+    sentences = list(reporting.summary(found, options))
+    for sentence in sentences:
         say(sentence)
     say()
     say(f"Report: {files[0]}   ({len(files) - 1} other files in {out})")
-    say(f"Next:   open {files[0]}; {out}/tables/*.tex are for papers")
+    note(f"Next:   open {files[0]}; {out}/tables/*.tex are for papers")
+    answer(
+        report=files[0],
+        files=files[1:],
+        summary=sentences,
+        notices=found.notices,
+        next=[f"open {files[0]}"],
+    )
 
 
 def predict(
@@ -147,64 +156,65 @@ def predict(
     plugin: Plugins = None,
 ) -> None:
     """Segment new volumes with a finished run or an exported model."""
-    from glua_bench.console import Progress
     from glua_bench.runs import inputs, prediction
 
     if (run is None) == (model is None):
         raise ConfigError("Give either --run or --model.")
     given = inputs.find(images)
-    there = [p for p in prediction.outputs(given.images, out, probabilities, overlay) if p.exists()]
-    if there and not overwrite:
-        raise ConfigError(
-            f"{there[0]} exists already; choose another --out, or give --overwrite to replace "
-            f"{len(there)} file(s)."
-        )
-    if model is not None:
-        loaded = prediction.from_directory(model, plugin or [], device)
-    else:
-        found = prediction.find_run(str(run), runs_root)
-        loaded = prediction.from_run(found, plugin or [], device, selector)
+    prediction.refuse_existing(given.images, out, overwrite, probabilities, overlay)
+    loaded = prediction.from_either(run, model, runs_root, plugin or [], device, selector)
     config, name = loaded.config, loaded.domain(domain)
-    say(
+    note(
         f"{config.method}, trained on {config.fold_name} {config.direction}"
         + (", PRIVILEGED (trained on target labels)" if config.privileged else "")
     )
-    say(_read_as(loaded, name))
+    note(_read_as(loaded, name))
     if given.left:
         files = ", ".join(file.name for file in given.left[:3])
         more = f" and {len(given.left) - 3} more" if len(given.left) > 3 else ""
-        say(f"Skipped (labels by their names): {files}{more}.")
-    results = []
-    try:
-        with Progress() as progress:
-            progress.stage("segment", len(given.images))
-            for result in prediction.predict(
-                loaded, given.images, out, name, probabilities, progress.update, warn
-            ):
-                results.append(result)
-                if overlay:
-                    from glua_bench.reports.run_figures import draw_prediction
+        note(f"Skipped (labels by their names): {files}{more}.")
 
-                    draw_prediction(
-                        out / f"{result.name}.png",
-                        result.slices,
-                        result.classes,
-                        loaded.structures,
-                        result.name,
-                        loaded.data.publishable,
-                    )
-    finally:  # also after an image that cannot be used
-        if results:
-            table = prediction.volumes_table(results)
-            write_text(out / prediction.VOLUMES, table.to_csv(index=False), "--out")
-    say()
+    def draw(predicted: Predicted) -> None:
+        from glua_bench.reports.run_figures import draw_prediction
+
+        draw_prediction(
+            out / f"{predicted.name}.png",
+            predicted.slices,
+            predicted.classes,
+            loaded.structures,
+            predicted.name,
+            loaded.data.publishable,
+        )
+
+    with progress() as bar:
+        results = prediction.predict_all(
+            loaded,
+            given.images,
+            out,
+            name,
+            probabilities,
+            bar,
+            warn,
+            draw if overlay else lambda predicted: None,
+        )
+    note()
     for result in results:
-        volumes = ", ".join(f"{name} {ml:.1f} ml" for name, ml in result.ml.items())
-        say(f"{result.labels}: {volumes}")
+        text = ", ".join(f"{structure} {ml:.1f} ml" for structure, ml in result.ml.items())
+        say(f"{result.labels}: {text}")
     say(f"Volumes: {out / prediction.VOLUMES}")
     if overlay and not loaded.data.publishable:
         say("The figures may show the data owner's images: do not share them.")
-    say("Next:    inspect the _seg files on their images in a viewer before using them.")
+    note("Next:    inspect the _seg files on their images in a viewer before using them.")
+    volumes = [{"image": one.file, "labels": one.labels, "ml": one.ml} for one in results]
+    answer(
+        run=loaded.source,
+        domain=name,
+        privileged=config.privileged,
+        predictions=volumes,
+        volumes=out / prediction.VOLUMES,
+        skipped=given.left,
+        next=[],
+    )
 
 
 def _read_as(model: Model, domain: str) -> str:
@@ -237,4 +247,10 @@ def export(
     size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
     say(f"Wrote {folder} ({size:.1f} MiB): {', '.join(sorted(f.name for f in folder.iterdir()))}")
     following = next_command("glua-bench", "predict", "--model", folder, plugins=plugin)
-    say(f"Next: {following} IMAGE.nii.gz")
+    note(f"Next: {following} IMAGE.nii.gz")
+    answer(
+        path=folder,
+        files=sorted(file.name for file in folder.iterdir()),
+        mebibytes=size,
+        next=[f"{following} IMAGE.nii.gz"],
+    )

@@ -14,17 +14,20 @@ from glua_bench.cli.options import (
     DryRun,
     Tasks,
     Work,
+    answer,
+    note,
+    on_command_line,
+    progress,
     say,
     say_browse,
     split_names,
     warn,
-    with_descriptions,
     with_options,
 )
 from glua_bench.config import ORACLE
 from glua_bench.console import next_command
-from glua_bench.errors import RunFailure
-from glua_bench.registry import Registry
+from glua_bench.errors import ConfigError
+from glua_bench.registry import Registry, with_descriptions
 from glua_bench.runs.interruption import listening
 from glua_bench.runs.request import RunOptions, RunRequest
 from glua_bench.task import fold_name
@@ -32,18 +35,34 @@ from glua_bench.task import fold_name
 if TYPE_CHECKING:
     import pandas as pd
 
-    from glua_bench.records.naming import Comparison
     from glua_bench.runs.execution import Summary
-    from glua_bench.runs.matrix import Cell
+    from glua_bench.runs.matrix import Cell, Planned
     from glua_bench.runs.plan import PlannedRun
 
 
-@with_options()
-def run(request: RunRequest, dry_run: DryRun = False) -> None:
+@with_options(optional=["method", "dataset"])
+def run(
+    context: typer.Context,
+    request: RunRequest,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", help="Repeat the run of this config.yaml; other options override it."
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
     """Train and evaluate one method on one dataset.
 
     The same command resumes an interrupted run and shows the result of a finished one.
     """
+    if config is not None:
+        from glua_bench.runs import configuration
+
+        request = configuration.of_run(config, request, on_command_line(context), note)
+    for name in ("method", "dataset"):
+        if not getattr(request, name):
+            raise ConfigError(f"--{name} is missing; name one, or give --config FILE.")
     dataset, plugins = with_descriptions(request.dataset, request.plugins)
     _run(replace(request, dataset=dataset, plugins=plugins), dry_run)
 
@@ -60,14 +79,13 @@ def _run(request: RunRequest, dry_run: bool = False) -> None:
     Registry("method", request.plugins).entry(request.method)
     datasets = Registry("dataset", request.plugins)
     datasets.entry(datasets.fold_of(request.dataset, request.fold)[0])
-    from glua_bench.console import Progress
     from glua_bench.data.neighbours import Neighbourhood
     from glua_bench.runs import execution
     from glua_bench.runs.plan import plan
 
-    planned = plan(request, say)
+    planned = plan(request, note)
     config = planned.config
-    say(
+    note(
         f"{config.method} on {config.fold_name} {config.direction}, seed {config.seed}, preset "
         f"{config.preset}, augmentation {config.augmentation}"
         + (f", slices {Neighbourhood.of(config)}" if config.slices > 1 else "")
@@ -80,8 +98,8 @@ def _run(request: RunRequest, dry_run: bool = False) -> None:
     from glua_bench.reports.run_figures import draw_run
 
     leading = os.environ.get("LOCAL_RANK", "0") == "0"
-    with listening(), Progress(enabled=leading) as progress:
-        summary = execution.execute(planned, progress, draw_run)
+    with listening(), progress() as bar:
+        summary = execution.execute(planned, bar, draw_run)
     if not leading:
         return
     for text in summary.warnings:
@@ -95,12 +113,16 @@ def _show_plan(planned: PlannedRun) -> None:
 
     for name, steps in planned.stages:
         say(f"  stage {name}: {steps} steps")
-    if planned.directory.done:
-        say(f"Already done: {planned.directory.path}; the command would show the result.")
+    path, done = planned.directory.path, planned.directory.done
+    facts = {"path": path, "id": planned.id, "already_done": done, "stages": dict(planned.stages)}
+    if done:
+        say(f"Already done: {path}; the command would show the result.")
+        answer(**facts, seconds=0.0, next=[])
         return
     seconds = execution.estimate(planned)
-    say(f"Would write {planned.directory.path} after about {duration(seconds)} of training.")
-    say("Next: the same command without --dry-run.")
+    say(f"Would write {path} after about {duration(seconds)} of training.")
+    note("Next: the same command without --dry-run.")
+    answer(**facts, seconds=seconds, next=[])
 
 
 def _show_result(planned: PlannedRun, summary: Summary) -> None:
@@ -109,10 +131,10 @@ def _show_result(planned: PlannedRun, summary: Summary) -> None:
 
     path, table = planned.directory.path, summary.table
     if summary.already_done:
-        say(f"This run is already done (same settings, data and code): {path}")
+        note(f"This run is already done (same settings, data and code): {path}")
     else:
-        say(f"Finished in {duration(summary.seconds)}.")
-    say()
+        note(f"Finished in {duration(summary.seconds)}.")
+    note()
     primary = planned.config.selectors[0]
     say(_score_table(table[table["selector"] == primary]))
     others = table[(table["selector"] != primary) & (table["structure"] == "mean")]
@@ -130,7 +152,22 @@ def _show_result(planned: PlannedRun, summary: Summary) -> None:
     say()
     say(f"Results: {path} (cases.parquet, predictions/, figures/)")
     say_browse(planned.request)
-    say(f"Next:    {_next_run(planned)}")
+    command, remark = _next_run(planned)
+    note(f"Next:    {command}{remark}")
+    answer(
+        path=path,
+        id=planned.id,
+        already_done=summary.already_done,
+        seconds=summary.seconds,
+        selector=primary,
+        scores=table,
+        distances=planned.dataset.distance_note,
+        privileged=planned.config.privileged,
+        protocol=planned.dataset.protocol or None,
+        config=planned.config.to_dict(),
+        warnings=summary.warnings,
+        next=[command],
+    )
 
 
 def _score_table(table: pd.DataFrame) -> str:
@@ -147,8 +184,8 @@ def _score_table(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def _next_run(planned: PlannedRun) -> str:
-    """Return the command that adds both bounds and further seeds."""
+def _next_run(planned: PlannedRun) -> tuple[str, str]:
+    """Return the command that adds both bounds and further seeds, and a remark on it."""
     config, request = planned.config, planned.request
     # `compare` gives each run one process, and perturbs weights by --repeats.
     kept = [a for a in request.assignments if not a.startswith("perturbation=")]
@@ -157,20 +194,29 @@ def _next_run(planned: PlannedRun) -> str:
     words += ["--dataset", config.dataset, "--direction", config.direction, *shared.words()]
     if any(assignment.startswith("method.") for assignment in kept):
         # The bounds do not have these settings.
-        return next_command(*words, "--no-bounds", fold=config.fold)
-    return f"{next_command(*words, fold=config.fold)}   (both bounds, three seeds)"
+        return next_command(*words, "--no-bounds", fold=config.fold), ""
+    return next_command(*words, fold=config.fold), "   (both bounds, three seeds)"
 
 
-@with_options(without=["devices"])
+@with_options(without=["devices"], optional=["datasets"])
 def compare(
     *,
+    context: typer.Context,
     methods: Annotated[
         str,
         typer.Option(
             help="Comma-separated names; NAME+photometric sets the augmentation, supervised is the "
             "upper bound."
         ),
-    ],
+    ] = "",
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="File with entries of one or several methods (docs/configuration-files.md); other "
+            "options override it.",
+        ),
+    ] = None,
     tasks: Tasks,
     bounds: Bounds = True,
     work: Work,
@@ -181,12 +227,20 @@ def compare(
 
     The same command resumes the comparison; processes with the same command share its runs.
     """
-    from glua_bench.runs import matrix
+    from glua_bench.runs import configuration, matrix
 
-    names = split_names(methods)
-    datasets, directions, base = _resolved(tasks, shared)
-    cells = matrix.comparison(names, datasets, directions, tasks.seeds, base, bounds, tasks.repeats)
-    _run_matrix(f"compare {', '.join(names)}", cells, work, dry_run)
+    named = on_command_line(context)
+    given = {
+        "datasets": split_names(tasks.datasets),
+        "directions": split_names(tasks.directions),
+        **{name: getattr(tasks, name) for name in ("seeds", "fold", "repeats")},
+        "bounds": bounds,
+    }
+    given = {name: value for name, value in given.items() if name in named}
+    asked = configuration.comparison(split_names(methods), config, given, shared, named)
+    shape = asked.methods, asked.datasets, asked.directions, asked.seeds, asked.shared
+    cells = matrix.comparison(*shape, asked.bounds, asked.repeats)
+    _run_matrix(asked.title, cells, work, dry_run, asked.named)
 
 
 @with_options(without=["devices"])
@@ -226,7 +280,7 @@ def ablate(
 
     datasets, directions, base = _resolved(tasks, shared)
     shape = method, datasets, directions, tasks.seeds, base
-    cells = matrix.ablation(*shape, combine, vary or [], variants, bounds, say, tasks.repeats)
+    cells = matrix.ablation(*shape, combine, vary or [], variants, bounds, note, tasks.repeats)
     title = f"ablate {method}" + (", combinations" if combine else "")
     _run_matrix(title, cells, work, dry_run)
 
@@ -239,86 +293,90 @@ def _resolved(tasks: Tasks, shared: RunOptions) -> tuple[list[str], list[str], R
     return names, split_names(tasks.directions), base
 
 
-def _run_matrix(title: str, cells: list[Cell], work: Work, dry_run: bool) -> None:
-    from glua_bench.console import duration
-    from glua_bench.reports import comparison, results
+def _run_matrix(
+    title: str, cells: list[Cell], work: Work, dry_run: bool, named: bool = False
+) -> None:
+    from glua_bench.cli import api
+    from glua_bench.reports import comparison
     from glua_bench.runs import matrix
-    from glua_bench.runs.executor import Executor
 
-    planned = matrix.plan(cells, say)
+    planned = matrix.plan(cells, note)
     if dry_run:
-        states: dict[tuple[str, str], list[str]] = {}
-        for item in planned:
-            states.setdefault((item.cell.entry, item.cell.task), []).append(item.state)
-        seconds = matrix.estimate(planned, say)
-        total = 0.0
-        width = max(len(entry) for entry, _ in states)
-        for key, found in states.items():
-            left = sum(state != "done" for state in found)
-            counts = ", ".join(f"{found.count(s)} {s}" for s in dict.fromkeys(found))
-            cost = f", {duration(seconds[key])} per run" if left else ""
-            total += left * seconds.get(key, 0.0)
-            say(f"  {key[0]:<{width}}  {key[1]:<20}  {counts}{cost}")
-        done = sum(item.state == "done" for item in planned)
-        say(
-            f"{len(planned)} runs, {done} done; about {duration(total / work.jobs)} "
-            f"with --jobs {work.jobs}."
-        )
-        say("Next: the same command without --dry-run.")
+        _show_matrix(planned, work)
         return
-    groups = matrix.by_dataset(title, planned)
-    outcome = Executor(planned, work.jobs, work.retry_failed, say).run()
-    say(
-        f"{len(planned)} runs: {outcome.ran} run now, {outcome.before} done before, "
-        f"{outcome.elsewhere} by other processes, {len(outcome.failed)} failed."
+    result = api.conduct(title, planned, work.jobs, work.retry_failed, note, warn, named)
+    counts = result.counts
+    note(
+        f"{len(planned)} runs: {counts['ran']} run now, {counts['before']} done before, "
+        f"{counts['elsewhere']} by other processes, {counts['failed']} failed."
     )
     request = planned[0].run.request
-    finished = matrix.finished(planned)
-    if finished:
-        rows = comparison.collect(finished)
+    written: list[Path] = []
+    if len(result.rows):
+        note()
+        say(comparison.as_text(result.table))
         say()
-        say(comparison.as_text(comparison.table(rows)))
-        say()
-        for task in rows["task"].unique():
-            say(comparison.verdict(rows, task))
+        for text in result.verdicts.values():
+            say(text)
         if work.out is not None:
-            say(f"Wrote {', '.join(str(file) for file in comparison.write(rows, work.out))}")
-        if request.mlflow:
-            _show_in_tracker(groups, rows, request.runs_root)
-    if outcome.failed:
-        first = next(iter(outcome.failed.values()))
-        raise RunFailure(
-            f"{len(outcome.failed)} of {len(planned)} runs failed; reason of the first: {first} "
-            "Fix the cause and repeat the command with --retry-failed."
-        )
-    say()
-    say(f"Rows:    {request.runs_root}/*/*/*/cases.parquet")
-    say_browse(request)
-    members = results.record(request.runs_root, title, [p.run.directory for p in planned])
-    words = ("glua-bench", "report", "--runs", members)
+            written = comparison.write(result.rows, work.out)
+            say(f"Wrote {', '.join(str(file) for file in written)}")
+    words = ("glua-bench", "report", "--runs", result.members)
     line = next_command(*words, plugins=request.plugins, data_root=request.data_root)
-    say(f"Next:    {line}")
+    answer(
+        title=title,
+        table=result.table,
+        verdicts=result.verdicts,
+        runs=_runs(planned),
+        counts=counts,
+        failed=result.failed,
+        members=result.members,
+        files=written,
+        next=[line],
+    )
+    result.check()
+    note()
+    note(f"Rows:    {request.runs_root}/*/*/*/cases.parquet")
+    say_browse(request)
+    note(f"Next:    {line}")
 
 
-def _show_in_tracker(groups: list[Comparison], rows: pd.DataFrame, runs_root: Path) -> None:
-    """Group the runs of each dataset under their comparison, with its table."""
-    import tempfile
+def _runs(planned: list[Planned]) -> list[dict[str, object]]:
+    """Describe the runs of a matrix for `--json`."""
+    return [
+        {
+            "entry": item.cell.entry,
+            "task": item.cell.task,
+            "seed": item.run.config.seed,
+            "perturbation": item.run.config.perturbation,
+            "id": item.run.id,
+            "path": item.run.directory.path,
+            "state": item.state,
+        }
+        for item in planned
+    ]
 
-    from glua_bench.records.tracker import open_tracker
-    from glua_bench.reports import charts, comparison
 
-    tracker = open_tracker(runs_root, warn)
-    for group in groups:
-        own = rows[rows["dataset"] == group.dataset]
-        if own.empty:  # all of its runs failed
-            continue
-        lines = comparison.table(own)
-        answers = [comparison.verdict(own, task) for task in own["task"].unique()]
-        note = "\n\n".join([*answers, f"```\n{comparison.as_text(lines)}\n```"])
-        with tempfile.TemporaryDirectory() as folder:
-            files = comparison.write(own, Path(folder))
-            if lines["gap recovered"].notna().any():
-                palette = charts.Palette([str(entry) for entry in own["entry"].unique()])
-                files += charts.files(charts.gaps(lines, palette), Path(folder) / "gap_recovered")
-            if not tracker.nest(group, comparison.as_metrics(lines), files, note):
-                return  # one warning is enough
+def _show_matrix(planned: list[Planned], work: Work) -> None:
+    from glua_bench.console import duration
+    from glua_bench.runs import matrix
+
+    states: dict[tuple[str, str], list[str]] = {}
+    for item in planned:
+        states.setdefault((item.cell.entry, item.cell.task), []).append(item.state)
+    seconds = matrix.estimate(planned, note)
+    total = 0.0
+    width = max(len(entry) for entry, _ in states)
+    for key, found in states.items():
+        left = sum(state != "done" for state in found)
+        counts = ", ".join(f"{found.count(s)} {s}" for s in dict.fromkeys(found))
+        cost = f", {duration(seconds[key])} per run" if left else ""
+        total += left * seconds.get(key, 0.0)
+        say(f"  {key[0]:<{width}}  {key[1]:<20}  {counts}{cost}")
+    done = sum(item.state == "done" for item in planned)
+    say(
+        f"{len(planned)} runs, {done} done; about {duration(total / work.jobs)} "
+        f"with --jobs {work.jobs}."
+    )
+    note("Next: the same command without --dry-run.")
+    answer(runs=_runs(planned), done=done, seconds=total / work.jobs, next=[])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -15,15 +16,19 @@ from glua_bench.cli.options import (
     DryRun,
     Plugins,
     Storage,
+    answer,
     end,
+    note,
+    progress,
+    quiet,
     say,
     say_browse,
     split_names,
     warn,
-    with_descriptions,
     with_options,
 )
 from glua_bench.errors import ConfigError
+from glua_bench.registry import with_descriptions
 from glua_bench.runs.interruption import listening
 from glua_bench.runs.request import RunOptions, RunsRoot
 
@@ -109,7 +114,6 @@ def sweep(
     if changes.dataset is not None:
         dataset, plugins = with_descriptions(changes.dataset, shared.plugins)
         changes, shared = replace(changes, dataset=dataset), replace(shared, plugins=plugins)
-    from glua_bench.console import Progress
     from glua_bench.sweeps import command, definition
     from glua_bench.sweeps.slurm import read
 
@@ -119,53 +123,68 @@ def sweep(
     chosen = definition.read(definition.find(file), shared.oracle, shared.plugins, **given)
     base = replace(shared, preset=None)  # the definition has the preset
     for line in command.described(chosen):
-        say(line)
+        note(line)
     if dry_run:
-        for line in command.planned(chosen, base, workers, say):
+        lines = command.planned(chosen, base, workers, note)
+        for line in lines:
             say(line)
-        say("Next: the same command without --dry-run.")
+        note("Next: the same command without --dry-run.")
+        answer(sweep=chosen.name, definition=chosen, plan=lines, next=[])
         return
-    study = command.open_study(chosen, base, storage, workers, fork, resume, say)
+    study = command.open_study(chosen, base, storage, workers, fork, resume, note)
+    stream = io.StringIO() if quiet() else sys.stdout
     try:
         if resources is not None:
             if not command.run_jobs(
-                study, base, storage, workers, resources, place.detach, sys.stdout, say
+                study, base, storage, workers, resources, place.detach, stream, note
             ):
-                say("Next: the same command without --detach shows their progress.")
+                note("Next: the same command without --detach shows their progress.")
+                answer(sweep=study.name, path=study.folder, finished=False, next=[])
                 return
         elif place.executor is Executor.debug:
             with listening():
-                command.run_worker(study, base, say, Progress())
+                command.run_worker(study, base, note, progress())
         else:
-            command.run_crew(study, base, storage, workers, sys.stdout)
+            command.run_crew(study, base, storage, workers, stream)
     except KeyboardInterrupt:
         end(f"interrupted; finished trials are in {study.folder}; the same command resumes.", 130)
     for line in command.conclude(study):
         say(line)
-    page = report_sweep(study, base, study.folder / "report")
+    page, sentences = report_sweep(study, base, study.folder / "report")
+    following = command.next_command(study, base)
     say(f"Report: {page}")
     say_browse(base)
-    say(f"Next:   {command.next_command(study, base)}")
+    note(f"Next:   {following}")
+    answer(
+        sweep=study.name,
+        path=study.folder,
+        finished=True,
+        chosen=command.chosen(study),
+        summary=sentences,
+        report=page,
+        next=[following],
+    )
     if not command.has_value(study):
         raise typer.Exit(1)
 
 
-def report_sweep(study: SweepStudy, base: RunOptions, out: Path) -> Path:
-    """Write a sweep's report, upload it to the tracker, and return its page."""
+def report_sweep(study: SweepStudy, base: RunOptions, out: Path) -> tuple[Path, list[str]]:
+    """Write a sweep's report, upload it to the tracker, and return its page and its sentences."""
     from glua_bench.records.tracker import open_tracker
     from glua_bench.reports import sweep_report
     from glua_bench.sweeps import results
 
     found = sweep_report.Sweep(**results.collect(study, base.runs_root))
     files = sweep_report.write(found, out)
-    for sentence in sweep_report.sentences(found)[1:]:
+    sentences = list(sweep_report.sentences(found))
+    for sentence in sentences[1:]:
         say(sentence)
     group = results.group(study, base.runs_root) if base.mlflow else None
     if group is not None:
-        note = "\n\n".join([*sweep_report.notices(found), *sweep_report.sentences(found)])
+        text = "\n\n".join([*sweep_report.notices(found), *sentences])
         shown = [file for file in files if file.suffix in (".csv", ".png", ".html")]
-        open_tracker(base.runs_root, warn).nest(group, sweep_report.as_metrics(found), shown, note)
-    return files[0]
+        open_tracker(base.runs_root, warn).nest(group, sweep_report.as_metrics(found), shown, text)
+    return files[0], sentences
 
 
 def worker(
@@ -179,7 +198,8 @@ def worker(
     from glua_bench.sweeps import command, launch
 
     launch.pin()
-    joined, base = command.join(study, runs_root, storage, plugin or [], say)
+    joined, base = command.join(study, runs_root, storage, plugin or [], note)
     with listening():
-        done = command.run_worker(joined, base, say, Progress(enabled=False))
+        done = command.run_worker(joined, base, note, Progress(enabled=False))
+    answer(sweep=study, finished=done.finished, pruned=done.pruned, next=[])
     say(f"'{study}' is finished: {done.finished} trials here, {done.pruned} pruned.")

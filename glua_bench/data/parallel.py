@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext
 from multiprocessing.connection import wait
 from threading import Thread
 from typing import TypeVar
@@ -56,8 +58,11 @@ def parallel_map(
     # Spawned, not forked: forking is unsafe when the caller has threads (torch, BLAS).
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_exit_with_parent)
+    function = getattr(work, "func", work)  # of a partial
+    needs_script = getattr(function, "__module__", "") == "__main__"
     try:
-        waiting = {pool.submit(work, item): index for index, item in enumerate(items)}
+        with nullcontext() if needs_script else _without_script():
+            waiting = {pool.submit(work, item): index for index, item in enumerate(items)}
         for done in as_completed(waiting):
             yield waiting.pop(done), done.result()
     except BrokenProcessPool as error:
@@ -67,6 +72,18 @@ def parallel_map(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _without_script() -> Iterator[None]:
+    """Keep new processes from running the user's script, which may have no `__main__` guard."""
+    script = vars(sys.modules["__main__"])
+    hidden = {name: script.pop(name) for name in ("__file__", "__spec__") if name in script}
+    script["__spec__"] = None
+    try:
+        yield
+    finally:
+        script.update(hidden)
 
 
 def _exit_with_parent() -> None:

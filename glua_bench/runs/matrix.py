@@ -11,8 +11,17 @@ from dataclasses import asdict, dataclass, replace
 from statistics import mean
 from typing import Any
 
-from glua_bench.config import LOWER, UPPER, assignment, build_settings, parse_overrides
-from glua_bench.errors import ConfigError
+from glua_bench.config import (
+    LOWER,
+    SETTABLE,
+    UPPER,
+    assignment,
+    build_settings,
+    parse_overrides,
+    setting_names,
+)
+from glua_bench.documents import nearest
+from glua_bench.errors import ConfigError, UserError
 from glua_bench.identity import digest
 from glua_bench.method import Method
 from glua_bench.records.naming import Comparison
@@ -35,15 +44,17 @@ class Cell:
         entry: name of its row in tables, e.g. "glua" or "glua + photometric".
         task: name of its column group, e.g. "phantom mr-ct".
         request: its request.
+        where: file and line of the entry in a comparison file, for errors.
     """
 
     entry: str
     task: str
     request: RunRequest
+    where: str = ""
 
 
 def comparison(
-    methods: Sequence[str],
+    methods: Sequence[str] | Mapping[str, Mapping[str, Any]],
     datasets: Sequence[str],
     directions: Sequence[str],
     seeds: int,
@@ -55,7 +66,7 @@ def comparison(
 
     Args:
         methods: names; `NAME+photometric` selects that augmentation, `supervised` is the upper
-            bound.
+            bound. Or entry → fields of `RunRequest` that are its own, and `where`, as in `Cell`.
         datasets: names.
         directions: "source-target"; () selects each dataset's first one, ("all",) all of them.
         seeds: number of seeds, counted from 0.
@@ -69,8 +80,9 @@ def comparison(
     Raises:
         UserError: a name or direction is unknown.
     """
-    names = [*((LOWER, UPPER) if bounds else ()), *methods]
-    entries = {}
+    own = methods if isinstance(methods, Mapping) else {}
+    names = [*((LOWER, UPPER) if bounds else ()), *(() if own else methods)]
+    entries: dict[str, Mapping[str, Any]] = {}
     for name in dict.fromkeys(names):
         changes: dict[str, Any] = {"method": name.removesuffix(PHOTOMETRIC)}
         if name.endswith(PHOTOMETRIC):
@@ -79,7 +91,7 @@ def comparison(
             changes |= {"method": LOWER, "scenario": UPPER}
         Registry("method", base.plugins).entry(changes["method"])
         entries[name.replace(PHOTOMETRIC, " + photometric")] = changes
-    return _cells(entries, datasets, directions, seeds, base, repeats)
+    return _cells({**entries, **own}, datasets, directions, seeds, base, repeats)
 
 
 def ablation(
@@ -182,6 +194,15 @@ def _values(text: str, method: str, base: RunOptions) -> Iterator[tuple[str, Any
     values = [value.strip() for value in values_text.split(",") if value.strip()]
     if not name or not values:
         raise ConfigError(f"--vary {text} is invalid; use the form NAME=V1,V2.")
+    method_class: type[Method] = Registry("method", base.plugins).load(method)
+    known = setting_names(method_class.Config)
+    if name not in known:
+        if name.partition(".")[0] in ("segmenter", "grid") or name in SETTABLE:
+            raise ConfigError(
+                f"--vary {name}: all entries of a table share the settings of the run; give it "
+                f"with --set, or vary a setting of '{method}': {', '.join(known)}."
+            )
+        raise ConfigError(f"--vary {name}: unknown setting; {nearest(name, known)}.")
     for value in values:
         assignments = [*base.assignments, f"method.{name}={value}"]
         yield name, getattr(_settings(method, replace(base, assignments=assignments)), name)
@@ -191,7 +212,8 @@ def _settings(method: str, options: RunOptions) -> Any:
     """Return the method's settings from its preset and `--set`."""
     method_class: type[Method] = Registry("method", options.plugins).load(method)
     preset = method_class.presets.get(options.preset or planning.default_preset(), {})
-    overrides = parse_overrides(options.assignments)["method"]
+    known = setting_names(method_class.Config)
+    overrides = parse_overrides(options.assignments, known)["method"]
     return build_settings(method_class.Config, {**preset, **overrides}, "method")
 
 
@@ -250,11 +272,13 @@ def _cells(
         starts, entries.items(), tasks
     ):
         place = {"dataset": name, "fold": fold, "direction": direction}
-        request = base.request(**place, seed=seed, **changes)
+        own = {key: value for key, value in changes.items() if key != "where"}
+        request = base.request(**place, seed=seed, **own)
         if draw:
-            own = [*request.assignments, f"perturbation={draw}"]
-            request = replace(request, assignments=own)
-        cells.append(Cell(entry, f"{fold_name(name, fold)} {direction}", request))
+            texts = [*request.assignments, f"perturbation={draw}"]
+            request = replace(request, assignments=texts)
+        task = f"{fold_name(name, fold)} {direction}"
+        cells.append(Cell(entry, task, request, str(changes.get("where", ""))))
     return cells
 
 
@@ -282,11 +306,15 @@ def plan(cells: Sequence[Cell], report: Callable[[str], None] = lambda line: Non
     planned: list[Planned] = []
     owner: dict[str, Cell] = {}
     for cell in cells:
-        run = planning.plan(cell.request, report)
+        place = f"{cell.where}: " if cell.where else ""
+        try:
+            run = planning.plan(cell.request, report)
+        except UserError as error:
+            raise type(error)(f"{place}{error}") from error
         if run.id in owner:
             raise ConfigError(
-                f"'{owner[run.id].entry}' and '{cell.entry}' on {cell.task} are the same run; "
-                "remove one of them."
+                f"{place}'{owner[run.id].entry}' and '{cell.entry}' on {cell.task} are the same "
+                "run; remove one of them."
             )
         owner[run.id] = cell
         planned.append(Planned(cell, run))

@@ -12,7 +12,14 @@ from lightning_fabric.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from glua_bench.config import PRESETS, RunConfig, SegmenterSpec, build_settings, parse_overrides
+from glua_bench.config import (
+    PRESETS,
+    RunConfig,
+    SegmenterSpec,
+    build_settings,
+    parse_overrides,
+    setting_names,
+)
 from glua_bench.data.cache import fingerprint
 from glua_bench.data.neighbours import common_distance
 from glua_bench.data.volumes import slice_distance
@@ -34,18 +41,6 @@ from glua_bench.task import (
     parse_direction,
     role_fault,
 )
-
-# Fields of `RunConfig` that `--set NAME=VALUE` accepts.
-SETTABLE = {
-    "augmentation",
-    "batch_size",
-    "candidates",
-    "perturbation",
-    "precision",
-    "slice_distance",
-    "slices",
-    "steps",
-}
 
 
 @dataclass(frozen=True)
@@ -105,7 +100,7 @@ def resolve(request: RunRequest, dataset: Dataset, method_class: type[Method]) -
             f"There is no preset '{preset}'; use --preset with one of {', '.join(PRESETS)}."
         )
     values = dict(PRESETS[preset])
-    groups = parse_overrides(request.assignments)
+    groups = parse_overrides(request.assignments, setting_names(method_class.Config))
     direction = "-".join(parse_direction(dataset, request.direction))
     segmenter = {**values.pop("segmenter"), **groups["segmenter"]}
     method_values = {**method_class.presets.get(preset, {}), **groups["method"]}
@@ -113,11 +108,6 @@ def resolve(request: RunRequest, dataset: Dataset, method_class: type[Method]) -
     for name in ("steps", "augmentation", "precision"):
         if getattr(request, name) is not None:
             values[name] = getattr(request, name)
-    for name in sorted(groups["run"].keys() - SETTABLE):
-        raise ConfigError(
-            f"--set {name} is not a run option; use one of {', '.join(sorted(SETTABLE))}, or "
-            "method.NAME, segmenter.NAME, grid.NAME."
-        )
     values |= groups["run"]
     grid = build_settings(Grid, {**asdict(dataset.grid(preset)), **groups["grid"]}, "grid")
     try:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from glua_bench import __version__
 from glua_bench.config import ORACLE, RunConfig, build_settings
+from glua_bench.console import Progress
 from glua_bench.data.geometry import ambiguities
 from glua_bench.data.neighbours import Neighbourhood, Stacks
 from glua_bench.data.stores import IMAGE_TYPE
@@ -425,6 +426,75 @@ def outputs(
     """Return the files that `predict` writes, with its table and pictures."""
     ends = ["_seg.nii.gz"] + ["_prob.nii.gz"] * probabilities + [".png"] * overlay
     return [out / f"{image.name}{end}" for image in images for end in ends] + [out / VOLUMES]
+
+
+def refuse_existing(
+    images: Iterable[Given],
+    out: Path,
+    overwrite: bool,
+    probabilities: bool = False,
+    overlay: bool = False,
+) -> None:
+    """Refuse to replace results.
+
+    Raises:
+        ConfigError: a file that `predict_all` would write exists, and `overwrite` is False.
+    """
+    there = [p for p in outputs(images, out, probabilities, overlay) if p.exists()]
+    if there and not overwrite:
+        raise ConfigError(
+            f"{there[0]} exists already; choose another --out, or give --overwrite to replace "
+            f"{len(there)} file(s)."
+        )
+
+
+def from_either(
+    run: str | None,
+    model: str | Path | None,
+    runs_root: Path,
+    plugins: Sequence[Path],
+    device: str,
+    selector: str,
+) -> Model:
+    """Load the model of a run (see `find_run`) or of an exported directory.
+
+    Raises:
+        UserError: both or none are given, or the model cannot be loaded.
+    """
+    if (run is None) == (model is None):
+        raise ConfigError("Give either --run or --model.")
+    if model is not None:
+        return from_directory(Path(model), plugins, device)
+    return from_run(find_run(str(run), runs_root), plugins, device, selector)
+
+
+def predict_all(
+    model: Model,
+    images: Sequence[Given],
+    out: Path,
+    domain: str | None,
+    probabilities: bool,
+    progress: Progress,
+    warn: Callable[[str], None],
+    draw: Callable[[Predicted], None] = lambda predicted: None,
+) -> list[Predicted]:
+    """Segment volumes by `predict`, and write the table of their structures' volumes.
+
+    Args:
+        progress: progress bar.
+        draw: called with each segmented volume.
+    """
+    progress.stage("segment", len(images))
+    found: list[Predicted] = []
+    try:
+        for each in predict(model, images, out, domain, probabilities, progress.update, warn):
+            found.append(each)
+            draw(each)
+    finally:  # also after an image that cannot be used
+        if found:
+            table = volumes_table(found)
+            write_text(out / VOLUMES, table.to_csv(index=False), "--out")
+    return found
 
 
 def volumes_table(predicted: Iterable[Predicted]) -> pd.DataFrame:
