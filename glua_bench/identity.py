@@ -60,6 +60,7 @@ NO_RESULT: Mapping[str, str] = {
     f"{PACKAGE}.inspection.measurements": "image statistics for `runs.carried`",
     f"{PACKAGE}.files": "writes whole files",
     f"{PACKAGE}.identity": "computes the ids",
+    f"{PACKAGE}.runs.completion": "completes names in a shell",
     f"{PACKAGE}.runs.request": "holds options; the configuration that they give is hashed",
     f"{PACKAGE}.runs.interruption": "stops a process; the resumed run gives the same result",
     f"{PACKAGE}.registry": "finds plugin classes, whose code is hashed",

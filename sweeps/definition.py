@@ -12,7 +12,18 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from glua_bench.config import ORACLE, PRESETS, SELECTORS, assignment, build_settings, setting_type
+from glua_bench.config import (
+    ORACLE,
+    PRESETS,
+    SELECTORS,
+    SETTABLE,
+    assignment,
+    build_settings,
+    parse_overrides,
+    setting_names,
+    setting_type,
+    unknown_setting,
+)
 from glua_bench.documents import Table, nearest, read_document
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.paths import entries, name_fault
@@ -247,7 +258,13 @@ def _shared_settings(text: Table, method: Any) -> tuple[str, ...]:
     table = text.table("set")
     if table is None:
         return ()
-    own = {spec.name for spec in fields(method.Config)}
+    own = setting_names(method.Config)
+    for name in table.names():
+        try:
+            parse_overrides([f"method.{name}=0" if name in own else f"{name}=0"], own)
+        except ConfigError:
+            hint = unknown_setting(name, own)
+            raise table.error(f"'{name}' is not a setting; {hint}", name) from None
     return tuple(
         assignment(f"method.{name}" if name in own else name, table.take(name, object))
         for name in table.names()
@@ -274,8 +291,13 @@ def _space(text: Table, method: Any, preset: str, given: str | None) -> tuple[Pa
 
 def _known(text: Table, method: Any, name: str, entry: str) -> str:
     """Return the name of a setting without its prefix `method.`, checked."""
-    known = [spec.name for spec in fields(method.Config)]
+    known = setting_names(method.Config)
     if name.removeprefix("method.") not in known:
+        if name.partition(".")[0] in ("segmenter", "grid") or name in SETTABLE:
+            raise text.error(
+                f"'{name}' is a setting of the run, which all trials share; write it under 'set'",
+                entry,
+            )
         hint = nearest(name, known)
         raise text.error(f"'{name}' is not a setting of '{method.name}'; {hint}", entry)
     return name.removeprefix("method.")

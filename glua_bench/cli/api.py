@@ -152,7 +152,12 @@ def run(
         RunFailure: the training failed.
     """
     report = _reporter(quiet)
-    given = {"method": method, "dataset": dataset, "direction": direction, "seed": seed}
+    given: dict[str, Any] = {
+        "method": method,
+        "dataset": dataset,
+        "direction": direction,
+        "seed": seed,
+    }
     given |= {"fold": fold, "scenario": scenario}
     chosen = {name: value for name, value in given.items() if value is not None}
     shared = _options(RunOptions, settings, runs, options)
@@ -230,7 +235,7 @@ def compare(
         RunFailure: runs failed; the others are kept.
     """
     report = _reporter(quiet)
-    given = {"seeds": seeds, "fold": fold, "repeats": repeats, "bounds": bounds}
+    given: dict[str, Any] = {"seeds": seeds, "fold": fold, "repeats": repeats, "bounds": bounds}
     given |= {"datasets": _names(datasets), "directions": _names(directions)}
     chosen = {name: value for name, value in given.items() if value is not None and value != []}
     shared = _options(RunOptions, settings, runs, options)

@@ -23,6 +23,7 @@ from glua_bench.cli.options import (
 from glua_bench.console import next_command
 from glua_bench.errors import ConfigError, DataError
 from glua_bench.registry import load_dataset, with_descriptions
+from glua_bench.runs.completion import complete_names
 from glua_bench.runs.request import DataRoot, Fold, RunsRoot
 
 if TYPE_CHECKING:
@@ -42,7 +43,9 @@ class Source:
     dataset: Annotated[
         str,
         typer.Argument(
-            metavar="DATASET", help="Name (see `glua-bench list datasets`) or FILE.yaml."
+            metavar="DATASET",
+            help="Name (see `glua-bench list datasets`) or FILE.yaml.",
+            autocompletion=complete_names("dataset"),
         ),
     ]
     fold: Fold = 1
@@ -85,8 +88,8 @@ def prepare(source: Source, preset: PresetName = "quick", jobs: Processes = None
         counts = ", ".join(f"{count} {split}" for split, count in sizes.items())
         bare = sum(case.label is None for case in data.cases(domain))
         domains[domain] = {**sizes, "unlabelled": bare}
-        note = f"; {bare} without a label, used as target images only" if bare else ""
-        say(f"{domain}: {counts}{note}")
+        more = f"; {bare} without a label, used as target images only" if bare else ""
+        say(f"{domain}: {counts}{more}")
     say(f"Files: {data.root}   cache: {cache_root()}")
     for problem in problems:
         say(f"PROBLEM: {problem}")
@@ -267,8 +270,8 @@ def export_data(
                 data, target, found.predictions, place, jobs or cores(), bar
             )
     for one in made:
-        note = f"; {one.left_out} without a label skipped" if one.left_out else ""
-        say(f"{one.folder}: {one.cases} cases, {one.mebibytes:.1f} MiB{note}")
+        more = f"; {one.left_out} without a label skipped" if one.left_out else ""
+        say(f"{one.folder}: {one.cases} cases, {one.mebibytes:.1f} MiB{more}")
         if not (one.folder / "splits_final.json").is_file():
             say("  no validation cases: nnU-Net will draw its own splits")
     if found is not None:

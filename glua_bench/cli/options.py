@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
+from glua_bench.config import PRESETS
 from glua_bench.errors import ERROR
+from glua_bench.runs.completion import complete_choices, complete_directions, complete_names
 from glua_bench.runs.request import PLUGIN, Fold, RunOptions, options
 
 if TYPE_CHECKING:
@@ -25,7 +27,12 @@ if TYPE_CHECKING:
 
 Plugins = Annotated[list[Path] | None, PLUGIN]
 PresetName = Annotated[
-    str, typer.Option("--preset", help="Preset of the grid: quick, standard or paper.")
+    str,
+    typer.Option(
+        "--preset",
+        help="Preset of the grid: quick, standard or paper.",
+        autocompletion=complete_choices(tuple(PRESETS)),
+    ),
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show the planned runs and their duration, then exit.")
@@ -36,6 +43,7 @@ DirectionNames = Annotated[
         "--directions",
         "--direction",
         help="Comma-separated directions, e.g. mr-ct, or 'all'; default: each dataset's first.",
+        autocompletion=complete_directions("all"),
     ),
 ]
 Bounds = Annotated[
@@ -64,7 +72,10 @@ class Tasks:
     datasets: Annotated[
         str,
         typer.Option(
-            "--datasets", "--dataset", help="Comma-separated names or descriptions (FILE.yaml)."
+            "--datasets",
+            "--dataset",
+            help="Comma-separated names or descriptions (FILE.yaml).",
+            autocompletion=complete_names("dataset"),
         ),
     ]
     directions: DirectionNames = None

@@ -9,8 +9,10 @@ import typer
 
 from glua_bench.cli.options import Plugins, Storage, answer, note, progress, say, warn
 from glua_bench.cli.sweeps import report_sweep
+from glua_bench.config import ORACLE
 from glua_bench.console import next_command
 from glua_bench.errors import ConfigError
+from glua_bench.runs.completion import complete_names
 from glua_bench.runs.request import DataRoot, Device, RunsRoot
 
 if TYPE_CHECKING:
@@ -20,7 +22,14 @@ RunName = Annotated[
     str | None,
     typer.Option("--run", help="Finished run: its directory, or its id or a prefix of it."),
 ]
-SelectorName = Annotated[str, typer.Option("--selector", help="Selector of the checkpoint.")]
+SelectorName = Annotated[
+    str,
+    typer.Option(
+        "--selector",
+        help="Selector of the checkpoint.",
+        autocompletion=complete_names("selector", ORACLE),
+    ),
+]
 
 
 def report(

@@ -24,10 +24,11 @@ from glua_bench.cli.options import (
     warn,
     with_options,
 )
-from glua_bench.config import ORACLE
+from glua_bench.config import ORACLE, UPPER
 from glua_bench.console import next_command
 from glua_bench.errors import ConfigError
 from glua_bench.registry import Registry, with_descriptions
+from glua_bench.runs.completion import complete_names
 from glua_bench.runs.interruption import listening
 from glua_bench.runs.request import RunOptions, RunRequest
 from glua_bench.task import fold_name
@@ -206,7 +207,8 @@ def compare(
         str,
         typer.Option(
             help="Comma-separated names; NAME+photometric sets the augmentation, supervised is the "
-            "upper bound."
+            "upper bound.",
+            autocompletion=complete_names("method", UPPER),
         ),
     ] = "",
     config: Annotated[
@@ -247,7 +249,11 @@ def compare(
 def ablate(
     *,
     method: Annotated[
-        str, typer.Option(help="Name of the method; see `glua-bench list methods -v`.")
+        str,
+        typer.Option(
+            help="Name of the method; see `glua-bench list methods -v`.",
+            autocompletion=complete_names("method"),
+        ),
     ],
     tasks: Tasks,
     vary: Annotated[

@@ -29,6 +29,7 @@ from glua_bench.cli.options import (
 )
 from glua_bench.errors import ConfigError
 from glua_bench.registry import with_descriptions
+from glua_bench.runs.completion import complete_names
 from glua_bench.runs.interruption import listening
 from glua_bench.runs.request import RunOptions, RunsRoot
 
@@ -49,7 +50,10 @@ class Changes:
     """Options of `sweep` that override its file."""
 
     trials: Annotated[int | None, typer.Option(min=1, help="Overrides the file.")] = None
-    dataset: Annotated[str | None, typer.Option(help="Overrides the file.")] = None
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Overrides the file.", autocompletion=complete_names("dataset")),
+    ] = None
     fold: Annotated[int | None, typer.Option(min=1, help="Overrides the file.")] = None
     directions: DirectionNames = None
     seeds: Annotated[

@@ -34,8 +34,10 @@ from glua_bench.runs.request import RunOptions, RunRequest
 from glua_bench.task import Grid, fold_name
 
 # Fields of `RunRequest` that a run's file gives; the others become assignments.
-_OF_RUN = ("method", "dataset", "direction", "fold", "seed", "scenario", "preset", "steps")
-_OF_RUN += ("augmentation", "precision")
+_OF_RUN = (
+    *("method", "dataset", "direction", "fold", "seed", "scenario", "preset", "steps"),
+    *("augmentation", "precision"),
+)
 # Fields of `RunOptions` that a comparison file may give for all entries.
 _SHARED: Mapping[str, type] = {
     "preset": str,
@@ -427,43 +429,47 @@ def _assignments(text: Table, method: Any, preset: str | None) -> Iterator[str]:
     if "set" not in text:
         return
     own = [] if method is None else setting_names(method.Config)
-    written = text.take("set", object, None)
-    pairs: list[tuple[str, Any, Callable[[str], ConfigError]]] = []
-    if isinstance(written, list):
-        for item in text.texts("set"):
-            try:
-                groups = parse_overrides([item])
-            except ConfigError as error:
-                raise text.error(str(error).removeprefix("--set ").rstrip("."), "set") from error
-            for group, values in groups.items():
-                prefix = "" if group == "run" else f"{group}."
-                for name, value in values.items():
-                    pairs.append((f"{prefix}{name}", value, lambda t: text.error(t, "set")))
-    else:
-        table = text.table("set")
-        for name in table.names() if table is not None else ():
-            assert table is not None
-            at: Callable[[str], ConfigError] = lambda t, n=name, tab=table: tab.error(t, n)  # noqa: E731
-            pairs.append((name, table.take(name, object, None), at))
-    for name, value, fault in pairs:
+    known = {"": SETTABLE, "method": own, "segmenter": setting_names(SegmenterSpec)}
+    known["grid"] = setting_names(Grid)
+    for name, value, table, key in _pairs(text):
         whole = f"method.{name}" if name in own else name
         group, _, bare = whole.rpartition(".")
-        known = {"": SETTABLE, "method": own, "segmenter": setting_names(SegmenterSpec)}
-        known["grid"] = setting_names(Grid)
         if method is None and group == "method":
-            raise fault(f"'{name}' does not say of which method; write it under 'set' of an entry")
+            raise table.error(
+                f"'{name}' does not say of which method; write it under 'set' of an entry", key
+            )
         if bare not in known.get(group, ()):
-            named = f"the method '{method.name}'" if method is not None else "all runs"
-            raise fault(f"'{name}' is not a setting of {named}; {unknown_setting(name, own)}")
+            of = f"the method '{method.name}'" if method is not None else "all runs"
+            hint = unknown_setting(name, own)
+            raise table.error(f"'{name}' is not a setting of {of}; {hint}", key)
         if method is not None and group != "method":
-            raise fault(
+            raise table.error(
                 f"'{name}' must be the same for all entries of a table; write it under 'set' at "
-                "the top level"
+                "the top level",
+                key,
             )
         if method is not None:
             values = {**method.presets.get(preset or "quick", {}), bare: value}
             try:
                 value = asdict(build_settings(method.Config, values, "method"))[bare]
             except ConfigError as error:
-                raise fault(str(error).rstrip(".")) from error
+                raise table.error(str(error).rstrip("."), key) from error
         yield assignment(whole, value)
+
+
+def _pairs(text: Table) -> Iterator[tuple[str, Any, Table, str]]:
+    """Yield name and value of each setting under `set`, with the table and key for errors."""
+    if not isinstance(text.take("set", object, None), list):
+        table = text.table("set")
+        for name in table.names() if table is not None else ():
+            assert table is not None
+            yield name, table.take(name, object, None), table, name
+        return
+    for item in text.texts("set"):
+        try:
+            groups = parse_overrides([item])
+        except ConfigError as error:
+            raise text.error(str(error).removeprefix("--set ").rstrip("."), "set") from error
+        for group, values in groups.items():
+            for name, value in values.items():
+                yield (name if group == "run" else f"{group}.{name}"), value, text, "set"

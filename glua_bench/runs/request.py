@@ -14,7 +14,9 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
+from glua_bench.config import AUGMENTATIONS, PRECISIONS, PRESETS, SCENARIOS
 from glua_bench.errors import ConfigError
+from glua_bench.runs.completion import complete_choices, complete_directions, complete_names
 
 PLUGIN = typer.Option(
     "--plugin", help="Plugin file with methods, datasets or selectors; repeatable."
@@ -60,7 +62,8 @@ class RunOptions:
         str | None,
         typer.Option(
             help="quick, standard or paper; default: standard with a GPU, else quick (of a sweep: "
-            "its file's)."
+            "its file's).",
+            autocompletion=complete_choices(tuple(PRESETS)),
         ),
     ] = None
     assignments: Annotated[
@@ -72,7 +75,11 @@ class RunOptions:
         ),
     ] = field(default_factory=list)
     augmentation: Annotated[
-        str | None, typer.Option(help="none, geometric (default) or photometric.")
+        str | None,
+        typer.Option(
+            help="none, geometric (default) or photometric.",
+            autocompletion=complete_choices(AUGMENTATIONS),
+        ),
     ] = None
     steps: Annotated[int | None, typer.Option(help="Number of updates of the segmenter.")] = None
     data_root: DataRoot = None
@@ -80,7 +87,11 @@ class RunOptions:
     device: Device = "auto"
     devices: Annotated[int, typer.Option(min=1, help="Processes per run, one per GPU.")] = 1
     precision: Annotated[
-        str | None, typer.Option(help="32-true (default), bf16-mixed or 16-mixed.")
+        str | None,
+        typer.Option(
+            help="32-true (default), bf16-mixed or 16-mixed.",
+            autocompletion=complete_choices(PRECISIONS),
+        ),
     ] = None
     plugins: Annotated[list[Path], PLUGIN] = field(default_factory=list)
     oracle: Annotated[
@@ -157,20 +168,34 @@ class RunRequest(RunOptions):
         scenario: "uda" or "supervised".
     """
 
-    method: Annotated[str, typer.Option(help="Name of the method; see `glua-bench list methods`.")]
+    method: Annotated[
+        str,
+        typer.Option(
+            help="Name of the method; see `glua-bench list methods`.",
+            autocompletion=complete_names("method"),
+        ),
+    ]
     dataset: Annotated[
         str,
-        typer.Option(help="Name of the dataset (see `glua-bench list datasets`) or FILE.yaml."),
+        typer.Option(
+            help="Name of the dataset (see `glua-bench list datasets`) or FILE.yaml.",
+            autocompletion=complete_names("dataset"),
+        ),
     ]
     direction: Annotated[
-        str | None, typer.Option(help="source-target, e.g. mr-ct; default: the dataset's first.")
+        str | None,
+        typer.Option(
+            help="source-target, e.g. mr-ct; default: the dataset's first.",
+            autocompletion=complete_directions(),
+        ),
     ] = None
     fold: Fold = 1
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0
     scenario: Annotated[
         str,
         typer.Option(
-            help="uda, or supervised: the upper bound, trained on target labels (privileged)."
+            help="uda, or supervised: the upper bound, trained on target labels (privileged).",
+            autocompletion=complete_choices(SCENARIOS),
         ),
     ] = "uda"
 
