@@ -359,8 +359,9 @@ def unknown_setting(name: str, own: Collection[str]) -> str:
     found = found or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     for near in [] if found else difflib.get_close_matches(bare, last, n=1, cutoff=0.6):
         found = [known[last.index(near)]]
-    hint = f"did you mean '{found[0]}'? " if found else ""
-    return f"{hint}known are {', '.join(known)}"
+    if found:
+        return f"did you mean '{found[0]}'? `glua-bench list methods -v` lists all"
+    return f"known are {', '.join(known)}"
 
 
 def parse_overrides(
