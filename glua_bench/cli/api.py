@@ -38,7 +38,7 @@ _FILES = ("data_root", "runs_root", "plugins")  # options that hold paths
 _NOT_HERE = ("assignments", "runs_root", "devices")  # options with another name, or none
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunResult:
     """A finished run.
 
@@ -64,17 +64,25 @@ class RunResult:
         """Identity of the run."""
         return self.path.name
 
-    def _repr_html_(self) -> str:
-        """Show title and scores in a notebook."""
+    @property
+    def title(self) -> str:
+        """Method, task, seed and checkpoint in words."""
         privileged = ", privileged (trained on target labels)" if self.config.privileged else ""
-        title = (
+        return (
             f"{self.config.method} on {self.config.fold_name} {self.config.direction}, "
             f"seed {self.config.seed}, checkpoint by {self.config.selectors[0]}{privileged}"
         )
-        return f"<p>{html.escape(title)}</p>{self.scores.to_html(float_format='{:.3f}'.format)}"
+
+    def __repr__(self) -> str:
+        return f"RunResult({self.title}: {self.path})"
+
+    def _repr_html_(self) -> str:
+        """Show title and scores in a notebook."""
+        table = self.scores.to_html(float_format="{:.3f}".format)
+        return f"<p>{html.escape(self.title)}</p>{table}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ComparisonResult:
     """The finished runs of a comparison.
 
@@ -107,6 +115,9 @@ class ComparisonResult:
                 f"{len(self.failed)} of {sum(self.counts.values())} runs failed; reason of the "
                 f"first: {first} Fix the cause and repeat the command with --retry-failed."
             )
+
+    def __repr__(self) -> str:
+        return f"ComparisonResult({' '.join(self.verdicts.values())})"
 
     def _repr_html_(self) -> str:
         """Show table and verdicts in a notebook."""

@@ -520,7 +520,7 @@ def test_volumes_of_one_s_own_go_from_a_directory_to_a_result(
         (["ablate", "--method=glua", "--dataset=phantom", "--vary=mask_ratio=,"], "NAME=V1,V2"),
         (
             ["ablate", "--method=glua", "--dataset=phantom", "--vary=mask_ratoi=0.1"],
-            "did you mean 'method.mask_ratio'",
+            "did you mean 'mask_ratio'",
         ),
         (
             ["ablate", "--method=glua", "--dataset=phantom", "--vary=mask_ratio=0.1,1.5"],
