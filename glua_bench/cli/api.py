@@ -165,7 +165,7 @@ def run(
     report = _reporter(quiet)
     given: dict[str, Any] = {
         "method": method,
-        "dataset": dataset,
+        "dataset": None if dataset is None else str(dataset),
         "direction": direction,
         "seed": seed,
     }
@@ -177,11 +177,11 @@ def run(
         base = RunRequest(**{"method": "", "dataset": "", **vars(shared), **chosen})
         request = configuration.of_run(Path(config), base, named, report)
     else:
-        for name in ("method", "dataset"):
-            if name not in chosen:
-                raise ConfigError(f"'{name}' is missing; give it, or config=FILE.")
+        for needed in ("method", "dataset"):
+            if needed not in chosen:
+                raise ConfigError(f"'{needed}' is missing; give it, or config=FILE.")
         request = RunRequest(**{**vars(shared), **chosen})
-    name, plugins = with_descriptions(str(request.dataset), request.plugins)
+    name, plugins = with_descriptions(request.dataset, request.plugins)
     request = replace(request, dataset=name, plugins=plugins)
     # Names first, because they are checked without reading any data.
     Registry("method", request.plugins).entry(request.method)

@@ -78,7 +78,7 @@ def parallel_map(
 def _without_script() -> Iterator[None]:
     """Keep new processes from running the user's script, which may have no `__main__` guard."""
     script = vars(sys.modules["__main__"])
-    names = [name for name in ("__file__", "__spec__") if name in script]
+    names: list[str] = [name for name in ("__file__", "__spec__") if name in script]
     hidden = {name: script.pop(name) for name in names}
     script["__spec__"] = None
     try:

@@ -97,9 +97,13 @@ class Executor:
         ]
         for worker in workers:
             worker.start()
-        for worker in workers:
-            while worker.is_alive():  # short waits, so that Ctrl-C is handled
-                worker.join(0.2)
+        try:
+            for worker in workers:
+                while worker.is_alive():  # short waits, so that Ctrl-C is handled
+                    worker.join(0.2)
+        except BaseException:  # a notebook lives on: start no further run
+            self._waiting.clear()
+            raise
         if self._error is not None:
             raise self._error
         for item in self.planned:  # another process may have finished what failed here
