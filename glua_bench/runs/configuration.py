@@ -308,6 +308,7 @@ def _read_comparison(
     for name, singular in (("datasets", "dataset"), ("directions", "direction")):
         if name in text and singular in text:
             raise text.error(f"'{name}' and '{singular}' are the same; keep one", singular)
+        text.take(name, object, None)  # known, for hints
         key = singular if singular in text else name
         listed = isinstance(text.take(key, object, None), list)
         found = text.texts(key) if listed else text.take(key, str, "").split(",")
@@ -316,16 +317,18 @@ def _read_comparison(
     if not values.get("datasets") and "datasets" not in given:
         raise text.error("'dataset' is missing; add it, or give --dataset")
     for name, low in (("seeds", 1), ("fold", 1), ("repeats", 0)):
-        if name in text:
-            values[name] = text.take(name, int)
-            if values[name] < low:
+        value = text.take(name, int, None)
+        if value is not None:
+            values[name] = value
+            if value < low:
                 raise text.error(f"'{name}' must be at least {low}, not {values[name]}", name)
     values["bounds"] = text.take("bounds", bool, True)
     options: dict[str, Any] = {}
     for name, kind in _SHARED.items():
-        if name in text:
+        value = text.take(name, kind, None)
+        if value is not None:
             choices = _CHOICES.get(name)
-            options[name] = text.choice(name, choices) if choices else text.take(name, kind)
+            options[name] = text.choice(name, choices) if choices else value
     changes = {name: value for name, value in options.items() if name not in named}
     settings = list(_assignments(text, None, ""))
     for argument in shared.assignments:
@@ -392,7 +395,7 @@ def _entries(text: Table, shared: RunOptions, bounds: bool) -> dict[str, dict[st
             changes["scenario"] = UPPER
         if own:
             changes["assignments"] = [*shared.assignments, *own]
-        if "augmentation" in table:
+        if table.take("augmentation", str, None) is not None:
             changes["augmentation"] = table.choice("augmentation", AUGMENTATIONS)
         table.finish()
         if name in (LOWER, UPPER) and (written != name or len(changes) > 2 + (name == UPPER)):
@@ -426,8 +429,6 @@ def _assignments(text: Table, method: Any, preset: str | None) -> Iterator[str]:
         method: class of the entry's method; None for the settings of all entries.
         preset: the shared preset.
     """
-    if "set" not in text:
-        return
     own = [] if method is None else setting_names(method.Config)
     known = {"": SETTABLE, "method": own, "segmenter": setting_names(SegmenterSpec)}
     known["grid"] = setting_names(Grid)

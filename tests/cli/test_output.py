@@ -270,5 +270,5 @@ def test_names_are_completed(tmp_path: Path) -> None:
 def test_the_completion_script_is_shown(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     code, out, _ = call("--show-completion", "bash")
-    assert code == 0 and "_GLUA_BENCH_COMPLETE" in out
+    assert code == 0 and "COMPREPLY=(" in out
     assert "--install-completion" in call("-h")[1]

@@ -62,8 +62,8 @@ def test_options_override_the_file_and_that_is_told(planned: PlannedRun) -> None
     assert (config.seed, config.method_config["lr"], config.batch_size) == (1, 0.5, 4)
     assert config.candidates == 3 and config.scenario == "supervised"
     assert told == [
-        f"Overrides {file}: seed = 1 instead of 7, method.lr = 0.5 instead of 0.00123, "
-        "batch_size = 4 instead of 2."
+        f"Overrides {file}: seed = 1 instead of 7, batch_size = 4 instead of 2, "
+        "method.lr = 0.5 instead of 0.00123."
     ]
     other = beside(planned, method="slaug", scenario="uda")
     told.clear()
@@ -194,7 +194,7 @@ HEAD = "dataset: phantom\nentries:\n"
         (HEAD + "  - {method: glue}\n", 3, "No method is called 'glue'"),
         (HEAD + "  - {method: glua}\n  - {method: glua}\n", 4, "two entries are called 'glua'"),
         (HEAD + "  - {method: glua, sets: {}}\n", 3, "did you mean 'set'"),
-        (HEAD + "  - method: glua\n    set:\n      lr_x: 1\n", 5, "did you mean 'method.lr'"),
+        (HEAD + "  - method: glua\n    set:\n      lr_x: 1\n", 5, "did you mean 'method.lr_d'"),
         (HEAD + "  - method: sifa\n    set: {mask_ratio: 1}\n", 4, "of the method 'sifa'"),
         (HEAD + "  - method: glua\n    set: {mask_ratio: 7}\n", 4, "is out of range"),
         (HEAD + "  - method: glua\n    set: [mask_ratio]\n", 4, "not of the form name=value"),
@@ -224,15 +224,34 @@ def test_a_wrong_comparison_is_refused_with_its_line(
     assert found.startswith(f"{file}, line {line}: ") and words in found, found
 
 
+PICKY = '''
+from glua_bench.errors import ConfigError
+from glua_bench.method import Method
+from glua_bench.methods.source_only import SourceOnly
+
+class Picky(SourceOnly, Method):
+    """Decline every dataset."""
+
+    name = "picky"
+    reference = needs = "none"
+
+    def check(self, cases):
+        raise ConfigError(f"'picky' cannot use {cases.target} target cases; give more.")
+'''
+
+
 def test_what_a_dataset_cannot_serve_is_refused_before_anything_runs(
     tmp_path: Path, phantom_root: Path
 ) -> None:
-    text = HEAD + "  - {method: slaug}\n  - {method: glua, name: one}\n"
-    file = lined("set: {batch_size: 1}\nbounds: false\n" + text, tmp_path / "c.yaml")
-    shared = RunOptions(preset="quick", data_root=phantom_root, runs_root=tmp_path / "runs")
-    with pytest.raises(UserError, match="batch_size = 1") as error:
+    plugin = tmp_path / "picky.py"
+    plugin.write_text(PICKY, encoding="utf-8")
+    text = HEAD + "  - {method: slaug}\n  - name: hard to please\n    method: picky\n"
+    file = lined("bounds: false\nseeds: 1\n" + text, tmp_path / "c.yaml")
+    place = {"data_root": phantom_root, "runs_root": tmp_path / "runs"}
+    shared = RunOptions(preset="quick", plugins=[plugin], **place)
+    with pytest.raises(UserError, match="'picky' cannot use 1 target cases") as error:
         matrix.plan(entered(file, shared))
-    assert sentence(error).startswith(f"{file}, line ") and not (tmp_path / "runs").exists()
+    assert sentence(error).startswith(f"{file}, line 7: ") and not (tmp_path / "runs").exists()
 
 
 def test_entry_names_are_in_table_tracker_and_report(
@@ -260,7 +279,7 @@ def test_entry_names_are_in_table_tracker_and_report(
     assert code == 0, err
     table = (tmp_path / "page" / "tables").glob("*.csv")
     assert any("fast, twice" in each.read_text(encoding="utf-8") for each in table)
-    assert "fast, twice" in (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    assert "fast, twice" in (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
     for run in (tmp_path / "runs").glob("phantom/*/*"):
         assert RunDirectory.open(run).done
     refused = call("compare", "--config", file, "--set", "method.lr=1", *place)
