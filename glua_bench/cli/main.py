@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from glua_bench import __version__
-from glua_bench.cli import data, plugins, reports, runs, sweeps
+from glua_bench.cli import data, outside, plugins, reports, runs, sweeps
 from glua_bench.cli.options import Plugins, ReportedExit, end, say
 from glua_bench.errors import ConfigError, RunFailure, UserError, reason
 from glua_bench.runs.interruption import Interrupted
@@ -37,11 +37,13 @@ for command in (
     runs.ablate,
     reports.report,
     reports.predict,
+    outside.score,
     reports.export,
     sweeps.sweep,
     sweeps.worker,
 ):
     app.command()(command)
+app.command(name="import")(outside.import_predictions)
 app.command(name="run-request", hidden=True)(runs.run_request)
 app.command(name="list")(plugins.list_plugins)
 app.command()(plugins.new_method)

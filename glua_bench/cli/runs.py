@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,9 +22,9 @@ from glua_bench.cli.options import (
     with_descriptions,
     with_options,
 )
-from glua_bench.config import ORACLE
+from glua_bench.config import ORACLE, UPPER
 from glua_bench.console import next_command
-from glua_bench.errors import RunFailure
+from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.registry import Registry
 from glua_bench.runs.interruption import listening
 from glua_bench.runs.request import RunOptions, RunRequest
@@ -114,7 +115,7 @@ def _show_result(planned: PlannedRun, summary: Summary) -> None:
         say(f"Finished in {duration(summary.seconds)}.")
     say()
     primary = planned.config.selectors[0]
-    say(_score_table(table[table["selector"] == primary]))
+    say(score_table(table[table["selector"] == primary]))
     others = table[(table["selector"] != primary) & (table["structure"] == "mean")]
     if len(others):
         scores = others.set_index("selector")[PRIMARY.name].map(PRIMARY.text)
@@ -133,7 +134,8 @@ def _show_result(planned: PlannedRun, summary: Summary) -> None:
     say(f"Next:    {_next_run(planned)}")
 
 
-def _score_table(table: pd.DataFrame) -> str:
+def score_table(table: pd.DataFrame) -> str:
+    """Format the mean scores of each structure, from `summarise`."""
     from glua_bench.scoring.metrics import METRICS
 
     first = max([11, *(len(name) + 2 for name in table["structure"])])
@@ -168,7 +170,7 @@ def compare(
         str,
         typer.Option(
             help="Comma-separated names; NAME+photometric sets the augmentation, supervised is the "
-            "upper bound."
+            "upper bound. Also names of imported entries (`import`)."
         ),
     ],
     tasks: Tasks,
@@ -185,8 +187,18 @@ def compare(
 
     names = split_names(methods)
     datasets, directions, base = _resolved(tasks, shared)
-    cells = matrix.comparison(names, datasets, directions, tasks.seeds, base, bounds, tasks.repeats)
-    _run_matrix(f"compare {', '.join(names)}", cells, work, dry_run)
+    known = Registry("method", base.plugins)
+    trained = [n for n in names if n == UPPER or n.removesuffix(matrix.PHOTOMETRIC) in known]
+    cells = matrix.comparison(
+        trained, datasets, directions, tasks.seeds, base, bounds, tasks.repeats
+    )
+    imported = [name for name in names if name not in trained]
+    if not cells:
+        raise ConfigError(
+            f"--methods {methods} has no method to run; name one, omit --no-bounds, or show "
+            "imported entries with `glua-bench report`."
+        )
+    _run_matrix(f"compare {', '.join(names)}", cells, work, dry_run, imported)
 
 
 @with_options(without=["devices"])
@@ -239,12 +251,18 @@ def _resolved(tasks: Tasks, shared: RunOptions) -> tuple[list[str], list[str], R
     return names, split_names(tasks.directions), base
 
 
-def _run_matrix(title: str, cells: list[Cell], work: Work, dry_run: bool) -> None:
+def _run_matrix(
+    title: str, cells: list[Cell], work: Work, dry_run: bool, imported: Sequence[str] = ()
+) -> None:
     from glua_bench.console import duration
     from glua_bench.reports import comparison, results
-    from glua_bench.runs import matrix
+    from glua_bench.runs import external, matrix
     from glua_bench.runs.executor import Executor
 
+    requests = [cell.request for cell in cells]
+    tasks = [(each.dataset, each.fold, each.direction or "") for each in requests]
+    root, plugins = requests[0].runs_root, requests[0].plugins
+    guests = external.guests(imported, tasks, root, plugins, say)  # before anything is trained
     planned = matrix.plan(cells, say)
     if dry_run:
         states: dict[tuple[str, str], list[str]] = {}
@@ -259,6 +277,8 @@ def _run_matrix(title: str, cells: list[Cell], work: Work, dry_run: bool) -> Non
             cost = f", {duration(seconds[key])} per run" if left else ""
             total += left * seconds.get(key, 0.0)
             say(f"  {key[0]:<{width}}  {key[1]:<20}  {counts}{cost}")
+        for guest in guests:
+            say(f"  {guest.entry:<{width}}  {guest.task:<20}  imported")
         done = sum(item.state == "done" for item in planned)
         say(
             f"{len(planned)} runs, {done} done; about {duration(total / work.jobs)} "
@@ -266,7 +286,7 @@ def _run_matrix(title: str, cells: list[Cell], work: Work, dry_run: bool) -> Non
         )
         say("Next: the same command without --dry-run.")
         return
-    groups = matrix.by_dataset(title, planned)
+    groups = matrix.by_dataset(title, planned, guests)
     outcome = Executor(planned, work.jobs, work.retry_failed, say).run()
     say(
         f"{len(planned)} runs: {outcome.ran} run now, {outcome.before} done before, "
@@ -274,6 +294,7 @@ def _run_matrix(title: str, cells: list[Cell], work: Work, dry_run: bool) -> Non
     )
     request = planned[0].run.request
     finished = matrix.finished(planned)
+    finished += [(guest.entry, guest.task, guest.run) for guest in guests]
     if finished:
         rows = comparison.collect(finished)
         say()
@@ -294,7 +315,8 @@ def _run_matrix(title: str, cells: list[Cell], work: Work, dry_run: bool) -> Non
     say()
     say(f"Rows:    {request.runs_root}/*/*/*/cases.parquet")
     say_browse(request)
-    members = results.record(request.runs_root, title, [p.run.directory for p in planned])
+    runs = [*(p.run.directory for p in planned), *(guest.run for guest in guests)]
+    members = results.record(request.runs_root, title, runs)
     words = ("glua-bench", "report", "--runs", members)
     line = next_command(*words, plugins=request.plugins, data_root=request.data_root)
     say(f"Next:    {line}")

@@ -12,7 +12,14 @@ from lightning_fabric.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from glua_bench.config import PRESETS, RunConfig, SegmenterSpec, build_settings, parse_overrides
+from glua_bench.config import (
+    PRESETS,
+    UPPER,
+    RunConfig,
+    SegmenterSpec,
+    build_settings,
+    parse_overrides,
+)
 from glua_bench.data.cache import fingerprint
 from glua_bench.data.neighbours import common_distance
 from glua_bench.data.volumes import slice_distance
@@ -104,6 +111,8 @@ def resolve(request: RunRequest, dataset: Dataset, method_class: type[Method]) -
         raise ConfigError(
             f"There is no preset '{preset}'; use --preset with one of {', '.join(PRESETS)}."
         )
+    if request.scenario not in ("uda", UPPER):
+        raise ConfigError(f"--scenario {request.scenario} is unknown; use uda or {UPPER}.")
     values = dict(PRESETS[preset])
     groups = parse_overrides(request.assignments)
     direction = "-".join(parse_direction(dataset, request.direction))
