@@ -354,9 +354,11 @@ def pair(predictions: Path, references: Path) -> Pairs:
         return Pairs({stem(references): (predictions, references)})
     best: tuple[dict[str, Path], dict[str, Path]] | None = None
     clash: tuple[str, list[Path]] | None = None
-    for spell in (_stem, _plain, _relative, _folder):
+    for spells in _SPELLINGS:
         sides = []
-        for root, files in ((predictions, own), (references, wanted)):
+        for spell, root, files in zip(
+            spells, (predictions, references), (own, wanted), strict=True
+        ):
             named: dict[str, list[Path]] = {}
             for file in files:
                 named.setdefault(spell(file, root), []).append(file)
@@ -400,7 +402,20 @@ def _relative(file: Path, root: Path) -> str:
 
 
 def _folder(file: Path, root: Path) -> str:
-    return composed(file.parent.relative_to(root).as_posix())
+    """Return the file's directory; of files in the root, which is no case, their path."""
+    inner = file.parent.relative_to(root)
+    return composed(inner.as_posix()) if inner.parts else _relative(file, root) + file.suffix
+
+
+# How predictions and references are named; earlier ones win if they pair as many files.
+_SPELLINGS = (
+    (_stem, _stem),
+    (_plain, _plain),
+    (_relative, _relative),
+    (_folder, _folder),
+    (_folder, _stem),
+    (_stem, _folder),
+)
 
 
 def match(predictions: Path, cases: Sequence[Case]) -> tuple[dict[str, Path], list[Path]]:

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glua_bench.data.dicom_series import series_of
-from glua_bench.errors import DataError
 from glua_bench.data.formats import stem
+from glua_bench.errors import DataError
 from glua_bench.runs import inputs
 
 PLANE = ((1, 0, 0), (0, 1, 0))
