@@ -25,7 +25,9 @@ from glua_bench.task import Grid, fold_name
 AUGMENTATIONS = ("none", "geometric", "photometric")
 # Lower and upper bound of a comparison; the upper one is also a scenario.
 LOWER, UPPER = "source_only", "supervised"
-SCENARIOS = ("uda", UPPER)
+# Predictions of another tool; the second if it was trained on labels of the target.
+EXTERNAL, EXTERNAL_UPPER = "external", "external, privileged"
+SCENARIOS = ("uda", UPPER, EXTERNAL, EXTERNAL_UPPER)
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 # Selectors that every run evaluates; reported results use the first.
 SELECTORS = (
@@ -110,7 +112,8 @@ class RunConfig:
     segmenter: SegmenterSpec = field(default_factory=SegmenterSpec)
     scenario: str = setting(
         "uda",
-        "'uda', or 'supervised': labelled target-train cases serve as source (privileged)",
+        "'uda', or 'supervised': labelled target-train cases serve as source (privileged); "
+        "'external' or 'external, privileged': imported predictions",
         choices=SCENARIOS,
     )
     preset: str = "quick"
@@ -170,11 +173,20 @@ class RunConfig:
     @property
     def privileged(self) -> bool:
         """True if training reads labels of the target domain."""
-        return self.scenario == UPPER
+        return self.scenario in (UPPER, EXTERNAL_UPPER)
+
+    @property
+    def external(self) -> bool:
+        """True for imported predictions, of whose training only `STATED` is known."""
+        return self.scenario in (EXTERNAL, EXTERNAL_UPPER)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as plain lists, numbers and strings, for YAML and JSON."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """Return the configuration as plain lists, numbers and strings, for YAML and JSON.
+
+        Of imported predictions, the fields `STATED` only.
+        """
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {name: values[name] for name in STATED} if self.external else values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -187,6 +199,8 @@ class RunConfig:
             raise ConfigError("The configuration is not a mapping of names to values.")
         values = dict(values)
         _reject_unknown(cls, values)
+        if values.get("scenario") in (EXTERNAL, EXTERNAL_UPPER):
+            values = {**_UNSTATED, **{name: values[name] for name in STATED if name in values}}
         try:
             values["grid"] = build_settings(Grid, values["grid"], "grid")
             values["segmenter"] = build_settings(SegmenterSpec, values["segmenter"], "segmenter")
@@ -203,6 +217,32 @@ class RunConfig:
     def from_yaml(cls, text: str) -> RunConfig:
         """Build a configuration from the text that `to_yaml` returns."""
         return cls.from_dict(load(text))
+
+
+# All that is known of imported predictions. The other fields have no meaning for them, and are
+# neither written nor shown.
+STATED = ("method", "dataset", "direction", "scenario", "fold", "seed")
+_UNSTATED = {"grid": {"size": 32, "spacing": 1.0}, "segmenter": {}, "selectors": (EXTERNAL,)}
+
+
+def external_entry(name: str, privileged: bool = False) -> str:
+    """Return the name of imported predictions in tables, with their stamp.
+
+    Example:
+        >>> external_entry("nnunet"), external_entry("nnunet", privileged=True)
+        ('nnunet (external)', 'nnunet (external, privileged)')
+    """
+    return f"{name} ({EXTERNAL_UPPER if privileged else EXTERNAL})"
+
+
+def is_external(entry: str) -> bool:
+    """Return True for an entry of imported predictions."""
+    return entry.endswith((f" ({EXTERNAL})", f" ({EXTERNAL_UPPER})"))
+
+
+def is_privileged(entry: str) -> bool:
+    """Return True for an entry that was trained on target labels, by its name."""
+    return entry == UPPER or entry.endswith(f" ({EXTERNAL_UPPER})")
 
 
 def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

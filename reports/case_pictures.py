@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from glua_bench.config import UPPER
+from glua_bench.config import is_privileged
 from glua_bench.data.cache import SliceCache
 from glua_bench.reports.comparison import title
 from glua_bench.reports.figures import Panel, case_grid
@@ -69,7 +69,10 @@ def compared_cases(
     first = next(iter(d for d in directories.values() if d is not None), None)
     if first is None:
         return []
-    grid, target = first.config.grid, first.config.target
+    trained = (d for d in directories.values() if d is not None and not d.config.external)
+    known = next(trained, None)
+    grid = dataset.grid("standard") if known is None else known.config.grid
+    target = first.config.target
     test, cache, shown = {c.id: c for c in dataset.split(target, "test")}, SliceCache(), []
     for case_id, note in example_cases(dice).items():
         case = test[case_id]
@@ -97,12 +100,12 @@ def compared_cases(
 
 
 def example_cases(dice: pd.DataFrame) -> dict[str, str]:
-    """Return case → "best", "median" or "worst", by mean Dice without the upper bound.
+    """Return case → "best", "median" or "worst", by mean Dice without privileged entries.
 
     Args:
         dice: entry × case.
     """
-    mean = dice.drop(index=UPPER, errors="ignore").mean()
+    mean = dice[[not is_privileged(str(entry)) for entry in dice.index]].mean()
     # Dice is undefined if neither mask has a structure; such a case is not the worst.
     mean = mean.dropna() if mean.notna().any() else mean
     order = [str(case) for case in mean.sort_values(ascending=False, kind="stable").index]

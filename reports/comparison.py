@@ -10,12 +10,20 @@ from typing import Any
 
 import pandas as pd
 
-from glua_bench.config import LOWER, ORACLE, UPPER, RunConfig
+from glua_bench.config import (
+    EXTERNAL,
+    LOWER,
+    ORACLE,
+    UPPER,
+    RunConfig,
+    is_external,
+    is_privileged,
+)
 from glua_bench.files import write_text
 from glua_bench.paths import distinct
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.reports import statistics
-from glua_bench.scoring.metrics import METRICS, PRIMARY, complete
+from glua_bench.scoring.metrics import METRICS, MISSING, PRIMARY, complete
 
 LAST_BITS = (
     "Last bits: standard deviation of Dice over repeats of one seed whose initial weights differ "
@@ -24,6 +32,11 @@ LAST_BITS = (
 NO_REPEATS = (
     "The spread over seeds on one machine may underestimate the variation: processors and numbers "
     "of threads change last bits, which training can amplify. `compare … --repeats 2` measures it."
+)
+# Of entries stamped external, in every table with them.
+OUTSIDE = (
+    "external: predictions of another tool, scored here as those of a run; training data, budget, "
+    "choice of the checkpoint and seeds are its author's statement and were not checked."
 )
 
 
@@ -48,14 +61,32 @@ def collect(runs: Iterable[tuple[str, str, RunDirectory]]) -> pd.DataFrame:
         )
         for (entry, task, run, summary), spent in zip(given, seconds, strict=True)
     ]
-    return pd.concat(frames, ignore_index=True)
+    return for_every_selector(pd.concat(frames, ignore_index=True))
+
+
+def for_every_selector(rows: pd.DataFrame) -> pd.DataFrame:
+    """Repeat the rows of external entries, which have no selector, for each selector of the others.
+
+    Args:
+        rows: of any runs, with the column selector.
+
+    Returns:
+        The rows; those of external entries alone get the selector "last".
+    """
+    outside = rows["selector"] == EXTERNAL
+    if not outside.any():
+        return rows
+    own = rows[~outside]
+    names = [str(name) for name in own["selector"].unique()] or ["last"]
+    parts = [own, *(rows[outside].assign(selector=name) for name in names)]
+    return pd.concat(parts, ignore_index=True)
 
 
 def costs(runs: Sequence[tuple[RunConfig, Mapping[str, Any]]]) -> list[float]:
     """Return the seconds of training of each run, from configurations and summaries.
 
     A stage reused from the cache counts with the seconds of the run that trained it; nan if that
-    run is not among the given ones.
+    run is not among the given ones, and for external entries.
     """
 
     def key(config: RunConfig, stage: str) -> tuple[Any, ...]:
@@ -69,7 +100,9 @@ def costs(runs: Sequence[tuple[RunConfig, Mapping[str, Any]]]) -> list[float]:
         if stage not in summary["reused_stages"]
     }
     return [
-        sum(summary["stage_seconds"].values())
+        math.nan
+        if config.external
+        else sum(summary["stage_seconds"].values())
         + sum(trained.get(key(config, stage), math.nan) for stage in summary["reused_stages"])
         for config, summary in runs
     ]
@@ -108,8 +141,8 @@ def title(name: str) -> str:
 
 
 def competing(scores: pd.DataFrame) -> pd.DataFrame:
-    """Drop the upper bound, which uses target labels, from a table of `statistics.scores`."""
-    return scores.drop(columns=UPPER, errors="ignore")
+    """Drop entries that use target labels, such as the upper bound, from `statistics.scores`."""
+    return scores[[entry for entry in scores if not is_privileged(entry)]]
 
 
 def gap_known(rows: pd.DataFrame, task: str, selector: str = "last") -> bool:
@@ -221,6 +254,11 @@ def gap_notes(lines: pd.DataFrame) -> list[str]:
     return notes
 
 
+def outside_notes(lines: Iterable[tuple[str, str]]) -> list[str]:
+    """Return the note on external entries, if there are any among (task, entry)."""
+    return [OUTSIDE] * any(is_external(str(entry)) for _, entry in lines)
+
+
 def last_bits_note(lines: pd.DataFrame) -> str:
     """Return the note on variation from last bits; "" for a table (of `table`) without spread."""
     if lines["last bits"].notna().any():
@@ -231,7 +269,7 @@ def last_bits_note(lines: pd.DataFrame) -> str:
 def verdict(rows: pd.DataFrame, task: str, selector: str = "last", percent: bool = False) -> str:
     """State the best entry of a task, its difference to the runner-up, and what is excluded.
 
-    The upper bound, which uses target labels, is not considered.
+    Entries that use target labels, such as the upper bound, are not considered.
 
     Args:
         rows: from `collect`.
@@ -363,7 +401,7 @@ def as_text(lines: pd.DataFrame) -> str:
         text += [str(task), block.to_string(), ""]
     if (lines["seeds"] == 1).any():
         text.append("One seed: no standard deviation and no tests; use --seeds 3.")
-    text += [*gap_notes(lines), last_bits_note(lines)]
+    text += [*gap_notes(lines), last_bits_note(lines), *outside_notes(shown.index)]
     return "\n".join(text).rstrip()
 
 
@@ -380,4 +418,6 @@ def _gap(row: pd.Series) -> str:
 
 
 def _number(value: float, digits: int) -> str:
-    return "?" if math.isnan(value) else f"{round(value, digits) + 0.0:.{digits}f}"  # never -0.0
+    return (
+        MISSING if math.isnan(value) else f"{round(value, digits) + 0.0:.{digits}f}"
+    )  # never -0.0

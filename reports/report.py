@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from glua_bench.config import ORACLE, UPPER
+from glua_bench.config import ORACLE, UPPER, is_external
 from glua_bench.errors import ConfigError, RunFailure, UserError
 from glua_bench.files import replacing, write_text
 from glua_bench.registry import Registry, load_dataset
@@ -257,8 +257,10 @@ class _Writer(PageWriter):
             figure = charts.selector_regret(report_tables.regrets(results))
             section.blocks.append(self.chart("selector_regret", caption, figure))
         for task in results.tasks:
+            entries = [e for e in self.entries[task] if e != UPPER and not is_external(e)]
+            if not entries:
+                continue
             section.blocks.append(self.table(report_tables.selectors(results, task)))
-            entries = [entry for entry in self.entries[task] if entry != UPPER]
             scores = results.checkpoints
             scores = scores[(scores["task"] == task) & scores["entry"].isin(entries)]
             if len(scores) and 0 < len(entries) <= MAX_DRAWN:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pandas as pd
 
-from glua_bench.config import LOWER, ORACLE, UPPER
+from glua_bench.config import LOWER, ORACLE, UPPER, is_external, is_privileged
 from glua_bench.reports import comparison, statistics
 from glua_bench.reports.comparison import title
 from glua_bench.reports.results import Results, plain
 from glua_bench.reports.tables import Column, Table
-from glua_bench.scoring.metrics import METRICS, PRIMARY, Metric
+from glua_bench.scoring.metrics import METRICS, MISSING, PRIMARY, Metric
 
 MAX_PAIRED = 40  # entries with a table of pairs (780 pairs)
 MEANS = (
@@ -39,9 +39,10 @@ def entries_of(results: Results, task: str, selector: str = "last") -> list[str]
 
 
 def _unranked(lines: pd.DataFrame) -> frozenset[str]:
-    """Return the rows excluded from best and second: the upper bound and unpaired entries."""
+    """Return the rows excluded from best and second: privileged and unpaired entries."""
     entry = lines.index.get_level_values("entry")
-    return frozenset(map(title, {UPPER, *map(str, entry[~lines["compared"].to_numpy(bool)])}))
+    unpaired = map(str, entry[~lines["compared"].to_numpy(bool)])
+    return frozenset(map(title, {*filter(is_privileged, map(str, entry)), *unpaired}))
 
 
 def _means(lines: pd.DataFrame) -> list[str]:
@@ -88,6 +89,7 @@ def main(results: Results, task: str, selector: str = "last") -> Table:
     ]
     marks, notes = {}, [*_means(lines), comparison.last_bits_note(lines)]
     notes += [PRIVILEGED] * (UPPER in entries) + comparison.gap_notes(every)
+    notes += comparison.outside_notes(every.index)
     scores = comparison.competing(statistics.scores(rows, task, selector))
     why = untested(scores)
     if not why:
@@ -413,8 +415,7 @@ def curve(method: str, setting: str, points: pd.DataFrame) -> Table:
 
 def selectors(results: Results, task: str) -> Table:
     """Build the table of Dice of each entry at the checkpoint of each selector."""
-    rows = plain(results.rows[results.rows["task"] == task])
-    rows = rows[rows["entry"] != UPPER]
+    rows = _trained(plain(results.rows[results.rows["task"] == task]))
     dice, seeds = _by_selector(rows)
     names = [str(name) for name in dice.columns if name != ORACLE]
     names += [ORACLE] * (ORACLE in dice)
@@ -431,6 +432,11 @@ def selectors(results: Results, task: str) -> Table:
         * (ORACLE in names),
         ids=run_ids(rows, entries),
     )
+
+
+def _trained(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of entries with selectors, without the upper bound."""
+    return rows[[str(e) != UPPER and not is_external(str(e)) for e in rows["entry"]]]
 
 
 def _by_selector(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
@@ -454,8 +460,7 @@ def regrets(results: Results) -> pd.DataFrame:
     Returns:
         task, entry, seed, selector, regret; empty without runs made with --oracle.
     """
-    rows = plain(results.rows)
-    rows = rows[rows["entry"] != UPPER]
+    rows = _trained(plain(results.rows))
     keys = ["task", "entry", "seed", "selector"]
     dice = statistics.means(rows, keys).unstack("selector")
     dice.columns = [str(name) for name in dice.columns]
@@ -565,7 +570,10 @@ def runs(results: Results, selector: str = "last") -> Table:
             # Not ranked: runs of different tasks, and of the upper bound, stand here.
             Column(PRIMARY.heading, list(PRIMARY.scale * dice[names]), PRIMARY.digits),
             Column("training (s)", list(lines["seconds"].astype(float)), 0),
-            *(Column(name, list(lines[name].astype(str))) for name in ("device", "commit", "code")),
+            *(
+                Column(name, [str(value) or MISSING for value in lines[name]])
+                for name in ("device", "commit", "code")
+            ),
         ],
         first="run",
     )

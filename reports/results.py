@@ -10,14 +10,22 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from glua_bench.config import LOWER, UPPER, RunConfig, flat_settings
+from glua_bench.config import (
+    EXTERNAL,
+    LOWER,
+    UPPER,
+    RunConfig,
+    external_entry,
+    flat_settings,
+    is_external,
+)
 from glua_bench.data.neighbours import Neighbourhood
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.files import write_json
@@ -48,6 +56,7 @@ DEFAULTS = {  # of columns that rows of older versions lack
     "scenario": "uda",
     "augmentation": "geometric",
     "peak_memory_mib": math.nan,
+    "note": "",
     statistics.REPEAT: 0,
 }
 VERSIONED = ("data", "distances", "protocol")  # newer runs replace older ones despite these
@@ -63,7 +72,7 @@ class Results:
             (displayed name), base (entry without changed settings), config (the method's settings
             as JSON), settings (those that differ from the defaults), variant (the method's name
             for these settings), task, protocol (JSON), seconds, peak_memory_mib, commit, code,
-            device.
+            device, note (of external entries: where they come from).
         checkpoints: entry, task, seed, run, selector, step, score: scores of all candidates; empty
             for rows from a file.
         directories: run id → directory; empty for rows from a file.
@@ -279,7 +288,8 @@ def plain(rows: pd.DataFrame) -> pd.DataFrame:
     hoc.
     """
     own = rows[rows["settings"] == "{}"]
-    return own if set(own["base"]) - {LOWER, UPPER} else rows
+    bases = {str(base) for base in own["base"]} - {LOWER, UPPER}
+    return own if any(not is_external(base) for base in bases) else rows
 
 
 def parse_where(texts: Iterable[str]) -> dict[str, list[str]]:
@@ -330,7 +340,11 @@ def _matches(run: RunDirectory, where: Mapping[str, Sequence[str]]) -> bool:
     values["dataset"] = run.config.fold_name  # as in the rows
     if "code" in where:
         values["code"] = run.read_environment().get("code", "")
+    # A setting that is unknown of an external entry does not exclude it.
+    unknown = flat_settings(asdict(run.config)) if run.config.external else {}
     for name, allowed in where.items():
+        if name not in values and name in unknown:
+            continue
         if name not in values:
             if name.startswith("method."):
                 return False  # a setting of another method
@@ -344,11 +358,13 @@ def _matches(run: RunDirectory, where: Mapping[str, Sequence[str]]) -> bool:
 
 
 def _protocol(record: _Record) -> dict[str, Any]:
-    """Return the settings that must be equal within one table.
+    """Return the settings that must be equal within one table; none of external entries.
 
     The training data of the upper bound differ by design and are excluded.
     """
     config = record.run.config
+    if config.external:
+        return {}
     depth = config.grid.slice_spacing
     values = {
         "preset": config.preset,
@@ -377,6 +393,8 @@ def _protocol(record: _Record) -> dict[str, Any]:
 
 
 def _base(config: RunConfig) -> str:
+    if config.external:
+        return external_entry(config.method, config.privileged)
     if config.privileged and config.method == LOWER:
         name = UPPER
     else:
@@ -429,13 +447,14 @@ def _lines(
             "dataset": config.fold_name,
             "direction": config.direction,
             "scenario": config.scenario,
-            "augmentation": config.augmentation,
+            "augmentation": "" if config.external else config.augmentation,
             "seed": config.seed,
             statistics.REPEAT: repeat,
             "peak_memory_mib": float(record.summary["peak_memory_mib"]),
             "commit": str(state.get("commit", ""))[:10] + ("+" if state.get("dirty") else ""),
             "code": str(record.environment.get("code", "")),
-            "device": _device(record.environment),
+            "device": "" if config.external else _device(record.environment),
+            "note": _note(record.environment),
         }
     if replaced:
         notice(
@@ -469,6 +488,8 @@ def _assemble(
             record.rows[name] = record.rows[name].cat.set_categories(list(values))
     rows = pd.concat([record.rows for record in kept], ignore_index=True)
     rows["line"] = np.repeat(np.arange(len(kept)), [len(record.rows) for record in kept])
+    rows = comparison.for_every_selector(rows)
+    rows["selector"] = pd.Categorical(rows["selector"], rows["selector"].unique())
     own, repeats = _parted(_with_runs(rows, lines), notice)
     return Results(
         own,
@@ -525,6 +546,15 @@ def _with_runs(rows: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
+def _note(environment: Mapping[str, Any]) -> str:
+    """Return where an external entry comes from, with a digest of its files; "" for a run."""
+    found = environment.get(EXTERNAL)
+    if found is None:
+        return ""
+    files = digest({case: file["sha256"] for case, file in found["predictions"].items()})
+    return f"{found['note'] or 'no note'} (files {files})"
+
+
 def _device(environment: Mapping[str, Any]) -> str:
     if str(environment.get("device", "")).startswith("cuda"):
         return next(iter(environment.get("gpus", [])), "GPU")
@@ -543,7 +573,8 @@ def _check(found: Results, notice: Callable[[str], None]) -> None:
     """
     for task in found.tasks:
         own = found.rows[found.rows["task"] == task]
-        per_run = own.drop_duplicates("run")[["run", "entry", "seed", "protocol", "code", "device"]]
+        columns = ["run", "entry", "seed", "protocol", "code", "device", "note"]
+        per_run = own.drop_duplicates("run")[columns]
         every = own
         if len(found.repeats):
             every = pd.concat([own, found.repeats[found.repeats["task"] == task]])
@@ -555,9 +586,20 @@ def _check(found: Results, notice: Callable[[str], None]) -> None:
                 f"{task} has two runs of {twice.iloc[0]['entry']} with seed "
                 f"{twice.iloc[0]['seed']}; select one with --where run=… or code=…."
             )
-        devices = per_run["device"].nunique()
+        devices = per_run.loc[per_run["device"] != "", "device"].nunique()
         if devices > 1:
             notice(f"{task}: runs on {devices} devices; compare times within one device only.")
+        for entry, part in per_run[[is_external(str(entry)) for entry in per_run["entry"]]].groupby(
+            "entry", observed=True
+        ):
+            notes = "; ".join(
+                f"seed {seed}: {note}" if len(part) > 1 else str(note)
+                for seed, note in zip(part["seed"], part["note"], strict=True)
+            )
+            notice(
+                f"{task}: {entry} was imported: {notes}. Its training data, budget, checkpoint "
+                "selection and seeds are not known to glua-bench."
+            )
         mixed = per_run.groupby("entry", observed=True)["code"].nunique()
         for entry in mixed[mixed > 1].index:
             notice(f"{task}: the seeds of {entry} were run by different versions of the code.")
@@ -574,6 +616,8 @@ def _one_protocol(task: str, protocols: pd.Series) -> None:
     counts = protocols.astype(str).value_counts()
     values: dict[str, dict[Any, int]] = {}
     for text, count in counts.items():
+        if text == "{}":  # external entries, of which none is known
+            continue
         for name, value in {**PROTOCOL_DEFAULTS, **json.loads(str(text))}.items():
             seen = values.setdefault(name, {})
             seen[value] = seen.get(value, 0) + int(count)

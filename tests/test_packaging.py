@@ -225,15 +225,17 @@ def test_content_packages_do_not_know_each_other(folder):
         assert content_of(path) <= {folder}, path
 
 
-def test_no_module_imports_medpy():
-    """medpy is GPL-3, and serves as reference in tests only."""
+def test_only_verification_imports_medpy():
+    """medpy is GPL-3: it is the reference of tests and of `score --verify`, imported when used."""
     users = [
-        path.name
+        path
         for folder in ("glua_bench", *CONTENT)
         for path in modules(folder)
         if any(name.split(".")[0] == "medpy" for name in imports(path))
     ]
-    assert users == []
+    assert [path.name for path in users] == ["files.py"] and users[0].parent.name == "scoring"
+    source = users[0].read_text(encoding="utf-8")
+    assert re.findall(r"^( *)(?:from|import) medpy", source, re.MULTILINE) == [" " * 8]
 
 
 def test_commands_know_no_tracker_but_its_protocol():

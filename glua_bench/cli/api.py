@@ -28,6 +28,7 @@ from glua_bench.registry import Registry, with_descriptions
 from glua_bench.reports import comparison, results
 from glua_bench.runs import configuration, execution, inputs, matrix, prediction
 from glua_bench.runs import plan as planning
+from glua_bench.runs.external import Guest
 from glua_bench.runs.interruption import listening
 from glua_bench.runs.matrix import Planned
 from glua_bench.runs.request import RunOptions, RunRequest
@@ -226,6 +227,7 @@ def compare(
 
     Args:
         methods: names; NAME+photometric sets the augmentation, "supervised" is the upper bound.
+            Names of imported entries are added to the table.
         datasets: names or descriptions (FILE.yaml).
         directions: e.g. "mr-ct", or "all"; default: each dataset's first.
         seeds: number of seeds; default: 3.
@@ -263,8 +265,9 @@ def compare(
         asked.bounds,
         asked.repeats,
     )
+    guests = matrix.guests(cells, asked.imported, report)
     planned = matrix.plan(cells, report)
-    result = conduct(asked.title, planned, jobs, retry_failed, report, _warn, asked.named)
+    result = conduct(asked.title, planned, jobs, retry_failed, report, _warn, asked.named, guests)
     result.check()
     return result
 
@@ -277,6 +280,7 @@ def conduct(
     report: Callable[[str], None],
     warn: Callable[[str], None],
     named: bool = False,
+    guests: Sequence[Guest] = (),
 ) -> ComparisonResult:
     """Execute the runs of a comparison or an ablation, and summarise those that finished.
 
@@ -288,18 +292,21 @@ def conduct(
         report: receives lines on progress.
         warn: receives warnings.
         named: keep the names of the entries for reports, which otherwise derive them from settings.
+        guests: imported entries of the same tables.
     """
     from glua_bench.runs.executor import Executor
 
-    groups = matrix.by_dataset(title, planned)
+    groups = matrix.by_dataset(title, planned, guests)
     outcome = Executor(planned, jobs, retry_failed, report).run()
     request = planned[0].run.request
     finished = matrix.finished(planned)
+    finished += [(guest.entry, guest.task, guest.run) for guest in guests]
     rows = comparison.collect(finished) if finished else pd.DataFrame()
     tasks = [str(task) for task in rows["task"].unique()] if finished else []
     if finished and request.mlflow:
         _show_in_tracker(groups, rows, request.runs_root, warn)
     names = {item.run.id: item.cell.entry for item in planned} if named else None
+    members = [*(item.run.directory for item in planned), *(guest.run for guest in guests)]
     return ComparisonResult(
         comparison.table(rows) if finished else pd.DataFrame(),
         {task: comparison.verdict(rows, task) for task in tasks},
@@ -311,7 +318,7 @@ def conduct(
             "failed": len(outcome.failed),
         },
         outcome.failed,
-        results.record(request.runs_root, title, [item.run.directory for item in planned], names),
+        results.record(request.runs_root, title, members, names),
     )
 
 

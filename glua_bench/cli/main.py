@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from glua_bench import __version__
-from glua_bench.cli import data, plugins, reports, runs, sweeps
+from glua_bench.cli import data, outside, plugins, reports, runs, sweeps
 from glua_bench.cli.options import (
     Plugins,
     ReportedExit,
@@ -45,11 +45,13 @@ for command in (
     runs.ablate,
     reports.report,
     reports.predict,
+    outside.score,
     reports.export,
     sweeps.sweep,
     sweeps.worker,
 ):
     app.command()(with_output(command))
+app.command(name="import")(with_output(outside.import_predictions))
 app.command(name="run-request", hidden=True)(runs.run_request)
 app.command(name="list")(with_output(plugins.list_plugins))
 app.command()(with_output(plugins.new_method))

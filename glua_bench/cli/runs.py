@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from glua_bench.runs.execution import Summary
+    from glua_bench.runs.external import Guest
     from glua_bench.runs.matrix import Cell, Planned
     from glua_bench.runs.plan import PlannedRun
 
@@ -137,7 +139,7 @@ def _show_result(planned: PlannedRun, summary: Summary) -> None:
         note(f"Finished in {duration(summary.seconds)}.")
     note()
     primary = planned.config.selectors[0]
-    say(_score_table(table[table["selector"] == primary]))
+    say(score_table(table[table["selector"] == primary]))
     others = table[(table["selector"] != primary) & (table["structure"] == "mean")]
     if len(others):
         scores = others.set_index("selector")[PRIMARY.name].map(PRIMARY.text)
@@ -171,7 +173,8 @@ def _show_result(planned: PlannedRun, summary: Summary) -> None:
     )
 
 
-def _score_table(table: pd.DataFrame) -> str:
+def score_table(table: pd.DataFrame) -> str:
+    """Format the mean scores of each structure, from `summarise`."""
     from glua_bench.scoring.metrics import METRICS
 
     first = max([11, *(len(name) + 2 for name in table["structure"])])
@@ -207,7 +210,7 @@ def compare(
         str,
         typer.Option(
             help="Comma-separated names; NAME+photometric sets the augmentation, supervised is the "
-            "upper bound.",
+            "upper bound. Also names of imported entries (`import`).",
             autocompletion=complete_names("method", UPPER),
         ),
     ] = "",
@@ -242,7 +245,7 @@ def compare(
     asked = configuration.comparison(split_names(methods), config, given, shared, named)
     shape = asked.methods, asked.datasets, asked.directions, asked.seeds, asked.shared
     cells = matrix.comparison(*shape, asked.bounds, asked.repeats)
-    _run_matrix(asked.title, cells, work, dry_run, asked.named)
+    _run_matrix(asked.title, cells, work, dry_run, asked.named, asked.imported)
 
 
 @with_options(without=["devices"])
@@ -300,17 +303,23 @@ def _resolved(tasks: Tasks, shared: RunOptions) -> tuple[list[str], list[str], R
 
 
 def _run_matrix(
-    title: str, cells: list[Cell], work: Work, dry_run: bool, named: bool = False
+    title: str,
+    cells: list[Cell],
+    work: Work,
+    dry_run: bool,
+    named: bool = False,
+    imported: Sequence[str] = (),
 ) -> None:
     from glua_bench.cli import api
     from glua_bench.reports import comparison
     from glua_bench.runs import matrix
 
+    guests = matrix.guests(cells, imported, note)  # before anything is trained
     planned = matrix.plan(cells, note)
     if dry_run:
-        _show_matrix(planned, work)
+        _show_matrix(planned, work, guests)
         return
-    result = api.conduct(title, planned, work.jobs, work.retry_failed, note, warn, named)
+    result = api.conduct(title, planned, work.jobs, work.retry_failed, note, warn, named, guests)
     counts = result.counts
     note(
         f"{len(planned)} runs: {counts['ran']} run now, {counts['before']} done before, "
@@ -363,7 +372,7 @@ def _runs(planned: list[Planned]) -> list[dict[str, object]]:
     ]
 
 
-def _show_matrix(planned: list[Planned], work: Work) -> None:
+def _show_matrix(planned: list[Planned], work: Work, guests: Sequence[Guest]) -> None:
     from glua_bench.console import duration
     from glua_bench.runs import matrix
 
@@ -379,6 +388,8 @@ def _show_matrix(planned: list[Planned], work: Work) -> None:
         cost = f", {duration(seconds[key])} per run" if left else ""
         total += left * seconds.get(key, 0.0)
         say(f"  {key[0]:<{width}}  {key[1]:<20}  {counts}{cost}")
+    for guest in guests:
+        say(f"  {guest.entry:<{width}}  {guest.task:<20}  imported")
     done = sum(item.state == "done" for item in planned)
     say(
         f"{len(planned)} runs, {done} done; about {duration(total / work.jobs)} "

@@ -141,7 +141,9 @@ def new_description(
     return file
 
 
-def parse_structures(text: str, option: str = "--structures") -> dict[str, tuple[int, ...]]:
+def parse_structures(
+    text: str, option: str = "--structures", overlap: bool = False
+) -> dict[str, tuple[int, ...]]:
     """Parse structures and their raw label values, e.g. "liver=1,tumour=2,3".
 
     The name "unannotated" is for voxels without annotation.
@@ -149,6 +151,7 @@ def parse_structures(text: str, option: str = "--structures") -> dict[str, tuple
     Args:
         text: the user's input.
         option: name of the option or question, for error messages.
+        overlap: allow a value in several structures.
 
     Returns:
         Structure → raw label values.
@@ -166,7 +169,8 @@ def parse_structures(text: str, option: str = "--structures") -> dict[str, tuple
                 f"{option}: '{part.strip()}' is not of the form name=value, such as liver=1 or "
                 "tumour=1,2,3."
             )
-        if name in found or int(value) in used:
+        taken = {0, *found.get(name or title, ())} if overlap else used
+        if name in found or int(value) in taken:
             raise ConfigError(
                 f"{option}: '{part.strip()}' repeats a name or a value, or has the value 0 of the "
                 "background; give each structure its own values."

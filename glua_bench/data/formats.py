@@ -79,6 +79,12 @@ _UNREADABLE = (
 )
 
 
+def stem(file: Path) -> str:
+    """Return a file's name without the suffix of its format, e.g. .nii.gz."""
+    suffix = next((s for s in SUFFIXES if file.name.lower().endswith(s)), "")
+    return file.name[: len(file.name) - len(suffix)]
+
+
 @dataclass(frozen=True)
 class Forms:
     """qform and sform of a NIfTI header, to be written exactly as they were read.

@@ -67,6 +67,22 @@ class GridImage:
     placement: Placement
 
 
+@dataclass(frozen=True)
+class Names:
+    """What messages about a label file say.
+
+    Attributes:
+        image: what the file that defines its grid is, e.g. "reference".
+        unknown: what unknown label values are, and what to do about them.
+    """
+
+    image: str = "image"
+    unknown: str = (
+        "unknown to the dataset: relabel the file, or list them in the dataset's structures, "
+        "ignored_values or unannotated_values"
+    )
+
+
 def load_image(path: Path | VolumeFile, reading: Reading, grid: Grid) -> GridImage:
     """Load an image onto the working grid, scaled to [-1, 1].
 
@@ -164,13 +180,16 @@ def load_label(path: Path, image_path: Path, view: DomainView, placement: Placem
     return labels
 
 
-def read_label_volume(path: Path, image_path: Path, view: DomainView) -> np.ndarray:
+def read_label_volume(
+    path: Path, image_path: Path, view: DomainView, names: Names = Names()
+) -> np.ndarray:
     """Read a label volume on the file's own grid.
 
     Args:
         path: the label file.
         image_path: its image, of which only the header is read.
         view: of the domain, as for `load_label`.
+        names: what messages call the image and recommend.
 
     Returns:
         uint8, class indices or `UNANNOTATED`, in the file's stored axes and shape.
@@ -180,7 +199,7 @@ def read_label_volume(path: Path, image_path: Path, view: DomainView) -> np.ndar
             or a value is not an integer or not known to the dataset.
     """
     image = open_volume(image_path)
-    return _read_classes(path, image_path, image.shape, image.affine, image.forms, view)
+    return _read_classes(path, image_path, image.shape, image.affine, image.forms, view, names)
 
 
 def restore(probabilities: np.ndarray, placement: Placement) -> np.ndarray:
@@ -265,11 +284,20 @@ def save_labels(
     """
     if labels.shape != placement.file_shape:
         raise ValueError(f"Labels have shape {labels.shape}, not {placement.file_shape}.")
+    save_volume(path, label_values(labels, values), placement.forms)
+
+
+def label_values(labels: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """Convert class indices to label values, in the smallest integer type.
+
+    Raises:
+        ValueError: a class index has no value.
+    """
     table = np.array([0, *values], np.int64)
     if labels.size and int(labels.max()) >= len(table):
         raise ValueError(f"Class {int(labels.max())} has no label value in {list(values)}.")
     kind = np.result_type(*(np.min_scalar_type(int(value)) for value in table))
-    save_volume(path, table.astype(kind)[labels], placement.forms)
+    return table.astype(kind)[labels]
 
 
 def save_maps(path: Path, maps: np.ndarray, placement: Placement) -> None:
@@ -326,25 +354,27 @@ def _read_classes(
     affine: np.ndarray,
     forms: Forms,
     view: DomainView,
+    names: Names = Names(),
 ) -> np.ndarray:
     """Read and check a label; return class indices in stored axes."""
+    beside = names.image
     reading = view.reading
     file = open_volume(path)
     if file.shape != shape:
         raise DataError(
-            f"{path} has shape {file.shape} but its image {image_path} has {shape}: "
-            "resample the label onto the image."
+            f"{path} has shape {file.shape} but its {beside} {image_path} has {shape}: "
+            f"resample the label onto the {beside}."
         )
     if reading.orientation == "canonical" and not same_place(file.affine, affine, shape):
-        names = [axis_codes(file.affine, path), axis_codes(affine, image_path)]
+        codes = [axis_codes(file.affine, path), axis_codes(affine, image_path)]
         # Compared axis by axis, because at 45° the names of axes depend on rounding.
         sides = [np.linalg.norm(own[:3, :3], axis=0) for own in (file.affine, affine)]
         between = np.eye(4)
         between[:3, :3] = (affine[:3, :3] / sides[1]).T @ (file.affine[:3, :3] / sides[0])
         if (orientation(between, path) != [[0, 1], [1, 1], [2, 1]]).any():
-            what = f"has orientation {names[0]} but its image {image_path} has {names[1]}"
-            if names[0] == names[1]:
-                what = f"is rotated by more than 45° relative to its image {image_path}"
+            what = f"has orientation {codes[0]} but its {beside} {image_path} has {codes[1]}"
+            if codes[0] == codes[1]:
+                what = f"is rotated by more than 45° relative to its {beside} {image_path}"
             second = second_form(file.forms, shape), second_form(forms, shape)
             other = follows_other_form((file.affine, second[0]), (affine, second[1]), shape)
             fix = f"{other}, so make both headers agree" if other else "resample the label onto it"
@@ -368,10 +398,7 @@ def _read_classes(
             strays = sorted({*strays, *np.unique(part[strange]).tolist()})[:6]
     if strays:
         shown = ", ".join(map(str, strays[:5])) + (", …" if len(strays) > 5 else "")
-        raise DataError(
-            f"{path} has label value(s) {shown} unknown to the dataset: relabel the file, or list "
-            "them in the dataset's structures, ignored_values or unannotated_values."
-        )
+        raise DataError(f"{path} has label value(s) {shown} {names.unknown}.")
     return classes.reshape(shape, order="F")
 
 

@@ -10,7 +10,13 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
-from glua_bench.config import PRESETS, RunConfig, SegmenterSpec, flat_settings
+from glua_bench.config import (
+    PRESETS,
+    RunConfig,
+    SegmenterSpec,
+    external_entry,
+    flat_settings,
+)
 from glua_bench.errors import UserError, shortened
 from glua_bench.identity import digest
 from glua_bench.paths import distinct
@@ -136,6 +142,12 @@ class Comparison:
         return digest(self.identity or sorted([entry, run.id] for entry, run in self.members))
 
     @property
+    def _trained(self) -> list[RunDirectory]:
+        """The runs whose settings are known, i.e. all but imported ones (if there are others)."""
+        runs = [run for _, run in self.members]
+        return [run for run in runs if not run.config.external] or runs
+
+    @property
     def entries(self) -> list[str]:
         """Names of the rows, in the order of the members."""
         return list(dict.fromkeys(entry for entry, _ in self.members))
@@ -163,10 +175,10 @@ class Comparison:
         """Display name, e.g. "compare glua, sifa | phantom mr-ct | 3 seeds | quick"."""
         if self.settings is not None:
             return shortened(self.title, 200)
-        count = len(self.seeds)
-        changed = [named_changes(r.config, _method_changes(r)) for _, r in self.members]
+        count, own = len(self.seeds), self._trained
+        changed = [named_changes(r.config, _method_changes(r)) for r in own]
         shared = {n: v for n, v in changed[0].items() if all(c.get(n) == v for c in changed)}
-        preset = self.members[0][1].config.preset
+        preset = own[0].config.preset
         return " | ".join(
             (
                 shortened(self.title, 100),
@@ -180,7 +192,7 @@ class Comparison:
         """Return the group's parameters, by default the settings that all runs share."""
         if self.settings is not None:
             return dict(self.settings)
-        settings = [flat_settings(run.config.to_dict()) for _, run in self.members]
+        settings = [flat_settings(run.config.to_dict()) for run in self._trained]
         shared = {
             name: value
             for name, value in settings[0].items()
@@ -279,7 +291,9 @@ def run_name(config: RunConfig, method: Mapping[str, Any]) -> str:
     if changed.get("augmentation") == "photometric":  # as in the entries of a comparison
         del changed["augmentation"]
         name += " + photometric"
-    if config.privileged:
+    if config.external:
+        name = external_entry(name, config.privileged)
+    elif config.privileged:
         name += f", {config.scenario} (privileged)"
     own = {n: value for n, value in changed.items() if n.startswith("method.")}
     others = {n: value for n, value in changed.items() if n not in own}

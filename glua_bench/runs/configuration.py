@@ -30,6 +30,7 @@ from glua_bench.config import (
 from glua_bench.documents import Table, nearest, read_document
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.registry import Registry, with_descriptions
+from glua_bench.runs.matrix import PHOTOMETRIC
 from glua_bench.runs.request import RunOptions, RunRequest
 from glua_bench.task import Grid, fold_name
 
@@ -221,6 +222,7 @@ class Asked:
 
     Attributes:
         methods: names, or the entries of a file as `matrix.comparison` takes them.
+        imported: names of imported entries.
         datasets: names with their folds.
         directions: "source-target", ("all",), or () for each dataset's first.
         seeds: number of seeds.
@@ -230,6 +232,7 @@ class Asked:
     """
 
     methods: Sequence[str] | Mapping[str, Mapping[str, Any]]
+    imported: Sequence[str]
     datasets: Sequence[str]
     directions: Sequence[str]
     seeds: int
@@ -240,7 +243,7 @@ class Asked:
     @property
     def title(self) -> str:
         """Title of the command, e.g. "compare glua, sifa"."""
-        return f"compare {', '.join(self.methods)}"
+        return f"compare {', '.join([*self.methods, *self.imported])}"
 
     @property
     def named(self) -> bool:
@@ -286,8 +289,17 @@ def comparison(
     joined, plugins = with_descriptions(",".join(values["datasets"]), shared.plugins)
     registry = Registry("dataset", plugins)
     names = [fold_name(*registry.fold_of(name, values["fold"])) for name in joined.split(",")]
+    known = Registry("method", plugins)
+    trained = [n for n in methods if n == UPPER or n.removesuffix(PHOTOMETRIC) in known]
+    imported = [name for name in methods if name not in trained]
+    if imported and not trained and not values["bounds"]:
+        raise ConfigError(
+            f"--methods {','.join(methods)} has no method to run; name one, omit --no-bounds, or "
+            "show imported entries with `glua-bench report`."
+        )
     return Asked(
-        entries or methods,
+        entries or trained,
+        values.get("imported", imported),
         names,
         values["directions"],
         values["seeds"],
@@ -323,6 +335,7 @@ def _read_comparison(
             if value < low:
                 raise text.error(f"'{name}' must be at least {low}, not {values[name]}", name)
     values["bounds"] = text.take("bounds", bool, True)
+    values["imported"] = text.texts("imported") if "imported" in text else []
     options: dict[str, Any] = {}
     for name, kind in _SHARED.items():
         value = text.take(name, kind, None)

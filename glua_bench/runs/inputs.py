@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 
 from glua_bench.data.dicom_series import is_dicom, read_series, series_of
-from glua_bench.data.formats import SUFFIXES, Forms, VolumeFile, open_volume
+from glua_bench.data.formats import SUFFIXES, Forms, VolumeFile, open_volume, stem
 from glua_bench.errors import DataError
 from glua_bench.paths import broken, entries
 
@@ -111,12 +111,6 @@ def find(paths: Iterable[Path]) -> Inputs:
     names = _unique_names([(image.path, image.name) for image in found.values()])
     images = (replace(i, name=name) for i, name in zip(found.values(), names, strict=True))
     return Inputs(tuple(images), tuple(left))
-
-
-def stem(file: Path) -> str:
-    """Return a file's name without the suffix of its format, e.g. .nii.gz."""
-    suffix = next((s for s in SUFFIXES if file.name.lower().endswith(s)), "")
-    return file.name[: len(file.name) - len(suffix)]
 
 
 def _in_folder(folder: Path) -> tuple[list[Given], list[Path]]:

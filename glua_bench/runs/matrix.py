@@ -27,8 +27,9 @@ from glua_bench.method import Method
 from glua_bench.records.naming import Comparison
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.registry import Registry
-from glua_bench.runs import execution
+from glua_bench.runs import execution, external
 from glua_bench.runs import plan as planning
+from glua_bench.runs.external import Guest
 from glua_bench.runs.plan import PlannedRun
 from glua_bench.runs.request import RunOptions, RunRequest
 from glua_bench.task import Dataset, fold_name
@@ -332,18 +333,43 @@ def finished(planned: Sequence[Planned]) -> list[tuple[str, str, RunDirectory]]:
     return [(i.cell.entry, i.cell.task, i.run.directory) for i in done if key(i) in ordinary]
 
 
-def by_dataset(title: str, planned: Sequence[Planned]) -> list[Comparison]:
+def guests(
+    cells: Sequence[Cell],
+    names: Sequence[str],
+    report: Callable[[str], None] = lambda line: None,
+) -> list[Guest]:
+    """Find imported entries for the tasks of a comparison.
+
+    Args:
+        cells: the runs of the comparison.
+        names: names that no method has.
+        report: receives a line for each task that an entry lacks.
+
+    Raises:
+        ConfigError: an entry has not been imported for any of the tasks.
+    """
+    requests = [cell.request for cell in cells]
+    tasks = [(each.dataset, each.fold, each.direction or "") for each in requests]
+    return external.guests(names, tasks, requests[0].runs_root, requests[0].plugins, report)
+
+
+def by_dataset(
+    title: str, planned: Sequence[Planned], guests: Sequence[Guest] = ()
+) -> list[Comparison]:
     """Group the runs by dataset, as a tracker shows them.
 
     Args:
         title: title of the command, e.g. "compare glua, sifa".
         planned: the matrix.
+        guests: imported entries.
     """
     groups: dict[str, list[tuple[str, RunDirectory]]] = {}
     for item in planned:
         groups.setdefault(item.run.config.fold_name, []).append(
             (item.cell.entry, item.run.directory)
         )
+    for guest in guests:
+        groups.setdefault(guest.run.config.fold_name, []).append((guest.entry, guest.run))
     return [Comparison(title, members) for members in groups.values()]
 
 

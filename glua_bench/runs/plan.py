@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from glua_bench.config import (
     PRESETS,
+    UPPER,
     RunConfig,
     SegmenterSpec,
     build_settings,
@@ -99,6 +100,8 @@ def resolve(request: RunRequest, dataset: Dataset, method_class: type[Method]) -
         raise ConfigError(
             f"There is no preset '{preset}'; use --preset with one of {', '.join(PRESETS)}."
         )
+    if request.scenario not in ("uda", UPPER):
+        raise ConfigError(f"--scenario {request.scenario} is unknown; use uda or {UPPER}.")
     values = dict(PRESETS[preset])
     groups = parse_overrides(request.assignments, setting_names(method_class.Config))
     direction = "-".join(parse_direction(dataset, request.direction))

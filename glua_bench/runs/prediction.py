@@ -193,6 +193,10 @@ def from_run(
         UserError: the selector chose none, or the checkpoint does not fit the method's current
             version.
     """
+    if run.config.external:
+        raise UserError(
+            f"{run.path} was imported from another tool and has no model; give a trained run."
+        )
     chosen = run.read_summary()["chosen_steps"]
     if selector not in chosen:
         raise ConfigError(

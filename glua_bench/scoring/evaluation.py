@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from glua_bench.data.neighbours import ALONE, Neighbourhood, Stacks
 from glua_bench.data.stores import CachedImage
 from glua_bench.data.volumes import read_label_volume, restore, save_labels
 from glua_bench.scoring.metrics import METRICS, PRIMARY, case_metrics, complete
-from glua_bench.task import AVERAGE, UNANNOTATED, Case, Dataset, Grid
+from glua_bench.task import AVERAGE, UNANNOTATED, Case, Dataset, Grid, Structure
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -126,15 +127,38 @@ def evaluate(
             values = [structure.values[0] for structure in structures]
             save_labels(predictions / f"{case.id}.nii.gz", labels, image.placement, values)
         reference = read_label_volume(case.truth, case.image, view)
-        # Unannotated voxels are excluded by setting them to background in both.
-        unannotated = reference == UNANNOTATED
-        labels[unannotated] = reference[unannotated] = 0
-        of_case = {"case": case.id, "subject": case.subject, "domain": case.domain}
-        spacing, ml = image.placement.spacing, image.placement.ml
-        scores = case_metrics(labels, reference, structures, spacing, ml)
-        rows += [{**of_case, **score} for score in scores]
+        placement = image.placement
+        rows += score_case(case, labels, reference, structures, placement.spacing, placement.ml)
         progress.update(done + 1)
     return pd.DataFrame(rows)
+
+
+def score_case(
+    case: Case,
+    labels: np.ndarray,
+    reference: np.ndarray,
+    structures: Sequence[Structure],
+    spacing: Sequence[float],
+    ml: float,
+) -> list[dict[str, Any]]:
+    """Score the prediction of one case; voxels that are unannotated in the reference are excluded.
+
+    Args:
+        case: the case.
+        labels: predicted class indices in the file's stored axes.
+        reference: class indices or `UNANNOTATED`, same shape.
+        structures: class i + 1 is `structures[i]`.
+        spacing: mm per axis.
+        ml: volume of a voxel in ml.
+
+    Returns:
+        One row per structure: case, subject, domain, and the columns of `case_metrics`.
+    """
+    unannotated = reference == UNANNOTATED  # set to background in both
+    found, wanted = np.where(unannotated, 0, labels), np.where(unannotated, 0, reference)
+    of_case = {"case": case.id, "subject": case.subject, "domain": case.domain}
+    scores = case_metrics(found, wanted, structures, spacing, ml)
+    return [{**of_case, **score} for score in scores]
 
 
 def mean_score(cases: pd.DataFrame, metric: str = PRIMARY.name) -> float:

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glua_bench.data.dicom_series import series_of
+from glua_bench.data.formats import stem
 from glua_bench.errors import DataError
 from glua_bench.runs import inputs
 
@@ -122,7 +123,7 @@ parts = st.sampled_from(["a", "A", "b", "a_b", "\u00e4", "a\u0308"])
 @given(st.lists(st.tuples(st.lists(parts, max_size=3), parts, st.sampled_from(inputs.SUFFIXES))))
 def test_names_always_differ_on_every_disk(files: list[tuple[list[str], str, str]]) -> None:
     paths = dict.fromkeys(Path("/", *folders, name + end) for folders, name, end in files)
-    pairs = [(path, inputs.stem(path)) for path in paths]
+    pairs = [(path, stem(path)) for path in paths]
     found = inputs._unique_names(pairs)
     folded = {unicodedata.normalize("NFC", name.casefold()) for name in found}
     assert len(folded) == len(pairs)
