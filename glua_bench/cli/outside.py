@@ -53,8 +53,8 @@ def score(
         str | None,
         typer.Option(
             help="Structures and their label values, which may overlap, e.g. LV=1,MYO=2,heart=1,2; "
-            "'unannotated=255' excludes voxels, 'background=9' ignores a value. Default: nnU-Net's dataset.json beside the files, "
-            "or each value found."
+            "'unannotated=255' excludes voxels, 'background=9' ignores a value. Default: nnU-Net's "
+            "dataset.json beside the files, or each value found."
         ),
     ] = None,
     dataset: Annotated[
