@@ -494,7 +494,10 @@ def _assemble(
     return Results(
         own,
         _with_runs(
-            pd.DataFrame(checkpoints, columns=["line", "selector", "step", "score"]),
+            # The type of an empty frame, without candidates, is object.
+            pd.DataFrame(checkpoints, columns=["line", "selector", "step", "score"]).astype(
+                {"line": int}
+            ),
             lines[["run", "entry", "task", "seed"]],
         ),
         {record.run.id: record.run for record in kept},

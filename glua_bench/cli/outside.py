@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -54,8 +54,8 @@ def score(
         str | None,
         typer.Option(
             help="Structures and their label values, which may overlap, e.g. LV=1,MYO=2,heart=1,2; "
-            "'unannotated=255' excludes voxels. Default: nnU-Net's dataset.json beside the files, "
-            "or each value found."
+            "'unannotated=255' excludes voxels, 'background=9' ignores a value. Default: nnU-Net's "
+            "dataset.json beside the files, or each value found."
         ),
     ] = None,
     dataset: Annotated[
@@ -109,9 +109,14 @@ def score(
     if structures is not None:
         named = scaffold.parse_structures(structures, overlap=True)
         unannotated = named.pop("unannotated", ())
+        ignored = named.pop("background", ())
         own = files.as_structures(named)
-        reading = Reading(unannotated_values=unannotated)
-    shared = {"only_predicted": only_predicted, "verify": verify, "jobs": jobs or cores()}
+        reading = Reading(ignored_values=ignored, unannotated_values=unannotated)
+    shared: dict[str, Any] = {
+        "only_predicted": only_predicted,
+        "verify": verify,
+        "jobs": jobs or cores(),
+    }
     with progress() as bar:
         if dataset is None:
             assert references is not None
@@ -150,6 +155,7 @@ def score(
     if out is not None:
         write_text(out, rows.to_csv(index=False), "--out")
         say(f"Wrote {out}")
+    words: list[object]
     if dataset is not None:
         words = ["glua-bench", "import", "NAME", "--dataset", dataset, "--predictions"]
         line = next_command(*words, predictions, plugins=plugin, data_root=data_root, fold=fold)
@@ -256,7 +262,14 @@ def import_predictions(
         warn("the tracker lacks this entry; upload it with `glua-bench sync`")
     say()
     say(f"Results: {run.path} (cases.parquet, predictions/)")
-    words = ["glua-bench", "compare", "--methods", f"source_only,{name}", "--dataset", dataset]
+    words: list[object] = [
+        "glua-bench",
+        "compare",
+        "--methods",
+        f"source_only,{name}",
+        "--dataset",
+        dataset,
+    ]
     words += ["--direction", config.direction, "--seeds", "1"]
     words += ["--runs", runs_root] if runs_root != Path("runs") else []
     line = next_command(*words, plugins=plugin, data_root=data_root, fold=config.fold)

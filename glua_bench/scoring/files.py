@@ -72,7 +72,7 @@ class Classes:
     structures: tuple[Structure, ...]
     unannotated: tuple[int, ...] = ()
     source: str = "structures given"
-    fix: str = "relabel the file, or add them to the structures"
+    fix: str = "relabel the file, or add them to the structures (as background=… to ignore them)"
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,8 @@ def test_a_run_s_predictions_have_the_run_s_scores_and_stand_beside_it(
 
     Path("x.nii").touch()
     moved = next(run for run in list_runs(Path("runs")) if run.config.method == "moved")
-    for command in (["predict", "x.nii", "--run"], ["export", "--run"]):
+    image = cohort / "ct_train" / "ct_train_1003_image.nii.gz"
+    for command in (["predict", image, "--run"], ["export", "--run"]):
         refused(call(*command, moved.path), "imported from another tool and has no model")
 
 
@@ -280,9 +281,7 @@ def test_refused_imports_leave_nothing(call: Call, cohort: Path, predicted: Path
     shutil.copy(other, predicted / "1021.nii.gz")
     bad("are predictions of the same case 'ct_1021'")
     refused(imported(call, cohort, "x", "--predictions", "none"), "none does not exist")
-    refused(
-        imported(call, cohort, "x", "--predictions", predicted, "--direction=ct-ct"), "--direction"
-    )
+    refused(imported(call, cohort, "x", "--predictions", predicted, "--direction=a-b"), "a-b")
 
 
 def test_ambiguous_label_values_are_asked_for(call: Call, cohort: Path, predicted: Path) -> None:
@@ -298,7 +297,7 @@ def test_ambiguous_label_values_are_asked_for(call: Call, cohort: Path, predicte
         nib.save(nib.Nifti1Image(swapped, image.affine), file)
     given = sorted(predicted.iterdir())
     first, second = (Structure(name, "", (value,), "") for name, value in (("A", 2), ("B", 1)))
-    with pytest.raises(ConfigError, match=r"1 = A, 2 = B.* 2 = A, 1 = B.*--values classes"):
+    with pytest.raises(ConfigError, match=r"1 = A, 2 = B.*2 = A, 1 = B.*--values classes"):
         _values_of(given, DomainView("ct", Reading(), (first, second)))
     assert _values_of(given, DomainView("ct", Reading(), (second, first))) == "classes"
 
@@ -318,7 +317,7 @@ def test_score_of_two_folders_told_in_full(call: Call, cohort: Path, predicted: 
     references = Path("labels")
     for file in predicted.iterdir():
         perturb(file, references / file.name, -1)
-    words = "MYO=205,LAC=420,heart=205,420,500,AA=820"
+    words = "MYO=205,LAC=420,heart=205,420,500,AA=820,background=550,600,850"
     code, out, err = call(
         *("score", predicted, references, "--structures", words, "--jobs=1", "--out=a b.csv")
     )
