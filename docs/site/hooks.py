@@ -10,10 +10,10 @@ from __future__ import annotations
 import base64
 import dataclasses
 import html
+import inspect
 import json
 import posixpath
 import re
-import inspect
 import typing
 from collections.abc import Iterator
 from enum import Enum
@@ -27,7 +27,11 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 # Page of the site → file of the repository.
-PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+PAGES = {
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -98,7 +102,8 @@ def separated(markdown: str) -> Iterator[str]:
         start = re.match(r"(\||[-*] |\d+\. |<!--)", line)
         if before.startswith("<!--") or (start and before and not _continues(before, start[1])):
             yield ""
-        yield line
+        # A number stays on one line with its unit or spread.
+        yield re.sub(r"(?<=\d) (?=[±%])|(?<=±) (?=\d)", "\u00a0", line) if start else line
         before = line.rstrip()
     yield from fence
 
@@ -118,15 +123,21 @@ def cell(text: object) -> str:
     return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def code(value: object) -> str:
-    """Return a value as code, or nothing for an empty one."""
-    return "" if value in (None, "", (), []) else f"`{value}`"
+def code(value: Any) -> str:
+    """Return a value as code, a list as several, or nothing for an empty one."""
+    if isinstance(value, (tuple, list)):
+        return ", ".join(map(code, value))
+    return "" if value in (None, "") else f"`{value}`"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     """Return a table without the columns that are empty in every row."""
     kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
-    lines = [[head[i] for i in kept], ["---"] * len(kept), *([row[i] for i in kept] for row in rows)]
+    lines = [
+        [head[i] for i in kept],
+        ["---"] * len(kept),
+        *([row[i] for i in kept] for row in rows),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -190,7 +201,10 @@ def allowed(spec: Any) -> str:
     if spec.metadata.get("choices"):
         return ", ".join(f"`{value}`" for value in spec.metadata["choices"])
     low, high = spec.metadata.get("low"), spec.metadata.get("high")
-    return "" if low is None else f"{low:g} to {high:g}"
+    if low is None:
+        return ""
+    low, high = (f"{v:,}" if isinstance(v, int) else f"{v:g}" for v in (low, high))
+    return f"{low} to {high}"
 
 
 def settings() -> str:
@@ -215,8 +229,6 @@ def settings() -> str:
             meaning = spec.metadata.get("help") or attributes.get(spec.name, "")
             meaning = meaning or (option.help if option is not None and not prefix else "")
             default = "" if spec.default is dataclasses.MISSING else spec.default
-            if isinstance(default, tuple):
-                default = ", ".join(default)
             own = [presets.get(preset, {}) for preset in PRESETS]
             differs = any(spec.name in values for values in own)
             shown = [code(values.get(spec.name, default)) if differs else "" for values in own]
@@ -224,6 +236,7 @@ def settings() -> str:
             found.append([*first, allowed(spec), cell(meaning)])
         return found
 
+    networks = {name: preset["segmenter"] for name, preset in PRESETS.items()}
     parts = [
         "# Every setting\n",
         "Generated from the code. `--set NAME=VALUE` of [the commands that train](commands.md) "
@@ -232,7 +245,7 @@ def settings() -> str:
         "## A run\n",
         table(head, rows(RunConfig, "", PRESETS)),
         "## The segmenter\n",
-        table(head, rows(SegmenterSpec, "segmenter.", {n: p["segmenter"] for n, p in PRESETS.items()})),
+        table(head, rows(SegmenterSpec, "segmenter.", networks)),
         "## The grid\n",
         "Each dataset states its grids; `--set grid.size=96` changes one.\n",
         table(head, rows(Grid, "grid.", {})),
