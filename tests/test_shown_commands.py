@@ -62,7 +62,7 @@ NOT_RUN = {
     r"glua-bench .*\bliver\b.*": "needs files of a hospital; test_docs.py checks the description",
     r"pytest -m cluster|\.ci/.*": ".ci/run starts the servers",
     r"glua-bench sweep .*--executor slurm.*|glua-bench worker .*": "needs a cluster",
-    r"glua-bench sweep mask_ratio --workers 4": "needs PostgreSQL",
+    r"glua-bench sweep mask_ratio --workers 4": "needs PostgreSQL; with 2 workers it runs",
     r"glua-bench report --from-mlflow": "needs runs in MLflow; tests/records fetch them",
     r"glua-bench .*\bcoral\b.*|pytest test_coral\.py": "test_docs.py runs it with the page's code",
 }
