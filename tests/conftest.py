@@ -75,7 +75,7 @@ def phantom_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_livers() -> Callable[[Path], None]:
     """Write the example files of docs/adding-data.md to a directory."""
 

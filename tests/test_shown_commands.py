@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,12 @@ BUDGET = {
     "data fingerprint": "--jobs 1",
     "data export": "--jobs 1",
 }
-# Word of a command → what stands for it here; {} is the finished run of `glua`.
+# Word of a command → what stands for it here; of a pattern, the first match.
 STANDS_FOR = {
     "--repeats=2": "--repeats=1",
-    "runs/phantom/glua/ID": "{}",
-    "runs/comparisons/NAME.json": "{comparison}",
+    "runs/phantom/glua/ID": "runs/phantom/glua/*",
+    "runs/comparisons/NAME.json": "runs/comparisons/*",
+    "/path/to/volumes": "livers",
     "scan.nii.gz": "volumes/ct_train/ct_train_1003_image.nii.gz",
 }
 # Pattern of commands that do not run → why.
@@ -59,7 +60,7 @@ NOT_RUN = {
     r"pip install ('glua-bench\[cluster\]'|--editable .*)": "needs an index of packages",
     r"export GLUA_BENCH_\w+=.*": "a path or server of the user",
     r"glua-bench .*\b(mmwhs|mmwhs_sifa|mscmr|abdomen)\b.*": "needs patients' files",
-    r"glua-bench .*\bliver\b.*": "needs files of a hospital; test_docs.py checks the description",
+    r"glua-bench .*--plugin liver\.py.*": "test_docs.py checks the page's class",
     r"pytest -m cluster|\.ci/.*": ".ci/run starts the servers",
     r"glua-bench sweep .*--executor slurm.*|glua-bench worker .*": "needs a cluster",
     r"glua-bench sweep mask_ratio --workers 4": "needs PostgreSQL; with 2 workers it runs",
@@ -83,7 +84,7 @@ def shown(page: str) -> list[str]:
                 pass
             elif not (prompted or (not language and line.startswith("glua-bench "))):
                 continue
-            line = re.sub(r"\s+#.*", "", line)
+            line = re.sub(r"\s+[#|] .*", "", line)  # a comment, or what reads the output
             commands += [part.strip() for part in line.split("&&") if part.strip()]
     return [c for c in commands if not c.startswith("#") and "error:" not in c]
 
@@ -154,7 +155,9 @@ def test_commands_within_sentences_exist() -> None:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def desk(
+    tmp_path_factory: pytest.TempPathFactory, write_livers: Callable[[Path], None]
+) -> Iterator[Path]:
     """Prepare a directory with small volumes, in which runs train in this process."""
     from glua_bench.console import Progress
     from glua_bench.datasets.phantom.dataset import Phantom, generate
@@ -179,26 +182,25 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         # Where `phantom` and the tutorial would generate 72 volumes.
         generate(Phantom().root, ids=ids, voxel_scale=3.0, workers=1)
         shutil.copytree(Phantom().root, "volumes")
+        write_livers(root / "livers")
         yield root
 
 
 def small(command: str) -> list[str]:
     """Return the words of a command with a tiny budget and the small phantom."""
-    words = shlex.split(command)[1:]
-    finished = sorted(Path("runs/phantom/glua").glob("*/done"))
-    compared = sorted(Path("runs/comparisons").glob("*.json"))
-    stands = {
-        "{}": str(finished[0].parent) if finished else "",
-        "{comparison}": str(compared[0]) if compared else "",
-    }
-    words = [stands.get(word, word) for word in (STANDS_FOR.get(w, w) for w in words)]
+    words = []
+    for word in shlex.split(command)[1:]:
+        word = STANDS_FOR.get(word, word)
+        if (ROOT / word).is_file() and not Path(word).exists():
+            word = str(ROOT / word)  # an example of this repository
+        words.append(str(sorted(Path().glob(word))[0]) if "*" in word else word)
     return words + shlex.split(BUDGET.get(split(words)[0], ""))
 
 
 def run(page: str, desk: Path) -> None:
     """Run the commands of a page in its order, beginning with the runs of the README's."""
     for path in desk.iterdir():
-        if path.name not in ("volumes", ".cache", ".runs"):
+        if path.name not in ("volumes", "livers", ".cache", ".runs"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     if page != "README.md":
         if not Path(".runs").is_dir():

@@ -104,6 +104,7 @@ def test_no_page_asks_another_host(site: Path) -> None:
         content = page.read_text(encoding="utf-8")
         assert not loads.search(content), page.name
         assert "arithmatex" not in content, f"{page.name} shows a formula as text"
+        assert "<p>- " not in content and "<p>| " not in content, f"{page.name} lacks a list"
     assert "<math" in (site / "methods.html").read_text(encoding="utf-8")
 
 
@@ -126,7 +127,7 @@ def test_an_executed_notebook_becomes_a_page(site: Path) -> None:
     )
     page = hooks.notebook(cells)
     assert page.startswith("# Title\n\n```python\n1 + 1\n```")
-    assert "```text\n2\n```" in page and "```text\nprinted\n```" in page
+    assert "```text\n2\nprinted\n```" in page
 
 
 @pytest.fixture(scope="module")

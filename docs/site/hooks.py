@@ -7,10 +7,10 @@ MathML and notebooks pages, so the site makes no request to another host.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import html
 import inspect
+import itertools
 import json
 import posixpath
 import re
@@ -97,7 +97,7 @@ def separated(markdown: str) -> Iterator[str]:
             fence.append(line)
             if len(fence) > 1 and line.strip() == "```":
                 yield "\n".join(fence)
-                fence, before = [], ""
+                fence, before = [], "```"
             continue
         start = re.match(r"(\||[-*] |\d+\. |<!--)", line)
         if before.startswith("<!--") or (start and before and not _continues(before, start[1])):
@@ -268,14 +268,21 @@ def notebook(text: str) -> str:
     for each in json.loads(text)["cells"]:
         source = "".join(each["source"])
         parts.append(source if each["cell_type"] == "markdown" else f"```python\n{source}\n```")
-        for output in each.get("outputs", []):
-            data = output.get("data", {})
-            if "image/png" in data:
-                picture = base64.b64encode(base64.b64decode("".join(data["image/png"]))).decode()
-                parts.append(f'<img alt="output" src="data:image/png;base64,{picture}">')
-            elif "text/html" in data:
-                parts.append("".join(data["text/html"]))
-            else:
-                plain = "".join(output.get("text") or data.get("text/plain") or "")
-                parts.append(f"```text\n{plain.rstrip()}\n```")
+        for rich, outputs in itertools.groupby(each.get("outputs", []), _is_rich):
+            if not rich:  # lines that were printed one after another
+                texts = ("".join(o.get("text") or o["data"]["text/plain"]) for o in outputs)
+                lines = "\n".join(text.rstrip() for text in texts)
+                parts.append(f"```text\n{lines}\n```")
+                continue
+            for data in (output["data"] for output in outputs):
+                if "image/png" in data:
+                    picture = "".join("".join(data["image/png"]).split())
+                    parts.append(f'<img alt="output" src="data:image/png;base64,{picture}">')
+                else:
+                    parts.append(re.sub(r"<table[^>]*>", "<table>", "".join(data["text/html"])))
     return "\n\n".join(parts)
+
+
+def _is_rich(output: dict[str, Any]) -> bool:
+    """Return True for an output that is a picture or a table."""
+    return bool({"image/png", "text/html"} & set(output.get("data", {})))
