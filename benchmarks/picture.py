@@ -38,16 +38,16 @@ def main(runs: Path, out: Path) -> None:
     label = np.asarray(SliceCache().label(source, view).open())
     first = most_visible_slice(label)
     panels = [
-        ("MR, labelled: source", image[first], label[first]),
-        ("CT, unlabelled: target", case.image[z], np.zeros_like(case.reference[z])),
+        ("source\nMR", image[first], label[first]),
+        ("target\nCT", case.image[z], np.zeros_like(case.reference[z])),
         *(
-            (f"{title}: Dice {case.dice[entry]:.2f}", case.image[z], case.predictions[entry][z])
+            (f"{title}\nDice {case.dice[entry]:.2f}", case.image[z], case.predictions[entry][z])
             for entry, title in SHOWN.items()
         ),
-        ("reference", case.image[z], case.reference[z]),
+        ("reference\n", case.image[z], case.reference[z]),
     ]
-    figure = new_figure(2 * len(panels), 2.6)
-    figure.get_layout_engine().set(h_pad=0.08)
+    figure = new_figure(1.5 * len(panels), 2.2)
+    figure.get_layout_engine().set(h_pad=0.06)
     for axes, (title, picture, mask) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         axes.imshow(np.asarray(picture, dtype=np.float32), cmap="gray", vmin=-1, vmax=1)
         for index, structure in enumerate(dataset.structures, start=1):
@@ -59,7 +59,7 @@ def main(runs: Path, out: Path) -> None:
     figure.legend(
         handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=8
     )
-    save(figure, out, dpi=150)
+    save(figure, out, dpi=180)
 
 
 if __name__ == "__main__":
