@@ -54,7 +54,8 @@ def main(runs: Path, out: Path) -> None:
             if (mask == index).any():
                 axes.contour(mask == index, [0.5], colors=structure.color, linewidths=1.4)
         axes.set_title(title, fontsize=9, color=INK)
-        axes.set_axis_off()
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
     keys = [Line2D([], [], color=s.color, lw=2, label=s.title) for s in dataset.structures]
     figure.legend(
         handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=8
