@@ -46,7 +46,7 @@ def main(runs: Path, out: Path) -> None:
         ),
         ("reference\n", case.image[z], case.reference[z]),
     ]
-    figure = new_figure(1.5 * len(panels), 2.2)
+    figure = new_figure(1.5 * len(panels), 2.35)
     figure.get_layout_engine().set(h_pad=0.06)
     for axes, (title, picture, mask) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         axes.imshow(np.asarray(picture, dtype=np.float32), cmap="gray", vmin=-1, vmax=1)
