@@ -75,7 +75,7 @@ def phantom_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_livers() -> Callable[[Path], None]:
     """Write the example files of docs/adding-data.md to a directory."""
 
@@ -200,7 +200,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         "disable-background-networking",
         "disable-component-update",
         "disable-sync",
-        "host-resolver-rules=MAP * ~NOTFOUND",
+        "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
         "use-angle=swiftshader",
         "enable-unsafe-swiftshader",
         "ignore-gpu-blocklist",

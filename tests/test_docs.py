@@ -195,20 +195,6 @@ def test_the_sweep_of_the_guide_can_be_used(tmp_path):
     assert (found.name, found.trials, found.runs_per_trial) == ("my_ratio", 20, 3)
 
 
-def test_the_guide_s_commands_of_sweeps_exist():
-    from typer.main import get_command
-
-    from glua_bench.cli import app
-    from glua_bench.sweeps.definition import shipped
-
-    for line in commands_of("sweeps.md"):
-        program, name, *words = shlex.split(line, comments=True)
-        options = {o for p in get_command(app).commands[name].params for o in p.opts}
-        assert program == "glua-bench"
-        assert {word for word in words if word.startswith("--")} <= options, line
-        assert name != "sweep" or words[0] in shipped()
-
-
 # -- methods.md, protocol.md ----------------------------------------------------------------------
 
 
@@ -286,12 +272,12 @@ def test_every_test_ids_paragraph_of_mscmr_is_the_code_s():
             assert (ends[0], ends[-1]) == (splits[split][0], splits[split][-1])
 
 
-# -- README: results ------------------------------------------------------------------------------
+# -- results.md and the README --------------------------------------------------------------------
 
 
-def readme_rows(file: Path) -> list[str]:
+def result_rows(name: str) -> list[str]:
     """Return the lines of a results table: both directions of each entry, and its memory."""
-    rows = pd.read_parquet(file)
+    rows = pd.read_parquet(ROOT / "results" / f"{name}.parquet")
     assert set(rows["dataset"]) == {"phantom"}, "rows of real patients may not be published"
     lines = table(rows)
     repeated = bool(lines["last bits"].notna().any())
@@ -321,16 +307,29 @@ TABLES = ("", "_codes", "_baselines", "_h100")
 
 
 @pytest.mark.parametrize("name", [f"phantom_quick{which}" for which in TABLES])
-def test_the_results_in_the_readme_are_those_of_the_rows(name):
+def test_the_results_of_the_page_are_those_of_the_rows(name):
     """Each table precedes the link to its file."""
-    results = (ROOT / "README.md").read_text().split("## Results")[1].split("\n## ")[0]
-    before = results.split(f"(results/{name}.parquet)")[0]
-    blocks = re.findall(r"^\|---.*\n((?:\|.*\n)+)", before, re.MULTILINE)
-    assert blocks[-1].splitlines() == readme_rows(ROOT / "results" / f"{name}.parquet")
+    assert last_table(page("results.md"), name) == result_rows(name)
 
 
-def test_what_the_readme_says_of_glua_and_of_last_bits_is_what_the_rows_say():
-    text = (ROOT / "README.md").read_text()
+def last_table(text: str, name: str) -> list[str]:
+    """Return the rows of the last table before the link to a file of results."""
+    before = text.split(f"results/{name}.parquet)")[0]
+    return re.findall(r"^\|---.*\n((?:\|.*\n)+)", before, re.MULTILINE)[-1].splitlines()
+
+
+def test_the_readme_is_one_page_with_one_table_of_results():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert last_table(text, "phantom_quick") == result_rows("phantom_quick")
+    assert len(re.findall(r"^\|[-| ]+\|$", text, re.MULTILINE)) == 1
+    assert text.count("![") == 1
+    prose = re.sub(r"^```.*?^```|^\|.*?$|<!--.*?-->", "", text, flags=re.MULTILINE | re.DOTALL)
+    assert len(prose.split()) <= 600
+    assert len(text.splitlines()) <= 120, "three screens"
+
+
+def test_what_the_page_says_of_glua_and_of_last_bits_is_what_the_rows_say():
+    text = page("results.md")
     rows = pd.read_parquet(ROOT / "results" / "phantom_quick.parquet")
     (paragraph,) = re.findall(r"^On this phantom and at this budget.*$", text, re.MULTILINE)
     tested = []
@@ -342,7 +341,7 @@ def test_what_the_readme_says_of_glua_and_of_last_bits_is_what_the_rows_say():
         assert f"{-100 * own['difference']:.1f} points above" in paragraph and ends in paragraph
         if task == "phantom mr-ct":
             assert f"p = {own['p_holm']:.2f} after it" in paragraph
-    assert min(tested) >= statistics.SIGNIFICANT, "the README says that no two can be told apart"
+    assert min(tested) >= statistics.SIGNIFICANT, "the pages say that no two differ significantly"
     (paragraph,) = re.findall(r"^\*\*Last bits can .*$", text, re.MULTILINE)
     rows = rows[(rows["task"] == "phantom mr-ct") & (rows["seed"] == 0)]
     rows = rows[rows["selector"] == "last"]
@@ -352,21 +351,21 @@ def test_what_the_readme_says_of_glua_and_of_last_bits_is_what_the_rows_say():
         assert f"{first:.2f}, {second:.2f} and {third:.2f}" in paragraph
 
 
-def test_the_ablation_in_the_readme_is_that_of_the_rows():
+def test_the_ablation_of_the_page_is_that_of_the_rows():
     found = from_rows(ROOT / "results" / "phantom_quick_ablation.parquet")
     assert set(found.rows["dataset"]) == {"phantom"}, "rows of real patients may not be published"
-    text = (ROOT / "README.md").read_text()
+    text = page("results.md")
     block = text.split("<!-- phantom_quick_ablation -->\n")[1].split("<!-- end -->")[0]
     table_ = markdown(report_tables.ablation(found, "glua"))
     lines = [line for line in table_.splitlines() if line.startswith("|")]
     assert block.splitlines() == lines, "take the table from `glua-bench report --rows`"
 
 
-def test_what_the_readme_says_of_the_gain_is_what_its_files_say():
+def test_what_the_page_says_of_the_gain_is_what_its_files_say():
     spec = importlib.util.spec_from_file_location("gain", ROOT / "benchmarks" / "gain.py")
     gain = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(gain)
-    text = (ROOT / "README.md").read_text()
+    text = page("results.md")
     (paragraph,) = re.findall(r"^\*\*Does it help .*$", text, re.MULTILINE)
     pairs = gain.differences(ROOT / "results" / "phantom_quick_ablation.parquet")
     assert set(pairs["count"]) == {6}
@@ -384,13 +383,13 @@ def test_what_the_readme_says_of_the_gain_is_what_its_files_say():
     assert "between {:.2f} and {:.2f})".format(*ends) in paragraph
 
 
-def test_the_budget_ladder_in_the_readme_is_that_of_the_rows():
+def test_the_budget_ladder_of_the_page_is_that_of_the_rows():
     rows = pd.read_parquet(ROOT / "results" / "phantom_ladder.parquet")
     assert set(rows["dataset"]) == {"phantom"} and set(rows["seed"]) == {0}
     dice = rows[rows["selector"] == "last"].groupby("entry")["dice"].mean()
     (block,) = re.findall(
         r"^\| updates \| 500 .*\n\|---.*\n((?:\|.*\n)+)",
-        (ROOT / "README.md").read_text(),
+        page("results.md"),
         re.MULTILINE,
     )
     shown = {}
@@ -403,11 +402,11 @@ def test_the_budget_ladder_in_the_readme_is_that_of_the_rows():
     assert shown == {entry: f"{value:.2f}" for entry, value in dice.items()}
 
 
-def test_what_selectors_give_away_in_the_readme_is_what_the_rows_say():
+def test_what_selectors_give_away_on_the_page_is_what_the_rows_say():
     """Regrets follow from the rows; correlations need scores from run directories."""
     found = report_tables.regrets(from_rows(ROOT / "results" / "phantom_quick_ablation.parquet"))
     table_ = pd.read_csv(ROOT / "results" / "phantom_quick_selectors.csv").set_index("selector")
-    text = (ROOT / "README.md").read_text()
+    text = page("results.md")
     block = text.split("<!-- phantom_quick_selectors -->\n")[1].split("<!-- end -->")[0]
     lines = [line.replace("\\", "").replace("*", "") for line in block.splitlines()[2:]]
     shown = {

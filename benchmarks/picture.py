@@ -1,0 +1,67 @@
+"""Draw the README's picture from runs on the phantom: source, target, and what methods predict.
+
+    glua-bench compare --methods glua,slaug --dataset phantom --seeds 1 --preset quick
+    python benchmarks/picture.py runs docs/figures/adaptation.png
+
+The target case is the median of the test cases by mean Dice over the entries; the source case is
+the first of the training cases.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.lines import Line2D
+
+from glua_bench.data.cache import SliceCache
+from glua_bench.registry import Registry
+from glua_bench.reports.case_pictures import compared_cases
+from glua_bench.reports.figures import INK, new_figure, save
+from glua_bench.reports.results import from_runs
+from glua_bench.reports.run_figures import most_visible_slice
+
+TASK = "phantom mr-ct"
+SHOWN = {"source_only": "no adaptation", "slaug": "SLAug", "glua": "GLUA"}
+
+
+def main(runs: Path, out: Path) -> None:
+    """Draw one row of panels."""
+    results = from_runs(runs, where={"dataset": ["phantom"]})
+    dataset = Registry("dataset").load("phantom")()
+    (case,) = [c for c in compared_cases(results, TASK, dataset) if c.note == "median"]
+    z = most_visible_slice(case.reference)
+    grid = next(iter(results.directories.values())).config.grid
+    source, view = dataset.split("mr", "train")[0], dataset.view("mr").on(grid)
+    image = SliceCache().image(source.unlabelled(), view).open()
+    label = np.asarray(SliceCache().label(source, view).open())
+    first = most_visible_slice(label)
+    panels = [
+        ("source\nMR", image[first], label[first]),
+        ("target\nCT", case.image[z], np.zeros_like(case.reference[z])),
+        *(
+            (f"{title}\nDice {case.dice[entry]:.2f}", case.image[z], case.predictions[entry][z])
+            for entry, title in SHOWN.items()
+        ),
+        ("reference\n", case.image[z], case.reference[z]),
+    ]
+    figure = new_figure(1.5 * len(panels), 2.35)
+    figure.get_layout_engine().set(h_pad=0.06)
+    for axes, (title, picture, mask) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        axes.imshow(np.asarray(picture, dtype=np.float32), cmap="gray", vmin=-1, vmax=1)
+        for index, structure in enumerate(dataset.structures, start=1):
+            if (mask == index).any():
+                axes.contour(mask == index, [0.5], colors=structure.color, linewidths=1.4)
+        axes.set_title(title, fontsize=9, color=INK)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    keys = [Line2D([], [], color=s.color, lw=2, label=s.title) for s in dataset.structures]
+    figure.legend(
+        handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=8
+    )
+    save(figure, out, dpi=180)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
