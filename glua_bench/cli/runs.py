@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from glua_bench.records.naming import Comparison
     from glua_bench.runs.execution import Summary
-    from glua_bench.runs.matrix import Cell
+    from glua_bench.runs.matrix import Cell, Planned
     from glua_bench.runs.plan import PlannedRun
 
 
@@ -91,20 +92,25 @@ def _run(request: RunRequest, dry_run: bool = False) -> None:
 
 def _show_plan(planned: PlannedRun) -> None:
     from glua_bench.console import duration
-    from glua_bench.runs import execution
+    from glua_bench.reports.run_figures import draw_run
+    from glua_bench.runs.estimate import Estimator, breakdown
 
     for name, steps in planned.stages:
         say(f"  stage {name}: {steps} steps")
     if planned.directory.done:
         say(f"Already done: {planned.directory.path}; the command would show the result.")
         return
-    seconds = execution.estimate(planned)
-    say(f"Would write {planned.directory.path} after about {duration(seconds)} of training.")
+    expected = Estimator(draw_run).of(planned)
+    say(
+        f"Would write {planned.directory.path} after about {duration(expected.total)} "
+        f"({expected.basis}): {breakdown(expected.parts, expected.reused)}."
+    )
     say("Next: the same command without --dry-run.")
 
 
 def _show_result(planned: PlannedRun, summary: Summary) -> None:
     from glua_bench.console import duration
+    from glua_bench.runs.timing import where_time_went
     from glua_bench.scoring.metrics import PRIMARY
 
     path, table = planned.directory.path, summary.table
@@ -112,6 +118,8 @@ def _show_result(planned: PlannedRun, summary: Summary) -> None:
         say(f"This run is already done (same settings, data and code): {path}")
     else:
         say(f"Finished in {duration(summary.seconds)}.")
+        if note := where_time_went(summary.parts, planned.config.selectors):
+            say(note)
     say()
     primary = planned.config.selectors[0]
     say(_score_table(table[table["selector"] == primary]))
@@ -240,34 +248,22 @@ def _resolved(tasks: Tasks, shared: RunOptions) -> tuple[list[str], list[str], R
 
 
 def _run_matrix(title: str, cells: list[Cell], work: Work, dry_run: bool) -> None:
-    from glua_bench.console import duration
     from glua_bench.reports import comparison, results
-    from glua_bench.runs import matrix
+    from glua_bench.runs import execution, matrix
+    from glua_bench.runs.display import Display
     from glua_bench.runs.executor import Executor
 
     planned = matrix.plan(cells, say)
     if dry_run:
-        states: dict[tuple[str, str], list[str]] = {}
-        for item in planned:
-            states.setdefault((item.cell.entry, item.cell.task), []).append(item.state)
-        seconds = matrix.estimate(planned, say)
-        total = 0.0
-        width = max(len(entry) for entry, _ in states)
-        for key, found in states.items():
-            left = sum(state != "done" for state in found)
-            counts = ", ".join(f"{found.count(s)} {s}" for s in dict.fromkeys(found))
-            cost = f", {duration(seconds[key])} per run" if left else ""
-            total += left * seconds.get(key, 0.0)
-            say(f"  {key[0]:<{width}}  {key[1]:<20}  {counts}{cost}")
-        done = sum(item.state == "done" for item in planned)
-        say(
-            f"{len(planned)} runs, {done} done; about {duration(total / work.jobs)} "
-            f"with --jobs {work.jobs}."
-        )
-        say("Next: the same command without --dry-run.")
+        _show_matrix_plan(planned, work)
         return
     groups = matrix.by_dataset(title, planned)
-    outcome = Executor(planned, work.jobs, work.retry_failed, say).run()
+    if note := execution.lacking_note([item.run for item in planned if item.state == "done"]):
+        warn(note)
+    with Display(say, sys.stdout) as display:
+        outcome = Executor(
+            planned, work.jobs, work.retry_failed, display.line, show=display.show
+        ).run()
     say(
         f"{len(planned)} runs: {outcome.ran} run now, {outcome.before} done before, "
         f"{outcome.elsewhere} by other processes, {len(outcome.failed)} failed."
@@ -298,6 +294,40 @@ def _run_matrix(title: str, cells: list[Cell], work: Work, dry_run: bool) -> Non
     words = ("glua-bench", "report", "--runs", members)
     line = next_command(*words, plugins=request.plugins, data_root=request.data_root)
     say(f"Next:    {line}")
+
+
+def _show_matrix_plan(planned: list[Planned], work: Work) -> None:
+    """Show how many runs of each row are open, and how long they take."""
+    from glua_bench.console import duration
+    from glua_bench.reports.run_figures import draw_run
+    from glua_bench.runs.estimate import Estimator, breakdown
+    from glua_bench.runs.executor import environment
+    from glua_bench.runs.timing import total
+
+    threads = int(environment(0, work.jobs)["OMP_NUM_THREADS"])
+    estimator = Estimator(draw_run, processes=True, threads=threads, report=say)
+    states: dict[tuple[str, str], list[str]] = {}
+    expected: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for item in planned:
+        key = item.cell.entry, item.cell.task
+        states.setdefault(key, []).append(item.state)
+        if item.state != "done":
+            expected.setdefault(key, []).append(dict(estimator.of(item.run).parts))
+    width = max(len(entry) for entry, _ in states)
+    for key, found in states.items():
+        counts = ", ".join(f"{found.count(s)} {s}" for s in dict.fromkeys(found))
+        own = expected.get(key, [])
+        mean = sum(sum(parts.values()) for parts in own) / max(1, len(own))
+        cost = f", {duration(mean)} per run" if own else ""
+        say(f"  {key[0]:<{width}}  {key[1]:<20}  {counts}{cost}")
+    done = sum(item.state == "done" for item in planned)
+    parts = total([parts for own in expected.values() for parts in own])
+    seconds = sum(parts.values()) / work.jobs
+    say(
+        f"{len(planned)} runs, {done} done; about {duration(seconds)} with --jobs {work.jobs}"
+        + (f" (in all {breakdown(parts)})." if parts else ".")
+    )
+    say("Next: the same command without --dry-run.")
 
 
 def _show_in_tracker(groups: list[Comparison], rows: pd.DataFrame, runs_root: Path) -> None:

@@ -696,7 +696,7 @@ def test_prepare_names_bad_files_after_the_good_ones(
     assert code == 2 and "mr_train_1001_image.nii.gz is damaged" in out and "6/6" in out
     assert err.count("\n") == 1 and "Traceback" not in err
     code, out, _ = call(*arguments)
-    assert code == 2 and "resuming after 5" in out
+    assert code == 2 and "5 of 6 volumes are cached" in out
 
 
 # -- sweep ----------------------------------------------------------------------------------------
