@@ -261,7 +261,8 @@ class _Writer(PageWriter):
             entries = [entry for entry in self.entries[task] if entry != UPPER]
             scores = results.checkpoints
             scores = scores[(scores["task"] == task) & scores["entry"].isin(entries)]
-            if len(scores) and 0 < len(entries) <= MAX_DRAWN:
+            drawn = "source_val" in set(scores["selector"]) if len(scores) else False
+            if drawn and 0 < len(entries) <= MAX_DRAWN:
                 rows = results.rows[results.rows["task"] == task]
                 chosen = rows[["entry", "seed", "selector", "step"]].drop_duplicates()
                 caption = (

@@ -304,8 +304,9 @@ def _show_matrix_plan(planned: list[Planned], work: Work) -> None:
     from glua_bench.runs.executor import environment
     from glua_bench.runs.timing import total
 
-    threads = int(environment(0, work.jobs)["OMP_NUM_THREADS"])
-    estimator = Estimator(draw_run, processes=True, threads=threads, report=say)
+    threads = environment(0, work.jobs)["OMP_NUM_THREADS"]  # may be a list, "4,2"
+    own = int(threads) if threads.isdigit() else None
+    estimator = Estimator(draw_run, processes=True, threads=own, report=say)
     states: dict[tuple[str, str], list[str]] = {}
     expected: dict[tuple[str, str], list[dict[str, float]]] = {}
     for item in planned:
@@ -316,12 +317,12 @@ def _show_matrix_plan(planned: list[Planned], work: Work) -> None:
     width = max(len(entry) for entry, _ in states)
     for key, found in states.items():
         counts = ", ".join(f"{found.count(s)} {s}" for s in dict.fromkeys(found))
-        own = expected.get(key, [])
-        mean = sum(sum(parts.values()) for parts in own) / max(1, len(own))
-        cost = f", {duration(mean)} per run" if own else ""
+        each = expected.get(key, [])
+        mean = sum(sum(parts.values()) for parts in each) / max(1, len(each))
+        cost = f", {duration(mean)} per run" if each else ""
         say(f"  {key[0]:<{width}}  {key[1]:<20}  {counts}{cost}")
     done = sum(item.state == "done" for item in planned)
-    parts = total([parts for own in expected.values() for parts in own])
+    parts = total([parts for each in expected.values() for parts in each])
     seconds = sum(parts.values()) / work.jobs
     say(
         f"{len(planned)} runs, {done} done; about {duration(seconds)} with --jobs {work.jobs}"

@@ -1,7 +1,8 @@
 """Estimate how long runs take, from finished runs of the same protocol or by timing short pieces.
 
 An estimate has the parts of a run (see `timing.parts_of`): slices that are not cached, every stage
-that is not reused, selectors, evaluation and figures. The upload to a tracker is not included.
+that is not reused, selectors, evaluation and figures. The upload to a tracker is not included, only
+the import of MLflow where each run is a process of its own.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class Estimator:
             for name, path in paths.items()
             if path is not None and (path.is_file() or str(path) in self._claimed)
         )
-        key = str(replace(planned.config, seed=0, perturbation=0))
+        key = f"{replace(planned.config, seed=0, perturbation=0)} {planned.request.oracle}"
         with self._threads():
             needed = {stage.name for stage in stages} - {*reused}
             if key not in self._known:
@@ -124,7 +125,7 @@ class Estimator:
             if not needed <= known.keys():  # all finished runs reused the stage
                 known, basis = self._known[key] = probe(planned, self.draw), Estimate({}).basis
         self._claimed |= {str(path) for path in paths.values() if path is not None}
-        parts = {START: self._start_seconds()} if self.processes else {}
+        parts = {START: self._start_seconds(planned.request.mlflow)} if self.processes else {}
         parts[SLICES] = self._slices(planned, known[SLICES])
         parts |= {s.name: 0.0 if s.name in reused else known[s.name] for s in stages}
         parts |= {name: known[name] for name in (SELECTION, EVALUATION, FIGURES)}
@@ -158,10 +159,11 @@ class Estimator:
             self._claimed.add(key)
         return seconds
 
-    def _start_seconds(self) -> float:
+    def _start_seconds(self, mlflow: bool) -> float:
         """Return the duration of starting a process that can execute a run."""
         if self._start is None:
             modules = "glua_bench.runs.execution, glua_bench.reports.run_figures"
+            modules += ", mlflow" if mlflow else ""
             began = time.perf_counter()
             subprocess.run([sys.executable, "-c", f"import {modules}"], check=False)
             self._start = time.perf_counter() - began
