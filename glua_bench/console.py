@@ -66,7 +66,7 @@ def columns(width: int) -> list[Any]:
 
     Long names and values end in an ellipsis; counts and times are never shortened.
     """
-    from rich.progress import BarColumn, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.table import Column
 
     def text(form: str, **own: Any) -> TextColumn:
@@ -76,7 +76,7 @@ def columns(width: int) -> list[Any]:
     return [
         text("{task.description}", max_width=max(12, width // 4)),
         BarColumn(bar_width=min(24, max(6, width // 6))),
-        text("{task.completed:.0f}/{task.total:.0f}", min_width=5),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
         text("{task.fields[remaining]}", min_width=9),
         text("{task.fields[values]}", ratio=1),
     ]

@@ -220,7 +220,7 @@ def lacking(planned: PlannedRun) -> list[str]:
         known = RunDirectory.open(directory.path).config.selectors
         missing += [name for name in planned.config.selectors if name not in known]
     if request.oracle and ORACLE not in directory.read_summary()["chosen_steps"]:
-        missing.append(ORACLE)
+        missing.append("--oracle")
     return missing
 
 
@@ -242,8 +242,8 @@ def _finished_summary(planned: PlannedRun) -> Summary:
     if missing := lacking(planned):
         raise ConfigError(
             f"{planned.directory.path} was finished without {', '.join(missing)} and its other "
-            "checkpoints are deleted; use another --runs directory to train it again with "
-            f"{'--oracle' if missing == [ORACLE] else 'these selectors'}, or omit them."
+            "checkpoints are deleted; omit what is missing, or use another --runs directory to "
+            "train it again."
         )
     return Summary(True, 0.0, summarise(planned.directory.read_cases()), [])
 
