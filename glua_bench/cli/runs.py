@@ -249,7 +249,7 @@ def _resolved(tasks: Tasks, shared: RunOptions) -> tuple[list[str], list[str], R
 
 def _run_matrix(title: str, cells: list[Cell], work: Work, dry_run: bool) -> None:
     from glua_bench.reports import comparison, results
-    from glua_bench.runs import execution, matrix
+    from glua_bench.runs import execution, matrix, timing
     from glua_bench.runs.display import Display
     from glua_bench.runs.executor import Executor
 
@@ -268,6 +268,11 @@ def _run_matrix(title: str, cells: list[Cell], work: Work, dry_run: bool) -> Non
         f"{len(planned)} runs: {outcome.ran} run now, {outcome.before} done before, "
         f"{outcome.elsewhere} by other processes, {len(outcome.failed)} failed."
     )
+    if outcome.ran:
+        done = [item.run for item in planned if item.state == "done"]
+        parts = timing.total([timing.parts_of(run.directory.read_summary()) for run in done])
+        if note := timing.where_time_went(parts, done[0].config.selectors):
+            say(note)
     request = planned[0].run.request
     finished = matrix.finished(planned)
     if finished:

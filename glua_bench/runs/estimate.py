@@ -51,7 +51,8 @@ from glua_bench.task import Case, UnlabelledCase
 
 START = "start"  # the part of a process that is started for each run
 PROBE = 6  # timed updates of each stage
-SHIFT = 2  # pixels by which a label is moved to resemble a prediction
+# A label resembles a prediction if it is moved by pixels and has a share of wrong ones.
+SHIFT, WRONG = 2, 0.001
 
 
 @dataclass(frozen=True)
@@ -375,17 +376,21 @@ def _time_case(
     began = time.perf_counter()
     cache.image(case.unlabelled(), view)
     preparing = 0.0 if cached else time.perf_counter() - began
-    reference = np.asarray(cache.label(case, view).open())
+    classes = built.method.task.classes
+    plausible = np.roll(np.asarray(cache.label(case, view).open()), SHIFT, axis=-1)
+    random = np.random.default_rng(0)
+    wrong = random.random(plausible.shape) < WRONG
+    plausible[wrong] = random.integers(0, classes, int(wrong.sum()))
+    masks = F.one_hot(torch.from_numpy(plausible).long().clamp(max=classes - 1), classes)
     place = 0
 
     def predict(images: Tensor) -> Tensor:
-        """Predict, but return a moved label: distances take longer between plausible masks."""
+        """Predict, but return a plausible mask; an untrained network may find nothing."""
         nonlocal place
         logits = built.predict(images, "target")
-        own = np.roll(reference[place : place + len(images)], SHIFT, axis=-1)
+        own = masks[place : place + len(images)]
         place += len(images)
-        classes = torch.from_numpy(np.minimum(own, logits.shape[1] - 1).astype(np.int64))
-        return 9.0 * F.one_hot(classes, logits.shape[1]).movedim(-1, 1).to(logits)
+        return 9.0 * own.movedim(-1, 1).to(logits)
 
     def evaluated(predictions: Path | None) -> tuple[Any, float]:
         nonlocal place
