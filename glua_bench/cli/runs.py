@@ -118,7 +118,7 @@ def _show_result(planned: PlannedRun, summary: Summary) -> None:
         say(f"This run is already done (same settings, data and code): {path}")
     else:
         say(f"Finished in {duration(summary.seconds)}.")
-        if note := where_time_went(summary.parts, planned.config.selectors):
+        if note := where_time_went([planned.directory.read_summary()]):
             say(note)
     say()
     primary = planned.config.selectors[0]
@@ -249,9 +249,10 @@ def _resolved(tasks: Tasks, shared: RunOptions) -> tuple[list[str], list[str], R
 
 def _run_matrix(title: str, cells: list[Cell], work: Work, dry_run: bool) -> None:
     from glua_bench.reports import comparison, results
-    from glua_bench.runs import execution, matrix, timing
+    from glua_bench.runs import execution, matrix
     from glua_bench.runs.display import Display
     from glua_bench.runs.executor import Executor
+    from glua_bench.runs.timing import where_time_went
 
     planned = matrix.plan(cells, say)
     if dry_run:
@@ -269,9 +270,8 @@ def _run_matrix(title: str, cells: list[Cell], work: Work, dry_run: bool) -> Non
         f"{outcome.elsewhere} by other processes, {len(outcome.failed)} failed."
     )
     if outcome.ran:
-        done = [item.run for item in planned if item.state == "done"]
-        parts = timing.total([timing.parts_of(run.directory.read_summary()) for run in done])
-        if note := timing.where_time_went(parts, done[0].config.selectors):
+        done = [item.run.directory for item in planned if item.state == "done"]
+        if note := where_time_went([directory.read_summary() for directory in done]):
             say(note)
     request = planned[0].run.request
     finished = matrix.finished(planned)

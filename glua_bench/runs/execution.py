@@ -6,7 +6,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -30,7 +30,7 @@ from glua_bench.registry import Registry
 from glua_bench.runs import carried
 from glua_bench.runs.plan import PlannedRun, build_method, make_fabric, roles
 from glua_bench.runs.stage_cache import artefact_path
-from glua_bench.runs.timing import EVALUATION, FIGURES, SAMPLES, SLICES, Clock, parts_of
+from glua_bench.runs.timing import EVALUATION, FIGURES, SAMPLES, SLICES, Clock
 from glua_bench.runs.trainer import Trainer
 from glua_bench.scoring.evaluation import evaluate, mean_score, summarise
 from glua_bench.selection import ROLES, Candidate, Samples, Selector, choose, sample_pixels
@@ -50,14 +50,12 @@ class Summary:
         seconds: duration.
         table: mean scores per selector and structure.
         warnings: sentences for the user.
-        parts: seconds of each part of the run; see `timing.parts_of`.
     """
 
     already_done: bool
     seconds: float
     table: pd.DataFrame
     warnings: list[str]
-    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 class Stopped(Exception):
@@ -196,8 +194,7 @@ def execute(
     warnings = []
     if tracker is not None and not tracker.mirror(directory):
         warnings.append("the tracker lacks this run; upload it with `glua-bench sync`")
-    parts = parts_of(directory.read_summary())
-    return Summary(False, time.perf_counter() - began, summarise(cases), warnings, parts)
+    return Summary(False, time.perf_counter() - began, summarise(cases), warnings)
 
 
 def _write_dataset_facts(planned: PlannedRun) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from glua_bench.config import ORACLE
+
 SLICES, SAMPLES, SELECTION, EVALUATION, FIGURES = (
     "slices",
     "samples",
@@ -70,13 +72,13 @@ def total(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return summed
 
 
-def where_time_went(parts: Mapping[str, float], selectors: Sequence[str]) -> str:
+def where_time_went(summaries: Sequence[Mapping[str, Any]]) -> str:
     """Say so if selectors and evaluation took longer than training; "" if not.
 
     Args:
-        parts: from `parts_of` or `total`.
-        selectors: the selectors of the run, which decide how many checkpoints are evaluated.
+        summaries: of finished runs.
     """
+    parts = total([parts_of(summary) for summary in summaries])
     whole = sum(parts.values())
     scoring = parts.get(SELECTION, 0.0), parts.get(EVALUATION, 0.0)
     others = (SLICES, SELECTION, EVALUATION, FIGURES)
@@ -84,5 +86,11 @@ def where_time_went(parts: Mapping[str, float], selectors: Sequence[str]) -> str
     if not whole or sum(scoring) <= training:
         return ""
     share = [f"{100 * seconds / whole:.0f} %" for seconds in (*scoring, training)]
-    hint = "; --selectors last,im evaluates fewer checkpoints" if len(selectors) > 2 else ""
-    return f"Time: selectors took {share[0]}, evaluation {share[1]}, training {share[2]}{hint}."
+    text = f"Time: selectors took {share[0]}, evaluation {share[1]}, training {share[2]}"
+    judged = [s for s in summaries if len(s.get("selector_seconds", ())) > 2]
+    # With --oracle, every checkpoint is evaluated in any case.
+    chosen = [set(s["chosen_steps"].values()) for s in judged if ORACLE not in s["chosen_steps"]]
+    fewer = any(len(steps) > 2 for steps in chosen)
+    if fewer or judged and scoring[0] > whole / 5:
+        text += "; --selectors last,im takes less"
+    return f"{text}."
