@@ -40,6 +40,7 @@ from glua_bench.runs.execution import (
     sampled_roles,
     samples_of,
     score_of,
+    write_dataset_facts,
 )
 from glua_bench.runs.plan import PlannedRun, build_method, make_fabric, roles
 from glua_bench.runs.stage_cache import artefact_path
@@ -277,6 +278,7 @@ def probe(planned: PlannedRun, draw: Draw | None = None) -> dict[str, float]:
 
 def _built(trial: PlannedRun, fabric: Fabric, ticks: _Ticks) -> tuple[BuiltRun, float]:
     """Return the built trial on a part of the data, and the seconds per prepared volume."""
+    write_dataset_facts(trial)  # reads images once; cached for the run
     cache = SliceCache()
 
     def missing() -> int:

@@ -181,7 +181,6 @@ def execute(
             planned.stages,
         )
         try:
-            _write_dataset_facts(planned)
             cases = _train_and_score(planned, fabric, progress, began, draw, watch)
         except Stopped:
             raise
@@ -197,7 +196,7 @@ def execute(
     return Summary(False, time.perf_counter() - began, summarise(cases), warnings)
 
 
-def _write_dataset_facts(planned: PlannedRun) -> None:
+def write_dataset_facts(planned: PlannedRun) -> None:
     """Store the facts about the dataset, with the usual intensities of the training images."""
     config, dataset = planned.config, planned.dataset
     chosen = roles(config, dataset)
@@ -360,6 +359,7 @@ def _train_and_score(
     config, dataset, directory = planned.config, planned.dataset, planned.directory
     clock, judging = Clock(), Clock()
     with clock.on(SLICES):
+        write_dataset_facts(planned)
         built = build_run(planned, fabric, progress)
     trainer = built.trainer
     if watch is not None:
