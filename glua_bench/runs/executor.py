@@ -96,6 +96,7 @@ class Executor:
         self._done: set[str] = set()
         self._timed: set[str] = set()  # finished runs whose duration has been looked up
         self._seconds: dict[str, float] = {}  # finished run → its duration
+        self._overheads: list[float] = []  # of runs started here: seconds around their parts
         self._looked = -math.inf
         for item in self.planned:
             if item.state == "done":
@@ -159,16 +160,21 @@ class Executor:
         config, name = item.run.config, _name(item)
         self.report(f"begin  {name}")
         began = time.monotonic()
-        self._seen[item.run.id] = _Seen(item, began, position(item.run)[1], here=True)
+        before = position(item.run)[1]
+        self._seen[item.run.id] = _Seen(item, began, before, here=True)
         try:
             code, errors = self.start(item.run, environment(index, self.jobs))
         finally:
             self._seen.pop(item.run.id, None)
         if item.run.directory.done:
+            took = time.monotonic() - began
+            parts = parts_of(item.run.directory.read_summary())
+            if parts and not before:
+                self._overheads.append(max(0.0, took - sum(parts.values())))
             cases = item.run.directory.read_cases()
             score = mean_score(cases[cases["selector"] == config.selectors[0]])
             result = f"{PRIMARY.title} {PRIMARY.text(score)}"
-            self._end("ran", item, f"{name}: {result}, {duration(time.monotonic() - began)}")
+            self._end("ran", item, f"{name}: {result}, {duration(took)}")
             return
         if running(item.run):  # started by hand at the same time
             self._waiting.append(item)
@@ -270,7 +276,8 @@ class Executor:
             if (other.cell.entry, other.cell.task) == alike and other.run.id in self._seconds
         ]
         if known:
-            return sum(known) / len(known)
+            around = list(self._overheads)
+            return sum(known) / len(known) + sum(around) / max(1, len(around))
         share = 0.0 if seen is None else position(item.run)[1] - seen.before
         return (now - seen.at) / share if seen is not None and share > 0 else math.nan
 
