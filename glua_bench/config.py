@@ -29,7 +29,7 @@ LOWER, UPPER = "source_only", "supervised"
 EXTERNAL, EXTERNAL_UPPER = "external", "external, privileged"
 SCENARIOS = ("uda", UPPER, EXTERNAL, EXTERNAL_UPPER)
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-# Selectors that every run evaluates; reported results use the first.
+# Built-in selectors, in the order of tables; reported results use the first.
 SELECTORS = (
     "last",
     "source_val",
@@ -53,6 +53,8 @@ SETTABLE = {
     "slices",
     "steps",
 }
+# Those of a run without --selectors, chosen by cost (docs/protocol.md#cost-of-selectors).
+DEFAULT_SELECTORS = ("last", "source_val", "im", "bnm")
 ORACLE = "oracle"  # the checkpoint of the best score on labelled test cases: privileged
 
 
@@ -145,7 +147,7 @@ class RunConfig:
     candidates: int = setting(
         5, "number of checkpoints that selectors choose from", low=1, high=1000
     )
-    selectors: tuple[str, ...] = SELECTORS
+    selectors: tuple[str, ...] = DEFAULT_SELECTORS
 
     def __post_init__(self) -> None:
         check(self)

@@ -17,6 +17,7 @@ from glua_bench.task import Answer
 REDRAW_SECONDS = 0.5
 PLAIN_SECONDS = 10.0
 PLAIN_SHARE = 0.1
+QUIET_SECONDS = 1.0  # before a stage that is usually short is shown
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -60,6 +61,27 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def columns(width: int) -> list[Any]:
+    """Return the columns of a progress bar that fits in a line of `width` characters.
+
+    Long names and values end in an ellipsis; counts and times are never shortened.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.table import Column
+
+    def text(form: str, **own: Any) -> TextColumn:
+        column = Column(no_wrap=True, overflow="ellipsis", **own)
+        return TextColumn(form, markup=False, table_column=column)
+
+    return [
+        text("{task.description}", max_width=max(12, width // 4)),
+        BarColumn(bar_width=min(24, max(6, width // 6))),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        text("{task.fields[remaining]}", min_width=9),
+        text("{task.fields[values]}", ratio=1),
+    ]
+
+
 class Progress:
     """Shows stage, steps, losses and remaining time.
 
@@ -86,22 +108,17 @@ class Progress:
         self._total = self._first = self._shown_step = 0
         self._began = 0.0
         self._due = math.inf
+        self._hidden = False  # nothing of this stage has been shown yet
 
     def __enter__(self) -> Progress:
         if self._terminal:
             from rich.console import Console
-            from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
 
+            console = Console(file=self._stream)
             # Refreshed manually: rich's refresh thread would slow down training.
             self._bar = Bar(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                TextColumn("{task.fields[remaining]}"),
-                TextColumn("{task.fields[values]}", markup=False),
-                console=Console(file=self._stream),
-                auto_refresh=False,
+                *columns(console.width), console=console, auto_refresh=False, expand=True
             )
             self._bar.start()
         return self
@@ -111,29 +128,37 @@ class Progress:
             self._bar.stop()
             self._bar = None
 
-    def stage(self, name: str, total: int, start: int = 0) -> None:
+    def stage(self, name: str, total: int, start: int = 0, quietly: bool = False) -> None:
         """Start a stage.
 
         Args:
             name: displayed name, e.g. "train".
             total: number of steps.
             start: steps done before resuming.
+            quietly: show nothing if the stage takes less than a moment.
         """
         self._name, self._total, self._first = name, total, start
         self._shown_step = start
         self._began = time.monotonic()
+        self._hidden = quietly
         if not self.enabled:
             return
+        if start:
+            self.line(f"{name}: resuming at step {start} of {total}")
         if self._bar is not None:
-            self._due = self._began
-            self._task = self._bar.add_task(
-                name, total=total, completed=start, remaining="", values=""
-            )
-            self._bar.refresh()
+            self._due = self._began + (QUIET_SECONDS if quietly else 0.0)
+            if not quietly:
+                self._add_bar()
         else:
             self._due = self._began + PLAIN_SECONDS
-            resumed = f", resuming after {start}" if start else ""
-            self.line(f"{name}: {total} steps{resumed}")
+            if not (quietly or start):
+                self.line(f"{name}: {total} steps")
+
+    def _add_bar(self) -> None:
+        self._task = self._bar.add_task(
+            self._name, total=self._total, completed=self._first, remaining="", values=""
+        )
+        self._bar.refresh()
 
     def update(self, step: int, values: Mapping[str, Any] | None = None) -> None:
         """Report the number of finished steps.
@@ -151,20 +176,23 @@ class Progress:
                 return
             if self._bar is None and step - self._shown_step < PLAIN_SHARE * self._total:
                 return
-        elif step == self._shown_step and self._shown_step != self._first:
-            return  # already shown
+        elif self._hidden or step == self._shown_step and self._shown_step != self._first:
+            return  # too short to be shown, or already shown
         text = "  ".join(f"{name} {float(value):.4g}" for name, value in (values or {}).items())
         done = max(1, step - self._first)
         left = (now - self._began) / done * (self._total - step)
         remaining = f"in {duration(now - self._began)}" if last else f"{duration(left)} left"
         self._shown_step = step
         if self._bar is not None:
+            if self._hidden:
+                self._add_bar()
             self._bar.update(self._task, completed=step, remaining=remaining, values=text)
             self._bar.refresh()
             self._due = time.monotonic() + REDRAW_SECONDS
         else:
             self.line(f"{self._name} {step}/{self._total}  {remaining}  {text}".rstrip())
             self._due = now + PLAIN_SECONDS
+        self._hidden = False
 
     def line(self, text: str) -> None:
         """Print a line, above the bar if there is one."""

@@ -59,8 +59,8 @@ class Candidate:
         target_train: unlabelled target training slices; None if the run has none.
         device: device of the images for `predict`.
         samples: role ("source_train", "source_val", "target_train") → samples, with translated
-            source slices; roles without slices are missing, and it is empty unless a selector
-            `uses_samples`.
+            source slices; roles without slices, and those that no selector of the run names in
+            `samples_from`, are missing.
         trajectory: step → samples of the same target pixels for all candidates of the run.
     """
 
@@ -82,6 +82,7 @@ class Selector(ABC):
     reference: ClassVar[str]
     needs: ClassVar[str]
     uses_samples: ClassVar[bool] = False  # needs `Candidate.samples`
+    samples_from: ClassVar[tuple[str, ...]] = ROLES  # roles of these samples
     uses_trajectory: ClassVar[bool] = False  # needs `Candidate.trajectory`
 
     @abstractmethod

@@ -263,7 +263,8 @@ class _Writer(PageWriter):
             section.blocks.append(self.table(report_tables.selectors(results, task)))
             scores = results.checkpoints
             scores = scores[(scores["task"] == task) & scores["entry"].isin(entries)]
-            if len(scores) and 0 < len(entries) <= MAX_DRAWN:
+            drawn = "source_val" in set(scores["selector"]) if len(scores) else False
+            if drawn and 0 < len(entries) <= MAX_DRAWN:
                 rows = results.rows[results.rows["task"] == task]
                 chosen = rows[["entry", "seed", "selector", "step"]].drop_duplicates()
                 caption = (

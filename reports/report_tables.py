@@ -440,7 +440,10 @@ def _trained(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _by_selector(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
-    """Return mean Dice, entry × selector, over the seeds with all selectors, and their number."""
+    """Return mean Dice, entry × selector, over the seeds with all selectors, and their number.
+
+    If no seed of an entry has all of them, those that all its seeds have are compared.
+    """
     keys = ["entry", "selector", "seed", "case"]
     per_case = rows.groupby(keys, observed=True)[PRIMARY.name].mean()
     per_run = per_case.groupby(["entry", "seed", "selector"], observed=True).mean()
@@ -448,6 +451,9 @@ def _by_selector(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.Series]:
     per_run.columns = [str(name) for name in per_run.columns]
     judging = per_run.notna().groupby("entry", observed=True).transform("any")
     whole = (per_run.notna() | ~judging).all(axis=1)
+    mixed = ~whole.groupby("entry", observed=True).transform("any")
+    common = per_run.notna().groupby("entry", observed=True).transform("all")
+    per_run, whole = per_run.where(common | ~mixed.to_numpy()[:, None]), whole | mixed
     by_entry = per_run[whole].groupby("entry", observed=True)
     dice, seeds = by_entry.mean(), by_entry.size()
     dice.index = seeds.index = [str(name) for name in dice.index]

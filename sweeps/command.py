@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,16 +15,18 @@ from glua_bench.config import ORACLE, assignment
 from glua_bench.console import Progress, duration
 from glua_bench.errors import ConfigError, without_password
 from glua_bench.files import write_json, write_text
-from glua_bench.runs import execution
+from glua_bench.method import Stage
+from glua_bench.runs.estimate import Estimator, breakdown
 from glua_bench.runs.plan import plan
 from glua_bench.runs.request import RunOptions
+from glua_bench.runs.timing import SLICES, total
 from glua_bench.sweeps.definition import Definition, Parameter
 from glua_bench.sweeps.launch import Crew
 from glua_bench.sweeps.progress import Display, Tracked, shown
 from glua_bench.sweeps.results import chosen_trial, values_in_words
 from glua_bench.sweeps.slurm import Jobs, Resources
 from glua_bench.sweeps.study import Claim, SweepStudy, counting, folder_of, free_name
-from glua_bench.sweeps.trial import Outcome, See, execute, requests
+from glua_bench.sweeps.trial import Outcome, See, execute, planned_stages, requests
 from glua_bench.sweeps.worker import Done, work
 
 STORAGE_VARIABLE = "GLUA_BENCH_STORAGE"  # default of --storage
@@ -115,15 +117,29 @@ def described(definition: Definition) -> list[str]:
 def planned(
     definition: Definition, base: RunOptions, workers: int, report: Callable[[str], None]
 ) -> list[str]:
-    """Estimate the cost of a sweep from a few steps on the real data."""
-    ready = [
-        plan(request, report) for request in requests(definition, base, first_values(definition))
-    ]
-    seconds = execution.estimate(ready[0]) * len(ready) * definition.trials
+    """Estimate the cost of a sweep with all its parts; it has no figures."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    estimator = Estimator(threads=threads, report=report)
+    first: list[Mapping[str, float]] = []
+    later: list[Mapping[str, float]] = []
+    for request in requests(definition, base, first_values(definition)):
+        run = plan(request, report)
+        parts = dict(estimator.of(run).parts)
+        first.append(parts)
+        shared = {s.name for s in planned_stages(run) if _unswept(s, definition)}
+        later.append({n: 0.0 if n in (*shared, SLICES) else v for n, v in parts.items()})
+    whole = total([*first, *later * (definition.trials - 1)])
+    seconds = sum(whole.values()) / workers
     return [
-        f"{definition.trials * len(ready)} runs, at most about {duration(seconds / workers)} of "
-        f"training with --workers {workers}; shared stages are trained once"
+        f"{definition.trials * len(first)} runs, at most about {duration(seconds)} with --workers "
+        f"{workers} (in all {breakdown(whole)}); shared stages are trained once"
     ]
+
+
+def _unswept(stage: Stage, definition: Definition) -> bool:
+    """Return True if all trials share the stage."""
+    swept = {parameter.name for parameter in definition.space}
+    return stage.depends_on is not None and not swept & {*stage.depends_on}
 
 
 def first_values(definition: Definition) -> dict[str, Any]:

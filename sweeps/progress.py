@@ -20,6 +20,7 @@ from glua_bench.sweeps import results
 from glua_bench.sweeps.definition import Definition
 from glua_bench.sweeps.study import SweepStudy, counting
 
+ROWS = 8  # running trials, and finished ones, that are listed
 END_PATIENCE_SECONDS = 10.0  # with an unavailable storage when a sweep is interrupted
 
 
@@ -52,7 +53,9 @@ class State:
         parts += [
             f"{n} {word}" for n, word in ((self.pruned, "pruned"), (self.failed, "failed")) if n
         ]
-        parts.append(f"{len(self.running)} running")
+        numbers = ", ".join(str(trial.number) for trial in self.running[:ROWS])
+        more = ", …" if len(self.running) > ROWS else ""
+        parts.append(f"{len(self.running)} running" + (f" ({numbers}{more})" if numbers else ""))
         if best and self.best is not None and self.best.values:
             parts.append(f"best {self.best.values[0]:.4g} ({shown(self.best.params)})")
         if done < self.total and not math.isnan(self.seconds_left):
@@ -66,7 +69,9 @@ def state(definition: Definition, trials: list[FrozenTrial], workers: int) -> St
     of = {kind: [t for t in counted if t.state == kind] for kind in TrialState}
     complete = of[TrialState.COMPLETE]
     single = len(definition.objectives) == 1
-    ended = [t.duration for t in complete + of[TrialState.PRUNED] if t.duration is not None]
+    # A trial whose runs were finished before it began says nothing about the others.
+    timed = [t for t in complete + of[TrialState.PRUNED] if not t.user_attrs.get("reused")]
+    ended = [t.duration for t in timed if t.duration is not None]
     left = definition.trials - sum(t.state.is_finished() for t in counted)
     each = sum(d.total_seconds() for d in ended) / len(ended) if ended else math.nan
     return State(
@@ -76,7 +81,7 @@ def state(definition: Definition, trials: list[FrozenTrial], workers: int) -> St
         of[TrialState.RUNNING],
         definition.trials,
         max(complete, key=lambda t: t.values[0]) if complete and single else None,
-        each * left / max(1, workers),
+        each * left / max(1, workers, len(of[TrialState.RUNNING])),  # others may share the study
     )
 
 
@@ -121,10 +126,11 @@ class Display:
             print(now.line(), file=self.stream, flush=True)
             self._said, self._at = counts, time.monotonic()
 
-    def table(self, now: State, trials: list[FrozenTrial], rows: int = 8) -> Any:
+    def table(self, now: State, trials: list[FrozenTrial], rows: int = ROWS) -> Any:
         """Return a table of running trials and the best finished ones that fits on a screen."""
         from rich.box import SIMPLE
         from rich.console import Group
+        from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
 
@@ -153,7 +159,9 @@ class Display:
                 table.add_row("", f"and {len(now.running) - rows} more")
         head = Text(f"{self.definition.name}: {now.line(best=False)}", style="bold")
         hint = Text("Ctrl-C stops the sweep and keeps finished work.", style="dim")
-        return Group(head, table, *([hint] if now.running else []))
+        done = now.finished + now.pruned + now.failed
+        bar = ProgressBar(total=max(1, now.total), completed=done, width=40)
+        return Group(head, bar, table, *([hint] if now.running else []))
 
 
 class Tracked:

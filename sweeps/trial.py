@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from glua_bench.config import assignment
+from glua_bench.config import DEFAULT_SELECTORS, ORACLE, assignment
 from glua_bench.console import Progress
-from glua_bench.errors import RunFailure, complaint
+from glua_bench.errors import ConfigError, RunFailure, complaint
 from glua_bench.runs import execution, interruption
 from glua_bench.runs.executor import ATTEMPTS, child_command, running
 from glua_bench.runs.plan import PlannedRun, build_method, plan
@@ -35,7 +35,8 @@ class Outcome:
 
     Attributes:
         values: one per objective: quality (larger is better), then costs.
-        facts: run ids, and the quality of each run under "direction, seed N".
+        facts: run ids, the quality of each run under "direction, seed N", and the number of runs
+            that were finished before, if any.
     """
 
     values: tuple[float, ...]
@@ -63,6 +64,9 @@ def requests(
         definition: the sweep.
         base: options shared by all runs (directories, devices, plugins).
         params: setting → value.
+
+    Raises:
+        ConfigError: --selectors lacks the objective.
     """
     chosen = [assignment(f"method.{name}", value) for name, value in params.items()]
     return [
@@ -73,11 +77,33 @@ def requests(
             direction=direction,
             preset=definition.preset,
             seed=seed,
+            selectors=with_objective(base.selectors, definition.selector),
             assignments=[*base.assignments, *definition.settings, *chosen],
         )
         for seed in range(definition.seeds)
         for direction in definition.directions
     ]
+
+
+def with_objective(selectors: str | None, objective: str) -> str | None:
+    """Return the text of --selectors with which the runs of a sweep evaluate its objective.
+
+    Args:
+        selectors: as given; None is the default, to which the objective is added.
+        objective: a selector, or the oracle.
+
+    Raises:
+        ConfigError: other selectors are given.
+    """
+    names = ",".join(DEFAULT_SELECTORS) if selectors is None else selectors
+    known = {name.strip() for name in names.split(",")}
+    if objective == ORACLE or known & {objective, "all"}:
+        return selectors
+    if selectors is None:
+        return f"{names},{objective}"
+    raise ConfigError(
+        f"--selectors {selectors} lacks the objective of the sweep; add '{objective}' to it."
+    )
 
 
 def execute(
@@ -110,9 +136,11 @@ def execute(
     qualities: dict[str, float] = {}
     seconds: list[float] = []
     ids: list[str] = []
+    reused = 0
     for request in requests(definition, base, params):
         planned = plan(request)
         ids.append(planned.id)
+        reused += planned.directory.done
         begin(list(ids))  # before the run, so that a failed one is known
         known = list(qualities.values())
 
@@ -146,7 +174,8 @@ def execute(
     mean = sum(qualities.values()) / len(qualities)
     costs = {"seconds": sum(seconds) / len(seconds)}
     values = (mean, *(costs[name] for name in definition.objectives[1:]))
-    return Outcome(values, {"runs": ids, "qualities": qualities})
+    facts = {"runs": ids, "qualities": qualities, **({"reused": reused} if reused else {})}
+    return Outcome(values, facts)
 
 
 def execute_apart(

@@ -99,7 +99,7 @@ def test_a_resumed_stage_says_so_and_estimates_from_its_own_steps(clock: Clock) 
         clock.now += 20
         progress.update(60)
     assert stream.getvalue().splitlines() == [
-        "train: 100 steps, resuming after 50",
+        "train: resuming at step 50 of 100",
         "train 60/100  1:20 left",
     ]
 
@@ -152,6 +152,54 @@ def test_a_terminal_gets_a_bar_with_losses_and_the_time_left(
     assert "20/100" in shown and "40 s left" in shown and "loss 0.25" in shown
     assert "[a line] above" in shown
     assert "100/100" in shown and "in 50 s" in shown and "loss 0.125" in shown
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_bar_keeps_its_shape_when_texts_are_long(
+    width: int, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(width))
+    stream = Terminal()
+    name = "a stage that has a name of sixty characters, or even of more"
+    with Progress(stream=stream) as progress:
+        progress.stage(name, 100_000)
+        clock.now += 10
+        progress.update(500, {f"loss_{i}": i / 7 for i in range(9)})
+        frame = stream.getvalue()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", frame).strip("\r").split("\r")
+    assert "\n" not in frame and all(len(line) <= width for line in shown)  # states of one line
+    assert "500/100000" in shown[-1] and "33:10 left" in shown[-1] and "━" in shown[-1]
+    assert shown[-1].startswith("a stage that") and "…" in shown[-1]
+    assert len({line.rindex("━") for line in shown}) == 1  # the bar does not move
+    assert width == 60 or "loss_0 0" in shown[-1]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_resuming_says_at_which_step(
+    terminal: bool, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal() if terminal else io.StringIO()
+    with Progress(stream=stream) as progress:
+        progress.stage("segment", 500, start=300)
+    assert "segment: resuming at step 300 of 500" in stream.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_stage_that_is_usually_short_is_shown_only_if_it_takes_long(
+    terminal: bool, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal() if terminal else io.StringIO()
+    with Progress(stream=stream) as progress:
+        for seconds in (0.1, 20.0):
+            assert "select" not in stream.getvalue()
+            progress.stage("select", 4, quietly=True)
+            for step in range(1, 5):
+                clock.now += seconds
+                progress.update(step)
+    assert "select" in stream.getvalue() and "4/4" in stream.getvalue()
 
 
 def test_a_bar_gives_the_terminal_back_after_an_error(

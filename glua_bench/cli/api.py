@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import importlib
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -267,7 +268,9 @@ def compare(
     )
     guests = matrix.guests(cells, asked.imported, report)
     planned = matrix.plan(cells, report)
-    result = conduct(asked.title, planned, jobs, retry_failed, report, _warn, asked.named, guests)
+    result = conduct(
+        asked.title, planned, jobs, retry_failed, report, _warn, asked.named, guests, quiet
+    )
     result.check()
     return result
 
@@ -281,6 +284,7 @@ def conduct(
     warn: Callable[[str], None],
     named: bool = False,
     guests: Sequence[Guest] = (),
+    quiet: bool = False,
 ) -> ComparisonResult:
     """Execute the runs of a comparison or an ablation, and summarise those that finished.
 
@@ -293,11 +297,14 @@ def conduct(
         warn: receives warnings.
         named: keep the names of the entries for reports, which otherwise derive them from settings.
         guests: imported entries of the same tables.
+        quiet: show no progress bar.
     """
+    from glua_bench.runs.display import Display
     from glua_bench.runs.executor import Executor
 
     groups = matrix.by_dataset(title, planned, guests)
-    outcome = Executor(planned, jobs, retry_failed, report).run()
+    with Display(report, None if quiet else sys.stdout) as display:
+        outcome = Executor(planned, jobs, retry_failed, display.line, show=display.show).run()
     request = planned[0].run.request
     finished = matrix.finished(planned)
     finished += [(guest.entry, guest.task, guest.run) for guest in guests]

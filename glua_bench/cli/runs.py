@@ -19,6 +19,7 @@ from glua_bench.cli.options import (
     note,
     on_command_line,
     progress,
+    quiet,
     say,
     say_browse,
     split_names,
@@ -112,7 +113,8 @@ def _run(request: RunRequest, dry_run: bool = False) -> None:
 
 def _show_plan(planned: PlannedRun) -> None:
     from glua_bench.console import duration
-    from glua_bench.runs import execution
+    from glua_bench.reports.run_figures import draw_run
+    from glua_bench.runs.estimate import Estimator, breakdown
 
     for name, steps in planned.stages:
         say(f"  stage {name}: {steps} steps")
@@ -122,14 +124,18 @@ def _show_plan(planned: PlannedRun) -> None:
         say(f"Already done: {path}; the command would show the result.")
         answer(**facts, seconds=0.0, next=[])
         return
-    seconds = execution.estimate(planned)
-    say(f"Would write {path} after about {duration(seconds)} of training.")
+    expected = Estimator(draw_run).of(planned)
+    say(
+        f"Would write {path} after about {duration(expected.total)} "
+        f"({expected.basis}): {breakdown(expected.parts, expected.reused)}."
+    )
     note("Next: the same command without --dry-run.")
-    answer(**facts, seconds=seconds, next=[])
+    answer(**facts, seconds=expected.total, parts=expected.parts, next=[])
 
 
 def _show_result(planned: PlannedRun, summary: Summary) -> None:
     from glua_bench.console import duration
+    from glua_bench.runs.timing import where_time_went
     from glua_bench.scoring.metrics import PRIMARY
 
     path, table = planned.directory.path, summary.table
@@ -137,6 +143,8 @@ def _show_result(planned: PlannedRun, summary: Summary) -> None:
         note(f"This run is already done (same settings, data and code): {path}")
     else:
         note(f"Finished in {duration(summary.seconds)}.")
+        if went := where_time_went([planned.directory.read_summary()]):
+            note(went)
     note()
     primary = planned.config.selectors[0]
     say(score_table(table[table["selector"] == primary]))
@@ -312,19 +320,28 @@ def _run_matrix(
 ) -> None:
     from glua_bench.cli import api
     from glua_bench.reports import comparison
-    from glua_bench.runs import matrix
+    from glua_bench.runs import execution, matrix
+    from glua_bench.runs.timing import where_time_went
 
     guests = matrix.guests(cells, imported, note)  # before anything is trained
     planned = matrix.plan(cells, note)
     if dry_run:
         _show_matrix(planned, work, guests)
         return
-    result = api.conduct(title, planned, work.jobs, work.retry_failed, note, warn, named, guests)
+    if lacking := execution.lacking_note([item.run for item in planned if item.state == "done"]):
+        warn(lacking)
+    result = api.conduct(
+        title, planned, work.jobs, work.retry_failed, note, warn, named, guests, quiet()
+    )
     counts = result.counts
     note(
         f"{len(planned)} runs: {counts['ran']} run now, {counts['before']} done before, "
         f"{counts['elsewhere']} by other processes, {counts['failed']} failed."
     )
+    if counts["ran"]:
+        done = [item.run.directory for item in planned if item.state == "done"]
+        if went := where_time_went([directory.read_summary() for directory in done]):
+            note(went)
     request = planned[0].run.request
     written: list[Path] = []
     if len(result.rows):
@@ -373,27 +390,38 @@ def _runs(planned: list[Planned]) -> list[dict[str, object]]:
 
 
 def _show_matrix(planned: list[Planned], work: Work, guests: Sequence[Guest]) -> None:
+    """Show how many runs of each row are open, and how long they take."""
     from glua_bench.console import duration
-    from glua_bench.runs import matrix
+    from glua_bench.reports.run_figures import draw_run
+    from glua_bench.runs.estimate import Estimator, breakdown
+    from glua_bench.runs.executor import environment
+    from glua_bench.runs.timing import total
 
+    threads = environment(0, work.jobs)["OMP_NUM_THREADS"]  # may be a list, "4,2"
+    own = int(threads) if threads.isdigit() else None
+    estimator = Estimator(draw_run, processes=True, threads=own, report=note)
     states: dict[tuple[str, str], list[str]] = {}
+    expected: dict[tuple[str, str], list[dict[str, float]]] = {}
     for item in planned:
-        states.setdefault((item.cell.entry, item.cell.task), []).append(item.state)
-    seconds = matrix.estimate(planned, note)
-    total = 0.0
+        key = item.cell.entry, item.cell.task
+        states.setdefault(key, []).append(item.state)
+        if item.state != "done":
+            expected.setdefault(key, []).append(dict(estimator.of(item.run).parts))
     width = max(len(entry) for entry, _ in states)
     for key, found in states.items():
-        left = sum(state != "done" for state in found)
         counts = ", ".join(f"{found.count(s)} {s}" for s in dict.fromkeys(found))
-        cost = f", {duration(seconds[key])} per run" if left else ""
-        total += left * seconds.get(key, 0.0)
+        each = expected.get(key, [])
+        mean = sum(sum(parts.values()) for parts in each) / max(1, len(each))
+        cost = f", {duration(mean)} per run" if each else ""
         say(f"  {key[0]:<{width}}  {key[1]:<20}  {counts}{cost}")
     for guest in guests:
         say(f"  {guest.entry:<{width}}  {guest.task:<20}  imported")
     done = sum(item.state == "done" for item in planned)
+    parts = total([parts for each in expected.values() for parts in each])
+    seconds = sum(parts.values()) / work.jobs
     say(
-        f"{len(planned)} runs, {done} done; about {duration(total / work.jobs)} "
-        f"with --jobs {work.jobs}."
+        f"{len(planned)} runs, {done} done; about {duration(seconds)} with --jobs {work.jobs}"
+        + (f" (in all {breakdown(parts)})." if parts else ".")
     )
     note("Next: the same command without --dry-run.")
-    answer(runs=_runs(planned), done=done, seconds=total / work.jobs, next=[])
+    answer(runs=_runs(planned), done=done, seconds=seconds, parts=parts, next=[])

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from glua_bench.config import PRESETS, RunConfig, SegmenterSpec, build_settings
+from glua_bench.config import PRESETS, SELECTORS, RunConfig, SegmenterSpec, build_settings
 from glua_bench.conformance.leaks import unsaved_state
 from glua_bench.conformance.results import METHOD_CHECKS, Checklist, copy_weights
 from glua_bench.console import Progress
@@ -419,6 +419,7 @@ class Bench:
             options: changed options of the run, e.g. its precision.
         """
         config = resolve(self.request(seed, steps), self.dataset, self.method)
+        config = replace(config, selectors=SELECTORS)  # also those that are expensive on real data
         chosen = build_settings(self.method.Config, {**self.settings, **(settings or {})}, "method")
         return replace(
             config,

@@ -78,15 +78,15 @@ class SliceCache:
         depth, height, width = found["shape"]
         return CachedLabel(path, (depth, height, width))
 
-    def holds(self, case: Case, view: GridView) -> bool:
-        """Return True if the case's image (and label, if any) is cached.
+    def holds(self, case: Case | UnlabelledCase, view: GridView) -> bool:
+        """Return True if the case's image (and label, if it has one) is cached.
 
         No volume is read: a file without a stored digest counts as not cached.
         """
         image = _stored_digest(case.image)
         if image is None or not _read_entry(self._image_path(image, view), IMAGE_TYPE):
             return False
-        if case.label is None:
+        if not isinstance(case, Case) or case.label is None:
             return True
         label = _stored_digest(case.label)
         return label is not None and bool(

@@ -44,12 +44,13 @@ def prepare_cases(
         view = dataset.view(case.domain).on(grid)
         if not cache.holds(case, view):
             waiting.append(_Job(case, view, cache.root))
-    cached = len(cases) - len(waiting)
-    progress.stage("preprocess", len(cases), cached)
-    progress.update(cached)
+    if waiting:
+        if len(waiting) < len(cases):
+            progress.line(f"{len(cases) - len(waiting)} of {len(cases)} volumes are cached")
+        progress.stage("preprocess", len(waiting))
     problems: dict[int, str] = {}
     results = parallel_map(_prepare, waiting, jobs or cores())
-    for done, (place, problem) in enumerate(results, start=cached + 1):
+    for done, (place, problem) in enumerate(results, start=1):
         if problem:
             problems[place] = problem
         progress.update(done)

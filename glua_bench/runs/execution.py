@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 import resource
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -33,6 +30,7 @@ from glua_bench.registry import Registry
 from glua_bench.runs import carried
 from glua_bench.runs.plan import PlannedRun, build_method, make_fabric, roles
 from glua_bench.runs.stage_cache import artefact_path
+from glua_bench.runs.timing import EVALUATION, FIGURES, SAMPLES, SLICES, Clock
 from glua_bench.runs.trainer import Trainer
 from glua_bench.scoring.evaluation import evaluate, mean_score, summarise
 from glua_bench.selection import ROLES, Candidate, Samples, Selector, choose, sample_pixels
@@ -78,32 +76,50 @@ class Watch:
 
 
 def stores(
-    planned: PlannedRun, cache: SliceCache, progress: Progress
+    planned: PlannedRun, cache: SliceCache, progress: Progress, enough: int | None = None
 ) -> tuple[LabelledStore, LabelledStore | None, ImageStore | None]:
     """Read the slices for training and validation on the source, and for training on the target.
 
     The target's store is built from `UnlabelledCase`s, so no label file of the target is opened.
+    Progress is shown if a volume is not cached yet.
+
+    Args:
+        planned: the run.
+        cache: preprocessed slices.
+        progress: progress bar.
+        enough: number of training slices per domain that suffice; None reads all.
     """
     config, dataset = planned.config, planned.dataset
     chosen, neighbourhood = roles(config, dataset), Neighbourhood.of(config)
-    total = sum(len(chosen[role]) for role in ("source_train", "source_val", "target_train"))
-    progress.stage("read data", total)
+    names = ["source_train", "source_val"]
+    names += ["target_train"] if planned.method_class.uses_target else []
+    every = [(case, dataset.view(case.domain).on(config.grid)) for n in names for case in chosen[n]]
+    missing = {id(case) for case, view in every if not cache.holds(case, view)}
     done = 0
+    if missing and enough is None:
+        progress.stage("prepare slices", len(missing))
 
-    def labelled(cases: Sequence[Case | UnlabelledCase]) -> LabelledStore:
+    def prepared(case: Case | UnlabelledCase) -> None:
         nonlocal done
+        if id(case) in missing:
+            done += 1
+            if enough is None:
+                progress.update(done)
+
+    def labelled(cases: Sequence[Case | UnlabelledCase], enough: int | None) -> LabelledStore:
         images, labels = [], []
         for case in cases:
             assert isinstance(case, Case)
             view = dataset.view(case.domain).on(config.grid)
             images.append(cache.image(case.unlabelled(), view))
             labels.append(cache.label(case, view))
-            done += 1
-            progress.update(done)
+            prepared(case)
+            if enough is not None and sum(image.shape[0] for image in images) >= enough:
+                break
         return LabelledStore(images, labels, neighbourhood=neighbourhood)
 
-    train = labelled(chosen["source_train"])
-    val = labelled(chosen["source_val"]) if chosen["source_val"] else None
+    train = labelled(chosen["source_train"], enough)
+    val = labelled(chosen["source_val"], None) if chosen["source_val"] else None
     target = None
     if planned.method_class.uses_target:
         # Apart from `labelled`, so that no label of the target can be read here.
@@ -111,8 +127,9 @@ def stores(
         for case in chosen["target_train"]:
             assert isinstance(case, UnlabelledCase)
             images.append(cache.image(case, dataset.view(case.domain).on(config.grid)))
-            done += 1
-            progress.update(done)
+            prepared(case)
+            if enough is not None and sum(image.shape[0] for image in images) >= enough:
+                break
         target = ImageStore(images, neighbourhood=neighbourhood)
     return train, val, target
 
@@ -164,7 +181,6 @@ def execute(
             planned.stages,
         )
         try:
-            _write_dataset_facts(planned)
             cases = _train_and_score(planned, fabric, progress, began, draw, watch)
         except Stopped:
             raise
@@ -180,7 +196,7 @@ def execute(
     return Summary(False, time.perf_counter() - began, summarise(cases), warnings)
 
 
-def _write_dataset_facts(planned: PlannedRun) -> None:
+def write_dataset_facts(planned: PlannedRun) -> None:
     """Store the facts about the dataset, with the usual intensities of the training images."""
     config, dataset = planned.config, planned.dataset
     chosen = roles(config, dataset)
@@ -189,40 +205,43 @@ def _write_dataset_facts(planned: PlannedRun) -> None:
     carried.write(planned.directory.path, facts, dataset.carried())
 
 
-def _finished_summary(planned: PlannedRun) -> Summary:
-    cases = planned.directory.read_cases()
-    if planned.request.oracle and ORACLE not in set(cases["selector"]):
-        raise ConfigError(
-            f"{planned.directory.path} was finished without --oracle and its other checkpoints "
-            "are deleted; use another --runs directory to train it again with --oracle."
-        )
-    return Summary(True, 0.0, summarise(cases), [])
+def lacking(planned: PlannedRun) -> list[str]:
+    """Return what was asked for and a finished run was finished without: selectors and the oracle.
 
-
-def estimate(planned: PlannedRun, probe: int = 6) -> float:
-    """Return the expected training time in seconds, from a few steps of every stage on real data.
-
-    Args:
-        planned: from `plan`.
-        probe: step budget of the trial.
+    Without --selectors a run is taken as it is.
     """
-    config = replace(planned.config, steps=probe)
-    fabric = make_fabric(planned.request, config)
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = RunDirectory(Path(scratch), config, planned.id)
-        trial = replace(planned, config=config, directory=directory)
-        directory.start({})
-        with closing(directory):
-            built = build_run(trial, fabric, Progress(enabled=False))
-            trainer = built.trainer
-            trainer.artefact = lambda stage: None  # do not write to the cache
-            cached = partial(artefact_path, planned, built.method)
-            missing = [s for s in trainer.stages if not ((path := cached(s)) and path.is_file())]
-            built.fit()
-    return sum(
-        trainer.seconds[stage.name] / stage.steps(probe) * stage.steps(planned.config.steps)
-        for stage in missing
+    request, directory = planned.request, planned.directory
+    missing: list[str] = []
+    if request.selectors is not None:
+        known = RunDirectory.open(directory.path).config.selectors
+        missing += [name for name in planned.config.selectors if name not in known]
+    if request.oracle and ORACLE not in directory.read_summary()["chosen_steps"]:
+        missing.append("--oracle")
+    return missing
+
+
+def lacking_note(finished: Iterable[PlannedRun]) -> str:
+    """Say which finished runs of a matrix lack a selector that was asked for; "" if none does."""
+    missing = {planned.id: lacking(planned) for planned in finished}
+    names = sorted({name for own in missing.values() for name in own})
+    count = sum(bool(own) for own in missing.values())
+    if not count:
+        return ""
+    return (
+        f"{count} of the runs {'was' if count == 1 else 'were'} finished without "
+        f"{', '.join(names)} and kept as {'it is' if count == 1 else 'they are'}; use another "
+        "--runs directory to train and score all of them alike."
     )
+
+
+def _finished_summary(planned: PlannedRun) -> Summary:
+    if missing := lacking(planned):
+        raise ConfigError(
+            f"{planned.directory.path} was finished without {', '.join(missing)} and its other "
+            "checkpoints are deleted; omit what is missing, or use another --runs directory to "
+            "train it again."
+        )
+    return Summary(True, 0.0, summarise(planned.directory.read_cases()), [])
 
 
 @dataclass(frozen=True)
@@ -287,16 +306,19 @@ class BuiltRun:
         return images if last.translate is None else last.translate(images)
 
 
-def build_run(planned: PlannedRun, fabric: Fabric, progress: Progress) -> BuiltRun:
+def build_run(
+    planned: PlannedRun, fabric: Fabric, progress: Progress, enough: int | None = None
+) -> BuiltRun:
     """Read the data of a planned run, build its method, and pass both to a trainer.
 
     Args:
         planned: from `plan`.
         fabric: from `make_fabric`.
         progress: progress bar.
+        enough: as in `stores`.
     """
     config = planned.config
-    train, val, target = stores(planned, SliceCache(), progress)
+    train, val, target = stores(planned, SliceCache(), progress, enough)
     method = build_method(config, planned.dataset.structures, planned.method_class)
     batches = Batches(
         train,
@@ -322,8 +344,8 @@ def build_run(planned: PlannedRun, fabric: Fabric, progress: Progress) -> BuiltR
 def _report_candidate(built: BuiltRun, watch: Watch, step: int) -> None:
     """Score the candidate whose weights the method has, and pass the score to the watcher."""
     selector: Selector = Registry("selector", built.planned.request.plugins).load(watch.selector)()
-    samples = _samples(built) if selector.uses_samples else {}
-    watch.see(step, _score(built, selector, step, samples, {}))
+    samples = samples_of(built, sampled_roles([selector]))
+    watch.see(step, score_of(built, selector, step, samples, {}))
 
 
 def _train_and_score(
@@ -335,12 +357,15 @@ def _train_and_score(
     watch: Watch | None,
 ) -> pd.DataFrame:
     config, dataset, directory = planned.config, planned.dataset, planned.directory
-    built = build_run(planned, fabric, progress)
+    clock, judging = Clock(), Clock()
+    with clock.on(SLICES):
+        write_dataset_facts(planned)
+        built = build_run(planned, fabric, progress)
     trainer = built.trainer
     if watch is not None:
         trainer.watch = partial(_report_candidate, built, watch)
     built.fit()
-    scores = _selector_scores(built)
+    scores = _selector_scores(built, progress, clock, judging)
     chosen = {name: choose(by_step) for name, by_step in scores.items()}
     primary = config.selectors[0]
     test = list(dataset.split(config.target, "test"))
@@ -349,19 +374,20 @@ def _train_and_score(
     def evaluated(step: int, name: str) -> pd.DataFrame:
         """Evaluate a candidate; the primary selector's predictions are saved."""
         if step not in frames:
-            built.load(step)
-            frames[step] = evaluate(
-                partial(built.predict, domain="target"),
-                dataset,
-                test,
-                config.grid,
-                SliceCache(),
-                fabric.device,
-                progress,
-                directory.predictions if name == primary else None,
-                f"evaluate {name}",
-                Neighbourhood.of(config),
-            )
+            with clock.on(EVALUATION):
+                built.load(step)
+                frames[step] = evaluate(
+                    partial(built.predict, domain="target"),
+                    dataset,
+                    test,
+                    config.grid,
+                    SliceCache(),
+                    fabric.device,
+                    progress,
+                    directory.predictions if name == primary else None,
+                    f"evaluate {name}",
+                    Neighbourhood.of(config),
+                )
         return frames[step]
 
     for name, step in chosen.items():  # the primary selector first
@@ -387,9 +413,10 @@ def _train_and_score(
     )
     directory.write_cases(rows)
     if draw is not None:
-        built.load(chosen[primary])
-        batch, pictures = _pictures(built)
-        draw(directory, dataset, rows[rows["selector"] == primary], batch, pictures)
+        with clock.on(FIGURES):
+            built.load(chosen[primary])
+            batch, pictures = pictures_of(built)
+            draw(directory, dataset, rows[rows["selector"] == primary], batch, pictures)
     for step in set(trainer.candidate_steps()) - set(chosen.values()):
         trainer.candidate_path(step).unlink(missing_ok=True)
     directory.finish(
@@ -397,6 +424,8 @@ def _train_and_score(
             "run": planned.id,
             "seconds": time.perf_counter() - began,
             "stage_seconds": trainer.seconds,
+            "part_seconds": clock.seconds,
+            "selector_seconds": judging.seconds,
             "reused_stages": sorted(trainer.reused),
             "steps": dict(planned.stages),
             "peak_memory_mib": _peak_memory(built.device),
@@ -411,23 +440,49 @@ def _train_and_score(
     return rows
 
 
-def _selector_scores(built: BuiltRun) -> dict[str, dict[int, float]]:
-    """Return selector → candidate step → score."""
-    names = built.planned.config.selectors
-    registry = Registry("selector", built.planned.request.plugins)
-    selectors: dict[str, Selector] = {name: registry.load(name)() for name in names}
+def load_selectors(planned: PlannedRun) -> dict[str, Selector]:
+    """Return the selectors of a run by name."""
+    registry = Registry("selector", planned.request.plugins)
+    return {name: registry.load(name)() for name in planned.config.selectors}
+
+
+def _selector_scores(
+    built: BuiltRun, progress: Progress, clock: Clock, judging: Clock
+) -> dict[str, dict[int, float]]:
+    """Return selector → candidate step → score.
+
+    Args:
+        built: the trained run.
+        progress: progress bar.
+        clock: receives the time of predictions at sampled pixels.
+        judging: receives the time of each selector.
+    """
+    selectors = load_selectors(built.planned)
+    names = list(selectors)
     steps = built.trainer.candidate_steps()
     samples: dict[int, dict[str, Samples]] = {step: {} for step in steps}
-    if any(selector.uses_samples for selector in selectors.values()):
-        for step in steps:
+    sampled = sampled_roles(selectors.values())
+    done = 0
+    progress.stage("select", len(steps) * (len(selectors) + bool(sampled)), quietly=True)
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        progress.update(done)
+
+    for step in steps if sampled else ():
+        with clock.on(SAMPLES):
             built.load(step)
-            samples[step] = _samples(built)
+            samples[step] = samples_of(built, sampled)
+        advance()
     trajectory = {s: own["target_train"] for s, own in samples.items() if "target_train" in own}
     scores: dict[str, dict[int, float]] = {name: {} for name in selectors}
     for step in steps:
         built.load(step)
         for name, selector in selectors.items():
-            scores[name][step] = _score(built, selector, step, samples[step], trajectory)
+            with judging.on(name):
+                scores[name][step] = score_of(built, selector, step, samples[step], trajectory)
+            advance()
     # Selectors without a score for any candidate (e.g. without target images) are left out.
     return {
         name: by_step
@@ -436,12 +491,18 @@ def _selector_scores(built: BuiltRun) -> dict[str, dict[int, float]]:
     }
 
 
-def _samples(built: BuiltRun) -> dict[str, Samples]:
+def sampled_roles(selectors: Iterable[Selector]) -> set[str]:
+    """Return the roles whose pixels any of the selectors reads."""
+    return {role for each in selectors if each.uses_samples for role in each.samples_from}
+
+
+def samples_of(built: BuiltRun, roles: Collection[str]) -> dict[str, Samples]:
     """Return role → sampled pixels, predicted with the method's current weights."""
-    torch.manual_seed(built.planned.config.seed)  # equal random styles for all candidates
     samples = {}
     for role, store in zip(ROLES, (built.train, built.val, built.target), strict=True):
-        if store is not None:
+        if store is not None and role in roles:
+            # Equal random styles for all candidates, whichever roles are sampled.
+            torch.manual_seed(built.planned.config.seed)
             domain: Role = "target" if role.startswith("target") else "source"
             samples[role] = sample_pixels(
                 partial(built.predict, domain=domain),
@@ -453,7 +514,7 @@ def _samples(built: BuiltRun) -> dict[str, Samples]:
     return samples
 
 
-def _score(
+def score_of(
     built: BuiltRun,
     selector: Selector,
     step: int,
@@ -484,7 +545,7 @@ def _peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _pictures(built: BuiltRun, count: int = 6) -> tuple[Batch, dict[str, Tensor]]:
+def pictures_of(built: BuiltRun, count: int = 6) -> tuple[Batch, dict[str, Tensor]]:
     """Return evenly spread training slices and the method's pictures of them, (N, 1, H, W)."""
 
     def spread(store: ImageStore) -> np.ndarray:

@@ -6,6 +6,8 @@ when its holder ends. A run that a killed process has left behind is resumed.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -14,20 +16,34 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from glua_bench.console import duration
-from glua_bench.errors import RunFailure, complaint
+from glua_bench.errors import RunFailure, UserError, complaint
 from glua_bench.files import try_lock, write_text
+from glua_bench.runs.display import Running, State, position, seconds_left
 from glua_bench.runs.matrix import Planned
 from glua_bench.runs.plan import PlannedRun
+from glua_bench.runs.timing import parts_of
 from glua_bench.scoring.evaluation import mean_score
 from glua_bench.scoring.metrics import PRIMARY
 
 CLAIMS = ".claims"  # directory for locks and requests of runs, in the directory of all runs
 POLL_SECONDS = 1.0  # between checks of runs that another process executes
+SHARED_SECONDS = 5.0  # between checks which of the waiting runs others execute or have finished
 ATTEMPTS = 2  # attempts at a run whose process ends without a reason
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A run that is being executed: when it was first seen, and its share done by then."""
+
+    item: Planned
+    at: float
+    before: float
+    here: bool
 
 
 @dataclass
@@ -56,6 +72,7 @@ class Executor:
             share of the CPU cores.
         retry_failed: restart runs that failed earlier.
         report: receives a line when a run begins or ends.
+        show: receives the function `state` several times a second.
         start: executes a run with an environment and returns exit code and stderr.
     """
 
@@ -66,18 +83,25 @@ class Executor:
         retry_failed: bool = False,
         report: Callable[[str], None] = lambda line: None,
         start: Callable[[PlannedRun, Mapping[str, str]], tuple[int, str]] | None = None,
+        show: Callable[[Callable[[], State]], None] = lambda state: None,
     ) -> None:
-        self.planned, self.jobs, self.report = list(planned), jobs, report
+        self.planned, self.jobs, self.report, self.show = list(planned), jobs, report, show
         self.start = start or start_process
         self.outcome = Outcome()
         self._lock = threading.Lock()
         self._waiting: deque[Planned] = deque()  # thread-safe
         self._attempts: Counter[str] = Counter()
         self._error: BaseException | None = None
-        self._began = time.monotonic()
+        self._seen: dict[str, _Seen] = {}  # run → a run that is being executed, here or elsewhere
+        self._done: set[str] = set()
+        self._timed: set[str] = set()  # finished runs whose duration has been looked up
+        self._seconds: dict[str, float] = {}  # finished run → its duration
+        self._overheads: list[float] = []  # of runs started here: seconds around their parts
+        self._looked = -math.inf
         for item in self.planned:
             if item.state == "done":
                 self.outcome.before += 1
+                self._done.add(item.run.id)
             elif item.state == "failed" and not retry_failed:
                 self.outcome.failed[item.run.id] = str(item.run.directory.failed)
             else:
@@ -101,6 +125,7 @@ class Executor:
             for worker in workers:
                 while worker.is_alive():  # short waits, so that Ctrl-C is handled
                     worker.join(0.2)
+                    self.show(self.state)
         except BaseException:  # a notebook lives on: start no further run
             self._waiting.clear()
             raise
@@ -115,14 +140,13 @@ class Executor:
     def _work(self, index: int) -> None:
         try:
             while (item := self._next()) is not None:
-                claim = item.run.request.runs_root / CLAIMS / f"{item.run.id}.lock"
-                with try_lock(claim, "--runs") as mine:
+                with try_lock(_claim(item.run), "--runs") as mine:
                     if mine and not running(item.run):
                         self._execute(item, index)
                         continue
                 # Another process executes it, possibly an orphan: check again after the others.
                 if item.run.directory.done:
-                    self._end("elsewhere")
+                    self._end("elsewhere", item)
                 else:
                     self._waiting.append(item)
                     time.sleep(POLL_SECONDS)
@@ -135,19 +159,26 @@ class Executor:
 
     def _execute(self, item: Planned, index: int) -> None:
         if item.run.directory.done:  # finished by another process in the meantime
-            self._end("elsewhere")
+            self._end("elsewhere", item)
             return
-        config = item.run.config
-        name = f"{item.cell.entry}, {item.cell.task}, seed {config.seed}"
-        name += f", repeat {config.perturbation}" if config.perturbation else ""
+        config, name = item.run.config, _name(item)
         self.report(f"begin  {name}")
         began = time.monotonic()
-        code, errors = self.start(item.run, environment(index, self.jobs))
+        before = position(item.run)[1]
+        self._seen[item.run.id] = _Seen(item, began, before, here=True)
+        try:
+            code, errors = self.start(item.run, environment(index, self.jobs))
+        finally:
+            self._seen.pop(item.run.id, None)
         if item.run.directory.done:
+            took = time.monotonic() - began
+            parts = parts_of(item.run.directory.read_summary())
+            if parts and not before:
+                self._overheads.append(max(0.0, took - sum(parts.values())))
             cases = item.run.directory.read_cases()
             score = mean_score(cases[cases["selector"] == config.selectors[0]])
             result = f"{PRIMARY.title} {PRIMARY.text(score)}"
-            self._end("ran", f"{name}: {result}, {duration(time.monotonic() - began)}")
+            self._end("ran", item, f"{name}: {result}, {duration(took)}")
             return
         if running(item.run):  # started by hand at the same time
             self._waiting.append(item)
@@ -165,17 +196,106 @@ class Executor:
             self.outcome.failed[item.run.id] = reason
         self.report(f"FAILED {name}: {reason}")
 
-    def _end(self, how: str, text: str = "") -> None:
+    def _end(self, how: str, item: Planned, text: str = "") -> None:
         with self._lock:
+            self._done.add(item.run.id)
+            self._looked = -math.inf  # its duration is known now
             self.outcome.ran += how == "ran"
             self.outcome.elsewhere += how == "elsewhere"
             failed = len(self.outcome.failed) - self._failed_before
             ended = self.outcome.ran + self.outcome.elsewhere + failed
-            left = len(self._waiting)
-            mean = (time.monotonic() - self._began) / max(1, self.outcome.ran)
         if text:
-            rest = f", about {duration(mean * left)} left" if left else ""
+            left = self.state().left
+            rest = f", {left}" if left else ""
             self.report(f"done   {text} ({ended} of {self._total}{rest})")
+
+    # -- what is shown -----------------------------------------------------------------------------
+
+    def state(self) -> State:
+        """Return how many runs are done, which are running, and the time left."""
+        now = time.monotonic()
+        with self._lock:
+            if now - self._looked >= SHARED_SECONDS:
+                self._looked = now
+                self._look_around(now)
+            seen = {run: one for run, one in self._seen.items() if run not in self._done}
+            waiting = [i for i in list(self._waiting) if i.run.id not in {*seen, *self._done}]
+            failed = len(self.outcome.failed)
+        running = [
+            (now - one.at, one.before, self._expected(one.item, one, now)) for one in seen.values()
+        ]
+        known = [whole for _, _, whole in running if not math.isnan(whole)]
+        known += self._seconds.values()
+        usual = sum(known) / len(known) if known else math.nan
+        left = seconds_left(
+            [
+                (elapsed, before, usual if math.isnan(whole) else whole)
+                for elapsed, before, whole in running
+            ],
+            [
+                usual if math.isnan(whole) else whole
+                for whole in (self._expected(item) for item in waiting)
+            ],
+        )
+        shown = [
+            Running(_name(one.item), position(one.item.run)[0], now - one.at, one.here)
+            for one in sorted(seen.values(), key=lambda one: (not one.here, one.at))
+        ]
+        return State(len(self._done), failed, len(self.planned), shown, left)
+
+    def _look_around(self, now: float) -> None:
+        """Find finished runs with their duration, and runs that other processes execute."""
+        for item in self.planned:
+            if item.run.id not in self._done and item.run.directory.done:
+                self._done.add(item.run.id)
+        for item in self.planned:
+            if item.run.id in self._done - self._timed:
+                self._timed.add(item.run.id)
+                # By its parts, since several processes executed a resumed run.
+                with contextlib.suppress(UserError):
+                    parts = parts_of(item.run.directory.read_summary())
+                    self._seconds |= {item.run.id: sum(parts.values())} if parts else {}
+        for item in list(self._waiting):
+            known = self._seen.get(item.run.id)
+            if known is not None and known.here:
+                continue
+            # A momentary lock makes another process skip the run and come back to it.
+            with try_lock(_claim(item.run), "--runs") as free:
+                if free:
+                    self._seen.pop(item.run.id, None)
+                elif known is None:
+                    before = position(item.run)[1]
+                    self._seen[item.run.id] = _Seen(item, now, before, here=False)
+
+    def _expected(self, item: Planned, seen: _Seen | None = None, now: float = 0.0) -> float:
+        """Return the duration of a whole run; nan if unknown.
+
+        It is the mean of finished runs of the same row and task, or else extrapolated from the
+        updates that the run has made since it was seen to start.
+        """
+        alike = item.cell.entry, item.cell.task
+        known = [
+            self._seconds[other.run.id]
+            for other in self.planned
+            if (other.cell.entry, other.cell.task) == alike and other.run.id in self._seconds
+        ]
+        if known:
+            around = list(self._overheads)
+            return sum(known) / len(known) + sum(around) / max(1, len(around))
+        share = 0.0 if seen is None else position(item.run)[1] - seen.before
+        return (now - seen.at) / share if seen is not None and share > 0 else math.nan
+
+
+def _name(item: Planned) -> str:
+    """Return row, task and seed of a run."""
+    config = item.run.config
+    name = f"{item.cell.entry}, {item.cell.task}, seed {config.seed}"
+    return name + (f", repeat {config.perturbation}" if config.perturbation else "")
+
+
+def _claim(run: PlannedRun) -> Path:
+    """Return the lock file of the process that executes a run."""
+    return run.request.runs_root / CLAIMS / f"{run.id}.lock"
 
 
 def environment(index: int, jobs: int) -> dict[str, str]:

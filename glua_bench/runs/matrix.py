@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import mean
 from typing import Any
 
 from glua_bench.config import (
@@ -27,7 +26,7 @@ from glua_bench.method import Method
 from glua_bench.records.naming import Comparison
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.registry import Registry
-from glua_bench.runs import execution, external
+from glua_bench.runs import external
 from glua_bench.runs import plan as planning
 from glua_bench.runs.external import Guest
 from glua_bench.runs.plan import PlannedRun
@@ -371,25 +370,3 @@ def by_dataset(
     for guest in guests:
         groups.setdefault(guest.run.config.fold_name, []).append((guest.entry, guest.run))
     return [Comparison(title, members) for members in groups.values()]
-
-
-def estimate(
-    planned: Sequence[Planned], report: Callable[[str], None] = lambda line: None
-) -> dict[tuple[str, str], float]:
-    """Return (entry, task) → expected seconds per open run.
-
-    The estimate is the mean of finished runs of the same entry and task, or else is measured by a
-    few steps on the real data.
-    """
-    finished: dict[tuple[str, str], list[float]] = {}
-    for item in planned:
-        if item.state == "done":
-            seconds = float(item.run.directory.read_summary()["seconds"])
-            finished.setdefault((item.cell.entry, item.cell.task), []).append(seconds)
-    known = {key: mean(values) for key, values in finished.items()}
-    for item in planned:
-        key = item.cell.entry, item.cell.task
-        if item.state != "done" and key not in known:
-            report(f"timing a few steps of {key[0]} on {key[1]}")
-            known[key] = execution.estimate(item.run)
-    return known

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from lightning_fabric import Fabric
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from glua_bench.config import (
+    DEFAULT_SELECTORS,
+    ORACLE,
     PRESETS,
+    SELECTORS,
     UPPER,
     RunConfig,
     SegmenterSpec,
@@ -125,10 +129,40 @@ def resolve(request: RunRequest, dataset: Dataset, method_class: type[Method]) -
             preset=preset,
             fold=dataset.fold,
             seed=request.seed,
+            selectors=chosen_selectors(request.selectors, request.plugins),
             **values,
         )
     except TypeError as error:
         raise ConfigError(f"An option has the wrong type ({error}); check --set.") from error
+
+
+def chosen_selectors(names: str | None, plugins: Sequence[Path] = ()) -> tuple[str, ...]:
+    """Return the selectors that `--selectors` names: `last` first, then in the order of tables.
+
+    Args:
+        names: comma-separated names, or "all"; None returns the default.
+        plugins: plugin files.
+
+    Raises:
+        ConfigError: no name is given.
+        PluginError: no selector has the name.
+    """
+    if names is None:
+        return DEFAULT_SELECTORS
+    registry = Registry("selector", plugins)
+    given = {name.strip() for name in names.split(",") if name.strip()}
+    if not given:
+        raise ConfigError(f"--selectors '{names}' names no selector; give names, or all.")
+    if ORACLE in given:
+        raise ConfigError(
+            f"--selectors {names}: '{ORACLE}' reads labels of test cases; pass --oracle instead."
+        )
+    known = [*SELECTORS, *sorted({entry.name for entry in registry.entries()} - {*SELECTORS})]
+    if "all" in given:
+        given = set(known)
+    for name in sorted(given):
+        registry.load(name)
+    return tuple(name for name in known if name in {*given, SELECTORS[0]})
 
 
 def check_request(config: RunConfig, method_class: type[Method]) -> None:

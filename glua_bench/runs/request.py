@@ -14,7 +14,13 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
-from glua_bench.config import AUGMENTATIONS, PRECISIONS, PRESETS, SCENARIOS
+from glua_bench.config import (
+    AUGMENTATIONS,
+    DEFAULT_SELECTORS,
+    PRECISIONS,
+    PRESETS,
+    SCENARIOS,
+)
 from glua_bench.errors import ConfigError
 from glua_bench.runs.completion import complete_choices, complete_directions, complete_names
 
@@ -54,6 +60,7 @@ class RunOptions:
         devices: processes per run.
         precision: "32-true", "bf16-mixed" or "16-mixed"; None keeps the preset's.
         plugins: files with further methods, datasets or selectors.
+        selectors: comma-separated names of selectors, or "all"; None evaluates the cheap ones.
         oracle: also score every checkpoint on the labelled test cases.
         mlflow: mirror runs to MLflow.
     """
@@ -94,6 +101,13 @@ class RunOptions:
         ),
     ] = None
     plugins: Annotated[list[Path], PLUGIN] = field(default_factory=list)
+    selectors: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated selectors to evaluate beside `last`, or all; default: the cheap "
+            f"ones ({', '.join(DEFAULT_SELECTORS[1:])}).",
+        ),
+    ] = None
     oracle: Annotated[
         bool,
         typer.Option(

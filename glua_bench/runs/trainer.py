@@ -388,8 +388,10 @@ class Trainer:
             stage = self.stages[state["stage"]]
             if self.fabric.is_global_zero:
                 self.directory.rewind(stage.name, state["step"])
-            if state["stage"] or state["step"]:
-                self.progress.line(f"Resuming stage '{stage.name}' at step {state['step']}.")
+            if state["stage"] and not state["step"]:
+                self.progress.line(f"Resuming at stage '{stage.name}'; earlier ones are finished.")
+        else:
+            self.progress.line("Resuming after the last stage: its checkpoints are scored.")
         return state
 
 

@@ -63,6 +63,7 @@ class TargetScore(Selector):
     """Base class of scores computed from target training pixels only."""
 
     uses_samples = True
+    samples_from = ("target_train",)
 
     def score(self, candidate: Candidate) -> float:
         """Compute the score; NaN without target images."""
@@ -197,6 +198,7 @@ class CheckpointAgreement(Selector):
     reference = "original (after the agreement of models, Jiang et al., ICLR 2022)"
     needs = "target images"
     uses_samples = True
+    samples_from = ("target_train",)
     uses_trajectory = True
 
     def score(self, candidate: Candidate) -> float:

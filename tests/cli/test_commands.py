@@ -110,7 +110,7 @@ def test_run_then_again_then_sync(call: Call, phantom_root: Path) -> None:
 @pytest.mark.slow
 def test_dry_run_says_how_long_and_writes_no_run(call: Call, phantom_root: Path) -> None:
     code, out, _ = call(*RUN, phantom_root, "--dry-run")
-    assert code == 0 and "stage segment: 2 steps" in out and "of training" in out
+    assert code == 0 and "stage segment: 2 steps" in out and "(timed on a few steps)" in out
     assert not Path("runs").exists()
 
 
@@ -696,7 +696,7 @@ def test_prepare_names_bad_files_after_the_good_ones(
     assert code == 2 and "mr_train_1001_image.nii.gz is damaged" in out and "6/6" in out
     assert err.count("\n") == 1 and "Traceback" not in err
     code, out, _ = call(*arguments)
-    assert code == 2 and "resuming after 5" in out
+    assert code == 2 and "5 of 6 volumes are cached" in out
 
 
 # -- sweep ----------------------------------------------------------------------------------------

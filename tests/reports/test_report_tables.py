@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 import pytest
 from scipy.stats import spearmanr
@@ -177,6 +179,18 @@ def test_selectors_are_compared_on_the_seeds_that_all_judged(made_runs):
     table = report_tables.selectors(from_runs(made_runs.root), TASK)
     assert column(table, "last")["glua"] == pytest.approx(60)
     assert column(table, "im")["glua"] == pytest.approx(50) and column(table, "seeds")["glua"] == 1
+
+
+def test_seeds_with_different_selectors_share_those_that_all_have(made_runs):
+    """Runs with different --selectors: what is missing is a dash, and no entry is left out."""
+    made_runs.add("glua", 0.6, 0, selectors={"im": 0.5})
+    made_runs.add("glua", 0.8, 1, selectors={"bnm": 0.7})
+    made_runs.add("advent", 0.4, 0, selectors={"im": 0.3, "bnm": 0.2})
+    table = report_tables.selectors(from_runs(made_runs.root), TASK)
+    assert column(table, "last")["glua"] == pytest.approx(70)
+    assert column(table, "seeds")["glua"] == 2
+    assert math.isnan(column(table, "im")["glua"]) and math.isnan(column(table, "bnm")["glua"])
+    assert column(table, "im")["advent"] == pytest.approx(30)
 
 
 def test_a_value_with_fewer_seeds_is_not_the_best_of_a_curve(made_runs):

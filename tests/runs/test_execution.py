@@ -28,7 +28,7 @@ from glua_bench.errors import RunFailure
 from glua_bench.method import Method
 from glua_bench.methods.fda import exchange_amplitudes
 from glua_bench.methods.source_only import SourceOnly
-from glua_bench.records.run_directory import RunDirectory, list_runs
+from glua_bench.records.run_directory import RunDirectory
 from glua_bench.registry import Registry
 from glua_bench.reports.run_figures import draw_run
 from glua_bench.runs import execution
@@ -48,7 +48,7 @@ def test_evaluation_asks_for_the_target_and_selectors_for_both(
 ) -> None:
     """The method predicts one structure for all target pixels and another for the source's."""
     plugins = [Path(__file__).parents[1] / "support" / "two_faced_method.py"]
-    asked = ask(method="two_faced", plugins=plugins)
+    asked = ask(method="two_faced", plugins=plugins, selectors="all")
     planned = plan(asked)
     classes: dict[bool, list[int]] = {True: [], False: []}  # with labels, and without
     original = execution.sample_pixels
@@ -172,7 +172,8 @@ def test_a_fitted_setting_is_told_recorded_and_used(
 @pytest.fixture(scope="module")
 def finished(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """Execute one run with its figures."""
-    planned = plan(small_request(phantom_root, tmp_path_factory.mktemp("runs"), method="fda"))
+    root = tmp_path_factory.mktemp("runs")
+    planned = plan(small_request(phantom_root, root, method="fda", selectors="all"))
     return planned, execute(planned, QUIET, draw_run)
 
 
@@ -440,13 +441,6 @@ def test_a_tracker_that_is_down_costs_a_warning(
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "cache"))
     yield tmp_path / "cache"
-
-
-def test_an_estimate_trains_nothing_that_stays(ask: Ask, tmp_path: Path, own_cache: Path) -> None:
-    planned = plan(ask(steps=1000))
-    few = execution.estimate(planned, probe=2)
-    assert few > 0
-    assert list_runs(tmp_path / "runs") == [] and not (own_cache / "stages").exists()
 
 
 def test_open_finds_the_run_again(finished: Finished) -> None:

@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.runs import execution
+from glua_bench.runs.estimate import Estimate, Estimator
 from glua_bench.runs.request import RunOptions
 from glua_bench.sweeps import command, launch
 from glua_bench.sweeps.definition import Definition, Parameter, find, read, shipped
@@ -241,6 +242,32 @@ def test_a_trial_s_value_is_the_mean_of_its_runs_and_a_watcher_may_end_it(
     assert max(value for _, value in seen[:2]) == pytest.approx(qualities[0])
     with pytest.raises(execution.Stopped):
         execute(small, base, {"lr": 0.001}, Progress(enabled=False), lambda step, value: True)
+
+
+def test_the_objective_is_among_the_selectors(definition: Definition, base: RunOptions) -> None:
+    def asked(objective: str, selectors: str | None) -> str | None:
+        sweep = replace(definition, objectives=(objective,))
+        return requests(sweep, replace(base, selectors=selectors), {})[0].selectors
+
+    assert asked("im", None) is None and asked("snd", "all") == "all"  # the default has im
+    assert asked("snd", None) == "last,source_val,im,bnm,snd"
+    assert asked("snd", "last, snd") == "last, snd"
+    with pytest.raises(ConfigError, match="--selectors last,im lacks the objective.*'snd'"):
+        asked("snd", "last,im")
+    assert asked("oracle", "last") == "last"
+
+
+def test_a_shared_stage_is_estimated_once(
+    definition: Definition, base: RunOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {"slices": 5.0, "style": 100.0, "segment": 10.0, "selectors": 1.0, "evaluation": 2.0}
+    monkeypatch.setattr(Estimator, "of", lambda self, planned: Estimate(parts))
+    (line,) = command.planned(definition, base, 1, print)
+    assert "3 runs, at most about 2:24 with" in line  # 5 + 100 + 3 * 13
+    assert "slices 5 s, style 1:40, segment 30 s, selectors 3 s, evaluation 6 s" in line
+    swept = replace(definition, space=(Parameter("style_share", low=1.0, high=3.0),), trials=3)
+    (line,) = command.planned(swept, base, 2, print)
+    assert "style 5:00" in line and "with --workers 2" in line
 
 
 def test_an_objective_that_can_judge_nothing_is_told() -> None:

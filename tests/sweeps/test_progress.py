@@ -115,13 +115,25 @@ def test_the_state_of_a_sweep_in_a_line(definition: Definition) -> None:
     ]
     now = state(replace(definition, trials=10), trials, workers=2)
     weights = ", ".join(f"{name} 0.0001234" for name in WEIGHTS)
-    counts = "4/10 trials, 1 pruned, 1 failed, 1 running"
+    counts = "4/10 trials, 1 pruned, 1 failed, 1 running (4)"
     assert now.line() == f"{counts}, best 0.75 ({weights}), about 3:15 left"
     stream = io.StringIO()
     with Display(replace(definition, trials=10), 2, stream) as display:
         display.show(trials)
         display.show(trials)
     assert stream.getvalue() == now.line() + "\n"
+
+
+def test_trials_whose_runs_were_finished_before_do_not_count_as_fast_ones(
+    definition: Definition,
+) -> None:
+    few = replace(definition, trials=10)
+    reused = [trial(number, TrialState.COMPLETE, 0.5, reused=2) for number in range(4)]
+    assert math.isnan(state(few, reused, 1).seconds_left)
+    fresh = trial(4, TrialState.COMPLETE, 0.5)
+    assert state(few, [*reused, fresh], 1).seconds_left == pytest.approx(5 * 65)
+    others = [trial(number, TrialState.RUNNING) for number in (5, 6, 7, 8, 9)]
+    assert state(few, [*reused, fresh, *others], 1).seconds_left == pytest.approx(65)  # shared
 
 
 def test_an_unknown_rest_is_not_guessed(definition: Definition) -> None:
