@@ -19,7 +19,7 @@ from glua_bench.data.cache import SliceCache
 from glua_bench.data.neighbours import ALONE, Neighbourhood, Stacks
 from glua_bench.data.stores import CachedImage
 from glua_bench.data.volumes import read_label_volume, restore, save_labels
-from glua_bench.scoring.metrics import METRICS, PRIMARY, case_metrics, complete
+from glua_bench.scoring.metrics import METRICS, PRIMARY, case_metrics, complete, voxel_sizes
 from glua_bench.task import AVERAGE, UNANNOTATED, Case, Dataset, Grid
 
 Predict = Callable[[Tensor], Tensor]
@@ -112,7 +112,8 @@ def evaluate(
         neighbourhood: input slices of `predict`.
 
     Returns:
-        One row per case and structure: case, subject, domain, and the columns of `case_metrics`.
+        One row per case and structure: case, subject, domain, the columns of `case_metrics`, and
+        the voxel size of the file in mm, on which distances are computed (`SPACING`).
     """
     rows = []
     progress.stage(title, len(cases))
@@ -132,7 +133,7 @@ def evaluate(
         of_case = {"case": case.id, "subject": case.subject, "domain": case.domain}
         spacing, ml = image.placement.spacing, image.placement.ml
         scores = case_metrics(labels, reference, structures, spacing, ml)
-        rows += [{**of_case, **score} for score in scores]
+        rows += [{**of_case, **score, **voxel_sizes(spacing)} for score in scores]
         progress.update(done + 1)
     return pd.DataFrame(rows)
 
