@@ -196,6 +196,7 @@ def ask(
     if not interactive:
         print(f"{question}: {guess}", flush=True)
         return read(guess)
+    echo = not sys.stdin.isatty()  # a terminal shows what is typed
     while True:
         try:
             answer = input(f"{question} [{guess}]: ").strip()
@@ -211,7 +212,7 @@ def ask(
                 f"The answer to '{question}' is not valid {error.encoding.upper()}: enter it in "
                 "the encoding of the terminal."
             ) from error
-        if not sys.stdin.isatty():  # a terminal shows what is typed
+        if echo:
             print(answer, flush=True)
         try:
             return read(answer or guess)

@@ -347,7 +347,9 @@ def predict(
             save_maps(out / f"{given.name}_prob.nii.gz", maps, image.placement)
         ml = volumes_ml(labels, model.structures, image.placement.ml)
         classes = found.argmax(0).astype(np.uint8)
-        yield Predicted(given.path, given.name, path, image.voxels, classes, ml, image.placement.spacing)
+        yield Predicted(
+            given.path, given.name, path, image.voxels, classes, ml, image.placement.spacing
+        )
         report(done)
 
 
@@ -432,11 +434,7 @@ def outputs(
 def volumes_table(predicted: Iterable[Predicted]) -> pd.DataFrame:
     """Return file, structure, ml and voxel size in mm, one row per structure and volume."""
     return pd.DataFrame(
-        [
-            (str(p.file), name, ml, *p.spacing)
-            for p in predicted
-            for name, ml in p.ml.items()
-        ],
+        [(str(p.file), name, ml, *p.spacing) for p in predicted for name, ml in p.ml.items()],
         columns=["file", "structure", "ml", *SPACING],
     )
 

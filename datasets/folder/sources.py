@@ -1,0 +1,289 @@
+"""Where the files of a drafted description are: nnU-Net folders or patterns, guessed and asked."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from glua_bench.cli.options import say
+from glua_bench.data.formats import SUFFIXES
+from glua_bench.datasets.folder.guess import (
+    domains_by_name,
+    guess_domains,
+    guess_patterns,
+    volumes_in,
+)
+from glua_bench.datasets.folder.kinds import (
+    no_choice,
+    only_structures,
+    several_labels,
+    stray_files,
+)
+from glua_bench.datasets.folder.label_sets import Values
+from glua_bench.datasets.folder.layouts import (
+    SPLITS_FILE,
+    Found,
+    by_nnunet,
+    by_pattern,
+    nnunet_unannotated,
+    nnunet_values,
+    pattern_fault,
+)
+from glua_bench.errors import ConfigError, DataError
+from glua_bench.inspection.findings import enumerate_names
+from glua_bench.paths import entries
+from glua_bench.task import Ask
+
+
+@dataclass(frozen=True)
+class DraftDomain:
+    """The files of one domain.
+
+    Attributes:
+        name: domain name.
+        place: lines of the description that locate the files.
+        images: image files by id.
+        labels: label files by id.
+        named: structure → raw values, if the files state them.
+        unannotated: raw values of unannotated voxels, if the files state them.
+        test: ids that the files assign to the test split.
+        val: ids that the files assign to the validation split.
+    """
+
+    name: str
+    place: dict[str, str]
+    images: dict[str, Path]
+    labels: dict[str, Path]
+    named: Values
+    unannotated: tuple[int, ...] = ()
+    test: frozenset[str] = frozenset()
+    val: frozenset[str] = frozenset()
+
+
+def domains_of(data: Path, names: Sequence[str], ask: Ask) -> list[DraftDomain]:
+    """Find the domains in a directory.
+
+    Args:
+        data: the directory.
+        names: words in the files' paths; empty to guess the domains from the files.
+        ask: asks the user a question.
+
+    Raises:
+        DataError: the directory holds no volumes, or fewer than two domains.
+        ConfigError: an answer is invalid.
+    """
+    return _nnunet(data, names) or _patterns(data, names, ask)
+
+
+def _nnunet(data: Path, names: Sequence[str]) -> list[DraftDomain]:
+    """Return one domain per nnU-Net or Decathlon folder in the directory."""
+    folders = [path for path in entries(data) if (path / "dataset.json").is_file()]
+    if len(folders) < 2:
+        return []
+    short = [_plain(re.sub(r"^(dataset|task)\d+_", "", f.name.lower())) for f in folders]
+    made = []
+    for folder, name in zip(folders, short, strict=True):
+        if not name or short.count(name) > 1:  # Dataset001_Heart beside Dataset002_Heart
+            name = _plain(folder.name.lower())
+        if names and name not in names:
+            continue
+        place: dict[str, str] = {"nnunet": json.dumps(folder.name, ensure_ascii=False)}
+        fold = 0 if (folder / SPLITS_FILE).is_file() else None
+        cases = by_nnunet(folder, fold=fold)
+        made.append(
+            DraftDomain(
+                name,
+                place,
+                *_files(cases),
+                _usable_names(nnunet_values(folder)),
+                nnunet_unannotated(folder),
+                *(frozenset(c.id for c in cases if c.split == split) for split in ("test", "val")),
+            )
+        )
+    if len(made) < 2:
+        raise DataError(
+            f"{data} holds the folders {', '.join(f.name for f in folders)}: select two of them "
+            "with --domains, without the prefix Dataset### or Task##."
+        )
+    return made
+
+
+def _usable_names(regions: Values) -> Values:
+    """Return label names normalised for answers; {} if they do not define disjoint classes."""
+    made = {re.sub(r"[\s,=]+", " ", name.lower()).strip(): own for name, own in regions.items()}
+    values = [value for own in regions.values() for value in own]
+    named = all(any(map(str.isalpha, name)) and name.isprintable() for name in made)
+    # A voxel has one class, and regions may overlap.
+    return made if named and len(made) == len(regions) and len(set(values)) == len(values) else {}
+
+
+def _patterns(data: Path, names: Sequence[str], ask: Ask) -> list[DraftDomain]:
+    """Find domains by words in paths, each with a pattern for images and one for labels."""
+    paths = volumes_in(data)
+    if not paths:
+        raise DataError(
+            f"{data} holds no volumes: give a directory with files of type {', '.join(SUFFIXES)}."
+        )
+    groups = domains_by_name(paths, names) if names else guess_domains(paths)
+    if len(groups) < 2:
+        raise DataError(
+            f"No two domains are recognisable among the {len(paths)} volumes in {data}: name them "
+            "with --domains, by words in the files' paths, such as ct,mr."
+        )
+    made = []
+    for name, own in groups.items():
+        proposed = _proposal(name, data, own)
+        for note in proposed.notes:
+            say(note)
+        question = f"{name}: images, with * for the case's id"
+        read_images = partial(
+            _images, data=data, labels=proposed.labels, no_guess=proposed.no_images
+        )
+        images = ask(question, proposed.images, read_images)
+        place = {"images": json.dumps(images, ensure_ascii=False)}
+        question = f"{name}: labels, with * for the case's id, or none"
+        read_labels = partial(_labels, data=data, images=images, no_guess=proposed.no_labels)
+        guess = "" if proposed.no_labels else proposed.labels or "none"
+        labels, cases = ask(question, guess, read_labels)
+        if labels is not None:
+            place["labels"] = json.dumps(labels, ensure_ascii=False)
+        made.append(DraftDomain(name, place, *_files(cases), {}))
+    return made
+
+
+@dataclass(frozen=True)
+class _Proposal:
+    """Proposed patterns of a domain.
+
+    Attributes:
+        images: pattern of the images; "" if there is no proposal.
+        labels: pattern of the labels; None if there are none.
+        no_images: why there is no proposal for the images.
+        no_labels: why there is no proposal for the labels.
+        notes: sentences on what the patterns leave out.
+    """
+
+    images: str = ""
+    labels: str | None = None
+    no_images: str = ""
+    no_labels: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def _proposal(name: str, data: Path, paths: Sequence[str]) -> _Proposal:
+    """Propose patterns for the files of a domain."""
+
+    def finds(images: str, labels: str | None, wanted: Collection[str] = paths) -> bool:
+        return _finds(images, labels, data, {data / path for path in wanted})
+
+    def exact(wanted: Sequence[str]) -> _Proposal:
+        return _Proposal(
+            *guess_patterns(wanted, lambda images, labels: finds(images, labels, wanted))
+        )
+
+    proposed, failure = _Proposal(), ""
+    try:
+        proposed = exact(paths)
+    except DataError as error:
+        failure = str(error)
+    if proposed.labels is not None:
+        return proposed
+    kinds = several_labels(data, paths, finds)
+    if kinds is not None:
+        chosen = kinds.consistent
+        if chosen:
+            others = [f"{other} ({len(own)} cases)" for other, own in kinds.labels.items()]
+            note = (
+                f"{name}: {chosen} labels most cases; not used: "
+                f"{enumerate_names([o for o in others if not o.startswith(f'{chosen} (')])}."
+            )
+            return _Proposal(kinds.images, chosen, notes=(note,) * (len(others) > 1))
+        why = only_structures(name, kinds) if kinds.single else no_choice(name, kinds)
+        return _Proposal(kinds.images, no_labels=why, notes=(why,))
+    if proposed.images:
+        return proposed
+    strays = stray_files(paths)
+    try:
+        left = [path for path in paths if path not in strays]
+        proposed = exact(left) if strays else proposed
+    except DataError:
+        strays = []
+    if strays and proposed.images:
+        note = f"{name}: not used, because named unlike all others: {enumerate_names(strays)}."
+        return replace(proposed, notes=(note,))
+    return _Proposal(no_images=failure)  # the user may know a pattern
+
+
+def _finds(images: str, labels: str | None, data: Path, seen: set[Path]) -> bool:
+    """Return True if the patterns find exactly the files `seen`."""
+    cases = _paired(data, images, labels)
+    found = [file for case in cases for file in (case.image, case.label) if file is not None]
+    return len(found) == len(seen) and set(found) == seen
+
+
+def _paired(data: Path, images: str, labels: str | None) -> list[Found]:
+    """Return the cases that the patterns find, or [] if the patterns do not match."""
+    if pattern_fault(images, labels):
+        return []
+    try:
+        return by_pattern(data, images, labels, data)
+    except DataError:
+        return []
+
+
+def _plain(name: str) -> str:
+    """Reduce a name to letters, digits and _."""
+    return re.sub(r"[^a-z0-9]+", "_", name).strip("_")
+
+
+def _files(cases: Sequence[Found]) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Return images and labels by id."""
+    return (
+        {case.id: case.image for case in cases},
+        {case.id: case.label for case in cases if case.label is not None},
+    )
+
+
+# -- answers ---------------------------------------------------------------------------------------
+
+
+def _images(answer: str, data: Path, labels: str | None, no_guess: str) -> str:
+    """Return the answer if the pattern finds images.
+
+    Args:
+        answer: the pattern.
+        data: the directory of the volumes.
+        labels: the label pattern to be proposed next; images may match it, too.
+        no_guess: why no pattern was proposed.
+    """
+    if not answer:
+        raise DataError(no_guess)
+    fault = pattern_fault(answer, None)
+    if fault:
+        raise ConfigError(f"{fault}.")
+    if labels is None or not _paired(data, answer, labels):
+        by_pattern(data, answer, None, data)
+    return answer
+
+
+def _labels(answer: str, data: Path, images: str, no_guess: str) -> tuple[str | None, list[Found]]:
+    """Return the label pattern, and the cases that it finds with the image pattern.
+
+    Args:
+        answer: the pattern, or "none".
+        data: the directory of the volumes.
+        images: the image pattern.
+        no_guess: why no pattern was proposed.
+    """
+    if not answer and no_guess:
+        raise DataError(no_guess)
+    if answer.lower() in ("none", ""):
+        return None, by_pattern(data, images, None, data)
+    fault = pattern_fault(images, answer)
+    if fault:
+        raise ConfigError(f"{fault}.")
+    return answer, by_pattern(data, images, answer, data)
