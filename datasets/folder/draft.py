@@ -27,6 +27,7 @@ from glua_bench.cli.scaffold import (
 from glua_bench.datasets.folder.description import PLANES
 from glua_bench.datasets.folder.guess import Look, inside, look
 from glua_bench.datasets.folder.label_sets import (
+    SHORT,
     LabelSet,
     Values,
     explained,
@@ -50,6 +51,7 @@ from glua_bench.datasets.folder.splitting import (
     served_directions,
 )
 from glua_bench.errors import ConfigError, DataError
+from glua_bench.inspection.findings import enumerate_names
 from glua_bench.inspection.measurements import INSIDE, outside_window
 from glua_bench.inspection.windows import CLIPPED, clipping, common_levels, outward
 from glua_bench.task import Ask
@@ -188,6 +190,9 @@ def _classes(
             "pattern, or rename the files (label, seg, mask, gt)."
         )
     short = short_names(titles)
+    usual_names = {**short, **{title: SHORT[title] for title in titles if title in SHORT}}
+    if len(set(usual_names.values())) == len(titles):
+        short = usual_names
     # A domain without labels takes the values of the first labelled one.
     first = next(answer for answer in answers.values() if answer)
     return (
@@ -248,13 +253,10 @@ def _source(values: Sequence[int], known: LabelSet | None, guess: Values) -> str
     """Describe which public datasets have these label values."""
     if known is not None and set(guess) <= set(known.values):
         return f" (as in {known.name})"
-    names = list(dict.fromkeys(one.name for one in known_sets(values)))
-    if guess and all(title.startswith("label_") for title in guess) and names:
-        return (
-            f" (as in {' and '.join(names)}, with different meanings)"
-            if len(names) > 1
-            else (f" (as in {names[0]}, and many other datasets)")
-        )
+    whole = [one for one in known_sets(values) if len(explained(one, values)) == len(one.values)]
+    names = list(dict.fromkeys(one.name for one in whole))
+    if names and guess and all(title.startswith("label_") for title in guess):
+        return f" (as in {enumerate_names(names)}, and in other datasets with other meanings)"
     return ""
 
 
@@ -332,7 +334,7 @@ def _stored_lines(own: Look, plane: str) -> str:
     axes = None if common is None else stored_axes(common, plane)
     assert axes is not None  # as checked by `_stored`
     slices, rows, flip = axes
-    return f"{{slices: {slices}, rows: {rows}, flip: {flip}}}   # orientations are ignored"
+    return f"{{slices: {slices}, rows: {rows}, flip: {flip}}}   # headers' orientations are ignored"
 
 
 # -- answers --------------------------------------------------------------------------------------

@@ -221,7 +221,8 @@ def _some(files: Mapping[str, Path]) -> list[Path]:
 
 def labels_among(paths: Sequence[str]) -> list[str]:
     """Return the paths with a word of labels that not all paths have."""
-    words = {path: set(words_of(path)) for path in paths}
+    # Letters alone, too: label001.nii.gz.
+    words = {path: {*words_of(path), *re.findall("[a-z]+", path.lower())} for path in paths}
     common = set.intersection(*words.values())
     return [path for path in paths if (words[path] - common) & LABEL_WORDS]
 

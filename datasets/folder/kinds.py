@@ -24,7 +24,7 @@ _KINDS = 12  # kinds of label files whose voxels are read
 # Maximum fraction of the smaller of two masks inside the other, for masks of different structures.
 _OVERLAP = 0.2
 
-Finds = Callable[[str, str | None, Collection[str]], bool]
+Finds = Callable[[str, str | None, Collection[str], Collection[str]], bool]
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,16 @@ def several_labels(data: Path, paths: Sequence[str], finds: Finds) -> Kinds | No
     Args:
         data: directory of the files.
         paths: relative paths of all files of the domain.
-        finds: returns True if two patterns find exactly the given paths.
+        finds: returns True if two patterns, with others left out, find exactly the given paths.
 
     Returns:
         None unless there is a kind of label files.
     """
     for images, pattern, kinds in chain(_by_words(paths), _by_voxels(data, paths)):
-        if all(finds(pattern, name, [*images, *own.values()]) for name, own in kinds.items()):
+        if all(
+            finds(pattern, name, [*images, *own.values()], kinds.keys() - {name})
+            for name, own in kinds.items()
+        ):
             order = sorted(kinds.items(), key=lambda item: (-len(item[1]), len(item[0]), item[0]))
             return Kinds(pattern, dict(order), _one_structure_each(data, list(kinds.values())))
     return None

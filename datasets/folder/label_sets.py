@@ -36,6 +36,21 @@ def _numbered(*titles: str) -> Values:
     return {title: (value,) for value, title in enumerate(titles, start=1)}
 
 
+# Usual abbreviations, as names of classes.
+SHORT = {
+    "left ventricular myocardium": "MYO",
+    "left ventricle": "LV",
+    "right ventricle": "RV",
+    "left atrium": "LA",
+    "right atrium": "RA",
+    "aorta": "AO",
+    "ascending aorta": "AA",
+    "pulmonary artery": "PA",
+    "liver": "LIV",
+    "spleen": "SPL",
+    "right kidney": "RK",
+    "left kidney": "LK",
+}
 _ABDOMEN = ("spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver")
 SETS = (
     LabelSet(

@@ -123,8 +123,11 @@ def contradiction(headers: Mapping[str, Header]) -> str:
     """Describe how the headers of a domain contradict each other or themselves; "" if not."""
     counts = Counter(own.codes or "none" for own in headers.values())
     if len(counts) > 1:
-        listed = ", ".join(f"{codes} ({count})" for codes, count in counts.most_common())
-        return f"the headers give different orientations: {listed}"
+        listed = []
+        for codes, count in counts.most_common():
+            odd = next(own.path.name for own in headers.values() if (own.codes or "none") == codes)
+            listed.append(f"{codes} ({f'{count} files' if count > 1 else odd})")
+        return f"the headers give different orientations: {', '.join(listed)}"
     doubts = [own.doubt for own in headers.values() if own.doubt]
     if doubts:
         more = f", and {len(doubts) - 1} more" if len(doubts) > 1 else ""
@@ -264,7 +267,10 @@ def guess_plane(bodies: Mapping[str, Body]) -> tuple[str, str]:
         Name of the plane, and the reason in words.
     """
     votes = [_vote(own) for own in bodies.values()]
-    reasons = [f"{name}: {text}" for name, (_, _, text) in zip(bodies, votes, strict=True)]
+    same: dict[str, list[str]] = {}
+    for name, (_, _, text) in zip(bodies, votes, strict=True):
+        same.setdefault(text, []).append(name)
+    reasons = [f"{', '.join(names)}: {text}" for text, names in same.items()]
     _, axis = max(((strength, a) for strength, a, _ in votes), key=lambda vote: vote[0])
     return _name(axis), "; ".join(reasons)
 

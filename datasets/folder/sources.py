@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from glua_bench.cli.options import say
+from glua_bench.data.dicom_series import is_dicom
 from glua_bench.data.formats import SUFFIXES
 from glua_bench.datasets.folder.guess import (
     domains_by_name,
@@ -35,8 +37,10 @@ from glua_bench.datasets.folder.layouts import (
 )
 from glua_bench.errors import ConfigError, DataError
 from glua_bench.inspection.findings import enumerate_names
-from glua_bench.paths import entries
+from glua_bench.paths import entries, files_below
 from glua_bench.task import Ask
+
+_DICOM = 20  # files in which DICOM is looked for
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,11 @@ def _patterns(data: Path, names: Sequence[str], ask: Ask) -> list[DraftDomain]:
     """Find domains by words in paths, each with a pattern for images and one for labels."""
     paths = volumes_in(data)
     if not paths:
+        if any(is_dicom(path) for path in files_below(data)[:_DICOM]):
+            raise DataError(
+                f"{data} holds DICOM files, but a description names volumes: convert each series "
+                f"to NIfTI, for example with `dcm2niix -z y -o OUT {shlex.quote(str(data))}`."
+            )
         raise DataError(
             f"{data} holds no volumes: give a directory with files of type {', '.join(SUFFIXES)}."
         )
@@ -140,17 +149,19 @@ def _patterns(data: Path, names: Sequence[str], ask: Ask) -> list[DraftDomain]:
         for note in proposed.notes:
             say(note)
         question = f"{name}: images, with * for the case's id"
-        read_images = partial(
-            _images, data=data, labels=proposed.labels, no_guess=proposed.no_images
-        )
+        read_images = partial(_images, data=data, proposed=proposed)
         images = ask(question, proposed.images, read_images)
         place = {"images": json.dumps(images, ensure_ascii=False)}
-        question = f"{name}: labels, with * for the case's id, or none"
-        read_labels = partial(_labels, data=data, images=images, no_guess=proposed.no_labels)
+        question = f"{name}: labels, with * for the case's id, or none{proposed.choices}"
+        read_labels = partial(_labels, data=data, images=images, proposed=proposed)
         guess = "" if proposed.no_labels else proposed.labels or "none"
         labels, cases = ask(question, guess, read_labels)
         if labels is not None:
             place["labels"] = json.dumps(labels, ensure_ascii=False)
+        others = proposed.others(labels)
+        if others and _paired(data, images, labels) != cases:
+            place["exclude"] = json.dumps(others, ensure_ascii=False)
+        _report_unlabelled(name, cases)
         made.append(DraftDomain(name, place, *_files(cases), {}))
     return made
 
@@ -164,27 +175,38 @@ class _Proposal:
         labels: pattern of the labels; None if there are none.
         no_images: why there is no proposal for the images.
         no_labels: why there is no proposal for the labels.
+        choices: the kinds of labels to choose from, in brackets, or "".
         notes: sentences on what the patterns leave out.
+        left_out: patterns of files that are neither images nor the proposed labels.
     """
 
     images: str = ""
     labels: str | None = None
     no_images: str = ""
     no_labels: str = ""
+    choices: str = ""
     notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    def others(self, labels: str | None) -> list[str]:
+        """Return the patterns to leave out with these labels."""
+        return [pattern for pattern in self.left_out if pattern != labels]
 
 
 def _proposal(name: str, data: Path, paths: Sequence[str]) -> _Proposal:
     """Propose patterns for the files of a domain."""
 
-    def finds(images: str, labels: str | None, wanted: Collection[str] = paths) -> bool:
-        return _finds(images, labels, data, {data / path for path in wanted})
+    def finds(
+        images: str, labels: str | None, wanted: Collection[str], without: Collection[str] = ()
+    ) -> bool:
+        return _finds(images, labels, data, {data / path for path in wanted}, sorted(without))
 
     def exact(wanted: Sequence[str]) -> _Proposal:
         return _Proposal(
-            *guess_patterns(wanted, lambda images, labels: finds(images, labels, wanted))
+            *guess_patterns(wanted, lambda images, labels: finds(images, labels, wanted, strays))
         )
 
+    strays: list[str] = []
     proposed, failure = _Proposal(), ""
     try:
         proposed = exact(paths)
@@ -201,9 +223,15 @@ def _proposal(name: str, data: Path, paths: Sequence[str]) -> _Proposal:
                 f"{name}: {chosen} labels most cases; not used: "
                 f"{enumerate_names([o for o in others if not o.startswith(f'{chosen} (')])}."
             )
-            return _Proposal(kinds.images, chosen, notes=(note,) * (len(others) > 1))
+            notes = (note,) * (len(others) > 1)
+            return _Proposal(kinds.images, chosen, notes=notes, left_out=tuple(kinds.labels))
         why = only_structures(name, kinds) if kinds.single else no_choice(name, kinds)
-        return _Proposal(kinds.images, no_labels=why, notes=(why,))
+        return _Proposal(
+            kinds.images,
+            no_labels=why,
+            choices=f" ({kinds.listed()})",
+            left_out=tuple(kinds.labels),
+        )
     if proposed.images:
         return proposed
     strays = stray_files(paths)
@@ -214,23 +242,37 @@ def _proposal(name: str, data: Path, paths: Sequence[str]) -> _Proposal:
         strays = []
     if strays and proposed.images:
         note = f"{name}: not used, because named unlike all others: {enumerate_names(strays)}."
-        return replace(proposed, notes=(note,))
+        return replace(proposed, notes=(note,), left_out=tuple(strays))
     return _Proposal(no_images=failure)  # the user may know a pattern
 
 
-def _finds(images: str, labels: str | None, data: Path, seen: set[Path]) -> bool:
-    """Return True if the patterns find exactly the files `seen`."""
-    cases = _paired(data, images, labels)
+def _report_unlabelled(name: str, cases: Sequence[Found]) -> None:
+    """Name the images without a label, if they are few among labelled ones."""
+    bare = [str(case.image) for case in cases if case.label is None]
+    if bare and 3 * len(bare) <= len(cases):
+        say(
+            f"{name}: no label for {enumerate_names(bare)}: images without labels are used as "
+            "target training images only; move files that are no images of the domain."
+        )
+
+
+def _finds(
+    images: str, labels: str | None, data: Path, seen: set[Path], without: Sequence[str] = ()
+) -> bool:
+    """Return True if the patterns find exactly the files `seen`, with others left out."""
+    cases = _paired(data, images, labels, without)
     found = [file for case in cases for file in (case.image, case.label) if file is not None]
     return len(found) == len(seen) and set(found) == seen
 
 
-def _paired(data: Path, images: str, labels: str | None) -> list[Found]:
+def _paired(
+    data: Path, images: str, labels: str | None, without: Sequence[str] = ()
+) -> list[Found]:
     """Return the cases that the patterns find, or [] if the patterns do not match."""
     if pattern_fault(images, labels):
         return []
     try:
-        return by_pattern(data, images, labels, data)
+        return by_pattern(data, images, labels, data, without)
     except DataError:
         return []
 
@@ -251,39 +293,40 @@ def _files(cases: Sequence[Found]) -> tuple[dict[str, Path], dict[str, Path]]:
 # -- answers ---------------------------------------------------------------------------------------
 
 
-def _images(answer: str, data: Path, labels: str | None, no_guess: str) -> str:
+def _images(answer: str, data: Path, proposed: _Proposal) -> str:
     """Return the answer if the pattern finds images.
 
     Args:
         answer: the pattern.
         data: the directory of the volumes.
-        labels: the label pattern to be proposed next; images may match it, too.
-        no_guess: why no pattern was proposed.
+        proposed: the proposal; images may match its labels, too.
     """
     if not answer:
-        raise DataError(no_guess)
+        raise DataError(proposed.no_images)
     fault = pattern_fault(answer, None)
     if fault:
         raise ConfigError(f"{fault}.")
-    if labels is None or not _paired(data, answer, labels):
-        by_pattern(data, answer, None, data)
+    if proposed.labels is None or not _paired(data, answer, proposed.labels):
+        by_pattern(data, answer, None, data, proposed.left_out)
     return answer
 
 
-def _labels(answer: str, data: Path, images: str, no_guess: str) -> tuple[str | None, list[Found]]:
+def _labels(
+    answer: str, data: Path, images: str, proposed: _Proposal
+) -> tuple[str | None, list[Found]]:
     """Return the label pattern, and the cases that it finds with the image pattern.
 
     Args:
         answer: the pattern, or "none".
         data: the directory of the volumes.
         images: the image pattern.
-        no_guess: why no pattern was proposed.
+        proposed: the proposal.
     """
-    if not answer and no_guess:
-        raise DataError(no_guess)
+    if not answer and proposed.no_labels:
+        raise DataError(proposed.no_labels)
     if answer.lower() in ("none", ""):
-        return None, by_pattern(data, images, None, data)
+        return None, by_pattern(data, images, None, data, proposed.others(None))
     fault = pattern_fault(images, answer)
     if fault:
         raise ConfigError(f"{fault}.")
-    return answer, by_pattern(data, images, answer, data)
+    return answer, by_pattern(data, images, answer, data, proposed.others(answer))
