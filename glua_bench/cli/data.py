@@ -30,6 +30,7 @@ data_app = typer.Typer(
 )
 _SHOW = ("data", "show")
 _RUN = ("run", "--method", "source_only", "--dataset")
+_COMPARE = ("compare", "--methods", "fda,slaug", "--dataset")
 
 
 @dataclass(frozen=True)
@@ -256,3 +257,4 @@ def show(
     if not data.publishable:
         say("The figures show the data owner's images: do not share them.")
     say(f"Next: {source.command(_RUN)}")
+    say(f"      {source.command(_COMPARE)}")

@@ -22,7 +22,7 @@ def outward(low: float, high: float) -> Window:
 
     Example:
         >>> outward(-63, 218)
-        (-75, 225)
+        (-75.0, 225.0)
         >>> outward(-1.23, 4.41)
         (-1.3, 4.5)
     """
