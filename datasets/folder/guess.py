@@ -173,7 +173,7 @@ def look(images: Mapping[str, Path], labels: Mapping[str, Path]) -> Look:
         found = np.unique(voxels)
         values |= set(label_integers(found, path).tolist())
         if volume.shape == headers[case].shape:
-            anatomies[case] = anatomy(np.rint(voxels).astype(np.int64))
+            anatomies[case] = anatomy(np.rint(voxels).astype(np.int32))
     return Look(
         headers,
         anatomies,

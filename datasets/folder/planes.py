@@ -75,19 +75,23 @@ def anatomy(labels: np.ndarray) -> Anatomy:
     Args:
         labels: raw values as integers, 0 for background.
     """
-    centres: dict[int, np.ndarray] = {}
-    for value in [int(v) for v in np.unique(labels) if v][:_MOST]:
-        mask = labels == value
-        profiles = [mask.sum(axis=tuple(a for a in range(3) if a != axis)) for axis in range(3)]
-        centres[value] = np.array(
-            [(p * (np.arange(len(p)) + 0.5)).sum() / p.sum() / len(p) for p in profiles]
-        )
     found = labels != 0
-    slices, gaps = [], []
+    slices, gaps, box = [], [], []
     for axis in range(3):
         filled = np.flatnonzero(found.any(axis=tuple(a for a in range(3) if a != axis)))
+        first, stop = (int(filled[0]), int(filled[-1]) + 1) if len(filled) else (0, 0)
+        box.append(slice(first, stop))
         slices.append(len(filled))
-        gaps.append(int(filled[-1] - filled[0] + 1 - len(filled)) if len(filled) else 0)
+        gaps.append(stop - first - len(filled))
+    inner = labels[tuple(box)]
+    centres: dict[int, np.ndarray] = {}
+    for value in [int(v) for v in np.unique(inner) if v][:_MOST]:
+        mask, centre = inner == value, []
+        for axis in range(3):
+            profile = mask.sum(axis=tuple(a for a in range(3) if a != axis))
+            places = box[axis].start + np.arange(len(profile)) + 0.5
+            centre.append((profile * places).sum() / profile.sum() / labels.shape[axis])
+        centres[value] = np.array(centre)
     return Anatomy(labels.shape, centres, tuple(slices), tuple(gaps))
 
 

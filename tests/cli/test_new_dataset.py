@@ -68,17 +68,17 @@ def test_from_two_folders_to_a_comparison_page_by_the_printed_commands(
     report = next(words for words in following(out) if words[0] == "report")
     code, out, err = call(*report, "--out=page")
     assert code == 0, err
-    assert "voxel size and mean scores of each test case" in Path("page/index.html").read_text()
-    (table,) = Path("page/tables").glob("cases_*.csv")
-    assert "10.00" in table.read_text()
+    assert "voxel size and mean scores of each test case" in Path("page/report.html").read_text()
+    (table,) = Path("page/tables").glob("cases_*.md")
+    assert "| 5.00 | 5.00 | 10.00 |" in table.read_text()
     rows = pd.read_parquet("page/rows.parquet")
     assert (rows[[*SPACING]].to_numpy() == [5, 5, 10]).all()
     # Old rows, without the columns, give a dash.
     rows.drop(columns=[*SPACING]).to_parquet("old.parquet")
     code, _, err = call("report", "--rows=old.parquet", "--out=old")
     assert code == 0, err
-    (table,) = Path("old/tables").glob("cases_*.csv")
-    assert "10.00" not in table.read_text() and "mr_" in table.read_text()
+    (table,) = Path("old/tables").glob("cases_*.md")
+    assert "| mr_2 | – | – | – |" in table.read_text()
 
 
 def test_a_refused_answer_is_asked_again_from_a_pipe(
