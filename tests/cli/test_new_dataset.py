@@ -78,7 +78,7 @@ def test_from_two_folders_to_a_comparison_page_by_the_printed_commands(
     code, _, err = call("report", "--rows=old.parquet", "--out=old")
     assert code == 0, err
     (table,) = Path("old/tables").glob("cases_*.md")
-    assert "| mr_2 | – | – | – |" in table.read_text()
+    assert "2 | – | – | – |" in table.read_text()
 
 
 def test_a_refused_answer_is_asked_again_from_a_pipe(
