@@ -6,17 +6,21 @@ import json
 import re
 import shlex
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import nibabel as nib
+
 from glua_bench.cli.options import say
 from glua_bench.data.dicom_series import is_dicom
-from glua_bench.data.formats import SUFFIXES
+from glua_bench.data.formats import NIFTI, SUFFIXES
 from glua_bench.datasets.folder.guess import (
     domains_by_name,
     guess_domains,
     guess_patterns,
+    image_patterns,
     volumes_in,
 )
 from glua_bench.datasets.folder.kinds import (
@@ -37,10 +41,11 @@ from glua_bench.datasets.folder.layouts import (
 )
 from glua_bench.errors import ConfigError, DataError
 from glua_bench.inspection.findings import enumerate_names
-from glua_bench.paths import entries, files_below
+from glua_bench.paths import entries, files_below, matching
 from glua_bench.task import Ask
 
 _DICOM = 20  # files in which DICOM is looked for
+_FORMS = 20  # forms of names of which a file is opened
 
 
 @dataclass(frozen=True)
@@ -194,12 +199,52 @@ class _Proposal:
 
 
 def _proposal(name: str, data: Path, paths: Sequence[str]) -> _Proposal:
-    """Propose patterns for the files of a domain."""
+    """Propose patterns for the files of a domain, without time series."""
+    pattern, series = _time_series(data, paths)
+    if not series:
+        return _proposal_of(name, data, paths, ())
+    left = [path for path in paths if path not in series]
+    found = _proposal_of(name, data, left, (pattern,))
+    note = f"{name}: not used, because not 3-D: {pattern} ({len(series)} files)."
+    return replace(found, notes=(*found.notes, note), left_out=(*found.left_out, pattern))
+
+
+def _time_series(data: Path, paths: Sequence[str]) -> tuple[str, set[str]]:
+    """Return the 4-D files of a domain and a pattern of these alone; one file a form is opened."""
+    forms: dict[str, list[str]] = {}
+    for path in paths:
+        forms.setdefault(re.sub(r"[0-9]+", "#", path), []).append(path)
+    found: set[str] = set()
+    for own in forms.values() if len(forms) <= _FORMS else ():
+        if own[0].lower().endswith(NIFTI):
+            with suppress(Exception):  # damaged files are reported later
+                shape = nib.load(data / own[0]).shape
+                found |= set(own) if len(shape) > 3 and max(shape[3:]) > 1 else set()
+    if not found or len(found) == len(paths):
+        return "", set()
+    wanted = {data / path for path in found}
+    for pattern, _ in image_patterns(sorted(found)):
+        if {file for _, file in matching(data, pattern)} == wanted:
+            return pattern, found
+    return "", set()
+
+
+def _proposal_of(name: str, data: Path, paths: Sequence[str], series: tuple[str, ...]) -> _Proposal:
+    """Propose patterns for the files of a domain.
+
+    Args:
+        name: name of the domain.
+        data: directory of the files.
+        paths: relative paths of the domain's 3-D files.
+        series: patterns of its other files.
+    """
 
     def finds(
         images: str, labels: str | None, wanted: Collection[str], without: Collection[str] = ()
     ) -> bool:
-        return _finds(images, labels, data, {data / path for path in wanted}, sorted(without))
+        return _finds(
+            images, labels, data, {data / path for path in wanted}, sorted({*without, *series})
+        )
 
     def exact(wanted: Sequence[str]) -> _Proposal:
         return _Proposal(

@@ -99,6 +99,19 @@ def test_a_file_unlike_all_others_is_left_out_by_name(tmp_path: Path) -> None:
     assert stray_files(["smith.nii", "jones.nii", "miller.nii"]) == []
 
 
+def test_time_series_beside_volumes_are_left_out_by_name(tmp_path: Path) -> None:
+    """The layout of ACDC."""
+    write(tmp_path, "p{0}/p{0}_frame01.nii.gz", ("p{0}/p{0}_frame01_gt.nii.gz", 4, None))
+    for number in range(1, 5):
+        image, _ = own_volume(number)
+        beats = np.stack([np.asarray(image.dataobj)] * 2, -1)
+        nib.save(nib.Nifti1Image(beats, image.affine), tmp_path / f"p{number}/p{number}_4d.nii.gz")
+    found = proposed(tmp_path)
+    assert found[1] is not None and found[1].endswith("_frame01_gt.nii.gz") and not found[2]
+    assert len(found[3]) == 1 and "not used, because not 3-D: " in found[3][0]
+    assert "_4d.nii.gz (4 files)." in found[3][0]
+
+
 def test_dicom_is_named_with_the_way_to_convert_it(tmp_path: Path) -> None:
     (tmp_path / "p 1").mkdir()
     (tmp_path / "p 1" / "IM001").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 64)
