@@ -196,11 +196,11 @@ def ask(
     if not interactive:
         print(f"{question}: {guess}", flush=True)
         return read(guess)
-    echo = not sys.stdin.isatty()  # a terminal shows what is typed
+    echo = sys.stdin is None or not sys.stdin.isatty()  # a terminal shows what is typed
     while True:
         try:
             answer = input(f"{question} [{guess}]: ").strip()
-        except EOFError as error:
+        except (EOFError, OSError, RuntimeError) as error:  # ended, unreadable, or closed
             print(flush=True)
             raise ConfigError(
                 f"The input ended before a valid answer to '{question}': enter one answer per "

@@ -198,6 +198,9 @@ def test_the_end_of_a_pipe_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("sys.stdin", io.StringIO("x\n"))
     with pytest.raises(ConfigError, match="The input ended before a valid answer to 'How many'"):
         console.ask("How many", "3", read)
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ConfigError, match="The input ended before a valid answer to 'How many'"):
+        console.ask("How many", "3", read)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
     with pytest.raises(ConfigError, match="answer to 'How many' is not valid UTF-8"):
         console.ask("How many", "3", read)

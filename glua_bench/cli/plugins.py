@@ -153,7 +153,7 @@ def new_dataset(
     from glua_bench.console import ask
 
     if data is None:
-        if yes or not sys.stdin.isatty():
+        if yes or sys.stdin is None or not sys.stdin.isatty():
             raise ConfigError(
                 "new-dataset needs the directory of your volumes: give --data DIRECTORY, or "
                 "--python for a template class."
