@@ -16,6 +16,7 @@ import pytest
 import yaml
 from own_volumes import own_volume, save_domain, save_volume
 
+from glua_bench.reports import report_tables, results
 from glua_bench.scoring.metrics import SPACING
 
 Call = Callable[..., tuple[int, str, str]]
@@ -53,7 +54,7 @@ def test_from_two_folders_to_a_comparison_page_by_the_printed_commands(
     code, out, err = call("new-dataset", "hearts", "--data", "my volumes", "--yes")
     assert code == 0, err
     (check,) = following(out)
-    code, out, err = call(*check)
+    code, out, err = call(*check, "--jobs=1")
     assert code == 0 and "no warnings" in out and "5.00×5.00×10.00" in out, err
     show, _ = following(out)
     code, out, err = call(*show, "--preset=quick")
@@ -75,10 +76,8 @@ def test_from_two_folders_to_a_comparison_page_by_the_printed_commands(
     assert (rows[[*SPACING]].to_numpy() == [5, 5, 10]).all()
     # Old rows, without the columns, give a dash.
     rows.drop(columns=[*SPACING]).to_parquet("old.parquet")
-    code, _, err = call("report", "--rows=old.parquet", "--out=old")
-    assert code == 0, err
-    (table,) = Path("old/tables").glob("cases_*.md")
-    assert "2 | – | – | – |" in table.read_text()
+    old = report_tables.cases(results.from_rows(Path("old.parquet")), "hearts ct-mr")
+    assert [column.text(0) for column in old.columns[:3]] == ["–"] * 3 and old.rows == ["mr_2"]
 
 
 def test_a_refused_answer_is_asked_again_from_a_pipe(
@@ -123,13 +122,13 @@ def test_a_window_that_clips_a_structure_is_told_by_both_commands(
     )
     assert said.search(out) and "liver" not in re.findall("clips.*", out)[0]
     assert "protocol" not in described("hearts")
-    code, out, err = call("data", "check", "hearts.yaml", "--out=found.csv")
+    code, out, err = call("data", "check", "hearts.yaml", "--jobs=1", "--out=found.csv")
     assert code == 0 and "warning (clipped structure): " in out and said.search(out), err
     assert "clipped structure" in Path("found.csv").read_text()
     fitting = re.findall(r"the window (\[.*?\]) would", out)[0]
     text = Path("hearts.yaml").read_text().replace("[-125, 275]", fitting)
     Path("hearts.yaml").write_text(text)
-    code, out, err = call("data", "check", "hearts.yaml")
+    code, out, err = call("data", "check", "hearts.yaml", "--jobs=1")
     assert code == 0 and "clipped structure" not in out, err
 
 
@@ -179,7 +178,7 @@ def test_headers_that_contradict_each_other_are_asked_about(call: Call, here: Pa
     own = described("hearts")["domains"]
     assert own["a"]["stored"] == {"slices": 2, "rows": 1, "flip": [0, 1]}
     assert "stored" not in own["b"]
-    code, out, err = call("data", "check", "hearts.yaml")
+    code, out, err = call("data", "check", "hearts.yaml", "--jobs=1")
     assert code == 0 and "orientation" not in out, err
 
 
@@ -207,7 +206,7 @@ def test_labels_of_a_second_rater_are_excluded_by_name(call: Call, here: Path) -
     assert code == 0, err
     assert "ct: ct/*_gt.nii.gz labels most cases; not used: ct/*_gt_rater2.nii.gz (2 cases)." in out
     assert described("hearts")["domains"]["mr"]["exclude"] == ["mr/*_gt_rater2.nii.gz"]
-    code, out, err = call("data", "check", "hearts.yaml")
+    code, out, err = call("data", "check", "hearts.yaml", "--jobs=1")
     assert code == 0 and "All 8 cases" in out, err
 
 
@@ -242,5 +241,5 @@ def test_one_label_file_serves_all_sequences_of_a_case(call: Call, here: Path) -
     own = described("brains")
     assert own["same_people"] is True
     assert [d["labels"] for d in own["domains"].values()] == ["BraTS_*/BraTS_*_seg.nii.gz"] * 2
-    code, out, err = call("data", "check", "brains.yaml")
+    code, out, err = call("data", "check", "brains.yaml", "--jobs=1")
     assert code == 0 and "All 8 cases" in out, err
