@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from glua_bench.errors import UserError
+from glua_bench.errors import ConfigError, UserError
 from glua_bench.task import Answer
 
 REDRAW_SECONDS = 0.5
@@ -207,7 +207,7 @@ class Progress:
 def ask(
     question: str, guess: str, read: Callable[[str], Answer], interactive: bool = True
 ) -> Answer:
-    """Prompt until `read` accepts the answer.
+    """Prompt until `read` accepts the answer, also if answers are piped, one a line.
 
     Args:
         question: text without a question mark.
@@ -219,13 +219,29 @@ def ask(
         The parsed answer.
 
     Raises:
-        UserError: the default is invalid and `interactive` is False.
+        UserError: the default is invalid and `interactive` is False, or the input has ended.
     """
     if not interactive:
         print(f"{question}: {guess}", flush=True)
         return read(guess)
+    echo = sys.stdin is None or not sys.stdin.isatty()  # a terminal shows what is typed
     while True:
-        answer = input(f"{question} [{guess}]: ").strip()
+        try:
+            answer = input(f"{question} [{guess}]: ").strip()
+        except (EOFError, OSError, RuntimeError) as error:  # ended, unreadable, or closed
+            print(flush=True)
+            raise ConfigError(
+                f"The input ended before a valid answer to '{question}': enter one answer per "
+                "line (an empty line accepts the proposal), or give --yes to accept all proposals."
+            ) from error
+        except UnicodeDecodeError as error:
+            print(flush=True)
+            raise ConfigError(
+                f"The answer to '{question}' is not valid {error.encoding.upper()}: enter it in "
+                "the encoding of the terminal."
+            ) from error
+        if echo:
+            print(answer, flush=True)
         try:
             return read(answer or guess)
         except UserError as error:

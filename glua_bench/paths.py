@@ -22,6 +22,14 @@ from glua_bench.errors import DataError
 SWEEPS, ARTIFACTS = "sweeps", "mlartifacts"
 # Longest file name in bytes, which leaves room for suffixes.
 LONGEST_NAME = 160
+# Words in the names of label files and of their directories.
+LABEL_WORDS = frozenset(
+    {
+        *("label", "labels", "labelstr", "labelsts", "labelsval", "lab", "lbl", "seg", "segs"),
+        *("segmentation", "segmentations", "annotation", "annotations", "mask", "masks", "msk"),
+        *("gt", "ground", "truth", "groundtruth", "manual"),
+    }
+)
 
 
 def visible(name: str) -> bool:

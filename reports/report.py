@@ -173,6 +173,7 @@ class _Writer(PageWriter):
             caption = "Dice of every case and seed; missed structures are dots at 0."
             figure = charts.scores(rows, entries, self.palette)
             section.blocks.append(self.chart(f"scores_{name}", caption, figure))
+        section.blocks.append(self.table(report_tables.cases(results, task, selector)))
         scores = comparison.competing(statistics.scores(rows, task, selector))
         if not 2 <= scores.shape[1] <= report_tables.MAX_PAIRED:
             return section

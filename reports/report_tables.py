@@ -14,7 +14,7 @@ from glua_bench.reports import comparison, statistics
 from glua_bench.reports.comparison import title
 from glua_bench.reports.results import Results, plain
 from glua_bench.reports.tables import Column, Table
-from glua_bench.scoring.metrics import METRICS, MISSING, PRIMARY, Metric
+from glua_bench.scoring.metrics import METRICS, MISSING, PRIMARY, SPACING, Metric
 
 MAX_PAIRED = 40  # entries with a table of pairs (780 pairs)
 MEANS = (
@@ -216,6 +216,36 @@ def ranking(results: Results, task: str, selector: str = "last") -> Table:
         columns,
         notes=[*notes, *[why] * bool(why), *designs[task].notes],
         ids=run_ids(rows, entries),
+    )
+
+
+def cases(results: Results, task: str, selector: str = "last") -> Table:
+    """Build the table of test cases: voxel size, and the means over methods and seeds."""
+    rows, _ = comparison.compared(plain(results.of(task, selector)), selector)
+    methods = rows[~rows["entry"].isin([LOWER, UPPER])]
+    chosen = methods if len(methods) else rows
+    by_case = chosen.groupby("case", observed=True)
+    means = by_case[list(METRICS)].mean()
+    spacing = rows.groupby("case", observed=True)[list(SPACING)].first().reindex(means.index)
+    return Table(
+        f"cases {task}",
+        f"{task}: voxel size and mean scores of each test case; checkpoint selector: "
+        f"{title(selector)}.",
+        [str(case) for case in means.index],
+        [
+            *(
+                Column(f"axis {axis}", list(spacing[name]), 2, group="voxel (mm)")
+                for axis, name in enumerate(SPACING, start=1)
+            ),
+            *(Column.of(metric, means[name]) for name, metric in METRICS.items()),
+        ],
+        frozenset(map(str, means.index)),
+        notes=[
+            "Distances cannot be resolved below the voxel size of the file, on whose grid they are "
+            f"computed. Means over {'methods' if len(methods) else 'entries'}, seeds and "
+            "structures."
+        ],
+        first="case",
     )
 
 

@@ -34,7 +34,7 @@ from glua_bench.records.run_directory import RunDirectory, list_runs
 from glua_bench.registry import Registry
 from glua_bench.reports import comparison, statistics
 from glua_bench.reports.statistics import counted
-from glua_bench.scoring.metrics import METRICS, PRIMARY
+from glua_bench.scoring.metrics import METRICS, PRIMARY, SPACING
 
 TEXTS = ("case", "structure", "selector")
 # Columns of every run; metrics other than the primary one may be newer than the run.
@@ -58,6 +58,7 @@ DEFAULTS = {  # of columns that rows of older versions lack
     "peak_memory_mib": math.nan,
     "note": "",
     statistics.REPEAT: 0,
+    **dict.fromkeys(SPACING, math.nan),
 }
 VERSIONED = ("data", "distances", "protocol")  # newer runs replace older ones despite these
 PROTOCOL_DEFAULTS = {"slices": "1"}  # of entries that protocols of older versions lack
@@ -329,7 +330,7 @@ def _read(run: RunDirectory) -> _Record:
     if not {"changed", "variant"} <= set(environment):
         raise UserError(f"{run.path / 'environment.json'} has no changed settings; run it again.")
     ended = json.loads((run.path / "done").read_text(encoding="utf-8"))["time"]
-    columns = list(dict.fromkeys(["case", "structure", *METRICS, *MEASURED]))
+    columns = list(dict.fromkeys(["case", "structure", *METRICS, *MEASURED, *SPACING]))
     return _Record(run, rows.reindex(columns=columns), run.read_summary(), environment, ended)
 
 

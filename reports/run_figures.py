@@ -180,17 +180,19 @@ def draw_dataset(dataset: Dataset, grid: Grid, out: Path, columns: int = 6) -> l
         count = min(len(cases), 2 * columns)
         slices = []
         for case in (cases[i * len(cases) // count] for i in range(count)):
-            image = cache.image(case.unlabelled(), view).open()
+            cached = cache.image(case.unlabelled(), view)
+            image = cached.open()
             if case.label is None:  # the middle slice, without contours
                 label, z = np.zeros(image.shape, np.uint8), len(image) // 2
             else:
                 label = np.asarray(cache.label(case, view).open())
                 z = most_visible_slice(label)
+            voxel = "×".join(f"{length:.2f}" for length in cached.placement.spacing)
             slices.append(
                 (
                     np.asarray(image[z], dtype=np.float32),
                     np.asarray(label[z]),
-                    f"{case.id} ({case.split}), slice {z + 1}/{len(label)}",
+                    f"{case.id} ({case.split}), slice {z + 1}/{len(label)}\n{voxel} mm",
                 )
             )
         files.append(

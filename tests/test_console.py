@@ -225,10 +225,30 @@ def test_prompts_repeat_until_the_answer_is_valid(
     typed, prompts = iter(["x", " 7 ", ""]), []
     monkeypatch.setattr("builtins.input", lambda text: prompts.append(text) or next(typed))
     assert console.ask("How many", "3", read) == 7
-    assert capsys.readouterr().out == "'x' is no number; give one.\n"
-    assert console.ask("How many", "3", read) == 3
+    # Without a terminal, prompt and answer would stand on no line of their own.
+    assert capsys.readouterr().out == "x\n'x' is no number; give one.\n7\n"
+    assert console.ask("How many", "3", read) == 3 and capsys.readouterr().out == "\n"
     assert prompts == ["How many [3]: "] * 3
     assert console.ask("How many", "4", read, interactive=False) == 4
     assert capsys.readouterr().out == "How many: 4\n"
     with pytest.raises(ConfigError, match="'none' is no number"):
         console.ask("How many", "none", read, interactive=False)
+
+
+def test_the_end_of_a_pipe_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(text: str) -> int:
+        if not text.isdigit():
+            raise ConfigError(f"'{text}' is no number; give one.")
+        return int(text)
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("x\n5\n"))
+    assert console.ask("How many", "3", read) == 5
+    monkeypatch.setattr("sys.stdin", io.StringIO("x\n"))
+    with pytest.raises(ConfigError, match="The input ended before a valid answer to 'How many'"):
+        console.ask("How many", "3", read)
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ConfigError, match="The input ended before a valid answer to 'How many'"):
+        console.ask("How many", "3", read)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
+    with pytest.raises(ConfigError, match="answer to 'How many' is not valid UTF-8"):
+        console.ask("How many", "3", read)

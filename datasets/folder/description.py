@@ -227,7 +227,12 @@ def _domain(
         fault = pattern_fault(pattern, labels)
         if fault:
             raise part.error(fault, "images")
-        find = partial(by_pattern, images=pattern, labels=labels, description=part.file)
+        exclude = part.texts("exclude", [])
+        if any(Path(own).is_absolute() or ".." in Path(own).parts for own in exclude):
+            raise part.error("'exclude' must be relative to the root, without ..", "exclude")
+        find = partial(
+            by_pattern, images=pattern, labels=labels, description=part.file, exclude=exclude
+        )
     elif layouts == ["table"]:
         # The path of a table is relative to the description, not to the root.
         find = partial(by_table, file=beside / Path(part.take("table", str)).expanduser())

@@ -7,40 +7,40 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import nibabel as nib
 import numpy as np
 
 from glua_bench.data.formats import SUFFIXES, open_volume
 from glua_bench.data.volumes import label_integers
+from glua_bench.datasets.folder.planes import Anatomy, Header, anatomy, header
 from glua_bench.errors import DataError
-from glua_bench.paths import files_below
+from glua_bench.paths import LABEL_WORDS, files_below
 
-LABEL_WORDS = {"label", "labels", "labelstr", "labelsts", "lab", "lbl", "seg", "segs"}
-LABEL_WORDS |= {"segmentation", "segmentations", "annotation", "annotations", "mask", "masks"}
-LABEL_WORDS |= {"msk", "gt", "ground", "truth", "manual"}
 MODALITY_WORDS = {"ct", "cta", "cbct", "mr", "mri", "mra", "t1", "t2", "t1w", "t2w", "flair"}
-MODALITY_WORDS |= {"dwi", "adc", "lge", "bssfp", "c0", "pet", "us"}
+MODALITY_WORDS |= {"t1c", "t1ce", "t1gd", "t1n", "t2f", "dwi", "adc", "lge", "bssfp", "c0"}
+MODALITY_WORDS |= {"pet", "us"}
 _SAMPLED = 4  # images per domain whose voxels are read
+_LABELLED = 12  # labelled cases per domain in whose structures intensities are read
+_VOXELS = 20_000  # about as many voxels per structure and case
 _HOUNSFIELD = (-500, 200)  # CT has values below the first (air, lung) and above the second (bone)
 
 
 @dataclass(frozen=True)
 class Look:
-    """Properties of a few volumes of a domain.
+    """Properties of the volumes of a domain.
 
     Attributes:
-        spacing: largest median voxel spacing in mm, along right, front and up.
-        extent: largest median side in mm, along the same axes.
+        headers: geometry of every image, by case.
+        anatomies: where structures lie, by labelled case.
         hounsfield: whether intensities look like Hounsfield units.
         values: nonzero label values that occur in any label.
     """
 
-    spacing: tuple[float, float, float]
-    extent: tuple[float, float, float]
+    headers: Mapping[str, Header]
+    anatomies: Mapping[str, Anatomy]
     hounsfield: bool
     values: tuple[int, ...]
 
@@ -58,6 +58,9 @@ def volumes_in(folder: Path) -> list[str]:
 def guess_domains(paths: Sequence[str]) -> dict[str, list[str]]:
     """Group volumes into domains by modality words in their paths, else by directory.
 
+    Labels without a modality word belong to all domains, as where one label file serves all
+    sequences of a case.
+
     Args:
         paths: relative paths, as from `volumes_in`.
 
@@ -66,32 +69,50 @@ def guess_domains(paths: Sequence[str]) -> dict[str, list[str]]:
     """
     by_word: dict[str, list[str]] = {}
     for path in paths:
-        words = [word for word in _words(path) if word in MODALITY_WORDS]
+        words = [word for word in words_of(path) if word in MODALITY_WORDS]
         by_word.setdefault(words[0] if words else "", []).append(path)
-    if "" not in by_word and len(by_word) > 1:
-        return by_word
+    shared = by_word.pop("", [])
+    if len(by_word) > 1 and set(shared) <= set(labels_among(paths)):
+        return {name: sorted([*own, *shared]) for name, own in by_word.items()}
     by_folder: dict[str, list[str]] = {}
     for path in paths:
         top = PurePosixPath(path).parts[0] if "/" in path else ""
         by_folder.setdefault(re.sub(r"[^a-z0-9]+", "_", top.lower()).strip("_"), []).append(path)
-    kinds = {name for name in by_folder if set(_words(name)) & LABEL_WORDS}
-    return {} if "" in by_folder or kinds or len(by_folder) < 2 else by_folder
+    kinds = {name for name in by_folder if set(words_of(name)) & LABEL_WORDS}
+    if "" in by_folder or kinds or len(by_folder) < 2 or _are_cases(by_folder.values()):
+        return {}
+    return by_folder
+
+
+def _are_cases(folders: Iterable[Sequence[str]]) -> bool:
+    """Return True for directories of cases, which have the same files in each."""
+    forms = []
+    for own in folders:
+        top = PurePosixPath(own[0]).parts[0]
+        forms.append(sorted(starred(path, top) for path in own))
+    alike = max(forms.count(form) for form in forms)
+    few = len(forms) > 2 and max(map(len, forms)) <= 3
+    return (few or len(forms) > 4) and 2 * alike > len(forms)
 
 
 def domains_by_name(paths: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
-    """Return the volumes whose paths contain each name as a word.
+    """Return the volumes whose paths contain each name as a word, and the labels without any name.
 
     Raises:
         DataError: a name occurs in no path.
     """
-    made = {name: [p for p in paths if name in _words(p)] for name in names}
+    words = {path: {*words_of(path), *PurePosixPath(path.lower()).parts} for path in paths}
+    made = {name: [p for p in paths if name.lower() in words[p]] for name in names}
     for name, own in made.items():
         if not own:
             raise DataError(
                 f"No volume has '{name}' as a word in its path, such as {name}/1.nii.gz or "
                 f"img_{name}.nii.gz: correct --domains, or rename the directories."
             )
-    return made
+    taken = {path for own in made.values() for path in own}
+    rest = [p for p in labels_among(paths) if p not in taken]
+    shared = [p for p in rest if not words[p] & MODALITY_WORDS]
+    return {name: sorted([*own, *shared]) for name, own in made.items()}
 
 
 def guess_patterns(
@@ -110,16 +131,15 @@ def guess_patterns(
     Raises:
         DataError: the paths have no common form.
     """
-    common = set.intersection(*(set(_words(path)) for path in paths))
-    labels = [path for path in paths if (set(_words(path)) - common) & LABEL_WORDS]
+    labels = labels_among(paths)
     images = [path for path in paths if path not in labels]
     if not images:
         raise DataError(
             f"All volumes, such as {paths[0]}, look like labels by name: describe the images by "
             "hand (see docs/adding-data.md)."
         )
-    for images_pattern, ids in _patterns(images, labels):
-        drawn: list[str | None] = [p for p, own in _patterns(labels) if own <= ids]
+    for images_pattern, ids in image_patterns(images, labels):
+        drawn: list[str | None] = [p for p, own in image_patterns(labels) if own <= ids]
         drawn += _around(labels, ids)
         for labels_pattern in drawn if labels else [None]:
             if images_pattern != labels_pattern and fits(images_pattern, labels_pattern):
@@ -132,57 +152,86 @@ def guess_patterns(
 
 
 def look(images: Mapping[str, Path], labels: Mapping[str, Path]) -> Look:
-    """Inspect a few images of a domain and all labels.
+    """Inspect the headers of all images of a domain, a few images, and all labels.
 
     Raises:
         DataError: a file cannot be read.
     """
-    spacings, extents, lows, highs = [], [], [], []
+    headers = {case: header(open_volume(path)) for case, path in images.items()}
+    lows, highs = [], []
     for path in _some(images):
         volume = open_volume(path)
-        orientation = nib.io_orientation(volume.affine)
-        lengths = nib.affines.voxel_sizes(volume.affine)
-        spacing, extent = np.zeros(3), np.zeros(3)
-        for axis, (towards, _) in enumerate(orientation):
-            if not np.isnan(towards):
-                spacing[int(towards)] = lengths[axis]
-                extent[int(towards)] = lengths[axis] * volume.shape[axis]
-        spacings.append(spacing)
-        extents.append(extent)
         sample = volume.scaled(volume.voxels()[::4, ::4, ::2])
         low, high = np.nanpercentile(sample, (1, 99.9))
         lows.append(low)
         highs.append(high)
     values: set[int] = set()
-    for path in labels.values():  # all, because a lesion may occur in a single case
+    anatomies = {}
+    for case, path in labels.items():  # all, because a lesion may occur in a single case
         volume = open_volume(path)
-        found = np.unique(volume.scaled(volume.voxels()))
+        voxels = volume.scaled(volume.voxels())
+        found = np.unique(voxels)
         values |= set(label_integers(found, path).tolist())
+        if volume.shape == headers[case].shape:
+            anatomies[case] = anatomy(np.rint(voxels).astype(np.int32))
     return Look(
-        triple(np.median(spacings, axis=0)),
-        triple(np.median(extents, axis=0)),
+        headers,
+        anatomies,
         bool(np.median(lows) < _HOUNSFIELD[0] and np.median(highs) > _HOUNSFIELD[1]),
         tuple(sorted(values - {0})),
     )
 
 
-def triple(values: np.ndarray) -> tuple[float, float, float]:
-    first, second, third = (float(value) for value in values)
-    return first, second, third
+def inside(
+    images: Mapping[str, Path], labels: Mapping[str, Path], structures: Mapping[str, Sequence[int]]
+) -> dict[str, np.ndarray]:
+    """Sample the intensities of structures in a few cases.
+
+    Args:
+        images: image files by case.
+        labels: label files by case.
+        structures: name → raw label values.
+
+    Returns:
+        Name → intensities of at most some thousand voxels per case.
+    """
+    samples: dict[str, list[np.ndarray]] = {name: [] for name in structures}
+    for case in spread(sorted(labels), _LABELLED):
+        image, label = open_volume(images[case]), open_volume(labels[case])
+        if image.shape != label.shape:
+            continue  # reported by `data check`
+        classes, stored = np.rint(label.scaled(label.voxels())), image.voxels()
+        for name, values in structures.items():
+            chosen = stored[np.isin(classes, list(values))]
+            chosen = image.scaled(chosen[:: max(1, len(chosen) // _VOXELS)])
+            samples[name].append(chosen[np.isfinite(chosen)])
+    return {name: np.concatenate(own or [np.empty(0)]) for name, own in samples.items()}
+
+
+def spread(names: Sequence[str], most: int) -> list[str]:
+    """Return at most `most` names, evenly spread."""
+    count = min(most, len(names))
+    return [names[index * len(names) // count] for index in range(count)]
 
 
 def _some(files: Mapping[str, Path]) -> list[Path]:
     """Return a few files, evenly spread."""
-    everything = [files[case] for case in sorted(files)]
-    count = min(_SAMPLED, len(everything))
-    return [everything[index * len(everything) // count] for index in range(count)]
+    return [files[case] for case in spread(sorted(files), _SAMPLED)]
 
 
-def _words(path: str) -> list[str]:
+def labels_among(paths: Sequence[str]) -> list[str]:
+    """Return the paths with a word of labels that not all paths have."""
+    # Letters alone, too: label001.nii.gz.
+    words = {path: {*words_of(path), *re.findall("[a-z]+", path.lower())} for path in paths}
+    common = set.intersection(*words.values())
+    return [path for path in paths if (words[path] - common) & LABEL_WORDS]
+
+
+def words_of(path: str) -> list[str]:
     return [word for word in re.split(r"[^a-z0-9]+", path.lower()) if word]
 
 
-def _patterns(paths: Sequence[str], others: Sequence[str] = ()) -> list[tuple[str, set[str]]]:
+def image_patterns(paths: Sequence[str], others: Sequence[str] = ()) -> list[tuple[str, set[str]]]:
     """Return patterns that match all paths, likely ones first, with the ids they yield.
 
     Args:
@@ -194,7 +243,7 @@ def _patterns(paths: Sequence[str], others: Sequence[str] = ()) -> list[tuple[st
     split = [PurePosixPath(path).parts for path in paths]
     found: list[tuple[str, list[str]]] = []
     if len(paths) == 1:
-        found += [(_starred(paths[0], own), [own]) for own in _shared_words(paths[0], others)]
+        found += [(starred(paths[0], own), [own]) for own in _shared_words(paths[0], others)]
     if len({len(parts) for parts in split}) == 1:
         found += [_pattern(split, whole_words) for whole_words in (True, False)]
         found += [_by_tokens(split)]
@@ -211,13 +260,13 @@ def _around(paths: Sequence[str], ids: set[str]) -> list[str]:
     if not paths:
         return []
     made = [
-        {_starred(path, own) for own in ids if own and own in path and _starred(path, own) != path}
+        {starred(path, own) for own in ids if own and own in path and starred(path, own) != path}
         for path in paths
     ]
     return sorted(set.intersection(*made), key=lambda pattern: (-len(pattern), pattern))
 
 
-def _starred(path: str, own: str) -> str:
+def starred(path: str, own: str) -> str:
     """Replace an id by a star wherever it stands as a word."""
     return re.sub(rf"(?<![A-Za-z0-9]){re.escape(own)}(?![A-Za-z0-9])", "*", path)
 
@@ -236,8 +285,8 @@ def _shared_words(path: str, others: Sequence[str]) -> list[str]:
         for text in texts
         if text
         and "/" not in text
-        and any(_starred(other, text) != other for other in others)
-        and not set(_words(text)) & (LABEL_WORDS | MODALITY_WORDS)
+        and any(starred(other, text) != other for other in others)
+        and not set(words_of(text)) & (LABEL_WORDS | MODALITY_WORDS)
     ]
     return sorted(kept, key=lambda text: (-len(text), text))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,13 @@ def pattern_fault(images: str, labels: str | None) -> str:
     return ""
 
 
-def by_pattern(root: Path, images: str, labels: str | None, description: Path) -> list[Found]:
+def by_pattern(
+    root: Path,
+    images: str,
+    labels: str | None,
+    description: Path,
+    exclude: Sequence[str] = (),
+) -> list[Found]:
     """Find cases by patterns, as in `paths.matching`; the text matched by the first `*` is the id.
 
     Args:
@@ -67,12 +73,16 @@ def by_pattern(root: Path, images: str, labels: str | None, description: Path) -
         images: e.g. "ct/*_image.nii.gz".
         labels: e.g. "ct/*_label.nii.gz"; None if the domain has no labels.
         description: file that gives the patterns, for messages.
+        exclude: patterns of files to leave out.
 
     Raises:
         DataError: nothing matches, two files have one id, or a label has no image.
     """
-    label_files = {} if labels is None else _matches(root, labels, description)
-    taken = set(label_files.values())  # a wide pattern, such as *.nii.gz, also matches labels
+    omitted = {path for pattern in exclude for _, path in matching(root, pattern)}
+    label_files = {} if labels is None else _matches(root, labels, description, omitted)
+    taken = omitted | set(
+        label_files.values()
+    )  # a wide pattern, such as *.nii.gz, also matches labels
     image_files = _matches(root, images, description, taken)
     if not image_files:
         raise DataError(

@@ -34,6 +34,7 @@ data_app = typer.Typer(
 )
 _SHOW = ("data", "show")
 _RUN = ("run", "--method", "source_only", "--dataset")
+_COMPARE = ("compare", "--methods", "fda,slaug", "--dataset")
 
 
 @dataclass(frozen=True)
@@ -310,5 +311,7 @@ def show(
         say(f"Wrote {file}")
     if not data.publishable:
         say("The figures show the data owner's images: do not share them.")
-    note(f"Next: {source.command(_RUN)}")
-    answer(files=files, shareable=data.publishable, next=[source.command(_RUN)])
+    following = [source.command(_RUN), source.command(_COMPARE)]
+    note(f"Next: {following[0]}")
+    note(f"      {following[1]}")
+    answer(files=files, shareable=data.publishable, next=following)

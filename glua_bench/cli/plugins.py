@@ -151,7 +151,10 @@ def new_dataset(
         typer.Option("--python", help="Write a Python class with a test instead of YAML."),
     ] = False,
 ) -> None:
-    """Describe your own volumes in NAME.yaml; prompts propose answers from the files."""
+    """Describe your own volumes in NAME.yaml; prompts propose answers from the files.
+
+    Answers may be piped, one a line; an empty line accepts a proposal.
+    """
     from glua_bench.cli import scaffold
 
     names = tuple(split_names(domains))
@@ -171,18 +174,25 @@ def new_dataset(
         return
     from glua_bench.console import ask
 
-    interactive = not yes and sys.stdin.isatty()
     if data is None:
-        if not interactive:
+        if yes or sys.stdin is None or not sys.stdin.isatty():
             raise ConfigError(
                 "new-dataset needs the directory of your volumes: give --data DIRECTORY, or "
                 "--python for a template class."
             )
-        data = ask("Directory of the volumes", ".", Path)
+        data = ask("Directory of the volumes", ".", _directory)
     file = scaffold.new_description(
-        name, out, data, partial(ask, interactive=interactive), names, given
+        name, out, data, partial(ask, interactive=not yes), names, given
     )
     say(f"Wrote {file}: review and correct it.")
     following = next_command("glua-bench", "data", "check", file)
     note(f"Next: {following}")
     answer(file=file, next=[following])
+
+
+def _directory(text: str) -> Path:
+    """Return a directory that exists."""
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        raise ConfigError(f"'{text}' is not a directory; enter that of the volumes.")
+    return path

@@ -25,6 +25,7 @@ from glua_bench.inspection.measurements import (
     gather,
 )
 from glua_bench.inspection.outliers import comparisons
+from glua_bench.inspection.windows import clipped_structures
 from glua_bench.paths import name_fault
 from glua_bench.task import Case, Dataset, role_fault
 
@@ -53,6 +54,7 @@ def check_dataset(
     findings = [found for one in measured for found in case_findings(one, dataset)]
     doubted = {f.cases[0] for f in findings if f.check in _OF_IMAGES}
     findings += [*check_cases(dataset), *empty_labels(measured), *shared_content(measured)]
+    findings += clipped_structures(measured, dataset)
     findings += comparisons(measured, [s.name for s in dataset.structures], doubted)
     order = {one.case.id: place for place, one in enumerate(measured)}
     findings.sort(key=lambda f: (not f.problem, min((order[c] for c in f.cases), default=-1)))

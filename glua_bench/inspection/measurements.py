@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import ndimage
@@ -32,6 +32,8 @@ Three = tuple[float, float, float]
 Rows = tuple[tuple[float, ...], ...]
 # Percentiles of the stored intensity distributions, including minimum and maximum.
 LEVELS = np.linspace(0, 100, 101)
+# Percentiles between which the intensities of a structure lie without outliers, as in nnU-Net.
+INSIDE = (0.5, 99.5)
 # Margin around the bounding box of the structures, relative to its size, on each side.
 _MARGIN = 0.25
 # Maximum number of distinct values that are listed.
@@ -47,12 +49,16 @@ class StructureMeasurements:
         centre: centre of mass in mm from the centre of the image volume.
         spread: standard deviation of the voxel positions along each axis, in mm.
         level: median intensity inside; NaN if the image is unusable.
+        inside: intensities at the percentiles `INSIDE`; NaN if the image is unusable.
+        outside: fraction of the voxels outside the window of the reading; 0 without a window.
     """
 
     ml: float
     centre: Three
     spread: Three
     level: float
+    inside: tuple[float, float] = (float("nan"), float("nan"))
+    outside: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -307,8 +313,8 @@ def _measure_label(
             profiles[axis] += profile
             own.append(profile)
         samples.append(_plain(volume.file, volume.oriented[box][mask]))
-        level = float(np.median(samples[-1])) if readable else float("nan")
-        structures.append(_structure(own, volume, level))
+        one = _structure(own, volume, float("nan"))
+        structures.append(_with_intensities(one, samples[-1], volume) if readable else one)
     whole, inside, blank = None, None, 0.0
     around: tuple[float, ...] = ()
     if samples:
@@ -335,6 +341,22 @@ def _measure_label(
         around=around,
         content=_digest(classes.shape, _slices(classes)),
     )
+
+
+def _with_intensities(
+    structure: StructureMeasurements, inside: np.ndarray, volume: _Volume
+) -> StructureMeasurements:
+    """Add the intensities in a structure to its measurements."""
+    low, high = np.percentile(inside, INSIDE).tolist()
+    window = volume.reading.intensity_range
+    share = 0.0 if window is None else outside_window(inside, window)
+    level = float(np.median(inside))
+    return replace(structure, level=level, inside=(low, high), outside=share)
+
+
+def outside_window(intensities: np.ndarray, window: tuple[float, float]) -> float:
+    """Return the fraction of intensities outside a window."""
+    return float(np.mean((intensities < window[0]) | (intensities > window[1])))
 
 
 def _surroundings(volume: _Volume, boxes: Sequence[tuple[slice, ...]]) -> tuple[float, ...]:

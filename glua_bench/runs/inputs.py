@@ -15,12 +15,10 @@ import numpy as np
 from glua_bench.data.dicom_series import is_dicom, read_series, series_of
 from glua_bench.data.formats import SUFFIXES, Forms, VolumeFile, open_volume, stem
 from glua_bench.errors import DataError
-from glua_bench.paths import broken, entries
+from glua_bench.paths import LABEL_WORDS, broken, entries
 
-# Final words of the names of label files and directories.
-_LABEL_WORDS = {"label", "labels", "lab", "lbl", "seg", "segs", "segmentation", "mask", "masks"}
-_LABEL_WORDS |= {"msk", "gt", "truth", "manual", "prob"}
-_LABEL_FOLDERS = {*_LABEL_WORDS, "labelstr", "labelsts", "labelsval"}
+# Final words of the names of label files, and of directories, including results of `predict`.
+_LABELS = LABEL_WORDS | {"prob"}
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
 _NNUNET = ("imagesTr", "imagesTs", "imagesVal")
 
@@ -126,7 +124,7 @@ def _in_folder(folder: Path) -> tuple[list[Given], list[Path]]:
         )
     if slices:
         return [_series(folder, slices)], []
-    is_label_folder = Path(os.path.abspath(folder)).name.lower() in _LABEL_FOLDERS
+    is_label_folder = Path(os.path.abspath(folder)).name.lower() in _LABELS
     left = [path for path in volumes if is_label_folder or _is_label(path)]
     images = [path for path in volumes if path not in left]
     if left and not images:
@@ -135,7 +133,7 @@ def _in_folder(folder: Path) -> tuple[list[Given], list[Path]]:
             "they are images."
         )
     if not images:
-        inner = [p.name for p in found if p.is_dir() and p.name.lower() not in _LABEL_FOLDERS]
+        inner = [p.name for p in found if p.is_dir() and p.name.lower() not in _LABELS]
         hint = f"give its subdirectories ({', '.join(inner[:3])})" if inner else "check the path"
         raise DataError(
             f"{folder} contains no volume ({', '.join(SUFFIXES)}) and no DICOM files: {hint}."
@@ -145,7 +143,7 @@ def _in_folder(folder: Path) -> tuple[list[Given], list[Path]]:
 
 def _is_label(file: Path) -> bool:
     words = re.split(r"[^a-z]+", stem(file).lower())
-    return len(words) > 1 and words[-1] in _LABEL_WORDS
+    return len(words) > 1 and words[-1] in _LABELS
 
 
 def _without_channels(folder: Path, images: Sequence[Path]) -> list[Given]:

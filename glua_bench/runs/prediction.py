@@ -44,7 +44,7 @@ from glua_bench.runs.inputs import Given
 from glua_bench.runs.plan import build_method, choose_device
 from glua_bench.runs.trainer import to_channels_last
 from glua_bench.scoring.evaluation import predict_volumes
-from glua_bench.scoring.metrics import METRICS, volumes_ml
+from glua_bench.scoring.metrics import METRICS, SPACING, volumes_ml
 from glua_bench.task import Structure
 
 ROLES: tuple[Role, ...] = ("target", "source")
@@ -142,6 +142,7 @@ class Predicted:
         slices: the image on the working grid, float32 (Z, H, W).
         classes: most probable class per pixel, uint8 (Z, H, W).
         ml: structure → volume.
+        spacing: mm per axis of the file's array.
     """
 
     file: Path
@@ -150,6 +151,7 @@ class Predicted:
     slices: np.ndarray
     classes: np.ndarray
     ml: dict[str, float]
+    spacing: tuple[float, float, float]
 
 
 def find_run(name: str, runs_root: Path) -> RunDirectory:
@@ -350,7 +352,9 @@ def predict(
             save_maps(out / f"{given.name}_prob.nii.gz", maps, image.placement)
         ml = volumes_ml(labels, model.structures, image.placement.ml)
         classes = found.argmax(0).astype(np.uint8)
-        yield Predicted(given.path, given.name, path, image.voxels, classes, ml)
+        yield Predicted(
+            given.path, given.name, path, image.voxels, classes, ml, image.placement.spacing
+        )
         report(done)
 
 
@@ -502,10 +506,10 @@ def predict_all(
 
 
 def volumes_table(predicted: Iterable[Predicted]) -> pd.DataFrame:
-    """Return a table of file, structure and ml, one row per structure and volume."""
+    """Return file, structure, ml and voxel size in mm, one row per structure and volume."""
     return pd.DataFrame(
-        [(str(p.file), name, ml) for p in predicted for name, ml in p.ml.items()],
-        columns=["file", "structure", "ml"],
+        [(str(p.file), name, ml, *p.spacing) for p in predicted for name, ml in p.ml.items()],
+        columns=["file", "structure", "ml", *SPACING],
     )
 
 

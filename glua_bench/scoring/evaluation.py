@@ -20,7 +20,7 @@ from glua_bench.data.cache import SliceCache
 from glua_bench.data.neighbours import ALONE, Neighbourhood, Stacks
 from glua_bench.data.stores import CachedImage
 from glua_bench.data.volumes import read_label_volume, restore, save_labels
-from glua_bench.scoring.metrics import METRICS, PRIMARY, case_metrics, complete
+from glua_bench.scoring.metrics import METRICS, PRIMARY, case_metrics, complete, voxel_sizes
 from glua_bench.task import AVERAGE, UNANNOTATED, Case, Dataset, Grid, Structure
 
 Predict = Callable[[Tensor], Tensor]
@@ -113,7 +113,8 @@ def evaluate(
         neighbourhood: input slices of `predict`.
 
     Returns:
-        One row per case and structure: case, subject, domain, and the columns of `case_metrics`.
+        One row per case and structure: case, subject, domain, the columns of `case_metrics`, and
+        the voxel size of the file in mm, on which distances are computed (`SPACING`).
     """
     rows = []
     progress.stage(title, len(cases))
@@ -152,13 +153,14 @@ def score_case(
         ml: volume of a voxel in ml.
 
     Returns:
-        One row per structure: case, subject, domain, and the columns of `case_metrics`.
+        One row per structure: case, subject, domain, the columns of `case_metrics`, and the
+            voxel size.
     """
     unannotated = reference == UNANNOTATED  # set to background in both
     found, wanted = np.where(unannotated, 0, labels), np.where(unannotated, 0, reference)
     of_case = {"case": case.id, "subject": case.subject, "domain": case.domain}
     scores = case_metrics(found, wanted, structures, spacing, ml)
-    return [{**of_case, **score} for score in scores]
+    return [{**of_case, **score, **voxel_sizes(spacing)} for score in scores]
 
 
 def mean_score(cases: pd.DataFrame, metric: str = PRIMARY.name) -> float:

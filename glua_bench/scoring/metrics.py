@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MISSING = "–"  # printed for undefined values
+# Columns of a case's voxel size in mm, along the axes of the file's array.
+SPACING = ("spacing_1", "spacing_2", "spacing_3")
 
 
 @dataclass(frozen=True)
@@ -270,6 +272,11 @@ def case_metrics(
             }
         )
     return rows
+
+
+def voxel_sizes(spacing: Sequence[float]) -> dict[str, float]:
+    """Return the columns of a case's voxel size, in mm per axis of the file's array."""
+    return {name: float(length) for name, length in zip(SPACING, spacing, strict=True)}
 
 
 def volumes_ml(labels: np.ndarray, structures: Sequence[Structure], ml: float) -> dict[str, float]:

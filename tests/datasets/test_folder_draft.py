@@ -20,7 +20,8 @@ from glua_bench.cli import scaffold
 from glua_bench.conformance import run_dataset_checks
 from glua_bench.console import Progress
 from glua_bench.console import ask as put
-from glua_bench.datasets.folder.draft import _Domain, _splits
+from glua_bench.datasets.folder.sources import DraftDomain
+from glua_bench.datasets.folder.splitting import draw_splits
 from glua_bench.errors import ConfigError, DataError
 from glua_bench.inspection.integrity import check_dataset
 from glua_bench.inspection.nnunet import export
@@ -223,8 +224,8 @@ def test_folders_of_nnunet_are_described_by_their_names(
             ("Gef\u00e4\u00df (re.)", "kidney, left", 'a="b"'),
             ["gef\u00e4\u00df (re.)", "kidney left", 'a "b"'],
         ),
-        (("1", "2", "3"), ["structure 1", "structure 4", "structure 9"]),
-        (("a b", "a,b", "c"), ["structure 1", "structure 4", "structure 9"]),
+        (("1", "2", "3"), ["label_1", "label_4", "label_9"]),
+        (("a b", "a,b", "c"), ["label_1", "label_4", "label_9"]),
     ],
 )
 def test_names_of_nnunet_are_proposed_as_answers(
@@ -270,7 +271,7 @@ def test_regions_of_nnunet_that_overlap_are_proposed_by_value(
     labels = {"background": 0, "whole": [1, 4, 9], "core": [4, 9]}
     own = written(tmp_path, nnunet_folders(tmp_path / "raw", volumes(), labels))
     assert [s.values for s in own.structures_of("mr")] == [(1,), (4,), (9,)]
-    assert [s.title for s in own.structures] == ["structure 1", "structure 4", "structure 9"]
+    assert [s.title for s in own.structures] == ["label_1", "label_4", "label_9"]
 
 
 @pytest.mark.parametrize(
@@ -576,7 +577,7 @@ def test_splits_keep_people_apart_and_a_case_for_training(
     shared: bool,
 ) -> None:
     found = [
-        _Domain(
+        DraftDomain(
             f"d{index}",
             {},
             {case: Path(case) for case in own | images[index]},
@@ -589,7 +590,7 @@ def test_splits_keep_people_apart_and_a_case_for_training(
     ]
     bare = {case for d in found for case in d.images if case not in d.labels}
     try:
-        splits = _splits(found, shared)
+        splits = draw_splits(found, shared)
     except DataError:
         assert shared and bare & {case for d in found for case in d.test}
         return

@@ -15,6 +15,7 @@ from glua_bench.datasets.folder.guess import (
     look,
     volumes_in,
 )
+from glua_bench.datasets.folder.planes import body
 from glua_bench.errors import DataError
 
 TRAINS = ("1001", "1020")
@@ -79,6 +80,12 @@ def test_paths_without_a_pattern_are_told() -> None:
         (["images/a.nii", "labels/a.nii"], {}),
         (["a.nii", "x/b.nii"], {}),
         (["all/a.nii", "all/b.nii"], {}),
+        # Directories of patients are no domains, and one label serves both sequences.
+        ([f"p{n}/{name}.nii" for n in range(5) for name in ("a", "a_seg")], {}),
+        (
+            [f"p{n}/{name}.nii" for n in range(5) for name in ("t1", "t2", "seg")],
+            {"t1": 10, "t2": 10},
+        ),
     ],
 )
 def test_domains_are_found(paths: list[str], expected: dict[str, int]) -> None:
@@ -109,7 +116,9 @@ def test_a_look_is_in_mm_along_the_body_s_axes(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(scan, affine), tmp_path / "a.nii.gz")
     nib.save(nib.Nifti1Image(label, affine), tmp_path / "l.nii.gz")
     found = look({"a": tmp_path / "a.nii.gz"}, {"a": tmp_path / "l.nii.gz"})
-    assert found.spacing == (2, 3, 8) and found.extent == (80, 90, 80)
+    own = body(found.headers, found.anatomies, False)
+    assert own.spacing.tolist() == [2, 3, 8] and own.extent.tolist() == [80, 90, 80]
+    assert own.slices.tolist() == [40, 30, 2] and own.last == 1
     assert found.hounsfield and found.values == (7,)
     nib.save(nib.Nifti1Image(np.abs(scan), affine), tmp_path / "a.nii.gz")
     assert not look({"a": tmp_path / "a.nii.gz"}, {}).hounsfield

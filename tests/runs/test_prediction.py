@@ -28,6 +28,7 @@ from glua_bench.runs.execution import execute
 from glua_bench.runs.plan import plan
 from glua_bench.runs.request import RunRequest
 from glua_bench.scoring.evaluation import predict_volumes
+from glua_bench.scoring.metrics import SPACING
 
 SMALL = ("segmenter.width=4", "segmenter.depth=3", "grid.size=32", "grid.spacing=7", "batch_size=2")
 
@@ -132,7 +133,9 @@ def test_a_run_predicts_its_test_cases_as_it_did(made: Made, tmp_path: Path) -> 
             count = (np.asarray(saved.dataobj) == values[index]).sum()
             assert result.ml[structure.name] == pytest.approx(count * voxel, rel=1e-5)
     table = prediction.volumes_table(results)
-    assert list(table.columns) == ["file", "structure", "ml"] and len(table) == 8
+    assert list(table.columns) == ["file", "structure", "ml", *SPACING] and len(table) == 8
+    sides = np.linalg.norm(nib.load(table["file"].iloc[0]).affine[:3, :3], axis=0)
+    np.testing.assert_allclose(table[[*SPACING]].iloc[0].astype(float), sides, rtol=1e-6)
 
 
 def test_new_volumes_whatever_their_header_says(made: Made, tmp_path: Path, call: Call) -> None:
