@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -478,10 +478,19 @@ def _score(
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Return the peak memory of the GPU, or of the process, in MiB."""
+    """Return the peak memory of the GPU, or of the process, in MiB; NaN if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    try:
+        import resource
+    except ImportError:  # on Windows, where only psutil knows it
+        with suppress(ImportError, AttributeError):
+            import psutil
+
+            return float(psutil.Process().memory_info().peak_wset) / 2**20
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes or KiB
 
 
 def _pictures(built: BuiltRun, count: int = 6) -> tuple[Batch, dict[str, Tensor]]:
