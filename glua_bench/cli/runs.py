@@ -127,6 +127,8 @@ def _show_result(planned: PlannedRun, summary: Summary) -> None:
         say("PRIVILEGED: trained on target labels; an upper bound, not an adaptation result.")
     if planned.dataset.protocol:
         say(f"PROTOCOL {planned.dataset.protocol}.")
+    if caveat := planned.dataset.caveat(planned.config.direction):
+        say(f"CAVEAT {caveat}.")
     say()
     say(f"Results: {path} (cases.parquet, predictions/, figures/)")
     say_browse(planned.request)
@@ -281,6 +283,9 @@ def _run_matrix(title: str, cells: list[Cell], work: Work, dry_run: bool) -> Non
         say()
         for task in rows["task"].unique():
             say(comparison.verdict(rows, task))
+        caveats = (one.run.dataset.caveat(one.run.config.direction) for one in planned)
+        for caveat in filter(None, dict.fromkeys(caveats)):
+            say(f"CAVEAT {caveat}.")
         if work.out is not None:
             say(f"Wrote {', '.join(str(file) for file in comparison.write(rows, work.out))}")
         if request.mlflow:

@@ -29,6 +29,7 @@ from glua_bench.records.tracker import (
     run_state,
     sync_runs,
 )
+from glua_bench.scoring.metrics import METRICS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,7 +46,7 @@ PARENT, ENTRY = "mlflow.parentRunId", "glua_bench.entry"  # tags of a nested run
 # last and reads the kind no more; a link can set it.
 KIND, VIEW = "mlflow.experimentKind", "mlflow.sharedViewState.glua-bench"
 COLUMNS = [f"params.`{name}`" for name in ("method", "direction", "seed")]
-COLUMNS += [f"metrics.`{name}`" for name in ("dice", "assd", "hd95")]
+COLUMNS += [f"metrics.`{name}`" for name in METRICS]
 
 
 def tracking_uri(runs_root: Path) -> str:

@@ -156,6 +156,7 @@ def execute(
                 "privileged": planned.config.privileged,
                 "distances": planned.dataset.distance_note,
                 "protocol": planned.dataset.protocol,
+                "caveat": planned.dataset.caveat(planned.config.direction),
                 "device": str(fabric.device),
                 # Recorded now, because defaults may change and methods may be removed.
                 "changed": changed_settings(planned.config, planned.method_class),
