@@ -484,7 +484,7 @@ def _peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
         import resource
-    except ImportError:  # on Windows, where only psutil knows it
+    except ImportError:  # on Windows, where psutil knows it
         with suppress(ImportError, AttributeError):
             import psutil
 
