@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from glua_bench.console import next_command
 from glua_bench.errors import ConfigError, reason
@@ -117,8 +117,9 @@ class TensorBoard(Tracker):
             }
             if run.done:
                 _, scores = headline(run.read_summary())
+                events: Any = writer.file_writer  # `add_hparams` would write another folder
                 for summary in hparams(settings, scores):
-                    writer.file_writer.add_summary(summary)
+                    events.add_summary(summary)
             writer.add_text("run", _table({"name": record.name, **record.tags}))
             writer.add_text("settings", _table(settings))
             for file in sorted(entries(run.figures)):
