@@ -198,6 +198,8 @@ class MLflowMirror(Tracker):
 
         client, record = self._client, RunRecord.of(run)
         tags = {**_own_tags(record.tags), "mlflow.source.name": "glua-bench", **nesting}
+        if record.note:
+            tags["mlflow.note.content"] = record.note
         if "git_commit" in record.tags:
             tags["mlflow.source.git.commit"] = record.tags["git_commit"]
         began, ended = (int(seconds * 1000) for seconds in (record.began, record.ended))

@@ -27,8 +27,10 @@ class RunRecord:
         name: from `run_name`.
         tags: description of the run, e.g. {"id": "1c0ffee1", "seed": "0", "error": "..."}.
         params: settings, by the names that `--set` accepts.
-        metrics: name, value, seconds since 1970 and step of all logged values ("STAGE/NAME"), then
-            of the results (`headline`).
+        metrics: name, value, seconds since 1970 and step of the results (`headline`), which come
+            first because trackers list metrics in this order, and of all logged values
+            ("STAGE/NAME").
+        note: the results in one line; "" without results.
         began: start of the run, in seconds since 1970.
         ended: end of the run.
     """
@@ -39,6 +41,7 @@ class RunRecord:
     metrics: Sequence[tuple[str, float, float, int]]
     began: float
     ended: float
+    note: str = ""
 
     @classmethod
     def of(cls, run: RunDirectory) -> RunRecord:
@@ -50,11 +53,14 @@ class RunRecord:
             for row in rows
             for name, value in row["values"].items()
         ]
+        note = ""
         if run.done:
-            _, scores = headline(run.read_summary())
-            metrics += [(name, value, ended, 0) for name, value in scores.items()]
+            selector, scores = headline(run.read_summary())
+            metrics = [(name, value, ended, 0) for name, value in scores.items()] + metrics
+            texts = [f"{METRICS[n].label} {METRICS[n].text(v)}" for n, v in scores.items()]
+            note = f"{', '.join(texts)} (mean over structures, selector {selector})"
         name = f"{run_name(config, _method_changes(run))} | {run.id[:6]}"
-        return cls(name, _tags(run), flat_settings(config.to_dict()), metrics, began, ended)
+        return cls(name, _tags(run), flat_settings(config.to_dict()), metrics, began, ended, note)
 
 
 def _times(run: RunDirectory, rows: list[dict[str, Any]]) -> tuple[float, float]:

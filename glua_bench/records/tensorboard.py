@@ -120,7 +120,8 @@ class TensorBoard(Tracker):
                 events: Any = writer.file_writer  # `add_hparams` would write another folder
                 for summary in hparams(settings, scores):
                     events.add_summary(summary)
-            writer.add_text("run", _table({"name": record.name, **record.tags}))
+            about = {"name": record.name, "results": record.note, **record.tags}
+            writer.add_text("run", _table(about))
             writer.add_text("settings", _table(settings))
             for file in sorted(entries(run.figures)):
                 if file.suffix == ".png":

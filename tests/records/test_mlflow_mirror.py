@@ -47,6 +47,11 @@ def test_a_mirrored_run_shows_everything(root: Path) -> None:
     assert headline == {"dice": 0.5, "assd": 4.0, "hd95": 9.0}
     assert {k for k in shown.data.metrics if "/" in k} == {"train/loss", "train/dice"}
     assert shown.data.tags["glua_bench.selector"] == "last"
+    assert shown.data.tags["mlflow.note.content"] == (
+        "Dice 0.500, ASSD mm 4.0, HD95 mm 9.0 (mean over structures, selector last)"
+    )
+    # MLflow's page lists metrics in the order in which they arrived.
+    assert list(shown.data.metrics)[:3] == ["dice", "assd", "hd95"]
     client = client_of(root)
     scores = pd.read_csv(client.download_artifacts(shown.info.run_id, "scores.csv"))
     assert list(zip(scores["structure"], scores["dice"], scores["misses"], strict=True)) == [
