@@ -150,6 +150,40 @@ class MMWHSSIFA(Dataset):
         index = {case: [domain, split] for case, (domain, split, _) in sorted(plan.items())}
         _write_json(self.converted / "cases.json", index)
 
+    def caveat(self, direction: str) -> str:
+        """Return what training and test records of the target share; see docs/mmwhs_sifa.md.
+
+        Identical slices are counted, deformed ones cannot be. In MR, the release's own counts of
+        patients leave no patient for the test alone (SIFA's issues 16 and 55).
+        """
+        target = direction.partition("-")[2]
+        seen: set[str] = set()
+        tested: list[str] = []
+        for case in self.cases(target):
+            try:
+                own = json.loads((self.converted / f"{case.id}.json").read_text())["slices"]
+            except (OSError, ValueError, KeyError) as error:
+                raise self._unconverted() from error
+            if case.split == "test":
+                tested += own
+            else:
+                seen.update(own)
+        shared = sum(digest in seen for digest in tested if digest)
+        modality = target.upper()
+        if shared:
+            return (
+                f"{shared} of {len(tested)} {modality} test slices are identical to {modality} "
+                "training or validation records of the release, so the test patients' images are "
+                "not unseen"
+            )
+        if tested and target == "mr":
+            return (
+                "the MR test patients are reported to be among the release's MR training and "
+                "validation records (cchen-cc/SIFA, issue 16), so their images are not unseen; "
+                "these files have no identical slices, and deformed copies cannot be identified"
+            )
+        return ""
+
     def cases(self, domain: str) -> tuple[Case, ...]:
         """Return all cases of "ct" or "mr" from the last `prepare`.
 
@@ -163,10 +197,7 @@ class MMWHSSIFA(Dataset):
             found = [(case, split) for case, (own, split) in index.items() if own == domain]
         except (OSError, ValueError, TypeError, AttributeError) as error:
             self._files()  # a missing file is the clearer problem
-            raise DataError(
-                f"The files below {self.root} are not converted: run "
-                f"`glua-bench data prepare {self.name}` first."
-            ) from error
+            raise self._unconverted() from error
         return tuple(
             Case(
                 case,
@@ -228,6 +259,12 @@ class MMWHSSIFA(Dataset):
             )
         return {key: [files[n] for n in sorted(files)] for key, files in slices.items()}, volumes
 
+    def _unconverted(self) -> DataError:
+        return DataError(
+            f"The files below {self.root} are not converted: run "
+            f"`glua-bench data prepare {self.name}` first."
+        )
+
     def _convert(self, case: str, domain: str, split: str, files: Sequence[Path]) -> bool:
         """Write image and label of a case if needed; return whether they were written."""
         image, label = self._paths(case)
@@ -235,7 +272,8 @@ class MMWHSSIFA(Dataset):
         stamp = [_stamp(file) for file in files]
         with suppress(OSError, ValueError):
             written = [image.stat().st_size, label.stat().st_size]
-            if json.loads(record.read_text()) == {"of": stamp, "bytes": written}:
+            found = json.loads(record.read_text())
+            if "slices" in found and found == {**found, "of": stamp, "bytes": written}:
                 return False
         record.unlink(missing_ok=True)
         if split == "test":
@@ -246,7 +284,7 @@ class MMWHSSIFA(Dataset):
         _write_nifti(label, classes, affine)
         _write_nifti(image, voxels, affine, scale=1 / _STEPS)
         written = [image.stat().st_size, label.stat().st_size]
-        _write_json(record, {"of": stamp, "bytes": written})
+        _write_json(record, {"of": stamp, "bytes": written, "slices": _digests(voxels)})
         return True
 
 
@@ -273,6 +311,15 @@ def _stack(domain: str, files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
 def _quantised(voxels: np.ndarray, domain: str) -> np.ndarray:
     """Convert the release's intensities to int16, finer than the cache's half precision."""
     return np.rint(rescaled(voxels, domain) * _STEPS).astype(np.int16)
+
+
+def _digests(voxels: np.ndarray) -> list[str]:
+    """Return a digest of each slice of (X, Y, slices); "" for constant slices, which coincide."""
+    slices = (np.ascontiguousarray(voxels[..., place]) for place in range(voxels.shape[-1]))
+    return [
+        hashlib.sha256(one.tobytes()).hexdigest()[:16] if one.min() != one.max() else ""
+        for one in slices
+    ]
 
 
 def _stamp(file: Path) -> list[Any]:

@@ -9,8 +9,9 @@ tracker's mirror).
 directory, and keeps files of live processes: on the same machine it checks the process id; other
 files are kept until they have not been modified for a day.
 
-**Locks.** Locks are `flock` locks, which the kernel releases when their process ends, also by
-SIGKILL. File systems without them are rejected.
+**Locks.** Locks are `flock` locks, and those of `LockFileEx` on Windows, which the kernel releases
+when their process ends, also by SIGKILL. File systems without them are rejected. Only a Python
+without both uses lock files with the holder's process id.
 """
 
 from __future__ import annotations
@@ -31,11 +32,14 @@ from typing import TYPE_CHECKING, Any
 from glua_bench.errors import RunFailure
 
 if TYPE_CHECKING:
-    from filelock import UnixFileLock
+    from filelock import BaseFileLock
 
 UNFINISHED = ".writing-"  # prefix of temporary names
 ABANDONED_SECONDS = 86_400
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+# Windows flushes only files that are open for writing; elsewhere the file may be a link to data
+# that may not be written.
+_FLUSHED = "rb+" if os.name == "nt" else "rb"
 _swept: set[str] = set()  # directories that this process has swept
 
 
@@ -87,7 +91,7 @@ def replacing(path: Path, option: str = "") -> Iterator[Path]:
         temporary = _unfinished(path)
         try:
             yield temporary
-            with temporary.open("rb") as written:
+            with temporary.open(_FLUSHED) as written:
                 os.fsync(written.fileno())
             os.replace(temporary, path)
         finally:
@@ -253,12 +257,13 @@ def try_lock(path: Path, option: str = "") -> Iterator[bool]:
             lock.release()
 
 
-def _acquired(path: Path, wait: bool, option: str) -> UnixFileLock | None:
-    from filelock import Timeout, UnixFileLock  # here, since --help needs no locks
+def _acquired(path: Path, wait: bool, option: str) -> BaseFileLock | None:
+    from filelock import FileLock, Timeout  # here, since --help needs no locks
 
-    # `FileLock` and `fallback_to_soft` may use the existence of a file as lock, which outlives a
-    # killed process. Locks may be released by another thread.
-    lock = UnixFileLock(path, thread_local=False, fallback_to_soft=False)
+    # `fallback_to_soft` would use the existence of a file as lock on file systems without locks,
+    # which outlives a process that is killed on another machine. Locks may be released by another
+    # thread.
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
     with storing(path, option):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -301,6 +301,21 @@ class Dataset(ABC):
         """
         raise NotImplementedError(f"'{cls.name}' sets described_by without defining described()")
 
+    def caveat(self, direction: str) -> str:
+        """Return why results of a direction may be too good, or "".
+
+        The sentence, without its full stop, is printed with results, stored in each run, and shown
+        by reports and `data check`. Override it e.g. for files whose training and test cases share
+        patients.
+
+        Args:
+            direction: "source-target".
+
+        Raises:
+            DataError: files are missing.
+        """
+        return ""
+
     def carried(self) -> Mapping[str, str]:
         """Return the description to store with a run, for described datasets.
 

@@ -377,7 +377,7 @@ def _protocol(results: Results, task: str) -> list[tuple[str, str]]:
                 shared[name.replace("_", " ")] = str(value)
     shared["test cases"] = str(own["case"].nunique())
     shared["seeds compared"] = ", ".join(str(seed) for seed in paired.seeds)
-    return [item for item in shared.items() if item[0] not in ("data", "selector")]
+    return [item for item in shared.items() if item[0] not in ("data", "selector", "caveat")]
 
 
 def _has_spread(runs: pd.DataFrame) -> bool:

@@ -60,7 +60,12 @@ DEFAULTS = {  # of columns that rows of older versions lack
     statistics.REPEAT: 0,
     **dict.fromkeys(SPACING, math.nan),
 }
-VERSIONED = ("data", "distances", "protocol")  # newer runs replace older ones despite these
+VERSIONED = (
+    "data",
+    "distances",
+    "protocol",
+    "caveat",
+)  # newer runs replace older ones despite these
 PROTOCOL_DEFAULTS = {"slices": "1"}  # of entries that protocols of older versions lack
 
 
@@ -385,6 +390,8 @@ def _protocol(record: _Record) -> dict[str, Any]:
     }
     if record.environment.get("protocol"):
         values["protocol"] = record.environment["protocol"]
+    if record.environment.get("caveat"):
+        values["caveat"] = record.environment["caveat"]
     if not config.privileged:
         values["data"] = record.environment.get("data", {}).get("train", "")
     return values
@@ -611,6 +618,11 @@ def _check(found: Results, notice: Callable[[str], None]) -> None:
         paired = statistics.design(plain(own[first]))
         for note in paired.notes:
             notice(f"{task}: {note}")
+        for caveat in dict.fromkeys(
+            json.loads(str(p)).get("caveat") for p in own["protocol"].unique()
+        ):
+            if caveat:
+                notice(f"{task}: {caveat}.")
         why = statistics.untested(len(paired.seeds), len(paired.cases))
         if why:
             notice(f"{task}: {why}")
@@ -623,6 +635,8 @@ def _one_protocol(task: str, protocols: pd.Series) -> None:
         if text == "{}":  # external entries, of which none is known
             continue
         for name, value in {**PROTOCOL_DEFAULTS, **json.loads(str(text))}.items():
+            if name == "caveat":  # a statement about the files, not a choice
+                continue
             seen = values.setdefault(name, {})
             seen[value] = seen.get(value, 0) + int(count)
     name, seen = next(((n, seen) for n, seen in values.items() if len(seen) > 1), ("", {}))

@@ -273,7 +273,7 @@ class SweepStudy:
     # -- identity of the study --------------------------------------------------------------------
 
     def remember(self, facts: Mapping[str, Any]) -> None:
-        """Store what identifies the study; later calls must give the same.
+        """Store what identifies the study and name its values; later calls must give the same.
 
         Args:
             facts: JSON-able, e.g. the definition's meaning and the version of the code.
@@ -285,13 +285,20 @@ class SweepStudy:
         known = retry_while_unavailable(lambda: self.study.user_attrs.get("facts"), self.report)
         if known is None:
             retry_while_unavailable(lambda: self.study.set_user_attr("facts", facts), self.report)
-            return
-        changed = differences(known, facts)
-        if changed:
+        elif changed := differences(known, facts):
             raise ConfigError(
                 f"The study '{self.name}' has changed: {'; '.join(changed)}; undo the change, or "
                 "pass --fork to start a new study."
             )
+        retry_while_unavailable(self._name_values, self.report)
+
+    def _name_values(self) -> None:
+        """Name the trials' values by their objectives, also in a study of an earlier version."""
+        names = list(self.definition.objectives)
+        if self.study.metric_names != names:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                self.study.set_metric_names(names)
 
     @property
     def facts(self) -> dict[str, Any]:

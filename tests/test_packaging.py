@@ -288,6 +288,64 @@ def test_licence_is_the_standard_text():
     assert "medpy" in notice and "GNU General Public License" in notice
 
 
+def test_the_conda_environment_has_the_dependencies_of_the_package():
+    renamed = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
+    environment = yaml.safe_load(text("environment.yml"))
+    *conda, pip = environment["dependencies"]
+    assert environment["name"] == "glua-bench" and pip["pip"][-1] == "."
+    given = [re.fullmatch(r"([\w-]+)(.*)", line) for line in [*conda, *pip["pip"][:-1]]]
+    found = {renamed.get(one[1].lower(), one[1].lower()): one[2] for one in given if one}
+    assert found.pop("python") == PYPROJECT["project"]["requires-python"]
+    assert found.pop("pip")
+    everywhere = [line for line in PYPROJECT["project"]["dependencies"] if ";" not in line]
+    own = [re.fullmatch(r"([\w-]+)(.*)", line) for line in everywhere]
+    assert found == {one[1].lower(): one[2] for one in own if one}
+
+
+@pytest.mark.slow
+def test_the_image_installs_from_its_wheelhouse_alone(tmp_path):
+    """No Docker runs here: its pip command resolves the wheel without an index (`--dry-run`)."""
+    pytest.importorskip("setuptools", "77")
+    steps = re.sub(r"\\\n\s*", "", text("Dockerfile")).splitlines()
+    words = [line.split() for line in steps if line and not line.startswith("#")]
+    assert ["COPY", "wheelhouse", "/wheelhouse"] in words
+    assert text(".dockerignore").split("\n")[1:3] == ["*", "!wheelhouse"]
+    users = [line[1] for line in words if line[0] == "USER"]
+    assert users and users[-1] not in ("root", "0")
+    (line,) = (line for line in steps if "pip install" in line)
+    install = shlex.split(line.removeprefix("RUN ").split("&&")[0])
+    assert install[:2] == ["pip", "install"] and "--no-index" in install
+
+    tree, wheels = tmp_path / "tree", tmp_path / "wheelhouse"
+    for path in files():  # a build writes into its tree
+        copy = tree / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, tree]
+    subprocess.run([*pip, *build], check=True)
+    install = [str(wheels) if word == "/wheelhouse" else word for word in install[1:]]
+    dry = ["--dry-run", "--no-deps", "--ignore-installed"]
+    done = subprocess.run([*pip, *install, *dry], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"Would install glua-bench-{glua_bench.__version__}" in done.stdout
+
+
+def test_the_citation_names_title_people_and_version():
+    """The BibTeX entry in the README has the same fields."""
+    citation = yaml.safe_load(text("CITATION.cff"))
+    people = [author["name"] for author in citation["authors"]]
+    assert people == [author["name"] for author in PYPROJECT["project"]["authors"]]
+    assert people == ["glua-bench contributors"]
+    entry = re.search(r"^@software\{glua_bench,\n(.*?)^\}", text("README.md"), re.M | re.S)
+    assert entry is not None
+    fields = dict(re.findall(r"^\s*(\w+)\s*=\s*\{(.*)\},?$", entry[1], re.M))
+    assert fields["title"].replace("{", "").replace("}", "") == citation["title"]
+    assert fields["author"] == "{" + people[0] + "}"
+    assert fields["version"] == citation["version"]
+    assert fields.get("url") == citation.get("repository-code")
+
+
 def test_readme_opens_with_the_two_commands():
     blocks = re.findall(r"^```sh\n(.*?)^```", text("README.md"), re.MULTILINE | re.DOTALL)
     assert [block.strip() for block in blocks[:2]] == [RUN, TEST]

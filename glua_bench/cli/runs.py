@@ -160,6 +160,8 @@ def _show_result(planned: PlannedRun, summary: Summary) -> None:
         say("PRIVILEGED: trained on target labels; an upper bound, not an adaptation result.")
     if planned.dataset.protocol:
         say(f"PROTOCOL {planned.dataset.protocol}.")
+    if caveat := planned.dataset.caveat(planned.config.direction):
+        say(f"CAVEAT {caveat}.")
     say()
     say(f"Results: {path} (cases.parquet, predictions/, figures/)")
     say_browse(planned.request)
@@ -350,6 +352,9 @@ def _run_matrix(
         say()
         for text in result.verdicts.values():
             say(text)
+        caveats = (one.run.dataset.caveat(one.run.config.direction) for one in planned)
+        for caveat in filter(None, dict.fromkeys(caveats)):
+            say(f"CAVEAT {caveat}.")
         if work.out is not None:
             written = comparison.write(result.rows, work.out)
             say(f"Wrote {', '.join(str(file) for file in written)}")

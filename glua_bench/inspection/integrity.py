@@ -56,6 +56,8 @@ def check_dataset(
     findings += [*check_cases(dataset), *empty_labels(measured), *shared_content(measured)]
     findings += clipped_structures(measured, dataset)
     findings += comparisons(measured, [s.name for s in dataset.structures], doubted)
+    caveats = dict.fromkeys(dataset.caveat(direction) for direction in dataset.directions)
+    findings += [Finding("caveat", (), f"{text}.") for text in caveats if text]
     order = {one.case.id: place for place, one in enumerate(measured)}
     findings.sort(key=lambda f: (not f.problem, min((order[c] for c in f.cases), default=-1)))
     return measured, findings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -28,6 +29,7 @@ from glua_bench.records.tracker import (
     run_state,
     sync_runs,
 )
+from glua_bench.scoring.metrics import METRICS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,7 +38,15 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 
 DIGESTS = "files.json"  # artifact with the digests of all copied files
+SCORES = "scores.csv"  # artifact with the scores of all selectors and structures
 PARENT, ENTRY = "mlflow.parentRunId", "glua_bench.entry"  # tags of a nested run
+# Tags of an experiment: its kind, and a saved view of the table of runs. MLflow shows no parameter
+# or metric by default and keeps chosen columns in the browser, so a client can only offer a view.
+# Since the switch "GenAI | Model training" exists (3.17 has it), MLflow opens what the browser used
+# last and reads the kind no more; a link can set it.
+KIND, VIEW = "mlflow.experimentKind", "mlflow.sharedViewState.glua-bench"
+COLUMNS = [f"params.`{name}`" for name in ("method", "direction", "seed")]
+COLUMNS += [f"metrics.`{name}`" for name in METRICS]
 
 
 def tracking_uri(runs_root: Path) -> str:
@@ -188,6 +198,8 @@ class MLflowMirror(Tracker):
 
         client, record = self._client, RunRecord.of(run)
         tags = {**_own_tags(record.tags), "mlflow.source.name": "glua-bench", **nesting}
+        if record.note:
+            tags["mlflow.note.content"] = record.note
         if "git_commit" in record.tags:
             tags["mlflow.source.git.commit"] = record.tags["git_commit"]
         began, ended = (int(seconds * 1000) for seconds in (record.began, record.ended))
@@ -213,6 +225,7 @@ class MLflowMirror(Tracker):
         files = {file: file.relative_to(run.path) for file in copied_files(run)}
         with tempfile.TemporaryDirectory() as directory:
             digests, table = Path(directory) / DIGESTS, Path(directory) / "cases.csv"
+            scores = Path(directory) / SCORES
             found = {name.as_posix(): digest_of(file) for file, name in files.items()}
             write_json(digests, found)
             files[digests] = Path(DIGESTS)
@@ -220,6 +233,12 @@ class MLflowMirror(Tracker):
                 # MLflow's UI shows CSV files as tables, but no Parquet files.
                 run.read_cases().to_csv(table, index=False, float_format="%.4f")
                 files[table] = Path(table.name)
+            if run.done:
+                import pandas as pd
+
+                found = pd.DataFrame(run.read_summary().get("scores", ()))
+                found.to_csv(scores, index=False, float_format="%.4f")
+                files[scores] = Path(scores.name)
             for file, name in files.items():
                 folder = name.parent.as_posix()
                 self._client.log_artifact(copy, str(file), None if folder == "." else folder)
@@ -309,10 +328,36 @@ class MLflowMirror(Tracker):
                         raise
                 found = self._client.get_experiment_by_name(name)
                 assert found is not None
+            for tag, value in experiment_tags(found.experiment_id).items():
+                if tag not in found.tags:  # otherwise it is a user's choice
+                    with contextlib.suppress(MlflowException):  # e.g. not the user's experiment
+                        self._client.set_experiment_tag(found.experiment_id, tag, value)
             if found.lifecycle_stage == "deleted":
                 self._client.restore_experiment(found.experiment_id)
             self._experiments[name] = found.experiment_id
         return self._experiments[name]
+
+
+def experiment_tags(experiment: str) -> dict[str, str]:
+    """Return the tags by which MLflow's pages show an experiment as one of model training.
+
+    The saved view holds the columns of the table of runs twice: as `state` for MLflow 3.17, and as
+    keys for earlier versions. Both ignore the other's keys.
+
+    Args:
+        experiment: id of the experiment, for the link in its description.
+    """
+    view = {"selectedColumns": COLUMNS, "columnOrder": COLUMNS}
+    saved = {"name": "glua-bench", "createdAt": 0, "state": json.dumps(view), **view}
+    link = (
+        f"#/experiments/{experiment}/runs?workflowType=machine_learning"
+        f"&viewStateShareKey={VIEW.rpartition('.')[2]}"
+    )
+    return {
+        KIND: "custom_model_development",
+        VIEW: json.dumps(saved),
+        "mlflow.note.content": f"[Table of runs by method, direction, seed and Dice]({link})",
+    }
 
 
 def _parameters(values: Mapping[str, Any]) -> list[Param]:

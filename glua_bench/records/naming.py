@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,6 @@ from glua_bench.config import (
 )
 from glua_bench.errors import UserError, shortened
 from glua_bench.identity import digest
-from glua_bench.paths import distinct
 from glua_bench.records.environment import TIME
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.scoring.metrics import METRICS
@@ -33,8 +33,10 @@ class RunRecord:
         name: from `run_name`.
         tags: description of the run, e.g. {"id": "1c0ffee1", "seed": "0", "error": "..."}.
         params: settings, by the names that `--set` accepts.
-        metrics: name, value, seconds since 1970 and step of all logged values, then of the results
-            (`final_metrics`).
+        metrics: name, value, seconds since 1970 and step of the results (`headline`), which come
+            first because trackers list metrics in this order, and of all logged values
+            ("STAGE/NAME").
+        note: the results in one line; "" without results.
         began: start of the run, in seconds since 1970.
         ended: end of the run.
     """
@@ -45,6 +47,7 @@ class RunRecord:
     metrics: Sequence[tuple[str, float, float, int]]
     began: float
     ended: float
+    note: str = ""
 
     @classmethod
     def of(cls, run: RunDirectory) -> RunRecord:
@@ -56,11 +59,14 @@ class RunRecord:
             for row in rows
             for name, value in row["values"].items()
         ]
+        note = ""
         if run.done:
-            final = final_metrics(run.read_summary())
-            metrics += [(name, value, ended, 0) for name, value in final.items()]
+            selector, scores = headline(run.read_summary())
+            metrics = [(name, value, ended, 0) for name, value in scores.items()] + metrics
+            texts = [f"{METRICS[n].label} {METRICS[n].text(v)}" for n, v in scores.items()]
+            note = f"{', '.join(texts)} (mean over structures, selector {selector})"
         name = f"{run_name(config, _method_changes(run))} | {run.id[:6]}"
-        return cls(name, _tags(run), flat_settings(config.to_dict()), metrics, began, ended)
+        return cls(name, _tags(run), flat_settings(config.to_dict()), metrics, began, ended, note)
 
 
 def _times(run: RunDirectory, rows: list[dict[str, Any]]) -> tuple[float, float]:
@@ -86,6 +92,8 @@ def _tags(run: RunDirectory) -> dict[str, str]:
     }
     if changed := named_changes(config, _method_changes(run)):
         tags["changed"] = _settings_text(changed)
+    if run.done:
+        tags["selector"], _ = headline(run.read_summary())
     if run.failed and not run.done:
         tags["error"] = run.failed[:4000]
     with contextlib.suppress(UserError):
@@ -214,25 +222,29 @@ class Comparison:
         }
 
 
-def final_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Return the results of a run as metrics for a tracker.
+def headline(summary: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
+    """Return the scores that a tracker shows first: of the primary selector, over all structures.
+
+    Scores of other selectors and of single structures are in `cases.parquet` and `summary.json`.
 
     Args:
         summary: passed to `RunDirectory.finish`; `scores` has one record per selector and
-            structure, including the structure "mean".
+            structure, the primary selector first, including the structure "mean".
 
     Returns:
-        e.g. {"final/last/mean/dice": 0.8, "final/last/MYO/dice": 0.7, "final/last/MYO/misses": 2}.
-            All scores of a structure have the same, unique, name of the structure.
+        The primary selector, and e.g. {"dice": 0.8, "assd": 2.1, "hd95": 6.5}, without unknown
+        scores; "" and {} without scores.
     """
     records = summary.get("scores", ())
-    # Names are short enough for a suffix by `distinct`.
-    names = distinct((r["structure"] for r in records), lambda name: _key_part(name)[:90])
-    return {
-        f"final/{record['selector']}/{names[record['structure']]}/{score}": float(record[score])
-        for record in records
-        for score in (*METRICS, "misses")
-        if record.get(score) is not None
+    if not records:
+        return "", {}
+    primary = records[0]["selector"]
+    # A structure may have the same name; the mean over structures is the last row of a selector.
+    mean = [r for r in records if r["selector"] == primary][-1]
+    return primary, {
+        score: float(mean[score])
+        for score in METRICS
+        if mean.get(score) is not None and math.isfinite(mean[score])
     }
 
 

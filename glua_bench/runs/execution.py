@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import resource
+import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -173,6 +174,7 @@ def execute(
                 "privileged": planned.config.privileged,
                 "distances": planned.dataset.distance_note,
                 "protocol": planned.dataset.protocol,
+                "caveat": planned.dataset.caveat(planned.config.direction),
                 "device": str(fabric.device),
                 # Recorded now, because defaults may change and methods may be removed.
                 "changed": changed_settings(planned.config, planned.method_class),
@@ -539,10 +541,19 @@ def score_of(
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Return the peak memory of the GPU, or of the process, in MiB."""
+    """Return the peak memory of the GPU, or of the process, in MiB; NaN if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    try:
+        import resource
+    except ImportError:  # on Windows, where psutil knows it
+        with suppress(ImportError, AttributeError):
+            import psutil
+
+            return float(psutil.Process().memory_info().peak_wset) / 2**20
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes or KiB
 
 
 def pictures_of(built: BuiltRun, count: int = 6) -> tuple[Batch, dict[str, Tensor]]:

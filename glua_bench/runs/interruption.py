@@ -1,8 +1,9 @@
 """Stop after the current step on a signal from a scheduler or a user.
 
 Schedulers send SIGTERM, SIGUSR1 or SIGUSR2 before preemption or a time limit. The signal sets a
-flag; the trainer checks it after every step, writes a checkpoint and raises `Interrupted`. The
-same command resumes the run.
+flag; the trainer checks it after every step, writes a checkpoint and raises `Interrupted`. The same
+command resumes the run. Windows has none of these requests: there SIGTERM from another process ends
+the process at once, and the same command resumes from the last periodic checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
 _asked: list[int] = []
 
 

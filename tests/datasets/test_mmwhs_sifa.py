@@ -6,6 +6,7 @@ reader and writer share no code.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import struct
@@ -565,6 +566,51 @@ def test_unknown_domain_is_a_sentence(tmp_path):
 def test_what_cannot_be_measured_is_said():
     assert "voxels" in MMWHSSIFA.distance_note and "by their labels" in MMWHSSIFA.distance_note
     assert MMWHSSIFA.publishable is False and MMWHSSIFA.directions == ("mr-ct", "ct-mr")
+
+
+def test_identical_slices_of_test_and_training_are_counted(tmp_path):
+    dataset = MMWHSSIFA(write_release(tmp_path / "data"))
+    with pytest.raises(DataError) as error:
+        dataset.caveat("ct-mr")
+    sentence(error, "glua-bench data prepare mmwhs_sifa")
+    dataset.prepare()
+    assert dataset.caveat("mr-ct") == ""
+    assert "issue 16" in dataset.caveat("ct-mr") and "no identical" in dataset.caveat("ct-mr")
+    for domain, number in (("ct", 1008), ("mr", 1007)):
+        image, label = (volume[..., 1:4] for volume in hearts(domain, number, 4))
+        place = tmp_path / "data" / f"{domain}_train_tfs" / f"{domain}_train_slice1.tfrecords"
+        place.write_bytes(record(example(features(image, label))))
+    dataset.prepare()
+    assert dataset.caveat("ct-mr").startswith("1 of 16 MR test slices are identical")
+    assert dataset.caveat("mr-ct").startswith("1 of 16 CT test slices are identical")
+
+
+def test_constant_slices_are_not_taken_for_copies():
+    assert module._digests(np.zeros((4, 4, 3), np.int16)) == [""] * 3
+
+
+@pytest.mark.slow
+def test_results_on_mr_say_what_training_has_seen(tmp_path, monkeypatch, call):
+    """`run`, `compare`, `data check` and `report` print it, and the run records it."""
+    monkeypatch.chdir(tmp_path)
+    source = [f"--data-root={write_release(tmp_path / 'data')}", "--dataset=mmwhs_sifa"]
+    small = [*source, "--steps=2", "--device=cpu", "--no-mlflow", "--set=segmenter.width=4"]
+    small += ["--set=grid.size=32", "--set=grid.spacing=2"]
+    code, out, err = call("run", "--method=source_only", "--direction=ct-mr", *small)
+    assert not code, err
+    (caveat,) = (line for line in out.splitlines() if line.startswith("CAVEAT"))
+    assert "issue 16" in caveat
+    (run,) = Path("runs").glob("mmwhs_sifa/source_only/*/environment.json")
+    assert json.loads(run.read_text())["caveat"] in caveat
+
+    compare = ["compare", "--methods=source_only", "--seeds=1", "--no-bounds"]
+    code, out, err = call(*compare, "--directions=ct-mr", *small)
+    assert not code and out.count("CAVEAT") == 1, err
+    code, out, err = call("report", "--out=page", "--data-root=data")
+    assert not code and err.count("issue 16") == 1, err
+    assert "issue 16" in (tmp_path / "page" / "report.html").read_text(encoding="utf-8")
+    code, out, err = call("data", "check", "mmwhs_sifa", source[0])
+    assert "warning (caveat): the MR test patients" in out
 
 
 def test_glua_runs_and_predicts_every_slice(tmp_path):

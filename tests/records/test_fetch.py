@@ -49,7 +49,7 @@ def test_nothing_half_written_is_mirrored_or_fetched(root: Path, tmp_path: Path)
         (shown,) = mirrored(root)
         client = client_of(root)
         files = {f.path for f in client.list_artifacts(shown.info.run_id)}
-        assert files == {*COPIED, mlflow_mirror.DIGESTS, "cases.csv", "figures"}
+        assert files == {*COPIED, mlflow_mirror.DIGESTS, "cases.csv", "scores.csv", "figures"}
         figures = client.list_artifacts(shown.info.run_id, "figures")
         assert [f.path for f in figures] == ["figures/cases.png"]
         (fetched,) = fetch.fetch_runs(tracking_uri(root), tmp_path / "fetched")

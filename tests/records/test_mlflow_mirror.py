@@ -42,9 +42,22 @@ def test_a_mirrored_run_shows_everything(root: Path) -> None:
     assert params["method.lr"] == "0.001" and params["method.form"] == "plain"
     assert params["grid.spacing"] == "7.0" and params["segmenter.name"] == CONFIG.segmenter.name
 
-    metrics = shown.data.metrics
-    assert metrics["final/last/mean/dice"] == 0.5 and metrics["final/last/MYO/misses"] == 2
+    # The headline is the mean over structures of the primary selector; beside it are only curves.
+    headline = {k: v for k, v in shown.data.metrics.items() if "/" not in k}
+    assert headline == {"dice": 0.5, "assd": 4.0, "hd95": 9.0}
+    assert {k for k in shown.data.metrics if "/" in k} == {"train/loss", "train/dice"}
+    assert shown.data.tags["glua_bench.selector"] == "last"
+    assert shown.data.tags["mlflow.note.content"] == (
+        "Dice 0.500, ASSD mm 4.0, HD95 mm 9.0 (mean over structures, selector last)"
+    )
+    # MLflow's page lists metrics in the order in which they arrived.
+    assert list(shown.data.metrics)[:3] == ["dice", "assd", "hd95"]
     client = client_of(root)
+    scores = pd.read_csv(client.download_artifacts(shown.info.run_id, "scores.csv"))
+    assert list(zip(scores["structure"], scores["dice"], scores["misses"], strict=True)) == [
+        ("MYO", 0.5, 2),
+        ("mean", 0.5, 2),
+    ]
     history = client.get_metric_history(shown.info.run_id, "train/loss")
     assert [(m.step, m.value) for m in history] == [(i, 1 / i) for i in range(1, 5)]
 
@@ -54,7 +67,7 @@ def test_a_mirrored_run_shows_everything(root: Path) -> None:
     assert tags["glua_bench.privileged"] == "false"
 
     files = {f.path for f in client.list_artifacts(shown.info.run_id)}
-    assert files == {*COPIED, mlflow_mirror.DIGESTS, "cases.csv", "figures"}
+    assert files == {*COPIED, mlflow_mirror.DIGESTS, "cases.csv", "scores.csv", "figures"}
     figures = client.list_artifacts(shown.info.run_id, "figures")
     assert [f.path for f in figures] == ["figures/cases.png"]
     table = pd.read_csv(client.download_artifacts(shown.info.run_id, "cases.csv"))
@@ -112,7 +125,7 @@ def test_a_failed_run_is_shown_as_failed_and_replaced_when_it_succeeds(root: Pat
     (shown,) = mirrored(root)
     assert shown.info.status == "FAILED"
     assert shown.data.tags["glua_bench.error"] == "the loss is nan"
-    assert not any(name.startswith("final/") for name in shown.data.metrics)
+    assert all(name.startswith("train/") for name in shown.data.metrics)
     assert counts(root) == (0, 1, 0, 0)
 
     complete(run)
@@ -142,7 +155,7 @@ def test_an_interrupted_upload_is_replaced(
     assert len(mirrored(root)) == 1  # the incomplete one
     assert counts(root) == (1, 0, 0, 0)
     (shown,) = mirrored(root)
-    assert shown.info.status == "FINISHED" and shown.data.metrics["final/last/mean/dice"] == 0.5
+    assert shown.info.status == "FINISHED" and shown.data.metrics["dice"] == 0.5
 
 
 def test_a_tracker_that_ends_the_process_does_not_end_the_run(
@@ -187,31 +200,49 @@ def test_a_server_that_answers_with_errors_is_a_warning_too(
     assert len(warnings) == 1 and "\n" not in warnings[0]
 
 
+COLUMN = "metrics.`dice`"
 ALIKE = ("a b", "a(b", "a[b", "a/b", "a_b", "final", "ä", "..", "x" * 300, "x" * 299 + "y")
 
 
 def test_structures_whose_names_are_alike_to_a_tracker_stay_apart(root: Path) -> None:
-    """Dice and ASSD of a structure have the same, unique, name."""
     run = started(root)
     run.log("train", 4, {name: float(index) for index, name in enumerate(ALIKE)})
     run.flush()
     run.write_cases(CASES)
-    scores = [
-        {"selector": "last", "structure": name, "dice": index / 100, "assd": 1.0 + index}
-        for index, name in enumerate(ALIKE)
-    ]
-    run.finish({"scores": scores})
+    run.finish({"scores": [{"selector": "last", "structure": name} for name in (*ALIKE, "mean")]})
     assert MLflowMirror(root).mirror(run)
     (copy,) = mirrored(root)
-    own = {k: v for k, v in copy.data.metrics.items() if k.startswith("final/last/")}
-    assert len(own) == 2 * len(ALIKE)
-    dice = {k.removesuffix("/dice"): v for k, v in own.items() if k.endswith("/dice")}
-    assd = {k.removesuffix("/assd"): v for k, v in own.items() if k.endswith("/assd")}
-    assert assd == pytest.approx({k: 1 + 100 * v for k, v in dice.items()})
-    assert sorted(dice.values()) == pytest.approx([i / 100 for i in range(len(ALIKE))])
-    assert (own["final/last/a b/dice"], own["final/last/a_b/dice"]) == (0.0, 0.04)
     logged = {v for k, v in copy.data.metrics.items() if k.startswith("train/")}
     assert set(map(float, range(len(ALIKE)))) <= logged
+    place = client_of(root).download_artifacts(copy.info.run_id, "scores.csv")
+    assert pd.read_csv(place)["structure"].tolist() == [*ALIKE, "mean"]
+
+
+def test_an_experiment_offers_its_table_of_runs_and_keeps_what_a_user_chose(root: Path) -> None:
+    run = complete(started(root))
+    assert MLflowMirror(root).mirror(run)
+    client = client_of(root)
+    experiment = client.get_experiment_by_name("glua-bench/phantom")
+    tags = experiment.tags
+    assert tags[mlflow_mirror.KIND] == "custom_model_development"
+    view = json.loads(tags["mlflow.sharedViewState.glua-bench"])
+    columns = json.loads(view["state"])["columnOrder"]
+    assert columns[:4] == ["params.`method`", "params.`direction`", "params.`seed`", COLUMN]
+    assert columns == view["selectedColumns"] and isinstance(view["createdAt"], int)
+    (shown,) = mirrored(root)
+    for column in columns:
+        kind, name = column.replace("`", "").split(".")
+        assert name in getattr(shown.data, kind)
+    link = f"#/experiments/{experiment.experiment_id}/runs?"
+    assert link in tags["mlflow.note.content"]
+    assert "viewStateShareKey=glua-bench" in tags["mlflow.note.content"]
+
+    own = {mlflow_mirror.KIND: "genai_development", "mlflow.note.content": "ours"}
+    for name, value in own.items():
+        client.set_experiment_tag(experiment.experiment_id, name, value)
+    assert MLflowMirror(root).mirror(run)
+    tags = client.get_experiment_by_name("glua-bench/phantom").tags
+    assert {name: tags[name] for name in own} == own
 
 
 def parents_and_children(root: Path) -> tuple[list[Any], list[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,17 @@ import pytest
 from sample_runs import CONFIG, started, two_runs
 
 from glua_bench.records import naming
-from glua_bench.records.naming import Comparison, final_metrics, run_name
+from glua_bench.records.naming import Comparison, headline, run_name
 
 
-def test_final_metrics_leave_out_what_is_not_known() -> None:
-    assert final_metrics({}) == {}
-    records = [{"selector": "last", "structure": "AA", "dice": 0.5, "assd": None}]
-    assert final_metrics({"scores": records}) == {"final/last/AA/dice": 0.5}
+def test_the_headline_is_the_mean_of_the_primary_selector() -> None:
+    assert headline({}) == ("", {})
+    records = [
+        {"selector": "last", "structure": "mean", "dice": 0.1},  # a structure of this name
+        {"selector": "last", "structure": "mean", "dice": 0.5, "assd": None, "hd95": math.nan},
+        {"selector": "oracle", "structure": "mean", "dice": 0.9},
+    ]
+    assert headline({"scores": records}) == ("last", {"dice": 0.5})
 
 
 QUICK = replace(

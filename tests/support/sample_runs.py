@@ -79,7 +79,9 @@ def counts(root: Path, warn: Callable[[str], None] | None = None) -> tuple[int, 
     return found.uploaded, found.present, found.unfinished, found.missed
 
 
-def two_runs(root: Path) -> list[tuple[str, RunDirectory]]:
+def two_runs(
+    root: Path, complete: Callable[[RunDirectory], RunDirectory] = complete
+) -> list[tuple[str, RunDirectory]]:
     return [
         ("plain", complete(started(root, "one"))),
         (

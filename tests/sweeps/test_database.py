@@ -460,13 +460,16 @@ def test_optuna_dashboard_shows_a_sweep(
     pytest.importorskip("optuna_dashboard")
     url = request.getfixturevalue("postgres") if kind == "postgres" else None
     study = SweepStudy(define("seen", 3), tmp_path, url)
+    study.remember({"code": "c1"})
     work(study, quick, poll=POLL)
     with dashboard(study.url) as get:
         assert "<html" in get("/dashboard/").lower()
         shown = json.loads(get("/api/studies"))["study_summaries"]
         number = next(one["study_id"] for one in shown if one["study_name"] == "seen")
-        trials = json.loads(get(f"/api/studies/{number}?after=0"))["trials"]
-    assert [t["state"] for t in trials] == ["Complete"] * 3
+        found = json.loads(get(f"/api/studies/{number}?after=0"))
+    assert [t["state"] for t in found["trials"]] == ["Complete"] * 3
+    assert found["objective_names"] == list(study.definition.objectives)
+    assert found["directions"] == ["maximize"]
 
 
 if __name__ == "__main__":

@@ -353,6 +353,22 @@ def test_a_study_that_began_otherwise_is_refused(opened: Callable[..., SweepStud
     )
 
 
+def test_values_are_named_by_the_objectives_also_in_an_older_study(
+    opened: Callable[..., SweepStudy],
+) -> None:
+    facts = {"code": "a"}
+    older = opened(objectives=("im", "seconds"))
+    older.study.set_user_attr("facts", facts)  # begun before studies had names
+    assert older.study.metric_names is None
+    opened(objectives=("im", "seconds")).remember(facts)
+    worker = opened(objectives=("im", "seconds"))
+    assert worker.study.metric_names == ["im", "seconds"]
+    assert [way.name for way in worker.study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    with pytest.raises(ConfigError):  # another objective is refused before anything is renamed
+        opened().remember({"code": "b"})
+    assert worker.study.metric_names == ["im", "seconds"]
+
+
 def test_differences_are_said_in_words() -> None:
     old, new = {"a": {"b": 1}, "c": [1]}, {"a": {"b": 1, "d": None}, "c": [2], "e": True}
     assert differences(old, new) == ["c was [1] and is [2]", "e was null and is true"]
