@@ -86,7 +86,7 @@ class PageWriter:
         return {"kind": "table", "table": table, "name": stem.name}
 
     def chart(self, name: str, caption: str, figure: Any) -> dict[str, Any]:
-        """Write a chart as SVG and PNG."""
+        """Write a chart as PNG, SVG and PDF."""
         stem = self.stem("figures", name)
         written = charts.files(figure, stem)
         self.files += written
@@ -94,7 +94,7 @@ class PageWriter:
             "kind": "chart",
             "name": stem.name,
             "caption": caption,
-            "svg": _inline(written[0].read_text(encoding="utf-8")),
+            "svg": _inline(written[1].read_text(encoding="utf-8")),
         }
 
     def picture(self, path: Path, caption: str) -> dict[str, Any]:

@@ -30,8 +30,8 @@ from glua_bench.scoring.metrics import PRIMARY
 from glua_bench.task import Dataset
 
 RUN_PICTURES = {  # figures of a run shown on the page, with their captions
-    "restyled": "source images, restyled or translated source images, and target images",
-    "pictures": "pictures of the method",
+    "strip": "source, restyled and target images, maps, and the gap over training, as far as "
+    "the method has them",
 }
 MAX_DRAWN = 40  # entries in a chart
 
@@ -292,12 +292,11 @@ class _Writer(PageWriter):
                 self.notices.append(f"{task}: no pictures, since no run keeps its predictions.")
                 continue
             stem = self.stem("figures", f"side_by_side_{task}")
-            paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]
             entries = self.entries[task]
-            case_pictures.draw(paths, shown, entries, dataset)
-            self.files += paths
+            png = stem.with_name(stem.name + ".png")
+            self.files += case_pictures.draw(png, shown, entries, dataset)
             terms = "" if dataset.publishable else " Images of patients: not for redistribution."
-            section.blocks.append(self.picture(paths[0], f"{task}.{terms}"))
+            section.blocks.append(self.picture(png, f"{task}.{terms}"))
             section.blocks += self._pictures_of_runs(task, entries)
             viewed[task] = dataset, shown
         if self.options.viewer and viewed:

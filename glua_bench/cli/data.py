@@ -252,7 +252,7 @@ def show(
     from glua_bench.reports.run_figures import draw_dataset
 
     for file in draw_dataset(data, data.grid(preset), out):
-        say(f"Wrote {file}")
+        say(f"Wrote {file} (also .svg, .pdf)")
     if not data.publishable:
         say("The figures show the data owner's images: do not share them.")
     say(f"Next: {source.command(_RUN)}")

@@ -183,7 +183,7 @@ def predict(
             ):
                 results.append(result)
                 if overlay:
-                    from glua_bench.reports.run_figures import draw_prediction
+                    from glua_bench.reports.run_figures import draw_prediction, frame
 
                     draw_prediction(
                         out / f"{result.name}.png",
@@ -192,6 +192,7 @@ def predict(
                         loaded.structures,
                         result.name,
                         loaded.data.publishable,
+                        frame(result.placement, loaded.data.domains[name].reading, result.file),
                     )
     finally:  # also after an image that cannot be used
         if results:

@@ -94,7 +94,9 @@ def test_run_then_again_then_sync(call: Call, phantom_root: Path) -> None:
     assert code == 0, err
     assert re.search(r"^ +local_only +phantom mr-ct +1 done$", shown, re.MULTILINE), shown
     (done,) = Path("runs").glob("phantom/local_only/*/done")
-    assert {p.name for p in (done.parent / "figures").iterdir()} == {"cases.png", "pictures.png"}
+    assert {p.name for p in (done.parent / "figures").iterdir()} == {
+        f"{name}{suffix}" for name in ("cases", "strip") for suffix in (".png", ".svg", ".pdf")
+    }
     before = {p: p.stat().st_mtime_ns for p in done.parent.rglob("*")}
     code, again, _ = call(*command, *SMALL, "--no-mlflow")
     assert code == 0 and "already done" in again

@@ -29,8 +29,9 @@ def test_tables_and_charts_are_also_files(writer):
         "tables/one.tex",
         "tables/one.md",
         "tables/one.csv",
-        "figures/a_b.svg",
         "figures/a_b.png",
+        "figures/a_b.svg",
+        "figures/a_b.pdf",
     ]
     assert all(file.stat().st_size > 0 for file in writer.files)
     section = Section("part", EVIL, "An intro", blocks, warning="Look twice")
