@@ -255,7 +255,7 @@ def middle_shortened(text: str, most: int = LONGEST) -> str:
 
 def wrapped(text: str, inches: float, size: float = 10.0) -> str:
     """Break a title into lines that fit into a width."""
-    letters = max(8, int(inches / (LETTER * size / 9)) - 4)
+    letters = max(8, int(inches / (LETTER * size / 9)) - 5)
     return textwrap.fill(middle_shortened(str(text), 4 * letters), letters)
 
 
@@ -355,7 +355,7 @@ def cost_quality(lines: pd.DataFrame, palette: Palette) -> Figure:
             size = 30 + (150 * memory / largest if largest > 0 else 0)
             colour, marker = palette.look(str(entry))
             axes.scatter(x, y, s=size, color=colour, marker=marker, alpha=0.85, linewidths=0)
-            points.setdefault(axes, []).append((_short(str(entry), 24), x, y))
+            points.setdefault(axes, []).append((_short(str(entry), 28), x, y))
         log_axis(axes)
         axes.set_xlabel("training time (s)")
         axes.grid(color=LINE)
@@ -609,7 +609,7 @@ def curve(points: pd.DataFrame, setting: str, controls: Mapping[str, pd.DataFram
                 )
         for value in default:
             axes.axvline(value, color=BOUND, lw=0.8, ls=":", zorder=0)
-        axes.set_xlabel(f"{middle_shortened(setting)} (dotted: default)")
+        axes.set_xlabel(wrapped(f"{middle_shortened(setting)} (dotted: default)", 3.7, 9))
         axes.grid(color=LINE)
         axes.margins(y=0.25)
     figure.axes[0].set_ylabel(PRIMARY.title)

@@ -131,7 +131,7 @@ def case_grid(
     """
     entries = list(panels[0].predictions)
     names = ["image", "reference", *entries]
-    figure = new_figure(2.2 * len(panels) + 1.2, 2.2 * len(names) + 1.0)
+    figure = new_figure(2.2 * len(panels) + 1.2, 2.2 * len(names) + 1.5)
     axes = figure.subplots(len(names), len(panels), squeeze=False)
     for row, name in enumerate(names):
         _row_name(axes[row, 0], textwrap.fill(shortened(name, 72), 20))
@@ -224,7 +224,8 @@ def _gap(chart: Any, gap: pd.DataFrame) -> None:
     chart.set_xlim(gap.index.min(), max(gap.index.max(), gap.index.min() + 1))
     chart.set_xlabel("update", fontsize=8, color=INK)
     chart.set_ylabel(textwrap.fill("score of the domain discriminator", 18), fontsize=8, color=INK)
-    chart.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 3}
+    chart.legend(fontsize=7, frameon=False, borderaxespad=0, **above)
     _unbox(chart)
 
 
@@ -359,7 +360,7 @@ def _finish(
 ) -> Path:
     """Add title, legend and stamp, and write the file."""
     if title:
-        letters = int(figure.get_figwidth() / 0.085)
+        letters = int(figure.get_figwidth() / 0.1)
         figure.suptitle(textwrap.fill(title, letters), fontsize=11, color=INK)
     if keys:
         stamp = None if publishable else FOOTER

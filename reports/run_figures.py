@@ -65,7 +65,7 @@ def draw_run(
     domains["target"] = config.target
     frames = {name: _common_frame(cache, dataset, d, config.grid) for name, d in domains.items()}
     plain = Frame(frames["source"].width)  # of pictures that may be from either domain
-    if frames["source"] == frames["target"]:
+    if frames["source"].sides == frames["target"].sides:
         plain = frames["source"]
     frames["restyled"] = frames["source"]
     strip(
@@ -108,7 +108,8 @@ def _common_frame(cache: SliceCache, dataset: Dataset, domain: str, grid: Grid) 
     # One header stands for all: reading hundreds of DICOM series would take long.
     oriented = view.reading.orientation == "canonical" and open_volume(cases[0].image).oriented
     frames = [Frame.of(placement, view.reading, oriented) for placement in placements]
-    return frames[0] if len(set(frames)) == 1 else Frame(frames[0].width)
+    same = len({frame.sides for frame in frames}) == 1
+    return Frame(frames[0].width, frames[0].sides) if same else Frame(frames[0].width)
 
 
 def frame(placement: Placement, reading: Reading, image: Path) -> Frame:

@@ -101,7 +101,7 @@ def history(trials: pd.DataFrame, seen: pd.DataFrame, objective: str, chosen: in
         handles.append(_key("chosen", color=INK, marker="*", ms=9))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("trial")
-    axes.set_ylabel(wrapped(objective, 3.0))
+    axes.set_ylabel(wrapped(objective, 2.4, 9))
     axes.grid(axis="y", color=LINE)
     axes.margins(y=0.12)
     if handles:
@@ -142,7 +142,7 @@ def slices(
         axes.set_xlabel(wrapped(name, 2.4, 9))
         axes.grid(axis="y", color=LINE)
     for row in grid:
-        row[0].set_ylabel(wrapped(objective, 2.5))
+        row[0].set_ylabel(wrapped(objective, 2.2, 9))
     colour_bar(figure, drawn, grid, "trial", ticks=MaxNLocator(5, integer=True))
     return figure
 
@@ -343,7 +343,7 @@ def front(done: pd.DataFrame, objective: str, cost: str, on_front: Sequence[int]
     axes.step(best[cost], best[objective], where="post", color=DONE, lw=1.2)
     axes.plot(best[cost], best[objective], "o", color=DONE, ms=6, label="Pareto front")
     axes.set_xlabel(wrapped(f"{cost} (labels: trial numbers)", 5.0, 9))
-    axes.set_ylabel(wrapped(objective, 3.0))
+    axes.set_ylabel(wrapped(objective, 2.4, 9))
     axes.grid(color=LINE)
     axes.margins(0.1)
     legend_below(figure, axes.get_legend_handles_labels()[0])
@@ -381,7 +381,7 @@ def courses(seen: pd.DataFrame, trials: pd.DataFrame, objective: str, chosen: in
         (handles[name],) = axes.plot(own["step"], own["value"], "-o", ms=2.5, **look)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("checkpoint or run of the trial")
-    axes.set_ylabel(wrapped(f"intermediate {objective}", 3.0, 9))
+    axes.set_ylabel(wrapped(f"intermediate {objective}", 2.4, 9))
     axes.grid(color=LINE)
     for name, handle in handles.items():
         handle.set_label(name)
