@@ -83,7 +83,7 @@ class PageWriter:
             path = stem.with_name(stem.name + suffix)
             write_text(path, text, "--out")
             self.files.append(path)
-        return {"kind": "table", "table": table, "name": stem.name}
+        return {"kind": "table", "table": table.filled, "name": stem.name}
 
     def chart(self, name: str, caption: str, figure: Any) -> dict[str, Any]:
         """Write a chart as PNG, SVG and PDF."""

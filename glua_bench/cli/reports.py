@@ -106,8 +106,8 @@ def report(
             found = results.from_runs(runs_root, chosen, plugin or [], warn)
         files = reporting.write(found, out, options, say)
     say()
-    for sentence in reporting.summary(found, options):
-        say(sentence)
+    for verdict, bounds in reporting.summary(found, options):
+        say(f"{verdict} {bounds}".rstrip())
     say()
     say(f"Report: {files[0]}   ({len(files) - 1} other files in {out})")
     say(f"Next:   open {files[0]}; {out}/tables/*.tex are for papers")
