@@ -44,9 +44,9 @@ def collect(study: SweepStudy, runs_root: Path) -> dict[str, Any]:
     Returns:
         name; title; facts (entry of the definition → text); parameters (name → True for a
         logarithmic scale, None for listed values); objectives; oracle (whether the search read
-        target labels); shared (`--set` arguments of the method in all trials); data (options of `run` that all
-        trials share); trials, runs, seen
-        (the tables of `trial_table`, `run_table` and `seen_table`); importances (parameter → share
+        target labels); shared (`--set` arguments of the method in all trials); data
+        (options of `run` that all trials share); trials, runs, seen (the tables of `trial_table`,
+        `run_table` and `seen_table`); importances (parameter → share
         of the objective's variance, or None), and importances_note (their meaning, or why there are
         none).
     """

@@ -57,6 +57,7 @@
           const order = numeric ? Number(x) - Number(y) : x.localeCompare(y);
           return up ? order : -order;
         });
+        rows.forEach((row) => row.classList.remove("ruled"));
         table.tBodies[0].append(...rows);
       });
     });
