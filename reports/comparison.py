@@ -276,10 +276,14 @@ def verdict(rows: pd.DataFrame, task: str, selector: str = "last", percent: bool
     why = statistics.untested(seeds, cases)
     if why:
         return f"{text}. {why}{excluded}"
-    p = "p < 0.001" if pair["p_holm"] < 0.001 else f"p = {pair['p_holm']:.3f}"
     corrected = f" (Holm, {len(pairs)} pairs)" if len(pairs) > 1 else ""
-    outcome = "not significant" if pair["p_holm"] >= statistics.SIGNIFICANT else "significant"
-    return f"{text}, {outcome}, {p}{corrected}.{excluded}"
+    return f"{text}, {_outcome(pair['p_holm'])}{corrected}.{excluded}"
+
+
+def _outcome(p: float) -> str:
+    """State a p-value: "significant, p < 0.001"."""
+    outcome = "not significant" if p >= statistics.SIGNIFICANT else "significant"
+    return f"{outcome}, {'p < 0.001' if p < 0.001 else f'p = {p:.3f}'}"
 
 
 def bounds(rows: pd.DataFrame, task: str, selector: str = "last") -> str:
@@ -314,8 +318,7 @@ def bounds(rows: pd.DataFrame, task: str, selector: str = "last") -> str:
             # The upper bound is not a competitor and not tested.
             if name == LOWER and isinstance(tests, pd.DataFrame):
                 of = tests[tests["a"].isin((best, name)) & tests["b"].isin((best, name))].iloc[0]
-                outcome = "" if of["p_holm"] < statistics.SIGNIFICANT else "not "
-                text += f", {outcome}significant"
+                text += f", {_outcome(of['p_holm'])}"
             text += ")"
         parts.append(text)
     found = f"{'Bounds' if len(parts) > 1 else 'Bound'}: {'; '.join(parts)}."

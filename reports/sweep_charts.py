@@ -8,6 +8,7 @@ trials, and fills contours beyond the trials.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -163,7 +164,15 @@ def _grid(
 def can_contour(done: pd.DataFrame, first: str, second: str) -> bool:
     """Return True if trials cover enough points of two parameters to draw contours."""
     places = done[[f"method.{first}", f"method.{second}"]].astype(float).drop_duplicates()
-    return len(places) >= MIN_CONTOUR_POINTS and bool((places.nunique() >= 3).all())
+    if len(places) < MIN_CONTOUR_POINTS or (places.nunique() < 3).any():
+        return False
+    # Points on a line enclose no area, on linear and on logarithmic axes.
+    found = places.to_numpy()
+    with np.errstate(all="ignore"):
+        scales = [found, np.log(found)] if (found > 0).all() else [found]
+    columns = [scale[:, index] for scale in scales for index in (0, 1)]
+    pairs = itertools.product(columns[0::2], columns[1::2])
+    return all(abs(np.corrcoef(x, y)[0, 1]) < 1 - 1e-6 for x, y in pairs)
 
 
 @styled
@@ -378,7 +387,7 @@ def courses(seen: pd.DataFrame, trials: pd.DataFrame, objective: str, chosen: in
             look = {"color": BOUND, "lw": 0.9, "ls": ":"}
         if number == chosen:
             look, name = {"color": INK, "lw": 2.0, "zorder": 5}, "chosen"
-        (handles[name],) = axes.plot(own["step"], own["value"], "-o", ms=2.5, **look)
+        (handles[name],) = axes.plot(own["step"], own["value"], marker="o", ms=2.5, **look)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("checkpoint or run of the trial")
     axes.set_ylabel(wrapped(f"intermediate {objective}", 2.4, 9))

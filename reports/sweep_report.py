@@ -282,7 +282,7 @@ def write(sweep: Sweep, out: Path) -> list[Path]:
         "sweep.html",
         title=f"{stamp}Sweep {sweep.name}",
         question=sweep.title,
-        summary=sentences(sweep),
+        summary=[(sentence, "") for sentence in sentences(sweep)],
         notices=notices(sweep),
         sections=sections,
         objective=sweep.objective,
@@ -359,11 +359,11 @@ class _Writer(PageWriter):
         if points is not None:
             (name, log), *_ = sweep.parameters.items()
             caption = (
-                f"{self.label} over {name}. Dots: runs"
-                + "; line: mean over seeds; band: minimum to maximum"
-                * (points["seed"].nunique() > 1)
-                + "."
+                f"{self.label} over {name}. Dots: runs; line: mean over seeds; band: minimum to "
+                "maximum."
             )
+            if points["seed"].nunique() == 1:
+                caption = f"{self.label} over {name}. One run per value and direction."
             figure = sweep_charts.curve(points, name, log, self.label, dice=False)
             section.blocks.append(self.chart(f"curve_{name}", caption, figure))
         return section
