@@ -24,7 +24,13 @@ from matplotlib.axis import Axis
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+)
 from matplotlib.transforms import Bbox
 
 from glua_bench.config import LOWER, ORACLE, UPPER
@@ -118,7 +124,7 @@ def _crowded(axis: Axis) -> bool:
         step = min(b - a for a, b in zip(locs, locs[1:], strict=False)) / abs(high - low) * width
         return bool(step < 1.25 * scale * ticks[0].label1.get_fontsize())
     boxes = sorted((tick.label1.get_window_extent() for tick in ticks), key=lambda b: (b.x0, b.y0))
-    gap = 3 if axis.axis_name == "x" else 0
+    gap = 7 if axis.axis_name == "x" else 0
     return any(
         Bbox([[a.x0, a.y0], [a.x1 + gap, a.y1]]).overlaps(b)
         for a, b in zip(boxes, boxes[1:], strict=False)
@@ -191,10 +197,19 @@ def colour_bar(figure: Figure, drawn: Any, axes: Any, label: str, **options: Any
 
 
 def log_axis(axes: Any, along: str = "x") -> None:
-    """Make an axis ("x" or "y") logarithmic, with plain numbers as tick labels."""
+    """Make an axis ("x" or "y") logarithmic, with plain numbers as tick labels.
+
+    Call it after the data are drawn: ticks depend on how far they reach.
+    """
     axes.set(**{f"{along}scale": "log"})
     axis = axes.xaxis if along == "x" else axes.yaxis
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = sorted(axes.get_xlim() if along == "x" else axes.get_ylim())
+    if high / low > 300:
+        axis.set_major_locator(LogLocator(numticks=8))
+    elif high / low > 3:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    else:
+        axis.set_major_locator(MaxNLocator(5))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -356,14 +371,15 @@ def cost_quality(lines: pd.DataFrame, palette: Palette) -> Figure:
             colour, marker = palette.look(str(entry))
             axes.scatter(x, y, s=size, color=colour, marker=marker, alpha=0.85, linewidths=0)
             points.setdefault(axes, []).append((_short(str(entry), 28), x, y))
-        log_axis(axes)
-        axes.set_xlabel("training time (s)")
-        axes.grid(color=LINE)
+        axes.set_xscale("log")
         axes.margins(x=0.25, y=0.15)
         low, high = axes.get_xlim()
         if high / low < 4:  # one entry, or equal times
             middle = math.sqrt(low * high)
             axes.set_xlim(middle / 2, middle * 2)
+        log_axis(axes)
+        axes.set_xlabel("training time (s)")
+        axes.grid(color=LINE)
     figure.axes[0].set_ylabel(PRIMARY.title)
     settle(figure)
     for axes, named in points.items():

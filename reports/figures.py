@@ -348,8 +348,11 @@ def save(figure: Figure, path: Path, dpi: int = DPI, svg: str = "white") -> list
 
 def legend_below(figure: Figure, keys: Sequence[Any], size: float = 8.0, **more: Any) -> Any:
     """Add a legend below the panels, with as many columns as fit into the figure's width."""
+    width, letter = figure.get_figwidth(), 0.00825 * size
+    for key in keys:
+        key.set_label(shortened(str(key.get_label()), max(8, int((width - 0.7) / letter))))
     longest = max(len(str(key.get_label())) for key in keys)
-    fitting = int(figure.get_figwidth() / (0.00825 * size * longest + 0.5))
+    fitting = int(width / (letter * longest + 0.5))
     columns = max(1, min(len(keys), fitting))
     look: dict[str, Any] = {"fontsize": size, "frameon": False, "labelcolor": INK, "ncols": columns}
     return figure.legend(handles=list(keys), loc="outside lower center", **look, **more)

@@ -109,7 +109,6 @@ REPORTS: dict[str, dict[str, Any]] = {
     "equal": {"entries": ["source_only", "a", "b", "c", "supervised"], "dice": lambda rng: 0.5},
     "nan": {"entries": ["source_only", "a", "b", "supervised"], "dice": with_gaps},
     "one seed, one case": {"entries": ["source_only", "a", "supervised"], "seeds": 1, "cases": 1},
-    "both directions": {"entries": ["source_only", "a"], "directions": ("mr-ct", "ct-mr")},
     "40 cases": {"entries": ["a", "b"], "cases": 40, "structures": ("MYO",), "seeds": 1},
 }
 
@@ -141,9 +140,15 @@ def points(tasks: tuple[str, ...], seeds: int, values: tuple[float, ...]) -> pd.
     return pd.DataFrame(rows)
 
 
-@pytest.mark.parametrize("seeds", [1, 3])
-@pytest.mark.parametrize("values", [(0.1, 0.3, 0.5), (1e-5, 1e-4, 1.0), (0.05,) * 3])
-@pytest.mark.parametrize("controls", [0, 8])
+@pytest.mark.parametrize(
+    ("seeds", "values", "controls"),
+    [
+        (1, (0.1, 0.3, 0.5), 8),
+        (3, (0.1, 0.3, 0.5), 8),
+        (3, (1e-5, 1e-4, 1.0), 0),
+        (1, (0.05,) * 3, 0),
+    ],
+)
 def test_curves_are_readable(seeds: int, values: tuple[float, ...], controls: int) -> None:
     tasks = ("phantom mr-ct", "a_data_set_with_a_long_name ct-mr")
     given = points(tasks, seeds, values)
@@ -152,7 +157,7 @@ def test_curves_are_readable(seeds: int, values: tuple[float, ...], controls: in
             {"task": task, "seed": range(seeds), "dice": 0.5 + 0.01 * np.arange(seeds)}
         )
         for i in range(controls)
-        for task in tasks[:1]
+        for task in tasks[1:]
     }
     figure = charts.curve(given, "lambda_of_the_loss_with_a_name_of_many_letters", levels)
     assert_readable(figure)
@@ -161,13 +166,13 @@ def test_curves_are_readable(seeds: int, values: tuple[float, ...], controls: in
     # Levels of variants are lines above all points, and their spreads do not hide each other.
     lines = [line for line in figure.axes[0].lines if line.get_zorder() == 4]
     assert len(lines) == controls
-    bars = [container for container in figure.axes[0].containers if container.get_label() != "x"]
+    bars = figure.axes[0].containers
     assert len(bars) == (controls if seeds > 1 else 0)
     places = {round(float(bar.lines[0].get_xdata()[0]), 6) for bar in bars}
     assert len(places) == len(bars) and all(place > 1 for place in places)
 
 
-@pytest.mark.parametrize(("count", "names"), [(1, "m%02d"), (30, "m%02d"), (5, LONG)])
+@pytest.mark.parametrize(("count", "names"), [(1, "m%02d"), (9, "m%02d"), (5, LONG)])
 def test_learning_curves_are_readable(count: int, names: str) -> None:
     entries = [names % i for i in range(count)]
     selectors = ("last", "source_val", "a_selector_with_a_name_of_many_letters", "oracle")
