@@ -12,13 +12,13 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from drawn import assert_readable, texts_of
 
 from glua_bench.reports import charts, comparison, figures, sweep_charts
 from glua_bench.reports import sweep_report as sweeps
 from glua_bench.reports.report import Options, write
 from glua_bench.reports.results import from_rows
 from glua_bench.task import Structure
-from tests.support.drawn import assert_readable, texts_of
 
 LONG = "a_method_whose_authors_gave_it_a_name_of_sixty_characters_%02d"
 assert len(LONG % 1) == 60

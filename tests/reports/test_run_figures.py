@@ -11,6 +11,7 @@ import matplotlib.image
 import nibabel as nib
 import numpy as np
 import pytest
+from drawn import CODES, assert_readable, store
 
 from glua_bench.data.cache import SliceCache
 from glua_bench.data.volumes import load_image
@@ -19,7 +20,6 @@ from glua_bench.datasets.phantom.dataset import Phantom
 from glua_bench.reports import figures, run_figures
 from glua_bench.reports.run_figures import draw_dataset, draw_run, most_visible_slice
 from glua_bench.task import UNANNOTATED, Case, Grid
-from tests.support.drawn import CODES, assert_readable, store
 
 
 @pytest.mark.parametrize(
