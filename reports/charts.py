@@ -20,7 +20,6 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.axis import Axis
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -96,7 +95,7 @@ def settle(figure: Figure) -> None:
             return
 
 
-def _labelled(axis: Axis) -> list[Any]:
+def _labelled(axis: Any) -> list[Any]:
     """Return the ticks of an axis that lie within its limits and have a label."""
     low, high = sorted(axis.get_view_interval())
     margin = 1e-9 * (high - low)
@@ -111,14 +110,14 @@ def _has_text(text: Any) -> bool:
     return bool(text.get_visible() and text.get_text().strip())
 
 
-def _crowded(axis: Axis) -> bool:
+def _crowded(axis: Any) -> bool:
     """Return True if two neighbouring tick labels overlap or touch."""
     ticks = _labelled(axis)
     if not ticks or (ticks[0].label1.get_rotation() and axis.axis_name == "x"):
         # Turned labels are as wide as their line is high.
         if len(ticks) < 2:
             return False
-        width, scale = axis.axes.bbox.width, axis.axes.figure.dpi / 72  # type: ignore[union-attr]
+        width, scale = axis.axes.bbox.width, axis.axes.figure.dpi / 72
         locs = sorted(float(tick.get_loc()) for tick in ticks)
         low, high = axis.get_view_interval()
         step = min(b - a for a, b in zip(locs, locs[1:], strict=False)) / abs(high - low) * width

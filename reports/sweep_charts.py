@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -52,10 +52,9 @@ def _key(label: str, **look: Any) -> Line2D:
     return Line2D([], [], **{"ls": "", **look}, label=label)
 
 
-def pale(colour: str) -> tuple[float, float, float]:
+def pale(colour: str) -> str:
     """Return a colour mixed with white."""
-    red, green, blue = (0.35 * value + 0.65 for value in to_rgb(colour))
-    return red, green, blue
+    return to_hex([0.35 * value + 0.65 for value in to_rgb(colour)])
 
 
 def _positions(values: pd.Series, log: bool | None) -> tuple[np.ndarray, list[str]]:
