@@ -122,7 +122,8 @@ def _crowded(axis: Any) -> bool:
         low, high = axis.get_view_interval()
         step = min(b - a for a, b in zip(locs, locs[1:], strict=False)) / abs(high - low) * width
         return bool(step < 1.25 * scale * ticks[0].label1.get_fontsize())
-    boxes = sorted((tick.label1.get_window_extent() for tick in ticks), key=lambda b: (b.x0, b.y0))
+    found = [tick.label1.get_window_extent() for tick in ticks]
+    boxes = sorted(found, key=lambda box: box.x0 if axis.axis_name == "x" else box.y0)
     gap = 7 if axis.axis_name == "x" else 0
     return any(
         Bbox([[a.x0, a.y0], [a.x1 + gap, a.y1]]).overlaps(b)
