@@ -130,7 +130,9 @@ def test_data_prepare_check_and_show(call: Call, phantom_root: Path) -> None:
     assert code == 0 and "All 6 cases" in out and "LVC ml" in out
     code, out, _ = call("data", "show", *where, "--preset=quick", "--out", "pictures")
     assert code == 0 and "Next:" in out
-    assert {p.name for p in Path("pictures").iterdir()} == {"phantom_ct.png", "phantom_mr.png"}
+    assert {p.name for p in Path("pictures").iterdir()} == {
+        f"phantom_{domain}.{suffix}" for domain in ("ct", "mr") for suffix in ("png", "svg", "pdf")
+    }
 
 
 def test_check_tells_problems_from_warnings(call: Call, phantom_root: Path, tmp_path: Path) -> None:
