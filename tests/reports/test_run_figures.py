@@ -120,7 +120,7 @@ def test_sides_are_the_patient_s(
 def test_oblique_slices_have_two_letters_and_unknown_ones_none(tmp_path: Path) -> None:
     turn = np.eye(4)
     turn[:2, :2] = [[np.cos(0.7), -np.sin(0.7)], [np.sin(0.7), np.cos(0.7)]]  # 40 degrees
-    for angle, expected in ((turn, ("AR", "LA", "PL", "RP")), (np.eye(4), ("A", "L", "P", "R"))):
+    for angle, expected in ((turn, ("AL", "LP", "PR", "RA")), (np.eye(4), ("A", "L", "P", "R"))):
         voxels = np.zeros((16, 16, 8), np.float32)
         voxels[4:12, 4:12] = 1
         path = tmp_path / "image.nii.gz"
