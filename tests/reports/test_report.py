@@ -190,7 +190,7 @@ def test_the_caption_of_a_curve_matches_the_drawing(made_runs, tmp_path):
         if seed:
             made_runs.add("glua", 0.4, seed - 1, settings={"mask": "random"})
         page = page_of(from_runs(made_runs.root), tmp_path / str(seed))
-        captions.append(re.search(r"Dice over mask_ratio\. [^<]*", page)[0].strip())
+        captions.append(re.search(r'Dice over mask_ratio\. [^<"]*', page)[0].strip())
     assert captions[0].endswith("mask_ratio. One seed.")
     assert captions[1].endswith("Dashed: variants without a value on this axis.")
     assert captions[2].endswith("on this axis, at the right edge with their standard deviation.")
