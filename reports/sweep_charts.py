@@ -54,7 +54,8 @@ def _key(label: str, **look: Any) -> Line2D:
 
 def pale(colour: str) -> str:
     """Return a colour mixed with white."""
-    return to_hex([0.35 * value + 0.65 for value in to_rgb(colour)])
+    red, green, blue = (0.35 * value + 0.65 for value in to_rgb(colour))
+    return to_hex((red, green, blue))
 
 
 def _positions(values: pd.Series, log: bool | None) -> tuple[np.ndarray, list[str]]:
