@@ -12,9 +12,9 @@ import pandas as pd
 from glua_bench.config import is_privileged
 from glua_bench.data.cache import SliceCache
 from glua_bench.reports.comparison import title
-from glua_bench.reports.figures import Panel, case_grid
+from glua_bench.reports.figures import FORMATS, Frame, Panel, case_grid
 from glua_bench.reports.results import Results, plain
-from glua_bench.reports.run_figures import most_visible_slice, read_prediction
+from glua_bench.reports.run_figures import frame, most_visible_slice, read_prediction
 from glua_bench.reports.statistics import design
 from glua_bench.scoring.metrics import PRIMARY
 from glua_bench.task import UNANNOTATED, Dataset
@@ -32,6 +32,7 @@ class ComparedCase:
         predictions: entry → (Z, H, W), class indices.
         dice: entry → mean Dice over structures, in [0, 1].
         spacing: mm per voxel (z, y, x).
+        frame: size and orientation of its slices.
     """
 
     id: str
@@ -41,6 +42,7 @@ class ComparedCase:
     predictions: dict[str, np.ndarray]
     dice: dict[str, float]
     spacing: tuple[float, float, float]
+    frame: Frame | None = None
 
 
 def compared_cases(
@@ -94,6 +96,7 @@ def compared_cases(
                     predictions,
                     {str(entry): float(dice.loc[entry, case_id]) for entry in runs},
                     image.placement.grid_spacing,
+                    frame(image.placement, view.reading, case.image),
                 )
             )
     return shown
@@ -116,15 +119,18 @@ def example_cases(dice: pd.DataFrame) -> dict[str, str]:
 
 
 def draw(
-    paths: Sequence[Path], cases: Sequence[ComparedCase], entries: Sequence[str], dataset: Dataset
-) -> None:
+    path: Path, cases: Sequence[ComparedCase], entries: Sequence[str], dataset: Dataset
+) -> list[Path]:
     """Draw the cases side by side, one row per entry with predictions of all cases.
 
     Args:
-        paths: the files to write, PNG or SVG.
+        path: the PNG to write; SVG and PDF are written beside it.
         cases: one column each.
         entries: in the order of the rows.
         dataset: gives the structures, and whether pictures may be redistributed.
+
+    Returns:
+        The files, the PNG first.
     """
     shown = [e for e in entries if all(e in case.predictions for case in cases)]
     panels = []
@@ -132,8 +138,9 @@ def draw(
         z = most_visible_slice(case.reference)
         predictions = {title(e): case.predictions[e][z] for e in shown}
         dice = {title(e): case.dice[e] for e in shown}
+        reference = case.reference[z]
         panels.append(
-            Panel(case.image[z], case.reference[z], predictions, dice, case.id, case.note)
+            Panel(case.image[z], reference, predictions, dice, case.id, case.note, case.frame)
         )
-    for path in paths:
-        case_grid(path, panels, dataset.structures, publishable=dataset.publishable)
+    case_grid(path, panels, dataset.structures, publishable=dataset.publishable)
+    return [path.with_suffix(suffix) for suffix in FORMATS]

@@ -2,13 +2,16 @@
 
 Every function returns one matplotlib figure, which `files` writes. An entry has the same colour and
 marker in all charts of a report; bounds are gray. Colours are those of Okabe and Ito, which are
-distinguishable with colour blindness.
+distinguishable with colour blindness. Texts of a chart do not overlap, whatever the names and
+values: panels grow with the names, longer names are shortened, and tick labels without room are
+omitted (`settle`).
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -17,23 +20,30 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+)
+from matplotlib.transforms import Bbox
 
 from glua_bench.config import LOWER, ORACLE, UPPER
-from glua_bench.errors import shortened
 from glua_bench.reports.comparison import title
-from glua_bench.reports.figures import COLOUR_MAP, FAINT, INK, new_figure, save
+from glua_bench.reports.figures import COLOUR_MAP, FAINT, INK, legend_below, new_figure, save
 from glua_bench.scoring.metrics import PRIMARY
 
 LINE = "#d9d9d9"
 BOUND = "#8c8c8c"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#9467bd")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ((0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (2, 2)))
 MAX_VECTOR_POINTS = 4000  # more points are rasterized inside the SVG
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays searchable and takes the page's colour
     "font.family": "sans-serif",
     "font.size": 9.0,
     "axes.edgecolor": LINE,
@@ -52,6 +62,8 @@ STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # "$" in a name is a dollar sign
 }
 DPI = 150
+LETTER = 0.075  # inches per letter of 9 points
+LONGEST = 40  # letters of a name
 P = ParamSpec("P")
 
 
@@ -61,13 +73,66 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     @functools.wraps(draw)
     def drawn(*args: P.args, **options: P.kwargs) -> Figure:
         with mpl.rc_context(STYLE):
-            return draw(*args, **options)
+            figure = draw(*args, **options)
+            settle(figure)
+            return figure
 
     return drawn
 
 
+def settle(figure: Figure) -> None:
+    """Omit every second tick label of an axis until its labels do not overlap."""
+    for _ in range(6):
+        figure.draw_without_rendering()
+        axes = [a for a in figure.axes if a.get_visible()]
+        crowded = [axis for a in axes for axis in (a.xaxis, a.yaxis) if _crowded(axis)]
+        for axis in crowded:
+            ticks = _labelled(axis)
+            shown, texts = ticks[::2], [tick.label1.get_text() for tick in ticks[::2]]
+            axis.set_major_locator(FixedLocator([float(tick.get_loc()) for tick in shown]))
+            axis.set_ticklabels(texts)
+        if not crowded:
+            return
+
+
+def _labelled(axis: Any) -> list[Any]:
+    """Return the ticks of an axis that lie within its limits and have a label."""
+    low, high = sorted(axis.get_view_interval())
+    margin = 1e-9 * (high - low)
+    return [
+        tick
+        for tick in axis.get_major_ticks()
+        if low - margin <= tick.get_loc() <= high + margin and _has_text(tick.label1)
+    ]
+
+
+def _has_text(text: Any) -> bool:
+    return bool(text.get_visible() and text.get_text().strip())
+
+
+def _crowded(axis: Any) -> bool:
+    """Return True if two neighbouring tick labels overlap or touch."""
+    ticks = _labelled(axis)
+    if not ticks or (ticks[0].label1.get_rotation() and axis.axis_name == "x"):
+        # Turned labels are as wide as their line is high.
+        if len(ticks) < 2:
+            return False
+        width, scale = axis.axes.bbox.width, axis.axes.figure.dpi / 72
+        locs = sorted(float(tick.get_loc()) for tick in ticks)
+        low, high = axis.get_view_interval()
+        step = min(b - a for a, b in zip(locs, locs[1:], strict=False)) / abs(high - low) * width
+        return bool(step < 1.25 * scale * ticks[0].label1.get_fontsize())
+    found = [tick.label1.get_window_extent() for tick in ticks]
+    boxes = sorted(found, key=lambda box: box.x0 if axis.axis_name == "x" else box.y0)
+    gap = 7 if axis.axis_name == "x" else 0
+    return any(
+        Bbox([[a.x0, a.y0], [a.x1 + gap, a.y1]]).overlaps(b)
+        for a, b in zip(boxes, boxes[1:], strict=False)
+    )
+
+
 def files(figure: Figure, stem: Path) -> list[Path]:
-    """Write a chart as SVG (transparent) and PNG (white), and return both paths.
+    """Write a chart as PNG (white), SVG (transparent) and PDF, and return the paths.
 
     Args:
         figure: the chart.
@@ -76,11 +141,20 @@ def files(figure: Figure, stem: Path) -> list[Path]:
     Raises:
         RunFailure: a file cannot be written.
     """
-    written = [stem.with_name(stem.name + suffix) for suffix in (".svg", ".png")]
     with mpl.rc_context(STYLE):
-        for path, facecolor in zip(written, ("none", "white"), strict=True):
-            save(figure, path, DPI, facecolor)
-    return written
+        return save(figure, stem.with_name(f"{stem.name}.png"), DPI, "none")
+
+
+def on(colour: Any) -> str:
+    """Return black or white, whichever contrasts more with a colour (at least 4.5 : 1).
+
+    Contrast is that of WCAG 2. The values differ from pure black and white, so that the page does
+    not take them for its own colours.
+    """
+    red, green, blue = (
+        v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in to_rgb(colour)
+    )
+    return "#010101" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "#fefefe"
 
 
 class Palette:
@@ -123,9 +197,19 @@ def colour_bar(figure: Figure, drawn: Any, axes: Any, label: str, **options: Any
 
 
 def log_axis(axes: Any, along: str = "x") -> None:
-    """Make an axis ("x" or "y") logarithmic, with plain numbers as tick labels."""
+    """Make an axis ("x" or "y") logarithmic, with plain numbers as tick labels.
+
+    Call it after the data are drawn: ticks depend on how far they reach.
+    """
     axes.set(**{f"{along}scale": "log"})
     axis = axes.xaxis if along == "x" else axes.yaxis
+    low, high = sorted(axes.get_xlim() if along == "x" else axes.get_ylim())
+    if high / low > 300:
+        axis.set_major_locator(LogLocator(numticks=8))
+    elif high / low > 3:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    else:
+        axis.set_major_locator(MaxNLocator(5))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -162,7 +246,7 @@ def _task_panels(figure: Figure, tasks: Sequence[str], sharey: bool = True) -> A
     """Return pairs of a titled panel and its task."""
     grid = new_axes(figure, 1, len(tasks), sharey=sharey)[0]
     for axes, task in zip(grid, tasks, strict=True):
-        axes.set_title(str(task))
+        axes.set_title(wrapped(task, figure.get_figwidth() / len(tasks)))
     return zip(grid, tasks, strict=True)
 
 
@@ -172,8 +256,32 @@ def _names(axes: Any, entries: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def _short(entry: str, most: int = 46) -> str:
-    return shortened(title(entry), most)
+def _short(entry: str, most: int = LONGEST) -> str:
+    return middle_shortened(title(entry), most)
+
+
+def middle_shortened(text: str, most: int = LONGEST) -> str:
+    """Shorten a name in its middle, since names often differ in their last letters only."""
+    if len(text) <= most:
+        return text
+    head = (most - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
+
+
+def wrapped(text: str, inches: float, size: float = 10.0) -> str:
+    """Break a title into lines that fit into a width."""
+    letters = max(8, int(inches / (LETTER * size / 9)) - 5)
+    return textwrap.fill(middle_shortened(str(text), 4 * letters), letters)
+
+
+def _beside(entries: Sequence[str]) -> float:
+    """Return the inches that the names of entries take beside a panel."""
+    return 0.3 + LETTER * max((len(_short(entry)) for entry in entries), default=0)
+
+
+def line_of(seeds: int) -> str:
+    """Return what a line through the runs of a number of seeds shows."""
+    return "mean over seeds" if seeds > 1 else "one seed"
 
 
 @styled
@@ -193,19 +301,20 @@ def scores(rows: pd.DataFrame, entries: Sequence[str], palette: Palette) -> Figu
     points = pd.concat([own, mean], ignore_index=True)
     points["entry"] = points["entry"].astype(str)
     panels = [*structures, "mean"]
-    figure = new_figure(2.0 + 1.75 * len(panels), 0.9 + 0.3 * len(entries))
+    figure = new_figure(_beside(entries) + 1.75 * len(panels), 1.1 + 0.3 * len(entries))
     grid = new_axes(figure, 1, len(panels), sharey=True)[0]
     for axes, panel in zip(grid, panels, strict=True):
         part = points[points["panel"] == panel]
         colours = {entry: palette.colour(entry) for entry in entries}
         look: dict[str, Any] = {"hue": "entry", "hue_order": list(entries), "palette": colours}
         _strip(axes, part, PRIMARY.name, "entry", entries, alpha=0.55, legend=False, **look)
-        axes.set_title(panel)
+        axes.set_title(wrapped(panel, 1.75))
         axes.set_xlim(-0.03, 1.03)
-        axes.set_xticks([0, 0.5, 1])
+        axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
         axes.set_xlabel("")
         _names(axes, entries)
-    grid[len(panels) // 2].set_xlabel("Dice (dots: cases and seeds, bar: mean)")
+    several = rows["seed"].nunique() > 1
+    figure.supxlabel(f"Dice (dots: cases{' and seeds' * several}, bar: mean)", fontsize=9)
     return figure
 
 
@@ -221,7 +330,7 @@ def gaps(lines: pd.DataFrame, palette: Palette) -> Figure:
     tasks = list(dict.fromkeys(known.index.get_level_values("task")))
     order = lines["gap recovered"].groupby("entry", observed=True).mean().dropna().sort_values()
     entries = [str(e) for e in order.index if e not in (LOWER, UPPER)]
-    figure = new_figure(2.4 + 3.0 * len(tasks), 1.0 + 0.3 * len(entries))
+    figure = new_figure(_beside(entries) + 3.0 * len(tasks), 1.4 + 0.3 * len(entries))
     for axes, task in _task_panels(figure, tasks):
         part = lines.loc[task]
         for y, entry in enumerate(entries):
@@ -229,13 +338,14 @@ def gaps(lines: pd.DataFrame, palette: Palette) -> Figure:
                 continue
             row = 100 * part.loc[entry, ["gap recovered", "gap min", "gap max"]]
             _span(axes, y, row[["gap min", "gap max"]], row["gap recovered"], palette.look(entry))
-        for x, name in ((0, LOWER), (100, UPPER)):
-            axes.axvline(x, color=BOUND, lw=1, ls="--", zorder=0)
-            axes.text(x, -0.75, _short(name), ha="center", va="bottom", fontsize=7, color=FAINT)
-        axes.set_title(str(task), pad=14)
-        axes.set_xlabel("gap recovered (%): mean, min and max over seeds")
+        for x, style in ((0, "--"), (100, ":")):
+            axes.axvline(x, color=BOUND, lw=1, ls=style, zorder=0)
         axes.grid(axis="x", color=LINE)
         _names(axes, entries)
+    several = bool((lines["gap seeds"] > 1).any())
+    what = "gap recovered (%)" + ", mean and range over seeds" * several
+    bounds = f"dashed: {LOWER}, dotted: {title(UPPER)}"
+    figure.supxlabel(f"{what}\n{bounds}", fontsize=9)
     return figure
 
 
@@ -248,33 +358,78 @@ def cost_quality(lines: pd.DataFrame, palette: Palette) -> Figure:
         palette: colours and markers.
     """
     tasks = list(dict.fromkeys(lines.index.get_level_values("task")))
-    figure = new_figure(1.0 + 4.2 * len(tasks), 3.6)
+    most = int(lines.groupby(level="task").size().max())
+    figure = new_figure(1.0 + 4.6 * len(tasks), max(3.6, 1.2 + 0.2 * most))
     largest = float(lines["peak MiB"].max())
+    points: dict[Any, list[tuple[str, float, float]]] = {}
     for axes, task in _task_panels(figure, tasks):
-        shown = lines.loc[task].dropna(subset="training s").sort_values("training s")
-        middle = math.sqrt(shown["training s"].min() * shown["training s"].max())
-        for index, (entry, row) in enumerate(shown.iterrows()):
-            point = row["training s"], row[PRIMARY.label]
-            size = 30 + (150 * row["peak MiB"] / largest if largest > 0 else 0)
+        shown = lines.loc[task].dropna(subset=["training s", PRIMARY.label])
+        for entry, row in shown.iterrows():
+            x, y = float(row["training s"]), float(row[PRIMARY.label])
+            memory = row["peak MiB"] if row["peak MiB"] > 0 else 0.0
+            size = 30 + (150 * memory / largest if largest > 0 else 0)
             colour, marker = palette.look(str(entry))
-            axes.scatter(*point, s=size, color=colour, marker=marker, alpha=0.85, linewidths=0)
-            axes.annotate(
-                _short(str(entry), 24),
-                point,
-                # Alternate the sides of labels of neighbours.
-                xytext=(-7 if row["training s"] > middle else 7, 5 if index % 2 else -10),
-                ha="right" if row["training s"] > middle else "left",
-                textcoords="offset points",
-                fontsize=7,
-                color=INK,
-            )
+            axes.scatter(x, y, s=size, color=colour, marker=marker, alpha=0.85, linewidths=0)
+            points.setdefault(axes, []).append((_short(str(entry), 28), x, y))
+        axes.set_xscale("log")
+        axes.margins(x=0.25, y=0.15)
+        low, high = axes.get_xlim()
+        if high / low < 4:  # one entry, or equal times
+            middle = math.sqrt(low * high)
+            axes.set_xlim(middle / 2, middle * 2)
         log_axis(axes)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.set_xlabel("training time (s)")
         axes.grid(color=LINE)
-        axes.margins(x=0.25, y=0.12)
     figure.axes[0].set_ylabel(PRIMARY.title)
+    settle(figure)
+    for axes, named in points.items():
+        label_points(axes, named)
     return figure
+
+
+def label_points(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
+    """Write names beside their points, each as near as it fits; a line leads to distant ones."""
+    scale = axes.figure.dpi / 72
+    inside = axes.get_window_extent()
+    at = axes.transData.transform([(x, y) for _, x, y in points])
+    radius = 7 * scale
+    taken = [Bbox.from_extents(*(p - radius * 0.8), *(p + radius * 0.8)) for p in at]
+    # Around the point first, then farther away in all directions.
+    turns = [0.0, 180.0, 90.0, 270.0, *range(15, 360, 15)]
+    around = [(r, math.radians(t)) for r in range(8, 420, 6) for t in turns]
+    for (name, x, y), centre in zip(points, at, strict=True):
+        label = axes.annotate(
+            name,
+            (x, y),
+            textcoords="offset points",
+            xytext=(0, 0),
+            ha="center",
+            va="center",
+            fontsize=7,
+            color=INK,
+            in_layout=False,
+        )
+        size = label.get_window_extent()
+        half = np.array([size.width, size.height]) / 2 + scale
+        for distance, turn in around:
+            way = np.array([math.cos(turn), math.sin(turn)])
+            # The label's edge, not its middle, is at this distance.
+            middle = centre + way * (distance * scale + half * np.abs(way))
+            box = Bbox.from_extents(*(middle - half), *(middle + half))
+            within = inside.x0 <= box.x0 and box.x1 <= inside.x1
+            within &= inside.y0 <= box.y0 and box.y1 <= inside.y1
+            if within and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                label.xyann = tuple((middle - centre) / scale)
+                if distance > 14:
+                    end = axes.transData.inverted().transform(
+                        middle - way * half * np.abs(way) * 0.9
+                    )
+                    line = {"color": FAINT, "lw": 0.5, "zorder": 1}
+                    axes.plot([x, end[0]], [y, end[1]], scalex=False, scaley=False, **line)
+                break
+        else:
+            label.set_visible(False)
 
 
 @styled
@@ -294,14 +449,16 @@ def learning(
     columns = min(4, len(entries))
     rows = -(-len(entries) // columns)
     selectors = [str(s) for s in chosen["selector"].unique() if s != ORACLE]
-    figure = new_figure(1.3 + 2.5 * columns, rows * (1.5 + 0.13 * len(selectors)) + 0.6)
+    names = [middle_shortened(name, 24) for name in selectors]
+    width = 0.8 + 0.055 * max(map(len, names), default=0) + 2.5 * columns
+    figure = new_figure(max(4.5, width), rows * (1.5 + 0.14 * len(selectors)) + 0.9)
     outer = figure.add_gridspec(rows, columns)
     own = checkpoints.astype({"entry": str, "selector": str})
     chosen = chosen.astype({"entry": str, "selector": str})
     steps = sorted(own["step"].unique())
     for index, entry in enumerate(entries):
         cell = outer[index // columns, index % columns].subgridspec(
-            2, 1, height_ratios=[1.3, 0.13 * len(selectors)], hspace=0.03
+            2, 1, height_ratios=[1.3, 0.14 * max(1, len(selectors))], hspace=0.03
         )
         top = figure.add_subplot(cell[0])
         low = figure.add_subplot(cell[1], sharex=top)
@@ -311,7 +468,7 @@ def learning(
                 line = line.sort_values("step")
                 look: dict[str, Any] = {"color": palette.colour(entry), "lw": 1.2, "alpha": 0.9}
                 top.plot(line["step"], line["score"], style, **look)
-        top.set_title(_short(entry, 30), fontsize=8)
+        top.set_title(wrapped(title(entry), 2.5, 8), fontsize=8)
         top.set_ylim(-0.03, 1.03)
         top.set_yticks([0, 0.5, 1])
         top.tick_params(axis="x", labelbottom=False, length=0)
@@ -328,7 +485,7 @@ def learning(
                 linewidths=0,
             )
         low.set_ylim(len(selectors) - 0.4, -0.6)
-        low.set_yticks(range(len(selectors)), selectors if index % columns == 0 else [])
+        low.set_yticks(range(len(selectors)), names if index % columns == 0 else [])
         low.tick_params(labelsize=6.5, length=0)
         low.set_xticks(steps if len(steps) <= 6 else [steps[0], steps[-1]])
         low.grid(color=LINE)
@@ -341,9 +498,10 @@ def learning(
     keys = [Line2D([], [], color=FAINT, ls="-", label="source validation")]
     if ORACLE in set(own["selector"]):
         keys.append(Line2D([], [], color=FAINT, ls=":", label="target test cases (privileged)"))
-    label = "chosen (area: share of seeds)"
+    several = chosen["seed"].nunique() > 1
+    label = "chosen" + " (area: share of seeds)" * several
     keys.append(Line2D([], [], color=FAINT, ls="", marker="o", label=label))
-    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize=8)
+    legend_below(figure, keys)
     return figure
 
 
@@ -356,13 +514,14 @@ def selector_regret(regret: pd.DataFrame) -> Figure:
     """
     tasks = sorted(regret["task"].astype(str).unique())
     order = regret.groupby("selector")["regret"].mean().sort_values().index.astype(str).tolist()
-    figure = new_figure(1.8 + 2.8 * len(tasks), 1.0 + 0.28 * len(order))
+    figure = new_figure(_beside(order) + 2.8 * len(tasks), 1.2 + 0.28 * len(order))
     for axes, task in _task_panels(figure, tasks):
         part = regret[regret["task"] == task].assign(regret=lambda d: 100 * d["regret"])
         part = part.astype({"selector": str})
         _strip(axes, part, "regret", "selector", order, color=COLOURS[0], alpha=0.5)
-        axes.set_xlabel("regret vs. oracle (privileged), Dice points")
-        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("")
+        _names(axes, order)
+    figure.supxlabel("regret vs. oracle (privileged), Dice points", fontsize=9)
     return figure
 
 
@@ -375,7 +534,7 @@ def intervals(spans: pd.DataFrame, palette: Palette) -> Figure:
         palette: colours and markers.
     """
     entries = [str(entry) for entry in spans.index]
-    figure = new_figure(6.4, 1.0 + 0.3 * len(entries))
+    figure = new_figure(_beside(entries) + 4.4, 1.0 + 0.3 * len(entries))
     axes = new_axes(figure)[0, 0]
     for y, entry in enumerate(entries):
         mean, low, high = 100 * spans.loc[entry, ["mean", "low", "high"]]
@@ -395,9 +554,11 @@ def heat_map(table: pd.DataFrame) -> Figure:
     """
     entries, cases = list(table.index.astype(str)), list(table.columns.astype(str))
     written = len(cases) <= 16 and len(entries) <= 40
+    names = [middle_shortened(case, 18) for case in cases]
+    below = 0.06 * max(map(len, names), default=0) if len(cases) <= 40 else 0.2
     figure = new_figure(
-        2.6 + (0.62 if written else max(0.1, 6.0 / len(cases))) * len(cases),
-        1.1 + 0.27 * len(entries),
+        _beside(entries) + 1.0 + (0.62 if written else max(0.16, 6.0 / len(cases))) * len(cases),
+        0.5 + below + 0.27 * max(3, len(entries)),
     )
     axes = new_axes(figure)[0, 0]
     drawn = axes.imshow(table, cmap=COLOUR_MAP, vmin=0, vmax=1, aspect="auto")
@@ -405,11 +566,12 @@ def heat_map(table: pd.DataFrame) -> Figure:
         for y, values in enumerate(table.to_numpy()):
             for x, value in enumerate(values):
                 if not math.isnan(value):
-                    colour = "#fefefe" if value < 0.6 else "#010101"
+                    colour = on(drawn.to_rgba(value))
                     axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=colour, size=7)
     _names(axes, entries)
     axes.set_ylim(len(entries) - 0.5, -0.5)
-    axes.set_xticks(range(len(cases)), cases, rotation=60, ha="right", fontsize=7)
+    turned: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(len(cases)), names, fontsize=7, **turned)
     if len(cases) > 40:
         axes.set_xticks([])
         axes.set_xlabel(f"{len(cases)} cases")
@@ -428,29 +590,44 @@ def curve(points: pd.DataFrame, setting: str, controls: Mapping[str, pd.DataFram
         controls: name → task, seed, dice of variants without a value on the axis.
     """
     tasks = sorted(points["task"].unique())
-    figure = new_figure(1.2 + 3.7 * len(tasks), 3.3)
+    names = {name: middle_shortened(name) for name in controls}
+    figure = new_figure(1.2 + 3.7 * len(tasks), 3.3 + 0.09 * len(controls))
     default = sorted(points.loc[~points["changed"], "value"].unique())
+    keys: dict[str, Any] = {}
     for axes, task in _task_panels(figure, tasks, sharey=False):
         part = points[points["task"] == task]
         mean = part.groupby("value")[PRIMARY.name].mean()
         axes.plot(part["value"], part[PRIMARY.name], "o", color=COLOURS[0], ms=3.5, alpha=0.5)
-        axes.plot(mean.index, mean, "-o", color=COLOURS[0], ms=5, label="mean over seeds")
-        for index, (name, control) in enumerate(controls.items(), start=1):
-            own = control[control["task"] == task][PRIMARY.name]
-            if len(own):
-                colour = COLOURS[index % len(COLOURS)]
-                axes.axhline(own.mean(), color=colour, lw=1.2, ls="--", label=name)
-                if len(own) > 1:
-                    low, high = own.mean() - own.std(), own.mean() + own.std()
-                    axes.axhspan(low, high, color=colour, alpha=0.12, lw=0)
-        for value in default:
-            axes.axvline(value, color=BOUND, lw=0.8, ls=":", zorder=0)
+        name = line_of(part["seed"].nunique())
+        (keys[name],) = axes.plot(mean.index, mean, "-o", color=COLOURS[0], ms=5, label=name)
         if part["value"].min() > 0 and part["value"].max() / part["value"].min() > 30:
             log_axis(axes)
-        axes.set_xlabel(f"{setting} (dotted: default)")
+        for index, (name, control) in enumerate(controls.items(), start=1):
+            own = control[control["task"] == task][PRIMARY.name]
+            if not len(own):
+                continue
+            # Levels cross the panel; their spreads stand side by side at its right edge, since
+            # bands over the whole panel would hide each other.
+            colour, style = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
+            look: dict[str, Any] = {"color": colour, "label": names[name]}
+            keys[names[name]] = axes.axhline(own.mean(), lw=1.3, ls=style, zorder=4, **look)
+            if len(own) > 1:
+                axes.errorbar(
+                    [1.02 + 0.03 * index],
+                    [own.mean()],
+                    yerr=[own.std()],
+                    color=colour,
+                    fmt=MARKERS[index % len(MARKERS)],
+                    ms=4,
+                    capsize=2,
+                    transform=axes.get_yaxis_transform(),
+                    clip_on=False,
+                )
+        for value in default:
+            axes.axvline(value, color=BOUND, lw=0.8, ls=":", zorder=0)
+        axes.set_xlabel(wrapped(f"{middle_shortened(setting)} (dotted: default)", 3.7, 9))
         axes.grid(color=LINE)
         axes.margins(y=0.25)
     figure.axes[0].set_ylabel(PRIMARY.title)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    legend_below(figure, list(keys.values()))
     return figure

@@ -314,10 +314,64 @@ def verdict(rows: pd.DataFrame, task: str, selector: str = "last", percent: bool
     why = statistics.untested(seeds, cases)
     if why:
         return f"{text}. {why}{excluded}"
-    p = "p < 0.001" if pair["p_holm"] < 0.001 else f"p = {pair['p_holm']:.3f}"
     corrected = f" (Holm, {len(pairs)} pairs)" if len(pairs) > 1 else ""
-    outcome = "not significant" if pair["p_holm"] >= statistics.SIGNIFICANT else "significant"
-    return f"{text}, {outcome}, {p}{corrected}.{excluded}"
+    return f"{text}, {_outcome(pair['p_holm'])}{corrected}.{excluded}"
+
+
+def _outcome(p: float) -> str:
+    """State a p-value: "significant, p < 0.001"."""
+    outcome = "not significant" if p >= statistics.SIGNIFICANT else "significant"
+    return f"{outcome}, {'p < 0.001' if p < 0.001 else f'p = {p:.3f}'}"
+
+
+def bounds(rows: pd.DataFrame, task: str, selector: str = "last") -> str:
+    """State how the best entry of a task compares with both bounds, in percent of Dice.
+
+    Args:
+        rows: from `collect`.
+        task: e.g. "phantom mr-ct".
+        selector: name of the checkpoint selector.
+
+    Returns:
+        One or two sentences; "" without bounds, or without other entries.
+    """
+    own = rows[rows["task"] == task]
+    scores = statistics.scores(own, task, selector)
+    others = competing(scores)
+    present = [name for name in (LOWER, UPPER) if name in scores]
+    if not present or not others.shape[1]:
+        return ""
+    best = str(others.mean().idxmax())
+    tests = "" if statistics.untested(*statistics.counts(scores)) else statistics.pairs(others)
+    parts = []
+    for name in present:
+        text = f"{title(name)} {_points(scores[name].mean())} %"
+        if name != best:
+            pair = statistics.pairs(scores[[best, name]]).iloc[0]
+            sign = 1 if pair["a"] == best else -1
+            low, high = sorted((sign * pair["low"], sign * pair["high"]))
+            text += f" ({best}: {_points(sign * pair['difference'], '+')} points"
+            if not math.isnan(low):
+                text += f", 95 % CI {_points(low)} to {_points(high)}"
+            # The upper bound is not a competitor and not tested.
+            if name == LOWER and isinstance(tests, pd.DataFrame):
+                of = tests[tests["a"].isin((best, name)) & tests["b"].isin((best, name))].iloc[0]
+                text += f", {_outcome(of['p_holm'])}"
+            text += ")"
+        parts.append(text)
+    found = f"{'Bounds' if len(parts) > 1 else 'Bound'}: {'; '.join(parts)}."
+    gap = table(own, selector).loc[(task, best), "gap recovered"] if best != LOWER else math.nan
+    if not math.isnan(gap):
+        found += f" {best} recovers {_points(gap, digits=0)} % of the gap between them."
+    if best == LOWER and others.shape[1] > 1:
+        found += f" No method has a higher mean than {LOWER}."
+    return found
+
+
+def _points(fraction: float, sign: str = "", digits: int = 1) -> str:
+    """Format a fraction in percent, with a typographic minus."""
+    value = round(100 * fraction, digits) + 0.0
+    return f"{value:{sign}.{digits}f}".replace("-", "−")
 
 
 def write(rows: pd.DataFrame, folder: Path, selector: str = "last") -> list[Path]:
@@ -398,6 +452,8 @@ def as_text(lines: pd.DataFrame) -> str:
     text = []
     for task, block in shown.groupby(level="task", sort=False):
         block = block.droplevel("task").rename(index=title).rename_axis(None)
+        empty = block.astype(str).isin(["", "?", MISSING]).all()
+        block = block.loc[:, ~empty]
         text += [str(task), block.to_string(), ""]
     if (lines["seeds"] == 1).any():
         text.append("One seed: no standard deviation and no tests; use --seeds 3.")

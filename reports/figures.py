@@ -1,12 +1,14 @@
 """Figures of images and labels, of runs and of datasets.
 
-Every function takes plain arrays and writes one file atomically, as PNG or SVG by its suffix.
+Every function takes plain arrays and writes a PNG, and beside it the same figure as SVG and PDF.
 Images are gray in [-1, 1]; labels are class indices (class i + 1 is `structures[i]`); row 0 is on
-top in both. A structure has the dataset's colour in every figure.
+top in both. A structure has the dataset's colour in every figure. A `Frame` adds a scale bar and
+the letters of the patient's sides to a slice.
 """
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +17,15 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from glua_bench.data.resampling import Placement
+from glua_bench.errors import shortened
 from glua_bench.files import replacing
-from glua_bench.task import Structure
+from glua_bench.task import Reading, Structure
 
 DPI = 130
 FOOTER = "not for redistribution"
@@ -29,7 +34,55 @@ FAINT = "#6b6b6b"
 WARNING = "#b00020"
 LEVEL = 0.75  # contour level of a 0/1 mask: a quarter of a pixel inside
 COLOUR_MAP = "viridis"  # perceptually uniform, readable with colour blindness
+FORMATS = (".png", ".svg", ".pdf")
+SIDES = ("LR", "PA", "IS")  # names of the ends of the world's axes (RAS+)
+OBLIQUE = 0.5  # cosine from which a second letter is shown, as in "LA"
+BOX = {"fc": "black", "alpha": 0.55, "lw": 0, "pad": 1}
+LABEL: dict[str, Any] = {"color": "white", "bbox": BOX}
 MAPS = ("gain", "gap", "mask", "discrepancy", "weight")  # words in the names of maps over [0, 1]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Size and orientation of drawn slices.
+
+    Attributes:
+        width: mm across a slice.
+        sides: letters of the patient's sides (R, L, A, P, S, I) at the top, right, bottom and left
+            edge; "" where unknown.
+    """
+
+    width: float
+    sides: tuple[str, str, str, str] = ("", "", "", "")
+
+    @classmethod
+    def of(cls, placement: Placement, reading: Reading, oriented: bool = True) -> Frame:
+        """Return the frame of an image on the working grid.
+
+        Letters come from the affine of the file. They are omitted if it states no orientation, or
+        if the dataset's reading ignores it ("stored").
+
+        Args:
+            placement: of the image.
+            reading: of its domain.
+            oriented: False if the file's header states no orientation.
+        """
+        width = placement.grid_spacing[2] * placement.shape[2]
+        if not oriented or reading.orientation != "canonical":
+            return cls(width)
+        affine = np.asarray(placement.affine)[:3, :3]
+        down, right = (
+            affine[:, placement.axes[axis]] * (-1 if placement.flips[axis] else 1)
+            for axis in (1, 2)
+        )
+        return cls(width, (_side(-down), _side(right), _side(down), _side(-right)))
+
+
+def _side(direction: np.ndarray) -> str:
+    """Return the letter of a direction in RAS+; two letters if it is far from an axis."""
+    cosines = direction / np.linalg.norm(direction)
+    axes = [int(axis) for axis in np.argsort(-np.abs(cosines)) if abs(cosines[axis]) >= OBLIQUE]
+    return "".join(SIDES[axis][int(cosines[axis] > 0)] for axis in axes[:2])
 
 
 @dataclass(frozen=True)
@@ -43,6 +96,7 @@ class Panel:
         dice: entry → mean Dice of the case, in [0, 1].
         case: id of the case.
         note: why the case is shown, e.g. "worst".
+        frame: size and orientation of the slice.
     """
 
     image: np.ndarray
@@ -51,6 +105,7 @@ class Panel:
     dice: Mapping[str, float]
     case: str
     note: str = ""
+    frame: Frame | None = None
 
 
 def case_grid(
@@ -65,7 +120,7 @@ def case_grid(
     Rows of predictions repeat the reference as a thin dashed line, so that errors are localized.
 
     Args:
-        path: the file to write.
+        path: the PNG to write; SVG and PDF are written beside it.
         panels: one column each; all with the same entries.
         structures: the classes.
         title: of the figure.
@@ -76,15 +131,16 @@ def case_grid(
     """
     entries = list(panels[0].predictions)
     names = ["image", "reference", *entries]
-    figure = new_figure(2.2 * len(panels) + 1.2, 2.2 * len(names) + 1.0)
+    figure = new_figure(2.2 * len(panels) + 1.2, 2.2 * len(names) + 1.5)
     axes = figure.subplots(len(names), len(panels), squeeze=False)
     for row, name in enumerate(names):
-        _row_name(axes[row, 0], textwrap.fill(name, 20))
+        _row_name(axes[row, 0], textwrap.fill(shortened(name, 72), 20))
     for column, panel in enumerate(panels):
         for cell in axes[:, column]:
             _gray(cell, panel.image)
+            _mark(cell, panel.frame)
         heading = f"{panel.note}: {panel.case}" if panel.note else panel.case
-        axes[0, column].set_title(heading, fontsize=9, color=INK)
+        axes[0, column].set_title(textwrap.fill(heading, 30), fontsize=9, color=INK)
         _contours(axes[1, column], panel.reference, structures)
         for cell, entry in zip(axes[2:, column], entries, strict=True):
             _contours(cell, panel.reference, structures, dashed=True)
@@ -96,24 +152,31 @@ def case_grid(
                 transform=cell.transAxes,
                 va="top",
                 fontsize=7.5,
-                color="white",
-                bbox={"facecolor": "black", "alpha": 0.55, "lw": 0, "pad": 1.5},
+                **LABEL,
             )
     dashed = Line2D([], [], color=FAINT, lw=0.9, ls="--", label="reference (dashed)")
     return _finish(figure, path, title, [*_keys(structures), dashed], publishable)
 
 
-def picture_grid(
-    path: Path, rows: Mapping[str, np.ndarray], title: str = "", publishable: bool = True
+def strip(
+    path: Path,
+    rows: Mapping[str, np.ndarray],
+    title: str = "",
+    publishable: bool = True,
+    frames: Mapping[str, Frame] | None = None,
+    gap: pd.DataFrame | None = None,
 ) -> Path:
     """Draw rows of pictures: images in gray, maps over [0, 1] (named by `MAPS`) in colour.
 
     Args:
-        path: the file to write.
+        path: the PNG to write; SVG and PDF are written beside it.
         rows: name → (N, H, W); column n of every row belongs together. Maps may be coarser than
             the images.
         title: of the figure.
         publishable: False stamps the figure as not for redistribution.
+        frames: name → size and orientation of the pictures in a row.
+        gap: mean score of a domain discriminator on the source and the target ("source",
+            "target"), by step, drawn below the pictures; None omits it.
 
     Returns:
         The path.
@@ -125,31 +188,51 @@ def picture_grid(
     if not pictures or any(values.ndim != 3 for values in pictures.values()):
         raise ValueError("rows must be arrays of shape (N, H, W), and at least one")
     columns = max(len(values) for values in pictures.values())
-    figure = new_figure(1.55 * columns + 1.2, 1.55 * len(pictures) + 0.8)
-    axes = figure.subplots(len(pictures), columns, squeeze=False)
+    below = 0 if gap is None else 1
+    figure = new_figure(1.55 * columns + 1.2, 1.55 * (len(pictures) + below) + 0.8)
+    layout = figure.add_gridspec(len(pictures) + below, columns)
+    axes = [
+        [figure.add_subplot(layout[y, x]) for x in range(columns)] for y in range(len(pictures))
+    ]
     for row, (name, values) in zip(axes, pictures.items(), strict=True):
-        _row_name(row[0], name.replace("_", " "))
+        _row_name(row[0], textwrap.fill(shortened(name.replace("_", " "), 40), 20))
         for cell in row[len(values) :]:
             cell.axis("off")
-        if not any(word in name.lower() for word in MAPS):
-            for cell, picture in zip(row, values, strict=False):
-                _gray(cell, picture)
-            continue
-        if not len(values):
-            continue
+        mapped = any(word in name.lower() for word in MAPS)
         for cell, picture in zip(row, values, strict=False):
-            drawn = cell.imshow(picture, cmap=COLOUR_MAP, vmin=0, vmax=1, interpolation="nearest")
-            _bare(cell)
-        bar = figure.colorbar(drawn, ax=list(row), fraction=0.05, pad=0.01, ticks=[0, 0.5, 1])
-        bar.ax.tick_params(labelsize=7, colors=FAINT)
-        bar.outline.set_visible(False)
+            if mapped:
+                drawn = cell.imshow(picture, cmap=COLOUR_MAP, vmin=0, vmax=1, interpolation="none")
+                _bare(cell)
+            else:
+                _gray(cell, picture)
+            _mark(cell, (frames or {}).get(name))
+        if mapped and len(values):
+            bar = figure.colorbar(drawn, ax=row, fraction=0.05, pad=0.01, ticks=[0, 0.5, 1])
+            bar.ax.tick_params(labelsize=7, colors=FAINT)
+            bar.outline.set_visible(False)
+    if gap is not None:
+        _gap(figure.add_subplot(layout[-1, :]), gap)
     return _finish(figure, path, title, [], publishable)
+
+
+def _gap(chart: Any, gap: pd.DataFrame) -> None:
+    """Draw the mean score of a discriminator on both domains over training."""
+    chart.axhline(0.5, color=FAINT, lw=0.8, ls=":", label="chance")
+    chart.fill_between(gap.index, gap["source"], gap["target"], color="#0072b2", alpha=0.12, lw=0)
+    for name, colour, style in (("source", "#0072b2", "-"), ("target", "#d55e00", "--")):
+        chart.plot(gap.index, gap[name], color=colour, ls=style, lw=1.2, label=name)
+    chart.set_xlim(gap.index.min(), max(gap.index.max(), gap.index.min() + 1))
+    chart.set_xlabel("update", fontsize=8, color=INK)
+    chart.set_ylabel(textwrap.fill("score of the domain discriminator", 18), fontsize=8, color=INK)
+    above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 3}
+    chart.legend(fontsize=7, frameon=False, borderaxespad=0, **above)
+    _unbox(chart)
 
 
 def domain_montage(
     path: Path,
     title: str,
-    slices: Sequence[tuple[np.ndarray, np.ndarray, str]],
+    slices: Sequence[tuple[np.ndarray, np.ndarray, str, Frame | None]],
     structures: Sequence[Structure],
     publishable: bool = True,
     columns: int = 6,
@@ -161,9 +244,9 @@ def domain_montage(
     Pixels at the lower limit (air, padding) are excluded: they would dominate.
 
     Args:
-        path: the file to write.
+        path: the PNG to write; SVG and PDF are written beside it.
         title: of the figure, e.g. "phantom, domain ct".
-        slices: image (H, W), label (H, W) and caption of each.
+        slices: image (H, W), label (H, W), caption and frame of each.
         structures: the classes.
         publishable: False stamps the figure as not for redistribution.
         columns: slices per row.
@@ -181,15 +264,16 @@ def domain_montage(
         if index >= len(slices):
             cell.axis("off")
             continue
-        image, label, caption = slices[index]
+        image, label, caption, frame = slices[index]
         _gray(cell, image)
+        _mark(cell, frame)
         _contours(cell, label, structures)
-        cell.set_title(caption, fontsize=7.5, color=INK, pad=3)
+        cell.set_title(textwrap.fill(caption, 28), fontsize=7.5, color=INK, pad=3)
     widths = (5, 3) if volumes else (1,)
     below = grid[count, :].subgridspec(1, len(widths), width_ratios=widths)
     chart = figure.add_subplot(below[0, 0])
     edges = np.linspace(-0.99, 1, 65)
-    for image, _, _ in slices:
+    for image, _, _, _ in slices:
         counts, _ = np.histogram(image, edges)
         if counts.any():
             density = counts / counts.sum() / (edges[1] - edges[0])
@@ -228,23 +312,50 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path, dpi: int = DPI, facecolor: str = "white") -> None:
-    """Write a figure atomically; equal figures give equal files.
+def save(figure: Figure, path: Path, dpi: int = DPI, svg: str = "white") -> list[Path]:
+    """Write a figure as PNG, SVG and PDF, each atomically; equal figures give equal files.
+
+    SVG and PDF are vector graphics with text as text.
 
     Args:
         figure: the figure.
-        path: PNG or SVG by its suffix.
-        dpi: resolution of a PNG.
-        facecolor: the background; "none" is transparent.
+        path: the PNG; the others differ in the suffix.
+        dpi: resolution of the PNG.
+        svg: background of the SVG; "none" is transparent.
+
+    Returns:
+        The files, in the order of `FORMATS`.
 
     Raises:
-        RunFailure: the file cannot be written.
+        RunFailure: a file cannot be written.
     """
-    metadata = {"Date": None} if path.suffix == ".svg" else None
-    with replacing(path, "--out") as temporary, mpl.rc_context({"svg.hashsalt": path.stem}):
-        figure.savefig(
-            temporary, format=path.suffix[1:], dpi=dpi, facecolor=facecolor, metadata=metadata
-        )
+    # Dates would make equal figures differ.
+    metadata: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+    style: dict[Any, Any] = {"svg.hashsalt": path.stem, "svg.fonttype": "none", "pdf.fonttype": 42}
+    written = [path.with_suffix(suffix) for suffix in FORMATS]
+    for file in written:
+        face = svg if file.suffix == ".svg" else "white"
+        with replacing(file, "--out") as temporary, mpl.rc_context(style):
+            figure.savefig(
+                temporary,
+                format=file.suffix[1:],
+                dpi=dpi,
+                facecolor=face,
+                metadata=metadata.get(file.suffix),
+            )
+    return written
+
+
+def legend_below(figure: Figure, keys: Sequence[Any], size: float = 8.0, **more: Any) -> Any:
+    """Add a legend below the panels, with as many columns as fit into the figure's width."""
+    width, letter = figure.get_figwidth(), 0.00825 * size
+    for key in keys:
+        key.set_label(shortened(str(key.get_label()), max(8, int((width - 0.7) / letter))))
+    longest = max(len(str(key.get_label())) for key in keys)
+    fitting = int(width / (letter * longest + 0.5))
+    columns = max(1, min(len(keys), fitting))
+    look: dict[str, Any] = {"fontsize": size, "frameon": False, "labelcolor": INK, "ncols": columns}
+    return figure.legend(handles=list(keys), loc="outside lower center", **look, **more)
 
 
 def _finish(
@@ -252,20 +363,11 @@ def _finish(
 ) -> Path:
     """Add title, legend and stamp, and write the file."""
     if title:
-        figure.suptitle(title, fontsize=11, color=INK)
+        letters = int(figure.get_figwidth() / 0.1)
+        figure.suptitle(textwrap.fill(title, letters), fontsize=11, color=INK)
     if keys:
-        longest = max(len(str(key.get_label())) for key in keys)
-        fitting = int(figure.get_figwidth() / (0.066 * longest + 0.5))
-        legend = figure.legend(
-            handles=list(keys),
-            loc="outside lower center",
-            fontsize=8,
-            frameon=False,
-            ncols=max(1, min(len(keys), fitting)),
-            labelcolor=INK,
-            title=None if publishable else FOOTER,
-            title_fontsize=7,
-        )
+        stamp = None if publishable else FOOTER
+        legend = legend_below(figure, keys, title=stamp, title_fontsize=7)
         legend.get_title().set_color(WARNING)
     elif not publishable:
         figure.supxlabel(FOOTER, fontsize=7, color=WARNING)
@@ -279,7 +381,8 @@ def _unbox(chart: Any) -> None:
 
 
 def _gray(axes: Any, image: np.ndarray) -> None:
-    axes.imshow(image, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    # Files of vector graphics hold the pixels as they are; the viewer does not blur them.
+    axes.imshow(image, cmap="gray", vmin=-1, vmax=1, interpolation="none")
     _bare(axes)
 
 
@@ -287,6 +390,29 @@ def _bare(axes: Any) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
+
+
+def _mark(axes: Any, frame: Frame | None) -> None:
+    """Add a scale bar and the letters of the patient's sides to a slice."""
+    if frame is None:
+        return
+    power = 10.0 ** math.floor(math.log10(0.3 * frame.width))
+    length = next(n * power for n in (5, 2, 1) if n * power <= 0.3 * frame.width)
+    place: dict[str, Any] = {"transform": axes.transAxes, "zorder": 6}
+    ends = [0.04, 0.04 + length / frame.width]
+    for width, colour in ((3.2, "black"), (1.8, "white")):
+        look: dict[str, Any] = {"lw": width, "color": colour, "solid_capstyle": "butt"}
+        axes.plot(ends, [0.04, 0.04], scalex=False, scaley=False, **look, **place)
+    text: dict[str, Any] = {"fontsize": 5.5, **LABEL, **place}
+    axes.text(0.04, 0.075, f"{length:g} mm", ha="left", va="bottom", **text)
+    for letters, (x, y), (ha, va) in zip(
+        frame.sides,
+        ((0.5, 0.98), (0.98, 0.5), (0.5, 0.02), (0.02, 0.5)),
+        (("center", "top"), ("right", "center"), ("center", "bottom"), ("left", "center")),
+        strict=True,
+    ):
+        if letters:
+            axes.text(x, y, letters, ha=ha, va=va, **text)
 
 
 def _row_name(axes: Any, name: str) -> None:

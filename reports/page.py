@@ -83,10 +83,10 @@ class PageWriter:
             path = stem.with_name(stem.name + suffix)
             write_text(path, text, "--out")
             self.files.append(path)
-        return {"kind": "table", "table": table, "name": stem.name}
+        return {"kind": "table", "table": table.filled, "name": stem.name}
 
     def chart(self, name: str, caption: str, figure: Any) -> dict[str, Any]:
-        """Write a chart as SVG and PNG."""
+        """Write a chart as PNG, SVG and PDF."""
         stem = self.stem("figures", name)
         written = charts.files(figure, stem)
         self.files += written
@@ -94,7 +94,7 @@ class PageWriter:
             "kind": "chart",
             "name": stem.name,
             "caption": caption,
-            "svg": _inline(written[0].read_text(encoding="utf-8")),
+            "svg": _inline(written[1].read_text(encoding="utf-8")),
         }
 
     def picture(self, path: Path, caption: str) -> dict[str, Any]:
@@ -131,12 +131,13 @@ def _inline(svg: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
     for colour, name in ((charts.INK, "ink"), (charts.FAINT, "faint"), (charts.LINE, "line")):
         svg = svg.replace(colour, f"var(--{name})")
-    # The page limits the width; the aspect ratio is kept.
+    # The page limits the width, down to where texts are legible; the aspect ratio is kept.
     head, _, rest = svg.partition(">")
     width = re.search(r'width="([\d.]+)pt"', head)
     head = re.sub(r' (?:width|height)="[\d.]+pt"', "", head)
     points = float(width[1]) if width else 600.0
-    return f'{head} style="width:{points * 4 / 3:.0f}px" role="img">{rest}'
+    pixels = points * 4 / 3
+    return f'{head} style="width:{pixels:.0f}px;min-width:{0.75 * pixels:.0f}px" role="img">{rest}'
 
 
 def file_name(name: str) -> str:

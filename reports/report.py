@@ -30,8 +30,8 @@ from glua_bench.scoring.metrics import PRIMARY
 from glua_bench.task import Dataset
 
 RUN_PICTURES = {  # figures of a run shown on the page, with their captions
-    "restyled": "source images, restyled or translated source images, and target images",
-    "pictures": "pictures of the method",
+    "strip": "source, restyled and target images, maps, and the gap over training, as far as "
+    "the method has them",
 }
 MAX_DRAWN = 40  # entries in a chart
 
@@ -109,13 +109,14 @@ def _note_missing(results: Results, selector: str) -> None:
             )
 
 
-def summary(results: Results, options: Options) -> list[str]:
-    """Return the verdict of each task."""
-    selector = options.selector
-    return [
-        comparison.verdict(plain(results.of(task, selector)), task, selector, percent=True)
-        for task in results.tasks
-    ]
+def summary(results: Results, options: Options) -> list[tuple[str, str]]:
+    """Return the verdict of each task, and how its best entry compares with the bounds."""
+    selector, found = options.selector, []
+    for task in results.tasks:
+        rows = plain(results.of(task, selector))
+        verdict = comparison.verdict(rows, task, selector, percent=True)
+        found.append((verdict, comparison.bounds(rows, task, selector)))
+    return found
 
 
 class _Writer(PageWriter):
@@ -126,6 +127,7 @@ class _Writer(PageWriter):
     ) -> None:
         super().__init__(out)
         self.results, self.options, self.report = results, options, report
+        self.several = results.rows["seed"].nunique() > 1
         self.palette = charts.Palette([str(e) for e in results.rows["entry"].unique()])
         self.notices = results.notices
         selector = options.selector
@@ -151,7 +153,7 @@ class _Writer(PageWriter):
         if lines["gap recovered"].notna().any() and len(lines) <= 4 * MAX_DRAWN:
             caption = (
                 "Gap recovered: share of the difference in mean Dice between source_only and "
-                "supervised, paired by seed."
+                "supervised" + ", paired by seed" * self.several + "."
             )
             figure = charts.gaps(lines, self.palette)
             section.blocks.append(self.chart("gap_recovered", caption, figure))
@@ -170,7 +172,8 @@ class _Writer(PageWriter):
         entries = self.entries[task]
         name = file_name(task)
         if len(entries) <= MAX_DRAWN:
-            caption = "Dice of every case and seed; missed structures are dots at 0."
+            every = "every case and seed" if self.several else "every case"
+            caption = f"Dice of {every}; missed structures are dots at 0."
             figure = charts.scores(rows, entries, self.palette)
             section.blocks.append(self.chart(f"scores_{name}", caption, figure))
         section.blocks.append(self.table(report_tables.cases(results, task, selector)))
@@ -190,7 +193,8 @@ class _Writer(PageWriter):
         section.blocks.append(self.table(report_tables.pairs(results, task, selector)))
         cases = rows.groupby(["entry", "case"], observed=True)[PRIMARY.name].mean().unstack("case")
         cases.index = cases.index.astype(str)
-        caption = "Mean Dice of each case over structures and seeds; hard cases are dark columns."
+        over = "structures and seeds" if self.several else "structures"
+        caption = f"Mean Dice of each case over {over}; hard cases are dark columns."
         figure = charts.heat_map(cases.reindex(entries))
         section.blocks.append(self.chart(f"cases_{name}", caption, figure))
         return section
@@ -206,10 +210,13 @@ class _Writer(PageWriter):
         section.blocks.append(self.table(report_tables.ablation(results, method, selector)))
         controls = self._controls(method)
         for setting, points in report_tables.curves(results, method, selector).items():
-            caption = f"Dice over {setting}. Dots: seeds; line: their mean."
+            several = points["seed"].nunique() > 1
+            dots = "Dots: seeds; line: their mean." if several else "One seed."
+            caption = f"Dice over {setting}. {dots}"
             if controls:
-                band = ", with standard deviation" * any(map(_has_spread, controls.values()))
-                caption += f" Dashed: variants without a value on this axis{band}."
+                bars = ", at the right edge with their standard deviation"
+                bars *= any(map(_has_spread, controls.values()))
+                caption += f" Dashed: variants without a value on this axis{bars}."
             figure = charts.curve(points, setting, controls)
             section.blocks.append(self.chart(f"curve_{method}_{setting}", caption, figure))
             section.blocks.append(self.table(report_tables.curve(method, setting, points)))
@@ -228,7 +235,8 @@ class _Writer(PageWriter):
     def _cost(self) -> Section:
         lines = self.lines
         section = Section("cost", "Cost", "Training time and memory against Dice.")
-        if lines["training s"].notna().any() and len(lines) <= 4 * MAX_DRAWN:
+        most = lines.groupby(level="task").size().max()
+        if lines["training s"].notna().any() and most <= MAX_DRAWN:
             caption = "Dice over training time; marker area grows with peak memory."
             figure = charts.cost_quality(lines, self.palette)
             section.blocks.append(self.chart("cost_quality", caption, figure))
@@ -296,12 +304,11 @@ class _Writer(PageWriter):
                 self.notices.append(f"{task}: no pictures, since no run keeps its predictions.")
                 continue
             stem = self.stem("figures", f"side_by_side_{task}")
-            paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]
             entries = self.entries[task]
-            case_pictures.draw(paths, shown, entries, dataset)
-            self.files += paths
+            png = stem.with_name(stem.name + ".png")
+            self.files += case_pictures.draw(png, shown, entries, dataset)
             terms = "" if dataset.publishable else " Images of patients: not for redistribution."
-            section.blocks.append(self.picture(paths[0], f"{task}.{terms}"))
+            section.blocks.append(self.picture(png, f"{task}.{terms}"))
             section.blocks += self._pictures_of_runs(task, entries)
             viewed[task] = dataset, shown
         if self.options.viewer and viewed:

@@ -17,12 +17,10 @@ from glua_bench.reports.tables import Column, Table
 from glua_bench.scoring.metrics import METRICS, MISSING, PRIMARY, SPACING, Metric
 
 MAX_PAIRED = 40  # entries with a table of pairs (780 pairs)
-MEANS = (
-    "Means over seeds, cases and structures. A missed structure has Dice 0 and the diagonal of its "
-    "volume as distance."
-)
+MISSED = "A missed structure has Dice 0 and the diagonal of its volume as distance."
 SPREAD = "±: standard deviation over seeds of the mean over cases and structures."
 MODEL = "crossed random effects of seeds and cases, Cochran and Cox's quantile"
+BOUNDS = frozenset(map(title, (LOWER, UPPER)))
 PRIVILEGED = f"{UPPER} was trained on labelled target cases (privileged): an upper bound."
 
 
@@ -47,7 +45,13 @@ def _unranked(lines: pd.DataFrame) -> frozenset[str]:
 
 def _means(lines: pd.DataFrame) -> list[str]:
     """Return the notes on means and, if defined, their spread."""
-    return [MEANS, *[SPREAD] * bool(lines["sd"].notna().any())]
+    several = bool(lines["sd"].notna().any())
+    over = (
+        "Means over seeds, cases and structures."
+        if several
+        else ("Means over cases and structures, of one seed.")
+    )
+    return [f"{over} {MISSED}", *[SPREAD] * several]
 
 
 def run_ids(rows: pd.DataFrame, entries: Sequence[str]) -> list[list[str]]:
@@ -113,6 +117,7 @@ def main(results: Results, task: str, selector: str = "last") -> Table:
         marks,
         [note for note in notes if note],
         run_ids(results.with_repeats(rows), entries),
+        apart=BOUNDS,
     )
 
 
@@ -177,6 +182,7 @@ def cost(results: Results, task: str, selector: str = "last") -> Table:
             "Peak memory: of the GPU, or of the process on a CPU.",
         ],
         ids=run_ids(rows, entries),
+        apart=BOUNDS,
     )
 
 
@@ -370,6 +376,7 @@ def ablation(results: Results, method: str, selector: str = "last") -> Table:
         ],
         ids=run_ids(compared, entries),
         first="variant",
+        apart=BOUNDS,
     )
 
 

@@ -10,12 +10,17 @@ import numpy as np
 import pandas as pd
 
 from glua_bench.data.cache import SliceCache
+from glua_bench.data.formats import open_volume
 from glua_bench.data.resampling import Placement
 from glua_bench.data.volumes import load_label
 from glua_bench.records.run_directory import RunDirectory
-from glua_bench.reports.figures import Panel, case_grid, domain_montage, picture_grid
+from glua_bench.reports.figures import Frame, Panel, case_grid, domain_montage, strip
 from glua_bench.scoring.metrics import PRIMARY, volumes_ml
-from glua_bench.task import UNANNOTATED, Case, Dataset, Grid, GridView, Structure
+from glua_bench.task import UNANNOTATED, Case, Dataset, Grid, GridView, Reading, Structure
+
+# Logged mean scores of the discriminator D1 on source and target features (1/2 is chance).
+GAP = ("d1_source", "d1_target")
+DOMAINS = ("source", "target")
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,38 +35,97 @@ def draw_run(
     batch: Batch,
     pictures: Mapping[str, Tensor],
 ) -> None:
-    """Draw the best, median and worst case of a run, and the pictures of its method.
+    """Draw a run's figures: three of its cases, and the strip of its method's pictures.
+
+    `cases` shows the best, median and worst case. `strip` shows source images, restyled source
+    images, target images and maps on them, and the scores of a domain discriminator over training,
+    as far as the method has them.
 
     Args:
         run: directory with the predictions.
         dataset: gives images, labels and colours.
         rows: results per case and structure of the primary selector.
         batch: source and target images.
-        pictures: name → (N, 1, H, W). `restyled` is drawn in a separate figure.
+        pictures: name → (N, 1, H, W). `restyled` stands between source and target.
     """
-    _draw_cases(run, dataset, rows)
-    plain = {name: values[:, 0].numpy() for name, values in pictures.items()}
+    cache = SliceCache()
+    _draw_cases(run, dataset, rows, cache)
+    shown = {name: values[:, 0].numpy() for name, values in pictures.items()}
+    gap = gap_over_training(run)
+    if not shown and gap is None:
+        return
     images = {"source": batch.source_images[:, 0].cpu().numpy()}
+    if "restyled" in shown:
+        images["restyled"] = shown.pop("restyled")
     if batch.target_images is not None:
-        target = batch.target_images[:, 0].cpu().numpy()
-        if "restyled" in plain:
-            styles = {**images, "restyled": plain.pop("restyled"), "target": target}
-            title = "Source images, restyled source images, and target images (unpaired)"
-            picture_grid(run.figures / "restyled.png", styles, title, dataset.publishable)
-        images["target"] = target
-    if plain:
-        grid = {**images, **plain}
-        picture_grid(run.figures / "pictures.png", grid, publishable=dataset.publishable)
+        images["target"] = batch.target_images[:, 0].cpu().numpy()
+    config = run.config
+    # Images of a privileged run come from the target.
+    domains = {"source": config.target if config.privileged else config.source}
+    domains["target"] = config.target
+    frames = {name: _common_frame(cache, dataset, d, config.grid) for name, d in domains.items()}
+    plain = Frame(frames["source"].width)  # of pictures that may be from either domain
+    if frames["source"].sides == frames["target"].sides:
+        plain = frames["source"]
+    frames["restyled"] = frames["source"]
+    strip(
+        run.figures / "strip.png",
+        {**images, **shown},
+        f"{config.method} on {config.fold_name} {config.direction}, seed {config.seed}: training "
+        "slices (source and target are unpaired)",
+        dataset.publishable,
+        {**dict.fromkeys(shown, plain), **frames},
+        gap,
+    )
 
 
-def _draw_cases(run: RunDirectory, dataset: Dataset, rows: pd.DataFrame) -> None:
+def gap_over_training(run: RunDirectory) -> pd.DataFrame | None:
+    """Return the mean scores of a run's domain discriminator on both domains, by update.
+
+    Methods log them as `GAP`. Equal scores mean that the discriminator cannot tell the domains
+    apart.
+
+    Returns:
+        "source" and "target", indexed by step and averaged over at most 200 spans; None if the
+        method does not log them.
+    """
+    rows = [row for row in run.read_log() if set(GAP) <= set(row["values"])]
+    if len(rows) < 2:
+        return None
+    values = [[row["values"][key] for key in GAP] for row in rows]
+    found = pd.DataFrame(values, index=[row["step"] for row in rows], columns=list(DOMAINS))
+    spans = np.arange(len(found)) // -(-len(found) // 200)
+    steps = found.index.to_series().groupby(spans).last()
+    return found.groupby(spans).mean().set_axis(steps.to_numpy())
+
+
+def _common_frame(cache: SliceCache, dataset: Dataset, domain: str, grid: Grid) -> Frame:
+    """Return the frame of a domain's training slices, without letters if they differ."""
+    view, cases = dataset.view(domain).on(grid), dataset.split(domain, "train")
+    if not cases:
+        return Frame(grid.size * grid.spacing)
+    placements = [cache.image(case.unlabelled(), view).placement for case in cases]
+    # One header stands for all: reading hundreds of DICOM series would take long.
+    oriented = view.reading.orientation == "canonical" and open_volume(cases[0].image).oriented
+    frames = [Frame.of(placement, view.reading, oriented) for placement in placements]
+    same = len({frame.sides for frame in frames}) == 1
+    return Frame(frames[0].width, frames[0].sides) if same else Frame(frames[0].width)
+
+
+def frame(placement: Placement, reading: Reading, image: Path) -> Frame:
+    """Return size and orientation of the slices of an image file on the working grid."""
+    oriented = reading.orientation == "canonical" and open_volume(image).oriented
+    return Frame.of(placement, reading, oriented)
+
+
+def _draw_cases(run: RunDirectory, dataset: Dataset, rows: pd.DataFrame, cache: SliceCache) -> None:
     config = run.config
     # Dice is undefined if neither mask has a structure; such a case is not the worst.
     dice = rows.groupby("case")[PRIMARY.name].mean().sort_values(ascending=False)
     dice = dice.dropna() if dice.notna().any() else dice
     chosen = {"best": 0, "median": len(dice) // 2, "worst": len(dice) - 1}
     test = {case.id: case for case in dataset.split(config.target, "test")}
-    cache, panels = SliceCache(), []
+    panels = []
     for note, position in chosen.items():
         case = test[str(dice.index[position])]
         view = dataset.view(case.domain).on(config.grid)
@@ -77,6 +141,7 @@ def _draw_cases(run: RunDirectory, dataset: Dataset, rows: pd.DataFrame) -> None
                 {"prediction": float(dice.iloc[position])},
                 case.id,
                 note,
+                frame(image.placement, view.reading, case.image),
             )
         )
     privileged = ", privileged" if config.privileged else ""
@@ -133,17 +198,19 @@ def draw_prediction(
     structures: Sequence[Structure],
     title: str,
     publishable: bool,
+    frame: Frame | None = None,
     columns: int = 6,
 ) -> Path:
     """Draw evenly spaced slices of a volume, with contours, where any structure was found.
 
     Args:
-        path: the file to write.
+        path: the PNG to write; SVG and PDF are written beside it.
         slices: (Z, H, W) in [-1, 1].
         classes: (Z, H, W), class indices.
         structures: the classes.
         title: of the figure.
         publishable: False stamps the figure as not for redistribution.
+        frame: size and orientation of the slices.
         columns: slices per row; at most two rows are drawn.
 
     Returns:
@@ -154,7 +221,7 @@ def draw_prediction(
     count = min(2 * columns, len(shown))
     chosen = shown[((np.arange(count) + 0.5) * len(shown) / count).astype(int)]
     panels = [
-        (np.asarray(slices[z], np.float32), classes[z], f"slice {z + 1}/{len(classes)}")
+        (np.asarray(slices[z], np.float32), classes[z], f"slice {z + 1}/{len(classes)}", frame)
         for z in chosen
     ]
     return domain_montage(path, title, panels, structures, publishable, columns)
@@ -168,11 +235,11 @@ def draw_dataset(dataset: Dataset, grid: Grid, out: Path, columns: int = 6) -> l
     Args:
         dataset: the dataset.
         grid: the working grid.
-        out: directory of the PNGs.
+        out: directory of the figures.
         columns: slices per row; two rows are drawn.
 
     Returns:
-        The files.
+        The PNGs; SVG and PDF are beside them.
     """
     cache, files = SliceCache(), []
     for domain in dataset.domains():
@@ -193,6 +260,7 @@ def draw_dataset(dataset: Dataset, grid: Grid, out: Path, columns: int = 6) -> l
                     np.asarray(image[z], dtype=np.float32),
                     np.asarray(label[z]),
                     f"{case.id} ({case.split}), slice {z + 1}/{len(label)}\n{voxel} mm",
+                    frame(cached.placement, view.reading, case.image),
                 )
             )
         files.append(

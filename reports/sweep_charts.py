@@ -8,29 +8,37 @@ trials, and fills contours beyond the trials.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from matplotlib.tri import Triangulation
 
-from glua_bench.errors import shortened
 from glua_bench.reports.charts import (
     BOUND,
     COLOURS,
+    LETTER,
     LINE,
     MARKERS,
     colour_bar,
+    label_points,
+    line_of,
     log_axis,
+    middle_shortened,
     new_axes,
+    on,
+    settle,
     styled,
+    wrapped,
 )
-from glua_bench.reports.figures import COLOUR_MAP, FAINT, INK, new_figure
+from glua_bench.reports.figures import COLOUR_MAP, INK, legend_below, new_figure
 from glua_bench.scoring.metrics import PRIMARY
 
 DONE, FADED, POST_HOC, PRUNED = COLOURS[0], COLOURS[5], COLOURS[1], COLOURS[3]
@@ -42,6 +50,12 @@ STATE_COLOURS = {"done": DONE, "pruned": PRUNED, "failed": POST_HOC, "running": 
 def _key(label: str, **look: Any) -> Line2D:
     """Return a legend entry."""
     return Line2D([], [], **{"ls": "", **look}, label=label)
+
+
+def pale(colour: str) -> str:
+    """Return a colour mixed with white."""
+    red, green, blue = (0.35 * value + 0.65 for value in to_rgb(colour))
+    return to_hex((red, green, blue))
 
 
 def _positions(values: pd.Series, log: bool | None) -> tuple[np.ndarray, list[str]]:
@@ -88,11 +102,11 @@ def history(trials: pd.DataFrame, seen: pd.DataFrame, objective: str, chosen: in
         handles.append(_key("chosen", color=INK, marker="*", ms=9))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("trial")
-    axes.set_ylabel(objective)
+    axes.set_ylabel(wrapped(objective, 2.4, 9))
     axes.grid(axis="y", color=LINE)
     axes.margins(y=0.12)
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8)
+        legend_below(figure, handles)
     return figure
 
 
@@ -111,7 +125,7 @@ def slices(
         objective: name of the objective.
         chosen: number of the chosen trial.
     """
-    figure, grid = _grid(len(parameters), 4, 2.4, 2.5, sharey=True)
+    figure, grid = _grid(len(parameters), 4, 2.4, 2.7, sharey=True)
     for axes, (name, log) in zip(grid.flat, parameters.items(), strict=False):
         at, words = _positions(done[f"method.{name}"], log)
         shades: dict[str, Any] = {"c": done["number"], "cmap": f"{COLOUR_MAP}_r"}
@@ -122,12 +136,14 @@ def slices(
         if log:
             log_axis(axes)
         if words:
-            axes.set_xticks(range(len(words)), [shortened(word, 14) for word in words], rotation=25)
+            turned: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+            names = [middle_shortened(word, 14) for word in words]
+            axes.set_xticks(range(len(words)), names, fontsize=8, **turned)
             axes.set_xlim(-0.6, len(words) - 0.4)
-        axes.set_xlabel(name)
+        axes.set_xlabel(wrapped(name, 2.4, 9))
         axes.grid(axis="y", color=LINE)
     for row in grid:
-        row[0].set_ylabel(objective)
+        row[0].set_ylabel(wrapped(objective, 2.2, 9))
     colour_bar(figure, drawn, grid, "trial", ticks=MaxNLocator(5, integer=True))
     return figure
 
@@ -148,7 +164,15 @@ def _grid(
 def can_contour(done: pd.DataFrame, first: str, second: str) -> bool:
     """Return True if trials cover enough points of two parameters to draw contours."""
     places = done[[f"method.{first}", f"method.{second}"]].astype(float).drop_duplicates()
-    return len(places) >= MIN_CONTOUR_POINTS and bool((places.nunique() >= 3).all())
+    if len(places) < MIN_CONTOUR_POINTS or (places.nunique() < 3).any():
+        return False
+    # Points on a line enclose no area, on linear and on logarithmic axes.
+    found = places.to_numpy()
+    with np.errstate(all="ignore"):
+        scales = [found, np.log(found)] if (found > 0).all() else [found]
+    columns = [scale[:, index] for scale in scales for index in (0, 1)]
+    pairs = itertools.product(columns[0::2], columns[1::2])
+    return all(abs(np.corrcoef(x, y)[0, 1]) < 1 - 1e-6 for x, y in pairs)
 
 
 @styled
@@ -193,7 +217,7 @@ def contours(
         for name, along in ((first, "x"), (second, "y")):
             if parameters[name]:
                 log_axis(axes, along)
-            axes.set(**{f"{along}label": name})
+            axes.set(**{f"{along}label": wrapped(name, 2.4, 9)})
     colour_bar(figure, drawn, grid, objective, format="%.3g", ticks=MaxNLocator(5))
     return figure
 
@@ -206,16 +230,17 @@ def importances(shares: pd.Series, objective: str) -> Figure:
         shares: by parameter, the largest first.
         objective: name of the objective.
     """
-    figure = new_figure(6.4, 0.9 + 0.3 * len(shares))
+    names = [middle_shortened(str(name)) for name in shares.index]
+    figure = new_figure(4.6 + LETTER * max(map(len, names)), 1.1 + 0.3 * len(shares))
     axes = new_axes(figure)[0, 0]
     axes.barh(range(len(shares)), shares, color=DONE, height=0.6)
     for y, share in enumerate(shares):
         axes.text(share + 0.01, y, f"{100 * share:.0f} %", va="center", fontsize=8)
-    axes.set_yticks(range(len(shares)), list(shares.index))
+    axes.set_yticks(range(len(shares)), names)
     axes.set_ylim(len(shares) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(0, max(0.2, 1.15 * float(shares.max())))
-    axes.set_xlabel(f"share of the variance of {objective} (fANOVA)")
+    axes.set_xlabel(wrapped(f"share of the variance of {objective} (fANOVA)", 4.4, 9))
     axes.grid(axis="x", color=LINE)
     return figure
 
@@ -233,11 +258,11 @@ def curve(
         objective: name of the objective.
         dice: draw the test Dice in a second panel, which is marked post hoc.
     """
-    panels = [("quality", objective, (DONE, FADED))]
+    panels = [("quality", objective, (DONE, COLOURS[2]))]
     if dice:
-        panels.append((PRIMARY.name, "test Dice (post hoc)", (POST_HOC, COLOURS[4])))
+        panels.append((PRIMARY.name, "test Dice (post hoc)", (POST_HOC, COLOURS[6])))
     directions = list(dict.fromkeys(points["direction"]))
-    figure = new_figure(1.0 + 3.9 * len(panels), 3.3)
+    figure = new_figure(1.0 + 3.9 * len(panels), 3.5)
     grid = new_axes(figure, 1, len(panels))[0]
     by_objective = points.groupby("trial")["quality"].mean().idxmax()
     chosen = float(points.loc[points["trial"] == by_objective, "value"].iloc[0])
@@ -246,14 +271,21 @@ def curve(
             colour = colours[index % 2]
             own = points[points["direction"] == direction].dropna(subset=column)
             spread = own.groupby("value")[column].agg(["mean", "min", "max"])
-            name = f"{direction}: mean over seeds" if len(directions) > 1 else "mean over seeds"
+            name = line_of(own["seed"].nunique())
+            name = f"{middle_shortened(direction, 24)}: {name}" if len(directions) > 1 else name
             look: dict[str, Any] = {"color": colour, "marker": MARKERS[index]}
-            ends = spread["min"], spread["max"]
-            axes.fill_between(spread.index, *ends, color=colour, alpha=0.15, lw=0)
             axes.plot(own["value"], own[column], ls="", ms=3, alpha=0.6, **look)
             style = ("-", "--", ":", "-.")[index % 4]
             axes.plot(spread.index, spread["mean"], ls=style, ms=4.5, label=name, **look)
-        axes.axvline(chosen, color=INK, lw=0.9, ls="-", zorder=0, label=f"chosen by {objective}")
+            if (spread["max"] > spread["min"]).any():
+                # Edges and hatches keep overlapping bands apart.
+                ends = spread["min"], spread["max"]
+                hatched: dict[str, Any] = {"hatch": (None, "////")[index % 2], "lw": 0}
+                axes.fill_between(spread.index, *ends, color=colour, alpha=0.15, **hatched)
+                for end in ends:
+                    axes.plot(spread.index, end, color=colour, lw=0.6, alpha=0.8, zorder=1)
+        by = f"chosen by {middle_shortened(objective, 30)}"
+        axes.axvline(chosen, color=INK, lw=0.9, ls="-", zorder=0, label=by)
         if column == PRIMARY.name:
             # Trials that lack a score are no candidates, as in `sweep_report.selection_cost`.
             best = points.groupby("trial")[PRIMARY.name].agg(lambda own: own.mean(skipna=False))
@@ -263,8 +295,8 @@ def curve(
                 axes.axvline(at, label="highest test Dice", **dotted)
         if log:
             log_axis(axes)
-        axes.set_xlabel(parameter)
-        axes.set_title(label)
+        axes.set_xlabel(wrapped(parameter, 3.9, 9))
+        axes.set_title(wrapped(label, 3.9))
         axes.grid(color=LINE)
         axes.margins(y=0.2)
         axes.legend(fontsize=7, loc="best")
@@ -292,13 +324,13 @@ def agreement(trials: pd.DataFrame, objective: str, chosen: int | None, rho: flo
     ring = {"s": 110, "fc": "none", "ec": POST_HOC, "label": "highest test Dice"}
     axes.scatter(best[objective], best[PRIMARY.name], **ring)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel(objective)
+    axes.set_xlabel(wrapped(objective, 4.0, 9))
     axes.set_ylabel("test Dice (post hoc)")
     if not math.isnan(rho):
         axes.set_title(f"Spearman's ρ = {rho:.2f} over {len(trials)} trials", fontsize=9)
     axes.grid(color=LINE)
     axes.margins(0.1)
-    axes.legend(fontsize=7, loc="best")
+    legend_below(figure, axes.get_legend_handles_labels()[0], 7)
     return figure
 
 
@@ -319,15 +351,14 @@ def front(done: pd.DataFrame, objective: str, cost: str, on_front: Sequence[int]
     axes.plot(others[cost], others[objective], "o", color=BOUND, ms=4, alpha=0.6, label="dominated")
     axes.step(best[cost], best[objective], where="post", color=DONE, lw=1.2)
     axes.plot(best[cost], best[objective], "o", color=DONE, ms=6, label="Pareto front")
-    offset: dict[str, Any] = {"xytext": (5, -9), "textcoords": "offset points"}
-    for _, row in best.iterrows():
-        point, number = (row[cost], row[objective]), str(int(row["number"]))
-        axes.annotate(number, point, fontsize=7, color=FAINT, **offset)
-    axes.set_xlabel(f"{cost} (labels: trial numbers)")
-    axes.set_ylabel(objective)
+    axes.set_xlabel(wrapped(f"{cost} (labels: trial numbers)", 5.0, 9))
+    axes.set_ylabel(wrapped(objective, 2.4, 9))
     axes.grid(color=LINE)
     axes.margins(0.1)
-    axes.legend(fontsize=8, loc="lower right")
+    legend_below(figure, axes.get_legend_handles_labels()[0])
+    settle(figure)
+    numbered = [(str(int(row["number"])), row[cost], row[objective]) for _, row in best.iterrows()]
+    label_points(axes, numbered)
     return figure
 
 
@@ -356,12 +387,14 @@ def courses(seen: pd.DataFrame, trials: pd.DataFrame, objective: str, chosen: in
             look = {"color": BOUND, "lw": 0.9, "ls": ":"}
         if number == chosen:
             look, name = {"color": INK, "lw": 2.0, "zorder": 5}, "chosen"
-        (handles[name],) = axes.plot(own["step"], own["value"], "-o", ms=2.5, **look)
+        (handles[name],) = axes.plot(own["step"], own["value"], marker="o", ms=2.5, **look)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("checkpoint or run of the trial")
-    axes.set_ylabel(f"intermediate {objective}")
+    axes.set_ylabel(wrapped(f"intermediate {objective}", 2.4, 9))
     axes.grid(color=LINE)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8)
+    for name, handle in handles.items():
+        handle.set_label(name)
+    legend_below(figure, list(handles.values()))
     return figure
 
 
@@ -380,18 +413,21 @@ def time_line(trials: pd.DataFrame) -> Figure:
         for size, word in ((3600, "hours"), (60, "minutes"), (1, "seconds"))
         if seconds > 2 * size or size == 1
     )
-    figure = new_figure(7.4, 1.2 + 0.32 * len(workers))
+    names = [middle_shortened(str(worker), 30) for worker in workers]
+    figure = new_figure(5.6 + LETTER * max(map(len, names)), 1.3 + 0.32 * len(workers))
     axes = new_axes(figure)[0, 0]
     for row in trials.itertuples():
         start = (row.began - first).total_seconds() / unit
         width = (row.ended - row.began).total_seconds() / unit
         y, colour = workers.index(row.worker), STATE_COLOURS.get(row.state, BOUND)
-        look: dict[str, Any] = {"color": colour, "alpha": 0.85 if row.counted else 0.35}
-        axes.barh(y, width, left=start, height=0.62, ec="white", lw=0.6, **look)
-        if width > 0.02 * seconds / unit:
+        if not row.counted:
+            colour = pale(colour)
+        axes.barh(y, width, left=start, height=0.62, fc=colour, ec="white", lw=0.6)
+        # The bars span at least 4 inches; a digit takes 0.07.
+        if width > 0.02 * len(str(row.number)) * seconds / unit:
             centred: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7}
-            axes.text(start + width / 2, y, str(row.number), color="#fefefe", **centred)
-    axes.set_yticks(range(len(workers)), workers)
+            axes.text(start + width / 2, y, str(row.number), color=on(colour), **centred)
+    axes.set_yticks(range(len(workers)), names)
     axes.set_ylim(len(workers) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(f"{name} since the start of the first trial")
@@ -399,6 +435,6 @@ def time_line(trials: pd.DataFrame) -> Figure:
     shown = [state for state in STATE_COLOURS if (trials["state"] == state).any()]
     handles = [_key(s, color=STATE_COLOURS[s], ls="-", lw=6) for s in shown]
     if not trials["counted"].all():
-        handles.append(_key("pale: restarted", color=BOUND, ls="-", lw=6, alpha=0.4))
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8)
+        handles.append(_key("pale: restarted", color=pale(BOUND), ls="-", lw=6))
+    legend_below(figure, handles)
     return figure

@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 from scipy import stats
 
+from glua_bench.console import next_command
 from glua_bench.files import write_text
 from glua_bench.reports import sweep_charts
 from glua_bench.reports.page import PageWriter, Section, make_folders, render
@@ -43,6 +44,7 @@ class Sweep:
         oracle: True if the search uses target labels.
         budget: maximum number of trials.
         shared: `--set` texts of the method for all trials.
+        data: options of `run` for dataset, direction and everything else that trials share.
         trials: one row per trial.
         runs: one row per run of a finished trial.
         seen: intermediate values of trials.
@@ -63,6 +65,7 @@ class Sweep:
     seen: pd.DataFrame
     importances: pd.Series | None
     importances_note: str
+    data: Sequence[str] = ()
 
     @property
     def objective(self) -> str:
@@ -279,7 +282,7 @@ def write(sweep: Sweep, out: Path) -> list[Path]:
         "sweep.html",
         title=f"{stamp}Sweep {sweep.name}",
         question=sweep.title,
-        summary=sentences(sweep),
+        summary=[(sentence, "") for sentence in sentences(sweep)],
         notices=notices(sweep),
         sections=sections,
         objective=sweep.objective,
@@ -344,9 +347,11 @@ class _Writer(PageWriter):
         if number is None:
             return section
         own = [f"method.{n}={v}" for n, v in sweep.settings(number).items()]
-        options = " ".join(f"--set {text}" for text in (*sweep.shared, *own))
+        chosen = own if sweep.data else [*sweep.shared, *own]
+        options = [*sweep.data, *(word for text in chosen for word in ("--set", text))]
         section.intro = f"The trial with the highest {self.label}. To use it:"
-        section.command = f"glua-bench run --method {sweep.facts['method']} {options}"
+        words = "glua-bench", "run", "--method", sweep.facts["method"], *options
+        section.command = next_command(*words)
         best = self.done.sort_values(self.label, ascending=False, kind="stable").head(MAX_SHOWN)
         caption = f"Best {len(best)} of {len(self.done)} finished trials by {self.label}."
         section.blocks.append(self.table(self._of_trials("best", caption, best)))
@@ -357,6 +362,8 @@ class _Writer(PageWriter):
                 f"{self.label} over {name}. Dots: runs; line: mean over seeds; band: minimum to "
                 "maximum."
             )
+            if points["seed"].nunique() == 1:
+                caption = f"{self.label} over {name}. One run per value and direction."
             figure = sweep_charts.curve(points, name, log, self.label, dice=False)
             section.blocks.append(self.chart(f"curve_{name}", caption, figure))
         return section

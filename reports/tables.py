@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
@@ -38,6 +38,12 @@ class Column:
     spread: Sequence[float] | None = None
     better: str = ""
     group: str = ""
+
+    @property
+    def empty(self) -> bool:
+        """True if no row has a value."""
+        texts = (self.text(row) for row in range(len(self.values)))
+        return all(text.strip() in ("", MISSING) for text in texts)
 
     @classmethod
     def of(
@@ -84,6 +90,7 @@ class Table:
         notes: sentences below the table.
         ids: run ids of each row.
         first: heading of the row names.
+        apart: rows set apart by a rule, e.g. the bounds.
     """
 
     name: str
@@ -95,6 +102,23 @@ class Table:
     notes: Sequence[str] = ()
     ids: Sequence[Sequence[str]] = ()
     first: str = "method"
+    apart: frozenset[str] = frozenset()
+
+    @property
+    def filled(self) -> Table:
+        """The table without empty columns, as it is printed; CSV files have all columns."""
+        kept = [index for index, column in enumerate(self.columns) if not column.empty]
+        marks = {
+            (row, kept.index(column)): mark
+            for (row, column), mark in self.marks.items()
+            if column in kept
+        }
+        return replace(self, columns=[self.columns[index] for index in kept], marks=marks)
+
+    def ruled(self, row: int) -> bool:
+        """Return True if a rule stands above a row, between rows set apart and others."""
+        names = self.rows
+        return row > 0 and (names[row] in self.apart or names[row - 1] in self.apart)
 
     def place(self, row: int, column: int) -> str:
         """Return "best", "second", or ""; values that print alike share a place."""
@@ -131,7 +155,8 @@ class Table:
 
 
 def markdown(table: Table) -> str:
-    """Return a table in Markdown; best in bold, second in italics."""
+    """Return a table in Markdown, without empty columns; best in bold, second in italics."""
+    table = table.filled
     heads = [table.first, *(f"{c.group} {c.title}".strip() for c in table.columns)]
     lines = [_md_line(map(_md, heads)), _md_line(["---"] * len(heads))]
     for row, name in enumerate(table.rows):
@@ -147,7 +172,11 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    r"""Return a table in LaTeX for `\usepackage{booktabs}`; best in bold, second underlined."""
+    r"""Return a table in LaTeX for `\usepackage{booktabs}`, without empty columns.
+
+    The best value is bold, the second underlined; `\midrule` sets bounds apart.
+    """
+    table = table.filled
     head = " & ".join(_tex(column.title) for column in table.columns)
     letters = len(table.first) + sum(len(column.title) + 2 for column in table.columns)
     for row, name in enumerate(table.rows):
@@ -186,6 +215,7 @@ def latex(table: Table) -> str:
             if spread:
                 text += f"\\,{{\\scriptsize$\\pm$\\,{spread}}}"
             cells.append(text + _tex(table.marks.get((row, index), "")))
+        lines += ["\\midrule"] * table.ruled(row)
         lines.append(" & ".join(cells) + " \\\\")
     lines += ["\\bottomrule", "\\end{tabular}"]
     if table.notes:

@@ -44,8 +44,9 @@ def collect(study: SweepStudy, runs_root: Path) -> dict[str, Any]:
     Returns:
         name; title; facts (entry of the definition → text); parameters (name → True for a
         logarithmic scale, None for listed values); objectives; oracle (whether the search read
-        target labels); shared (`--set` arguments of the method in all trials); trials, runs, seen
-        (the tables of `trial_table`, `run_table` and `seen_table`); importances (parameter → share
+        target labels); shared (`--set` arguments of the method in all trials); data
+        (options of `run` that all trials share); trials, runs, seen (the tables of `trial_table`,
+        `run_table` and `seen_table`); importances (parameter → share
         of the objective's variance, or None), and importances_note (their meaning, or why there are
         none).
     """
@@ -65,7 +66,16 @@ def collect(study: SweepStudy, runs_root: Path) -> dict[str, Any]:
         "seen": seen_table(trials),
         "importances": importances,
         "importances_note": note,
+        "data": _options(definition),
     }
+
+
+def _options(definition: Definition) -> list[str]:
+    """Return the options of `run` that all trials share, with the first direction."""
+    words = ["--dataset", definition.dataset, "--direction", definition.directions[0]]
+    words += ["--fold", str(definition.fold)] if definition.fold > 1 else []
+    words += ["--preset", definition.preset]
+    return words + [word for text in definition.settings for word in ("--set", text)]
 
 
 def _drawn(definition: Definition) -> list[Parameter]:

@@ -308,7 +308,7 @@ def show(
 
     files = list(draw_dataset(data, data.grid(preset), out))
     for file in files:
-        say(f"Wrote {file}")
+        say(f"Wrote {file} (also .svg, .pdf)")
     if not data.publishable:
         say("The figures show the data owner's images: do not share them.")
     following = [source.command(_RUN), source.command(_COMPARE)]

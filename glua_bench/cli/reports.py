@@ -116,7 +116,9 @@ def report(
             found = results.from_runs(runs_root, chosen, plugin or [], warn)
         files = reporting.write(found, out, options, note)
     note()
-    sentences = list(reporting.summary(found, options))
+    sentences = [
+        f"{verdict} {bounds}".rstrip() for verdict, bounds in reporting.summary(found, options)
+    ]
     for sentence in sentences:
         say(sentence)
     say()
@@ -184,7 +186,7 @@ def predict(
         note(f"Skipped (labels by their names): {files}{more}.")
 
     def draw(predicted: Predicted) -> None:
-        from glua_bench.reports.run_figures import draw_prediction
+        from glua_bench.reports.run_figures import draw_prediction, frame
 
         draw_prediction(
             out / f"{predicted.name}.png",
@@ -193,6 +195,7 @@ def predict(
             loaded.structures,
             predicted.name,
             loaded.data.publishable,
+            frame(predicted.placement, loaded.data.domains[name].reading, predicted.file),
         )
 
     with progress() as bar:

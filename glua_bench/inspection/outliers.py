@@ -131,7 +131,7 @@ def size_outliers(domains: Labelled) -> Iterator[Finding]:
             if (np.abs(shift) > least).any():
                 ratio = " × ".join(f"{value:.2f}" for value in np.exp(shift))
                 text = (
-                    f"The structures of {one.case.label} are {ratio} times larger (mm) than in "
+                    f"The structures of {one.case.label} are {ratio} times as large (mm) as in "
                     f"other cases of {domain} (through-plane × vertical × horizontal): check the "
                     "voxel size in the headers, and the label."
                 )
@@ -158,7 +158,7 @@ def domain_sizes(domains: Labelled) -> Iterator[Finding]:
         ratio = [" × ".join(f"{value:.2f}" for value in np.exp(s)) for s in (shift, in_voxels)]
         hint = f", but {ratio[1]} times in voxels, so the headers of one domain may be wrong"
         text = (
-            f"The structures of {first} are {ratio[0]} times larger (mm) than those of {second} "
+            f"The structures of {first} are {ratio[0]} times as large (mm) as those of {second} "
             f"(through-plane × vertical × horizontal){hint if agree.any() else ''}: compare the "
             "voxel sizes, and set the correct one in the dataset's reading."
         )

@@ -21,6 +21,7 @@ from glua_bench.config import ORACLE, RunConfig, build_settings
 from glua_bench.console import Progress
 from glua_bench.data.geometry import ambiguities
 from glua_bench.data.neighbours import Neighbourhood, Stacks
+from glua_bench.data.resampling import Placement
 from glua_bench.data.stores import IMAGE_TYPE
 from glua_bench.data.volumes import (
     GridImage,
@@ -142,7 +143,7 @@ class Predicted:
         slices: the image on the working grid, float32 (Z, H, W).
         classes: most probable class per pixel, uint8 (Z, H, W).
         ml: structure → volume.
-        spacing: mm per axis of the file's array.
+        placement: of the slices in the file.
     """
 
     file: Path
@@ -151,7 +152,7 @@ class Predicted:
     slices: np.ndarray
     classes: np.ndarray
     ml: dict[str, float]
-    spacing: tuple[float, float, float]
+    placement: Placement
 
 
 def find_run(name: str, runs_root: Path) -> RunDirectory:
@@ -352,9 +353,7 @@ def predict(
             save_maps(out / f"{given.name}_prob.nii.gz", maps, image.placement)
         ml = volumes_ml(labels, model.structures, image.placement.ml)
         classes = found.argmax(0).astype(np.uint8)
-        yield Predicted(
-            given.path, given.name, path, image.voxels, classes, ml, image.placement.spacing
-        )
+        yield Predicted(given.path, given.name, path, image.voxels, classes, ml, image.placement)
         report(done)
 
 
@@ -432,7 +431,7 @@ def outputs(
     images: Iterable[Given], out: Path, probabilities: bool = False, overlay: bool = False
 ) -> list[Path]:
     """Return the files that `predict` writes, with its table and pictures."""
-    ends = ["_seg.nii.gz"] + ["_prob.nii.gz"] * probabilities + [".png"] * overlay
+    ends = ["_seg.nii.gz"] + ["_prob.nii.gz"] * probabilities + [".png", ".svg", ".pdf"] * overlay
     return [out / f"{image.name}{end}" for image in images for end in ends] + [out / VOLUMES]
 
 
@@ -508,7 +507,11 @@ def predict_all(
 def volumes_table(predicted: Iterable[Predicted]) -> pd.DataFrame:
     """Return file, structure, ml and voxel size in mm, one row per structure and volume."""
     return pd.DataFrame(
-        [(str(p.file), name, ml, *p.spacing) for p in predicted for name, ml in p.ml.items()],
+        [
+            (str(p.file), name, ml, *p.placement.spacing)
+            for p in predicted
+            for name, ml in p.ml.items()
+        ],
         columns=["file", "structure", "ml", *SPACING],
     )
 

@@ -17,6 +17,18 @@
     remembered(root.dataset.theme);
   });
 
+  // A hint stands above what is wider than the page.
+  const scrolls = [...document.querySelectorAll(".scroll")];
+  const hint = () => {
+    for (const box of scrolls) {
+      const wide = box.scrollWidth > box.clientWidth + 1;
+      box.classList.toggle("wide", wide);
+      box.previousElementSibling.hidden = !wide;
+    }
+  };
+  addEventListener("resize", hint);
+  hint();
+
   const show = (table, accepts) => {
     for (const row of table.tBodies[0].rows) row.hidden = !accepts(row);
   };
@@ -45,6 +57,7 @@
           const order = numeric ? Number(x) - Number(y) : x.localeCompare(y);
           return up ? order : -order;
         });
+        rows.forEach((row) => row.classList.remove("ruled"));
         table.tBodies[0].append(...rows);
       });
     });

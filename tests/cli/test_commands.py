@@ -94,7 +94,9 @@ def test_run_then_again_then_sync(call: Call, phantom_root: Path) -> None:
     assert code == 0, err
     assert re.search(r"^ +local_only +phantom mr-ct +1 done$", shown, re.MULTILINE), shown
     (done,) = Path("runs").glob("phantom/local_only/*/done")
-    assert {p.name for p in (done.parent / "figures").iterdir()} == {"cases.png", "pictures.png"}
+    assert {p.name for p in (done.parent / "figures").iterdir()} == {
+        f"{name}{suffix}" for name in ("cases", "strip") for suffix in (".png", ".svg", ".pdf")
+    }
     before = {p: p.stat().st_mtime_ns for p in done.parent.rglob("*")}
     code, again, _ = call(*command, *SMALL, "--no-mlflow")
     assert code == 0 and "already done" in again
@@ -128,7 +130,9 @@ def test_data_prepare_check_and_show(call: Call, phantom_root: Path) -> None:
     assert code == 0 and "All 6 cases" in out and "LVC ml" in out
     code, out, _ = call("data", "show", *where, "--preset=quick", "--out", "pictures")
     assert code == 0 and "Next:" in out
-    assert {p.name for p in Path("pictures").iterdir()} == {"phantom_ct.png", "phantom_mr.png"}
+    assert {p.name for p in Path("pictures").iterdir()} == {
+        f"phantom_{domain}.{suffix}" for domain in ("ct", "mr") for suffix in ("png", "svg", "pdf")
+    }
 
 
 def test_check_tells_problems_from_warnings(call: Call, phantom_root: Path, tmp_path: Path) -> None:

@@ -44,8 +44,7 @@ def test_cases_are_shown_for_every_entry(runs_root: Path, phantom_root: Path, tm
             assert case.dice[entry] == pytest.approx(own["dice"].mean())
         assert case.reference.max() == 4 and case.image.min() >= -1 and case.image.max() <= 1
         assert case.spacing == pytest.approx((4.0, 7.0, 7.0))
-    paths = [tmp_path / "cases.png", tmp_path / "cases.svg"]
-    draw(paths, shown, ["source_only", "histogram_matching"], dataset)
+    paths = draw(tmp_path / "cases.png", shown, ["source_only", "histogram_matching"], dataset)
     picture = matplotlib.image.imread(paths[0])
     assert picture[..., :3].std() > 0.05 and picture.shape[0] > picture.shape[1]
     assert paths[1].read_text().startswith("<?xml")

@@ -12,7 +12,15 @@ import pytest
 from glua_bench.config import RunConfig
 from glua_bench.errors import RunFailure
 from glua_bench.reports import statistics
-from glua_bench.reports.comparison import as_metrics, as_text, costs, table, verdict, write
+from glua_bench.reports.comparison import (
+    as_metrics,
+    as_text,
+    bounds,
+    costs,
+    table,
+    verdict,
+    write,
+)
 from glua_bench.task import Grid
 
 
@@ -235,3 +243,25 @@ def test_a_shared_stage_costs_every_run_what_it_cost_the_first() -> None:
     assert math.isnan(costs([(config, first), (other, second)])[1])
     for change in ({"direction": "ct-mr"}, {"steps": 9}, {"preset": "paper"}):
         assert math.isnan(costs([(config, first), (replace(config, **change), second)])[1])
+
+
+def test_the_best_entry_is_compared_with_both_bounds() -> None:
+    cases = "".join(chr(ord("a") + i) for i in range(8))
+    rows = made(cases, {"source_only": [0.2, 0.3], "glua": [0.5, 0.6], "supervised": [0.7, 0.8]})
+    text = bounds(rows, "t x-y")
+    assert text.startswith("Bounds: source_only 25.0 % (glua: +30.0 points, 95 % CI ")
+    assert ", significant, p < 0.001); supervised (privileged) 75.0 % (glua: −20.0 " in text
+    assert text.endswith("glua recovers 60 % of the gap between them.")
+    # The upper bound is not tested, and a lower bound that no method exceeds is named.
+    assert text.count("significant") == 1
+    worse = made(cases, {"source_only": [0.5, 0.5], "glua": [0.2, 0.3]})
+    text = bounds(worse, "t x-y")
+    assert text == "Bound: source_only 50.0 %. No method has a higher mean than source_only."
+    assert bounds(made(cases, {"glua": [0.5, 0.6]}), "t x-y") == ""
+
+
+def test_columns_without_values_are_not_printed() -> None:
+    text = as_text(table(made().assign(peak_memory_mib=math.nan)))
+    assert "HD95" not in text and "MiB" not in text and "ASSD" in text
+    full = as_text(table(made().assign(hd95=5.0)))
+    assert "HD95" in full and "MiB" in full

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from glua_bench.reports import figures
-from glua_bench.reports.figures import Panel, case_grid, domain_montage, picture_grid
+from glua_bench.reports.figures import Panel, case_grid, domain_montage, strip
 from glua_bench.task import Structure
 
 # Far from gray, from each other and from the stamp's red.
@@ -51,7 +51,7 @@ def panel(prediction: np.ndarray, reference: np.ndarray | None = None) -> Panel:
 
 
 def montage(path: Path, **named: Any) -> Path:
-    slices = [(image(), discs(), f"case {i}") for i in range(3)]
+    slices = [(image(), discs(), f"case {i}", None) for i in range(3)]
     return domain_montage(path, "a domain", slices, STRUCTURES, **named)
 
 
@@ -63,7 +63,7 @@ DRAWINGS: dict[str, Callable[..., Path]] = {
     "cases": lambda path, **named: case_grid(
         path, [panel(discs(3)), panel(discs())], STRUCTURES, "title", **named
     ),
-    "pictures": lambda path, **named: picture_grid(
+    "pictures": lambda path, **named: strip(
         path, {"source": stack(), "gap": np.full((3, 12, 12), 0.5)}, **named
     ),
     "domain": montage,
@@ -77,7 +77,7 @@ def test_a_figure_is_a_readable_png_stamped_for_patients_only(name: str, tmp_pat
     height, width, _ = drawn(path).shape
     assert 300 <= height <= 3000 and 300 <= width <= 3000
     assert drawn(path).std() > 0.05  # not an empty page
-    assert [p.name for p in path.parent.iterdir()] == ["figure.png"]
+    assert {p.name for p in path.parent.iterdir()} == {"figure.png", "figure.svg", "figure.pdf"}
     kept = DRAWINGS[name](tmp_path / "kept.png", publishable=False)
     assert pixels(kept, RED, 0.25) >= pixels(path, RED, 0.25) + 30
 
@@ -125,13 +125,13 @@ def test_volumes_of_structures_are_dots_in_their_colours(tmp_path: Path) -> None
 
 def test_a_missing_picture_leaves_its_place_empty(tmp_path: Path) -> None:
     rows = {"source": stack(4), "restyled": stack(2)}
-    assert picture_grid(tmp_path / "a.png", rows).is_file()
+    assert strip(tmp_path / "a.png", rows).is_file()
 
 
 @pytest.mark.parametrize("rows", [{}, {"source": np.zeros((3, 3))}])
 def test_rows_that_are_no_pictures_are_refused(rows: dict[str, np.ndarray], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rows"):
-        picture_grid(tmp_path / "a.png", rows)
+        strip(tmp_path / "a.png", rows)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -140,8 +140,8 @@ def test_maps_are_in_colour_and_images_are_not(tmp_path: Path) -> None:
         found = drawn(path)
         return int((found.max(-1) - found.min(-1) > 0.2).sum())
 
-    gray = picture_grid(tmp_path / "a.png", {"source": stack(), "fake": (stack() + 1) / 2})
-    color = picture_grid(tmp_path / "b.png", {"source": stack(), "gap": (stack() + 1) / 2})
+    gray = strip(tmp_path / "a.png", {"source": stack(), "fake": (stack() + 1) / 2})
+    color = strip(tmp_path / "b.png", {"source": stack(), "gap": (stack() + 1) / 2})
     assert colourful(gray) == 0 and colourful(color) > 5000
 
 
@@ -149,7 +149,7 @@ def test_a_figure_that_cannot_be_drawn_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = montage(tmp_path / "a.png")
-    before = path.read_bytes()
+    before, files = path.read_bytes(), sorted(tmp_path.iterdir())
 
     def broken(*arguments: Any, **named: Any) -> None:
         raise RuntimeError("no fonts")
@@ -157,4 +157,4 @@ def test_a_figure_that_cannot_be_drawn_leaves_the_old_one(
     monkeypatch.setattr(figures.Figure, "savefig", broken)
     with pytest.raises(RuntimeError):
         montage(path)
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    assert path.read_bytes() == before and sorted(tmp_path.iterdir()) == files

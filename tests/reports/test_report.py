@@ -190,10 +190,10 @@ def test_the_caption_of_a_curve_matches_the_drawing(made_runs, tmp_path):
         if seed:
             made_runs.add("glua", 0.4, seed - 1, settings={"mask": "random"})
         page = page_of(from_runs(made_runs.root), tmp_path / str(seed))
-        captions.append(re.search(r"Dice over mask_ratio\. Dots[^<]*", page)[0].strip())
-    assert captions[0].endswith("mean.")
+        captions.append(re.search(r'Dice over mask_ratio\. [^<"]*', page)[0].strip())
+    assert captions[0].endswith("mask_ratio. One seed.")
     assert captions[1].endswith("Dashed: variants without a value on this axis.")
-    assert captions[2].endswith("on this axis, with standard deviation.")
+    assert captions[2].endswith("on this axis, at the right edge with their standard deviation.")
 
 
 def test_entries_without_a_common_seed_are_noted_and_drawn(made_runs, tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import math
 import re
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -136,6 +138,19 @@ def test_what_a_sweep_sets_of_the_method_is_part_of_its_choice(ratios, tmp_path)
     sweep = replace(ratios(), shared=("method.mask=topk",))
     page = write(sweep, tmp_path)[0].read_text()
     assert "run --method glua --set method.mask=topk --set method.mask_ratio=0.3" in page
+
+
+def test_the_command_of_a_choice_can_be_pasted(made_sweep, tmp_path):
+    """It names the data, and quotes what a shell would split or expand."""
+    form = "a b; $(ls) 'c'"
+    sweep = made_sweep({"form": [form]}, [0.5], scales={"form": None})
+    sweep = replace(sweep, data=("--dataset", "my data.yaml", "--direction", "mr-ct"))
+    page = html.unescape(write(sweep, tmp_path)[0].read_text())
+    line = re.search(r"<pre><code>(glua-bench .*?)</code></pre>", page)[1]
+    assert shlex.split(line) == [
+        *("glua-bench", "run", "--method", "glua", "--dataset", "my data.yaml"),
+        *("--direction", "mr-ct", "--set", f"method.form={form}"),
+    ]
 
 
 def test_a_sweep_over_many_parameters_has_all_its_charts(made_sweep, tmp_path):

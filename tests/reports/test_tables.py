@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 
@@ -92,3 +93,28 @@ def test_latex_compiles_in_a_plain_article(table, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_rules_set_bounds_apart(table):
+    apart = replace(table, apart=frozenset({"low", "bound (privileged)"}))
+    lines = [line.partition(" & ")[0] for line in latex(apart).splitlines()]
+    rows = lines[lines.index("method") + 1 : lines.index("\\bottomrule")]
+    assert rows == [
+        "\\midrule",
+        "low",
+        "\\midrule",
+        "a\\_1",
+        "b",
+        "\\midrule",
+        "bound (privileged)",
+    ]
+    assert latex(table).count("\\midrule") == 1
+
+
+def test_empty_columns_are_in_csv_only(table):
+    """A column without values is not printed, and marks stay at their values."""
+    gone = [Column("HD95", [math.nan] * 4, better="lower"), Column("note", ["", "–", "", ""])]
+    wider = replace(table, columns=[gone[0], *table.columns, gone[1]], marks={(0, 2): "†"})
+    assert latex(wider) == latex(table) and markdown(wider) == markdown(table)
+    assert wider.filled == table
+    assert {"HD95", "note"} <= set(wider.frame())

@@ -190,7 +190,7 @@ def test_a_run_leaves_all_its_files(finished: Finished) -> None:
         "summary.json",
         "done",
         "figures/cases.png",
-        "figures/restyled.png",  # the method's own pictures
+        "figures/strip.png",  # the method's own pictures
     ):
         assert (path / name).stat().st_size > 0, name
     assert not list(path.rglob(".writing-*"))

@@ -1,13 +1,17 @@
-"""Helpers for tests that draw volumes and store them as scanners and converters do."""
+"""Helpers for tests that draw volumes, store them as scanners and converters do, or read charts."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.path import Path as Outline
+from matplotlib.text import Text
 
 from glua_bench.console import Progress
 from glua_bench.data.resampling import Placement
@@ -82,3 +86,56 @@ def sentence(error: pytest.ExceptionInfo[Exception], *named: object) -> str:
     for part in named:
         assert str(part) in text, text
     return text
+
+
+def texts_of(figure: Figure) -> list[tuple[str, Outline]]:
+    """Return the visible texts of a figure with their outlines in pixels, of turned texts, too."""
+    figure.canvas.draw()
+    limits = {a.xaxis: a.get_xlim() for a in figure.axes} | {
+        a.yaxis: a.get_ylim() for a in figure.axes
+    }
+    hidden: set[int] = set()  # tick labels beyond the limits of their axis are not drawn
+    for axis, ends in limits.items():
+        low, high = sorted(ends)
+        for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]:
+            margin = 1e-6 * (high - low)
+            if not low - margin <= tick.get_loc() <= high + margin:
+                hidden |= {id(tick.label1), id(tick.label2)}
+    shown = [a for a in figure.findobj(Text) if a.get_visible() and a.get_text().strip()]
+    gone = [a for a in figure.axes if not a.get_visible()]
+    found = []
+    for text in shown:
+        if id(text) in hidden or text.axes in gone:
+            continue
+        box = text.get_window_extent()
+        middle = np.array([(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2])
+        turn = text.get_rotation()
+        text.set_rotation(0)
+        flat = text.get_window_extent()
+        text.set_rotation(turn)
+        half = np.array([flat.width, flat.height]) / 2 - 0.75  # neighbours may touch
+        angle = np.radians(turn)
+        rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        corners = [rotation @ (half * sign) for sign in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+        found.append(
+            (text.get_text(), Outline([*(middle + c for c in corners), middle + corners[0]]))
+        )
+    return found
+
+
+def assert_readable(figure: Figure, name: str = "") -> None:
+    """Assert that all texts lie inside the figure, and that no two of them overlap.
+
+    Texts are titles, labels of axes, ticks and points, and legends.
+    """
+    found = texts_of(figure)
+    assert found, f"{name}: no text"
+    width, height = figure.bbox.width, figure.bbox.height
+    for text, outline in found:
+        box: Any = outline.get_extents()
+        inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
+        assert inside, f"{name}: '{text}' leaves the figure ({width:.0f} × {height:.0f}): {box}"
+    for index, (text, outline) in enumerate(found):
+        for other, second in found[index + 1 :]:
+            crossing = outline.intersects_path(second, filled=True)
+            assert not crossing, f"{name}: '{text}' and '{other}' overlap"

@@ -72,6 +72,10 @@ def searched(made_runs) -> SweepStudy:
 
 def test_every_trial_has_its_row(searched, made_runs) -> None:
     tables = results.collect(searched, made_runs.root)
+    assert tables["data"][:6] == [
+        *("--dataset", "phantom", "--direction", "mr-ct"),
+        *("--preset", "quick"),
+    ]
     table = tables["trials"].set_index("number")
     assert list(table["state"]) == ["done", "done", "failed", "pruned", "failed"]
     assert list(table["counted"]) == [True, True, False, True, True]
