@@ -117,7 +117,9 @@ def predict(
     images: Annotated[
         list[Path],
         typer.Argument(
-            help="NIfTI, NRRD or MetaImage files; or directories of them or of a DICOM series."
+            help="NIfTI, NRRD or MetaImage files; or directories of them or of a DICOM series. "
+            "Of a model with several channels: the files of a case joined by commas, or nnU-Net's "
+            "names."
         ),
     ],
     run: RunName = None,
@@ -152,18 +154,18 @@ def predict(
 
     if (run is None) == (model is None):
         raise ConfigError("Give either --run or --model.")
-    given = inputs.find(images)
+    if model is not None:
+        loaded = prediction.from_directory(model, plugin or [], device)
+    else:
+        found = prediction.find_run(str(run), runs_root)
+        loaded = prediction.from_run(found, plugin or [], device, selector)
+    given = inputs.find(images, loaded.method.task.channels)
     there = [p for p in prediction.outputs(given.images, out, probabilities, overlay) if p.exists()]
     if there and not overwrite:
         raise ConfigError(
             f"{there[0]} exists already; choose another --out, or give --overwrite to replace "
             f"{len(there)} file(s)."
         )
-    if model is not None:
-        loaded = prediction.from_directory(model, plugin or [], device)
-    else:
-        found = prediction.find_run(str(run), runs_root)
-        loaded = prediction.from_run(found, plugin or [], device, selector)
     config, name = loaded.config, loaded.domain(domain)
     say(
         f"{config.method}, trained on {config.fold_name} {config.direction}"

@@ -35,7 +35,7 @@ from glua_bench.method import Batch, Context, Method, Stage
 from glua_bench.runs import execution
 from glua_bench.runs.plan import PlannedRun, build_method, make_fabric, plan_config, resolve
 from glua_bench.runs.request import RunRequest
-from glua_bench.task import Case, Dataset, Grid, Reading, Structure
+from glua_bench.task import Case, Channel, Dataset, Grid, Reading, Structure
 
 STEPS = 3  # a training's budget: a first, a middle and a last step
 BATCH = 2
@@ -74,8 +74,10 @@ class TinyDataset(Dataset):
         for number, case in enumerate(c for d in self.domains() for c in self.cases(d)):
             if case.image.is_file() and case.truth.is_file():
                 continue
-            image, label = _tiny_volume(np.random.default_rng(number), case.domain == "inverted")
-            for path, voxels in ((case.truth, label), (case.image, image)):
+            *images, label = _tiny_volume(
+                np.random.default_rng(number), case.domain == "inverted", len(case.images)
+            )
+            for path, voxels in zip((case.truth, *case.images), (label, *images), strict=True):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
             report(f"wrote {case.id}")
@@ -95,8 +97,25 @@ class TinyDataset(Dataset):
         )
 
 
-def _tiny_volume(rng: np.random.Generator, inverted: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return an image (float32) and raw labels (int16), (X, Y, Z)."""
+class TwoChannels(TinyDataset):
+    """The tiny dataset with a second input channel, which shows the structures in another scale."""
+
+    reading: ClassVar[Reading] = replace(
+        TinyDataset.reading, channels=(Channel("first"), Channel("second", percentiles=(1, 99)))
+    )
+
+    def cases(self, domain: str) -> tuple[Case, ...]:
+        """Return the cases with two images each."""
+        return tuple(
+            replace(case, further=(self.root / "second" / case.image.name,))
+            for case in super().cases(domain)
+        )
+
+
+def _tiny_volume(
+    rng: np.random.Generator, inverted: bool, channels: int = 1
+) -> tuple[np.ndarray, ...]:
+    """Return images (float32) and, last, raw labels (int16), (X, Y, Z)."""
     x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in (34, 36, 4)), indexing="ij")
     left, front = rng.uniform(-0.2, 0.2, 2)
     radius = rng.uniform(0.35, 0.45) * (1 - 0.2 * z**2)
@@ -109,16 +128,26 @@ def _tiny_volume(rng: np.random.Generator, inverted: bool) -> tuple[np.ndarray, 
     image = np.where(body, 0.4, 0.0)
     for values, brightness in (((10,), 0.9), ((20, 21), 0.65), ((30,), 0.8)):
         image[np.isin(labels, values)] = brightness
+    contrasts = [image, np.where(body, 1.1 - image, 0.0)]
     if inverted:
-        image = np.where(body, 1.1 - image, 0.0)
-    return (image + rng.normal(0, 0.03, x.shape)).astype(np.float32), labels
+        contrasts.reverse()
+    contrasts[1] = 500 * contrasts[1] ** 2
+    images = [
+        (contrast + scale * rng.normal(0, 0.03, x.shape)).astype(np.float32)
+        for contrast, scale in zip(contrasts[:channels], (1, 500), strict=False)
+    ]
+    return *images, labels
 
 
-class _CorruptedDataset(TinyDataset):
+class _Corrupted(TinyDataset):
     """A copy whose files checks change or remove."""
 
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
         """Do nothing, so that removed files stay removed."""
+
+
+class _CorruptedTwo(_Corrupted, TwoChannels):
+    """A copy with two channels."""
 
 
 def rewrite_voxels(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
@@ -174,7 +203,8 @@ def flatten_slices(cases: Iterable[Case]) -> None:
         return voxels
 
     for case in cases:
-        rewrite_voxels(case.image, flat)
+        for image in case.images:
+            rewrite_voxels(image, flat)
         rewrite_voxels(case.truth, background)
 
 
@@ -329,16 +359,23 @@ class Bench:
         method: class of the method.
         config: settings that make the method small; they override those of `small_settings`.
         slices: slices per image.
+        channels: input channels of the dataset, 1 or 2.
     """
 
     def __init__(
-        self, method: type[Method], config: Mapping[str, Any] | None = None, slices: int = 1
+        self,
+        method: type[Method],
+        config: Mapping[str, Any] | None = None,
+        slices: int = 1,
+        channels: int = 1,
     ) -> None:
-        self.method, self.slices = method, slices
+        self.method, self.slices, self.channels = method, slices, channels
         self.given = dict(config or {})
         self._folder = tempfile.TemporaryDirectory(prefix="glua-bench-conformance-")
         self._made = 0
-        self.dataset = TinyDataset(Path(self._folder.name) / "data")
+        self.dataset = (TwoChannels if channels > 1 else TinyDataset)(
+            Path(self._folder.name) / "data"
+        )
         self.dataset.prepare()
         # A method without a name fails its check `card`.
         name = str(getattr(method, "name", method.__name__))
@@ -347,6 +384,11 @@ class Bench:
     def close(self) -> None:
         """Remove the files; otherwise they are removed at exit."""
         self._folder.cleanup()
+
+    @property
+    def inputs(self) -> int:
+        """Planes C·S of an image."""
+        return self.channels * self.slices
 
     @property
     def target(self) -> str:
@@ -364,7 +406,7 @@ class Bench:
         """Return a copy of the dataset whose files may be changed."""
         root = self.fresh("data")
         shutil.copytree(self.dataset.root, root, dirs_exist_ok=True)
-        return _CorruptedDataset(root)
+        return (_CorruptedTwo if self.channels > 1 else _Corrupted)(root)
 
     def cache(self) -> Path:
         """Return a new cache directory that contains the dataset's slices but no stage."""
@@ -452,12 +494,13 @@ class Bench:
     def build(self, config: RunConfig | None = None) -> Method:
         """Return an untrained method, initialised with the run's seed."""
         with quiet_machine():
-            return build_method(config or self.config(), self.dataset.structures, self.method)
+            structures = self.dataset.structures
+            return build_method(config or self.config(), structures, self.method, self.channels)
 
     def images(self, count: int, seed: int = 0) -> Tensor:
-        """Return random images, (N, S, H, W) in [-1, 1]."""
+        """Return random images, (N, C·S, H, W) in [-1, 1]."""
         generator = torch.Generator().manual_seed(seed)
-        return torch.rand(count, self.slices, SIZE, SIZE, generator=generator) * 2 - 1
+        return torch.rand(count, self.inputs, SIZE, SIZE, generator=generator) * 2 - 1
 
     def batch(self) -> Batch:
         """Return a batch as passed to a step."""

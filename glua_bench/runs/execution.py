@@ -36,7 +36,7 @@ from glua_bench.runs.stage_cache import artefact_path
 from glua_bench.runs.trainer import Trainer
 from glua_bench.scoring.evaluation import evaluate, mean_score, summarise
 from glua_bench.selection import ROLES, Candidate, Samples, Selector, choose, sample_pixels
-from glua_bench.task import Case, Dataset, UnlabelledCase
+from glua_bench.task import Case, Dataset, UnlabelledCase, common_channels
 
 # Draws a run's figures from its directory, dataset, rows of the primary selector, a batch of
 # images, and the method's own pictures.
@@ -297,7 +297,8 @@ def build_run(planned: PlannedRun, fabric: Fabric, progress: Progress) -> BuiltR
     """
     config = planned.config
     train, val, target = stores(planned, SliceCache(), progress)
-    method = build_method(config, planned.dataset.structures, planned.method_class)
+    channels = common_channels(planned.dataset, config.direction)
+    method = build_method(config, planned.dataset.structures, planned.method_class, channels)
     batches = Batches(
         train,
         target,
@@ -500,9 +501,10 @@ def _pictures(built: BuiltRun, count: int = 6) -> tuple[Batch, dict[str, Tensor]
     )
     torch.manual_seed(built.planned.config.seed)
     pictures = built.method.pictures(batch)
+    centre = partial(middle, slices=built.method.task.slices)
     shown = replace(
         batch,
-        source_images=middle(batch.source_images),
-        target_images=None if batch.target_images is None else middle(batch.target_images),
+        source_images=centre(batch.source_images),
+        target_images=None if batch.target_images is None else centre(batch.target_images),
     )
-    return shown, {name: middle(p).detach().float().cpu() for name, p in pictures.items()}
+    return shown, {name: centre(p).detach().float().cpu() for name, p in pictures.items()}

@@ -109,5 +109,5 @@ def test_stacks_are_read_one_by_one(tmp_path: Path) -> None:
 def test_the_middle_slice_is_the_labelled_one(slices: int) -> None:
     images = torch.arange(slices).view(1, slices, 1, 1).expand(2, slices, 4, 4)
     for kind in (images, images.numpy()):
-        shown = middle(kind)
+        shown = middle(kind, slices)
         assert tuple(shown.shape) == (2, 1, 4, 4) and bool((shown == slices // 2).all())
