@@ -159,7 +159,7 @@ def predict(
     else:
         found = prediction.find_run(str(run), runs_root)
         loaded = prediction.from_run(found, plugin or [], device, selector)
-    given = inputs.find(images, loaded.method.task.channels)
+    given = inputs.find(images, loaded.channels)
     there = [p for p in prediction.outputs(given.images, out, probabilities, overlay) if p.exists()]
     if there and not overwrite:
         raise ConfigError(

@@ -125,6 +125,11 @@ class ImageStore:
         """(H, W) of every slice."""
         return self._images.size
 
+    @property
+    def channels(self) -> int:
+        """Number of input channels C."""
+        return 1 + len(self._further)
+
     def images(
         self, indices: Sequence[int] | np.ndarray, dtype: type | np.dtype = np.float32
     ) -> np.ndarray:

@@ -501,7 +501,7 @@ def _pictures(built: BuiltRun, count: int = 6) -> tuple[Batch, dict[str, Tensor]
     )
     torch.manual_seed(built.planned.config.seed)
     pictures = built.method.pictures(batch)
-    centre = partial(middle, slices=built.method.task.slices)
+    centre = partial(middle, slices=built.planned.config.slices)
     shown = replace(
         batch,
         source_images=centre(batch.source_images),

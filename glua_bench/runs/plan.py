@@ -262,17 +262,21 @@ def check_batch(config: RunConfig, method: Method, devices: int) -> None:
 
 
 @torch.no_grad()
-def check_inputs(config: RunConfig, method: Method) -> None:
+def check_inputs(config: RunConfig, method: Method, channels: int = 1) -> None:
     """Refuse input channels and stacks of slices that the method's networks do not support.
+
+    Args:
+        config: configuration of the run.
+        method: method built from it.
+        channels: number of input channels.
 
     Raises:
         ConfigError: the method cannot predict or translate such images.
     """
-    task = method.task
-    if task.inputs == 1:
+    if config.slices * channels == 1:
         return
     size = config.grid.size
-    images = torch.zeros(1, task.inputs, size, size)
+    images = torch.zeros(1, config.slices * channels, size, size)
     wanted = {"predict": (1, method.task.classes, size, size), "translate": tuple(images.shape)}
     calls: list[tuple[str, Callable[[Tensor], Tensor]]] = [
         ("predict", lambda stack: method.predict(stack, "target"))
@@ -288,9 +292,9 @@ def check_inputs(config: RunConfig, method: Method) -> None:
             reason = f"raises {type(error).__name__}"
         finally:
             method.train()
-        if reason and task.channels > 1:
+        if reason and channels > 1:
             raise ConfigError(
-                f"Dataset '{config.dataset}' has {task.channels} input channels, which method "
+                f"Dataset '{config.dataset}' has {channels} input channels, which method "
                 f"'{config.method}' does not support ({name} {reason}); build its networks with "
                 "task.inputs channels, or describe a dataset with one of the channels."
             )
@@ -445,7 +449,7 @@ def plan_config(
     channels = common_channels(dataset, config.direction)
     method = build_method(config, dataset.structures, method_class, channels)
     check_batch(config, method, request.devices)
-    check_inputs(config, method)
+    check_inputs(config, method, channels)
     dataset.prepare(report)
     chosen = roles(config, dataset)
     config = with_slice_distance(config, dataset)

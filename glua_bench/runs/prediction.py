@@ -112,6 +112,11 @@ class Model:
         """Class i + 1 is `structures[i]`, with the target's label values."""
         return self.data.domains[self.config.target].structures
 
+    @property
+    def channels(self) -> int:
+        """Number of input channels C."""
+        return self.data.domains[self.config.target].reading.inputs
+
     def role(self, domain: str) -> Role:
         """Return "target" or "source"."""
         return "target" if domain == self.config.target else "source"
@@ -524,7 +529,8 @@ def _weights_of(model: Model, role: Role) -> dict[str, Tensor]:
         module.register_forward_hook(lambda *_, name=name: called.add(name))
         for name, module in method.named_modules()
     ]
-    shape = (2, method.task.inputs, model.config.grid.size, model.config.grid.size)
+    inputs, size = model.channels * model.config.slices, model.config.grid.size
+    shape = (2, inputs, size, size)
     images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     images = images.to(model.device)
     try:
@@ -564,8 +570,7 @@ def _seeded_answer(method: Method, images: Tensor, role: Role) -> Tensor:
 def _fresh(model: Model, weights: Mapping[str, Tensor]) -> Method:
     """Build another method of the same class, with another seed and the given weights."""
     config = replace(model.config, seed=model.config.seed + 1)
-    channels = model.method.task.channels
-    method = build_method(config, model.structures, type(model.method), channels)
+    method = build_method(config, model.structures, type(model.method), model.channels)
     method.load_state_dict(weights, strict=False)
     return _ready(method, model.device)
 
@@ -573,7 +578,7 @@ def _fresh(model: Model, weights: Mapping[str, Tensor]) -> Method:
 def _channels_line(model: Model) -> str:
     """Return the card's line about input channels; "" for a single one."""
     config, known = model.config, model.data.domains
-    if model.method.task.channels == 1:
+    if model.channels == 1:
         return ""
     names = {
         name: ", ".join(channel.name for channel in known[name].reading.channels)
