@@ -254,10 +254,10 @@ def by_nnunet(
                 "one of them."
             )
         made[entry.id] = entry
-        for number, file in zip(further, entry.further, strict=True):
-            if not file.is_file():
+        for number, own in zip(further, entry.further, strict=True):
+            if not own.is_file():
                 raise DataError(
-                    f"{file}, channel {number} of case '{entry.id}', does not exist: restore it, "
+                    f"{own}, channel {number} of case '{entry.id}', does not exist: restore it, "
                     "or remove the case."
                 )
         for file in (entry.image, entry.label):

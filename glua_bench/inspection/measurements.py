@@ -228,7 +228,7 @@ def measure_case(case: Case, view: DomainView) -> CaseMeasurements:
         except DataError as error:
             # An unusable image is reported only once.
             label_problem = "" if str(error) == image_problem else str(error)
-    further = ()
+    further: tuple[CaseMeasurements, ...] = ()
     if len(case.images) == view.reading.inputs:
         further = tuple(
             _measure_channel(case, index, view.reading, image)

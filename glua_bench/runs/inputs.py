@@ -158,9 +158,9 @@ def _by_case(found: Mapping[str, Given], channels: int) -> dict[str, Given]:
         if match is None:
             made[place] = image
             continue
-        case = Path(os.path.abspath(image.path)).parent, match[1]
-        own = cases.setdefault(case, {})
-        made.setdefault(str(case[0] / case[1]), image)  # keeps the order
+        folder = Path(os.path.abspath(image.path)).parent
+        own = cases.setdefault((folder, match[1]), {})
+        made.setdefault(str(folder / match[1]), image)  # keeps the order
         own[int(match[2])] = image
     for (folder, case), own in cases.items():
         if sorted(own) != list(range(channels)):

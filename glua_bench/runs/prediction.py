@@ -18,6 +18,7 @@ from torch import Tensor
 
 from glua_bench import __version__
 from glua_bench.config import ORACLE, RunConfig, build_settings
+from glua_bench.data.formats import VolumeFile
 from glua_bench.data.geometry import ambiguities
 from glua_bench.data.neighbours import Neighbourhood, Stacks
 from glua_bench.data.stores import IMAGE_TYPE
@@ -388,17 +389,15 @@ def _load(model: Model, image: Given, domain: str, warn: Callable[[str], None]) 
     loaded: list[GridImage] = []
     for index, channel in enumerate((image, *image.further)):
         own = reading.channel(index)
-        file = channel.open()
+        file = _in_memory(channel.open())
         for _, doubt in ambiguities(file, own):
             warn(doubt)
-        voxels = file.voxels()
-        file = replace(file, read=lambda voxels=voxels: voxels)  # because they are used twice
         if index == 0:
             loaded.append(load_image(file, own, model.config.grid))
         else:
             place = loaded[0].placement
             loaded.append(GridImage(load_channel(file, reading, index, place, image.path), place))
-        usual = {name: domain.channel(index) for name, domain in known.items()}
+        usual = {name: one.channel(index) for name, one in known.items()}
         difference, like = resemblance(read_intensities(file, own), domain, usual)
         if difference:
             advice = (
@@ -408,6 +407,12 @@ def _load(model: Model, image: Given, domain: str, warn: Callable[[str], None]) 
             )
             warn(f"The intensity of {channel.path} {difference}, as which it is read; {advice}.")
     return loaded
+
+
+def _in_memory(file: VolumeFile) -> VolumeFile:
+    """Read the voxels once, because they are used twice."""
+    voxels = file.voxels()
+    return replace(file, read=lambda: voxels)
 
 
 def _classes(model: Model, role: Role, volumes: Iterable[Stacks]) -> Iterator[np.ndarray]:
