@@ -341,6 +341,17 @@ def read_nnunet(folder: Path) -> dict:
     return content
 
 
+def nnunet_channels(folder: Path) -> list[str]:
+    """Return the names of the image channels of a nnU-Net folder; [] if it has none.
+
+    Raises:
+        DataError: `dataset.json` is missing or not a JSON object.
+    """
+    content = read_nnunet(folder)
+    names = content.get("channel_names", content.get("modality"))  # v1 has "modality"
+    return [composed(str(name)) for name in names.values()] if isinstance(names, Mapping) else []
+
+
 def nnunet_values(folder: Path) -> dict[str, tuple[int, ...]]:
     """Return label name → raw values of a nnU-Net folder, without background and ignore.
 

@@ -239,4 +239,5 @@ def export(
     size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
     say(f"Wrote {folder} ({size:.1f} MiB): {', '.join(sorted(f.name for f in folder.iterdir()))}")
     following = next_command("glua-bench", "predict", "--model", folder, plugins=plugin)
-    say(f"Next: {following} IMAGE.nii.gz")
+    further = "".join(f",IMAGE_{number}.nii.gz" for number in range(2, loaded.channels + 1))
+    say(f"Next: {following} IMAGE.nii.gz{further}")

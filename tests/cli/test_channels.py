@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -194,6 +195,10 @@ def test_every_layout_finds_the_channels(layout: str, files: Path, copy: Path, c
             channels = "{A: {channel: 0}, B: {channel: 1, percentiles: [1, 99]}}"
             text += f"  {domain}:\n    nnunet: nn/nnUNet_raw/{name}\n    fold: 0\n"
             text += f"    channels: {channels}\n    values: {{DISC: 1, RING: 2}}\n"
+        drafted = draft(out / "nnUNet_raw", copy, call)
+        for domain, second in (("two_plain", "T2"), ("two_inverted", "FLAIR")):
+            names = [own.name for own in drafted.view(domain).reading.channels]
+            assert names == ["T1", second] and len(drafted.cases(domain)[0].images) == 2
     else:
         text = TWO
     dataset = described(write(copy / "two.yaml", text))
@@ -203,6 +208,17 @@ def test_every_layout_finds_the_channels(layout: str, files: Path, copy: Path, c
         for case, same in cases:
             assert (case.id, case.split) == (same.id, same.split)
             assert [f.read_bytes() for f in case.images] == [f.read_bytes() for f in same.images]
+
+
+def draft(data: Path, folder: Path, call: Call) -> Dataset:
+    """Draft a description of nnU-Net folders and follow its hint to use all channels."""
+    file = folder / "drafted.yaml"
+    code, _, err = call("new-dataset", "drafted", "--data", data, "--yes", "--out", folder)
+    assert code == 0, err
+    text, count = re.subn(r"channel: 0   # 2 channels; to use all, ", "", file.read_text())
+    assert count == 2
+    file.write_text(text)
+    return described(file)
 
 
 @pytest.mark.parametrize(
