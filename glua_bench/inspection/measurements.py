@@ -209,7 +209,7 @@ def measure_case(case: Case, view: DomainView) -> CaseMeasurements:
     volume: _Volume | None = None
     try:
         check_channels(case, view.reading)
-        volume = _Volume(case.image, view.reading)
+        volume = _Volume(case.image, view.reading.channel(0))
         image = _measure_image(volume)
     except DataError as error:
         image_problem = str(error)
@@ -243,7 +243,7 @@ def _measure_channel(
     """Measure the second or a later channel; one on another grid than the first is unusable."""
     own = replace(case, image=case.images[index], label=None, further=())
     try:
-        volume = _Volume(own.image, reading)
+        volume = _Volume(own.image, reading.channel(index))
         if first is not None:
             name, affine = reading.channels[index].name, np.array(first.affine)
             check_same_grid(volume.file, name, reading, first.shape, affine, case.image)
