@@ -43,7 +43,7 @@ def geometric(images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Ten
     """Rotate (±15°), scale (±15 %) and shift (±10 %) each image together with its label.
 
     Args:
-        images: (N, S, H, W) in [-1, 1]; pixels from outside become -1 (background).
+        images: (N, C·S, H, W) in [-1, 1]; pixels from outside become -1 (background).
         labels: (N, H, W), class indices, resampled by nearest neighbour; or None.
     """
     theta = random_affine(len(images)).to(images)
@@ -70,15 +70,35 @@ def geometric(images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Ten
     return moved, moved_labels
 
 
-def tone_curves(images: Tensor) -> Tensor:
-    """Apply a random piecewise-linear tone curve and noise to each image.
+def by_channel(images: Tensor, channels: int) -> Tensor:
+    """Return each input channel as an image of its own, (N, C·S, H, W) → (N·C, S, H, W).
 
-    All slices of an image share one curve. The heights of the knots are independent and uniform,
-    so a curve need not be monotonic: contrast may invert, as it does between modalities.
+    Use it where intensities of one image are related to each other, such as by a histogram or a
+    tone curve, because channels (T1 and T2) have unrelated intensities. `view_as` is the inverse.
 
     Args:
-        images: (N, S, H, W) in [-1, 1].
+        images: S slices of the first channel, then of the second, ….
+        channels: C, `task.channels` in methods.
     """
+    if channels == 1:
+        return images
+    planes = images.shape[1] // channels
+    return images.reshape(len(images) * channels, planes, *images.shape[2:])
+
+
+def tone_curves(images: Tensor, channels: int = 1) -> Tensor:
+    """Apply a random piecewise-linear tone curve and noise to each image.
+
+    All slices of an image share one curve; each input channel has its own. The heights of the knots
+    are independent and uniform, so a curve need not be monotonic: contrast may invert, as it does
+    between modalities.
+
+    Args:
+        images: (N, C·S, H, W) in [-1, 1].
+        channels: C, the number of input channels.
+    """
+    if channels > 1:
+        return tone_curves(by_channel(images, channels)).reshape(images.shape)
     count = len(images)
     heights = torch.rand(count, KNOTS) * 2 - 1
     identity = torch.linspace(-1, 1, KNOTS).expand(count, KNOTS)

@@ -33,8 +33,8 @@ class TaskInfo:
         size: side of the square slices in pixels.
         segmenter: the segmentation network, shared by all methods of a comparison.
         batch_size: images per domain and step.
-        slices: S, the number of slices, and hence channels, of an image. The middle slice is
-            labelled.
+        slices: S, the number of neighbouring slices of an image. The middle slice is labelled.
+        channels: C, the number of input channels, e.g. 2 for T1 and T2.
     """
 
     dataset: str
@@ -43,6 +43,12 @@ class TaskInfo:
     segmenter: SegmenterSpec
     batch_size: int
     slices: int = 1
+    channels: int = 1
+
+    @property
+    def inputs(self) -> int:
+        """Planes C·S of an image: the slices of the first channel, then of the second, …."""
+        return self.channels * self.slices
 
     @property
     def classes(self) -> int:
@@ -81,11 +87,11 @@ class Batch:
     """Images of one step, without target labels.
 
     Attributes:
-        source_images: (N, S, H, W) in [-1, 1], S neighbouring slices, of which the middle one is
-            labelled.
+        source_images: (N, C·S, H, W) in [-1, 1]: S neighbouring slices, of which the middle one
+            is labelled, of each of C input channels.
         source_labels: (N, H, W), class indices, or `task.UNANNOTATED` for pixels without
             annotation, which losses must ignore (those of `losses.py` do).
-        target_images: (N, S, H, W) in [-1, 1]; None if the method sets `uses_target = False`.
+        target_images: (N, C·S, H, W) in [-1, 1]; None if the method sets `uses_target = False`.
     """
 
     source_images: Tensor
@@ -161,7 +167,7 @@ class Context:
         step: finished updates of this stage.
         steps: total number of updates of this stage.
         optimizers: name → optimizer, from the stage's or the method's `optimizers`.
-        target_slices: iterates over all target training images in order, (N, S, H, W).
+        target_slices: iterates over all target training images in order, (N, C·S, H, W).
     """
 
     stage: Stage
@@ -279,7 +285,7 @@ class Method(nn.Module, ABC):
         """Segment images of one domain.
 
         Args:
-            images: (N, S, H, W) in [-1, 1]; source images are translated as in training.
+            images: (N, C·S, H, W) in [-1, 1]; source images are translated as in training.
             domain: domain of the images.
 
         Returns:
@@ -292,7 +298,7 @@ class Method(nn.Module, ABC):
         Methods return the map before the last layer; the default is the logits.
 
         Args:
-            images: (N, S, H, W) in [-1, 1].
+            images: (N, C·S, H, W) in [-1, 1].
             domain: domain of the images.
 
         Returns:
@@ -305,6 +311,7 @@ class Method(nn.Module, ABC):
         """Compute images for visual inspection, e.g. restyled images or a gap map.
 
         Returns:
-            name → (N, 1, H, W), or (N, S, H, W) with the middle slices shown.
+            name → (N, 1, H, W), or (N, C·S, H, W) with the middle slices of the first channel
+            shown.
         """
         return {}

@@ -369,7 +369,7 @@ def build_segmenter(spec: SegmenterSpec, classes: int, slices: int = 1) -> Segme
     Args:
         spec: configuration, `task.segmenter` in methods.
         classes: number of classes K, `task.classes` in methods.
-        slices: number of slices S, `task.slices` in methods.
+        slices: channels of an image, `task.inputs` in methods.
 
     Raises:
         ConfigError: the name is none of "unet", "timm:<encoder>", "deeplab", "deeplab:<resnet>".

@@ -67,6 +67,30 @@ class Structure:
 
 
 @dataclass(frozen=True)
+class Channel:
+    """One of several input channels of a domain, such as T1 and T2.
+
+    Attributes:
+        name: e.g. "T1"; the domains may use different names.
+        percentiles: as in `Reading`; None uses the reading's.
+        intensity_range: as in `Reading`; None uses `percentiles`, or the reading's range.
+
+    Raises:
+        ConfigError: both are given.
+    """
+
+    name: str
+    percentiles: tuple[float, float] | None = None
+    intensity_range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.percentiles is not None and self.intensity_range is not None:
+            raise ConfigError(
+                f"Channel '{self.name}' has percentiles and an intensity range; remove one."
+            )
+
+
+@dataclass(frozen=True)
 class Reading:
     """How files are converted to arrays.
 
@@ -83,6 +107,7 @@ class Reading:
             None uses `percentiles` of each volume.
         unannotated_values: raw label values of voxels without annotation, which become
             `UNANNOTATED`.
+        channels: the input channels, in the order of `Case.images`; empty for a single one.
     """
 
     orientation: str = "canonical"
@@ -94,14 +119,31 @@ class Reading:
     ignored_values: tuple[int, ...] = ()
     intensity_range: tuple[float, float] | None = None
     unannotated_values: tuple[int, ...] = ()
+    channels: tuple[Channel, ...] = ()
+
+    def channel(self, index: int) -> Reading:
+        """Return the reading of one channel, with its own intensities and no `channels`."""
+        if not self.channels:
+            return self
+        own, plain = self.channels[index], replace(self, channels=())
+        if own.intensity_range is not None:
+            return replace(plain, intensity_range=own.intensity_range)
+        if own.percentiles is not None:
+            return replace(plain, percentiles=own.percentiles, intensity_range=None)
+        return plain
+
+    @property
+    def inputs(self) -> int:
+        """Number of input channels, at least 1."""
+        return max(1, len(self.channels))
 
     def identity(self) -> dict[str, Any]:
         """Return the fields as hashed in cache keys and run ids.
 
-        `intensity_range` and `unannotated_values`, which were added later, are omitted unless set,
-        so that older caches stay valid.
+        `intensity_range`, `unannotated_values` and `channels`, which were added later, are omitted
+        unless set, so that older caches stay valid.
         """
-        later = ("intensity_range", "unannotated_values")
+        later = ("intensity_range", "unannotated_values", "channels")
         return {name: v for name, v in asdict(self).items() if v or name not in later}
 
 
@@ -153,11 +195,21 @@ class GridView(DomainView):
 
 @dataclass(frozen=True)
 class UnlabelledCase:
-    """An image volume; the only part of a target case that training sees."""
+    """An image volume; the only part of a target case that training sees.
+
+    Attributes:
+        id, domain, image, further: as in `Case`.
+    """
 
     id: str
     domain: str
     image: Path
+    further: tuple[Path, ...] = ()
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """The image file of each channel."""
+        return (self.image, *self.further)
 
 
 @dataclass(frozen=True)
@@ -167,11 +219,13 @@ class Case:
     Attributes:
         id: unique within the dataset, e.g. "ct_1003".
         domain: name of the domain, e.g. "ct".
-        image: image file.
+        image: image file; of several channels the first, which defines grid and crop.
         label: label file; None is allowed for training cases, which then serve as target images
             only.
         split: "train", "val" or "test".
         subject: the person, shared by all cases of one person.
+        further: image files of the second and later channels, in the order of `Reading.channels`
+            and on the grid of `image`.
     """
 
     id: str
@@ -180,6 +234,12 @@ class Case:
     label: Path | None
     split: str
     subject: str
+    further: tuple[Path, ...] = ()
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """The image file of each channel."""
+        return (self.image, *self.further)
 
     @property
     def truth(self) -> Path:
@@ -197,7 +257,7 @@ class Case:
 
     def unlabelled(self) -> UnlabelledCase:
         """Return the case without its label."""
-        return UnlabelledCase(self.id, self.domain, self.image)
+        return UnlabelledCase(self.id, self.domain, self.image, self.further)
 
 
 class Ask(Protocol):
@@ -418,6 +478,43 @@ def parse_direction(dataset: type[Dataset] | Dataset, direction: str | None) -> 
         )
     source, target = chosen.split("-")
     return source, target
+
+
+def common_channels(dataset: type[Dataset] | Dataset, direction: str | None) -> int:
+    """Return the number of input channels of a direction.
+
+    Raises:
+        ConfigError: source and target have different numbers.
+    """
+    source, target = parse_direction(dataset, direction)
+    own, other = (dataset.view(domain).reading for domain in (source, target))
+    if own.inputs != other.inputs:
+        raise ConfigError(
+            f"Dataset '{dataset.name}' has {_channels(own)} of '{source}' but {_channels(other)} "
+            f"of '{target}'; both domains need the same number of channels."
+        )
+    return own.inputs
+
+
+def _channels(reading: Reading) -> str:
+    """Return e.g. "2 input channels (T1, T2)"."""
+    if not reading.channels:
+        return "1 input channel"
+    names = ", ".join(channel.name for channel in reading.channels)
+    return f"{reading.inputs} input channel{'s' if reading.inputs > 1 else ''} ({names})"
+
+
+def check_channels(case: Case | UnlabelledCase, reading: Reading) -> None:
+    """Check that a case has one image per channel.
+
+    Raises:
+        DataError: it has more or fewer.
+    """
+    if len(case.images) != reading.inputs:
+        raise DataError(
+            f"Case {case.id} has {len(case.images)} image file(s), but its domain "
+            f"'{case.domain}' has {_channels(reading)}: give one image per channel."
+        )
 
 
 def role_fault(dataset: Dataset, direction: str, privileged: bool = False) -> str:

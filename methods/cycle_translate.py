@@ -68,7 +68,7 @@ class CycleTranslate(SourceOnly):
     def __init__(self, task: TaskInfo, config: CycleConfig) -> None:
         super().__init__(task, config)
         batch = min(task.batch_size, config.cycle_batch)
-        self.cycle = CycleGAN(config, batch, task.size, task.slices)
+        self.cycle = CycleGAN(config, batch, task.size, task.inputs)
 
     def stages(self) -> tuple[Stage, ...]:
         """Return the cached translation stage and the segmentation stage on translated images."""

@@ -36,8 +36,8 @@ class FDA(SourceOnly):
 
     where h is the entropy of the softmax on the target, divided by log K. Images are shifted to [0,
     2] before the transform, because an amplitude drops the sign of the mean. The target slice is
-    one of the batch. Each slice of a stack takes the amplitudes of the target slice at its
-    position.
+    one of the batch. Each slice of a stack and each input channel takes the amplitudes of the
+    target slice at its position.
     """
 
     name = "fda"

@@ -36,7 +36,7 @@ class GLUASelfTraining(GLUA):
 
     def __init__(self, task: TaskInfo, config: GLUASelfTrainingConfig) -> None:
         super().__init__(task, config)
-        self.teacher = Teacher(self.segmenter, config)
+        self.teacher = Teacher(self.segmenter, config, task.channels)
 
     @classmethod
     def variants(cls) -> Mapping[str, Mapping[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glua_bench.augment import by_channel
 from glua_bench.losses import segmentation_loss
 from glua_bench.method import Batch, Context
 from glua_bench.methods.source_only import SourceOnly
@@ -17,7 +18,7 @@ class HistogramMatching(SourceOnly):
     F the distribution function of a slice's intensities, a source pixel x becomes F_t⁻¹(F_s(x)).
     The target slice is one of the same batch, regardless of its content. The tone curve is
     non-decreasing, so contrast that is inverted between modalities stays inverted. A stack of
-    slices has one histogram and one curve.
+    slices has one histogram and one curve; each input channel has its own.
     """
 
     name = "histogram_matching"
@@ -27,24 +28,27 @@ class HistogramMatching(SourceOnly):
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
         """Update on matched source images."""
-        matched = match_histograms(batch.source_images, batch.target)
+        matched = match_histograms(batch.source_images, batch.target, self.task.channels)
         loss = segmentation_loss(self.segmenter(matched).logits, batch.source_labels)
         context.update("segmenter", loss)
         return {"segmentation": loss}
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Return source images with target histograms."""
-        return {"restyled": match_histograms(batch.source_images, batch.target)}
+        channels = self.task.channels
+        return {"restyled": match_histograms(batch.source_images, batch.target, channels)}
 
 
-def match_histograms(images: Tensor, templates: Tensor) -> Tensor:
+def match_histograms(images: Tensor, templates: Tensor, channels: int = 1) -> Tensor:
     """Map each pixel x to F_t⁻¹(F_s(x)); equal pixels stay equal.
 
     Args:
-        images: (N, S, H, W).
-        templates: (M, S, H, W) of the same size; image i takes template i mod M.
+        images: (N, C·S, H, W).
+        templates: (M, C·S, H, W) of the same size; image i takes template i mod M.
+        channels: C; each has a histogram of its own.
     """
-    source = images.flatten(1).float()
+    templates = by_channel(templates, channels)
+    source = by_channel(images, channels).flatten(1).float()
     ordered = source.sort(1).values
     rank = torch.searchsorted(ordered, source.contiguous(), right=True)  # n · F_s(x), from 1
     chosen = templates.flatten(1).sort(1).values

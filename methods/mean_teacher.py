@@ -35,7 +35,7 @@ class MeanTeacher(SourceOnly):
 
     def __init__(self, task: TaskInfo, config: MeanTeacherConfig) -> None:
         super().__init__(task, config)
-        self.teacher = Teacher(self.segmenter, config)
+        self.teacher = Teacher(self.segmenter, config, task.channels)
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
         """Update the student, then the teacher."""

@@ -126,7 +126,7 @@ class SIFA(Method):
                 f"method.width_encoder = {config.width_encoder} is odd; set an even value, since "
                 "skips are padded equally on both sides."
             )
-        slices = task.slices
+        slices = task.inputs
         self.generator = Generator(config.width_generator, config.generator_blocks, slices)
         self.encoder = Encoder(config.width_encoder, slices)
         self.decoder = Decoder(

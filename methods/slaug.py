@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glua_bench.augment import by_channel
 from glua_bench.config import setting
 from glua_bench.losses import annotated, segmentation_loss
 from glua_bench.method import Batch, Context
@@ -41,7 +42,7 @@ class SLAug(SourceOnly):
     Both gradients make one update. The 18 grid cells are those of the authors' cardiac
     configurations. The splines are two box filters whose width is an odd number of pixels. Slices
     of a stack share curves and saliency; since only the middle slice has labels, they define the
-    structures of all.
+    structures of all. Input channels have curves of their own and share the saliency.
     """
 
     name = "slaug"
@@ -53,8 +54,8 @@ class SLAug(SourceOnly):
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
         """Update with two losses: on global images, and on images fused by the first gradient."""
         images, labels = batch.source_images, batch.source_labels
-        whole = augment_globally(images).requires_grad_()
-        parts = augment_locally(images, labels, self.task.classes)
+        whole = augment_globally(images, self.task.channels).requires_grad_()
+        parts = augment_locally(images, labels, self.task.classes, self.task.channels)
 
         context.optimizers["segmenter"].zero_grad(set_to_none=True)
         loss_global = segmentation_loss(self.segmenter(whole).logits, labels)
@@ -70,12 +71,12 @@ class SLAug(SourceOnly):
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Return both augmentations, the saliency, and the fused images."""
         images, labels = batch.source_images, batch.source_labels
-        whole = augment_globally(images).requires_grad_()
+        whole = augment_globally(images, self.task.channels).requires_grad_()
         with torch.enable_grad():
             loss = segmentation_loss(self.segmenter(whole).logits, labels)
         (gradient,) = torch.autograd.grad(loss, whole)
         saliency = saliency_map(gradient, self.config.saliency_grid)
-        parts = augment_locally(images, labels, self.task.classes)
+        parts = augment_locally(images, labels, self.task.classes, self.task.channels)
         return {
             "global": whole.detach(),
             "local": parts,
@@ -84,25 +85,28 @@ class SLAug(SourceOnly):
         }
 
 
-def augment_globally(images: Tensor) -> Tensor:
-    """Map each image through one increasing curve, (N, S, H, W) in [-1, 1]."""
-    whole = torch.ones_like(images[:, :1], dtype=torch.bool)
-    return 2 * location_scale((images + 1) / 2, whole, torch.zeros(1)) - 1
+def augment_globally(images: Tensor, channels: int = 1) -> Tensor:
+    """Map each channel of each image through one increasing curve, (N, C·S, H, W) in [-1, 1]."""
+    apart = by_channel(images, channels)
+    whole = torch.ones_like(apart[:, :1], dtype=torch.bool)
+    return (2 * location_scale((apart + 1) / 2, whole, torch.zeros(1)) - 1).reshape(images.shape)
 
 
-def augment_locally(images: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Map each class of each image through its own curve; keep the dark background.
+def augment_locally(images: Tensor, labels: Tensor, classes: int, channels: int = 1) -> Tensor:
+    """Map each class in each channel through its own curve; keep the dark background.
 
     Args:
-        images: (N, S, H, W) in [-1, 1].
+        images: (N, C·S, H, W) in [-1, 1].
         labels: (N, H, W), class indices; `UNANNOTATED` pixels change with the background.
         classes: K, including the background.
+        channels: C, the number of input channels.
     """
-    unit = (images + 1) / 2
+    unit = (by_channel(images, channels) + 1) / 2
+    labels = labels.repeat_interleave(channels, 0)
     regions = F.one_hot(annotated(labels)[1], classes).permute(0, 3, 1, 2).bool()
     falling = torch.tensor([1.0] + [0.5] * (classes - 1))
     changed = location_scale(unit, regions, falling)
-    return 2 * torch.where(unit <= BACKGROUND, unit, changed) - 1
+    return (2 * torch.where(unit <= BACKGROUND, unit, changed) - 1).reshape(images.shape)
 
 
 def location_scale(images: Tensor, regions: Tensor, falling: Tensor) -> Tensor:

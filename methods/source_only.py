@@ -46,7 +46,7 @@ class SourceOnly(Method):
 
     def __init__(self, task: TaskInfo, config: SegmentConfig) -> None:
         super().__init__(task, config)
-        self.segmenter = build_segmenter(task.segmenter, task.classes, task.slices)
+        self.segmenter = build_segmenter(task.segmenter, task.classes, task.inputs)
         if config.optimizer == "sgd-repeated" and not isinstance(self.segmenter, DeepLab):
             raise ConfigError(
                 "method.optimizer = sgd-repeated works only with segmenter.name = deeplab, not "

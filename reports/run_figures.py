@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -228,7 +229,7 @@ def draw_prediction(
 
 
 def draw_dataset(dataset: Dataset, grid: Grid, out: Path, columns: int = 6) -> list[Path]:
-    """Draw one montage per domain: slices of all splits with contours, histograms, and volumes.
+    """Draw a montage of each domain and channel: slices of all splits, histograms, and volumes.
 
     Volumes are those of all labelled cases, on the working grid and inside its window.
 
@@ -245,36 +246,43 @@ def draw_dataset(dataset: Dataset, grid: Grid, out: Path, columns: int = 6) -> l
     for domain in dataset.domains():
         cases, view = dataset.cases(domain), dataset.view(domain).on(grid)
         count = min(len(cases), 2 * columns)
-        slices = []
-        for case in (cases[i * len(cases) // count] for i in range(count)):
-            cached = cache.image(case.unlabelled(), view)
-            image = cached.open()
-            if case.label is None:  # the middle slice, without contours
-                label, z = np.zeros(image.shape, np.uint8), len(image) // 2
-            else:
-                label = np.asarray(cache.label(case, view).open())
-                z = most_visible_slice(label)
-            voxel = "×".join(f"{length:.2f}" for length in cached.placement.spacing)
-            slices.append(
-                (
-                    np.asarray(image[z], dtype=np.float32),
-                    np.asarray(label[z]),
-                    f"{case.id} ({case.split}), slice {z + 1}/{len(label)}\n{voxel} mm",
-                    frame(cached.placement, view.reading, case.image),
+        chosen = [cases[i * len(cases) // count] for i in range(count)]
+        volumes = _volumes(cache, cases, view)
+        for index in range(view.reading.inputs):
+            slices = []
+            for case in chosen:
+                cached = cache.image(case.unlabelled(), view)
+                image = cached.channels[index].open()
+                if case.label is None:  # the middle slice, without contours
+                    label, z = np.zeros(image.shape, np.uint8), len(image) // 2
+                else:
+                    label = np.asarray(cache.label(case, view).open())
+                    z = most_visible_slice(label)
+                voxel = "×".join(f"{length:.2f}" for length in cached.placement.spacing)
+                slices.append(
+                    (
+                        np.asarray(image[z], dtype=np.float32),
+                        np.asarray(label[z]),
+                        f"{case.id} ({case.split}), slice {z + 1}/{len(label)}\n{voxel} mm",
+                        frame(cached.placement, view.reading, case.image),
+                    )
+                )
+            name, title = f"{dataset.fold_name}_{domain}", f"{dataset.fold_name}, domain {domain}"
+            if view.reading.inputs > 1:
+                channel = view.reading.channels[index].name
+                name += f"_{index + 1}_" + re.sub(r"\W+", "_", channel)
+                title += f", channel {channel}"
+            files.append(
+                domain_montage(
+                    out / f"{name}.png",
+                    f"{title}: {grid.size}×{grid.size} pixels of {grid.spacing:g} mm",
+                    slices,
+                    dataset.structures,
+                    dataset.publishable,
+                    columns,
+                    volumes,
                 )
             )
-        files.append(
-            domain_montage(
-                out / f"{dataset.fold_name}_{domain}.png",
-                f"{dataset.fold_name}, domain {domain}: {grid.size}×{grid.size} pixels of "
-                f"{grid.spacing:g} mm",
-                slices,
-                dataset.structures,
-                dataset.publishable,
-                columns,
-                _volumes(cache, cases, view),
-            )
-        )
     return files
 
 

@@ -22,6 +22,7 @@ from glua_bench.runs.executor import ATTEMPTS, child_command, running
 from glua_bench.runs.plan import PlannedRun, build_method, plan
 from glua_bench.runs.request import RunOptions, RunRequest
 from glua_bench.sweeps.definition import Definition
+from glua_bench.task import common_channels
 
 WAIT_SECONDS = 0.2  # between checks of the processes of a run
 
@@ -248,8 +249,9 @@ def _wait(process: subprocess.Popen) -> int:
 
 def planned_stages(planned: PlannedRun) -> tuple:
     """Return the stages of a planned run's method."""
-    structures = planned.dataset.structures
-    method = build_method(planned.config, structures, planned.method_class)
+    dataset, config = planned.dataset, planned.config
+    channels = common_channels(dataset, config.direction)
+    method = build_method(config, dataset.structures, planned.method_class, channels)
     return tuple(method.stages())
 
 

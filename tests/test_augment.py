@@ -158,6 +158,36 @@ def test_slices_of_an_image_share_its_map_and_its_curve(monkeypatch: pytest.Monk
     assert not torch.equal(toned, images)
 
 
+def test_channels_are_moved_together_and_recoloured_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(augment, "NOISE", 0.0)
+    labels = discs(4)
+    images = pictures(labels).expand(-1, 6, -1, -1).clone()  # three slices of two channels
+    torch.manual_seed(0)
+    moved, _ = geometric(images, labels)
+    assert all(torch.equal(moved[:, 0], moved[:, plane]) for plane in range(1, 6))
+    torch.manual_seed(1)
+    toned = tone_curves(images, 2)
+    first, second = toned.unflatten(1, (2, 3)).unbind(1)
+    for channel in (first, second):
+        assert torch.equal(channel[:, 0], channel[:, 1])
+    assert not torch.equal(first, second)
+    # One channel draws the same random numbers as before there were several.
+    torch.manual_seed(1)
+    one = tone_curves(images[:, :3], 1)
+    torch.manual_seed(1)
+    assert torch.equal(one, tone_curves(images[:, :3]))
+
+
+def test_channels_are_split_in_order() -> None:
+    images = torch.arange(2 * 6).view(2, 6, 1, 1).float()
+    apart = augment.by_channel(images, 2)
+    assert apart.flatten(1).tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+    assert torch.equal(apart.view_as(images), images)
+    assert augment.by_channel(images, 1) is images
+
+
 def test_some_images_keep_their_tones_and_some_curves_fall(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

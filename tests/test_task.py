@@ -14,16 +14,26 @@ import pandas as pd
 import pytest
 
 from glua_bench.conformance import TinyDataset, run_dataset_checks
+from glua_bench.conformance.bench import TwoChannels
 from glua_bench.console import Progress
 from glua_bench.data.cache import SliceCache
 from glua_bench.errors import ConfigError, DataError
-from glua_bench.inspection.integrity import check_dataset, refuse_problems
+from glua_bench.inspection.integrity import check_cases, check_dataset, refuse_problems
 from glua_bench.reports.run_figures import draw_dataset
 from glua_bench.runs import execution
 from glua_bench.runs import plan as planning
 from glua_bench.runs.plan import PlannedRun, plan
 from glua_bench.runs.request import RunRequest
-from glua_bench.task import Case, DomainView, Reading, Structure, parse_direction
+from glua_bench.task import (
+    Case,
+    Channel,
+    DomainView,
+    Reading,
+    Structure,
+    check_channels,
+    common_channels,
+    parse_direction,
+)
 
 GRID = TinyDataset.grids["quick"]
 OTHER_VALUES = {10: 20, 20: 10, 21: 11, 30: 7, 0: 0}  # disc and ring swapped, another stray
@@ -311,3 +321,43 @@ def test_a_fold_is_one_that_the_dataset_has(tmp_path: Path) -> None:
             Folded(tmp_path, fold)
     with pytest.raises(ConfigError, match="no fold 2; it has one split: omit --fold"):
         TinyDataset(tmp_path, 2)
+
+
+class OneOfTwo(TwoChannels):
+    """Two channels in one domain only."""
+
+    name: ClassVar[str] = "one_of_two"
+
+    @classmethod
+    def reading_of(cls, domain: str) -> Reading:
+        return cls.reading if domain == "plain" else TinyDataset.reading
+
+
+def test_domains_need_equal_numbers_of_channels_and_cases_all_of_them(tmp_path: Path) -> None:
+    sentence = (
+        "Dataset 'one_of_two' has 2 input channels (first, second) of 'plain' but 1 input channel "
+        "of 'inverted'; both domains need the same number of channels."
+    )
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        common_channels(OneOfTwo, "plain-inverted")
+    dataset = OneOfTwo(tmp_path)
+    found = [one for one in check_cases(dataset) if one.check == "channels"]
+    assert [(one.text, one.problem) for one in found] == [(sentence, True)]
+    assert common_channels(TwoChannels, None) == 2 and common_channels(TinyDataset, None) == 1
+    case = replace(dataset.cases("plain")[0], further=())
+    for kind in (case, case.unlabelled()):
+        with pytest.raises(DataError, match="plain_0 has 1 image file.* one image per channel"):
+            check_channels(kind, OneOfTwo.view("plain").reading)
+    with pytest.raises(ConfigError, match="remove one"):
+        Channel("T1", (1, 99), (0, 5))
+
+
+def test_a_channel_has_its_own_intensities_or_those_of_the_domain() -> None:
+    channels = Channel("T1"), Channel("T2", (1, 99)), Channel("T3", intensity_range=(0, 9))
+    reading = Reading(intensity_range=(-5, 5), channels=channels)
+    own = [reading.channel(index) for index in range(3)]
+    assert [one.intensity_range for one in own] == [(-5, 5), None, (0, 9)]
+    assert own[1].percentiles == (1, 99) and not any(one.channels for one in own)
+    assert reading.inputs == 3 and Reading().inputs == 1
+    # Cache keys and run ids of a single channel are those of versions without channels.
+    assert Reading().channel(0) == Reading() and "channels" not in Reading().identity()

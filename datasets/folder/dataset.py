@@ -180,7 +180,8 @@ class Folder(Dataset):
             )
         shared = self.description is not None and self.description.same_people
         who = entry.subject or (entry.id if shared else f"{domain} {entry.id}")
-        return Case(f"{domain}_{entry.id}", domain, entry.image, entry.label, split, who)
+        case = f"{domain}_{entry.id}"
+        return Case(case, domain, entry.image, entry.label, split, who, entry.further)
 
 
 def _restored(file: Path, root: Path) -> Dataset:

@@ -26,7 +26,7 @@ from glua_bench.datasets.folder.layouts import (
 from glua_bench.documents import Table, nearest, read_document
 from glua_bench.errors import ConfigError
 from glua_bench.paths import composed
-from glua_bench.task import Grid, Reading, Structure
+from glua_bench.task import Channel, Grid, Reading, Structure
 
 # Okabe and Ito's colour-blind-safe palette.
 COLORS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#f0e442")
@@ -118,6 +118,12 @@ def describe(file: Path) -> Description:
     }
     if len(domains) < 2:
         raise text.error("'domains' needs at least two, a source and a target", "domains")
+    numbers = {key: own.reading.inputs for key, own in domains.items()}
+    if len(set(numbers.values())) > 1:
+        listed = ", ".join(f"{key} has {number}" for key, number in numbers.items())
+        raise text.error(
+            f"the domains need equal numbers of input channels, but {listed}", "domains"
+        )
     pairs = [f"{a}-{b}" for a in domains for b in domains if a != b]
     directions = text.texts("directions", pairs)
     for direction in directions:
@@ -214,6 +220,15 @@ def _domain(
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise part.error(f"'{name}' is not a domain name; use lower-case letters, digits and _")
     layouts = [layout for layout in ("images", "table", "nnunet") if layout in part]
+    channels: dict[str, Table] = dict(part.tables("channels")) if "channels" in part else {}
+    if channels and not layouts:
+        layouts = ["channels"]
+    elif "channels" in part and (layouts == ["images"] or not channels):
+        raise part.error(
+            "'channels' needs an entry for each channel, such as T1: {images: mr/*_t1.nii.gz}, "
+            "instead of 'images'",
+            "channels",
+        )
     if len(layouts) != 1:
         raise part.error(
             f"domain '{name}' needs exactly one of 'images' (a pattern), 'table' (a CSV file) and "
@@ -227,19 +242,27 @@ def _domain(
         fault = pattern_fault(pattern, labels)
         if fault:
             raise part.error(fault, "images")
-        exclude = part.texts("exclude", [])
-        if any(Path(own).is_absolute() or ".." in Path(own).parts for own in exclude):
-            raise part.error("'exclude' must be relative to the root, without ..", "exclude")
         find = partial(
-            by_pattern, images=pattern, labels=labels, description=part.file, exclude=exclude
+            by_pattern,
+            images=pattern,
+            labels=labels,
+            description=part.file,
+            exclude=_excluded(part),
         )
+    elif layouts == ["channels"]:
+        find = _channel_patterns(part, channels)
     elif layouts == ["table"]:
         # The path of a table is relative to the description, not to the root.
         find = partial(by_table, file=beside / Path(part.take("table", str)).expanduser())
+        if channels:
+            find = partial(find, images=_located(channels, "column", str))
     else:
         folder = Path(part.take("nnunet", str)).expanduser()
-        channel, fold = part.take("channel", int, 0), part.take("fold", int, None)
-        find = partial(_nnunet, folder=folder, channel=channel, fold=fold)
+        if channels and "channel" in part:
+            raise part.error("give either 'channel' or 'channels', not both", "channel")
+        numbers = _located(channels, "channel", int) or [part.take("channel", int, 0)]
+        fold = part.take("fold", int, None)
+        find = partial(_nnunet, folder=folder, channels=tuple(numbers), fold=fold)
         if (root / folder / "dataset.json").is_file():
             named = {} if "values" in part else nnunet_values(root / folder)
             unannotated = nnunet_unannotated(root / folder)
@@ -254,7 +277,7 @@ def _domain(
     plane = replace(plane, ignored_values=background, unannotated_values=unannotated)
     domain = Domain(
         find,
-        _reading(part, plane),
+        replace(_reading(part, plane), channels=_channels(channels)),
         own,
         tuple(map(composed, part.texts("val", []))),
         tuple(map(composed, part.texts("test", []))),
@@ -268,8 +291,56 @@ def _domain(
     return domain
 
 
-def _nnunet(root: Path, folder: Path, channel: int, fold: int | None) -> list[Found]:
-    return by_nnunet(root / folder, channel, fold)
+def _nnunet(root: Path, folder: Path, channels: tuple[int, ...], fold: int | None) -> list[Found]:
+    return by_nnunet(root / folder, channels[0], fold, channels[1:])
+
+
+def _channel_patterns(part: Table, channels: Mapping[str, Table]) -> Callable[[Path], list[Found]]:
+    """Return how the cases of a domain are found by one pattern per channel."""
+    labels = part.take("labels", str, None)
+    patterns = dict(zip(channels, _located(channels, "images", str), strict=True))
+    for name, pattern in patterns.items():
+        fault = pattern_fault(pattern, labels)
+        if fault:
+            raise channels[name].error(fault, "images")
+    first, *further = patterns
+    return partial(
+        by_pattern,
+        images=patterns[first],
+        labels=labels,
+        description=part.file,
+        further={name: patterns[name] for name in further},
+        exclude=_excluded(part),
+    )
+
+
+def _excluded(part: Table) -> list[str]:
+    """Return the patterns of files to leave out."""
+    exclude = part.texts("exclude", [])
+    if any(Path(own).is_absolute() or ".." in Path(own).parts for own in exclude):
+        raise part.error("'exclude' must be relative to the root, without ..", "exclude")
+    return exclude
+
+
+def _located(channels: Mapping[str, Table], entry: str, kind: type) -> list[Any]:
+    """Return where each channel is found: a pattern, a column or a number, each used once."""
+    made: list[Any] = []
+    for own in channels.values():
+        place = own.take(entry, kind)
+        if place in made:
+            raise own.error(f"two channels have the same '{entry}', {place}; correct one", entry)
+        made.append(place)
+    return made
+
+
+def _channels(channels: Mapping[str, Table]) -> tuple[Channel, ...]:
+    """Return the channels with their own intensities."""
+    made = []
+    for name, own in channels.items():
+        window, shares = _intensities(own)
+        made.append(Channel(composed(name), shares, window))
+        own.finish()
+    return tuple(made)
 
 
 def _listed(part: Table, name: str) -> tuple[int, ...]:
@@ -351,6 +422,19 @@ def _reading(part: Table, reading: Reading) -> Reading:
         raise part.error(
             "'spacing' must be three lengths in mm, 0 to keep the header's value", "spacing"
         )
+    window, shares = _intensities(part)
+    return replace(
+        reading,
+        stated_spacing=spacing,
+        intensity_range=window,
+        percentiles=shares or reading.percentiles,
+    )
+
+
+def _intensities(
+    part: Table,
+) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
+    """Return the optional window and percentiles of a domain or channel."""
     window, shares = part.numbers("window", 2, None), part.numbers("percentiles", 2, None)
     if window is not None and shares is not None:
         raise part.error("give either 'window' or 'percentiles', not both", "percentiles")
@@ -358,12 +442,7 @@ def _reading(part: Table, reading: Reading) -> Reading:
         raise part.error("'window' must be increasing, such as [-125, 275]", "window")
     if shares is not None and not 0 <= shares[0] < shares[1] <= 100:
         raise part.error("'percentiles' must increase from 0 to 100, e.g. [1, 99]", "percentiles")
-    return replace(
-        reading,
-        stated_spacing=spacing,
-        intensity_range=window,
-        percentiles=shares or reading.percentiles,
-    )
+    return window, shares
 
 
 def _grids(text: Table) -> Mapping[str, Grid]:

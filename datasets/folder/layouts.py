@@ -11,6 +11,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from glua_bench.errors import DataError
@@ -27,10 +28,11 @@ class Found:
 
     Attributes:
         id: id within the domain.
-        image: file of the image volume.
+        image: file of the image volume, or of its first channel.
         label: file of the label volume, or None.
         subject: who was imaged; "" if unknown.
         split: "train", "val" or "test"; "" if unknown.
+        further: files of the second and later channels.
     """
 
     id: str
@@ -38,6 +40,7 @@ class Found:
     label: Path | None
     subject: str = ""
     split: str = ""
+    further: tuple[Path, ...] = ()
 
 
 def pattern_fault(images: str, labels: str | None) -> str:
@@ -65,6 +68,7 @@ def by_pattern(
     labels: str | None,
     description: Path,
     exclude: Sequence[str] = (),
+    further: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Found]:
     """Find cases by patterns, as in `paths.matching`; the text matched by the first `*` is the id.
 
@@ -74,15 +78,20 @@ def by_pattern(
         labels: e.g. "ct/*_label.nii.gz"; None if the domain has no labels.
         description: file that gives the patterns, for messages.
         exclude: patterns of files to leave out.
+        further: name and pattern of the second and later channels.
 
     Raises:
-        DataError: nothing matches, two files have one id, or a label has no image.
+        DataError: nothing matches, two files have one id, a label has no image, or a case lacks a
+            channel.
     """
     omitted = {path for pattern in exclude for _, path in matching(root, pattern)}
     label_files = {} if labels is None else _matches(root, labels, description, omitted)
-    taken = omitted | set(
-        label_files.values()
-    )  # a wide pattern, such as *.nii.gz, also matches labels
+    # A wide pattern, such as *.nii.gz, also matches labels.
+    taken = omitted | set(label_files.values())
+    channels = {
+        name: _matches(root, pattern, description, taken) for name, pattern in further.items()
+    }
+    taken |= {file for own in channels.values() for file in own.values()}
     image_files = _matches(root, images, description, taken)
     if not image_files:
         raise DataError(
@@ -97,7 +106,25 @@ def by_pattern(
         )
     if labels is not None and not label_files:
         raise DataError(f"No file in {root} matches {labels} ({description}): correct the pattern.")
-    return [Found(case, image_files[case], label_files.get(case)) for case in sorted(image_files)]
+    for name, own in channels.items():
+        for case in sorted(set(image_files) ^ set(own)):
+            if case in image_files:
+                there, lacking = image_files[case], f"channel {name}, {further[name]}"
+            else:
+                there, lacking = own[case], f"first channel, {images}"
+            raise DataError(
+                f"{there} has no file of the {lacking} ({description}): add the file, remove the "
+                "case, or correct the patterns."
+            )
+    return [
+        Found(
+            case,
+            image_files[case],
+            label_files.get(case),
+            further=tuple(own[case] for own in channels.values()),
+        )
+        for case in sorted(image_files)
+    ]
 
 
 def _matches(
@@ -117,12 +144,13 @@ def _matches(
     return made
 
 
-def by_table(root: Path, file: Path) -> list[Found]:
+def by_table(root: Path, file: Path, images: Sequence[str] = ("image",)) -> list[Found]:
     """Find cases by a CSV file with columns image and label, and optionally id, subject and split.
 
     Args:
         root: directory that paths in the table are relative to.
         file: the CSV file.
+        images: the columns that give the image of each channel.
 
     Raises:
         DataError: the table or one of its files cannot be read.
@@ -136,37 +164,41 @@ def by_table(root: Path, file: Path) -> list[Found]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{file} cannot be read as CSV ({reason}): check the table.") from error
-    unknown = [name for name in names if name not in COLUMNS]
-    if "image" not in names or unknown:
+    unknown = [name for name in names if name not in (*COLUMNS, *images)]
+    if set(images) - set(names) or unknown:
         raise DataError(
-            f"{file} has the columns {', '.join(names) or 'none'}: give image and label, and "
-            "optionally id, subject, split."
+            f"{file} has the columns {', '.join(names) or 'none'}: give {', '.join(images)} and "
+            "label, and optionally id, subject, split."
         )
     made: dict[str, Found] = {}
     for line, row in rows:
         values = {name: (row.get(name) or "").strip() for name in names}
-        if not values["image"]:
-            raise DataError(f"{file}, line {line}, has no image: fill in the column.")
+        for column in images:
+            if not values[column]:
+                raise DataError(f"{file}, line {line}, has no {column}: fill in the column.")
         split = values.get("split", "")
         if split and split not in SPLITS:
             raise DataError(
                 f"{file}, line {line}, has the split '{split}': use {', '.join(SPLITS)}."
             )
-        image = located(root / values["image"])
+        image, *further = (located(root / values[column]) for column in images)
         label = located(root / values["label"]) if values.get("label") else None
         case = composed(values.get("id") or image.name.split(".")[0])
-        for path in (image, label):
+        for path in (image, label, *further):
             if path is not None and not path.is_file():
                 raise DataError(f"{path} ({file}, line {line}) does not exist: correct the path.")
         if case in made:
             raise DataError(f"{file}, line {line}, repeats '{case}': give each case one line.")
-        made[case] = Found(case, image, label, values.get("subject", ""), split)
+        subject = values.get("subject", "")
+        made[case] = Found(case, image, label, subject, split, tuple(further))
     if not made:
         raise DataError(f"{file} has no rows: list the cases in it.")
     return [made[case] for case in sorted(made)]
 
 
-def by_nnunet(folder: Path, channel: int = 0, fold: int | None = None) -> list[Found]:
+def by_nnunet(
+    folder: Path, channel: int = 0, fold: int | None = None, further: Sequence[int] = ()
+) -> list[Found]:
     """Find cases in the raw-data layout of nnU-Net or the Medical Segmentation Decathlon.
 
     A folder holds `dataset.json`, `imagesTr`, `labelsTr` and `imagesTs`. Images in `imagesTs` are
@@ -178,6 +210,7 @@ def by_nnunet(folder: Path, channel: int = 0, fold: int | None = None) -> list[F
         folder: Dataset###_NAME or Task##_NAME.
         channel: image channel, the four digits at the end of the file name.
         fold: index in `splits_final.json`; None keeps all training cases in training.
+        further: the second and later image channels.
 
     Raises:
         DataError: a file is missing or has another format.
@@ -187,7 +220,9 @@ def by_nnunet(folder: Path, channel: int = 0, fold: int | None = None) -> list[F
     suffix = f"_{channel:04d}{ending}"
     listed = content.get("dataset")
     if isinstance(listed, Mapping):  # nnU-Net v2 may list the files instead
-        found = [_entry(folder, str(case), entry, channel) for case, entry in listed.items()]
+        found = [
+            _entry(folder, str(case), entry, (channel, *further)) for case, entry in listed.items()
+        ]
     else:
         found = [
             Found(composed(path.name.removesuffix(suffix)), path, None, split=split)
@@ -196,7 +231,18 @@ def by_nnunet(folder: Path, channel: int = 0, fold: int | None = None) -> list[F
             if path.name.endswith(suffix)
         ]
         if not found and isinstance(content.get("training"), list):
-            found = _decathlon(folder, content, ending, channel)
+            found = _decathlon(folder, content, ending, max(channel, *further, 0))
+        endings = [f"_{number:04d}{ending}" for number in further]
+        found = [
+            replace(
+                entry,
+                further=tuple(
+                    located(entry.image.with_name(entry.image.name.removesuffix(suffix) + own))
+                    for own in endings
+                ),
+            )
+            for entry in found
+        ]
         found = [entry if entry.label else _labelled(folder, entry, ending) for entry in found]
         found = [entry for entry in found if entry.label or entry.split == "train"]
     if not found:
@@ -212,6 +258,12 @@ def by_nnunet(folder: Path, channel: int = 0, fold: int | None = None) -> list[F
                 "one of them."
             )
         made[entry.id] = entry
+        for number, own in zip(further, entry.further, strict=True):
+            if not own.is_file():
+                raise DataError(
+                    f"{own}, channel {number} of case '{entry.id}', does not exist: restore it, "
+                    "or remove the case."
+                )
         for file in (entry.image, entry.label):
             if file is not None and not file.is_file():
                 raise DataError(
@@ -227,16 +279,18 @@ def by_nnunet(folder: Path, channel: int = 0, fold: int | None = None) -> list[F
     return [made[case] for case in sorted(made)]
 
 
-def _entry(folder: Path, case: str, entry: Any, channel: int) -> Found:
+def _entry(folder: Path, case: str, entry: Any, channels: Sequence[int]) -> Found:
     """Return a case listed in the `dataset.json` of nnU-Net v2."""
     try:
-        image, label = folder / entry["images"][channel], folder / entry["label"]
+        images = [located(folder / entry["images"][channel]) for channel in channels]
+        label = located(folder / entry["label"])
     except (KeyError, IndexError, TypeError) as error:
+        numbers = " and ".join(map(str, channels))
         raise DataError(
-            f"{folder / 'dataset.json'} lists no channel {channel} or no label for '{case}': "
+            f"{folder / 'dataset.json'} lists no channel {numbers} or no label for '{case}': "
             "correct the entry."
         ) from error
-    return Found(composed(case), located(image), located(label), split="train")
+    return Found(composed(case), images[0], label, split="train", further=tuple(images[1:]))
 
 
 def _decathlon(folder: Path, content: Mapping[str, Any], ending: str, channel: int) -> list[Found]:
@@ -289,6 +343,17 @@ def read_nnunet(folder: Path) -> dict:
     if not isinstance(content, dict):
         raise DataError(f"{file} is not a JSON object: restore it.")
     return content
+
+
+def nnunet_channels(folder: Path) -> list[str]:
+    """Return the names of the image channels of a nnU-Net folder; [] if it has none.
+
+    Raises:
+        DataError: `dataset.json` is missing or not a JSON object.
+    """
+    content = read_nnunet(folder)
+    names = content.get("channel_names", content.get("modality"))  # v1 has "modality"
+    return [composed(str(name)) for name in names.values()] if isinstance(names, Mapping) else []
 
 
 def nnunet_values(folder: Path) -> dict[str, tuple[int, ...]]:

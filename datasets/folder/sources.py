@@ -35,6 +35,7 @@ from glua_bench.datasets.folder.layouts import (
     Found,
     by_nnunet,
     by_pattern,
+    nnunet_channels,
     nnunet_unannotated,
     nnunet_values,
     pattern_fault,
@@ -101,6 +102,8 @@ def _nnunet(data: Path, names: Sequence[str]) -> list[DraftDomain]:
         if names and name not in names:
             continue
         place: dict[str, str] = {"nnunet": json.dumps(folder.name, ensure_ascii=False)}
+        if several := nnunet_channels(folder)[1:]:
+            place["channel"] = f"0   # {1 + len(several)} channels; to use all, {_all(folder)}"
         fold = 0 if (folder / SPLITS_FILE).is_file() else None
         cases = by_nnunet(folder, fold=fold)
         made.append(
@@ -119,6 +122,15 @@ def _nnunet(data: Path, names: Sequence[str]) -> list[DraftDomain]:
             "with --domains, without the prefix Dataset### or Task##."
         )
     return made
+
+
+def _all(folder: Path) -> str:
+    """Return the entry that selects all channels of a nnU-Net folder."""
+    listed = (
+        f"{json.dumps(name, ensure_ascii=False)}: {{channel: {number}}}"
+        for number, name in enumerate(nnunet_channels(folder))
+    )
+    return f"channels: {{{', '.join(listed)}}}"
 
 
 def _usable_names(regions: Values) -> Values:

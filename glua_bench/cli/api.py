@@ -428,12 +428,12 @@ def predict(
         UserError: an argument or an image is invalid.
     """
     files = [Path(file) for file in plugins]
-    given = inputs.find([Path(image) for image in _listed(images)])
     folder = Path(out)
-    prediction.refuse_existing(given.images, folder, overwrite, probabilities)
     loaded = prediction.from_either(
         None if run is None else str(run), model, Path(runs), files, device, selector
     )
+    given = inputs.find([Path(image) for image in _listed(images)], loaded.channels)
+    prediction.refuse_existing(given.images, folder, overwrite, probabilities)
     with Progress(enabled=not quiet) as progress:
         found = prediction.predict_all(
             loaded, given.images, folder, domain, probabilities, progress, _warn

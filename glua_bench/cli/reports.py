@@ -137,7 +137,9 @@ def predict(
     images: Annotated[
         list[Path],
         typer.Argument(
-            help="NIfTI, NRRD or MetaImage files; or directories of them or of a DICOM series."
+            help="NIfTI, NRRD or MetaImage files; or directories of them or of a DICOM series. "
+            "Of a model with several channels: the files of a case joined by commas, or nnU-Net's "
+            "names."
         ),
     ],
     run: RunName = None,
@@ -171,9 +173,9 @@ def predict(
 
     if (run is None) == (model is None):
         raise ConfigError("Give either --run or --model.")
-    given = inputs.find(images)
-    prediction.refuse_existing(given.images, out, overwrite, probabilities, overlay)
     loaded = prediction.from_either(run, model, runs_root, plugin or [], device, selector)
+    given = inputs.find(images, loaded.channels)
+    prediction.refuse_existing(given.images, out, overwrite, probabilities, overlay)
     config, name = loaded.config, loaded.domain(domain)
     note(
         f"{config.method}, trained on {config.fold_name} {config.direction}"
@@ -259,10 +261,12 @@ def export(
     size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
     say(f"Wrote {folder} ({size:.1f} MiB): {', '.join(sorted(f.name for f in folder.iterdir()))}")
     following = next_command("glua-bench", "predict", "--model", folder, plugins=plugin)
-    note(f"Next: {following} IMAGE.nii.gz")
+    further = "".join(f",IMAGE_{number}.nii.gz" for number in range(2, loaded.channels + 1))
+    following = f"{following} IMAGE.nii.gz{further}"
+    note(f"Next: {following}")
     answer(
         path=folder,
         files=sorted(file.name for file in folder.iterdir()),
         mebibytes=size,
-        next=[f"{following} IMAGE.nii.gz"],
+        next=[following],
     )

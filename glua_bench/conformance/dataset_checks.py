@@ -17,10 +17,10 @@ from glua_bench.config import PRESETS
 from glua_bench.conformance.results import DATASET_CHECKS, demand, failing, register
 from glua_bench.data.cache import SliceCache
 from glua_bench.data.formats import open_volume
-from glua_bench.data.volumes import read_label_volume
+from glua_bench.data.volumes import check_same_grid, read_label_volume
 from glua_bench.method import Method
 from glua_bench.registry import describe_class
-from glua_bench.task import SPLITS, Dataset
+from glua_bench.task import SPLITS, Dataset, check_channels, common_channels
 
 _SOURCE = re.compile(
     r"arxiv|doi|https?://|et al|\b(19|20)\d\d\b|baseline|reconstruction|original|lower bound", re.I
@@ -177,7 +177,7 @@ def _splits(dataset: Dataset) -> None:
                 f"case {case.id} of split '{case.split}' has no label; move it to 'train'",
             )
     # Several sequences of a subject may share one label file.
-    files = {(case.image, case.id) for case in cases}
+    files = {(image, case.id) for case in cases for image in case.images}
     files |= {(case.label, case.subject) for case in cases if case.label}
     for what, found in (("id", [case.id for case in cases]), ("file", [file for file, _ in files])):
         value, count = Counter(map(str, found)).most_common(1)[0]
@@ -211,8 +211,18 @@ def _subjects(dataset: Dataset) -> None:
 
 @register(DATASET_CHECKS, "splits")
 def _files(dataset: Dataset) -> None:
-    """Image and label have the same shape, and labels contain only known values."""
+    """Channels and label have the shape of the image; labels contain only known values."""
+    for direction in dataset.directions:
+        with failing(f"{direction} cannot be trained"):
+            common_channels(dataset, direction)
     for case in (case for domain in dataset.domains() for case in dataset.cases(domain)):
+        reading = dataset.view(case.domain).reading
+        with failing(f"the channels of {case.id} are invalid"):
+            check_channels(case, reading)
+            first = open_volume(case.image)
+            for channel, path in zip(reading.channels[1:], case.further, strict=False):
+                own = channel.name, reading, first.shape, first.affine
+                check_same_grid(open_volume(path), *own, case.image)
         if case.label is None:
             continue
         image, label = open_volume(case.image), open_volume(case.label)
@@ -234,12 +244,13 @@ def _slices(dataset: Dataset) -> None:
             shown: set[int] = set()
             view = dataset.view(domain).on(grid)
             for case in dataset.split(domain, "train"):
-                voxels = cache.image(case.unlabelled(), view).open()
-                demand(
-                    bool(np.isfinite(voxels).all()) and float(np.abs(voxels).max()) <= 1,
-                    f"the image of {case.id} has values outside [-1, 1] on the working grid",
-                )
-                demand(float(np.ptp(voxels)) > 0, f"the image of {case.id} is constant")
+                for channel in cache.image(case.unlabelled(), view).channels:
+                    voxels = channel.open()
+                    demand(
+                        bool(np.isfinite(voxels).all()) and float(np.abs(voxels).max()) <= 1,
+                        f"the image of {case.id} has values outside [-1, 1] on the working grid",
+                    )
+                    demand(float(np.ptp(voxels)) > 0, f"the image of {case.id} is constant")
                 if case.label is not None:
                     shown |= set(np.unique(cache.label(case, view).open()).tolist())
             missing = [s.name for i, s in enumerate(dataset.structures, 1) if i not in shown]

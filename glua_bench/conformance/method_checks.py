@@ -39,6 +39,7 @@ from glua_bench.conformance.results import (
     register,
 )
 from glua_bench.console import Progress
+from glua_bench.errors import ConfigError
 from glua_bench.identity import identity
 from glua_bench.method import Method, Role
 from glua_bench.runs import execution
@@ -358,9 +359,9 @@ def _valid_pictures(bench: Bench, method: Method) -> dict[str, Tensor]:
             len(shape) == 4
             and shape[0] > 0
             and shape[2:] == (SIZE, SIZE)
-            and shape[1] in (1, bench.slices),
+            and shape[1] in (1, bench.inputs),
             f"the picture '{name}' has shape {shape}; return (N, 1, {SIZE}, {SIZE}) or "
-            f"(N, {bench.slices}, {SIZE}, {SIZE})",
+            f"(N, {bench.inputs}, {SIZE}, {SIZE})",
         )
         demand_finite(picture, f"the picture '{name}' has values that are not finite")
     return pictures
@@ -374,7 +375,7 @@ def _slices(bench: Bench) -> str | None:
     with closing(Bench(bench.method, bench.given, slices=3)) as stacked:
         with failing(
             "training or prediction fails with three slices per image",
-            "build all networks that read or return images with task.slices channels",
+            "build all networks that read or return images with task.inputs channels",
         ):
             method = stacked.train(steps=1).method
             logits = _valid_logits(stacked, method, 2)
@@ -383,8 +384,34 @@ def _slices(bench: Bench) -> str | None:
         images[:, [0, 2]] *= -1
         demand(
             not torch.equal(logits, _predict(method, images)),
-            "predictions do not depend on neighbouring slices; build the networks with task.slices "
+            "predictions do not depend on neighbouring slices; build the networks with task.inputs "
             "input channels",
+        )
+    return None
+
+
+@register(METHOD_CHECKS, "trains", "logits", "pictures")
+def _channels(bench: Bench) -> str | None:
+    """With two input channels it trains, predicts and draws, or is refused before training."""
+    if bench.channels > 1:
+        return "all checks use several channels"
+    with closing(Bench(bench.method, bench.given, channels=2)) as doubled:
+        with failing(
+            "training or prediction fails with two input channels",
+            "build all networks that read or return images with task.inputs channels",
+        ):
+            try:
+                method = doubled.train(steps=1).method
+            except ConfigError as error:
+                return f"the method does not support several input channels: {error}"
+            logits = _valid_logits(doubled, method, 2)
+            _valid_pictures(doubled, method)
+        images = doubled.images(2)
+        images[:, 1] *= -1
+        demand(
+            not torch.equal(logits, _predict(method, images)),
+            "predictions do not depend on the second input channel; build the networks with "
+            "task.inputs input channels, or refuse task.channels > 1 with ConfigError",
         )
     return None
 

@@ -83,7 +83,7 @@ class Batches:
         """Load source images, source labels and target images of a step onto the device.
 
         Returns:
-            float32 (N, S, H, W), uint8 (N, H, W) and float32 (N, S, H, W) or None.
+            float32 (N, C·S, H, W), uint8 (N, H, W) and float32 (N, C·S, H, W) or None.
         """
         if self._ahead is not None and self._ahead[0] == (stage, step):
             tensors = self._ahead[1].result()
@@ -95,7 +95,7 @@ class Batches:
         return self._move(images).float(), self._move(labels), moved
 
     def target_slices(self, size: int = 32) -> Iterator[Tensor]:
-        """Iterate over all target training images in order, (≤ size, S, H, W)."""
+        """Iterate over all target training images in order, (≤ size, C·S, H, W)."""
         if self.target is None:
             raise TypeError("this run has no target images")
         for start in range(0, len(self.target), size):

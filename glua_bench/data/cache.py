@@ -23,11 +23,11 @@ import numpy as np
 from glua_bench.data.formats import files_of
 from glua_bench.data.resampling import Placement
 from glua_bench.data.stores import IMAGE_TYPE, LABEL_TYPE, CachedImage, CachedLabel, map_file
-from glua_bench.data.volumes import load_image, load_label
+from glua_bench.data.volumes import load_channel, load_image, load_label
 from glua_bench.errors import DataError, RunFailure
 from glua_bench.files import replacing, sha256, write_json, write_text
 from glua_bench.identity import code_digest
-from glua_bench.task import Case, GridView, UnlabelledCase
+from glua_bench.task import Case, GridView, Reading, UnlabelledCase, check_channels
 
 OPTION = "GLUA_BENCH_CACHE"  # named in error messages
 CACHE_VERSION = 2  # version of the entries' format
@@ -47,20 +47,29 @@ class SliceCache:
         self.root = root if root is not None else cache_root() / "slices"
 
     def image(self, case: UnlabelledCase, view: GridView) -> CachedImage:
-        """Return the image of a case on the working grid.
+        """Return the image of a case on the working grid, with all its channels.
 
         Raises:
             DataError: the image cannot be used.
             RunFailure: the disk is full or the cache cannot be written.
         """
-        path = self._image_path(file_digest(case.image), view)
+        check_channels(case, view.reading)
+        first = file_digest(case.image)
+        path = self._image_path(first, view)
         found = _read_entry(path, IMAGE_TYPE)
         if found is None:
             loaded = load_image(case.image, view.reading, view.grid)
             description = {"placement": asdict(loaded.placement)}
             found = self._write(path, loaded.voxels.astype(IMAGE_TYPE), description)
         placement = Placement.from_dict(found["placement"])
-        return CachedImage(path, placement, placement.shape)
+        further = []
+        for index, file in enumerate(case.further, 1):
+            own = self._channel_path(file_digest(file), first, view, index)
+            if _read_entry(own, IMAGE_TYPE) is None:
+                voxels = load_channel(file, view.reading, index, placement, case.image)
+                self._write(own, voxels.astype(IMAGE_TYPE), {})
+            further.append(CachedImage(own, placement, placement.shape))
+        return CachedImage(path, placement, placement.shape, tuple(further))
 
     def label(self, case: Case, view: GridView) -> CachedLabel:
         """Return the label of a case on the working grid of its image.
@@ -86,6 +95,14 @@ class SliceCache:
         image = _stored_digest(case.image)
         if image is None or not _read_entry(self._image_path(image, view), IMAGE_TYPE):
             return False
+        if len(case.images) != view.reading.inputs:
+            return False
+        for index, file in enumerate(case.further, 1):
+            own = _stored_digest(file)
+            if own is None or not _read_entry(
+                self._channel_path(own, image, view, index), IMAGE_TYPE
+            ):
+                return False
         if not isinstance(case, Case) or case.label is None:
             return True
         label = _stored_digest(case.label)
@@ -94,15 +111,19 @@ class SliceCache:
         )
 
     def _image_path(self, image: str, view: GridView) -> Path:
-        return self._path("images", view, image)
+        return self._path("images", view, view.reading.channel(0), image)
+
+    def _channel_path(self, channel: str, image: str, view: GridView, index: int) -> Path:
+        # The first channel determines the crop.
+        return self._path("images", view, view.reading.channel(index), channel, image)
 
     def _label_path(self, label: str, image: str, view: GridView) -> Path:
         # The image determines the crop, so its content is part of the label's key.
         values = [structure.values for structure in view.structures]
-        return self._path("labels", view, label, image, values)
+        return self._path("labels", view, view.reading.channel(0), label, image, values)
 
-    def _path(self, kind: str, view: GridView, *content: object) -> Path:
-        key = _key(kind, code_digest(READING), content, view.reading.identity(), asdict(view.grid))
+    def _path(self, kind: str, view: GridView, reading: Reading, *content: object) -> Path:
+        key = _key(kind, code_digest(READING), content, reading.identity(), asdict(view.grid))
         return self.root / kind / key[:2] / f"{key}.npy"
 
     def _write(self, path: Path, voxels: np.ndarray, description: dict) -> dict:
@@ -133,14 +154,16 @@ def file_digest(path: Path) -> str:
 
 
 def fingerprint(cases: Iterable[Case | UnlabelledCase]) -> str:
-    """Return the SHA-256 of a set of cases: ids, images and (of a `Case`) labels, in any order.
+    """Return the SHA-256 of a set of cases: ids, images and (of a `Case`) labels.
+
+    The order of the cases does not matter; that of a case's channels does.
 
     Raises:
         DataError: a file cannot be read.
     """
     lines = []
     for case in cases:
-        digests = [file_digest(case.image)]
+        digests = [file_digest(image) for image in case.images]
         if isinstance(case, Case) and case.label is not None:
             digests.append(file_digest(case.label))
         lines.append([case.id, *digests])

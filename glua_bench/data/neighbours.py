@@ -4,6 +4,9 @@ An image is a stack of an odd number of slices of one volume, in order, one per 
 slice is labelled and predicted. The distance of neighbours in mm is as equal for all volumes of a
 run as their slices allow, so that domains with thin and thick slices are comparable. Stacks that
 extend beyond a volume repeat its last slice.
+
+With several input channels (T1 and T2), an image holds the stack of the first channel, then that of
+the second, and so on: 3 slices of 2 channels are 6 planes.
 """
 
 from __future__ import annotations
@@ -77,34 +80,35 @@ class Neighbourhood:
         beside = np.arange(self.slices) - self.slices // 2
         return np.clip(np.arange(depth)[:, None] + self.step(spacing) * beside[None], 0, depth - 1)
 
-    def stacks(self, volume: np.ndarray, spacing: float) -> Stacks:
+    def stacks(self, volume: np.ndarray, spacing: float, *further: np.ndarray) -> Stacks:
         """Return a volume as stacks.
 
         Args:
             volume: (Z, H, W), in memory or memory-mapped.
             spacing: distance of its slices in mm.
+            further: the second and later input channels, likewise.
         """
-        return Stacks(volume, self.numbers(len(volume), spacing))
+        return Stacks((volume, *further), self.numbers(len(volume), spacing))
 
 
 class Stacks:
     """The stacks of one volume, read on access.
 
     Args:
-        volume: (Z, H, W).
+        channels: (Z, H, W) of each channel.
         numbers: (Z, slices), slice indices of each stack.
     """
 
-    def __init__(self, volume: np.ndarray, numbers: np.ndarray) -> None:
-        self._volume, self._numbers = volume, numbers
+    def __init__(self, channels: Sequence[np.ndarray], numbers: np.ndarray) -> None:
+        self._channels, self._numbers = channels, numbers
 
     def __len__(self) -> int:
         """Number of stacks, one for each slice."""
         return len(self._numbers)
 
     def __getitem__(self, z: int) -> np.ndarray:
-        """Return the stack with middle slice z, (slices, H, W)."""
-        return self._volume[self._numbers[z]]
+        """Return the stack with middle slice z, (channels · slices, H, W)."""
+        return np.concatenate([channel[self._numbers[z]] for channel in self._channels])
 
 
 ALONE = Neighbourhood()  # single slices
@@ -129,7 +133,12 @@ def common_distance(domains: Iterable[Sequence[float]]) -> float:
     return round(max(float(median(distances)) for distances in domains), 3)
 
 
-def middle(images: Any) -> Any:
-    """Return the middle slice of each stack, (N, slices, H, W) → (N, 1, H, W)."""
-    centre = images.shape[1] // 2
+def middle(images: Any, slices: int) -> Any:
+    """Return the middle slice of each stack's first channel, (N, 1, H, W).
+
+    Args:
+        images: (N, channels · slices, H, W), or (N, 1, H, W), which is returned.
+        slices: slices of a stack.
+    """
+    centre = slices // 2 if images.shape[1] > 1 else 0
     return images[:, centre : centre + 1]

@@ -10,7 +10,7 @@ from threading import Lock
 
 import numpy as np
 
-from glua_bench.data.neighbours import ALONE, Neighbourhood
+from glua_bench.data.neighbours import ALONE, Neighbourhood, Stacks
 from glua_bench.data.resampling import Placement
 from glua_bench.errors import DataError
 
@@ -32,15 +32,27 @@ class CachedImage:
         path: the .npy file.
         placement: maps the grid to the original file's voxels.
         shape: (Z, H, W).
+        further: the second and later channels, on the same grid.
     """
 
     path: Path
     placement: Placement
     shape: tuple[int, int, int]
+    further: tuple[CachedImage, ...] = ()
+
+    @property
+    def channels(self) -> tuple[CachedImage, ...]:
+        """The volume of each channel."""
+        return (self, *self.further)
 
     def open(self) -> np.memmap:
-        """Map the volume, read-only float16 (Z, H, W) in [-1, 1]."""
+        """Map the (first channel's) volume, read-only float16 (Z, H, W) in [-1, 1]."""
         return map_file(self.path, self.shape, IMAGE_TYPE)
+
+    def stacks(self, neighbourhood: Neighbourhood) -> Stacks:
+        """Return the input of the network for every slice, with all channels."""
+        further = (channel.open() for channel in self.further)
+        return neighbourhood.stacks(self.open(), self.placement.grid_spacing[0], *further)
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ class ImageStore:
         neighbourhood: neighbours returned with each slice; default: none.
 
     Raises:
-        ValueError: no volumes, or slices of different sizes.
+        ValueError: no volumes, slices of different sizes, or different numbers of channels.
 
     Example:
         >>> store = ImageStore([cache.image(case, view) for case in cases])
@@ -87,7 +99,13 @@ class ImageStore:
         in_memory: bool | None = None,
         neighbourhood: Neighbourhood = ALONE,
     ) -> None:
-        self._images = _Slices(images, IMAGE_TYPE, in_memory)
+        if len({len(image.channels) for image in images}) != 1:
+            raise ValueError(
+                "A store needs at least one volume, and the same number of channels in all."
+            )
+        first, *further = zip(*(image.channels for image in images), strict=True)
+        self._images = _Slices(first, IMAGE_TYPE, in_memory)
+        self._further = [_Slices(channel, IMAGE_TYPE, in_memory) for channel in further]
         starts = np.cumsum([0, *(image.shape[0] for image in images)])
         self._stacks = np.concatenate(  # int64 (len, S), slice numbers of each stack
             [
@@ -107,6 +125,11 @@ class ImageStore:
         """(H, W) of every slice."""
         return self._images.size
 
+    @property
+    def channels(self) -> int:
+        """Number of input channels C."""
+        return 1 + len(self._further)
+
     def images(
         self, indices: Sequence[int] | np.ndarray, dtype: type | np.dtype = np.float32
     ) -> np.ndarray:
@@ -117,14 +140,17 @@ class ImageStore:
             dtype: of the result; `IMAGE_TYPE` avoids a conversion.
 
         Returns:
-            (N, S, H, W) in [-1, 1], with S slices of a volume per stack.
+            (N, C·S, H, W) in [-1, 1]: S slices of the first channel, then of the second, ….
 
         Raises:
             IndexError: a number is out of range.
         """
         stacks = self._stacks[self._images.checked(indices)]
-        found = self._images.take(stacks).astype(dtype, copy=False)
-        return found.reshape(*stacks.shape, *self.size)
+        found = [
+            channel.take(stacks).astype(dtype, copy=False).reshape(*stacks.shape, *self.size)
+            for channel in (self._images, *self._further)
+        ]
+        return found[0] if len(found) == 1 else np.concatenate(found, axis=1)
 
 
 class LabelledStore(ImageStore):

@@ -25,6 +25,7 @@ from glua_bench.data.geometry import (
     axis_codes,
     follows_other_form,
     frame,
+    max_displacement,
     orient,
     orientation,
     rows_of,
@@ -102,6 +103,7 @@ def load_image(path: Path | VolumeFile, reading: Reading, grid: Grid) -> GridIma
         DataError: as for `open_volume`, or the volume is constant or not finite.
     """
     file = path if isinstance(path, VolumeFile) else open_volume(path)
+    reading = reading.channel(0)
     affine, spacing, axes, flips = frame(file, reading)
     stored = file.voxels()
     ends = extremes(file, stored)
@@ -126,7 +128,76 @@ def load_image(path: Path | VolumeFile, reading: Reading, grid: Grid) -> GridIma
         step=step,
         shape=shape,
     )
+    return GridImage(_on_grid(file, volume, placement, low, high), placement)
 
+
+def load_channel(
+    path: Path | VolumeFile, reading: Reading, index: int, placement: Placement, first: Path
+) -> np.ndarray:
+    """Load the second or a later channel of an image onto the grid of the first.
+
+    Intensities are scaled by the channel's own window or percentiles, as in `load_image`.
+
+    Args:
+        path: the channel's file, or the result of `open_volume`.
+        reading: of the domain.
+        index: of the channel, from 1.
+        placement: of the first channel.
+        first: the first channel's file, for messages.
+
+    Returns:
+        float32 (Z, H, W) in [-1, 1].
+
+    Raises:
+        DataError: as for `load_image`, or the channel is not on the first channel's grid.
+    """
+    file = path if isinstance(path, VolumeFile) else open_volume(path)
+    name, own = reading.channels[index].name, reading.channel(index)
+    check_same_grid(file, name, own, placement.file_shape, np.array(placement.affine), first)
+    stored = file.voxels()
+    ends = extremes(file, stored)
+    volume = orient(stored, placement.axes, placement.flips)
+    low, high = _intensity_range(file, volume, foreground(file, volume), ends, own)
+    return _on_grid(file, volume, placement, low, high)
+
+
+def check_same_grid(
+    file: VolumeFile,
+    channel: str,
+    reading: Reading,
+    shape: tuple[int, int, int],
+    affine: np.ndarray,
+    first: Path,
+) -> None:
+    """Refuse a channel that is not on the grid of the first channel.
+
+    Args:
+        file: the channel.
+        channel: its name.
+        reading: a stored orientation compares only shapes.
+        shape: of the first channel's file.
+        affine: of the first channel's file.
+        first: the first channel's file.
+
+    Raises:
+        DataError: shape or (canonical) geometry differ.
+    """
+    if file.shape != shape:
+        what = f"has shape {file.shape} but the first channel {first} has {shape}"
+    elif reading.orientation == "canonical" and not same_place(file.affine, affine, shape):
+        far = max_displacement(file.affine, affine, shape)
+        what = f"is displaced by up to {far:.3g} mm from the first channel {first}"
+    else:
+        return
+    raise DataError(
+        f"{file.path}, channel {channel}, {what}: resample all channels of a case onto one grid."
+    )
+
+
+def _on_grid(
+    file: VolumeFile, volume: np.ndarray, placement: Placement, low: float, high: float
+) -> np.ndarray:
+    """Resample an oriented volume and map intensities from low to high to -1 to 1."""
     maps = maps_to_grid(placement)
     voxels = np.full(placement.shape, -1.0, np.float32)
     rows, columns = maps[1].window(), maps[2].window()
@@ -135,7 +206,7 @@ def load_image(path: Path | VolumeFile, reading: Reading, grid: Grid) -> GridIma
         resampled = apply(maps[1], maps[2], plane[None])[0, rows, columns]
         voxels[z, rows, columns] = (resampled - low) * (2 / (high - low)) - 1
     np.clip(voxels, -1.0, 1.0, out=voxels)
-    return GridImage(voxels, placement)
+    return voxels
 
 
 def load_label(path: Path, image_path: Path, view: DomainView, placement: Placement) -> np.ndarray:

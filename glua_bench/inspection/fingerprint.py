@@ -32,6 +32,8 @@ _DOMAIN_KEYS = {
     *("cases", "labelled", "content", "splits", "voxels", "spacing_mm"),
     *("intensity_inside_structures", "structures"),
 }
+# Percentiles of a channel's intensities in the body.
+_LEVELS = {"percentile_01": 1, "percentile_50": 50, "percentile_99": 99}
 _EXPECTED = "give a file written by `data fingerprint --out`"
 _TOLERANCE = 0.01  # smaller relative differences are not reported
 
@@ -49,15 +51,21 @@ def fingerprint(dataset: Dataset, measured: Sequence[CaseMeasurements]) -> dict[
     Raises:
         DataError: a case cannot be read.
     """
-    for one in measured:
+    for one in (channel for case in measured for channel in case.channels):
         problem = one.image_problem or one.label_problem
         if problem:
             raise DataError(problem)
     names = [structure.name for structure in dataset.structures]
-    domains = {
-        domain: _domain([one for one in measured if one.case.domain == domain], names)
-        for domain in dataset.domains()
-    }
+    domains = {}
+    for domain in dataset.domains():
+        own = [one for one in measured if one.case.domain == domain]
+        domains[domain] = _domain(own, names)
+        channels = dataset.view(domain).reading.channels
+        if channels:
+            domains[domain]["channels"] = {
+                channel.name: _intensity([one.channels[index] for one in own])
+                for index, channel in enumerate(channels)
+            }
     content = _digest({domain: table["content"] for domain, table in domains.items()})
     return {
         "version": VERSION,
@@ -74,7 +82,9 @@ def case_digest(one: CaseMeasurements) -> str:
     assert image is not None
     spacing = [f"{length:.3f}" for length in image.spacing]
     axes = "".join(str(code) for code in nib.aff2axcodes(np.array(image.affine)))
-    return _digest([image.content, spacing, axes, label.content if label else ""])[:16]
+    content = [image.content, spacing, axes, label.content if label else ""]
+    content += [channel.image.content for channel in one.further if channel.image is not None]
+    return _digest(content)[:16]
 
 
 def describe(table: Mapping[str, Any]) -> Iterator[str]:
@@ -94,6 +104,9 @@ def describe(table: Mapping[str, Any]) -> Iterator[str]:
                 inside[key]["median"] for key in ("percentile_00_5", "median", "percentile_99_5")
             )
             yield f"  intensity    {middle:g} inside the structures ({low:g} to {high:g})"
+        for name, found in own.get("channels", {}).items():
+            low, middle, high = (found[key]["median"] for key in _LEVELS)
+            yield f"  channel      {name}: {middle:g} in the body ({low:g} to {high:g})"
         for name, found in own["structures"].items():
             ml = found["ml"]
             size = f"{ml['median']:g} ml ({ml['min']:g} to {ml['max']:g})" if ml else "nowhere"
@@ -140,6 +153,9 @@ def _domain_differences(
         {digest: split for split, own in table["splits"].items() for digest in own}
         for table in (here, there)
     ]
+    names_of = [", ".join(table.get("channels", {})) or "one" for table in (here, there)]
+    if names_of[0] != names_of[1]:
+        yield f"The channels of {domain} are {names_of[0]} here and {names_of[1]} there."
     if here["cases"] != there["cases"]:
         yield f"{domain} has {here['cases']} cases here and {there['cases']} there."
     for own, other, place in ((splits[0], splits[1], "here"), (splits[1], splits[0], "there")):
@@ -228,7 +244,7 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} is a fingerprint of version {version}, but this program writes version "
             f"{VERSION}: create both with the same version."
         )
-    if parts[0] != _KEYS or any(part != _DOMAIN_KEYS for part in parts[1:]):
+    if parts[0] != _KEYS or any(part - {"channels"} != _DOMAIN_KEYS for part in parts[1:]):
         raise DataError(f"{path} is an incomplete fingerprint: {_EXPECTED}.")
     return dict(table)
 
@@ -260,6 +276,12 @@ def _domain(measured: Sequence[CaseMeasurements], names: Sequence[str]) -> dict[
         },
         "structures": structures,
     }
+
+
+def _intensity(channel: Sequence[CaseMeasurements]) -> dict[str, dict[str, float]]:
+    """Summarise the intensities of one input channel in the body."""
+    levels = [one.image.levels for one in channel if one.image is not None]
+    return {key: _range([own[place] for own in levels]) for key, place in _LEVELS.items()}
 
 
 def _ranges(rows: Sequence[Sequence[float]]) -> dict[str, list[float]]:

@@ -16,7 +16,7 @@ import numpy as np
 from glua_bench.console import Progress
 from glua_bench.data.geometry import SAME_SIDES, follows_other_form, max_displacement, same_place
 from glua_bench.data.volumes import label_integers
-from glua_bench.errors import DataError
+from glua_bench.errors import ConfigError, DataError
 from glua_bench.inspection.findings import Finding, enumerate_names
 from glua_bench.inspection.measurements import (
     CaseMeasurements,
@@ -27,7 +27,7 @@ from glua_bench.inspection.measurements import (
 from glua_bench.inspection.outliers import comparisons
 from glua_bench.inspection.windows import clipped_structures
 from glua_bench.paths import name_fault
-from glua_bench.task import Case, Dataset, role_fault
+from glua_bench.task import Case, Dataset, common_channels, role_fault
 
 # Maximum fraction of constant slices at the ends of an axis.
 _PADDING = 0.5
@@ -53,7 +53,8 @@ def check_dataset(
     measured = gather(dataset, jobs, progress)
     findings = [found for one in measured for found in case_findings(one, dataset)]
     doubted = {f.cases[0] for f in findings if f.check in _OF_IMAGES}
-    findings += [*check_cases(dataset), *empty_labels(measured), *shared_content(measured)]
+    images = [channel for one in measured for channel in one.channels]
+    findings += [*check_cases(dataset), *empty_labels(measured), *shared_content(images)]
     findings += clipped_structures(measured, dataset)
     findings += comparisons(measured, [s.name for s in dataset.structures], doubted)
     caveats = dict.fromkeys(dataset.caveat(direction) for direction in dataset.directions)
@@ -92,6 +93,8 @@ def case_findings(measured: CaseMeasurements, dataset: Dataset) -> Iterator[Find
         yield Finding(check, own, text)
     if image is not None and label is not None and view.reading.orientation == "canonical":
         yield from _displaced_label(case, image, label)
+    for channel in measured.further:
+        yield from case_findings(channel, dataset)
 
 
 def _are_labels(values: Sequence[float], known: set[int]) -> bool:
@@ -170,10 +173,24 @@ def check_cases(dataset: Dataset) -> list[Finding]:
     """
     cases = [case for domain in dataset.domains() for case in dataset.cases(domain)]
     checks = (case_names, shared_names, shared_subjects)
-    return [*empty_roles(dataset), *(found for check in checks for found in check(cases))]
+    return [
+        *unequal_channels(dataset),
+        *empty_roles(dataset),
+        *(found for check in checks for found in check(cases)),
+    ]
 
 
 # -- directions -----------------------------------------------------------------------------------
+
+
+def unequal_channels(dataset: Dataset) -> Iterator[Finding]:
+    """Find directions whose domains have different numbers of input channels."""
+    for direction in dataset.directions:
+        try:
+            common_channels(dataset, direction)
+        except ConfigError as error:
+            yield Finding("channels", (), str(error), problem=True)
+            return
 
 
 def empty_roles(dataset: Dataset) -> Iterator[Finding]:
@@ -216,9 +233,11 @@ def shared_names(cases: Sequence[Case]) -> Iterator[Finding]:
         files = enumerate_names(sorted(str(case.image) for case in same))
         text = f"{len(same)} cases have the id {name} ({files}): choose unique ids."
         yield Finding("same id", (name,), text, problem=True)
-    uses = [(file, case) for case in cases for file in (case.image, case.label) if file is not None]
+    uses = [
+        (file, case) for case in cases for file in (*case.images, case.label) if file is not None
+    ]
     for file, both in _duplicates(uses, lambda use: use[0]):
-        if _same_subject([case for _, case in both]) and all(file != c.image for _, c in both):
+        if _same_subject([case for _, case in both]) and all(file not in c.images for _, c in both):
             continue
         names = sorted({case.id for _, case in both})
         text = f"{file} is used {len(both)} times, by {enumerate_names(names)}: use it once."

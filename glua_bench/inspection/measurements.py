@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
@@ -18,6 +19,7 @@ from glua_bench.data.formats import VolumeFile, open_volume, triple
 from glua_bench.data.geometry import ambiguities, frame, orient, rows_of, second_form, voxel_ml
 from glua_bench.data.parallel import parallel_map
 from glua_bench.data.volumes import (
+    check_same_grid,
     crop,
     extremes,
     foreground,
@@ -26,7 +28,7 @@ from glua_bench.data.volumes import (
     sample_step,
 )
 from glua_bench.errors import DataError
-from glua_bench.task import Case, Dataset, DomainView, Reading
+from glua_bench.task import Case, Dataset, DomainView, Reading, check_channels
 
 Three = tuple[float, float, float]
 Rows = tuple[tuple[float, ...], ...]
@@ -148,6 +150,7 @@ class CaseMeasurements:
         label: None if the label is missing or unusable.
         image_problem: why the image is unusable, one sentence, or "".
         label_problem: why the label is unusable, one sentence, or "".
+        further: the images of the second and later channels, each as a case without a label.
     """
 
     case: Case
@@ -155,6 +158,12 @@ class CaseMeasurements:
     label: LabelMeasurements | None = None
     image_problem: str = ""
     label_problem: str = ""
+    further: tuple[CaseMeasurements, ...] = ()
+
+    @property
+    def channels(self) -> tuple[CaseMeasurements, ...]:
+        """The measurements of each channel."""
+        return (self, *self.further)
 
 
 @dataclass(frozen=True)
@@ -196,7 +205,7 @@ def _measure(item: tuple[Case, DomainView]) -> CaseMeasurements:
 
 
 def measure_case(case: Case, view: DomainView) -> CaseMeasurements:
-    """Read and measure both files of a case.
+    """Read and measure the image of each channel and the label of a case.
 
     Args:
         case: the case.
@@ -205,7 +214,8 @@ def measure_case(case: Case, view: DomainView) -> CaseMeasurements:
     image, label, image_problem, label_problem = None, None, "", ""
     volume: _Volume | None = None
     try:
-        volume = _Volume(case, view.reading)
+        check_channels(case, view.reading)
+        volume = _Volume(case.image, view.reading.channel(0))
         image = _measure_image(volume)
     except DataError as error:
         image_problem = str(error)
@@ -224,7 +234,28 @@ def measure_case(case: Case, view: DomainView) -> CaseMeasurements:
         except DataError as error:
             # An unusable image is reported only once.
             label_problem = "" if str(error) == image_problem else str(error)
-    return CaseMeasurements(case, image, label, image_problem, label_problem)
+    further: tuple[CaseMeasurements, ...] = ()
+    if len(case.images) == view.reading.inputs:
+        further = tuple(
+            _measure_channel(case, index, view.reading, image)
+            for index in range(1, view.reading.inputs)
+        )
+    return CaseMeasurements(case, image, label, image_problem, label_problem, further)
+
+
+def _measure_channel(
+    case: Case, index: int, reading: Reading, first: ImageMeasurements | None
+) -> CaseMeasurements:
+    """Measure the second or a later channel; one on another grid than the first is unusable."""
+    own = replace(case, image=case.images[index], label=None, further=())
+    try:
+        volume = _Volume(own.image, reading.channel(index))
+        if first is not None:
+            name, affine = reading.channels[index].name, np.array(first.affine)
+            check_same_grid(volume.file, name, reading, first.shape, affine, case.image)
+        return CaseMeasurements(own, _measure_image(volume))
+    except DataError as error:
+        return CaseMeasurements(own, image_problem=str(error))
 
 
 def read_intensities(file: VolumeFile, reading: Reading) -> Intensities:
@@ -249,8 +280,8 @@ def read_intensities(file: VolumeFile, reading: Reading) -> Intensities:
 class _Volume:
     """An image file with its voxels, axes and constant slices per oriented axis."""
 
-    def __init__(self, case: Case, reading: Reading) -> None:
-        self.file, self.reading = open_volume(case.image), reading
+    def __init__(self, image: Path, reading: Reading) -> None:
+        self.file, self.reading = open_volume(image), reading
         self.affine, self.spacing, self.axes, self.flips = frame(self.file, reading)
         self.ml = voxel_ml(self.affine, self.spacing, reading)
         self.stored = self.file.voxels()

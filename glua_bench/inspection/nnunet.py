@@ -30,11 +30,11 @@ from glua_bench.data.cache import file_digest
 from glua_bench.data.formats import Forms, VolumeFile, open_volume
 from glua_bench.data.geometry import SAME_SIDES, frame
 from glua_bench.data.parallel import parallel_map
-from glua_bench.data.volumes import read_label_volume, save_volume
+from glua_bench.data.volumes import check_same_grid, read_label_volume, save_volume
 from glua_bench.errors import ConfigError, DataError
 from glua_bench.files import replacing, sweep, write_json
 from glua_bench.paths import entries
-from glua_bench.task import UNANNOTATED, Case, Dataset, DomainView, Reading
+from glua_bench.task import UNANNOTATED, Case, Dataset, DomainView, Reading, check_channels
 
 ENDING = ".nii.gz"
 RAW, PREPROCESSED, PREDICTIONS = "nnUNet_raw", "nnUNet_preprocessed", "predictions"
@@ -197,7 +197,10 @@ def _begin(folder: Path, dataset: Dataset, domain: str, cases: Sequence[Case], l
         "reading": json.loads(json.dumps(view.reading.identity())),
         "values": [list(structure.values) for structure in view.structures],
         "cases": {
-            name: [case.split, file_digest(case.image), file_digest(case.truth)]
+            name: [
+                case.split,
+                *(file_digest(file) for file in (case.image, case.truth, *case.further)),
+            ]
             for name, case in zip(names, cases, strict=True)
         },
     }
@@ -236,9 +239,13 @@ def _finish(folder: Path, dataset: Dataset, domain: str, cases: Sequence[Case]) 
     names = ["background", *(structure.name for structure in dataset.structures)]
     if dataset.view(domain).reading.unannotated_values:
         names.append("ignore")  # must be the last class
+    channels = [channel.name for channel in dataset.view(domain).reading.channels] or [domain]
     description = {
         # "CT" makes nnU-Net normalise by the intensities of the whole dataset.
-        "channel_names": {"0": "CT" if domain.casefold() == "ct" else domain},
+        "channel_names": {
+            str(index): "CT" if name.casefold() == "ct" else name
+            for index, name in enumerate(channels)
+        },
         "labels": {name: index for index, name in enumerate(names)},
         "numTraining": len(training["train"]) + len(training["val"]),
         "file_ending": ENDING,
@@ -254,25 +261,36 @@ def _finish(folder: Path, dataset: Dataset, domain: str, cases: Sequence[Case]) 
 
 
 def _export_case(job: _Job) -> None:
-    """Export image and label of one case."""
+    """Export the images of all channels and the label of one case."""
     part = "Ts" if job.case.split == "test" else "Tr"
     name = name_of(job.case)
-    image = job.folder / f"images{part}" / f"{name}_0000{ENDING}"
     label = job.folder / f"labels{part}" / f"{name}{ENDING}"
-    file = open_volume(job.case.image)
-    forms = _forms(file, job.view.reading)
+    first = open_volume(job.case.image)
+    forms = _forms(first, job.view.reading)
     if not label.exists():
         classes = read_label_volume(job.case.truth, job.case.image, job.view)
         classes[classes == UNANNOTATED] = len(job.view.structures) + 1
         save_volume(label, classes, forms)
-    if image.exists():
-        return
+    check_channels(job.case, job.view.reading)
+    for index, source in enumerate(job.case.images):
+        file = open_volume(source)
+        if index:
+            channel = job.view.reading.channels[index].name
+            own = job.view.reading, first.shape, first.affine
+            check_same_grid(file, channel, *own, job.case.image)
+        image = job.folder / f"images{part}" / f"{name}_{index:04d}{ENDING}"
+        if not image.exists():
+            _export_image(job, file, source, image, forms)
+
+
+def _export_image(job: _Job, file: VolumeFile, source: Path, image: Path, forms: Forms) -> None:
+    """Copy, link or convert the image of one channel."""
     if forms == file.forms and file.path.name.endswith(ENDING) and file.dimension == 3:
         with replacing(image, "--to") as temporary:
             if job.link:
-                temporary.symlink_to(job.case.image.resolve())
+                temporary.symlink_to(source.resolve())
             else:
-                shutil.copyfile(job.case.image, temporary)
+                shutil.copyfile(source, temporary)
         return
     stored = file.voxels()
     if (file.slope, file.inter) != (1, 0):

@@ -69,7 +69,13 @@ def comparisons(
     labelled = {domain: _labelled(cases) for domain, cases in domains.items()}
     findings = [*missing_structures(labelled, structures), *size_outliers(labelled)]
     findings += domain_sizes(labelled)
-    foreign = [found for found in intensity_outliers(domains) if found.cases[0] not in doubted]
+    channels = max((len(one.channels) for one in measured), default=1)
+    foreign = [
+        found
+        for index in range(channels)
+        for found in intensity_outliers(_channel(domains, index))
+        if found.cases[0] not in doubted
+    ]
     misfits = label_misfits(labelled) - {*doubted, *(found.cases[0] for found in foreign)}
     turned = list(orientation_outliers(labelled, misfits))
     findings += [*foreign, *turned, *domain_orientations(labelled)]
@@ -236,6 +242,14 @@ def _turn(pattern: np.ndarray, others: np.ndarray, few: bool) -> str:
 
 
 # -- intensities ----------------------------------------------------------------------------------
+
+
+def _channel(domains: Domains, index: int) -> Domains:
+    """Return the measurements of one input channel."""
+    return {
+        domain: [one.channels[index] for one in cases if index < len(one.channels)]
+        for domain, cases in domains.items()
+    }
 
 
 def intensity_outliers(domains: Domains) -> Iterator[Finding]:

@@ -63,7 +63,7 @@ def clipped_structures(measured: Sequence[CaseMeasurements], dataset: Dataset) -
     """Find structures of which the window of a domain clips a considerable part."""
     for domain in dataset.domains():
         view = dataset.view(domain)
-        window = view.reading.intensity_range
+        window = view.reading.channel(0).intensity_range  # of the measured voxels
         if window is None:
             continue
         labels = [one.label for one in measured if one.case.domain == domain and one.label]

@@ -25,7 +25,15 @@ from glua_bench.files import write_json, write_text
 from glua_bench.identity import CACHE_DIGITS, digest
 from glua_bench.inspection.measurements import Intensities, read_intensities
 from glua_bench.inspection.outliers import Usual, usual
-from glua_bench.task import Case, Dataset, DomainView, Reading, Structure, UnlabelledCase
+from glua_bench.task import (
+    Case,
+    Channel,
+    Dataset,
+    DomainView,
+    Reading,
+    Structure,
+    UnlabelledCase,
+)
 
 FACTS, DESCRIPTION = "dataset.json", "dataset.yaml"  # match `tracker.CARRIED`
 MAX_IMAGES = 9  # more images hardly change the median of the intensities
@@ -38,9 +46,15 @@ class KnownDomain(DomainView):
 
     Attributes:
         usual: usual intensities of the training images; None for too few images.
+        further: those of the second and later input channels.
     """
 
     usual: Usual | None = None
+    further: tuple[Usual | None, ...] = ()
+
+    def channel(self, index: int) -> Usual | None:
+        """Return the usual intensities of one input channel."""
+        return (self.usual, *self.further)[index]
 
 
 @dataclass(frozen=True)
@@ -90,10 +104,13 @@ def facts_of(
     domains = {}
     for name in names:
         view = dataset.view(name)
-        own = sorted({case.image for case in images if case.domain == name})
+        own = sorted({case.images for case in images if case.domain == name})
         chosen = np.linspace(0, len(own) - 1, min(len(own), MAX_IMAGES)).round().astype(int)
-        intensities = [_intensities(own[index], view.reading) for index in chosen]
-        domains[name] = KnownDomain(name, view.reading, view.structures, usual(intensities))
+        first, *further = (
+            usual([_intensities(own[i][channel], view.reading.channel(channel)) for i in chosen])
+            for channel in range(view.reading.inputs)
+        )
+        domains[name] = KnownDomain(name, view.reading, view.structures, first, tuple(further))
     return Carried(domains, dataset.publishable)
 
 
@@ -145,13 +162,19 @@ def description(folder: Path) -> Path | None:
 
 
 def _domain(name: str, values: Mapping[str, Any]) -> KnownDomain:
-    known = values["usual"]
+    reading = _fields(values["reading"])
+    channels = tuple(Channel(**_fields(own)) for own in reading.pop("channels", ()))
     return KnownDomain(
         name,
-        Reading(**_fields(values["reading"])),
+        Reading(**reading, channels=channels),
         tuple(Structure(**_fields(structure)) for structure in values["structures"]),
-        None if known is None else Usual(**_fields(known)),
+        _usual(values["usual"]),
+        tuple(map(_usual, values.get("further", ()))),  # not in older runs
     )
+
+
+def _usual(values: Mapping[str, Any] | None) -> Usual | None:
+    return None if values is None else Usual(**_fields(values))
 
 
 def _fields(values: Mapping[str, Any]) -> dict[str, Any]:

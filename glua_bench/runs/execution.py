@@ -35,7 +35,7 @@ from glua_bench.runs.timing import EVALUATION, FIGURES, SAMPLES, SLICES, Clock
 from glua_bench.runs.trainer import Trainer
 from glua_bench.scoring.evaluation import evaluate, mean_score, summarise
 from glua_bench.selection import ROLES, Candidate, Samples, Selector, choose, sample_pixels
-from glua_bench.task import Case, Dataset, UnlabelledCase
+from glua_bench.task import Case, Dataset, UnlabelledCase, common_channels
 
 # Draws a run's figures from its directory, dataset, rows of the primary selector, a batch of
 # images, and the method's own pictures.
@@ -321,7 +321,8 @@ def build_run(
     """
     config = planned.config
     train, val, target = stores(planned, SliceCache(), progress, enough)
-    method = build_method(config, planned.dataset.structures, planned.method_class)
+    channels = common_channels(planned.dataset, config.direction)
+    method = build_method(config, planned.dataset.structures, planned.method_class, channels)
     batches = Batches(
         train,
         target,
@@ -572,9 +573,10 @@ def pictures_of(built: BuiltRun, count: int = 6) -> tuple[Batch, dict[str, Tenso
     )
     torch.manual_seed(built.planned.config.seed)
     pictures = built.method.pictures(batch)
+    centre = partial(middle, slices=built.planned.config.slices)
     shown = replace(
         batch,
-        source_images=middle(batch.source_images),
-        target_images=None if batch.target_images is None else middle(batch.target_images),
+        source_images=centre(batch.source_images),
+        target_images=None if batch.target_images is None else centre(batch.target_images),
     )
-    return shown, {name: middle(p).detach().float().cpu() for name, p in pictures.items()}
+    return shown, {name: centre(p).detach().float().cpu() for name, p in pictures.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,11 +31,13 @@ class Given:
         path: the file, or the directory of a DICOM series.
         name: unique name of its results.
         slices: the files of a DICOM series; empty for other formats.
+        further: the second and later input channels.
     """
 
     path: Path
     name: str
     slices: tuple[Path, ...] = ()
+    further: tuple[Given, ...] = ()
 
     def open(self) -> VolumeFile:
         """Open the volume; a DICOM series is read completely.
@@ -76,25 +78,31 @@ class Inputs:
     left: tuple[Path, ...] = ()
 
 
-def find(paths: Iterable[Path]) -> Inputs:
+def find(paths: Iterable[Path], channels: int = 1) -> Inputs:
     """Find the images in files and directories, without duplicates.
 
     A directory contributes its volumes, except hidden files and files named like labels (or all
     files, if the directory is named like labels), or the DICOM series that it contains. In nnU-Net
-    directories, the channel number is removed from names.
+    directories, the channel number is removed from names. The files of a case with several input
+    channels are joined by commas (`a_t1.nii.gz,a_t2.nii.gz`), or named as by nnU-Net (`a_0000`,
+    `a_0001`).
 
     Args:
-        paths: files in any of `formats.SUFFIXES`, and directories.
+        paths: files in any of `formats.SUFFIXES`, directories, and files joined by commas.
+        channels: number of input channels of the model.
 
     Raises:
-        DataError: a path does not exist, or a directory contains no image, several channels of a
-            case, or several series.
+        DataError: a path does not exist, or a directory contains no image, more channels of a case
+            than the model has, or several series; or a case lacks a channel.
     """
     found: dict[str, Given] = {}
     left: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            own, skipped = _in_folder(path)
+        joined = [] if path.exists() else str(path).split(",")
+        if len(joined) > 1:
+            own = [_joined(path, [Path(part.strip()) for part in joined])]
+        elif path.is_dir():
+            own, skipped = _in_folder(path, channels)
             left += skipped
         elif path.exists() or broken(path):
             if not path.name.lower().endswith(SUFFIXES) and path.is_file() and is_dicom(path):
@@ -106,12 +114,60 @@ def find(paths: Iterable[Path]) -> Inputs:
             raise DataError(f"The image {path} does not exist; check the path.")
         for image in own:
             found.setdefault(os.path.abspath(image.path), image)
+    if channels > 1:
+        found = _by_case(found, channels)
     names = _unique_names([(image.path, image.name) for image in found.values()])
     images = (replace(i, name=name) for i, name in zip(found.values(), names, strict=True))
     return Inputs(tuple(images), tuple(left))
 
 
-def _in_folder(folder: Path) -> tuple[list[Given], list[Path]]:
+def _joined(text: Path, paths: Sequence[Path]) -> Given:
+    """Return the files or directories of a case's channels as one image.
+
+    Raises:
+        DataError: a path does not exist or contains several images.
+    """
+    missing = [path for path in paths if not path.exists()]
+    if missing:
+        raise DataError(f"The image {missing[0]} of {text} does not exist; check the path.")
+    first, *further = (find([path]).images for path in paths)
+    for path, own in zip(paths, (first, *further), strict=True):
+        if len(own) > 1:
+            raise DataError(f"{path} of {text} contains {len(own)} images: give one per channel.")
+    return replace(first[0], further=tuple(own[0] for own in further))
+
+
+def _by_case(found: Mapping[str, Given], channels: int) -> dict[str, Given]:
+    """Join single files with names of nnU-Net to cases.
+
+    Raises:
+        DataError: a case lacks a channel or has more.
+    """
+    made: dict[str, Given] = {}
+    cases: dict[tuple[Path, str], dict[int, Given]] = {}
+    for place, image in found.items():
+        match = None if image.further or image.slices else _CHANNEL.fullmatch(stem(image.path))
+        if match is None:
+            made[place] = image
+            continue
+        folder = Path(os.path.abspath(image.path)).parent
+        own = cases.setdefault((folder, match[1]), {})
+        made.setdefault(str(folder / match[1]), image)  # keeps the order
+        own[int(match[2])] = image
+    for (folder, case), own in cases.items():
+        if sorted(own) != list(range(channels)):
+            there = ", ".join(f"_{number:04d}" for number in sorted(own))
+            needed = ", ".join(f"_{number:04d}" for number in range(channels))
+            raise DataError(
+                f"Case {case} in {folder} has the channel(s) {there}, but the model needs {needed}:"
+                " give one file for each."
+            )
+        further = tuple(replace(own[number], name=case) for number in range(1, channels))
+        made[str(folder / case)] = replace(own[0], name=case, further=further)
+    return made
+
+
+def _in_folder(folder: Path, channels: int) -> tuple[list[Given], list[Path]]:
     """Return the images in a directory, and the files that are named like labels."""
     found = entries(folder)
     files = [path for path in found if path.is_file() or broken(path)]
@@ -138,6 +194,8 @@ def _in_folder(folder: Path) -> tuple[list[Given], list[Path]]:
         raise DataError(
             f"{folder} contains no volume ({', '.join(SUFFIXES)}) and no DICOM files: {hint}."
         )
+    if channels > 1:  # joined by `_by_case`
+        return [Given(path, stem(path)) for path in images], left
     return _without_channels(folder, images), left
 
 
@@ -165,7 +223,7 @@ def _without_channels(folder: Path, images: Sequence[Path]) -> list[Given]:
     if len(every) > 1 and "0000" in every and (alike or named):
         raise DataError(
             f"{folder} contains {len(every)} channels per case (_{', _'.join(sorted(every))}), but "
-            f"methods take one: give the files of one channel, such as {folder}/*_0000.nii.gz."
+            f"the model takes one: give the files of one channel, such as {folder}/*_0000.nii.gz."
         )
     if every == {"0000"} or (named and len(every) == 1):
         return [Given(p, m[1]) for p, m in zip(images, numbered, strict=True) if m is not None]

@@ -43,6 +43,8 @@ from glua_bench.task import (
     Grid,
     Structure,
     UnlabelledCase,
+    check_channels,
+    common_channels,
     parse_direction,
     role_fault,
 )
@@ -212,7 +214,10 @@ def check_contract(method_class: type[Method]) -> None:
 
 
 def build_method(
-    config: RunConfig, structures: tuple[Structure, ...], method_class: type[Method]
+    config: RunConfig,
+    structures: tuple[Structure, ...],
+    method_class: type[Method],
+    channels: int = 1,
 ) -> Method:
     """Build a method with weights initialised from the run's seed.
 
@@ -220,6 +225,7 @@ def build_method(
         config: configuration of the run.
         structures: structures of the dataset.
         method_class: the method.
+        channels: number of input channels, from `common_channels`.
 
     Raises:
         PluginError: a function of the method has another signature than the contract.
@@ -235,6 +241,7 @@ def build_method(
         config.segmenter,
         config.batch_size,
         config.slices,
+        channels,
     )
     method = method_class(task, settings)
     stage_order(tuple(method.stages()))
@@ -282,16 +289,21 @@ def check_batch(config: RunConfig, method: Method, devices: int) -> None:
 
 
 @torch.no_grad()
-def check_slices(config: RunConfig, method: Method) -> None:
-    """Refuse stacks of slices that the method's networks do not support.
+def check_inputs(config: RunConfig, method: Method, channels: int = 1) -> None:
+    """Refuse input channels and stacks of slices that the method's networks do not support.
+
+    Args:
+        config: configuration of the run.
+        method: method built from it.
+        channels: number of input channels.
 
     Raises:
-        ConfigError: the method cannot predict or translate a stack of slices.
+        ConfigError: the method cannot predict or translate such images.
     """
-    if config.slices == 1:
+    if config.slices * channels == 1:
         return
     size = config.grid.size
-    images = torch.zeros(1, config.slices, size, size)
+    images = torch.zeros(1, config.slices * channels, size, size)
     wanted = {"predict": (1, method.task.classes, size, size), "translate": tuple(images.shape)}
     calls: list[tuple[str, Callable[[Tensor], Tensor]]] = [
         ("predict", lambda stack: method.predict(stack, "target"))
@@ -307,10 +319,16 @@ def check_slices(config: RunConfig, method: Method) -> None:
             reason = f"raises {type(error).__name__}"
         finally:
             method.train()
+        if reason and channels > 1:
+            raise ConfigError(
+                f"Dataset '{config.dataset}' has {channels} input channels, which method "
+                f"'{config.method}' does not support ({name} {reason}); build its networks with "
+                "task.inputs channels, or describe a dataset with one of the channels."
+            )
         if reason:
             raise ConfigError(
                 f"slices = {config.slices}: method '{config.method}' does not support stacks of "
-                f"slices ({name} {reason}); build its networks with task.slices channels, or use "
+                f"slices ({name} {reason}); build its networks with task.inputs channels, or use "
                 "slices=1."
             )
 
@@ -353,6 +371,7 @@ def roles(config: RunConfig, dataset: Dataset) -> dict[str, Sequence[Case | Unla
 
     Raises:
         ConfigError: a role has no cases, or a case id is not a valid file name.
+        DataError: a case has not one image per channel.
     """
     labelled = config.target if config.privileged else config.source
     chosen: dict[str, Sequence[Case | UnlabelledCase]] = {
@@ -375,6 +394,8 @@ def roles(config: RunConfig, dataset: Dataset) -> dict[str, Sequence[Case | Unla
                 f"The case id '{case.id}' in dataset '{dataset.name}' {fault}, so it cannot name "
                 "the file of its prediction: rename the case."
             )
+    for case in (case for cases in chosen.values() for case in cases):
+        check_channels(case, dataset.view(case.domain).reading)
     trained = {
         c.subject for c in [*chosen["source_train"], *chosen["source_val"]] if isinstance(c, Case)
     }
@@ -452,15 +473,17 @@ def plan_config(
         UserError: configuration, dataset and method do not fit together.
     """
     check_request(config, method_class)
-    method = build_method(config, dataset.structures, method_class)
+    channels = common_channels(dataset, config.direction)
+    method = build_method(config, dataset.structures, method_class, channels)
     check_batch(config, method, request.devices)
-    check_slices(config, method)
+    check_inputs(config, method, channels)
     dataset.prepare(report)
     chosen = roles(config, dataset)
     config = with_slice_distance(config, dataset)
     fitted = adjusted(config, method, chosen, report)
     if fitted != config:
-        config, method = fitted, build_method(fitted, dataset.structures, method_class)
+        config = fitted
+        method = build_method(config, dataset.structures, method_class, channels)
     views = [dataset.view(domain) for domain in (config.source, config.target)]
     prints = Fingerprints(
         train=digest(

@@ -19,19 +19,21 @@ from torch import Tensor
 from glua_bench import __version__
 from glua_bench.config import ORACLE, RunConfig, build_settings
 from glua_bench.console import Progress
+from glua_bench.data.formats import VolumeFile
 from glua_bench.data.geometry import ambiguities
 from glua_bench.data.neighbours import Neighbourhood, Stacks
 from glua_bench.data.resampling import Placement
 from glua_bench.data.stores import IMAGE_TYPE
 from glua_bench.data.volumes import (
     GridImage,
+    load_channel,
     load_image,
     restore,
     restore_probabilities,
     save_labels,
     save_maps,
 )
-from glua_bench.errors import ConfigError, PluginError, UserError
+from glua_bench.errors import ConfigError, DataError, PluginError, UserError
 from glua_bench.files import new_folder, write_bytes, write_json, write_text
 from glua_bench.inspection.measurements import read_intensities
 from glua_bench.inspection.outliers import resemblance
@@ -51,6 +53,10 @@ from glua_bench.task import Structure
 ROLES: tuple[Role, ...] = ("target", "source")
 WEIGHTS, CONFIG, CARD, LICENSE = "model.safetensors", "config.json", "README.md", "LICENSE"
 VOLUMES = "volumes.csv"
+_HOW = (
+    "join the files of a case by commas in this order, as in t1.nii.gz,t2.nii.gz, or name them "
+    "CASE_0000, CASE_0001, …"
+)
 CARD_TEXT = """\
 # {config.method}, trained on {config.fold_name} {config.direction}
 
@@ -69,7 +75,7 @@ diagnosis.
 - Checkpoint: step {step} of {config.steps}, selected by `{selector}`{note}.
 - Working grid: {grid}; batch {config.batch_size}; augmentation {config.augmentation}; seed \
 {config.seed}; run {run}.
-- Input slices: {slices}.
+- Input slices: {slices}.{channels}
 - All settings are in config.json.
 
 ## Scores on the target's test cases
@@ -109,6 +115,11 @@ class Model:
         """Class i + 1 is `structures[i]`, with the target's label values."""
         return self.data.domains[self.config.target].structures
 
+    @property
+    def channels(self) -> int:
+        """Number of input channels C."""
+        return self.data.domains[self.config.target].reading.inputs
+
     def role(self, domain: str) -> Role:
         """Return "target" or "source"."""
         return "target" if domain == self.config.target else "source"
@@ -140,7 +151,7 @@ class Predicted:
         file: the image.
         name: name of its results.
         labels: path of its label volume.
-        slices: the image on the working grid, float32 (Z, H, W).
+        slices: the image (its first channel) on the working grid, float32 (Z, H, W).
         classes: most probable class per pixel, uint8 (Z, H, W).
         ml: structure → volume.
         placement: of the slices in the file.
@@ -285,7 +296,8 @@ def _built(
             ) from error
     # Weights are loaded later, so those of a pretrained encoder need not be downloaded.
     plain = replace(config, segmenter=replace(config.segmenter, pretrained=False))
-    return build_method(plain, data.domains[config.target].structures, method_class)
+    target = data.domains[config.target]
+    return build_method(plain, target.structures, method_class, target.reading.inputs)
 
 
 def _model(method: Method, config: RunConfig, data: Carried, device: str, source: Path) -> Model:
@@ -326,19 +338,21 @@ def predict(
 
     Raises:
         ConfigError: the model has no such domain.
-        DataError: an image is invalid.
+        DataError: an image is invalid, or has other channels than the model.
         RunFailure: the disk is full or the directory cannot be written.
     """
     name = model.domain(domain)
     values = [structure.values[0] for structure in model.data.domains[name].structures]
     waiting: list[GridImage] = []
     neighbourhood = Neighbourhood.of(model.config)
+    check_channels(model, images, name)
 
     def stacks(image: Given) -> Stacks:
-        loaded = _load(model, image, name, warn)
+        loaded, *further = _load(model, image, name, warn)
         waiting.append(loaded)
-        rounded = loaded.voxels.astype(IMAGE_TYPE)  # as in training
-        return neighbourhood.stacks(rounded, loaded.placement.grid_spacing[0])
+        # Rounded as in training.
+        first, *others = (part.voxels.astype(IMAGE_TYPE) for part in (loaded, *further))
+        return neighbourhood.stacks(first, loaded.placement.grid_spacing[0], *others)
 
     role = model.role(name)
     volumes = map(stacks, images)
@@ -357,25 +371,56 @@ def predict(
         report(done)
 
 
-def _load(model: Model, image: Given, domain: str, warn: Callable[[str], None]) -> GridImage:
-    """Load an image on the working grid; warn about its header or its intensities."""
-    known = model.data.domains
-    file = image.open()
-    for _, doubt in ambiguities(file, known[domain].reading):
-        warn(doubt)
-    voxels = file.voxels()
-    file = replace(file, read=lambda: voxels)  # because they are used twice
-    loaded = load_image(file, known[domain].reading, model.config.grid)
-    usual = {name: own.usual for name, own in known.items()}
-    difference, like = resemblance(read_intensities(file, known[domain].reading), domain, usual)
-    if difference:
-        advice = (
-            f"use --domain {like} if it is an image of {like}"
-            if like
-            else f"check that it is an image of {domain} in the same units"
+def check_channels(model: Model, images: Iterable[Given], domain: str) -> None:
+    """Refuse images with another number of channels than the model.
+
+    Raises:
+        DataError: an image has more or fewer.
+    """
+    reading = model.data.domains[domain].reading
+    for image in images:
+        files = 1 + len(image.further)
+        if files == reading.inputs:
+            continue
+        given = f"{files} files" if files > 1 else "one file"
+        names = ", ".join(channel.name for channel in reading.channels)
+        needed = f"{reading.inputs} channels ({names})" if reading.inputs > 1 else "one channel"
+        raise DataError(
+            f"{image.path} is given as {given}, but {model.source} needs {needed} of {domain}: "
+            f"{_HOW if reading.inputs > 1 else 'give one file for each case'}."
         )
-        warn(f"The intensity of {image.path} {difference}, as which it is read; {advice}.")
+
+
+def _load(model: Model, image: Given, domain: str, warn: Callable[[str], None]) -> list[GridImage]:
+    """Load each channel of an image on the working grid; warn about headers and intensities."""
+    known, reading = model.data.domains, model.data.domains[domain].reading
+    loaded: list[GridImage] = []
+    for index, channel in enumerate((image, *image.further)):
+        own = reading.channel(index)
+        file = _in_memory(channel.open())
+        for _, doubt in ambiguities(file, own):
+            warn(doubt)
+        if index == 0:
+            loaded.append(load_image(file, own, model.config.grid))
+        else:
+            place = loaded[0].placement
+            loaded.append(GridImage(load_channel(file, reading, index, place, image.path), place))
+        usual = {name: one.channel(index) for name, one in known.items()}
+        difference, like = resemblance(read_intensities(file, own), domain, usual)
+        if difference:
+            advice = (
+                f"use --domain {like} if it is an image of {like}"
+                if like
+                else f"check that it is an image of {domain} in the same units"
+            )
+            warn(f"The intensity of {channel.path} {difference}, as which it is read; {advice}.")
     return loaded
+
+
+def _in_memory(file: VolumeFile) -> VolumeFile:
+    """Read the voxels once, because they are used twice."""
+    voxels = file.voxels()
+    return replace(file, read=lambda: voxels)
 
 
 def _classes(model: Model, role: Role, volumes: Iterable[Stacks]) -> Iterator[np.ndarray]:
@@ -570,7 +615,8 @@ def _weights_of(model: Model, role: Role) -> dict[str, Tensor]:
         module.register_forward_hook(lambda *_, name=name: called.add(name))
         for name, module in method.named_modules()
     ]
-    shape = (2, model.config.slices, model.config.grid.size, model.config.grid.size)
+    inputs, size = model.channels * model.config.slices, model.config.grid.size
+    shape = (2, inputs, size, size)
     images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     images = images.to(model.device)
     try:
@@ -610,9 +656,22 @@ def _seeded_answer(method: Method, images: Tensor, role: Role) -> Tensor:
 def _fresh(model: Model, weights: Mapping[str, Tensor]) -> Method:
     """Build another method of the same class, with another seed and the given weights."""
     config = replace(model.config, seed=model.config.seed + 1)
-    method = build_method(config, model.structures, type(model.method))
+    method = build_method(config, model.structures, type(model.method), model.channels)
     method.load_state_dict(weights, strict=False)
     return _ready(method, model.device)
+
+
+def _channels_line(model: Model) -> str:
+    """Return the card's line about input channels; "" for a single one."""
+    config, known = model.config, model.data.domains
+    if model.channels == 1:
+        return ""
+    names = {
+        name: ", ".join(channel.name for channel in known[name].reading.channels)
+        for name in (config.target, config.source)
+    }
+    listed = "; ".join(f"{own} of {name}" for name, own in names.items())
+    return f"\n- Input channels, in this order: {listed}."
 
 
 def card(model: Model, run: RunDirectory, selector: str) -> str:
@@ -648,5 +707,6 @@ def card(model: Model, run: RunDirectory, selector: str) -> str:
         grid=f"{grid.size} × {grid.size} pixels of {grid.spacing:g} mm",
         run=run.id,
         slices=Neighbourhood.of(config),
+        channels=_channels_line(model),
         table="\n".join(f"| {' | '.join(map(str, cells))} |" for cells in table),
     )

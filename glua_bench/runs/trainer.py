@@ -287,7 +287,7 @@ class Trainer:
             with torch.no_grad():
                 images = stage.translate(images)
         if policy == "photometric" and stage.photometric:
-            images = augment.tone_curves(images)
+            images = augment.tone_curves(images, self.batches.source.channels)
         labels = labels.long()  # the type that losses require, 8 bytes per pixel
         return replace(batch, source_images=images, source_labels=labels, target_images=target)
 

@@ -81,7 +81,7 @@ def predict_volume(
     neighbourhood: Neighbourhood = ALONE,
 ) -> np.ndarray:
     """Predict class probabilities of one cached volume, float32 (K, Z, H, W)."""
-    stacks = neighbourhood.stacks(image.open(), image.placement.grid_spacing[0])
+    stacks = image.stacks(neighbourhood)
     (probabilities,) = predict_volumes(predict, [stacks], device, batch_size)
     return probabilities
 

@@ -83,7 +83,7 @@ class ADGAN(nn.Module):
 
     Args:
         config: the settings.
-        task: the task, for image size, slices per image and batch size.
+        task: the task, for image size, channels of an image and batch size.
     """
 
     hold, decay = 0.5, 1.0  # constant rates for half of the stage, then linear decay to 0
@@ -91,7 +91,7 @@ class ADGAN(nn.Module):
     def __init__(self, config: ADGANConfig, task: TaskInfo) -> None:
         super().__init__()
         self.config, self.mode = config, MODES[config.adgan_mode]
-        width, slices = config.adgan_width, task.slices
+        width, slices = config.adgan_width, task.inputs
         self.encoder = Encoder(width, config.adgan_blocks, slices)
         self.decoder = Decoder(width, config.adgan_blocks, slices)
         self.discriminator = DomainDiscriminator(width, slices)

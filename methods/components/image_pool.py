@@ -17,7 +17,7 @@ class ImagePool(nn.Module):
         slots: number of batches to store.
         batch: maximum number of images per batch.
         size: image side in pixels.
-        slices: slices per image.
+        slices: channels of an image.
     """
 
     images: Tensor

@@ -93,7 +93,7 @@ class StyleCodes(nn.Module):
 
     Args:
         config: the settings.
-        task: the task, for image size and slices per image; a stack of slices is restyled as one,
+        task: the task, for image size and channels; all channels and slices are restyled as one,
             in one style.
 
     Raises:
@@ -108,7 +108,7 @@ class StyleCodes(nn.Module):
 
     def __init__(self, config: CodesConfig, task: TaskInfo) -> None:
         super().__init__()
-        size, slices = task.size, task.slices
+        size, slices = task.size, task.inputs
         needed = SMALLEST * 2 ** (config.codes_scales - 1)  # each further scale halves the slice
         if size < needed:
             raise ConfigError(

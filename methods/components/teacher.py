@@ -42,13 +42,14 @@ class Teacher(nn.Module):
     Args:
         segmenter: the student, whose weights are copied.
         config: the settings.
+        channels: number of input channels, which are recoloured independently.
     """
 
     updates: Tensor
 
-    def __init__(self, segmenter: nn.Module, config: TeacherConfig) -> None:
+    def __init__(self, segmenter: nn.Module, config: TeacherConfig, channels: int = 1) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.channels = config, channels
         self.segmenter: Any = copy.deepcopy(segmenter).requires_grad_(False)
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
@@ -68,7 +69,7 @@ class Teacher(nn.Module):
         with torch.no_grad():
             teacher = logits(self.segmenter, images).float().softmax(1)
         sure = (teacher.amax(1) > self.config.confidence).float()
-        own = logits(student, augment.tone_curves(images)).float().softmax(1)
+        own = logits(student, augment.tone_curves(images, self.channels)).float().softmax(1)
         consistency = (sure * (own - teacher).square().mean(1)).mean()
         # Logged because a teacher that is confident only about background teaches nothing else.
         found = sure * (teacher.argmax(1) > 0)

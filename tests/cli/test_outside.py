@@ -153,7 +153,6 @@ def test_a_run_s_predictions_have_the_run_s_scores_and_stand_beside_it(
         text = Path("again/tables/main_phantom_mr-ct.md").read_text("utf-8")
         assert "same (external)" in text and "source" in text
 
-    Path("x.nii").touch()
     moved = next(run for run in list_runs(Path("runs")) if run.config.method == "moved")
     image = cohort / "ct_train" / "ct_train_1003_image.nii.gz"
     for command in (["predict", image, "--run"], ["export", "--run"]):

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from glua_bench import conformance
-from glua_bench.conformance import TinyDataset
-from glua_bench.conformance.bench import rewrite_voxels
+from glua_bench.conformance import TinyDataset, run_dataset_checks
+from glua_bench.conformance.bench import TwoChannels, rewrite_voxels
 from glua_bench.datasets.phantom.dataset import Phantom, generate
 from glua_bench.task import Case, Dataset, Grid
 
@@ -36,6 +36,15 @@ def test_phantom(check: Callable[[Dataset], None], phantom: Phantom) -> None:
 @conformance.parametrize_dataset()
 def test_the_tiny_dataset(check: Callable[[Dataset], None], tmp_path: Path) -> None:
     check(TinyDataset(tmp_path))
+
+
+def test_a_dataset_with_two_channels(tmp_path: Path) -> None:
+    results = run_dataset_checks(TwoChannels(tmp_path))
+    assert [result for result in results if not result.passed] == []
+    second = TwoChannels(tmp_path).cases("plain")[0].further[0]
+    nib.save(nib.Nifti1Image(np.zeros((3, 3, 3), np.float32), np.eye(4)), second)
+    (failed,) = [r for r in run_dataset_checks(TwoChannels(tmp_path)) if r.check == "files"]
+    assert not failed.passed and "the channels of plain_0 are invalid" in failed.message
 
 
 @pytest.mark.realdata

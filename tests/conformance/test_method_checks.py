@@ -27,7 +27,7 @@ from glua_bench.config import setting
 from glua_bench.conformance import METHOD_CHECKS
 from glua_bench.data.neighbours import middle
 from glua_bench.data.stores import ImageStore
-from glua_bench.errors import PluginError
+from glua_bench.errors import ConfigError, PluginError
 from glua_bench.losses import segmentation_loss
 from glua_bench.method import Batch, Context, Method, Role, Stage, TaskInfo
 from glua_bench.networks import instance_norm
@@ -74,9 +74,9 @@ class Sound(Method):
 
     def __init__(self, task: TaskInfo, config: Any) -> None:
         super().__init__(task, config)
-        self.stem = nn.Conv2d(task.slices, task.slices, 3, padding=1)
+        self.stem = nn.Conv2d(task.inputs, task.inputs, 3, padding=1)
         self.head = nn.Sequential(
-            nn.Conv2d(task.slices, config.channels, 3, padding=1),
+            nn.Conv2d(task.inputs, config.channels, 3, padding=1),
             nn.ReLU(),
             nn.Conv2d(config.channels, task.classes, 1),
         )
@@ -353,7 +353,7 @@ class ForgottenNetwork(Sound):
     """Its loss uses a network that no optimizer updates."""
 
     def extend(self, task: TaskInfo) -> None:
-        self.forgotten = nn.Conv2d(task.slices, 1, 1)
+        self.forgotten = nn.Conv2d(task.inputs, 1, 1)
 
     def loss(self, batch: Batch) -> Tensor:
         return super().loss(batch) + self.forgotten(batch.target).square().mean()
@@ -378,7 +378,7 @@ class StrangersWeights(Sound):
     """Trains a network that is no module of the method."""
 
     def extend(self, task: TaskInfo) -> None:
-        self.strangers = [nn.Conv2d(task.slices, task.slices, 3, padding=1)]
+        self.strangers = [nn.Conv2d(task.inputs, task.inputs, 3, padding=1)]
 
     def optimizers(self) -> dict[str, Optimizer]:
         weights = [*self.head.parameters(), *self.strangers[0].parameters()]
@@ -443,8 +443,8 @@ class NormalisesConstants(Sound):
     def extend(self, task: TaskInfo) -> None:
         layers: list[nn.Module] = []
         for _ in range(24):
-            layers.append(nn.Conv2d(task.slices, task.slices, 3, padding=1, padding_mode="reflect"))
-            layers.append(self.norm(task.slices))
+            layers.append(nn.Conv2d(task.inputs, task.inputs, 3, padding=1, padding_mode="reflect"))
+            layers.append(self.norm(task.inputs))
         self.deep = nn.Sequential(*layers)
 
     def optimizers(self) -> dict[str, Optimizer]:
@@ -516,7 +516,7 @@ class DrawsInAnotherOrder(Sound):
     """The stem's initial weights depend on the number of channels of the head built before it."""
 
     def extend(self, task: TaskInfo) -> None:
-        self.stem = nn.Conv2d(task.slices, task.slices, 3, padding=1)
+        self.stem = nn.Conv2d(task.inputs, task.inputs, 3, padding=1)
 
 
 faulty("UnknownPreset", "presets", presets={"fast": {"lr": 0.2}})
@@ -627,17 +627,18 @@ class SeesOneSlice(Sound):
 @caught_by("slices")
 class LooksAtTheMiddleAlone(SeesOneSlice):
     def stem_loss(self, batch: Batch) -> Tensor:
-        images = (middle(x) for x in (batch.source_images, batch.target))
+        images = (middle(x, x.shape[1]) for x in (batch.source_images, batch.target))
         return sum((self.stem(x) - x).square().mean() for x in images)  # type: ignore[return-value]
 
     def predict(self, images: Tensor, domain: Role) -> Tensor:
-        return super().predict(middle(images), domain)
+        return super().predict(middle(images, images.shape[1]), domain)
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
-        return {"stem": self.stem(middle(batch.source_images))}
+        images = batch.source_images
+        return {"stem": self.stem(middle(images, images.shape[1]))}
 
 
-@caught_by("slices")
+@caught_by("slices", "channels")
 class HasADiscriminatorOfOneSlice(Sound):
     """Predicts correctly, so only a training step fails."""
 
@@ -652,6 +653,39 @@ class HasADiscriminatorOfOneSlice(Sound):
 class ShowsTwoOfThree(Sound):
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         return {"stem": self.stem(batch.source_images)[:, :2]}
+
+
+@caught_by("channels")
+class SeesTheFirstChannelAlone(Sound):
+    """Accepts two channels, and ignores the second."""
+
+    def __init__(self, task: TaskInfo, config: Any) -> None:
+        super().__init__(replace(task, channels=1), config)
+
+    def first(self, images: Tensor) -> Tensor:
+        return images[:, : self.task.inputs]
+
+    def stem_loss(self, batch: Batch) -> Tensor:
+        images = (self.first(x) for x in (batch.source_images, batch.target))
+        return sum((self.stem(x) - x).square().mean() for x in images)  # type: ignore[return-value]
+
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        return super().predict(self.first(images), domain)
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        return {"stem": self.stem(self.first(batch.source_images))}
+
+
+class DeclinesSeveralChannels(Sound):
+    def extend(self, task: TaskInfo) -> None:
+        if task.channels > 1:
+            raise ConfigError("sound supports one input channel; use another method.")
+
+
+def test_a_method_may_decline_several_channels() -> None:
+    needed = ["trains", "logits", "pictures", "channels"]
+    result = conformance.run_checks(DeclinesSeveralChannels, only=needed)[-1]
+    assert result.passed and "use another method" in result.message
 
 
 @caught_by("whole_run")

@@ -105,9 +105,22 @@ def test_stacks_are_read_one_by_one(tmp_path: Path) -> None:
             assert np.array_equal(stacks[z], expected) and stacks[z].shape == (3, 4, 5)
 
 
+def test_stacks_hold_the_slices_of_each_channel_in_turn() -> None:
+    first, second = np.random.default_rng(0).normal(size=(2, 9, 4, 5))
+    neighbourhood = Neighbourhood(3, 2.0)
+    stacks = neighbourhood.stacks(first, 2.0, second)
+    for z in range(9):
+        expected = [neighbourhood.stacks(one, 2.0)[z] for one in (first, second)]
+        assert np.array_equal(stacks[z], np.concatenate(expected))
+    images = torch.arange(6).view(1, 6, 1, 1)
+    assert middle(images, 3).item() == 1  # of the first channel
+    assert middle(images[:, :1], 3).item() == 0  # a map with one plane
+    assert middle(images[:, :2], 1).item() == 0
+
+
 @pytest.mark.parametrize("slices", [1, 3, 5])
 def test_the_middle_slice_is_the_labelled_one(slices: int) -> None:
     images = torch.arange(slices).view(1, slices, 1, 1).expand(2, slices, 4, 4)
     for kind in (images, images.numpy()):
-        shown = middle(kind)
+        shown = middle(kind, slices)
         assert tuple(shown.shape) == (2, 1, 4, 4) and bool((shown == slices // 2).all())

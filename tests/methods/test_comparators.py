@@ -40,6 +40,17 @@ def test_fewer_templates_than_images_are_taken_in_turn() -> None:
     assert torch.equal(matched[2:], match_histograms(images(3)[2:], images(2, 1)[:1]))
 
 
+def test_channels_are_matched_apart() -> None:
+    source, target = images(4).view(2, 2, 32, 32), images(4, 1).view(2, 2, 32, 32)
+    matched = match_histograms(source, target[:1], 2)
+    for channel in (0, 1):
+        own = match_histograms(source[:, channel, None], target[:1, channel, None])
+        assert torch.equal(matched[:, channel, None], own)
+    exchanged = exchange_amplitudes(source, target, 0.1)
+    alone = exchange_amplitudes(source[:, 1:], target[:, 1:], 0.1)
+    torch.testing.assert_close(exchanged[:, 1:], alone)
+
+
 def test_slices_of_an_image_are_matched_by_one_curve() -> None:
     """Equal pixels of a stack stay equal, and the whole stack has the target's intensities."""
     source, target = images(6).view(2, 3, 32, 32), images(6, 1).view(2, 3, 32, 32) * 0.3 + 0.4

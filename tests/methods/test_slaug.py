@@ -116,6 +116,21 @@ def test_slices_of_an_image_share_its_curves_and_regions() -> None:
         assert bool((after[before.argsort()].diff() >= -1e-6).all())
 
 
+def test_channels_have_curves_of_their_own_on_the_same_regions() -> None:
+    own = batch()
+    images, labels = own.source_images, own.source_labels
+    two = torch.cat([images, images.roll(1, 3)], 1)
+    for augmented in (
+        lambda x, y, channels: slaug.augment_locally(x, y, CLASSES, channels),
+        lambda x, y, channels: slaug.augment_globally(x, channels),
+    ):
+        torch.manual_seed(3)
+        got = augmented(two, labels, 2)
+        torch.manual_seed(3)
+        apart = augmented(two.view(-1, 1, *two.shape[2:]), labels.repeat_interleave(2, 0), 1)
+        assert torch.equal(got.flatten(0, 1), apart.flatten(0, 1))
+
+
 def test_slices_of_an_image_have_one_saliency() -> None:
     gradient = torch.randn(2, 3, 32, 32)
     got = slaug.saliency_map(gradient, 8)

@@ -94,6 +94,25 @@ def test_several_channels_are_refused(folder: str, tmp_path: Path) -> None:
     assert names(*channel) == ["a_0001", "b_0001"]
 
 
+def test_the_channels_of_a_case_are_joined(tmp_path: Path) -> None:
+    folder = tmp_path / "imagesTs"
+    cases = [folder / f"{case}_000{channel}.nii.gz" for case in "ab" for channel in (0, 1)]
+    touch(*cases, tmp_path / "one, two.nii.gz", tmp_path / "t1.nii.gz", tmp_path / "t2.nii.gz")
+    for paths in ([folder], cases, cases[::-1]):
+        found = sorted(inputs.find(paths, 2).images, key=lambda image: image.name)
+        assert [image.name for image in found] == ["a", "b"]
+        files = [(image.path.name, image.further[0].path.name) for image in found]
+        assert files == [(f"{c}_0000.nii.gz", f"{c}_0001.nii.gz") for c in "ab"]
+    # A comma may be part of a name.
+    (plain,) = inputs.find([tmp_path / "one, two.nii.gz"], 2).images
+    assert plain.name == "one, two" and not plain.further
+    (pair,) = inputs.find([Path(f"{tmp_path / 't1.nii.gz'}, {tmp_path / 't2.nii.gz'}")], 2).images
+    assert pair.name == "t1" and pair.further[0].path == tmp_path / "t2.nii.gz"
+    cases[3].unlink()
+    with pytest.raises(DataError, match="Case b in .* has the channel.s. _0000, but .* _0001"):
+        inputs.find([folder], 2)
+
+
 def test_numbered_patients_are_no_channels(tmp_path: Path) -> None:
     touch(*(tmp_path / f"patient_{number:04d}.nii.gz" for number in range(3)))
     assert names(tmp_path) == ["patient_0000", "patient_0001", "patient_0002"]

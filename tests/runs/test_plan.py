@@ -23,7 +23,7 @@ from glua_bench.methods.source_only import SegmentConfig, SourceOnly
 from glua_bench.runs.plan import (
     PlannedRun,
     build_method,
-    check_slices,
+    check_inputs,
     perturb,
     plan,
     resolve,
@@ -229,7 +229,7 @@ class TranslatesOne(SourceOnly):
 @pytest.mark.parametrize(
     ("method", "said"),
     [
-        (AsBefore, "(predict raises RuntimeError); build its networks with task.slices channels"),
+        (AsBefore, "(predict raises RuntimeError); build its networks with task.inputs channels"),
         (FewLogits, "(predict gives the shape (1, 2, 32, 32))"),
         (TranslatesOne, "(translate gives the shape (1, 1, 32, 32))"),
     ],
@@ -239,15 +239,15 @@ def test_a_method_that_is_not_made_for_several_slices_is_declined_before_trainin
 ) -> None:
     dataset = Phantom(phantom_root)
     one = resolve(ask(), dataset, SourceOnly)
-    check_slices(one, build_method(one, dataset.structures, method))
+    check_inputs(one, build_method(one, dataset.structures, method))
     three = replace(one, slices=3)
-    text = refusal(check_slices, three, build_method(three, dataset.structures, method))
+    text = refusal(check_inputs, three, build_method(three, dataset.structures, method))
     assert said in text and text.startswith(
         "slices = 3: method 'source_only' does not support stacks"
     )
     sound = build_method(three, dataset.structures, SourceOnly)
     torch.manual_seed(0)
-    check_slices(three, sound)
+    check_inputs(three, sound)
     assert sound.training and torch.equal(torch.rand(1), torch.manual_seed(0) and torch.rand(1))
 
 

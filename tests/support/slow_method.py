@@ -36,7 +36,7 @@ class Slow(Method):
 
     def __init__(self, task: TaskInfo, config: Any) -> None:
         super().__init__(task, config)
-        self.head = nn.Conv2d(task.slices, task.classes, 3, padding=1)
+        self.head = nn.Conv2d(task.inputs, task.classes, 3, padding=1)
 
     def optimizers(self) -> dict[str, Optimizer]:
         """One."""

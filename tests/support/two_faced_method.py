@@ -28,7 +28,7 @@ class TwoFaced(SourceOnly, Method):
         super().__init__(task, config)
         self.heads = nn.ModuleDict()
         for domain, found in CLASSES.items():
-            head = nn.Conv2d(task.slices, task.classes, 1).requires_grad_(False)
+            head = nn.Conv2d(task.inputs, task.classes, 1).requires_grad_(False)
             with torch.no_grad():
                 head.weight.zero_()
                 head.bias.zero_()  # type: ignore[union-attr]
