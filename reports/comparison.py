@@ -457,7 +457,7 @@ def as_text(lines: pd.DataFrame) -> str:
         text += [str(task), block.to_string(), ""]
     if (lines["seeds"] == 1).any():
         text.append("One seed: no standard deviation and no tests; use --seeds 3.")
-    text += [*gap_notes(lines), last_bits_note(lines), *outside_notes(shown.index)]
+    text += [*gap_notes(lines), *filter(None, [last_bits_note(lines)]), *outside_notes(lines.index)]
     return "\n".join(text).rstrip()
 
 

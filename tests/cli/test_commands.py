@@ -56,10 +56,10 @@ def refused(result: Result, *words: str, code: int = 2) -> None:
 # -- what works ----------------------------------------------------------------------------------
 
 
-COMMANDS = "run compare ablate sweep worker report predict export list data new-method new-dataset"
+COMMANDS = "run compare ablate sweep worker report predict export score import list data new-method"
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS.split(), "sync", "doctor"])
+@pytest.mark.parametrize("command", ["", *COMMANDS.split(), "new-dataset", "sync", "doctor"])
 def test_help_is_there_for_every_command(call: Call, command: str) -> None:
     code, out, _ = call(*command.split(), "--help")
     assert code == 0 and "Usage" in out
