@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -262,6 +263,10 @@ def test_entry_names_are_in_table_tracker_and_report(
         return 0, ""
 
     monkeypatch.setattr(executor, "start_process", here)
+    shown = tmp_path / "tracker"
+    shown.mkdir()
+    monkeypatch.setenv("GLUA_BENCH_TRACKER", "folder_tracker:FolderTracker")
+    monkeypatch.setenv("FOLDER_TRACKER", str(shown))
     monkeypatch.chdir(tmp_path)
     sets = "{segmenter.width: 4, segmenter.depth: 3, grid.size: 32, grid.spacing: 7, batch_size: 2}"
     file = lined(
@@ -270,10 +275,14 @@ def test_entry_names_are_in_table_tracker_and_report(
         "  - {name: 'fast, twice', method: source_only, set: {lr: 2.0e-3}}\n",
         tmp_path / "my lr.yaml",
     )
-    place = ["--data-root", phantom_root, "--device=cpu", "--no-mlflow"]
+    place = ["--data-root", phantom_root, "--device=cpu"]
     code, out, err = call("compare", "--config", file, *place)
     assert code == 0, err
     assert "\nslow " in out and "\nfast, twice " in out
+    (group,) = shown.glob("group-*.json")
+    nested = json.loads(group.read_text(encoding="utf-8"))
+    assert set(nested["members"].values()) == {"slow", "fast, twice"}
+    assert nested["name"].startswith("compare slow, fast, twice")
     members = next((tmp_path / "runs" / "comparisons").glob("*.json"))
     code, out, err = call("report", "--runs", members, "--no-pictures", "--out", tmp_path / "page")
     assert code == 0, err
