@@ -124,11 +124,13 @@ def test_a_file_of_another_version_is_refused_with_its_line(
 
 def test_an_older_file_takes_the_defaults_and_says_so(planned: PlannedRun, tmp_path: Path) -> None:
     values = planned.config.to_dict()
-    del values["candidates"]
+    del values["candidates"], values["method_config"]["optimizer"]
     told: list[str] = []
     file = lined(values, tmp_path / "config.yaml")
     assert plan(configuration.of_run(file, beside(planned), (), told.append)).config.candidates == 5
-    assert told == [f"{file} lacks candidates; the defaults of this version are used."]
+    assert told == [
+        f"{file} lacks candidates, method.optimizer; the defaults of this version are used."
+    ]
 
 
 def test_files_of_another_kind_name_their_command(planned: PlannedRun, tmp_path: Path) -> None:
