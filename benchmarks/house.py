@@ -31,13 +31,13 @@ def modules(root: Path) -> dict[str, Path]:
 def arrows(found: Mapping[str, Path]) -> dict[str, set[str]]:
     """Return the modules of the product that each module imports, wherever the import stands.
 
-    Imports for the type checker alone and lazy attributes of a package do not count.
+    Imports for the type checker alone do not count.
     """
     reached: dict[str, set[str]] = {}
     for name, path in found.items():
         named: set[str] = set()
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        tree.body = [node for node in tree.body if not _for_users(node)]
+        tree.body = [node for node in tree.body if not _for_types(node)]
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 named |= {alias.name for alias in node.names}
@@ -48,9 +48,7 @@ def arrows(found: Mapping[str, Path]) -> dict[str, set[str]]:
     return reached
 
 
-def _for_users(node: ast.AST) -> bool:
-    if isinstance(node, ast.FunctionDef):
-        return node.name == "__getattr__"
+def _for_types(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 

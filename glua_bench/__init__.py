@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from glua_bench.cli.api import compare, load_results, predict, run, score
-
 __version__ = "0.1.0"
 __all__ = ["__version__", "compare", "load_results", "predict", "run", "score"]
 
+if TYPE_CHECKING:
+    from glua_bench.cli.api import compare, load_results, predict, run, score
+else:
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from glua_bench.cli import api
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from glua_bench.cli import api
 
-    return getattr(api, name)
+        return getattr(api, name)
 
 
 def __dir__() -> list[str]:

@@ -201,7 +201,7 @@ def with_output(command: Callable[..., None]) -> Callable[..., None]:
         finally:  # a failure may follow the result, e.g. findings of `data check`
             _output.quiet = False
             if _output.answer is not None and _leading():
-                document = json.dumps(to_json(_output.answer), indent=2, ensure_ascii=False)
+                document = json.dumps(to_json(_output.answer), indent=2)  # ASCII, for any locale
                 print(document, flush=True)
 
     called.__signature__ = inspect.Signature([*own, *extra])  # type: ignore[attr-defined]

@@ -158,6 +158,7 @@ def _read_run(file: Path, asked: RunRequest, named: Collection[str]) -> tuple[Ru
     if "method" not in named or asked.method == values["method"]:
         loaded: Any = Registry("method", plugins).load(str(values["method"]))
         tables["method_config"] = ("method", loaded.Config)
+    lacking = [name for name in known if name not in text]
     for key, (prefix, cls) in tables.items():
         table = text.table(key)
         if table is None:
@@ -165,12 +166,13 @@ def _read_run(file: Path, asked: RunRequest, named: Collection[str]) -> tuple[Ru
                 raise text.error(f"'{key}' must be a mapping of names to values", key)
             continue
         _check_settings(table, prefix, cls)
+        lacking += [f"{prefix}.{name}" for name in setting_names(cls) if name not in table]
     try:
         config = RunConfig.from_dict(values)
     except ConfigError as error:
         place = next((name for name in known if str(error).startswith(f"{name} = ")), None)
         raise text.error(str(error).rstrip("."), place) from error
-    return config, [name for name in known if name not in text]
+    return config, lacking
 
 
 def _check_settings(table: Table, prefix: str, cls: type) -> None:

@@ -310,6 +310,8 @@ def plan(cells: Sequence[Cell], report: Callable[[str], None] = lambda line: Non
         try:
             run = planning.plan(cell.request, report)
         except UserError as error:
+            if not place:
+                raise
             raise type(error)(f"{place}{error}") from error
         if run.id in owner:
             raise ConfigError(

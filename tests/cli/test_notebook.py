@@ -52,7 +52,7 @@ def test_the_stored_outputs_are_of_the_kind_that_it_has(executed: Any) -> None:
 
 def test_progress_is_plain_lines(executed: Any) -> None:
     lines = "".join(o.get("text", "") for found in outputs(executed) for o in found)
-    assert "segment: 100 steps" in lines and "\x1b" not in lines
+    assert "segment: 60 steps" in lines and "\x1b" not in lines
 
 
 def test_the_stored_notebook_is_small_and_names_no_machine() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -123,11 +124,13 @@ def test_a_file_of_another_version_is_refused_with_its_line(
 
 def test_an_older_file_takes_the_defaults_and_says_so(planned: PlannedRun, tmp_path: Path) -> None:
     values = planned.config.to_dict()
-    del values["candidates"]
+    del values["candidates"], values["method_config"]["optimizer"]
     told: list[str] = []
     file = lined(values, tmp_path / "config.yaml")
     assert plan(configuration.of_run(file, beside(planned), (), told.append)).config.candidates == 5
-    assert told == [f"{file} lacks candidates; the defaults of this version are used."]
+    assert told == [
+        f"{file} lacks candidates, method.optimizer; the defaults of this version are used."
+    ]
 
 
 def test_files_of_another_kind_name_their_command(planned: PlannedRun, tmp_path: Path) -> None:
@@ -262,6 +265,10 @@ def test_entry_names_are_in_table_tracker_and_report(
         return 0, ""
 
     monkeypatch.setattr(executor, "start_process", here)
+    shown = tmp_path / "tracker"
+    shown.mkdir()
+    monkeypatch.setenv("GLUA_BENCH_TRACKER", "folder_tracker:FolderTracker")
+    monkeypatch.setenv("FOLDER_TRACKER", str(shown))
     monkeypatch.chdir(tmp_path)
     sets = "{segmenter.width: 4, segmenter.depth: 3, grid.size: 32, grid.spacing: 7, batch_size: 2}"
     file = lined(
@@ -270,10 +277,14 @@ def test_entry_names_are_in_table_tracker_and_report(
         "  - {name: 'fast, twice', method: source_only, set: {lr: 2.0e-3}}\n",
         tmp_path / "my lr.yaml",
     )
-    place = ["--data-root", phantom_root, "--device=cpu", "--no-mlflow"]
+    place = ["--data-root", phantom_root, "--device=cpu"]
     code, out, err = call("compare", "--config", file, *place)
     assert code == 0, err
     assert "\nslow " in out and "\nfast, twice " in out
+    (group,) = shown.glob("group-*.json")
+    nested = json.loads(group.read_text(encoding="utf-8"))
+    assert set(nested["members"].values()) == {"slow", "fast, twice"}
+    assert nested["name"].startswith("compare slow, fast, twice")
     members = next((tmp_path / "runs" / "comparisons").glob("*.json"))
     code, out, err = call("report", "--runs", members, "--no-pictures", "--out", tmp_path / "page")
     assert code == 0, err

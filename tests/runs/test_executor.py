@@ -84,6 +84,35 @@ def test_a_failure_is_kept_and_tried_again_only_if_asked(base: RunOptions) -> No
     assert (outcome.ran, outcome.before, outcome.failed) == (1, 1, {})
 
 
+def test_an_interruption_starts_no_further_run(
+    base: RunOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A notebook goes on after Ctrl-C, with the threads that execute the runs."""
+    started, ended = threading.Event(), threading.Event()
+    begun: list[str] = []
+
+    def slow(run: PlannedRun, environment: Mapping[str, str]) -> tuple[int, str]:
+        begun.append(run.id)
+        started.set()
+        assert ended.wait(60)
+        return 1, "glua-bench: error: it was stopped."
+
+    def interrupted(thread: threading.Thread, timeout: float | None = None) -> None:
+        assert started.wait(60)
+        raise KeyboardInterrupt
+
+    executor = Executor(cells_of(base), start=slow)
+    threads = set(threading.enumerate())
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            executor.run()
+    ended.set()
+    for thread in set(threading.enumerate()) - threads:
+        thread.join(60)
+    assert len(begun) == 1
+
+
 def test_a_killed_process_is_started_again_once(base: RunOptions) -> None:
     planned, started = cells_of(base, 1), []
 
