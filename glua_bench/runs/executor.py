@@ -74,6 +74,7 @@ class Executor:
         self._waiting: deque[Planned] = deque()  # thread-safe
         self._attempts: Counter[str] = Counter()
         self._error: BaseException | None = None
+        self._interrupted = False
         self._began = time.monotonic()
         for item in self.planned:
             if item.state == "done":
@@ -102,7 +103,7 @@ class Executor:
                 while worker.is_alive():  # short waits, so that Ctrl-C is handled
                     worker.join(0.2)
         except BaseException:  # a notebook lives on: start no further run
-            self._waiting.clear()
+            self._interrupted = True
             raise
         if self._error is not None:
             raise self._error
@@ -131,7 +132,7 @@ class Executor:
 
     def _next(self) -> Planned | None:
         with self._lock:
-            return self._waiting.popleft() if self._waiting else None
+            return self._waiting.popleft() if self._waiting and not self._interrupted else None
 
     def _execute(self, item: Planned, index: int) -> None:
         if item.run.directory.done:  # finished by another process in the meantime
