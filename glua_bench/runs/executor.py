@@ -92,6 +92,7 @@ class Executor:
         self._waiting: deque[Planned] = deque()  # thread-safe
         self._attempts: Counter[str] = Counter()
         self._error: BaseException | None = None
+        self._interrupted = False
         self._seen: dict[str, _Seen] = {}  # run → a run that is being executed, here or elsewhere
         self._done: set[str] = set()
         self._timed: set[str] = set()  # finished runs whose duration has been looked up
@@ -127,7 +128,7 @@ class Executor:
                     worker.join(0.2)
                     self.show(self.state)
         except BaseException:  # a notebook lives on: start no further run
-            self._waiting.clear()
+            self._interrupted = True
             raise
         if self._error is not None:
             raise self._error
@@ -155,7 +156,7 @@ class Executor:
 
     def _next(self) -> Planned | None:
         with self._lock:
-            return self._waiting.popleft() if self._waiting else None
+            return self._waiting.popleft() if self._waiting and not self._interrupted else None
 
     def _execute(self, item: Planned, index: int) -> None:
         if item.run.directory.done:  # finished by another process in the meantime
