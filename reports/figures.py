@@ -298,6 +298,8 @@ def _volumes(
     chart.set_yticks(range(len(structures)), [structure.name for structure in structures])
     chart.set_ylim(len(structures) - 0.5, -0.5)
     chart.set_xlim(left=0)
+    chart.ticklabel_format(axis="x", style="plain", useOffset=False)
+    chart.locator_params(axis="x", nbins=4)
     chart.set_xlabel("volume (ml), one line per case", fontsize=8, color=INK)
     _unbox(chart)
 
