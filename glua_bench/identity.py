@@ -63,7 +63,7 @@ NO_RESULT: Mapping[str, str] = {
     f"{PACKAGE}.runs.completion": "completes names in a shell",
     f"{PACKAGE}.runs.request": "holds options; the configuration that they give is hashed",
     f"{PACKAGE}.runs.interruption": "stops a process; the resumed run gives the same result",
-    f"{PACKAGE}.runs.timing": "measures durations",
+    f"{PACKAGE}.runs.timing.parts": "measures durations",
     f"{PACKAGE}.registry": "finds plugin classes, whose code is hashed",
     f"{PACKAGE}.inspection.outliers": "compares these statistics",
     f"{PACKAGE}.records.environment": "describes the machine",

@@ -16,10 +16,10 @@ from glua_bench.console import Progress, duration
 from glua_bench.errors import ConfigError, without_password
 from glua_bench.files import write_json, write_text
 from glua_bench.method import Stage
-from glua_bench.runs.estimate import Estimator, breakdown
 from glua_bench.runs.plan import plan
 from glua_bench.runs.request import RunOptions
-from glua_bench.runs.timing import SLICES, total
+from glua_bench.runs.timing.estimate import Estimator, breakdown
+from glua_bench.runs.timing.parts import SLICES, total
 from glua_bench.sweeps.definition import Definition, Parameter
 from glua_bench.sweeps.launch import Crew
 from glua_bench.sweeps.progress import Display, Tracked, shown

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 
@@ -230,7 +231,8 @@ def _time_series(data: Path, paths: Sequence[str]) -> tuple[str, set[str]]:
     for own in forms.values() if len(forms) <= _FORMS else ():
         if own[0].lower().endswith(NIFTI):
             with suppress(Exception):  # damaged files are reported later
-                shape = nib.load(data / own[0]).shape
+                image: Any = nib.load(data / own[0])
+                shape = image.shape
                 found |= set(own) if len(shape) > 3 and max(shape[3:]) > 1 else set()
     if not found or len(found) == len(paths):
         return "", set()

@@ -299,8 +299,8 @@ def conduct(
         guests: imported entries of the same tables.
         quiet: show no progress bar.
     """
-    from glua_bench.runs.display import Display
     from glua_bench.runs.executor import Executor
+    from glua_bench.runs.timing.display import Display
 
     groups = matrix.by_dataset(title, planned, guests)
     with Display(report, None if quiet else sys.stdout) as display:

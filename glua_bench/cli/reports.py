@@ -251,13 +251,13 @@ def export(
     plugin: Plugins = None,
 ) -> None:
     """Export a finished run's model: weights, configuration, card and licence."""
-    from glua_bench.runs import prediction
+    from glua_bench.runs import exporting, prediction
 
     if run is None:
         raise ConfigError("--run is missing; give the directory or id of a finished run.")
     found = prediction.find_run(run, runs_root)
     loaded = prediction.from_run(found, plugin or [], "cpu", selector)
-    folder = prediction.export(loaded, found, out, selector)
+    folder = exporting.export(loaded, found, out, selector)
     size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
     say(f"Wrote {folder} ({size:.1f} MiB): {', '.join(sorted(f.name for f in folder.iterdir()))}")
     following = next_command("glua-bench", "predict", "--model", folder, plugins=plugin)

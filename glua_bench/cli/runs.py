@@ -114,7 +114,7 @@ def _run(request: RunRequest, dry_run: bool = False) -> None:
 def _show_plan(planned: PlannedRun) -> None:
     from glua_bench.console import duration
     from glua_bench.reports.run_figures import draw_run
-    from glua_bench.runs.estimate import Estimator, breakdown
+    from glua_bench.runs.timing.estimate import Estimator, breakdown
 
     for name, steps in planned.stages:
         say(f"  stage {name}: {steps} steps")
@@ -135,7 +135,7 @@ def _show_plan(planned: PlannedRun) -> None:
 
 def _show_result(planned: PlannedRun, summary: Summary) -> None:
     from glua_bench.console import duration
-    from glua_bench.runs.timing import where_time_went
+    from glua_bench.runs.timing.parts import where_time_went
     from glua_bench.scoring.metrics import PRIMARY
 
     path, table = planned.directory.path, summary.table
@@ -323,7 +323,7 @@ def _run_matrix(
     from glua_bench.cli import api
     from glua_bench.reports import comparison
     from glua_bench.runs import execution, matrix
-    from glua_bench.runs.timing import where_time_went
+    from glua_bench.runs.timing.parts import where_time_went
 
     guests = matrix.guests(cells, imported, note)  # before anything is trained
     planned = matrix.plan(cells, note)
@@ -398,9 +398,9 @@ def _show_matrix(planned: list[Planned], work: Work, guests: Sequence[Guest]) ->
     """Show how many runs of each row are open, and how long they take."""
     from glua_bench.console import duration
     from glua_bench.reports.run_figures import draw_run
-    from glua_bench.runs.estimate import Estimator, breakdown
     from glua_bench.runs.executor import environment
-    from glua_bench.runs.timing import total
+    from glua_bench.runs.timing.estimate import Estimator, breakdown
+    from glua_bench.runs.timing.parts import total
 
     threads = environment(0, work.jobs)["OMP_NUM_THREADS"]  # may be a list, "4,2"
     own = int(threads) if threads.isdigit() else None

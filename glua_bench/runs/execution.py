@@ -31,7 +31,7 @@ from glua_bench.registry import Registry
 from glua_bench.runs import carried
 from glua_bench.runs.plan import PlannedRun, build_method, make_fabric, roles
 from glua_bench.runs.stage_cache import artefact_path
-from glua_bench.runs.timing import EVALUATION, FIGURES, SAMPLES, SLICES, Clock
+from glua_bench.runs.timing.parts import EVALUATION, FIGURES, SAMPLES, SLICES, Clock
 from glua_bench.runs.trainer import Trainer
 from glua_bench.scoring.evaluation import evaluate, mean_score, summarise
 from glua_bench.selection import ROLES, Candidate, Samples, Selector, choose, sample_pixels

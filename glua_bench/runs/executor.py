@@ -23,10 +23,10 @@ import torch
 from glua_bench.console import duration
 from glua_bench.errors import RunFailure, UserError, complaint
 from glua_bench.files import try_lock, write_text
-from glua_bench.runs.display import Running, State, position, seconds_left
 from glua_bench.runs.matrix import Planned
 from glua_bench.runs.plan import PlannedRun
-from glua_bench.runs.timing import parts_of
+from glua_bench.runs.timing.display import Running, State, position, seconds_left
+from glua_bench.runs.timing.parts import parts_of
 from glua_bench.scoring.evaluation import mean_score
 from glua_bench.scoring.metrics import PRIMARY
 

@@ -95,9 +95,9 @@ def trained(files: Path) -> RunDirectory:
 @pytest.fixture(scope="module")
 def exported(trained: RunDirectory, files: Path) -> Path:
     """Export the trained model."""
-    from glua_bench.runs import prediction
+    from glua_bench.runs import exporting, prediction
 
-    return prediction.export(prediction.from_run(trained, (), "cpu"), trained, files / "model")
+    return exporting.export(prediction.from_run(trained, (), "cpu"), trained, files / "model")
 
 
 def given(files: Path, number: int = 3, domain: str = "inverted") -> list[Path]:

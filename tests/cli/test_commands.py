@@ -561,7 +561,7 @@ def test_an_ablation_says_what_it_would_run(call: Call, phantom_root: Path) -> N
 def trained(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Train local_only; return the run's directory and the exported model."""
     from glua_bench.console import Progress
-    from glua_bench.runs import prediction
+    from glua_bench.runs import exporting, prediction
     from glua_bench.runs.execution import execute
     from glua_bench.runs.plan import plan
     from glua_bench.runs.request import RunRequest
@@ -573,7 +573,7 @@ def trained(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     planned = plan(RunRequest("local_only", "phantom", assignments=small, **options, **folders))
     execute(planned, Progress(enabled=False))
     model = prediction.from_run(planned.directory, device="cpu")
-    return planned.directory.path, prediction.export(model, planned.directory, folder / "model")
+    return planned.directory.path, exporting.export(model, planned.directory, folder / "model")
 
 
 # What changed since -> what is said of it. The first is what local_only had before it had a gain.

@@ -48,7 +48,7 @@ from glua_bench.methods.local_only import LocalOnly
 from glua_bench.methods.source_only import RepeatedSGD, SegmentConfig, SourceOnly
 from glua_bench.networks import Segmented, UNet
 from glua_bench.registry import Registry
-from glua_bench.runs import execution, prediction
+from glua_bench.runs import execution, exporting, prediction
 from glua_bench.runs.plan import adjusted, check_request, plan
 from glua_bench.runs.request import RunRequest
 from glua_bench.task import UNANNOTATED, Grid
@@ -593,8 +593,8 @@ def test_a_run_on_deeplab_is_exported_and_predicts_alike(
     )
     execution.execute(planned, Progress(enabled=False))
     model = prediction.from_run(planned.directory, device="cpu")
-    folder = prediction.export(model, planned.directory, tmp_path / "model")
-    weights = prediction.predicting_weights(model)
+    folder = exporting.export(model, planned.directory, tmp_path / "model")
+    weights = exporting.predicting_weights(model)
     summed = {name.split(".")[3] for name in weights if name.startswith("segmenter.head.")}
     assert summed == {str(number) for number in range(dilations)}
     assert any(name.startswith("alignment.feature.") for name in weights)

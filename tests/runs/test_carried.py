@@ -22,7 +22,7 @@ from glua_bench.inspection.measurements import measure_case, read_intensities
 from glua_bench.inspection.outliers import LEAST, Usual, resemblance, usual
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.registry import Registry
-from glua_bench.runs import carried, inputs, prediction
+from glua_bench.runs import carried, exporting, inputs, prediction
 from glua_bench.runs.execution import execute
 from glua_bench.runs.plan import plan
 from glua_bench.runs.request import RunRequest
@@ -202,7 +202,7 @@ def test_a_description_is_kept_as_it_reads(trained: Livers) -> None:
 
 def test_a_model_names_no_file_and_no_case(trained: Livers, tmp_path: Path) -> None:
     model = prediction.from_run(trained.run, device="cpu")
-    folder = prediction.export(model, trained.run, tmp_path / "model")
+    folder = exporting.export(model, trained.run, tmp_path / "model")
     for file in folder.iterdir():
         content = file.read_bytes()
         for word in ("person", str(trained.description.parent), "files/", ".csv", "_image"):

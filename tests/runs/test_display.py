@@ -18,13 +18,13 @@ from small_runs import DISCS
 
 from glua_bench.errors import RunFailure
 from glua_bench.files import try_lock
-from glua_bench.runs import display as module
 from glua_bench.runs import executor as executor_module
-from glua_bench.runs.display import Display, Running, State, bars, position, seconds_left
 from glua_bench.runs.executor import Executor
 from glua_bench.runs.matrix import Planned, comparison, plan
 from glua_bench.runs.plan import PlannedRun
 from glua_bench.runs.request import RunOptions
+from glua_bench.runs.timing import display as module
+from glua_bench.runs.timing.display import Display, Running, State, bars, position, seconds_left
 
 NAN = math.nan
 LONG = "a method with a name of more than sixty characters, one of many, phantom mr-ct, seed 0"

@@ -18,12 +18,12 @@ from glua_bench.config import DEFAULT_SELECTORS, SELECTORS
 from glua_bench.data import cache as cache_module
 from glua_bench.records.run_directory import list_runs
 from glua_bench.reports.run_figures import draw_run
-from glua_bench.runs import estimate as module
 from glua_bench.runs import execution, trainer
-from glua_bench.runs.estimate import Estimator, breakdown
 from glua_bench.runs.plan import plan
 from glua_bench.runs.request import RunRequest
-from glua_bench.runs.timing import parts_of, where_time_went
+from glua_bench.runs.timing import estimate as module
+from glua_bench.runs.timing.estimate import Estimator, breakdown
+from glua_bench.runs.timing.parts import parts_of, where_time_went
 from glua_bench.scoring.selectors import BatchNuclearNorm
 
 SLOW = 0.5  # seconds that a slow piece takes by the test's clock

@@ -27,11 +27,11 @@ from glua_bench.reports.comparison import collect
 from glua_bench.runs import execution, matrix
 from glua_bench.runs import executor as executor_module
 from glua_bench.runs import plan as planning
-from glua_bench.runs.estimate import Estimator
 from glua_bench.runs.executor import Executor
 from glua_bench.runs.matrix import Planned, comparison, plan
 from glua_bench.runs.plan import PlannedRun
 from glua_bench.runs.request import RunOptions
+from glua_bench.runs.timing.estimate import Estimator
 
 Call = Callable[..., tuple[int, str, str]]
 

@@ -23,7 +23,7 @@ from glua_bench.data.volumes import load_image, restore
 from glua_bench.errors import ConfigError, PluginError, UserError
 from glua_bench.method import Role
 from glua_bench.records.run_directory import RunDirectory
-from glua_bench.runs import inputs, prediction
+from glua_bench.runs import exporting, inputs, prediction
 from glua_bench.runs.execution import execute
 from glua_bench.runs.plan import plan
 from glua_bench.runs.request import RunRequest
@@ -187,7 +187,7 @@ def test_new_volumes_whatever_their_header_says(made: Made, tmp_path: Path, call
 
 def test_an_exported_model_predicts_alike_without_run_and_data(made: Made, tmp_path: Path) -> None:
     model = prediction.from_run(made.run, device="cpu")
-    folder = prediction.export(model, made.run, tmp_path / "model")
+    folder = exporting.export(model, made.run, tmp_path / "model")
     assert {f.name for f in folder.iterdir()} == {
         "model.safetensors",
         "config.json",
@@ -220,7 +220,7 @@ def test_a_model_of_several_slices_predicts_new_volumes_as_its_run_did(
     distance = made.run.config.slice_distance
     assert distance is not None and (slice_spacing == "null" or distance == 8)
     model = prediction.from_run(made.run, device="cpu")
-    folder = prediction.export(model, made.run, tmp_path / "model")
+    folder = exporting.export(model, made.run, tmp_path / "model")
     assert f"3, {distance:g} mm apart" in (folder / "README.md").read_text()
     loaded = prediction.from_directory(folder, device="cpu")
     assert loaded.config.slices == 3 and loaded.config.slice_distance == distance
@@ -238,10 +238,10 @@ def test_only_what_predicts_is_exported(phantom_root: Path, tmp_path: Path) -> N
     made = make("sifa", phantom_root, tmp_path / "runs", *sets)
     model = prediction.from_run(made.run, device="cpu")
     assert any(name.startswith("pool_a") for name in model.method.state_dict())
-    weights = prediction.predicting_weights(model)
+    weights = exporting.predicting_weights(model)
     assert {name.split(".")[0] for name in weights} == {"encoder", "head", "generator"}
     assert any("running_mean" in name for name in weights)
-    prediction.export(model, made.run, tmp_path / "model")
+    exporting.export(model, made.run, tmp_path / "model")
     prediction.from_directory(tmp_path / "model", device="cpu")
 
 
@@ -252,11 +252,11 @@ def test_a_domain_is_predicted_as_such_and_export_keeps_what_predicts_it(
     """The method predicts one structure for all target pixels and another for the source's."""
     plugins = [Path(__file__).parents[1] / "support" / "two_faced_method.py"]
     model = prediction.from_run(two_faced.run, plugins, device="cpu")
-    assert {name.rpartition(".")[0] for name in prediction.predicting_weights(model)} == {
+    assert {name.rpartition(".")[0] for name in exporting.predicting_weights(model)} == {
         "heads.target",
         "heads.source",
     }
-    prediction.export(model, two_faced.run, tmp_path / "model")
+    exporting.export(model, two_faced.run, tmp_path / "model")
     role = "source" if domain == "mr" else "target"
     value = model.structures[CLASSES[role] - 1].values[0]
     words = ["--plugin", plugins[0], *([] if domain is None else ["--domain", domain])]
@@ -275,7 +275,7 @@ def test_a_model_knows_two_domains(made: Made, tmp_path: Path) -> None:
     model = prediction.from_run(made.run, device="cpu")
     with pytest.raises(ConfigError, match="--domain us: .* of mr, its source domain, and of ct, "):
         prediction.predict(model, given(made.images), tmp_path, "us").__next__()
-    folder = prediction.export(model, made.run, tmp_path / "model")
+    folder = exporting.export(model, made.run, tmp_path / "model")
     for again in (model, prediction.from_directory(folder, device="cpu")):
         assert again.domain(None) == again.domain("ct") == "ct" and again.domain("mr") == "mr"
         assert again.data == model.data
@@ -291,7 +291,7 @@ def test_images_of_the_source_are_translated_as_in_training(
     model = prediction.from_run(made.run, device="cpu")
     (mr,) = (image for image in made.images if "mr_" in image.name)
     loaded = prediction.from_directory(
-        prediction.export(model, made.run, tmp_path / "model"), device="cpu"
+        exporting.export(model, made.run, tmp_path / "model"), device="cpu"
     )
     image = load_image(mr, model.data.domains["mr"].reading, made.run.config.grid)
     slices = torch.from_numpy(image.voxels.astype(np.float16).astype(np.float32))[:, None]
@@ -351,7 +351,7 @@ def test_weights_that_no_module_owns_are_found_out(made: Made) -> None:
         def predict(self, images: torch.Tensor, domain: Role) -> torch.Tensor:
             return super().predict(images, domain) * (1 + self.aside.weight.abs().sum())
 
-    hidden = prediction._fresh(model, model.method.state_dict())
+    hidden = exporting._fresh(model, model.method.state_dict())
     hidden.__class__ = Hidden
     hidden.aside = nn.Linear(1, 1)
     nn.init.constant_(hidden.aside.weight, 2.0)
@@ -363,21 +363,21 @@ def test_weights_that_no_module_owns_are_found_out(made: Made) -> None:
         model.source,
     )
     with pytest.raises(PluginError, match="cannot be exported"):
-        prediction.predicting_weights(spoiled)
+        exporting.predicting_weights(spoiled)
 
 
 def test_a_directory_that_is_not_empty_is_left_alone(made: Made, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     model = prediction.from_run(made.run, device="cpu")
     with pytest.raises(UserError, match="not an empty directory"):
-        prediction.export(model, made.run, tmp_path)
+        exporting.export(model, made.run, tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize("spoil", ["config.json", "model.safetensors", "cut", "another"])
 def test_a_damaged_model_is_one_sentence(spoil: str, made: Made, tmp_path: Path) -> None:
     model = prediction.from_run(made.run, device="cpu")
-    folder = prediction.export(model, made.run, tmp_path / "model")
+    folder = exporting.export(model, made.run, tmp_path / "model")
     if spoil == "cut":
         data = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(data[: len(data) // 2])

@@ -18,8 +18,8 @@ from optuna.trial import TrialState
 from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.runs import execution
-from glua_bench.runs.estimate import Estimate, Estimator
 from glua_bench.runs.request import RunOptions
+from glua_bench.runs.timing.estimate import Estimate, Estimator
 from glua_bench.sweeps import command, launch
 from glua_bench.sweeps.definition import Definition, Parameter, find, read, shipped
 from glua_bench.sweeps.study import SweepStudy, counting

@@ -44,7 +44,7 @@ from glua_bench.runs.execution import (
 )
 from glua_bench.runs.plan import PlannedRun, build_method, make_fabric, roles
 from glua_bench.runs.stage_cache import artefact_path
-from glua_bench.runs.timing import EVALUATION, FIGURES, SELECTION, SLICES, parts_of
+from glua_bench.runs.timing.parts import EVALUATION, FIGURES, SELECTION, SLICES, parts_of
 from glua_bench.scoring.evaluation import evaluate
 from glua_bench.selection import SLICES as SAMPLED_SLICES
 from glua_bench.selection import Samples
