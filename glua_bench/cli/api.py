@@ -158,7 +158,8 @@ def run(
         runs: directory of all runs.
         quiet: print nothing.
         options: other options of the command, by their names with underscores: preset, steps,
-            augmentation, data_root, device, precision, plugins (`--plugin`), oracle, mlflow, ….
+            augmentation, data_root, device, precision, plugins (`--plugin`), selectors (names),
+            oracle, mlflow, ….
 
     Raises:
         UserError: an argument is invalid.
@@ -489,6 +490,8 @@ def _options(
             raise ConfigError(f"Unknown argument '{name}'; {nearest(name, known)}.")
         if name in _FILES and value is not None:
             value = [Path(file) for file in value] if name == "plugins" else Path(value)
+        if name == "selectors" and value is not None:
+            value = ",".join(_names(value))
         values[name] = value
     texts = [assignment(name, value) for name, value in (settings or {}).items()]
     return kind(**values, assignments=texts, runs_root=Path(runs))
