@@ -269,6 +269,31 @@ def test_an_export_comes_back_as_an_entry(call: Call, cohort: Path, tmp_path: Pa
     assert copy.data.tags["glua_bench.scenario"] == "external"
 
 
+def test_scores_and_imports_are_printed_as_json_or_alone(
+    call: Call, cohort: Path, predicted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from glua_bench.datasets.phantom.dataset import Phantom
+
+    monkeypatch.setattr(Phantom, "caveat", lambda self, direction: f"{direction} shares patients")
+    data = ["--dataset=phantom", "--data-root", cohort, "--jobs=1"]
+    score = ["score", predicted, *data]
+    found = json.loads(call(*score, "--json")[1])
+    assert [row["structure"] for row in found["scores"]] == ["MYO", "LAC", "LVC", "AA", "mean"]
+    assert len(found["rows"]) == 8 and found["missing"] == 0
+    assert found["distances"] == Phantom.distance_note
+    done = ["import", "x", "--predictions", predicted, "--privileged", "--no-mlflow", *data]
+    made = json.loads(call(*done, "--json")[1])
+    assert made["scores"] == found["scores"] and made["values"] == "dataset"
+    assert made["privileged"] and made["caveat"] == "mr-ct shares patients"
+    (run,) = list_runs(Path("runs"))
+    assert made["id"] == run.id and run.read_environment()["caveat"] == made["caveat"]
+    for words, last in ((score, "2 cases. Distances in "), (done, "Results: ")):
+        code, out, err = call(*words, "--quiet")
+        assert code == 0 and err == "" and "Next" not in out and "case 1" not in out
+        assert out.rstrip().splitlines()[-1].startswith(last)
+    assert "CAVEAT mr-ct shares patients." in out
+
+
 def test_the_same_again_is_done_and_others_need_a_word(
     call: Call, cohort: Path, predicted: Path
 ) -> None:
