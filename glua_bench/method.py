@@ -71,10 +71,10 @@ class Cases:
 
 @dataclass(frozen=True)
 class Adjustment:
-    """A setting that is changed to fit the data.
+    """A setting that is changed to fit the data, or has no effect.
 
     Attributes:
-        value: the value that the run uses.
+        value: the value that the run uses; the given one if it has no effect.
         reason: a clause, e.g. "training has 4 target cases".
     """
 

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from glua_bench.losses import balanced_loss
-from glua_bench.method import Batch, Context, Role, TaskInfo
+from glua_bench.method import Adjustment, Batch, Cases, Context, Role, TaskInfo
 from glua_bench.methods.components.alignment import (
     PAPER_ALIGNMENT,
     QUICK_ALIGNMENT,
     AlignmentConfig,
     LocalAlignment,
+    without_effect,
 )
 from glua_bench.methods.source_only import SegmentConfig, SourceOnly
 
@@ -60,6 +61,10 @@ class LocalOnly(SourceOnly):
         """Return the full Step B, and training with the source loss alone."""
         nothing = {"gain": "none", "lambda_feature": 0.0, "lambda_output": 0.0}
         return {"Step B": {}, "nothing aligned": nothing}
+
+    def check(self, cases: Cases) -> Mapping[str, Adjustment]:
+        """Return the adjustments of the base class, and settings without effect."""
+        return {**super().check(cases), **without_effect(self.config)}
 
     def optimizers(self) -> dict[str, Optimizer]:
         """Return the segmenter's optimizer and that of both discriminators."""

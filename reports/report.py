@@ -299,7 +299,12 @@ class _Writer(PageWriter):
             if dataset is None:
                 continue
             self.report(f"{task}: pictures")
-            shown = case_pictures.compared_cases(self.results, task, dataset, self.options.selector)
+            try:
+                selector = self.options.selector
+                shown = case_pictures.compared_cases(self.results, task, dataset, selector)
+            except UserError as error:  # e.g. files of another directory than the runs'
+                self._no_pictures(task, error)
+                continue
             if not shown:
                 self.notices.append(f"{task}: no pictures, since no run keeps its predictions.")
                 continue
@@ -340,12 +345,20 @@ class _Writer(PageWriter):
         if name not in self._datasets:
             try:
                 dataset = load_dataset(name, self.options.data_root, self._plugins(name))
+                for domain in dataset.domains():
+                    dataset.cases(domain)  # fails for generated data that are not generated yet
                 dataset.prepare(self.report)
                 self._datasets[name] = dataset
-            except (UserError, RunFailure) as error:
-                self.notices.append(f"No pictures of {name}: {error}")
+            except (UserError, RunFailure, OSError) as error:
+                self._no_pictures(name, error)
                 self._datasets[name] = None
         return self._datasets[name]
+
+    def _no_pictures(self, name: str, error: Exception) -> None:
+        """Add a notice on a dataset or task without pictures."""
+        elsewhere = "If its runs used files of another directory, give it with --data-root."
+        hint = f" {elsewhere}" if self.options.data_root is None else ""
+        self.notices.append(f"No pictures of {name}: {error}{hint}")
 
     def _plugins(self, name: str) -> list[Path]:
         """Return the plugins, with a dataset's description from its runs if it is unknown."""

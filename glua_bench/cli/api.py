@@ -8,11 +8,10 @@ Mistakes raise a `UserError` with the sentence that a command prints; a training
 from __future__ import annotations
 
 import html
-import importlib
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -32,7 +31,9 @@ from glua_bench.runs import plan as planning
 from glua_bench.runs.external import Guest
 from glua_bench.runs.interruption import listening
 from glua_bench.runs.matrix import Planned
+from glua_bench.runs.plan import PlannedRun
 from glua_bench.runs.request import RunOptions, RunRequest
+from glua_bench.scoring.files import score_files
 from glua_bench.task import Structure
 
 PathLike = str | Path
@@ -52,6 +53,7 @@ class RunResult:
         config: complete configuration.
         already_done: True if the run was finished before.
         seconds: duration; 0 if it was finished before.
+        stamps: what limits the result, from `stamps`.
     """
 
     path: Path
@@ -60,6 +62,7 @@ class RunResult:
     config: RunConfig
     already_done: bool
     seconds: float
+    stamps: Sequence[str] = ()
 
     @property
     def id(self) -> str:
@@ -81,7 +84,7 @@ class RunResult:
     def _repr_html_(self) -> str:
         """Show title and scores in a notebook."""
         table = self.scores.to_html(float_format="{:.3f}".format)
-        return f"<p>{html.escape(self.title)}</p>{table}"
+        return f"<p>{html.escape(self.title)}</p>{table}{_paragraphs(self.stamps)}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,6 +99,7 @@ class ComparisonResult:
         counts: number of runs that were run now, done before, run elsewhere, and failed.
         failed: id → reason of failed runs.
         members: file for `glua-bench report --runs`.
+        stamps: what limits the results, from `stamps`.
     """
 
     table: pd.DataFrame
@@ -104,6 +108,7 @@ class ComparisonResult:
     counts: dict[str, int]
     failed: dict[str, str]
     members: Path
+    stamps: Sequence[str] = ()
 
     def check(self) -> None:
         """Raise an error if runs failed.
@@ -124,8 +129,23 @@ class ComparisonResult:
     def _repr_html_(self) -> str:
         """Show table and verdicts in a notebook."""
         shown = self.table.dropna(axis="columns", how="all")
-        answers = "".join(f"<p>{html.escape(text)}</p>" for text in self.verdicts.values())
-        return shown.to_html(float_format="{:.3f}".format) + answers
+        texts = [*self.verdicts.values(), *self.stamps]
+        return shown.to_html(float_format="{:.3f}".format) + _paragraphs(texts)
+
+
+def stamps(runs: Sequence[PlannedRun]) -> list[str]:
+    """Return the sentences that are printed with results: deviations from the protocol, caveats."""
+    found: dict[str, None] = {}
+    for run in runs:
+        if protocol := run.dataset.protocol:
+            found[f"PROTOCOL {protocol}."] = None
+        if caveat := run.dataset.caveat(run.config.direction):
+            found[f"CAVEAT {caveat}."] = None
+    return list(found)
+
+
+def _paragraphs(texts: Iterable[str]) -> str:
+    return "".join(f"<p>{html.escape(text)}</p>" for text in texts)
 
 
 def run(
@@ -158,7 +178,8 @@ def run(
         runs: directory of all runs.
         quiet: print nothing.
         options: other options of the command, by their names with underscores: preset, steps,
-            augmentation, data_root, device, precision, plugins (`--plugin`), oracle, mlflow, ….
+            augmentation, data_root, device, precision, plugins (`--plugin`), selectors (names),
+            oracle, mlflow, ….
 
     Raises:
         UserError: an argument is invalid.
@@ -202,6 +223,7 @@ def run(
         planned.config,
         summary.already_done,
         summary.seconds,
+        stamps([planned]),
     )
 
 
@@ -303,6 +325,8 @@ def conduct(
     from glua_bench.runs.timing.display import Display
 
     groups = matrix.by_dataset(title, planned, guests)
+    if lacking := execution.lacking_note([one.run for one in planned if one.state == "done"]):
+        warn(lacking)
     with Display(report, None if quiet else sys.stdout) as display:
         outcome = Executor(planned, jobs, retry_failed, display.line, show=display.show).run()
     request = planned[0].run.request
@@ -326,6 +350,7 @@ def conduct(
         },
         outcome.failed,
         results.record(request.runs_root, title, members, names),
+        stamps([item.run for item in planned]),
     )
 
 
@@ -391,7 +416,7 @@ def load_results(
 
 
 def predict(
-    images: PathLike | Sequence[PathLike],
+    images: PathLike | Sequence[PathLike | Sequence[PathLike]],
     *,
     run: PathLike | None = None,
     model: PathLike | None = None,
@@ -408,7 +433,8 @@ def predict(
     """Segment new volumes with a finished run or an exported model, as `glua-bench predict` does.
 
     Args:
-        images: NIfTI, NRRD or MetaImage files; or directories of them or of a DICOM series.
+        images: NIfTI, NRRD or MetaImage files; or directories of them or of a DICOM series. Of a
+            model with several channels: lists of the files of each case, or nnU-Net's names.
         run: finished run: its directory, or its id or a prefix of it.
         model: directory written by `glua-bench export`, instead of `run`.
         domain: domain of the images, e.g. "ct"; default: the target domain.
@@ -432,7 +458,9 @@ def predict(
     loaded = prediction.from_either(
         None if run is None else str(run), model, Path(runs), files, device, selector
     )
-    given = inputs.find([Path(image) for image in _listed(images)], loaded.channels)
+    listed = [images] if isinstance(images, (str, Path)) else images
+    paths = [Path(",".join(_listed(image))) for image in listed]
+    given = inputs.find(paths, loaded.channels)
     prediction.refuse_existing(given.images, folder, overwrite, probabilities)
     with Progress(enabled=not quiet) as progress:
         found = prediction.predict_all(
@@ -464,11 +492,7 @@ def score(
     Raises:
         UserError: a file cannot be read, or the files do not match.
     """
-    module: Any = importlib.import_module("glua_bench.scoring.files")
-    frame: pd.DataFrame = module.score_files(
-        Path(predictions), Path(references), structures, **options
-    )
-    return frame
+    return score_files(Path(predictions), Path(references), structures, **options)
 
 
 def _options(
@@ -489,6 +513,8 @@ def _options(
             raise ConfigError(f"Unknown argument '{name}'; {nearest(name, known)}.")
         if name in _FILES and value is not None:
             value = [Path(file) for file in value] if name == "plugins" else Path(value)
+        if name == "selectors" and value is not None:
+            value = ",".join(_names(value))
         values[name] = value
     texts = [assignment(name, value) for name, value in (settings or {}).items()]
     return kind(**values, assignments=texts, runs_root=Path(runs))

@@ -173,6 +173,7 @@ def score(
         scores=table.drop(columns="selector"),
         rows=rows,
         missing=missing,
+        distances=unit,
         differences={metric: difference for metric, (difference, _) in checked.items()},
         files=[] if out is None else [out],
         next=[line],
@@ -258,8 +259,12 @@ def import_predictions(
         say("PRIVILEGED: trained on target labels; an upper bound, not an adaptation result.")
     if data.protocol:
         say(f"PROTOCOL {data.protocol}.")
+    if caveat := data.caveat(config.direction):
+        say(f"CAVEAT {caveat}.")
+    warnings = []
     if tracker is not None and not tracker.mirror(run):
-        warn("the tracker lacks this entry; upload it with `glua-bench sync`")
+        warnings.append("the tracker lacks this entry; upload it with `glua-bench sync`")
+        warn(warnings[0])
     say()
     say(f"Results: {run.path} (cases.parquet, predictions/)")
     words: list[object] = [
@@ -276,9 +281,15 @@ def import_predictions(
     remark(f"Next:    {line}")
     answer(
         path=run.path,
+        id=run.id,
         already_done=made.already_done,
         replaced=made.replaced,
         scores=made.table.drop(columns="selector"),
+        values=made.values,
+        distances=data.distance_note,
         privileged=privileged,
+        protocol=data.protocol or None,
+        caveat=caveat or None,
+        warnings=warnings,
         next=[line],
     )

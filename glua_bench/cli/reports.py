@@ -78,7 +78,7 @@ def report(
     data_root: DataRoot = None,
     plugin: Plugins = None,
 ) -> None:
-    """Write a page, tables (LaTeX, CSV, Markdown) and figures (SVG, PNG)."""
+    """Write a page, tables (LaTeX, CSV, Markdown) and figures (PDF, SVG, PNG)."""
     import tempfile
 
     sources = {"--sweep": sweep, "--rows": rows, "--from-mlflow": tracker}
@@ -114,7 +114,10 @@ def report(
             found = results.from_runs(Path(scratch), chosen, plugin or [], warn)
         else:
             found = results.from_runs(runs_root, chosen, plugin or [], warn)
+        told = len(found.notices)
         files = reporting.write(found, out, options, note)
+    for text in found.notices[told:]:
+        warn(text)
     note()
     sentences = [
         f"{verdict} {bounds}".rstrip() for verdict, bounds in reporting.summary(found, options)

@@ -134,6 +134,7 @@ def _show_plan(planned: PlannedRun) -> None:
 
 
 def _show_result(planned: PlannedRun, summary: Summary) -> None:
+    from glua_bench.cli import api
     from glua_bench.console import duration
     from glua_bench.runs.timing.parts import where_time_went
     from glua_bench.scoring.metrics import PRIMARY
@@ -158,10 +159,8 @@ def _show_result(planned: PlannedRun, summary: Summary) -> None:
     say(f"Selector: {primary}. Distances in {planned.dataset.distance_note}.")
     if planned.config.privileged:
         say("PRIVILEGED: trained on target labels; an upper bound, not an adaptation result.")
-    if planned.dataset.protocol:
-        say(f"PROTOCOL {planned.dataset.protocol}.")
-    if caveat := planned.dataset.caveat(planned.config.direction):
-        say(f"CAVEAT {caveat}.")
+    for text in api.stamps([planned]):
+        say(text)
     say()
     say(f"Results: {path} (cases.parquet, predictions/, figures/)")
     say_browse(planned.request)
@@ -177,6 +176,7 @@ def _show_result(planned: PlannedRun, summary: Summary) -> None:
         distances=planned.dataset.distance_note,
         privileged=planned.config.privileged,
         protocol=planned.dataset.protocol or None,
+        caveat=planned.dataset.caveat(planned.config.direction) or None,
         config=planned.config.to_dict(),
         warnings=summary.warnings,
         next=[command],
@@ -322,7 +322,7 @@ def _run_matrix(
 ) -> None:
     from glua_bench.cli import api
     from glua_bench.reports import comparison
-    from glua_bench.runs import execution, matrix
+    from glua_bench.runs import matrix
     from glua_bench.runs.timing.parts import where_time_went
 
     guests = matrix.guests(cells, imported, note)  # before anything is trained
@@ -330,10 +330,14 @@ def _run_matrix(
     if dry_run:
         _show_matrix(planned, work, guests)
         return
-    if lacking := execution.lacking_note([item.run for item in planned if item.state == "done"]):
-        warn(lacking)
+    warnings: list[str] = []
+
+    def told(text: str) -> None:
+        warnings.append(text)
+        warn(text)
+
     result = api.conduct(
-        title, planned, work.jobs, work.retry_failed, note, warn, named, guests, quiet()
+        title, planned, work.jobs, work.retry_failed, note, told, named, guests, quiet()
     )
     counts = result.counts
     note(
@@ -352,9 +356,8 @@ def _run_matrix(
         say()
         for text in result.verdicts.values():
             say(text)
-        caveats = (one.run.dataset.caveat(one.run.config.direction) for one in planned)
-        for caveat in filter(None, dict.fromkeys(caveats)):
-            say(f"CAVEAT {caveat}.")
+        for text in result.stamps:
+            say(text)
         if work.out is not None:
             written = comparison.write(result.rows, work.out)
             say(f"Wrote {', '.join(str(file) for file in written)}")
@@ -368,6 +371,9 @@ def _run_matrix(
         counts=counts,
         failed=result.failed,
         members=result.members,
+        tasks=_tasks(planned),
+        external=[{"entry": one.entry, "task": one.task, "path": one.run.path} for one in guests],
+        warnings=warnings,
         files=written,
         next=[line],
     )
@@ -385,12 +391,27 @@ def _runs(planned: list[Planned]) -> list[dict[str, object]]:
             "entry": item.cell.entry,
             "task": item.cell.task,
             "seed": item.run.config.seed,
+            "privileged": item.run.config.privileged,
             "perturbation": item.run.config.perturbation,
             "id": item.run.id,
             "path": item.run.directory.path,
             "state": item.state,
         }
         for item in planned
+    ]
+
+
+def _tasks(planned: list[Planned]) -> list[dict[str, object]]:
+    """Describe the tasks of a matrix for `--json`."""
+    tasks = {item.cell.task: item.run for item in planned}
+    return [
+        {
+            "task": task,
+            "distances": run.dataset.distance_note,
+            "protocol": run.dataset.protocol or None,
+            "caveat": run.dataset.caveat(run.config.direction) or None,
+        }
+        for task, run in tasks.items()
     ]
 
 

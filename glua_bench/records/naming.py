@@ -64,7 +64,8 @@ class RunRecord:
             selector, scores = headline(run.read_summary())
             metrics = [(name, value, ended, 0) for name, value in scores.items()] + metrics
             texts = [f"{METRICS[n].label} {METRICS[n].text(v)}" for n, v in scores.items()]
-            note = f"{', '.join(texts)} (mean over structures, selector {selector})"
+            of = "external" if config.external else f"selector {selector}"
+            note = f"{', '.join(texts)} (mean over structures, {of})"
         name = f"{run_name(config, _method_changes(run))} | {run.id[:6]}"
         return cls(name, _tags(run), flat_settings(config.to_dict()), metrics, began, ended, note)
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from glua_bench.config import (
     AUGMENTATIONS,
+    EXTERNAL,
+    EXTERNAL_UPPER,
     LOWER,
     PRECISIONS,
     PRESETS,
@@ -31,6 +33,7 @@ from glua_bench.documents import Table, nearest, read_document
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.registry import Registry, with_descriptions
 from glua_bench.runs.matrix import PHOTOMETRIC
+from glua_bench.runs.plan import chosen_selectors
 from glua_bench.runs.request import RunOptions, RunRequest
 from glua_bench.task import Grid, fold_name
 
@@ -39,7 +42,7 @@ _OF_RUN = (
     *("method", "dataset", "direction", "fold", "seed", "scenario", "preset", "steps"),
     *("augmentation", "precision"),
 )
-# Fields of `RunOptions` that a comparison file may give for all entries.
+# Fields of `RunOptions` that a comparison file may give for all entries, beside `selectors`.
 _SHARED: Mapping[str, type] = {
     "preset": str,
     "steps": int,
@@ -97,7 +100,8 @@ def of_run(
         report(f"{file} lacks {', '.join(lacking)}; the defaults of this version are used.")
     flat = flat_settings(config.to_dict())
     options = {name: getattr(config, name) for name in _OF_RUN}
-    options |= {name: getattr(asked, name) for name in _OF_RUN if name in named}
+    options["selectors"] = flat["selectors"] = ",".join(config.selectors)
+    options |= {name: getattr(asked, name) for name in options if name in named}
     other = options["method"] != config.method
     groups = ("segmenter.", "grid.") if other else ("segmenter.", "grid.", "method.")
     kept = {name: value for name, value in flat.items() if name.startswith(groups)}
@@ -118,7 +122,9 @@ def _tell(
     report: Callable[[str], None],
 ) -> None:
     """Report the values that override the file's."""
-    new = {name: options[name] for name in _OF_RUN if name in named}
+    new = {name: value for name, value in options.items() if name in named}
+    if "selectors" in new:
+        new["selectors"] = ",".join(chosen_selectors(new["selectors"], asked.plugins))
     for group, values in parse_overrides(asked.assignments).items():
         prefix = "" if group == "run" else f"{group}."
         new |= {f"{prefix}{name}": value for name, value in values.items()}
@@ -134,6 +140,12 @@ def _tell(
 def _read_run(file: Path, asked: RunRequest, named: Collection[str]) -> tuple[RunConfig, list[str]]:
     """Return the configuration in a file, and the fields that it lacks."""
     text = read_document(file)
+    if text.take("scenario", object, None) in (EXTERNAL, EXTERNAL_UPPER):
+        raise text.error(
+            "the run was imported from another tool and cannot be repeated; repeat `glua-bench "
+            "import`",
+            "scenario",
+        )
     _refuse_other_kinds(text, "a run's configuration")
     known = [spec.name for spec in fields(RunConfig)]
     for name in text.names():
@@ -153,6 +165,8 @@ def _read_run(file: Path, asked: RunRequest, named: Collection[str]) -> tuple[Ru
     for kind in ("method", "dataset"):
         if kind not in named:
             _entry(text, kind, kind, plugins)
+    if "selectors" not in named:
+        _check_selectors(text, ",".join(text.texts("selectors")), plugins)
     tables: dict[str, tuple[str, type]] = {"grid": ("grid", Grid)}
     tables["segmenter"] = ("segmenter", SegmenterSpec)
     if "method" not in named or asked.method == values["method"]:
@@ -173,6 +187,15 @@ def _read_run(file: Path, asked: RunRequest, named: Collection[str]) -> tuple[Ru
         place = next((name for name in known if str(error).startswith(f"{name} = ")), None)
         raise text.error(str(error).rstrip("."), place) from error
     return config, lacking
+
+
+def _check_selectors(text: Table, names: str, plugins: Sequence[Path]) -> None:
+    """Check names of selectors; errors name the line."""
+    try:
+        chosen_selectors(names, plugins)
+    except UserError as error:
+        message = str(error).replace("--selectors", "selectors").rstrip(".")
+        raise text.error(message, "selectors") from error
 
 
 def _check_settings(table: Table, prefix: str, cls: type) -> None:
@@ -344,6 +367,12 @@ def _read_comparison(
         if value is not None:
             choices = _CHOICES.get(name)
             options[name] = text.choice(name, choices) if choices else value
+    if "selectors" in text:
+        listed = isinstance(text.take("selectors", object), list)
+        found = text.texts("selectors") if listed else [text.take("selectors", str)]
+        options["selectors"] = ",".join(found)
+        if "selectors" not in named:
+            _check_selectors(text, options["selectors"], shared.plugins)
     changes = {name: value for name, value in options.items() if name not in named}
     settings = list(_assignments(text, None, ""))
     for argument in shared.assignments:
@@ -428,7 +457,8 @@ def _entries(text: Table, shared: RunOptions, bounds: bool) -> dict[str, dict[st
 
 def _refuse_protocol(table: Table) -> None:
     """Refuse what all entries of a table must share."""
-    for name in ("preset", "steps", "precision", "seeds", "fold", "dataset", "direction"):
+    of_all = ("preset", "steps", "precision", "selectors", "seeds", "fold", "dataset", "direction")
+    for name in of_all:
         if name in table:
             raise table.error(
                 f"'{name}' must be the same for all entries of a table; write it at the top level",

@@ -177,6 +177,7 @@ def import_predictions(
         "privileged": config.privileged,
         "distances": dataset.distance_note,
         "protocol": dataset.protocol,
+        "caveat": dataset.caveat(config.direction),
         "device": "",
         "changed": {},
         "variant": "",

@@ -305,10 +305,17 @@ def plan(cells: Sequence[Cell], report: Callable[[str], None] = lambda line: Non
     """
     planned: list[Planned] = []
     owner: dict[str, Cell] = {}
+    told: set[str] = set()
+
+    def once(line: str) -> None:
+        if line not in told:
+            told.add(line)
+            report(line)
+
     for cell in cells:
         place = f"{cell.where}: " if cell.where else ""
         try:
-            run = planning.plan(cell.request, report)
+            run = planning.plan(cell.request, once)
         except UserError as error:
             if not place:
                 raise

@@ -420,7 +420,7 @@ def adjusted(
         config: configuration of the run.
         method: method built from it.
         chosen: cases of each role, from `roles`.
-        report: receives one line per changed setting.
+        report: receives one line per setting that is changed or has no effect.
 
     Raises:
         ConfigError: the method refuses the data.
@@ -429,7 +429,10 @@ def adjusted(
     changes = method.check(cases) or {}  # a check that only raises returns None
     for name, change in changes.items():
         before = config.method_config[name]
-        report(f"method.{name} is {change.value} instead of {before}: {change.reason}.")
+        if change.value == before:
+            report(f"method.{name} = {before} has no effect: {change.reason}.")
+        else:
+            report(f"method.{name} is {change.value} instead of {before}: {change.reason}.")
     values = {name: change.value for name, change in changes.items()}
     return replace(config, method_config={**config.method_config, **values})
 

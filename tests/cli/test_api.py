@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import shutil
 import signal
@@ -21,8 +20,10 @@ import pytest
 
 import glua_bench
 from glua_bench.cli.api import ComparisonResult, RunResult
-from glua_bench.errors import ConfigError, PluginError, UserError
+from glua_bench.datasets.phantom.dataset import Phantom
+from glua_bench.errors import ConfigError, DataError, PluginError, UserError
 from glua_bench.reports import results
+from glua_bench.task import Structure
 
 SETTINGS = {
     "segmenter.width": 4,
@@ -92,6 +93,18 @@ def test_the_same_call_returns_the_same_run_with_plain_lines(
     assert "segment: 2 steps" in out and "\x1b" not in out and "\r" not in out
 
 
+def test_caveats_stand_with_results(
+    ran: RunResult, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ran.stamps == []
+    monkeypatch.setattr(Phantom, "caveat", lambda self, direction: f"{direction}: <shared>")
+    monkeypatch.setattr(Phantom, "protocol", "is generated")
+    again = glua_bench.run("source_only", "phantom", "mr-ct", quiet=True, **place)
+    assert again.already_done
+    assert again.stamps == ["PROTOCOL is generated.", "CAVEAT mr-ct: <shared>."]
+    assert "CAVEAT mr-ct: &lt;shared&gt;." in again._repr_html_()
+
+
 def test_a_thread_may_run(ran: RunResult, place: Place) -> None:
     before, found = signal.getsignal(signal.SIGTERM), []
 
@@ -157,10 +170,19 @@ def test_a_plain_script_may_use_several_processes(tmp_path: Path) -> None:
     assert done.stdout == "began\n1 1\n" and done.stderr == "", done.stderr
 
 
-def test_a_comparison_has_table_verdicts_and_rows(ran: RunResult, place: Place) -> None:
-    found = glua_bench.compare(
-        ["source_only"], ["phantom"], seeds=2, bounds=False, quiet=True, **place
-    )
+def test_a_comparison_has_table_verdicts_and_rows(
+    ran: RunResult, place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (["source_only"], ["phantom"])
+    found = glua_bench.compare(*words, seeds=2, bounds=False, **place)
+    out, _ = capsys.readouterr()
+    assert "done   source_only, phantom mr-ct, seed 1: Dice" in out
+    assert "\x1b" not in out and "\r" not in out
+    with pytest.warns(UserWarning, match="2 of the runs were finished without agreement"):
+        glua_bench.compare(
+            *words, seeds=2, bounds=False, quiet=True, selectors=["im", "agreement"], **place
+        )
+    assert capsys.readouterr().out == ""
     assert isinstance(found, ComparisonResult) and found.failed == {}
     assert found.counts["ran"] + found.counts["before"] == 2
     assert list(found.table.index) == [("phantom mr-ct", "source_only")]
@@ -205,14 +227,14 @@ def test_new_volumes_are_segmented(
         glua_bench.predict(image, out=tmp_path / "none", quiet=True)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("glua_bench.scoring.files") is None,
-    reason="needs glua_bench.scoring.files",
-)
 def test_label_files_are_scored(phantom_root: Path, tmp_path: Path) -> None:
-    labels = tmp_path / "labels"
-    labels.mkdir()
-    for file in (phantom_root / "ct_train").glob("*_label.nii.gz"):
-        shutil.copy(file, labels)
-    found = glua_bench.score(labels, labels)
+    places = tmp_path / "predictions", tmp_path / "references"
+    for place in places:
+        place.mkdir()
+        for file in (phantom_root / "ct_train").glob("*_label.nii.gz"):
+            shutil.copy(file, place)
+    found = glua_bench.score(*places)
     assert len(found) and found["dice"].dropna().eq(1).all()
+    structure = Structure("MYO", "myocardium", (205,), "red")
+    with pytest.raises(DataError, match="add them to the structures"):
+        glua_bench.score(*places, [structure])

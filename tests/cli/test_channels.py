@@ -7,18 +7,22 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 
+import glua_bench
 from glua_bench.conformance.bench import TinyDataset, TwoChannels
 from glua_bench.console import Progress
 from glua_bench.data.cache import SliceCache
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.registry import Registry
+from glua_bench.runs import estimate
 from glua_bench.runs.execution import execute
-from glua_bench.runs.plan import plan
+from glua_bench.runs.plan import build_method, plan
 from glua_bench.runs.request import RunRequest
 from glua_bench.task import Dataset, Grid
 
@@ -393,3 +397,52 @@ def test_the_tiny_datasets_share_their_first_channel(tmp_path: Path) -> None:
     for domain in one.domains():
         for lone, case in zip(one.cases(domain), two.cases(domain), strict=True):
             assert lone.image.read_bytes() == case.image.read_bytes()
+
+
+def test_python_segments_cases_of_several_files(
+    trained: RunDirectory, files: Path, tmp_path: Path
+) -> None:
+    found = glua_bench.predict(
+        [given(files, 2), given(files)], run=trained.path, out=tmp_path, device="cpu", quiet=True
+    )
+    assert found["labels"].nunique() == 2 and set(found["structure"]) == {"DISC", "RING"}
+    assert np.array_equal(
+        labels_in(Path(found["labels"].iloc[-1])),
+        labels_in(next(trained.predictions.iterdir())),
+    )
+
+
+def test_imported_entries_stand_beside_runs_on_several_channels(
+    trained: RunDirectory, files: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(files / "runs", "runs")
+    code, out, err = call(
+        *("import", "theirs", "--dataset", files / "two.yaml", "--no-mlflow", "--jobs=1"),
+        *("--predictions", trained.predictions),
+    )
+    assert code == 0 and "EXTERNAL" in out, err
+    code, out, err = call("report")
+    assert code == 0 and "No pictures" not in err, err
+    assert "theirs (external)" in Path("report/tables/main_two_plain-inverted.md").read_text()
+    assert "T1" not in err and Path("report/figures/side_by_side_two_plain-inverted.pdf").is_file()
+    table = pd.read_csv("report/tables/main_two_plain-inverted.csv").set_index("method")
+    assert table.loc["theirs (external)"].iloc[0] == table.loc["source_only + photometric"].iloc[0]
+
+
+def test_the_duration_of_a_run_is_estimated_with_its_channels(
+    files: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    built: list[int] = []
+
+    def build(*arguments: Any) -> Any:
+        built.append(arguments[3])
+        return build_method(*arguments)
+
+    monkeypatch.setattr(estimate, "build_method", build)
+    parts = {"slices": 0.0, "segment": 2.0, "selectors": 0.0, "evaluation": 0.0, "figures": 0.0}
+    monkeypatch.setattr(estimate, "probe", lambda planned, draw: parts)
+    words = ["run", "--method=source_only", "--dataset", files / "two.yaml", *SMALL, "--no-mlflow"]
+    code, _, err = call(*words, "--dry-run")
+    assert code == 0 and built == [2], err

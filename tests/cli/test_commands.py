@@ -551,6 +551,8 @@ def test_an_ablation_says_what_it_would_run(call: Call, phantom_root: Path) -> N
     bounds, variants = ["source_only", "supervised"], ["Step B", "nothing aligned"]
     assert entries == [*bounds, *variants, "mask_ratio = 0.1", "mask = random"]
     assert "'mask_ratio = 0.3' duplicates 'Step B'" in out
+    told = "method.mask_ratio = 0.1 has no effect: it needs mask = topk or random, and mask is none"
+    assert out.count(told) == 1
     assert not Path("runs").exists()
 
 

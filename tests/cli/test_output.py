@@ -19,7 +19,8 @@ import typer.main
 
 from glua_bench.cli.main import app
 from glua_bench.cli.options import to_json
-from glua_bench.runs import matrix
+from glua_bench.datasets.phantom.dataset import Phantom
+from glua_bench.runs import estimate
 from glua_bench.sweeps import command as sweeping
 
 Call = Callable[..., tuple[int, str, str]]
@@ -113,6 +114,8 @@ def test_run_prints_scores_in_full(
     scores = {(row["selector"], row["structure"]): row for row in first["scores"]}
     assert scores["last", "MYO"]["dice"] == own
     assert first["config"]["steps"] == 2 and first["privileged"] is False
+    assert first["protocol"] is first["caveat"] is None and first["distances"].startswith("mm")
+    assert first["warnings"] == []
     assert first["next"][0].startswith("glua-bench compare --methods source_only")
     again = document(*words)
     assert again["already_done"] and again["scores"] == first["scores"]
@@ -154,19 +157,21 @@ def test_comparisons_list_runs_and_table(
     document: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, place: list[str]
 ) -> None:
     task = ["--dataset=phantom", "--seeds=1", *SMALL, *place, "--dry-run"]
-    monkeypatch.setattr(
-        matrix, "estimate", lambda p, report: {(i.cell.entry, i.cell.task): 2.0 for i in p}
-    )
+    parts = {"slices": 0.0, "segment": 2.0, "selectors": 0.0, "evaluation": 0.0, "figures": 0.0}
+    monkeypatch.setattr(estimate, "probe", lambda planned, draw: parts)
     planned = document("compare", "--methods=source_only", *task)
     states = {run["entry"]: run["state"] for run in planned["runs"]}
     assert set(states) == {"source_only", "supervised"} and states["supervised"] == "open"
     varied = document("ablate", "--method=source_only", "--vary=lr=0.1", "--no-bounds", *task)
     assert [run["entry"] for run in varied["runs"]] == ["default", "lr = 0.1"]
-    assert varied["seconds"] >= 2.0
+    assert varied["seconds"] >= 2.0 and varied["parts"]["segment"] > 0
 
 
 def test_finished_comparisons_are_printed_in_full(
-    document: Callable[..., Any], place: list[str]
+    document: Callable[..., Any],
+    call: Call,
+    place: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words = ["--seeds=1", "--dataset=phantom", "--no-bounds", *SMALL, *place]
     found = document("compare", "--methods=source_only", *words, "--out", "csv")
@@ -175,6 +180,22 @@ def test_finished_comparisons_are_printed_in_full(
     assert found["runs"][0]["state"] == "done" and Path(found["members"]).is_file()
     assert found["next"][0].startswith("glua-bench report --runs") and found["failed"] == {}
     assert all(Path(file).is_file() for file in found["files"])
+    assert found["warnings"] == [] and found["external"] == []
+    assert found["runs"][0]["privileged"] is False
+    (task,) = found["tasks"]
+    assert task["task"] == "phantom mr-ct" and task["protocol"] is task["caveat"] is None
+    assert task["distances"].startswith("mm")
+
+    words = ["compare", "--methods=source_only", *words, "--selectors=agreement"]
+    monkeypatch.setattr(Phantom, "caveat", lambda self, direction: f"{direction} shares patients")
+    monkeypatch.setattr(Phantom, "protocol", "is generated")
+    again = document(*words)
+    assert "was finished without agreement" in again["warnings"][0]
+    assert again["tasks"][0]["caveat"] == "mr-ct shares patients"
+    code, out, err = call(*words, "--quiet")
+    assert code == 0 and err.count("warning: ") == 1
+    stamps = ["PROTOCOL is generated.", "CAVEAT mr-ct shares patients."]
+    assert out.rstrip().splitlines()[-2:] == stamps and "Next:" not in out and "runs:" not in out
 
 
 def test_reports_name_their_page(document: Callable[..., Any], made_runs: Any) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import glua_bench
 from glua_bench.records.run_directory import RunDirectory, list_runs
 from glua_bench.scoring.metrics import METRICS
 
@@ -132,6 +133,28 @@ def test_a_run_s_predictions_have_the_run_s_scores_and_stand_beside_it(
     assert pd.isna(lines.loc["same (external)", "training s"])
     pairs = pd.read_csv("cmp/pairs.csv")
     assert not pairs[["a", "b"]].isin(["upper (external, privileged)"]).any(axis=None)
+    # A comparison file and Python add an entry, too.
+    file = Path("with moved.yaml")
+    text = "bounds: false\nseeds: 1\nimported: [moved]\nentries:\n"
+    file.write_text(text + "  - {name: plain, method: source_only}\n", encoding="utf-8")
+    code, shown, err = call("compare", "--config", file, *RUN, cohort)
+    assert code == 0 and "0 run now" in shown, err
+    assert re.search(r"^plain .*\n(.*\n)*moved \(external\) ", shown, re.M), shown
+    sets = dict(word.removeprefix("--set=").split("=") for word in SMALL if "--set=" in word)
+    found = glua_bench.compare(
+        *(["source_only", "moved"], "phantom"),
+        seeds=1,
+        bounds=False,
+        settings={name: int(value) for name, value in sets.items()},
+        quiet=True,
+        preset="quick",
+        steps=2,
+        device="cpu",
+        mlflow=False,
+        data_root=cohort,
+    )
+    assert [entry for _, entry in found.table.index] == ["source_only", "moved (external)"]
+
     (line,) = re.findall(r"^Next: +glua-bench (report.*)$", out, re.M)
     code, out, err = call(*shlex.split(line))
     assert code == 0, err
@@ -246,6 +269,31 @@ def test_an_export_comes_back_as_an_entry(call: Call, cohort: Path, tmp_path: Pa
     assert copy.data.tags["glua_bench.scenario"] == "external"
 
 
+def test_scores_and_imports_are_printed_as_json_or_alone(
+    call: Call, cohort: Path, predicted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from glua_bench.datasets.phantom.dataset import Phantom
+
+    monkeypatch.setattr(Phantom, "caveat", lambda self, direction: f"{direction} shares patients")
+    data = ["--dataset=phantom", "--data-root", cohort, "--jobs=1"]
+    score = ["score", predicted, *data]
+    found = json.loads(call(*score, "--json")[1])
+    assert [row["structure"] for row in found["scores"]] == ["MYO", "LAC", "LVC", "AA", "mean"]
+    assert len(found["rows"]) == 8 and found["missing"] == 0
+    assert found["distances"] == Phantom.distance_note
+    done = ["import", "x", "--predictions", predicted, "--privileged", "--no-mlflow", *data]
+    made = json.loads(call(*done, "--json")[1])
+    assert made["scores"] == found["scores"] and made["values"] == "dataset"
+    assert made["privileged"] and made["caveat"] == "mr-ct shares patients"
+    (run,) = list_runs(Path("runs"))
+    assert made["id"] == run.id and run.read_environment()["caveat"] == made["caveat"]
+    for words, last in ((score, "2 cases. Distances in "), (done, "Results: ")):
+        code, out, err = call(*words, "--quiet")
+        assert code == 0 and err == "" and "Next" not in out and "case 1" not in out
+        assert out.rstrip().splitlines()[-1].startswith(last)
+    assert "CAVEAT mr-ct shares patients." in out
+
+
 def test_the_same_again_is_done_and_others_need_a_word(
     call: Call, cohort: Path, predicted: Path
 ) -> None:
@@ -341,6 +389,10 @@ def test_a_compared_name_that_was_never_imported_is_told_how(call: Call, cohort:
     result = call("compare", "--methods=glua,their_net", *RUN, cohort)
     refused(result, "'their_net' is neither a method nor imported for phantom mr-ct")
     refused(result, "glua-bench import their_net --dataset phantom --direction mr-ct --predictions")
+    file = Path("c.yaml")
+    file.write_text("imported: [their_net]\nentries: [{method: glua}]\n", encoding="utf-8")
+    result = call("compare", "--config", file, *RUN, cohort)
+    refused(result, "'their_net' is neither a method nor imported for phantom mr-ct")
     result = call("compare", "--methods=their_net", "--no-bounds", *RUN, cohort)
     refused(result, "no method to run", "report")
 

@@ -938,6 +938,24 @@ def test_the_default_style_takes_any_number_of_cases() -> None:
     assert build(GLUA, codes_clusters=64).check(Cases(source=1, target=1)) == {}
 
 
+@pytest.mark.parametrize("method", [GLUA, LocalOnly])
+def test_settings_that_others_disable_are_named(method: type[Method]) -> None:
+    """They are kept, and the run says that they have no effect."""
+    built = build(method, mask_ratio=0.5, mask="soft", gain="none", gain_at="skips")
+    lines: list[str] = []
+    config = RunConfig(
+        "glua", "conformance", "plain-inverted", TinyDataset.grids["quick"], asdict(built.config)
+    )
+    chosen: Any = {"source_train": range(5), "target_train": range(5)}
+    assert adjusted(config, built, chosen, lines.append) == config
+    assert lines == [
+        "method.mask_ratio = 0.5 has no effect: it needs mask = topk or random, and mask is soft.",
+        "method.gain_at = skips has no effect: gain is none.",
+    ]
+    for used in ({"mask_ratio": 0.5, "mask": "topk"}, {"gain_at": "skips"}):
+        assert build(method, **used).check(Cases(source=5, target=5)) == {}
+
+
 @pytest.mark.parametrize(("size", "scales", "fitting"), [(32, 3, 2), (48, 3, 2), (64, 4, 3)])
 def test_slices_too_small_for_style_codes_are_declined(
     size: int, scales: int, fitting: int

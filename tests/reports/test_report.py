@@ -242,6 +242,29 @@ def test_a_missing_dataset_costs_the_pictures_only(made_runs, tmp_path):
     assert "No pictures of phantom: " in page and 'id="table-runs"' in page
 
 
+def test_files_of_another_directory_cost_the_pictures_only(
+    call, quick_run, phantom_root, tmp_path, monkeypatch
+):
+    """Runs made with --data-root, reported without it: nothing is generated."""
+    from glua_bench.datasets.phantom.dataset import Phantom, generate
+
+    monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "cache"))
+    runs = tmp_path / "runs"
+    quick_run("source_only", runs)
+    words = ("report", "--runs", runs, "--out", tmp_path / "report")
+    default = Phantom.default_root()
+    code, _, err = call(*words)
+    assert code == 0 and "give it with --data-root" in err and "data prepare phantom" in err, err
+    assert not default.exists()
+    ids = {"ct": [1001, 1003, 1004], "mr": [1001, 1003, 1007]}
+    generate(default, seed=0, ids=ids, voxel_scale=6.0, workers=1)
+    code, _, err = call(*words)
+    assert code == 0 and "has shape" in err and "give it with --data-root" in err, err
+    code, _, err = call(*words, "--data-root", phantom_root)
+    assert code == 0 and "No pictures" not in err, err
+    assert (tmp_path / "report" / "figures" / "side_by_side_phantom_mr-ct.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -16,7 +16,7 @@ from glua_bench.console import Progress
 from glua_bench.errors import UserError
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.runs import configuration, execution, executor, matrix
-from glua_bench.runs.plan import PlannedRun, plan
+from glua_bench.runs.plan import PlannedRun, chosen_selectors, plan
 from glua_bench.runs.request import RunOptions, RunRequest
 
 Call = Callable[..., tuple[int, str, str]]
@@ -75,6 +75,21 @@ def test_options_override_the_file_and_that_is_told(planned: PlannedRun) -> None
         configuration.of_run(file, beside(planned, preset="paper"), {"preset"})
 
 
+def test_the_selectors_of_the_file_are_evaluated_again(phantom_root: Path, tmp_path: Path) -> None:
+    asked = small_request(phantom_root, tmp_path / "runs", selectors="agreement,im")
+    planned = plan(asked)
+    planned.directory.start({}, planned.stages)
+    file = planned.directory.path / "config.yaml"
+    chosen = ("last", "im", "agreement")
+    told: list[str] = []
+    request = configuration.of_run(file, beside(planned), (), told.append)
+    assert plan(request).config.selectors == chosen and told == []
+    fewer = beside(planned, selectors="bnm")
+    request = configuration.of_run(file, fewer, {"selectors"}, told.append)
+    assert plan(request).config.selectors == ("last", "bnm")
+    assert told == [f"Overrides {file}: selectors = last,bnm instead of last,im,agreement."]
+
+
 def sentence(error: pytest.ExceptionInfo[UserError]) -> str:
     text = str(error.value)
     assert "\n" not in text and text.endswith((".", "?")), text
@@ -101,6 +116,10 @@ def lined(values: Mapping[str, Any] | str, file: Path) -> Path:
         ({"method_config": {"lr": -1}}, ["method.lr = -1", "out of range"]),
         ({"segmenter": 3}, ["'segmenter' must be a mapping"]),
         ({"entries": []}, ["unknown 'entries'"]),
+        ({"selectors": "last"}, ["'selectors' must be a list"]),
+        ({"selectors": ["last", "imm"]}, ["No selector is called 'imm'"]),
+        ({"selectors": ["oracle"]}, ["reads labels of test cases"]),
+        ({"scenario": "external"}, ["imported from another tool"]),
     ],
 )
 def test_a_file_of_another_version_is_refused_with_its_line(
@@ -188,6 +207,17 @@ def test_shared_settings_reach_entries_and_bounds(tmp_path: Path) -> None:
     assert {cell.request.steps for cell in cells} == {4}
 
 
+def test_a_file_chooses_the_selectors_of_all_entries(tmp_path: Path) -> None:
+    for written in ("agreement, im", "[im, agreement]"):
+        text = f"dataset: phantom\nselectors: {written}\nentries: [{{method: glua}}]\n"
+        cells = entered(lined(text, tmp_path / "c.yaml"), RunOptions())
+        found = {chosen_selectors(cell.request.selectors) for cell in cells}
+        assert found == {("last", "im", "agreement")}
+    shared = RunOptions(selectors="bnm")
+    asked = configuration.comparison([], tmp_path / "c.yaml", {}, shared, {"selectors"})
+    assert asked.shared.selectors == "bnm"
+
+
 HEAD = "dataset: phantom\nentries:\n"
 
 
@@ -214,6 +244,9 @@ HEAD = "dataset: phantom\nentries:\n"
         ("dataset: phantom\nseed: 1\nentries: [{method: glua}]\n", 2, "did you mean 'seeds'"),
         ("dataset: phantom\ndirections: ct-ct\nentries: [{method: glua}]\n", 2, "no direction"),
         ("dataset: phantom\nset: {method.lr: 1}\nentries: [{method: glua}]\n", 2, "which method"),
+        ("dataset: phantom\nselectors: imm\nentries: [{method: glua}]\n", 2, "called 'imm'"),
+        ("dataset: phantom\nselectors: []\nentries: [{method: glua}]\n", 2, "names no selector"),
+        (HEAD + "  - {method: glua, selectors: im}\n", 3, "must be the same for all entries"),
         ("dataset: phantom\nset: {lr: 1}\nentries: [{method: glua}]\n", 2, "of all runs"),
     ],
 )

@@ -48,7 +48,7 @@ from glua_bench.runs.timing.parts import EVALUATION, FIGURES, SELECTION, SLICES,
 from glua_bench.scoring.evaluation import evaluate
 from glua_bench.selection import SLICES as SAMPLED_SLICES
 from glua_bench.selection import Samples
-from glua_bench.task import Case, UnlabelledCase
+from glua_bench.task import Case, UnlabelledCase, common_channels
 
 START = "start"  # the part of a process that is started for each run
 PROBE = 6  # timed updates of each stage
@@ -110,7 +110,9 @@ class Estimator:
         Args:
             planned: from `plan`.
         """
-        method = build_method(planned.config, planned.dataset.structures, planned.method_class)
+        channels = common_channels(planned.dataset, planned.config.direction)
+        structures = planned.dataset.structures
+        method = build_method(planned.config, structures, planned.method_class, channels)
         stages = tuple(method.stages())
         paths = {s.name: artefact_path(planned, method, s) for s in stages}
         reused = tuple(
