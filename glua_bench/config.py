@@ -403,7 +403,7 @@ def unknown_setting(name: str, own: Collection[str]) -> str:
         found = [known[last.index(near)]]
     if found:
         return f"did you mean '{found[0]}'? `glua-bench list methods -v` lists all"
-    return f"known are {', '.join(known)}"
+    return f"known: {', '.join(known)}"
 
 
 def parse_overrides(

@@ -332,5 +332,5 @@ def read_document(file: Path) -> Table:
 def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
     """Return a hint for an unknown name: the closest known name, and all known names."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean '{prefix}{near[0]}'? " if near else ""
-    return f"{hint}known are {', '.join(known) or 'none'}"
+    names = ", ".join(known) or "none"
+    return f"did you mean '{prefix}{near[0]}'? Known: {names}" if near else f"known: {names}"

@@ -446,4 +446,8 @@ def _contours(
 
 
 def _keys(structures: Sequence[Structure]) -> list[Line2D]:
-    return [Line2D([], [], color=s.color, lw=2.0, label=f"{s.name}  {s.title}") for s in structures]
+    def text(structure: Structure) -> str:
+        same = structure.name.lower() == structure.title.lower()
+        return structure.name if same else f"{structure.name}  {structure.title}"
+
+    return [Line2D([], [], color=s.color, lw=2.0, label=text(s)) for s in structures]

@@ -30,8 +30,8 @@ from glua_bench.scoring.metrics import PRIMARY
 from glua_bench.task import Dataset
 
 RUN_PICTURES = {  # figures of a run shown on the page, with their captions
-    "strip": "source, restyled and target images, maps, and the gap over training, as far as "
-    "the method has them",
+    "strip": "images of both domains; restyled images, maps and the gap over training if the "
+    "method has them",
 }
 MAX_DRAWN = 40  # entries in a chart
 

@@ -467,7 +467,7 @@ def _lines(
     if replaced:
         notice(
             f"{counted(replaced, 'run')} excluded: replaced by newer runs of the same entry, task "
-            "and seed with other code or data; select with --where code=…."
+            "and seed with other code or data; select with --where code=CODE."
         )
     return pd.DataFrame(newest.values())
 
@@ -595,7 +595,7 @@ def _check(found: Results, notice: Callable[[str], None]) -> None:
         if len(twice):
             raise ConfigError(
                 f"{task} has two runs of {twice.iloc[0]['entry']} with seed "
-                f"{twice.iloc[0]['seed']}; select one with --where run=… or code=…."
+                f"{twice.iloc[0]['seed']}; select one with --where run=ID or code=CODE."
             )
         devices = per_run.loc[per_run["device"] != "", "device"].nunique()
         if devices > 1:
@@ -649,7 +649,7 @@ def _one_protocol(task: str, protocols: pd.Series) -> None:
         "grid": "--where grid.size=… and grid.spacing=…",
         "segmenter": "--where segmenter.name=… and segmenter.width=…",
         "slices": "--where slices=… and slice_distance=…",
-        "data": "--where code=…, or remove the runs on older data",
+        "data": "--where code=CODE, or remove the runs on older data",
     }.get(name, "--where")
     raise ConfigError(
         f"{task} mixes runs of different protocols, which cannot be averaged: {name} is {texts}; "
@@ -672,7 +672,7 @@ def _one_test_set(task: str, rows: pd.DataFrame) -> None:
     if difference:
         raise ConfigError(
             f"{task} mixes different test sets: {difference}; select runs on the same data with "
-            "--where code=…, or another --runs."
+            "--where code=CODE, or another --runs."
         )
 
 

@@ -275,7 +275,7 @@ def draw_dataset(dataset: Dataset, grid: Grid, out: Path, columns: int = 6) -> l
             files.append(
                 domain_montage(
                     out / f"{name}.png",
-                    f"{title}: {grid.size}×{grid.size} pixels of {grid.spacing:g} mm",
+                    f"{title}: {grid.size}×{grid.size} pixels of {grid.spacing:.3g} mm",
                     slices,
                     dataset.structures,
                     dataset.publishable,

@@ -77,7 +77,7 @@ def test_values_are_taken_by_name_and_type(document: Callable[[str], Table]) -> 
         (
             "plane: axal\n",
             lambda t: t.choice("plane", ["axial", "coronal"]),
-            "'plane' cannot be 'axal'; did you mean 'axial'? known are axial, coronal.",
+            "'plane' cannot be 'axal'; did you mean 'axial'? Known: axial, coronal.",
         ),
         ("in:\n  b: 1\n", lambda t: t.table("in").take("c", int), "'c' is missing in 'in'; add"),
         ("in: 3\n", lambda t: t.table("in"), "line 1: 'in' must be a mapping of names to values"),
@@ -98,7 +98,7 @@ def test_an_unknown_name_is_told_with_the_nearest(document: Callable[[str], Tabl
     table = document("name: x\nplain: axial\n")
     table.take("name", str)
     table.take("plane", str, "axial")
-    with pytest.raises(ConfigError, match="line 2: unknown 'plain'; did you mean 'plane'\\? known"):
+    with pytest.raises(ConfigError, match="line 2: unknown 'plain'; did you mean 'plane'\\? Known"):
         table.finish()
 
 

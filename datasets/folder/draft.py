@@ -59,7 +59,7 @@ from glua_bench.task import Ask
 SOFT_TISSUE = "-125 275"  # HU; the common window for abdominal CT
 _NOT_ALL = "\n# The other directions have too few labelled cases for training and testing."
 _STAMP = (
-    "\n# A window other than the proposed one needs no such note.\n"
+    "\n# Remove this line if you replace the proposed window.\n"
     "protocol: window of {} derived from the labels of its training cases, also as the target\n"
 )
 _MARGIN = 100.0, 0.1  # of proposed windows: HU, and fraction of the structures' range

@@ -211,7 +211,7 @@ def card(model: Model, run: RunDirectory, selector: str) -> str:
         step=summary["chosen_steps"][selector],
         selector=selector,
         note=note,
-        grid=f"{grid.size} × {grid.size} pixels of {grid.spacing:g} mm",
+        grid=f"{grid.size} × {grid.size} pixels of {grid.spacing:.3g} mm",
         run=run.id,
         slices=Neighbourhood.of(config),
         channels=_channels_line(model),

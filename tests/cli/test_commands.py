@@ -612,7 +612,7 @@ def test_a_run_of_another_version_of_its_method_is_one_sentence(
         result = call(*command, "--run", run)
         refused(result, f"The run {run} was trained by another version of method 'local_only' ")
         refused(result, f"{said}; use the version of the code that trained it (environment.json).")
-        assert "did you mean" not in result[2] and "known are" not in result[2]
+        assert "did you mean" not in result[2] and "nown: " not in result[2]
 
 
 @of_another_version
@@ -631,7 +631,7 @@ def test_a_model_of_another_version_of_its_method_is_one_sentence(
     result = call("predict", image, "--model", "model", "--device=cpu")
     refused(result, "model was trained by another version of method 'local_only' ", said)
     refused(result, "use the version of the code that exported it (glua-bench ")
-    assert "did you mean" not in result[2] and "known are" not in result[2]
+    assert "did you mean" not in result[2] and "nown: " not in result[2]
 
 
 def test_settings_that_are_new_since_take_their_defaults(

@@ -91,7 +91,7 @@ def test_every_definition_that_is_shipped_is_sound(name: str) -> None:
         ("im\n", "dve\n", "line 6: 'dve' is not a selector; did you mean 'dev'?"),
         ("im\n", "last\n", "line 6: 'last' computes no score; use one of"),
         ("im\n", "oracle\n", "line 6: the objective 'oracle' reads the labels of target test"),
-        ("im\n", "[im, watts]\n", "line 6: 'watts' is not a cost; known are seconds."),
+        ("im\n", "[im, watts]\n", "line 6: 'watts' is not a cost; known: seconds."),
         ("im\n", "[]\n", "line 6: 'objective' is empty or repeats a name."),
         ("tpe", "tp", "line 7: 'sampler' cannot be 'tp'; did you mean 'tpe'?"),
         ("tpe", "grid", "line 7: the grid needs a step or a list of values for mask_ratio"),
