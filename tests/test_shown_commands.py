@@ -54,6 +54,8 @@ STANDS_FOR = {
     "runs/phantom/glua/ID": "runs/phantom/glua/*",
     "runs/phantom/glua/3f51f28ebd3c/config.yaml": "runs/phantom/glua/*/config.yaml",
     "config.yaml": "runs/phantom/glua/*/config.yaml",
+    "runs/phantom/source_only/ID": "runs/phantom/source_only/*",
+    "runs/phantom/source_only/ID/predictions": "runs/phantom/source_only/*/predictions",
     "mydata.yaml": "phantom",
     "runs/comparisons/NAME.json": "runs/comparisons/*",
     "/path/to/volumes": "livers",
