@@ -1,6 +1,7 @@
 """Whether it helps GLUA to prefer features with the larger gap, and where D1 stands in training.
 
-    glua-bench ablate --method glua --dataset phantom --directions all --seeds 3 --oracle
+    glua-bench ablate --method glua --dataset phantom --directions all --seeds 3 --selectors all \
+        --oracle
     python benchmarks/gain.py --runs runs --out results/phantom_quick_gain.csv
     python benchmarks/gain.py
 

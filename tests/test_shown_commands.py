@@ -37,9 +37,11 @@ SMALL = (
 # Command → options that are appended, and so replace those shown.
 BUDGET = {
     "run": SMALL,
+    "run --config": SMALL.removeprefix("--preset quick "),
     "compare": f"{SMALL} --seeds 1 --jobs 1",
     "ablate": f"{SMALL} --seeds 1 --jobs 1",
     "sweep": "--executor debug --workers 1 --trials 1 --seeds 1 --steps 2 --device cpu --no-mlflow",
+    "new-dataset": "--yes",
     "data show": "--preset quick",
     "data check": "--jobs 1",
     "data prepare": "--jobs 1",
@@ -50,6 +52,11 @@ BUDGET = {
 STANDS_FOR = {
     "--repeats=2": "--repeats=1",
     "runs/phantom/glua/ID": "runs/phantom/glua/*",
+    "runs/phantom/glua/3f51f28ebd3c/config.yaml": "runs/phantom/glua/*/config.yaml",
+    "config.yaml": "runs/phantom/glua/*/config.yaml",
+    "runs/phantom/source_only/ID": "runs/phantom/source_only/*",
+    "runs/phantom/source_only/ID/predictions": "runs/phantom/source_only/*/predictions",
+    "mydata.yaml": "phantom",
     "runs/comparisons/NAME.json": "runs/comparisons/*",
     "/path/to/volumes": "livers",
     "scan.nii.gz": "volumes/ct_train/ct_train_1003_image.nii.gz",
@@ -62,6 +69,11 @@ NOT_RUN = {
     r"glua-bench .*\b(mmwhs|mmwhs_sifa|mscmr|abdomen)\b.*": "needs patients' files",
     r"glua-bench .*--plugin liver\.py.*": "test_docs.py checks the page's class",
     r"pytest -m cluster|\.ci/.*": ".ci/run starts the servers",
+    r"python -m build .*|pip (wheel|install) .*wheelhouse .*": "needs an index of packages",
+    r"docker .*": "needs Docker",
+    r"tensorboard .*": "starts a server",
+    r"glua-bench --install-completion": "changes the user's shell",
+    r"glua-bench predict --model model (patient_t1.*|imagesTs)": "needs several channels",
     r"glua-bench sweep .*--executor slurm.*|glua-bench worker .*": "needs a cluster",
     r"glua-bench sweep mask_ratio --workers 4": "needs PostgreSQL; with 2 workers it runs",
     r"glua-bench report --from-mlflow": "needs runs in MLflow; tests/records fetch them",
@@ -84,7 +96,7 @@ def shown(page: str) -> list[str]:
                 pass
             elif not (prompted or (not language and line.startswith("glua-bench "))):
                 continue
-            line = re.sub(r"\s+[#|] .*", "", line)  # a comment, or what reads the output
+            line = re.sub(r"\s+[#|>] .*", "", line)  # a comment, or what reads the output
             commands += [part.strip() for part in line.split("&&") if part.strip()]
     return [c for c in commands if not c.startswith("#") and "error:" not in c]
 
@@ -118,22 +130,26 @@ def test_commands_are_found_and_the_table_of_exceptions_is_used() -> None:
 @pytest.mark.parametrize("page", sorted({page for page, _ in SHOWN}))
 def test_every_command_shown_parses(page: str) -> None:
     """Options exist and take their values; methods, datasets and settings exist."""
+    others = {"supervised"}
     for command in shown(page):
         program, *words = shlex.split(command)
         if program != "glua-bench":
             continue
+        if words[0] == "import":
+            others.add(words[1])
         name, parsed, words = split(words)
-        assert name, command
-        if "--help" in words:
+        if not name:
+            assert set(words) <= {option for p in parsed.params for option in p.opts}, command
+        if not name or "--help" in words:
             continue
         values = parsed.make_context(name, list(words)).params
         if values.get("plugin") or values.get("plugins"):
             continue  # what a plugin offers is not installed
         for kind, keys in (("method", ("method", "methods")), ("dataset", ("dataset", "datasets"))):
-            named = [values[key] for key in keys if isinstance(values.get(key), str)]
+            named = [values[key] for key in keys if values.get(key)]
             for each in ",".join(named).split(",") if named else ():
                 plain = each.partition("+")[0]
-                if plain != "supervised" and not plain.endswith(".yaml"):
+                if plain not in others and not plain.endswith(".yaml"):
                     assert Registry(kind).entry(plain).error == "", command
         parse_overrides(list(values.get("assignments") or ()))
 
@@ -194,7 +210,10 @@ def small(command: str) -> list[str]:
         if (ROOT / word).is_file() and not Path(word).exists():
             word = str(ROOT / word)  # an example of this repository
         words.append(str(sorted(Path().glob(word))[0]) if "*" in word else word)
-    return words + shlex.split(BUDGET.get(split(words)[0], ""))
+    name = split(words)[0]
+    if name == "run" and "--config" in words:
+        name = "run --config"
+    return words + shlex.split(BUDGET.get(name, ""))
 
 
 def run(page: str, desk: Path) -> None:
