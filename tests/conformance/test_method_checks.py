@@ -855,8 +855,8 @@ def test_a_way_to_a_label_is_found(monkeypatch: pytest.MonkeyPatch, what: str) -
 def test_target_images_served_unasked_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     original = execution.stores
 
-    def always(planned: PlannedRun, cache: Any, progress: Any) -> Any:
-        train, val, target = original(planned, cache, progress)
+    def always(planned: PlannedRun, *given: Any) -> Any:
+        train, val, target = original(planned, *given)
         return train, val, target or train
 
     class Plain(Sound):
