@@ -20,7 +20,7 @@ import typer.main
 from glua_bench.cli.main import app
 from glua_bench.cli.options import to_json
 from glua_bench.datasets.phantom.dataset import Phantom
-from glua_bench.runs import estimate
+from glua_bench.runs.timing import estimate
 from glua_bench.sweeps import command as sweeping
 
 Call = Callable[..., tuple[int, str, str]]
