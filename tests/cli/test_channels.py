@@ -20,10 +20,10 @@ from glua_bench.console import Progress
 from glua_bench.data.cache import SliceCache
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.registry import Registry
-from glua_bench.runs import estimate
 from glua_bench.runs.execution import execute
 from glua_bench.runs.plan import build_method, plan
 from glua_bench.runs.request import RunRequest
+from glua_bench.runs.timing import estimate
 from glua_bench.task import Dataset, Grid
 
 Call = Callable[..., tuple[int, str, str]]
