@@ -45,6 +45,7 @@ class Sweep:
         budget: maximum number of trials.
         shared: `--set` texts of the method for all trials.
         data: options of `run` for dataset, direction and everything else that trials share.
+        stamps: what the dataset states about results.
         trials: one row per trial.
         runs: one row per run of a finished trial.
         seen: intermediate values of trials.
@@ -66,6 +67,7 @@ class Sweep:
     importances: pd.Series | None
     importances_note: str
     data: Sequence[str] = ()
+    stamps: Sequence[str] = ()
 
     @property
     def objective(self) -> str:
@@ -217,7 +219,7 @@ def _post_hoc(sweep: Sweep, cost: SelectionCost) -> str:
 
 def notices(sweep: Sweep) -> list[str]:
     """Return the caveats of the numbers."""
-    found = []
+    found = list(sweep.stamps)
     if sweep.oracle:
         found.append(
             "ORACLE: the search used the labels of target test cases. Its choice is privileged: "

@@ -48,9 +48,10 @@ def collect(study: SweepStudy, runs_root: Path) -> dict[str, Any]:
         (options of `run` that all trials share); trials, runs, seen (the tables of `trial_table`,
         `run_table` and `seen_table`); importances (parameter → share
         of the objective's variance, or None), and importances_note (their meaning, or why there are
-        none).
+        none); stamps (what the dataset states about results).
     """
     definition, trials = study.definition, study.trials()
+    runs = run_table(definition, trials, runs_root)
     importances, note = parameter_importances(study)
     return {
         "name": study.name,
@@ -62,12 +63,28 @@ def collect(study: SweepStudy, runs_root: Path) -> dict[str, Any]:
         "budget": definition.trials,
         "shared": definition.method_settings,
         "trials": trial_table(definition, trials),
-        "runs": run_table(definition, trials, runs_root),
+        "runs": runs,
         "seen": seen_table(trials),
         "importances": importances,
         "importances_note": note,
         "data": _options(definition),
+        "stamps": _stamps(definition, runs, runs_root),
     }
+
+
+def _stamps(definition: Definition, runs: pd.DataFrame, runs_root: Path) -> list[str]:
+    """Return the deviations from the protocol and the caveats that the runs record."""
+    found: dict[str, None] = {}
+    for run in runs.drop_duplicates("direction")["run"]:
+        directory = _run(definition, runs_root, run)
+        try:
+            facts = {} if directory is None else directory.read_environment()
+        except UserError:
+            continue
+        for name in ("protocol", "caveat"):
+            if facts.get(name):
+                found[f"{name.upper()} {facts[name]}."] = None
+    return list(found)
 
 
 def _options(definition: Definition) -> list[str]:

@@ -448,7 +448,8 @@ def predict(
         quiet: print nothing.
 
     Returns:
-        Columns file (the image), labels (the written segmentation), structure, ml.
+        Columns file (the image), labels (the written segmentation), structure, ml, and the voxel
+            size in mm (spacing_1 to spacing_3).
 
     Raises:
         UserError: an argument or an image is invalid.
@@ -462,6 +463,11 @@ def predict(
     paths = [Path(",".join(_listed(image))) for image in listed]
     given = inputs.find(paths, loaded.channels)
     prediction.refuse_existing(given.images, folder, overwrite, probabilities)
+    report = _reporter(quiet)
+    if loaded.config.privileged:
+        report("PRIVILEGED: the model was trained on target labels.")
+    if given.skipped:
+        report(given.skipped)
     with Progress(enabled=not quiet) as progress:
         found = prediction.predict_all(
             loaded, given.images, folder, domain, probabilities, progress, _warn

@@ -13,6 +13,7 @@ from glua_bench.console import next_command
 from glua_bench.errors import ConfigError
 from glua_bench.files import write_text
 from glua_bench.registry import Registry, load_dataset, with_descriptions
+from glua_bench.runs.completion import complete_directions, complete_names
 from glua_bench.runs.request import DataRoot, Fold, RunsRoot
 from glua_bench.task import Reading
 
@@ -59,7 +60,11 @@ def score(
         ),
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Dataset whose structures are scored: name or FILE.yaml.")
+        str | None,
+        typer.Option(
+            help="Dataset whose structures are scored: name or FILE.yaml.",
+            autocompletion=complete_names("dataset"),
+        ),
     ] = None,
     domain: Annotated[
         str | None,
@@ -182,7 +187,12 @@ def score(
 
 def import_predictions(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the entry, e.g. nnunet_3d.")],
-    dataset: Annotated[str, typer.Option(help="Name of the dataset, or FILE.yaml.")],
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="Name of the dataset, or FILE.yaml.", autocompletion=complete_names("dataset")
+        ),
+    ],
     predictions: Annotated[
         Path,
         typer.Option(
@@ -191,7 +201,11 @@ def import_predictions(
         ),
     ],
     direction: Annotated[
-        str | None, typer.Option(help="source-target, e.g. mr-ct; default: the dataset's first.")
+        str | None,
+        typer.Option(
+            help="source-target, e.g. mr-ct; default: the dataset's first.",
+            autocompletion=complete_directions(),
+        ),
     ] = None,
     fold: Fold = 1,
     seed: Annotated[int, typer.Option(help="Seed under which the entry is listed.")] = 0,

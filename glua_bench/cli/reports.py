@@ -185,10 +185,8 @@ def predict(
         + (", PRIVILEGED (trained on target labels)" if config.privileged else "")
     )
     note(_read_as(loaded, name))
-    if given.left:
-        files = ", ".join(file.name for file in given.left[:3])
-        more = f" and {len(given.left) - 3} more" if len(given.left) > 3 else ""
-        note(f"Skipped (labels by their names): {files}{more}.")
+    if given.skipped:
+        note(given.skipped)
 
     def draw(predicted: Predicted) -> None:
         from glua_bench.reports.run_figures import draw_prediction, frame

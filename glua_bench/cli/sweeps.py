@@ -181,14 +181,14 @@ def report_sweep(study: SweepStudy, base: RunOptions, out: Path) -> tuple[Path, 
     found = sweep_report.Sweep(**results.collect(study, base.runs_root))
     files = sweep_report.write(found, out)
     sentences = list(sweep_report.sentences(found))
-    for sentence in sentences[1:]:
+    for sentence in [*sentences[1:], *found.stamps]:
         say(sentence)
     group = results.group(study, base.runs_root) if base.mlflow else None
     if group is not None:
         text = "\n\n".join([*sweep_report.notices(found), *sentences])
         shown = [file for file in files if file.suffix in (".csv", ".png", ".html")]
         open_tracker(base.runs_root, warn).nest(group, sweep_report.as_metrics(found), shown, text)
-    return files[0], sentences
+    return files[0], [*sentences, *found.stamps]
 
 
 def worker(

@@ -77,6 +77,15 @@ class Inputs:
     images: tuple[Given, ...]
     left: tuple[Path, ...] = ()
 
+    @property
+    def skipped(self) -> str:
+        """The sentence on skipped files; "" if there are none."""
+        if not self.left:
+            return ""
+        files = ", ".join(file.name for file in self.left[:3])
+        more = f" and {len(self.left) - 3} more" if len(self.left) > 3 else ""
+        return f"Skipped (labels by their names): {files}{more}."
+
 
 def find(paths: Iterable[Path], channels: int = 1) -> Inputs:
     """Find the images in files and directories, without duplicates.

@@ -106,6 +106,7 @@ class RunOptions:
         typer.Option(
             help="Comma-separated selectors to evaluate beside `last`, or all; default: the cheap "
             f"ones ({', '.join(DEFAULT_SELECTORS[1:])}).",
+            autocompletion=complete_names("selector", "all"),
         ),
     ] = None
     oracle: Annotated[

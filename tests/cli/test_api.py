@@ -174,21 +174,21 @@ def test_a_comparison_has_table_verdicts_and_rows(
     ran: RunResult, place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = (["source_only"], ["phantom"])
-    found = glua_bench.compare(*words, seeds=2, bounds=False, **place)
+    found = glua_bench.compare(*words, seeds=3, bounds=False, **place)
     out, _ = capsys.readouterr()
-    assert "done   source_only, phantom mr-ct, seed 1: Dice" in out
+    assert "done   source_only, phantom mr-ct, seed 2: Dice" in out
     assert "\x1b" not in out and "\r" not in out
-    with pytest.warns(UserWarning, match="2 of the runs were finished without agreement"):
+    with pytest.warns(UserWarning, match="3 of the runs were finished without agreement"):
         glua_bench.compare(
-            *words, seeds=2, bounds=False, quiet=True, selectors=["im", "agreement"], **place
+            *words, seeds=3, bounds=False, quiet=True, selectors=["im", "agreement"], **place
         )
     assert capsys.readouterr().out == ""
     assert isinstance(found, ComparisonResult) and found.failed == {}
-    assert found.counts["ran"] + found.counts["before"] == 2
+    assert found.counts["ran"] + found.counts["before"] == 3
     assert list(found.table.index) == [("phantom mr-ct", "source_only")]
-    assert found.table["seeds"].tolist() == [2]
+    assert found.table["seeds"].tolist() == [3]
     assert found.verdicts["phantom mr-ct"].startswith("phantom mr-ct: source_only has a mean Dice")
-    assert set(found.rows["seed"]) == {0, 1} and ran.id in set(found.rows["run"])
+    assert set(found.rows["seed"]) == {0, 1, 2} and ran.id in set(found.rows["run"])
     assert "gap recovered" not in found._repr_html_()
     again = glua_bench.load_results(found.members)
     assert set(again["run"]) == set(found.rows["run"])
@@ -213,14 +213,26 @@ def test_results_are_one_frame_also_of_several_protocols(made_runs: Any, tmp_pat
 
 
 def test_new_volumes_are_segmented(
-    ran: RunResult, place: Place, phantom_root: Path, tmp_path: Path
+    ran: RunResult,
+    place: Place,
+    phantom_root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     image = next(phantom_root.glob("**/*ct*1003*image*.nii.gz"))
     out = tmp_path / "new volumes"
     found = glua_bench.predict(image, run=ran.path, out=out, quiet=True, device="cpu")
-    assert list(found.columns) == ["file", "labels", "structure", "ml"] and len(found) == 4
+    columns = ["file", "labels", "structure", "ml", "spacing_1", "spacing_2", "spacing_3"]
+    assert list(found.columns) == columns and len(found) == 4
     labels = nib.load(found["labels"][0])
     assert labels.shape == nib.load(image).shape and np.isfinite(found["ml"]).all()
+    capsys.readouterr()
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for file in (image, image.with_name(image.name.replace("image", "label"))):
+        shutil.copy(file, scans)
+    found = glua_bench.predict(scans, run=ran.path, out=tmp_path / "all", device="cpu")
+    assert len(found) == 4 and "Skipped (labels by their names): " in capsys.readouterr().out
     with pytest.raises(ConfigError, match="exists already"):
         glua_bench.predict([image], run=ran.id, out=out, runs=place["runs"], quiet=True)
     with pytest.raises(ConfigError, match="either --run or --model"):

@@ -292,6 +292,8 @@ def test_names_are_completed(tmp_path: Path) -> None:
     assert "glua,sifa" in completed("glua-bench compare --methods glua,s", tmp_path)
     assert completed("glua-bench run --dataset mscmr --direction b", tmp_path) == {"bssfp-lge"}
     assert completed("glua-bench run --preset q", tmp_path) == {"quick"}
+    assert completed("glua-bench run --selectors im,ag", tmp_path) == {"im,agreement"}
+    assert completed("glua-bench import x --dataset msc", tmp_path) == {"mscmr"}
 
 
 def test_the_completion_script_is_shown(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,7 +226,9 @@ def imported(call: Call, cohort: Path, *words: object) -> Result:
     return call("import", *words, *data)
 
 
-def test_an_export_comes_back_as_an_entry(call: Call, cohort: Path, tmp_path: Path) -> None:
+def test_an_export_comes_back_as_an_entry(
+    call: Call, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`data export` → a tool that writes into nnU-Net's folders → `import`."""
     assert call("data", "export", "phantom", "--to=ex", "--data-root", cohort, "--jobs=1")[0] == 0
     labels = Path("ex/nnUNet_raw/Dataset502_phantom_ct/labelsTs")
@@ -267,6 +269,18 @@ def test_an_export_comes_back_as_an_entry(call: Call, cohort: Path, tmp_path: Pa
     assert "nnunet_2d (external)" in copy.info.run_name and "steps" not in copy.data.params
     assert copy.data.params["scenario"] == "external"
     assert copy.data.tags["glua_bench.scenario"] == "external"
+    mean = run.read_summary()["scores"][-1]
+    assert copy.data.metrics["dice"] == pytest.approx(mean["dice"])
+    assert "(mean over structures, external)" in copy.data.tags["mlflow.note.content"]
+
+    # So does TensorBoard.
+    monkeypatch.setenv("GLUA_BENCH_TRACKER", "glua_bench.records.tensorboard:TensorBoard")
+    code, out, err = call("sync")
+    assert code == 0 and "1 runs uploaded" in out, err
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    (folder,) = Path("runs/tensorboard/phantom").iterdir()
+    found = accumulator.EventAccumulator(str(folder)).Reload()
+    assert found.Scalars("dice")[0].value == pytest.approx(mean["dice"])
 
 
 def test_scores_and_imports_are_printed_as_json_or_alone(

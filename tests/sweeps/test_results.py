@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import sweep_samples
 
 from glua_bench.console import Progress
 from glua_bench.errors import RunFailure
-from glua_bench.reports.sweep_report import Sweep
+from glua_bench.reports.sweep_report import Sweep, notices
 from glua_bench.runs.request import RunOptions
 from glua_bench.sweeps import command, results, trial
 from glua_bench.sweeps.definition import Definition, Parameter
@@ -112,6 +113,15 @@ def test_the_report_takes_what_is_collected(searched, made_runs) -> None:
     assert "pruner" in sweep.facts and sweep.facts["common settings"] == "steps=5"
 
 
+def test_caveats_of_runs_are_notices_of_the_sweep(searched, made_runs) -> None:
+    assert results.collect(searched, made_runs.root)["stamps"] == []
+    for file in (made_runs.root / "phantom" / "glua").glob("*/environment.json"):
+        facts = json.loads(file.read_text())
+        file.write_text(json.dumps({**facts, "caveat": "test patients train"}))
+    sweep = Sweep(**results.collect(searched, made_runs.root))
+    assert notices(sweep)[0] == "CAVEAT test patients train."
+
+
 def test_the_tracker_s_group_is_the_study_and_grows(searched, made_runs) -> None:
     group = results.group(searched, made_runs.root)
     assert group is not None and not group.complete
@@ -200,6 +210,7 @@ def test_a_pruned_trial_names_the_runs_that_it_finished(
     def plan(request: Any) -> Any:
         directory = SimpleNamespace(
             path="x",
+            done=False,
             read_summary=lambda: {"selector_scores": {"im": {"1": 0.5}}, "stage_seconds": {}},
         )
         config = SimpleNamespace(candidates=1, steps=1)
