@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +29,7 @@ from glua_bench.cli.options import (
     with_options,
 )
 from glua_bench.config import ORACLE, UPPER, flat_settings
-from glua_bench.console import next_command
+from glua_bench.console import is_terminal, next_command
 from glua_bench.errors import ConfigError
 from glua_bench.registry import Registry, with_descriptions
 from glua_bench.runs.completion import complete_names
@@ -368,7 +370,8 @@ def _run_matrix(
     written: list[Path] = []
     if len(result.rows):
         note()
-        say(comparison.as_text(result.table))
+        width = shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None
+        say(comparison.as_text(result.table, width))
         say()
         for text in result.verdicts.values():
             say(text)
