@@ -434,8 +434,13 @@ def _plain(entry: str) -> str:
     return " ".join(re.sub(r"[^\w.\-]", " ", entry).split())[:90]  # MLflow allows 100
 
 
-def as_text(lines: pd.DataFrame) -> str:
-    """Return a table (of `table`) as plain text, one block per task."""
+def as_text(lines: pd.DataFrame, width: int | None = None) -> str:
+    """Return a table (of `table`) as plain text, one block per task.
+
+    Args:
+        lines: result of `table`.
+        width: characters per line; columns that do not fit follow below. None is unlimited.
+    """
     texts = {
         f"{PRIMARY.label} ± sd": map(_spread, lines[PRIMARY.label], lines["sd"]),
         "last bits": ("" if math.isnan(v) else f"± {v:.3f}" for v in lines["last bits"]),
@@ -454,7 +459,7 @@ def as_text(lines: pd.DataFrame) -> str:
         block = block.droplevel("task").rename(index=title).rename_axis(None)
         empty = block.astype(str).isin(["", "?", MISSING]).all()
         block = block.loc[:, ~empty]
-        text += [str(task), block.to_string(), ""]
+        text += [str(task), block.to_string(line_width=width), ""]
     if (lines["seeds"] == 1).any():
         text.append("One seed: no standard deviation and no tests; use --seeds 3.")
     text += [*gap_notes(lines), *filter(None, [last_bits_note(lines)]), *outside_notes(lines.index)]

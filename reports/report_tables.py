@@ -247,8 +247,8 @@ def cases(results: Results, task: str, selector: str = "last") -> Table:
         ],
         frozenset(map(str, means.index)),
         notes=[
-            "Distances cannot be resolved below the voxel size of the file, on whose grid they are "
-            f"computed. Means over {'methods' if len(methods) else 'entries'}, seeds and "
+            "Distances are computed on the grid of the file, which limits their resolution to the "
+            f"voxel size. Means over {'methods' if len(methods) else 'entries'}, seeds and "
             "structures."
         ],
         first="case",

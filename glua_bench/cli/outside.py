@@ -33,7 +33,7 @@ Values = Annotated[
     typer.Option(
         "--values",
         help="Label values of the predictions: 'classes' (1 for the dataset's first structure, as "
-        "`data export` writes) or 'dataset' (as in its files); default: told from the files.",
+        "`data export` writes) or 'dataset' (as in its files); default: detected from the files.",
     ),
 ]
 

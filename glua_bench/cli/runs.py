@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +28,8 @@ from glua_bench.cli.options import (
     warn,
     with_options,
 )
-from glua_bench.config import ORACLE, UPPER
-from glua_bench.console import next_command
+from glua_bench.config import ORACLE, UPPER, flat_settings
+from glua_bench.console import is_terminal, next_command
 from glua_bench.errors import ConfigError
 from glua_bench.registry import Registry, with_descriptions
 from glua_bench.runs.completion import complete_names
@@ -200,10 +202,30 @@ def score_table(table: pd.DataFrame) -> str:
 
 def _next_run(planned: PlannedRun) -> tuple[str, str]:
     """Return the command that adds both bounds and further seeds, and a remark on it."""
+    from glua_bench.runs.plan import resolve
+
     config, request = planned.config, planned.request
+    # A request from a config.yaml contains every setting; those at their default are omitted.
+    unset = replace(request, steps=None, augmentation=None, precision=None, assignments=[])
+    default = flat_settings(resolve(unset, planned.dataset, planned.method_class).to_dict())
+    own = flat_settings(config.to_dict())
+    named = [(text.partition("=")[0].strip(), text) for text in request.assignments]
     # `compare` gives each run one process, and perturbs weights by --repeats.
-    kept = [a for a in request.assignments if not a.startswith("perturbation=")]
-    shared = replace(request.shared(), devices=1, assignments=kept)
+    kept = [
+        text
+        for name, text in named
+        if name != "perturbation" and (name not in own or own[name] != default.get(name))
+    ]
+    shared = replace(
+        request.shared(),
+        steps=None if own["steps"] == default["steps"] else request.steps,
+        augmentation=None
+        if own["augmentation"] == default["augmentation"]
+        else request.augmentation,
+        precision=None if own["precision"] == default["precision"] else request.precision,
+        devices=1,
+        assignments=kept,
+    )
     words = ["glua-bench", "compare", "--methods", config.method]
     words += ["--dataset", config.dataset, "--direction", config.direction, *shared.words()]
     if any(assignment.startswith("method.") for assignment in kept):
@@ -352,7 +374,8 @@ def _run_matrix(
     written: list[Path] = []
     if len(result.rows):
         note()
-        say(comparison.as_text(result.table))
+        width = shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None
+        say(comparison.as_text(result.table, width))
         say()
         for text in result.verdicts.values():
             say(text)

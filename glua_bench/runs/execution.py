@@ -208,7 +208,7 @@ def write_dataset_facts(planned: PlannedRun) -> None:
 
 
 def lacking(planned: PlannedRun) -> list[str]:
-    """Return what was asked for and a finished run was finished without: selectors and the oracle.
+    """Return the requested selectors, and `--oracle`, that a finished run lacks.
 
     Without --selectors a run is taken as it is.
     """
@@ -223,7 +223,7 @@ def lacking(planned: PlannedRun) -> list[str]:
 
 
 def lacking_note(finished: Iterable[PlannedRun]) -> str:
-    """Say which finished runs of a matrix lack a selector that was asked for; "" if none does."""
+    """Describe which finished runs of a matrix lack a requested selector; "" if none does."""
     missing = {planned.id: lacking(planned) for planned in finished}
     names = sorted({name for own in missing.values() for name in own})
     count = sum(bool(own) for own in missing.values())

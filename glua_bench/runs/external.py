@@ -284,7 +284,7 @@ def _domain_of(file: Path, root: Path, dataset: Dataset, others: set[str]) -> st
 
 
 def _values_of(files: Sequence[Path], view: DomainView) -> str:
-    """Tell from the label values of predictions whether they are class indices or the dataset's.
+    """Determine whether label values of predictions are class indices or the dataset's.
 
     Raises:
         ConfigError: they can be both, with different meanings.

@@ -130,6 +130,8 @@ def test_run_prints_scores_in_full(
     config = ["run", "--config", run / "config.yaml", "--device=cpu", "--no-mlflow", *place]
     same = document(*config)
     assert same["already_done"] and same["id"] == first["id"]
+    # The next command omits what the file states but is the default.
+    assert same["next"][0].count("--set ") == first["next"][0].count("--set ")
     seeded = document(*config, "--seed=1")
     assert seeded["already_done"] and seeded["config"]["seed"] == 1
     # An option at its default overrides the file too.

@@ -59,6 +59,10 @@ def test_the_table_is_of_seeds_and_pairs_the_gap_by_seed() -> None:
     assert lone["gap recovered"].isna().all()
     assert "One seed: no standard deviation" in as_text(lone) and "±  " not in as_text(lone)
     assert "underestimate" not in as_text(lone)  # there is no spread that could
+    # In a narrow terminal, columns that do not fit follow below.
+    narrow = as_text(lines, 60)
+    assert max(map(len, narrow.split("\nThe spread")[0].splitlines())) <= 60
+    assert set(narrow.split()) == {*text.split(), "\\"}
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,8 @@ class Estimator:
             runs = "run" if len(found) == 1 else "runs"
             return {**means, SLICES: 0.0}, f"from {len(found)} finished {runs}"
         config = planned.config
-        self.report(f"timing a few steps of {config.method} on {config.fold_name}")
+        name = config.scenario if config.privileged else config.method
+        self.report(f"timing a few steps of {name} on {config.fold_name}")
         return probe(planned, self.draw), Estimate({}).basis
 
     def _slices(self, planned: PlannedRun, each: float) -> float:
