@@ -74,7 +74,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Replace formulas in TeX by MathML, which browsers draw without a script."""
+    """Replace formulas in TeX by MathML, which needs no script, and keep options on one line."""
 
     def formula(match: re.Match[str]) -> str:
         text = html.unescape(match[3]).strip()
@@ -82,7 +82,13 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
         return convert(text[2:-2], display=display)
 
     pattern = r'<(div|span) class="arithmatex">(<!---->)?(.*?)</\1>'
-    return re.sub(pattern, formula, content, flags=re.DOTALL)
+    content = re.sub(pattern, formula, content, flags=re.DOTALL)
+    option = r'<span class="option">\g<0></span>'
+    return re.sub(
+        r"<code>[^<\n]*</code>",
+        lambda m: re.sub(r"(?<![\w-])--?[a-z][\w-]*", option, m[0]),
+        content,
+    )
 
 
 def separated(markdown: str) -> Iterator[str]:
@@ -149,7 +155,7 @@ def commands() -> str:
 
     parts = [
         "# Every command\n",
-        "Generated from the program; `glua-bench COMMAND --help` prints the same.\n",
+        "Generated from the program; `glua-bench COMMAND -h` prints the same.\n",
     ]
     waiting = [("glua-bench", get_command(app))]
     while waiting:
