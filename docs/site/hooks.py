@@ -83,12 +83,14 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
 
     pattern = r'<(div|span) class="arithmatex">(<!---->)?(.*?)</\1>'
     content = re.sub(pattern, formula, content, flags=re.DOTALL)
-    option = r'<span class="option">\g<0></span>'
-    return re.sub(
-        r"<code>[^<\n]*</code>",
-        lambda m: re.sub(r"(?<![\w-])--?[a-z][\w-]*", option, m[0]),
-        content,
-    )
+    command = r'<code>[^<\n]*</code>|<div class="language-(?:ba)?sh highlight">.*?</pre>'
+    return re.sub(command, _whole_words, content, flags=re.DOTALL)
+
+
+def _whole_words(match: re.Match[str]) -> str:
+    """Mark options and the program's name, at whose hyphens a browser would break the line."""
+    word = r"<[^>]*>|(?<![\w-])(--?[a-z][\w-]*|glua-bench\b)"
+    return re.sub(word, lambda m: f'<span class="whole">{m[1]}</span>' if m[1] else m[0], match[0])
 
 
 def separated(markdown: str) -> Iterator[str]:
