@@ -130,6 +130,13 @@ def test_an_executed_notebook_becomes_a_page(site: Path) -> None:
     assert "```text\n2\nprinted\n```" in page
 
 
+def test_commands_break_between_words(site: Path) -> None:
+    page = (site / "scoring.html").read_text(encoding="utf-8")
+    whole = re.findall(r'<span class="whole">(.*?)</span>', page)
+    assert {"glua-bench", "--predictions", "--only-predicted"} <= set(whole)
+    assert not [word for word in whole if "<" in word]
+
+
 @pytest.fixture(scope="module")
 def served(site: Path) -> Iterator[str]:
     """Serve the site on this machine and return its address."""

@@ -74,7 +74,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Replace formulas in TeX by MathML, which browsers draw without a script."""
+    """Replace formulas in TeX by MathML, which needs no script, and keep options on one line."""
 
     def formula(match: re.Match[str]) -> str:
         text = html.unescape(match[3]).strip()
@@ -82,7 +82,15 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
         return convert(text[2:-2], display=display)
 
     pattern = r'<(div|span) class="arithmatex">(<!---->)?(.*?)</\1>'
-    return re.sub(pattern, formula, content, flags=re.DOTALL)
+    content = re.sub(pattern, formula, content, flags=re.DOTALL)
+    command = r'<code>[^<\n]*</code>|<div class="language-(?:ba)?sh highlight">.*?</pre>'
+    return re.sub(command, _whole_words, content, flags=re.DOTALL)
+
+
+def _whole_words(match: re.Match[str]) -> str:
+    """Mark options and the program's name, at whose hyphens a browser would break the line."""
+    word = r"<[^>]*>|(?<![\w-])(--?[a-z][\w-]*|glua-bench\b)"
+    return re.sub(word, lambda m: f'<span class="whole">{m[1]}</span>' if m[1] else m[0], match[0])
 
 
 def separated(markdown: str) -> Iterator[str]:
@@ -149,7 +157,7 @@ def commands() -> str:
 
     parts = [
         "# Every command\n",
-        "Generated from the program; `glua-bench COMMAND --help` prints the same.\n",
+        "Generated from the program; `glua-bench COMMAND -h` prints the same.\n",
     ]
     waiting = [("glua-bench", get_command(app))]
     while waiting:
