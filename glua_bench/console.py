@@ -128,7 +128,9 @@ class Progress:
             self._bar.stop()
             self._bar = None
 
-    def stage(self, name: str, total: int, start: int = 0, quietly: bool = False) -> None:
+    def stage(
+        self, name: str, total: int, start: int = 0, quietly: bool = False, unit: str = "step"
+    ) -> None:
         """Start a stage.
 
         Args:
@@ -136,6 +138,7 @@ class Progress:
             total: number of steps.
             start: steps done before resuming.
             quietly: show nothing if the stage takes less than a moment.
+            unit: what is counted, in the singular.
         """
         self._name, self._total, self._first = name, total, start
         self._shown_step = start
@@ -152,7 +155,7 @@ class Progress:
         else:
             self._due = self._began + PLAIN_SECONDS
             if not (quietly or start):
-                self.line(f"{name}: {total} steps")
+                self.line(f"{name}: {total} {unit}{'' if total == 1 else 's'}")
 
     def _add_bar(self) -> None:
         self._task = self._bar.add_task(

@@ -114,7 +114,15 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["sortable"] = _sortable
+    environment.filters["code"] = _code
     return environment.get_template(template).render(version=__version__, **values)
+
+
+def _code(text: str) -> Any:
+    """Return escaped HTML with `words` in backticks as code."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _sortable(table: Table, row: int, column: int) -> str:

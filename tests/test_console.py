@@ -85,11 +85,11 @@ def test_a_file_gets_few_plain_lines(clock: Clock) -> None:
 def test_short_work_is_two_lines(clock: Clock) -> None:
     stream = io.StringIO()
     with Progress(stream=stream) as progress:
-        progress.stage("read data", 3)
+        progress.stage("read data", 3, unit="file")
         for step in range(1, 4):
             progress.update(step)
         progress.update(3)
-    assert stream.getvalue().splitlines() == ["read data: 3 steps", "read data 3/3  in 0 s"]
+    assert stream.getvalue().splitlines() == ["read data: 3 files", "read data 3/3  in 0 s"]
 
 
 def test_a_resumed_stage_says_so_and_estimates_from_its_own_steps(clock: Clock) -> None:

@@ -395,7 +395,7 @@ def _run_matrix(
         failed=result.failed,
         members=result.members,
         tasks=_tasks(planned),
-        external=[{"entry": one.entry, "task": one.task, "path": one.run.path} for one in guests],
+        external=_external(guests),
         warnings=warnings,
         files=written,
         next=[line],
@@ -422,6 +422,11 @@ def _runs(planned: list[Planned]) -> list[dict[str, object]]:
         }
         for item in planned
     ]
+
+
+def _external(guests: Sequence[Guest]) -> list[dict[str, object]]:
+    """Describe the imported entries of a matrix for `--json`."""
+    return [{"entry": one.entry, "task": one.task, "path": one.run.path} for one in guests]
 
 
 def _tasks(planned: list[Planned]) -> list[dict[str, object]]:
@@ -473,4 +478,11 @@ def _show_matrix(planned: list[Planned], work: Work, guests: Sequence[Guest]) ->
         + (f" (in all {breakdown(parts)})." if parts else ".")
     )
     note("Next: the same command without --dry-run.")
-    answer(runs=_runs(planned), done=done, seconds=seconds, parts=parts, next=[])
+    answer(
+        runs=_runs(planned),
+        external=_external(guests),
+        done=done,
+        seconds=seconds,
+        parts=parts,
+        next=[],
+    )

@@ -47,7 +47,7 @@ def prepare_cases(
     if waiting:
         if len(waiting) < len(cases):
             progress.line(f"{len(cases) - len(waiting)} of {len(cases)} volumes are cached")
-        progress.stage("preprocess", len(waiting))
+        progress.stage("preprocess", len(waiting), unit="case")
     problems: dict[int, str] = {}
     results = parallel_map(_prepare, waiting, jobs or cores())
     for done, (place, problem) in enumerate(results, start=1):

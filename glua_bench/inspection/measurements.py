@@ -192,7 +192,7 @@ def gather(dataset: Dataset, jobs: int, progress: Progress) -> list[CaseMeasurem
     """
     domains = dataset.domains()
     cases = [(case, dataset.view(domain)) for domain in domains for case in dataset.cases(domain)]
-    progress.stage("read files", len(cases))
+    progress.stage("read files", len(cases), unit="case")
     found: dict[int, CaseMeasurements] = {}
     for place, measured in parallel_map(_measure, cases, jobs):
         found[place] = measured

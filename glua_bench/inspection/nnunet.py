@@ -143,7 +143,7 @@ def export_predictions(
 def _run(
     export: Callable[[_Job], None], work: list[_Job], title: str, jobs: int, progress: Progress
 ) -> None:
-    progress.stage(title, len(work))
+    progress.stage(title, len(work), unit="case")
     for done, _ in enumerate(parallel_map(export, work, jobs), start=1):
         progress.update(done)
 

@@ -98,7 +98,7 @@ def stores(
     missing = {id(case) for case, view in every if not cache.holds(case, view)}
     done = 0
     if missing and enough is None:
-        progress.stage("prepare slices", len(missing))
+        progress.stage("prepare slices", len(missing), unit="case")
 
     def prepared(case: Case | UnlabelledCase) -> None:
         nonlocal done

@@ -386,7 +386,7 @@ def _scored(
         _Job(case, files[case.id], view, predicted, names, run.predictions / f"{case.id}{ENDING}")
         for case in cases
     ]
-    progress.stage("score", len(jobs))
+    progress.stage("score", len(jobs), unit="case")
     found: dict[int, list[dict[str, Any]]] = {}
     for index, own in parallel_map(_score, jobs, given.jobs):
         found[index] = own

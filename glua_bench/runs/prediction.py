@@ -499,7 +499,7 @@ def predict_all(
         progress: progress bar.
         draw: called with each segmented volume.
     """
-    progress.stage("segment", len(images))
+    progress.stage("segment", len(images), unit="image")
     found: list[Predicted] = []
     try:
         for each in predict(model, images, out, domain, probabilities, progress.update, warn):

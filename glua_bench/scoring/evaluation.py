@@ -117,7 +117,7 @@ def evaluate(
         the voxel size of the file in mm, on which distances are computed (`SPACING`).
     """
     rows = []
-    progress.stage(title, len(cases))
+    progress.stage(title, len(cases), unit="case")
     for done, case in enumerate(cases):
         view = dataset.view(case.domain).on(grid)
         structures = view.structures

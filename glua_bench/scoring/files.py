@@ -188,7 +188,7 @@ def score(
     if any(each.verify for each in work):
         medpy_metrics()
     progress = progress or Progress(enabled=False)
-    progress.stage("score", len(work))
+    progress.stage("score", len(work), unit="case")
     rows: dict[int, list[dict[str, Any]]] = {}
     for index, found in parallel_map(_score, work, jobs):
         rows[index] = found

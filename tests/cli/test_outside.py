@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import re
 import shlex
@@ -181,41 +180,6 @@ def test_a_run_s_predictions_have_the_run_s_scores_and_stand_beside_it(
     image = cohort / "ct_train" / "ct_train_1003_image.nii.gz"
     for command in (["predict", image, "--run"], ["export", "--run"]):
         refused(call(*command, moved.path), "imported from another tool and has no model")
-
-
-@pytest.mark.slow
-def test_the_commands_of_the_page_run_in_its_order(call: Call, cohort: Path) -> None:
-    """docs/scoring.md, with small networks; `compare` finds the run of the first command."""
-    page = (Path(__file__).parents[2] / "docs" / "scoring.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
-    commands = [shlex.split(line) for each in blocks for line in each.splitlines()]
-    assert [words[1] for words in commands] == [
-        "run",
-        "data",
-        "score",
-        "score",
-        "import",
-        "compare",
-        "report",
-    ]
-    out = ""
-    for _, *words in commands:
-        words = [own for word in words for own in (glob.glob(word) if "*" in word else [word])]
-        if words[0] in ("run", "compare"):
-            words += SMALL
-        if words[0] in ("run", "compare", "import"):
-            words += ["--no-mlflow"]
-        if words[0] == "compare":
-            words += ["--no-bounds", "--seeds=1"]
-        if words[0] == "report":
-            words += ["--no-pictures"]
-        if "phantom" in words:
-            words += ["--data-root", str(cohort)]
-        code, out, err = call(*words)
-        assert code == 0, f"{words}\n{err}"
-        if words[0] == "compare":
-            assert "0 run now, 1 done before" in out and "nnunet_2d (external)" in out
-    assert "nnunet_2d (external)" in Path("report/tables/main_phantom_mr-ct.tex").read_text()
 
 
 # -- entries only ---------------------------------------------------------------------------------

@@ -47,6 +47,13 @@ def test_only_sections_with_a_warning_have_one():
     assert 'class="notices"' not in text.split("</style>")[1]
 
 
+def test_words_in_backticks_are_code_and_still_escaped():
+    section = Section("answers", "Answers", warning=f"Run `a {EVIL}` again.")
+    text = render("page.html", title="t", sections=[section], notices=["Use `glua-bench report`."])
+    assert "<li>Use <code>glua-bench report</code>.</li>" in text
+    assert "Run <code>a &lt;script&gt;" in text and EVIL not in text
+
+
 def test_names_are_fit_for_files_and_anchors():
     assert file_name("glua, mask = 0.1/2") == "glua_mask_0.1_2" and file_name("…") == "unnamed"
     assert slug("Phantom MR-CT!") == "phantom-mr-ct" and slug("…") == "part"

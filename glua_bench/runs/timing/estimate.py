@@ -233,7 +233,9 @@ class _Ticks(Progress):
         self.at: dict[str, list[float]] = {}
         self.device = device
 
-    def stage(self, name: str, total: int, start: int = 0, quietly: bool = False) -> None:
+    def stage(
+        self, name: str, total: int, start: int = 0, quietly: bool = False, unit: str = "step"
+    ) -> None:
         self._name = name
         self.at[name] = [_now(self.device)]
 
