@@ -396,7 +396,7 @@ def label_points(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
     taken = [Bbox.from_extents(*(p - radius * 0.8), *(p + radius * 0.8)) for p in at]
     # Around the point first, then farther away in all directions.
     turns = [0.0, 180.0, 90.0, 270.0, *range(15, 360, 15)]
-    around = [(r, math.radians(t)) for r in range(8, 420, 6) for t in turns]
+    around = [(r, math.radians(t)) for r in range(10, 420, 6) for t in turns]
     for (name, x, y), centre in zip(points, at, strict=True):
         label = axes.annotate(
             name,
@@ -421,7 +421,7 @@ def label_points(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
             if within and not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 label.xyann = tuple((middle - centre) / scale)
-                if distance > 14:
+                if distance > 16:
                     end = axes.transData.inverted().transform(
                         middle - way * half * np.abs(way) * 0.9
                     )
