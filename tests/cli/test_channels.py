@@ -278,9 +278,10 @@ def test_check_show_and_fingerprint_cover_each_channel(copy: Path, call: Call) -
     _, out, _ = call("data", "show", file, "--preset=quick", "--out", copy / "figures")
     names = sorted(path.name for path in (copy / "figures").iterdir())
     assert names == [
-        f"two_{domain}_{channel}.png"
+        f"two_{domain}_{channel}.{suffix}"
         for domain, second in (("inverted", "FLAIR"), ("plain", "T2"))
         for channel in ("1_T1", f"2_{second}")
+        for suffix in ("pdf", "png", "svg")
     ]
     # A change of the second channel alone is found.
     image = nib.load(given(copy, 0)[1])

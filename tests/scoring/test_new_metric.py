@@ -108,8 +108,11 @@ def test_a_new_metric_is_wherever_a_metric_is(
     both = report_tables.main(from_runs(root), TASK)
     found = {(column.group, column.title): column.text(0) for column in both.columns}
     assert found["NSD 2 mm (%)", "mean"] == MISSING != found["HD95 (mm)", "mean"]
-    both_lines = comparison.table(from_runs(root).rows)
-    assert MISSING in comparison.as_text(both_lines).splitlines()[2]
+    assert NSD.label not in comparison.as_text(comparison.table(from_runs(root).rows))
+    each = [("old", TASK, older.directory), ("new", TASK, newer.directory)]
+    text = comparison.as_text(comparison.table(comparison.collect(each)))
+    dashes = {line.split()[0]: MISSING in line for line in text.splitlines() if line.split()}
+    assert (dashes["old"], dashes["new"]) == (True, False), text
 
 
 @pytest.mark.usefixtures("registered")
