@@ -269,7 +269,7 @@ class LocalAlignment(nn.Module):
         """Return the gain minus 1 on target images, and the mask if any, (N, 1, H, W)."""
         target = self.segment(segmenter, images, "target")
         assert target.scores is not None and target.gain is not None
-        maps = {"gain": target.gain - 1}
+        maps = {"gain minus 1": target.gain - 1}  # maps are in [0, 1]
         if self.config.mask != "none":
             mask = local_mask(target.scores, self.config.mask, self.config.mask_ratio)
             maps["mask"] = mask / mask.amax()

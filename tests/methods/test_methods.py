@@ -355,13 +355,13 @@ def test_discriminators_learn_the_domains_and_touch_nothing_else(form: str) -> N
 @pytest.mark.parametrize("form", MASKS)
 def test_pictures_show_gain_and_mask_in_the_size_of_the_images(form: str) -> None:
     pictures = build(GLUA, mask=form, mask_ratio=0.25).pictures(batch())
-    assert set(pictures) == {"restyled", "gain"} | ({"mask"} if form != "none" else set())
+    assert set(pictures) == {"restyled", "gain minus 1"} | ({"mask"} if form != "none" else set())
     for name in pictures.keys() - {"restyled"}:
         assert pictures[name].shape == (2, 1, SIZE, SIZE)
         assert pictures[name].min() >= 0 and pictures[name].max() <= 1
     if form in ("topk", "random"):
         assert pictures["mask"].mean().item() == pytest.approx(0.25, abs=0.05)
-    assert not build(LocalOnly, gain="none", mask=form).pictures(batch())["gain"].any()
+    assert not build(LocalOnly, gain="none", mask=form).pictures(batch())["gain minus 1"].any()
 
 
 # -- updates --------------------------------------------------------------------------------------

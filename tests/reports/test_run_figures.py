@@ -148,7 +148,7 @@ def test_the_strip_shows_images_maps_and_the_gap(
     run = quick_run("glua", tmp_path, draw=draw_run)
     axes = seen["strip"].axes
     named = [a.get_ylabel() for a in axes if a.get_ylabel()]
-    assert named[:4] == ["source", "restyled", "target", "gain"]
+    assert named[:4] == ["source", "restyled", "target", "gain minus 1"]
     chart = next(a for a in axes if a.get_xlabel() == "update")
     logged = [row["values"] for row in run.read_log() if "d1_source" in row["values"]]
     curves = {line.get_label(): list(line.get_ydata()) for line in chart.lines}
