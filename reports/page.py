@@ -7,6 +7,7 @@ and slides.
 from __future__ import annotations
 
 import base64
+import html
 import math
 import re
 from dataclasses import dataclass, field
@@ -118,11 +119,9 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(version=__version__, **values)
 
 
-def _code(text: str) -> Any:
+def _code(text: str) -> str:
     """Return escaped HTML with `words` in backticks as code."""
-    from markupsafe import Markup, escape
-
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
 def _sortable(table: Table, row: int, column: int) -> str:

@@ -164,7 +164,9 @@ def test_statements_on_the_page_match_the_numbers(made_runs, tmp_path):
         "phantom ct-mr: gap recovered is undefined, since supervised is not clearly above",
         "<dt>seeds compared</dt><dd>0, 1, 2</dd>",
         "<dt>test cases</dt><dd>7</dd>",
-        comparison.NO_REPEATS,
+        comparison.NO_REPEATS.replace(
+            "`compare … --repeats 2`", "<code>compare … --repeats 2</code>"
+        ),
     ):
         assert said in page, said
     assert "phantom mr-ct: gap recovered is" not in page
