@@ -204,7 +204,8 @@ def _work_off(
         try:
             for index, _ in parallel_map(work, jobs, processes):
                 done += 1
-                report(f"phantom: {done}/{total} {jobs[index][0]}_{jobs[index][1]}")
+                if done * 10 // total > (done - 1) * 10 // total:  # not a line per volume
+                    report(f"phantom: {done}/{total} {jobs[index][0]}_{jobs[index][1]}")
             return
         except RunFailure as error:
             # A script without a `__main__` guard cannot spawn, and a child may be killed.
