@@ -34,7 +34,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pytest.fail(f"GLUA_BENCH_BROWSER=required, but {missing} are not installed")
         pytest.skip("needs the extra 'docs'")
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    # Without --quiet, which also hides warnings from --strict.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
     command += ["--config-file", str(ROOT / "mkdocs.yml"), "--site-dir", str(folder / "html")]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     # Not in the checkout, where the folder glua_bench/ would be taken for the package.
