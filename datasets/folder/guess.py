@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from glua_bench.data.formats import SUFFIXES, open_volume
+from glua_bench.data.formats import SUFFIXES, ending, open_volume
 from glua_bench.data.volumes import label_integers
 from glua_bench.datasets.folder.planes import Anatomy, Header, anatomy, header
 from glua_bench.errors import DataError
@@ -273,8 +273,7 @@ def starred(path: str, own: str) -> str:
 
 def _shared_words(path: str, others: Sequence[str]) -> list[str]:
     """Return texts between separators that a path shares with another, the longest first."""
-    ending = next((s for s in SUFFIXES if path.lower().endswith(s)), "")
-    pieces = re.split(r"([^A-Za-z0-9]+)", path[: len(path) - len(ending)])
+    pieces = re.split(r"([^A-Za-z0-9]+)", path[: len(path) - len(ending(path))])
     texts = {
         "".join(pieces[i:j])
         for i in range(0, len(pieces), 2)
@@ -331,8 +330,7 @@ def _pattern(split: Sequence[tuple[str, ...]], whole_words: bool) -> tuple[str, 
         if len(set(parts)) == 1 and (len(split) > 1 or len(made) < len(split[0]) - 1):
             made.append(parts[0])
             continue
-        endings = [next((s for s in SUFFIXES if p.lower().endswith(s)), "") for p in parts]
-        stems = [part[: len(part) - len(end)] for part, end in zip(parts, endings, strict=True)]
+        stems = [part[: len(part) - len(ending(part))] for part in parts]
         tails = {part[len(stem) :] for part, stem in zip(parts, stems, strict=True)}
         tail = os.path.commonprefix(sorted(tails)) + "*" * (len(tails) > 1)
         start = os.path.commonprefix(stems)

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from glua_bench.data.formats import SUFFIXES, open_volume
+from glua_bench.data.formats import ending, open_volume
 from glua_bench.datasets.folder.guess import (
     image_patterns,
     labels_among,
@@ -144,9 +144,9 @@ def _by_folder(path: str) -> tuple[str, str]:
 
 def _by_ending(path: str) -> tuple[str, str]:
     """p1_lv.nii.gz: the last word is the kind."""
-    ending = next((s for s in SUFFIXES if path.lower().endswith(s)), "")
-    head, _, tail = path[: len(path) - len(ending)].rpartition("_")
-    return (tail, head) if head and not tail.isdigit() else ("", path[: len(path) - len(ending)])
+    stem = path[: len(path) - len(ending(path))]
+    head, _, tail = stem.rpartition("_")
+    return (tail, head) if head and not tail.isdigit() else ("", stem)
 
 
 def _is_mask(data: Path, files: Mapping[str, str]) -> bool | None:
