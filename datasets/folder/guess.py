@@ -227,6 +227,14 @@ def labels_among(paths: Sequence[str]) -> list[str]:
     return [path for path in paths if (words[path] - common) & LABEL_WORDS]
 
 
+def by_form(paths: Sequence[str]) -> list[list[str]]:
+    """Group paths that differ only in their numbers."""
+    made: dict[str, list[str]] = {}
+    for path in paths:
+        made.setdefault(re.sub(r"[0-9]+", "#", path), []).append(path)
+    return list(made.values())
+
+
 def words_of(path: str) -> list[str]:
     return [word for word in re.split(r"[^a-z0-9]+", path.lower()) if word]
 
