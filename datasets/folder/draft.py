@@ -17,13 +17,13 @@ from string import Template
 
 import numpy as np
 
-from glua_bench.cli.options import say
 from glua_bench.cli.scaffold import (
     UNANNOTATED_NAME,
     parse_structures,
     short_names,
     written_structures,
 )
+from glua_bench.console import say
 from glua_bench.datasets.folder.description import PLANES
 from glua_bench.datasets.folder.guess import Look, inside, look
 from glua_bench.datasets.folder.label_sets import (

@@ -14,7 +14,7 @@ from typing import Any
 
 import nibabel as nib
 
-from glua_bench.cli.options import say
+from glua_bench.console import say
 from glua_bench.data.dicom_series import is_dicom
 from glua_bench.data.formats import NIFTI, SUFFIXES
 from glua_bench.datasets.folder.guess import (
