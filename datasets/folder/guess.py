@@ -13,10 +13,11 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from glua_bench.data.formats import SUFFIXES, ending, open_volume
+from glua_bench.data.formats import SUFFIXES, VolumeFile, ending, open_volume
 from glua_bench.data.volumes import label_integers
 from glua_bench.datasets.folder.planes import Anatomy, Header, anatomy, header
 from glua_bench.errors import DataError
+from glua_bench.inspection.measurements import counted
 from glua_bench.paths import LABEL_WORDS, files_below
 
 MODALITY_WORDS = {"ct", "cta", "cbct", "mr", "mri", "mra", "t1", "t2", "t1w", "t2w", "flair"}
@@ -169,17 +170,25 @@ def look(images: Mapping[str, Path], labels: Mapping[str, Path]) -> Look:
     anatomies = {}
     for case, path in labels.items():  # all, because a lesion may occur in a single case
         volume = open_volume(path)
-        voxels = volume.scaled(volume.voxels())
-        found = np.unique(voxels)
-        values |= set(label_integers(found, path).tolist())
+        stored = volume.voxels()
+        own = set(label_integers(distinct(volume, stored), path).tolist()) - {0}
+        values |= own
         if volume.shape == headers[case].shape:
-            anatomies[case] = anatomy(np.rint(voxels).astype(np.int32))
+            voxels = volume.scaled(stored)
+            whole = voxels if voxels.dtype.kind in "iu" else np.rint(voxels).astype(np.int32)
+            anatomies[case] = anatomy(whole, sorted(own))
     return Look(
         headers,
         anatomies,
         bool(np.median(lows) < _HOUNSFIELD[0] and np.median(highs) > _HOUNSFIELD[1]),
-        tuple(sorted(values - {0})),
+        tuple(sorted(values)),
     )
+
+
+def distinct(file: VolumeFile, stored: np.ndarray) -> np.ndarray:
+    """Return the distinct values of a volume's stored array, scaled."""
+    counts = counted(stored)
+    return np.unique(file.scaled(stored if counts is None else counts[0]))
 
 
 def inside(

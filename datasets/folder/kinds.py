@@ -11,7 +11,13 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from glua_bench.data.formats import ending, open_volume
-from glua_bench.datasets.folder.guess import by_form, image_patterns, labels_among, starred
+from glua_bench.datasets.folder.guess import (
+    by_form,
+    distinct,
+    image_patterns,
+    labels_among,
+    starred,
+)
 from glua_bench.errors import DataError
 
 _FEW = 64  # distinct values of a label file
@@ -158,12 +164,12 @@ def _label(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
     """Return voxels and distinct values of a volume of integers with background; else None."""
     try:
         volume = open_volume(path)
-        voxels = volume.scaled(volume.voxels())
+        stored = volume.voxels()
     except DataError:
         return None
-    values = np.unique(voxels)
+    values = distinct(volume, stored)
     whole = np.abs(values - np.round(values)).max() < 0.001
-    return (voxels, np.round(values)) if whole and 0 in np.round(values) else None
+    return (volume.scaled(stored), np.round(values)) if whole and 0 in np.round(values) else None
 
 
 def _one_structure_each(data: Path, kinds: Sequence[Mapping[str, str]]) -> bool:
