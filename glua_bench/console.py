@@ -1,4 +1,4 @@
-"""Console output: progress bars (plain lines without a terminal), suggested commands, prompts."""
+"""Console output: lines, progress bars (lines without a terminal), suggested commands, prompts."""
 
 from __future__ import annotations
 
@@ -23,6 +23,17 @@ QUIET_SECONDS = 1.0  # before a stage that is usually short is shown
 def is_terminal(stream: TextIO) -> bool:
     """Return True if a stream can show a progress bar."""
     return stream.isatty() and os.environ.get("TERM", "") != "dumb"
+
+
+def leading() -> bool:
+    """Return True on the first process of a run."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def say(text: str = "") -> None:
+    """Print a line of the result, on the first process of a run only."""
+    if leading():
+        print(text, flush=True)
 
 
 def next_command(

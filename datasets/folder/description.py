@@ -237,20 +237,8 @@ def _domain(
     find: Callable[[Path], list[Found]]
     named: Mapping[str, tuple[int, ...]] = {}
     unannotated: tuple[int, ...] = ()
-    if layouts == ["images"]:
-        pattern, labels = part.take("images", str), part.take("labels", str, None)
-        fault = pattern_fault(pattern, labels)
-        if fault:
-            raise part.error(fault, "images")
-        find = partial(
-            by_pattern,
-            images=pattern,
-            labels=labels,
-            description=part.file,
-            exclude=_excluded(part),
-        )
-    elif layouts == ["channels"]:
-        find = _channel_patterns(part, channels)
+    if layouts in (["images"], ["channels"]):
+        find = _patterns(part, channels)
     elif layouts == ["table"]:
         # The path of a table is relative to the description, not to the root.
         find = partial(by_table, file=beside / Path(part.take("table", str)).expanduser())
@@ -295,21 +283,21 @@ def _nnunet(root: Path, folder: Path, channels: tuple[int, ...], fold: int | Non
     return by_nnunet(root / folder, channels[0], fold, channels[1:])
 
 
-def _channel_patterns(part: Table, channels: Mapping[str, Table]) -> Callable[[Path], list[Found]]:
-    """Return how the cases of a domain are found by one pattern per channel."""
+def _patterns(part: Table, channels: Mapping[str, Table]) -> Callable[[Path], list[Found]]:
+    """Return how the cases of a domain are found by a pattern, or by one per channel."""
+    places = channels or {"": part}
+    patterns = _located(places, "images", str)
     labels = part.take("labels", str, None)
-    patterns = dict(zip(channels, _located(channels, "images", str), strict=True))
-    for name, pattern in patterns.items():
+    for place, pattern in zip(places.values(), patterns, strict=True):
         fault = pattern_fault(pattern, labels)
         if fault:
-            raise channels[name].error(fault, "images")
-    first, *further = patterns
+            raise place.error(fault, "images")
     return partial(
         by_pattern,
-        images=patterns[first],
+        images=patterns[0],
         labels=labels,
         description=part.file,
-        further={name: patterns[name] for name in further},
+        further=dict(zip([*places][1:], patterns[1:], strict=True)),
         exclude=_excluded(part),
     )
 

@@ -17,13 +17,13 @@ from string import Template
 
 import numpy as np
 
-from glua_bench.cli.options import say
 from glua_bench.cli.scaffold import (
     UNANNOTATED_NAME,
     parse_structures,
     short_names,
     written_structures,
 )
+from glua_bench.console import say
 from glua_bench.datasets.folder.description import PLANES
 from glua_bench.datasets.folder.guess import Look, inside, look
 from glua_bench.datasets.folder.label_sets import (
@@ -56,7 +56,7 @@ from glua_bench.inspection.measurements import INSIDE, outside_window
 from glua_bench.inspection.windows import CLIPPED, clipping, common_levels, outward
 from glua_bench.task import Ask
 
-SOFT_TISSUE = "-125 275"  # HU; the common window for abdominal CT
+SOFT_TISSUE = -125.0, 275.0  # HU; the common window for abdominal CT
 _NOT_ALL = "\n# The other directions have too few labelled cases for training and testing."
 _STAMP = (
     "\n# Remove this line if you replace the proposed window.\n"
@@ -284,17 +284,15 @@ def _intensity(
     """
     samples = inside(domain.images, training, structures) if hounsfield else {}
     levels = common_levels(samples)
-    guess, derived, basis = SOFT_TISSUE if hounsfield else "no", False, ""
+    derived, basis = None, ""
     if levels is not None:
         low, high = levels
         basis = f"; structures of the training cases lie between {low:.0f} and {high:.0f}"
-        common = _window(SOFT_TISSUE)
-        assert common is not None
-        derived = any(outside_window(own, common) > CLIPPED for own in samples.values() if own.size)
-        if derived:
+        sampled = [own for own in samples.values() if own.size]
+        if any(outside_window(own, SOFT_TISSUE) > CLIPPED for own in sampled):
             margin = max(_MARGIN[0], _MARGIN[1] * (high - low))
-            low, high = outward(low - margin, high + margin)
-            guess = f"{low:g} {high:g}"
+            derived = outward(low - margin, high + margin)
+    guess = _ends(derived or SOFT_TISSUE) if hounsfield else "no"
     question = f"{domain.name}: window of intensities as 'low high' (HU for CT{basis}), or no"
     window = ask(question, guess, _window)
     if window is None:
@@ -304,7 +302,7 @@ def _intensity(
         if share > CLIPPED:
             ends = np.percentile(own, INSIDE).tolist()
             say(f"Warning: {clipping(domain.name, title, share, window, (ends[0], ends[1]))}")
-    return window, derived and window == _window(guess)
+    return window, window == derived
 
 
 def _stored(name: str, own: Look, ask: Ask) -> bool:
@@ -358,6 +356,11 @@ def _structures(answer: str, domain: str, titles: Sequence[str]) -> Values:
     return found
 
 
+def _ends(window: tuple[float, float]) -> str:
+    """Return a window as it is answered."""
+    return f"{window[0]:g} {window[1]:g}"
+
+
 def _window(answer: str) -> tuple[float, float] | None:
     if answer.strip().lower() in ("no", "n", ""):
         return None
@@ -367,8 +370,8 @@ def _window(answer: str) -> tuple[float, float] | None:
         low = high = math.nan
     if not low < high:
         raise ConfigError(
-            f"'{answer}' is not a window; enter two increasing numbers, such as {SOFT_TISSUE}, or "
-            "no."
+            f"'{answer}' is not a window; enter two increasing numbers, such as "
+            f"{_ends(SOFT_TISSUE)}, or no."
         )
     return low, high
 

@@ -13,10 +13,11 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from glua_bench.data.formats import SUFFIXES, open_volume
+from glua_bench.data.formats import SUFFIXES, VolumeFile, ending, open_volume
 from glua_bench.data.volumes import label_integers
 from glua_bench.datasets.folder.planes import Anatomy, Header, anatomy, header
 from glua_bench.errors import DataError
+from glua_bench.inspection.measurements import counted
 from glua_bench.paths import LABEL_WORDS, files_below
 
 MODALITY_WORDS = {"ct", "cta", "cbct", "mr", "mri", "mra", "t1", "t2", "t1w", "t2w", "flair"}
@@ -169,17 +170,25 @@ def look(images: Mapping[str, Path], labels: Mapping[str, Path]) -> Look:
     anatomies = {}
     for case, path in labels.items():  # all, because a lesion may occur in a single case
         volume = open_volume(path)
-        voxels = volume.scaled(volume.voxels())
-        found = np.unique(voxels)
-        values |= set(label_integers(found, path).tolist())
+        stored = volume.voxels()
+        own = set(label_integers(distinct(volume, stored), path).tolist()) - {0}
+        values |= own
         if volume.shape == headers[case].shape:
-            anatomies[case] = anatomy(np.rint(voxels).astype(np.int32))
+            voxels = volume.scaled(stored)
+            whole = voxels if voxels.dtype.kind in "iu" else np.rint(voxels).astype(np.int32)
+            anatomies[case] = anatomy(whole, sorted(own))
     return Look(
         headers,
         anatomies,
         bool(np.median(lows) < _HOUNSFIELD[0] and np.median(highs) > _HOUNSFIELD[1]),
-        tuple(sorted(values - {0})),
+        tuple(sorted(values)),
     )
+
+
+def distinct(file: VolumeFile, stored: np.ndarray) -> np.ndarray:
+    """Return the distinct values of a volume's stored array, scaled."""
+    counts = counted(stored)
+    return np.unique(file.scaled(stored if counts is None else counts[0]))
 
 
 def inside(
@@ -225,6 +234,14 @@ def labels_among(paths: Sequence[str]) -> list[str]:
     words = {path: {*words_of(path), *re.findall("[a-z]+", path.lower())} for path in paths}
     common = set.intersection(*words.values())
     return [path for path in paths if (words[path] - common) & LABEL_WORDS]
+
+
+def by_form(paths: Sequence[str]) -> list[list[str]]:
+    """Group paths that differ only in their numbers."""
+    made: dict[str, list[str]] = {}
+    for path in paths:
+        made.setdefault(re.sub(r"[0-9]+", "#", path), []).append(path)
+    return list(made.values())
 
 
 def words_of(path: str) -> list[str]:
@@ -273,8 +290,7 @@ def starred(path: str, own: str) -> str:
 
 def _shared_words(path: str, others: Sequence[str]) -> list[str]:
     """Return texts between separators that a path shares with another, the longest first."""
-    ending = next((s for s in SUFFIXES if path.lower().endswith(s)), "")
-    pieces = re.split(r"([^A-Za-z0-9]+)", path[: len(path) - len(ending)])
+    pieces = re.split(r"([^A-Za-z0-9]+)", path[: len(path) - len(ending(path))])
     texts = {
         "".join(pieces[i:j])
         for i in range(0, len(pieces), 2)
@@ -331,8 +347,7 @@ def _pattern(split: Sequence[tuple[str, ...]], whole_words: bool) -> tuple[str, 
         if len(set(parts)) == 1 and (len(split) > 1 or len(made) < len(split[0]) - 1):
             made.append(parts[0])
             continue
-        endings = [next((s for s in SUFFIXES if p.lower().endswith(s)), "") for p in parts]
-        stems = [part[: len(part) - len(end)] for part, end in zip(parts, endings, strict=True)]
+        stems = [part[: len(part) - len(ending(part))] for part in parts]
         tails = {part[len(stem) :] for part, stem in zip(parts, stems, strict=True)}
         tail = os.path.commonprefix(sorted(tails)) + "*" * (len(tails) > 1)
         start = os.path.commonprefix(stems)

@@ -10,8 +10,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from glua_bench.data.formats import SUFFIXES, open_volume
+from glua_bench.data.formats import ending, open_volume
 from glua_bench.datasets.folder.guess import (
+    by_form,
+    distinct,
     image_patterns,
     labels_among,
     starred,
@@ -144,29 +146,30 @@ def _by_folder(path: str) -> tuple[str, str]:
 
 def _by_ending(path: str) -> tuple[str, str]:
     """p1_lv.nii.gz: the last word is the kind."""
-    ending = next((s for s in SUFFIXES if path.lower().endswith(s)), "")
-    head, _, tail = path[: len(path) - len(ending)].rpartition("_")
-    return (tail, head) if head and not tail.isdigit() else ("", path[: len(path) - len(ending)])
+    stem = path[: len(path) - len(ending(path))]
+    head, _, tail = stem.rpartition("_")
+    return (tail, head) if head and not tail.isdigit() else ("", stem)
 
 
 def _is_mask(data: Path, files: Mapping[str, str]) -> bool | None:
     """Return True for label files, False for images, and None for a mixture."""
     found = set()
     for path in list(files.values())[:_OPENED]:
-        values = _values(data / path)
-        found.add(values is not None and len(values) <= _FEW)
+        label = _label(data / path)
+        found.add(label is not None and len(label[1]) <= _FEW)
     return found.pop() if len(found) == 1 else None
 
 
-def _values(path: Path) -> np.ndarray | None:
-    """Return the distinct values of a volume of integers with background; otherwise None."""
+def _label(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return voxels and distinct values of a volume of integers with background; else None."""
     try:
         volume = open_volume(path)
-        values = np.unique(volume.scaled(volume.voxels()))
+        stored = volume.voxels()
     except DataError:
         return None
+    values = distinct(volume, stored)
     whole = np.abs(values - np.round(values)).max() < 0.001
-    return np.round(values) if whole and 0 in np.round(values) else None
+    return (volume.scaled(stored), np.round(values)) if whole and 0 in np.round(values) else None
 
 
 def _one_structure_each(data: Path, kinds: Sequence[Mapping[str, str]]) -> bool:
@@ -176,11 +179,10 @@ def _one_structure_each(data: Path, kinds: Sequence[Mapping[str, str]]) -> bool:
         return False
     case, masks = min(common), []
     for own in kinds[:_KINDS]:
-        values = _values(data / own[case])
-        if values is None or len(values) > 2:
+        label = _label(data / own[case])
+        if label is None or len(label[1]) > 2:
             return False
-        volume = open_volume(data / own[case])
-        masks.append(np.asarray(volume.scaled(volume.voxels())) > 0.5)
+        masks.append(label[0] > 0.5)
     filled = [mask for mask in masks if mask.any()]
     if len(filled) < 2 or len({mask.shape for mask in filled}) > 1:
         return False
@@ -190,10 +192,7 @@ def _one_structure_each(data: Path, kinds: Sequence[Mapping[str, str]]) -> bool:
 
 def stray_files(paths: Sequence[str]) -> list[str]:
     """Return the files whose names have a form of their own, unlike those of all others."""
-    forms: dict[str, list[str]] = {}
-    for path in paths:
-        forms.setdefault(re.sub(r"[0-9]+", "#", path), []).append(path)
-    alone = [own[0] for own in forms.values() if len(own) == 1]
+    alone = [own[0] for own in by_form(paths) if len(own) == 1]
     return alone if 2 * len(alone) < len(paths) and len(alone) <= 5 else []
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,11 +69,12 @@ class Header:
     doubt: str = ""
 
 
-def anatomy(labels: np.ndarray) -> Anatomy:
+def anatomy(labels: np.ndarray, values: Sequence[int]) -> Anatomy:
     """Measure where the structures of a label volume lie.
 
     Args:
         labels: raw values as integers, 0 for background.
+        values: those that occur, without 0.
     """
     found = labels != 0
     slices, gaps, box = [], [], []
@@ -85,7 +86,7 @@ def anatomy(labels: np.ndarray) -> Anatomy:
         gaps.append(stop - first - len(filled))
     inner = labels[tuple(box)]
     centres: dict[int, np.ndarray] = {}
-    for value in [int(v) for v in np.unique(inner) if v][:_MOST]:
+    for value in values[:_MOST]:
         mask, centre = inner == value, []
         for axis in range(3):
             profile = mask.sum(axis=tuple(a for a in range(3) if a != axis))

@@ -14,10 +14,11 @@ from typing import Any
 
 import nibabel as nib
 
-from glua_bench.cli.options import say
+from glua_bench.console import say
 from glua_bench.data.dicom_series import is_dicom
 from glua_bench.data.formats import NIFTI, SUFFIXES
 from glua_bench.datasets.folder.guess import (
+    by_form,
     domains_by_name,
     guess_domains,
     guess_patterns,
@@ -224,11 +225,9 @@ def _proposal(name: str, data: Path, paths: Sequence[str]) -> _Proposal:
 
 def _time_series(data: Path, paths: Sequence[str]) -> tuple[str, set[str]]:
     """Return the 4-D files of a domain and a pattern of these alone; one file a form is opened."""
-    forms: dict[str, list[str]] = {}
-    for path in paths:
-        forms.setdefault(re.sub(r"[0-9]+", "#", path), []).append(path)
+    forms = by_form(paths)
     found: set[str] = set()
-    for own in forms.values() if len(forms) <= _FORMS else ():
+    for own in forms if len(forms) <= _FORMS else ():
         if own[0].lower().endswith(NIFTI):
             with suppress(Exception):  # damaged files are reported later
                 image: Any = nib.load(data / own[0])
@@ -277,12 +276,10 @@ def _proposal_of(name: str, data: Path, paths: Sequence[str], series: tuple[str,
     if kinds is not None:
         chosen = kinds.consistent
         if chosen:
-            others = [f"{other} ({len(own)} cases)" for other, own in kinds.labels.items()]
-            note = (
-                f"{name}: {chosen} labels most cases; not used: "
-                f"{enumerate_names([o for o in others if not o.startswith(f'{chosen} (')])}."
-            )
-            notes = (note,) * (len(others) > 1)
+            counts = {other: len(own) for other, own in kinds.labels.items() if other != chosen}
+            others = enumerate_names([f"{other} ({n} cases)" for other, n in counts.items()])
+            note = f"{name}: {chosen} labels most cases; not used: {others}."
+            notes = (note,) if counts else ()
             return _Proposal(kinds.images, chosen, notes=notes, left_out=tuple(kinds.labels))
         why = only_structures(name, kinds) if kinds.single else no_choice(name, kinds)
         return _Proposal(

@@ -7,23 +7,20 @@ import functools
 import inspect
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
 from glua_bench.config import PRESETS
+from glua_bench.console import Progress, leading, say
 from glua_bench.errors import ERROR
 from glua_bench.runs.completion import complete_choices, complete_directions, complete_names
 from glua_bench.runs.request import PLUGIN, Fold, RunOptions, options
-
-if TYPE_CHECKING:
-    from glua_bench.console import Progress
 
 Plugins = Annotated[list[Path] | None, PLUGIN]
 PresetName = Annotated[
@@ -200,7 +197,7 @@ def with_output(command: Callable[..., None]) -> Callable[..., None]:
                 raise RuntimeError(f"{command.__name__} states no result")
         finally:  # a failure may follow the result, e.g. findings of `data check`
             _output.quiet = False
-            if _output.answer is not None and _leading():
+            if _output.answer is not None and leading():
                 document = json.dumps(to_json(_output.answer), indent=2)  # ASCII, for any locale
                 print(document, flush=True)
 
@@ -255,17 +252,6 @@ def to_json(value: Any) -> Any:
     return str(value)
 
 
-def _leading() -> bool:
-    """Return True on the first process of a run."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def say(text: str = "") -> None:
-    """Print a line of the result, on the first process of a run only."""
-    if _leading():
-        print(text, flush=True)
-
-
 def note(text: str = "") -> None:
     """Print a line that `--quiet` omits, e.g. on progress or the next command."""
     if not _output.quiet:
@@ -274,9 +260,7 @@ def note(text: str = "") -> None:
 
 def progress() -> Progress:
     """Return a progress bar, which shows nothing with `--quiet` or on another process."""
-    from glua_bench.console import Progress
-
-    return Progress(enabled=_leading() and not _output.quiet)
+    return Progress(enabled=leading() and not _output.quiet)
 
 
 def quiet() -> bool:

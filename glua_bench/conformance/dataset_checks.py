@@ -219,13 +219,13 @@ def _files(dataset: Dataset) -> None:
         reading = dataset.view(case.domain).reading
         with failing(f"the channels of {case.id} are invalid"):
             check_channels(case, reading)
-            first = open_volume(case.image)
+            image = open_volume(case.image)
             for channel, path in zip(reading.channels[1:], case.further, strict=False):
-                own = channel.name, reading, first.shape, first.affine
+                own = channel.name, reading, image.shape, image.affine
                 check_same_grid(open_volume(path), *own, case.image)
         if case.label is None:
             continue
-        image, label = open_volume(case.image), open_volume(case.label)
+        label = open_volume(case.label)
         demand(
             image.shape == label.shape,
             f"image and label of {case.id} differ in shape: {image.shape} and {label.shape}",

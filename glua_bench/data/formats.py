@@ -79,10 +79,14 @@ _UNREADABLE = (
 )
 
 
+def ending(name: str) -> str:
+    """Return the suffix of its format that a name or path ends with, e.g. .nii.gz; "" if none."""
+    return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
+
+
 def stem(file: Path) -> str:
     """Return a file's name without the suffix of its format, e.g. .nii.gz."""
-    suffix = next((s for s in SUFFIXES if file.name.lower().endswith(s)), "")
-    return file.name[: len(file.name) - len(suffix)]
+    return file.name[: len(file.name) - len(ending(file.name))]
 
 
 @dataclass(frozen=True)

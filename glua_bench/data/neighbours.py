@@ -108,7 +108,8 @@ class Stacks:
 
     def __getitem__(self, z: int) -> np.ndarray:
         """Return the stack with middle slice z, (channels · slices, H, W)."""
-        return np.concatenate([channel[self._numbers[z]] for channel in self._channels])
+        found = [channel[self._numbers[z]] for channel in self._channels]
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 ALONE = Neighbourhood()  # single slices

@@ -444,9 +444,9 @@ def _distribution(file: VolumeFile, stored: np.ndarray) -> tuple[np.ndarray, np.
     The hash is a sum over voxels, independent of the data type, so that stored integers can be
     counted.
     """
-    counted = _counted(stored)
-    if counted is not None:
-        values, weights = _plain(file, counted[0]), counted[1]
+    counts = counted(stored)
+    if counts is not None:
+        values, weights = _plain(file, counts[0]), counts[1]
         total = int((_mixed(values) * weights.astype(np.uint64)).sum())
     else:
         step, kept, total = sample_step(stored.size), [], 0
@@ -462,7 +462,7 @@ def _distribution(file: VolumeFile, stored: np.ndarray) -> tuple[np.ndarray, np.
     return values[order], weights[order], hashlib.sha256(text.encode()).hexdigest()
 
 
-def _counted(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+def counted(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """Count stored integers; None for other types and wide ranges."""
     if stored.dtype.kind not in "iub":
         return None
