@@ -42,7 +42,9 @@ def widened(window: Window, levels: Window) -> Window:
     )
 
 
-def clipping(domain: str, structure: str, share: float, window: Window, levels: Window) -> str:
+def clipping(
+    domain: str, structure: str, share: float, window: Window, levels: Window | None
+) -> str:
     """Describe a clipped structure in one sentence.
 
     Args:
@@ -50,13 +52,16 @@ def clipping(domain: str, structure: str, share: float, window: Window, levels: 
         structure: name of the structure.
         share: fraction of its voxels outside the window.
         window: the window.
-        levels: range of its intensities without outliers.
+        levels: range of its intensities without outliers; None proposes no window.
     """
-    low, high = widened(window, levels)
-    return (
+    text = (
         f"The window [{window[0]:g}, {window[1]:g}] of {domain} clips {share:.0%} of the voxels of "
-        f"{structure}: the window [{low:g}, {high:g}] would contain them."
+        f"{structure}"
     )
+    if levels is None:
+        return f"{text}: no training case has it, so no window is proposed."
+    low, high = widened(window, levels)
+    return f"{text}: the window [{low:g}, {high:g}] would contain them."
 
 
 def clipped_structures(measured: Sequence[CaseMeasurements], dataset: Dataset) -> Iterator[Finding]:
@@ -66,18 +71,30 @@ def clipped_structures(measured: Sequence[CaseMeasurements], dataset: Dataset) -
         window = view.reading.channel(0).intensity_range  # of the measured voxels
         if window is None:
             continue
-        labels = [one.label for one in measured if one.case.domain == domain and one.label]
+        own = [one for one in measured if one.case.domain == domain and one.label]
         for index, structure in enumerate(view.structures):
-            own = [label.structures[index] for label in labels]
-            known = [s for s in own if s is not None and math.isfinite(s.inside[0])]
-            total = sum(s.ml for s in known)
+            known = [
+                (one.case.split, found)
+                for one in own
+                if one.label and (found := one.label.structures[index]) is not None
+                if math.isfinite(found.inside[0])
+            ]
+            total = sum(found.ml for _, found in known)
             if not total:
                 continue
-            share = sum(s.outside * s.ml for s in known) / total
+            share = sum(found.outside * found.ml for _, found in known) / total
             if share > CLIPPED:
-                levels = min(s.inside[0] for s in known), max(s.inside[1] for s in known)
+                # A user may take the proposed window, so no test or validation label enters it.
+                training = [found.inside for split, found in known if split == "train"]
+                lows, highs = zip(*training, strict=True) if training else ((), ())
+                levels = (min(lows), max(highs)) if training else None
                 title = f"{structure.name} ({structure.title})"
                 text = clipping(domain, title, share, window, levels)
+                if levels and any(way.endswith(f"-{domain}") for way in dataset.directions):
+                    text += (
+                        " It is derived from labels of training cases: if you use it, state that "
+                        "under 'protocol', because this domain can be a target."
+                    )
                 yield Finding("clipped structure", (), text)
 
 

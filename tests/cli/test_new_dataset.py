@@ -125,6 +125,7 @@ def test_a_window_that_clips_a_structure_is_told_by_both_commands(
     code, out, err = call("data", "check", "hearts.yaml", "--jobs=1", "--out=found.csv")
     assert code == 0 and "warning (clipped structure): " in out and said.search(out), err
     assert "clipped structure" in Path("found.csv").read_text()
+    assert "if you use it, state that under 'protocol'" in out
     fitting = re.findall(r"the window (\[.*?\]) would", out)[0]
     text = Path("hearts.yaml").read_text().replace("[-125, 275]", fitting)
     Path("hearts.yaml").write_text(text)

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
-from glua_bench.inspection.windows import clipping, common_levels, outward, widened
+from glua_bench.inspection.windows import (
+    clipped_structures,
+    clipping,
+    common_levels,
+    outward,
+    widened,
+)
+from glua_bench.task import DomainView, Reading, Structure
 
 
 @pytest.mark.parametrize(
@@ -34,3 +44,24 @@ def test_a_small_structure_has_the_weight_of_a_large_one() -> None:
     low, high = common_levels({"liver": large, "aorta": small}) or (0, 0)
     assert low == 60 and high == pytest.approx(399.5)
     assert common_levels({"liver": np.empty(0)}) is None
+
+
+@pytest.mark.parametrize("directions", [("mr-ct",), ("ct-mr",)])
+def test_no_test_label_enters_a_proposed_window(directions: tuple[str, ...]) -> None:
+    """Test cases are checked too; the window is from training cases, and said to be from labels."""
+    view = DomainView("ct", Reading(intensity_range=(-125, 275)), (Structure("A", "a", (1,), ""),))
+    dataset: Any = SimpleNamespace(
+        domains=lambda: ("ct",), view=lambda domain: view, directions=directions
+    )
+
+    def case(split: str, high: float) -> Any:
+        found = SimpleNamespace(ml=1.0, outside=0.5, inside=(0.0, high))
+        label = SimpleNamespace(structures=[found])
+        return SimpleNamespace(case=SimpleNamespace(domain="ct", split=split), label=label)
+
+    measured = [case("train", 400), case("val", 900), case("test", 2500)]
+    (finding,) = clipped_structures(measured, dataset)
+    assert "[-125, 400] would contain them" in finding.text
+    assert ("state that under 'protocol'" in finding.text) == (directions == ("mr-ct",))
+    (finding,) = clipped_structures(measured[2:], dataset)
+    assert "clips 50%" in finding.text and "no training case has it" in finding.text
