@@ -114,6 +114,17 @@ def test_files_that_cannot_be_written_are_one_warning(tmp_path: Path) -> None:
         tracker.check()
 
 
+def test_an_unfinished_run_and_an_unreadable_table_are_one_warning_each(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    warnings: list[str] = []
+    tracker = open_tracker(tmp_path / "runs", warnings.append)
+    assert not tracker.mirror(started(tmp_path / "runs"))
+    assert "neither done nor failed" in warnings.pop() and not warnings
+    group = Comparison("compare a", two_runs(tmp_path / "runs", complete), began=1000.0)
+    assert not tracker.nest(group, {}, [tmp_path / "missing.csv"])
+    assert "do not show this comparison" in warnings.pop() and not warnings
+
+
 def test_tensorboard_that_is_not_installed_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
