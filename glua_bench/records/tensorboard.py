@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -104,7 +105,8 @@ class TensorBoard(UploadingTracker):
         def write(writer: SummaryWriter) -> None:
             names = distinct(metrics, tracker_key)
             for name, value in metrics.items():
-                writer.add_scalar(names[name], value, 0, walltime=comparison.began)
+                if math.isfinite(value):
+                    writer.add_scalar(names[name], value, 0, walltime=comparison.began)
             writer.add_text("description", note)
             about = {"name": comparison.name, "status": comparison.status, **comparison.tags()}
             writer.add_text("comparison", _table({**about, **comparison.parameters()}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,12 @@ def test_a_comparison_is_its_numbers_and_tables(tmp_path: Path) -> None:
     tracker = open_tracker(tmp_path / "runs")
     group = Comparison("compare a", members, began=1000.0)
     for note in ("first", "plain is best"):
-        assert tracker.nest(group, {"mr-ct/dice/plain": 0.5}, [tmp_path / "table.csv"], note)
+        metrics = {"mr-ct/dice/plain": 0.5, "mr-ct/assd/plain": math.nan}
+        assert tracker.nest(group, metrics, [tmp_path / "table.csv"], note)
     (folder,) = (tmp_path / "runs/tensorboard/phantom").glob("comparison_*")
     found = events(folder)
     assert found.Scalars("mr-ct/dice/plain")[0].value == 0.5
+    assert found.Tags()["scalars"] == ["mr-ct/dice/plain"]
     assert text(found, "description") == "plain is best"
     assert "plain,0.5" in text(found, "tables/table.csv") and "| one | plain |" in text(
         found, "runs"
