@@ -188,6 +188,7 @@ def import_predictions(
         run.start(facts)
         carried.write(folder, carried.facts_of(dataset, (source, target)), dataset.carried())
         rows = _scored(given, cases, files, view, values, run, progress)
+        table = summarise(rows)
         run.write_cases(rows)
         run.finish(
             {
@@ -201,13 +202,13 @@ def import_predictions(
                 "chosen_steps": {},
                 "privileged": config.privileged,
                 "protocol": dataset.protocol,
-                "scores": summarise(rows).to_dict("records"),
+                "scores": table.to_dict("records"),
             }
         )
         for other in {*others, *([final] if final.is_dir() else [])}:
             shutil.rmtree(other)
     run.path = final
-    return Imported(run, False, values, summarise(rows), [path.name for path in sorted(others)])
+    return Imported(run, False, values, table, [path.name for path in sorted(others)])
 
 
 def check_name(name: str, plugins: Sequence[Path] = ()) -> None:
@@ -392,18 +393,7 @@ def _scored(
         found[index] = own
         progress.update(len(found))
     rows = pd.DataFrame([row for index in sorted(found) for row in found[index]])
-    config = run.config
-    rows = rows.assign(selector=EXTERNAL, step=math.nan)
-    rows.insert(0, "run", run.id)
-    return rows.assign(
-        privileged_selection=False,
-        method=config.method,
-        dataset=config.fold_name,
-        direction=config.direction,
-        scenario=config.scenario,
-        seed=config.seed,
-        augmentation="",
-    )
+    return run.own_rows(rows.assign(selector=EXTERNAL, step=math.nan))
 
 
 def _score(job: _Job) -> list[dict[str, Any]]:
