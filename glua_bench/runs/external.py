@@ -24,7 +24,7 @@ from glua_bench.console import Progress, next_command
 from glua_bench.data.cache import file_digest, fingerprint
 from glua_bench.data.formats import open_volume
 from glua_bench.data.geometry import frame, voxel_ml
-from glua_bench.data.parallel import parallel_map
+from glua_bench.data.parallel import map_cases
 from glua_bench.data.volumes import (
     Names,
     label_integers,
@@ -387,13 +387,9 @@ def _scored(
         _Job(case, files[case.id], view, predicted, names, run.predictions / f"{case.id}{ENDING}")
         for case in cases
     ]
-    progress.stage("score", len(jobs), unit="case")
-    found: dict[int, list[dict[str, Any]]] = {}
-    for index, own in parallel_map(_score, jobs, given.jobs):
-        found[index] = own
-        progress.update(len(found))
-    rows = pd.DataFrame([row for index in sorted(found) for row in found[index]])
-    return run.own_rows(rows.assign(selector=EXTERNAL, step=math.nan))
+    scored = map_cases(_score, jobs, given.jobs, progress, "score")
+    frame = pd.DataFrame([row for rows in scored for row in rows])
+    return run.own_rows(frame.assign(selector=EXTERNAL, step=math.nan))
 
 
 def _score(job: _Job) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ import pandas as pd
 from glua_bench.console import Progress
 from glua_bench.data.formats import SUFFIXES, open_volume, stem
 from glua_bench.data.geometry import frame, voxel_ml
-from glua_bench.data.parallel import parallel_map
+from glua_bench.data.parallel import map_cases
 from glua_bench.data.volumes import Names, label_integers, read_label_volume
 from glua_bench.errors import ConfigError, DataError
 from glua_bench.paths import composed, files_below
@@ -187,13 +187,8 @@ def score(
     """
     if any(each.verify for each in work):
         medpy_metrics()
-    progress = progress or Progress(enabled=False)
-    progress.stage("score", len(work), unit="case")
-    rows: dict[int, list[dict[str, Any]]] = {}
-    for index, found in parallel_map(_score, work, jobs):
-        rows[index] = found
-        progress.update(len(rows))
-    return pd.DataFrame([row for index in sorted(rows) for row in rows[index]])
+    scored = map_cases(_score, work, jobs, progress or Progress(enabled=False), "score")
+    return pd.DataFrame([row for rows in scored for row in rows])
 
 
 def _score(files: ScoredFiles) -> list[dict[str, Any]]:
