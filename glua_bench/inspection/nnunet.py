@@ -152,14 +152,18 @@ def folder_of(dataset: Dataset, domain: str, to: Path, number: int) -> Path:
             f"--number {number} leads to dataset number {own}: give a number from {FIRST} to "
             f"{LAST}, such that the numbers of all domains have three digits."
         )
-    name = re.sub(r"\W+", "_", f"{dataset.fold_name}_{domain}")
-    folder = to / RAW / f"Dataset{own:03d}_{name}"
+    folder = to / RAW / f"Dataset{own:03d}_{export_name(dataset, domain)}"
     for other in sorted(folder.parent.glob(f"Dataset{own:03d}_*")):
         if other != folder:
             raise ConfigError(
                 f"{other} already has the number {own}: choose another --number or --to."
             )
     return folder
+
+
+def export_name(dataset: Dataset, domain: str) -> str:
+    """Return the name of a domain's folder after its number, "Dataset501_"."""
+    return re.sub(r"\W+", "_", f"{dataset.fold_name}_{domain}")
 
 
 def name_of(case: Case) -> str:

@@ -23,7 +23,7 @@ from glua_bench.console import Progress
 from glua_bench.data.formats import SUFFIXES, open_volume, stem
 from glua_bench.data.geometry import frame, voxel_ml
 from glua_bench.data.parallel import map_cases
-from glua_bench.data.volumes import Names, label_integers, read_label_volume
+from glua_bench.data.volumes import Names, read_label_volume, values_of
 from glua_bench.errors import ConfigError, DataError
 from glua_bench.paths import composed, files_below
 from glua_bench.scoring.evaluation import score_case
@@ -148,7 +148,7 @@ def score_files(
         >>> score_files("predictions", "labelsTs")  # doctest: +SKIP
     """
     predictions, references = Path(predictions), Path(references)
-    pairs = told(pair(predictions, references), report, only_predicted)
+    pairs = pairs_to_score(pair(predictions, references), report, only_predicted)
     given = reading or Reading()
     if structures is not None:
         classes = Classes(tuple(structures), given.unannotated_values)
@@ -282,7 +282,7 @@ def largest_differences(rows: pd.DataFrame) -> dict[str, tuple[float, int]]:
 # -- pairs ----------------------------------------------------------------------------------------
 
 
-def told(pairs: Pairs, report: Callable[[str], None], only_predicted: bool) -> Pairs:
+def pairs_to_score(pairs: Pairs, report: Callable[[str], None], only_predicted: bool) -> Pairs:
     """Report missing and spare predictions; return the pairs to score."""
     if pairs.missing:
         count = f"{len(pairs.missing)} of {len(pairs.cases)} references"
@@ -506,8 +506,7 @@ def _values_found(files: Iterable[tuple[Path | None, Path]], reading: Reading) -
     """Make every label value of the files a class."""
     found: set[int] = set()
     for path in (path for pair in files for path in pair if path is not None):
-        file = open_volume(path)
-        found |= set(np.unique(label_integers(file.scaled(file.voxels()), path)).tolist())
+        found |= values_of(path)
         if len(found) > MOST_VALUES:
             raise DataError(
                 f"{path} has more than {MOST_VALUES} label values, as an image has: give label "
