@@ -7,7 +7,6 @@ structure, unless only predicted cases are scored.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -22,6 +21,7 @@ import pandas as pd
 from glua_bench.console import Progress
 from glua_bench.data.formats import SUFFIXES, open_volume, stem
 from glua_bench.data.geometry import frame, voxel_ml
+from glua_bench.data.nnunet import DESCRIPTION, nnunet_unannotated, nnunet_values
 from glua_bench.data.parallel import map_cases
 from glua_bench.data.volumes import Names, read_label_volume, values_of
 from glua_bench.errors import ConfigError, DataError
@@ -30,7 +30,6 @@ from glua_bench.scoring.evaluation import score_case
 from glua_bench.scoring.metrics import METRICS, PRIMARY
 from glua_bench.task import UNANNOTATED, Case, DomainView, Reading, Structure
 
-DESCRIPTION = "dataset.json"  # of nnU-Net
 MOST_VALUES = 250  # label values of a set of files; class indices are uint8
 _MEDPY_NAMES = {PRIMARY.name: "dc"}  # others have ours
 MEDPY = " (medpy)"  # suffix of the columns of `verify`
@@ -482,24 +481,15 @@ def nnunet_classes(file: Path) -> Classes:
         ConfigError: the file cannot be read, or has no labels.
     """
     try:
-        labels = json.loads(file.read_text(encoding="utf-8"))["labels"]
-        if all(name.isdecimal() and isinstance(v, str) for name, v in labels.items()):
-            labels = {name: int(value) for value, name in labels.items()}  # version 1
-        values = {
-            str(name): tuple(int(v) for v in (own if isinstance(own, list) else [own]))
-            for name, own in labels.items()
-        }
-        ignored = values.pop("ignore", ())
-        values = {n: own for n, own in values.items() if n.lower() != "background" and own != (0,)}
-        structures = as_structures(values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        values, ignored = nnunet_values(file.parent), nnunet_unannotated(file.parent)
+    except DataError as error:
         raise ConfigError(
             f"{file} has no readable labels of nnU-Net; repair it, or give --structures."
         ) from error
-    if not structures:
+    if not values:
         raise ConfigError(f"{file} has no label besides the background; give --structures.")
     fix = "relabel the file, or give --structures"
-    return Classes(structures, ignored, f"labels of {file}", fix)
+    return Classes(as_structures(values), ignored, f"labels of {file}", fix)
 
 
 def _values_found(files: Iterable[tuple[Path | None, Path]], reading: Reading) -> Classes:

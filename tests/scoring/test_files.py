@@ -229,6 +229,23 @@ def test_classes_of_nnunet(write: Write, tmp_path: Path) -> None:
     assert list(rows["structure"]) == ["LV", "RV", "MYO"]
 
 
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ({"background": 0, "liver": 1.5}, "has no readable labels of nnU-Net"),
+        ({"background": 0, "liver": []}, "has no readable labels of nnU-Net"),
+        ({"background": 0, "ignore": 1}, "has no label besides the background"),
+    ],
+)
+def test_unusable_labels_of_nnunet_are_refused(
+    write: Write, tmp_path: Path, labels: dict[str, Any], words: str
+) -> None:
+    paths = write("p/a.nii", volume()), write("r/a.nii", volume())
+    (tmp_path / "r" / "dataset.json").write_text(json.dumps({"labels": labels}))
+    with pytest.raises(ConfigError, match=words):
+        scored(*paths)
+
+
 def test_the_ignore_label_of_nnunet_is_excluded(write: Write, tmp_path: Path) -> None:
     reference = volume()
     reference[:, :, 0] = 4
