@@ -210,8 +210,8 @@ class MLflowMirror(UploadingTracker):
             if run.done:
                 import pandas as pd
 
-                found = pd.DataFrame(run.read_summary().get("scores", ()))
-                found.to_csv(scores, index=False, float_format="%.4f")
+                averages = pd.DataFrame(run.read_summary().get("scores", ()))
+                averages.to_csv(scores, index=False, float_format="%.4f")
                 files[scores] = Path(scores.name)
             for file, name in files.items():
                 folder = name.parent.as_posix()
