@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from glua_bench.config import build_settings
+from glua_bench.data.nnunet import nnunet_unannotated, nnunet_values
 from glua_bench.datasets.folder.layouts import (
     Found,
     by_nnunet,
     by_pattern,
     by_table,
-    nnunet_unannotated,
-    nnunet_values,
     pattern_fault,
 )
 from glua_bench.documents import Table, nearest, read_document

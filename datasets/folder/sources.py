@@ -17,6 +17,7 @@ import nibabel as nib
 from glua_bench.console import say
 from glua_bench.data.dicom_series import is_dicom
 from glua_bench.data.formats import NIFTI, SUFFIXES
+from glua_bench.data.nnunet import nnunet_channels, nnunet_unannotated, nnunet_values
 from glua_bench.datasets.folder.guess import (
     by_form,
     domains_by_name,
@@ -37,9 +38,6 @@ from glua_bench.datasets.folder.layouts import (
     Found,
     by_nnunet,
     by_pattern,
-    nnunet_channels,
-    nnunet_unannotated,
-    nnunet_values,
     pattern_fault,
 )
 from glua_bench.errors import ConfigError, DataError

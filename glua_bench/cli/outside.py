@@ -12,7 +12,7 @@ from glua_bench.cli.options import note as remark
 from glua_bench.console import next_command
 from glua_bench.errors import ConfigError
 from glua_bench.files import write_text
-from glua_bench.registry import Registry, load_dataset, with_descriptions
+from glua_bench.registry import load_dataset, with_descriptions
 from glua_bench.runs.completion import complete_directions, complete_names
 from glua_bench.runs.request import DataRoot, Fold, RunsRoot
 from glua_bench.task import Reading
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 def _load(dataset: str, data_root: Path | None, plugin: list[Path] | None, fold: int) -> Dataset:
     """Load a dataset by its name or its description."""
     name, plugins = with_descriptions(dataset, plugin)
-    name, fold = Registry("dataset", plugins).fold_of(name, fold)
     return load_dataset(name, data_root, plugins, fold)
 
 

@@ -14,6 +14,7 @@ from multiprocessing.connection import wait
 from threading import Thread
 from typing import TypeVar
 
+from glua_bench.console import Progress
 from glua_bench.errors import RunFailure
 
 Item = TypeVar("Item")
@@ -72,6 +73,32 @@ def parallel_map(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def map_cases(
+    work: Callable[[Item], Result], items: Sequence[Item], jobs: int, progress: Progress, title: str
+) -> list[Result]:
+    """Apply `work` to cases in parallel, as a stage of the progress display.
+
+    Args:
+        work: as for `parallel_map`.
+        items: one per case.
+        jobs: number of processes.
+        progress: progress display.
+        title: name of the stage.
+
+    Returns:
+        The results in the order of the items.
+
+    Raises:
+        Exception: as for `parallel_map`.
+    """
+    progress.stage(title, len(items), unit="case")
+    found: dict[int, Result] = {}
+    for index, result in parallel_map(work, items, jobs):
+        found[index] = result
+        progress.update(len(found))
+    return [found[index] for index in range(len(items))]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from glua_bench.console import Progress
 from glua_bench.data.cache import SliceCache
-from glua_bench.data.parallel import cores, parallel_map
+from glua_bench.data.parallel import cores, map_cases
 from glua_bench.errors import DataError
 from glua_bench.task import Case, Dataset, Grid, GridView
 
@@ -44,18 +44,13 @@ def prepare_cases(
         view = dataset.view(case.domain).on(grid)
         if not cache.holds(case, view):
             waiting.append(_Job(case, view, cache.root))
-    if waiting:
-        if len(waiting) < len(cases):
-            progress.line(f"{len(cases) - len(waiting)} of {len(cases)} volumes are cached")
-        progress.stage("preprocess", len(waiting), unit="case")
-    problems: dict[int, str] = {}
-    results = parallel_map(_prepare, waiting, jobs or cores())
-    for done, (place, problem) in enumerate(results, start=1):
-        if problem:
-            problems[place] = problem
-        progress.update(done)
+    if not waiting:
+        return []
+    if len(waiting) < len(cases):
+        progress.line(f"{len(cases) - len(waiting)} of {len(cases)} volumes are cached")
+    problems = map_cases(_prepare, waiting, jobs or cores(), progress, "preprocess")
     # Cases with a common file have the same problem.
-    return list(dict.fromkeys(problems[place] for place in sorted(problems)))
+    return list(dict.fromkeys(filter(None, problems)))
 
 
 def _prepare(job: _Job) -> str:

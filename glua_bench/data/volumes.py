@@ -473,6 +473,16 @@ def _read_classes(
     return classes.reshape(shape, order="F")
 
 
+def values_of(path: Path) -> set[int]:
+    """Return the label values of a file.
+
+    Raises:
+        DataError: as for `open_volume`, or a value is not an integer.
+    """
+    file = open_volume(path)
+    return set(label_integers(np.unique(file.scaled(file.voxels())), path).tolist())
+
+
 def label_integers(values: np.ndarray, path: Path) -> np.ndarray:
     """Convert label values to integers, correcting rounding errors up to 0.001.
 

@@ -17,7 +17,7 @@ from scipy import ndimage
 from glua_bench.console import Progress
 from glua_bench.data.formats import VolumeFile, open_volume, triple
 from glua_bench.data.geometry import ambiguities, frame, orient, rows_of, second_form, voxel_ml
-from glua_bench.data.parallel import parallel_map
+from glua_bench.data.parallel import map_cases
 from glua_bench.data.volumes import (
     check_same_grid,
     crop,
@@ -192,12 +192,7 @@ def gather(dataset: Dataset, jobs: int, progress: Progress) -> list[CaseMeasurem
     """
     domains = dataset.domains()
     cases = [(case, dataset.view(domain)) for domain in domains for case in dataset.cases(domain)]
-    progress.stage("read files", len(cases), unit="case")
-    found: dict[int, CaseMeasurements] = {}
-    for place, measured in parallel_map(_measure, cases, jobs):
-        found[place] = measured
-        progress.update(len(found))
-    return [found[place] for place in range(len(cases))]
+    return map_cases(_measure, cases, jobs, progress, "read files")
 
 
 def _measure(item: tuple[Case, DomainView]) -> CaseMeasurements:

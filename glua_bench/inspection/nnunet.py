@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from glua_bench.console import Progress
 from glua_bench.data.cache import file_digest
 from glua_bench.data.formats import Forms, VolumeFile, open_volume
 from glua_bench.data.geometry import SAME_SIDES, frame
-from glua_bench.data.parallel import parallel_map
+from glua_bench.data.parallel import map_cases
 from glua_bench.data.volumes import check_same_grid, read_label_volume, save_volume
 from glua_bench.errors import ConfigError, DataError
 from glua_bench.files import replacing, sweep, write_json
@@ -100,7 +100,7 @@ def export(
     for domain, folder in folders.items():
         _begin(folder, dataset, domain, labelled[domain], link)
         work += [_Job(case, dataset.view(domain), folder, link) for case in labelled[domain]]
-    _run(_export_case, work, "export", jobs, progress)
+    map_cases(_export_case, work, jobs, progress, "export")
     exported = []
     for domain, folder in folders.items():
         _finish(folder, dataset, domain, labelled[domain])
@@ -136,16 +136,8 @@ def export_predictions(
         _Job(replace(case, label=predictions / f"{case.id}{ENDING}"), view, folder, link=False)
         for case in dataset.split(domain, "test")
     ]
-    _run(_export_prediction, work, "export predictions", jobs, progress)
+    map_cases(_export_prediction, work, jobs, progress, "export predictions")
     return len(work)
-
-
-def _run(
-    export: Callable[[_Job], None], work: list[_Job], title: str, jobs: int, progress: Progress
-) -> None:
-    progress.stage(title, len(work), unit="case")
-    for done, _ in enumerate(parallel_map(export, work, jobs), start=1):
-        progress.update(done)
 
 
 def folder_of(dataset: Dataset, domain: str, to: Path, number: int) -> Path:
@@ -160,14 +152,18 @@ def folder_of(dataset: Dataset, domain: str, to: Path, number: int) -> Path:
             f"--number {number} leads to dataset number {own}: give a number from {FIRST} to "
             f"{LAST}, such that the numbers of all domains have three digits."
         )
-    name = re.sub(r"\W+", "_", f"{dataset.fold_name}_{domain}")
-    folder = to / RAW / f"Dataset{own:03d}_{name}"
+    folder = to / RAW / f"Dataset{own:03d}_{export_name(dataset, domain)}"
     for other in sorted(folder.parent.glob(f"Dataset{own:03d}_*")):
         if other != folder:
             raise ConfigError(
                 f"{other} already has the number {own}: choose another --number or --to."
             )
     return folder
+
+
+def export_name(dataset: Dataset, domain: str) -> str:
+    """Return the name of a domain's folder after its number, "Dataset501_"."""
+    return re.sub(r"\W+", "_", f"{dataset.fold_name}_{domain}")
 
 
 def name_of(case: Case) -> str:

@@ -14,28 +14,20 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from glua_bench.console import next_command
-from glua_bench.errors import RunFailure, reason, without_password
-from glua_bench.files import exclusive, write_json
+from glua_bench.errors import RunFailure, without_password
+from glua_bench.files import write_json
 from glua_bench.paths import ARTIFACTS, distinct
 from glua_bench.records.naming import Comparison, RunRecord, tracker_key
 from glua_bench.records.run_directory import RunDirectory, digest_of, warn
-from glua_bench.records.tracker import (
-    SyncCounts,
-    Tracker,
-    copied_files,
-    run_state,
-    sync_runs,
-)
+from glua_bench.records.tracker import UploadingTracker, copied_files, run_state
 from glua_bench.scoring.metrics import METRICS
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Param, Run
-
-Answer = TypeVar("Answer")
 
 DIGESTS = "files.json"  # artifact with the digests of all copied files
 SCORES = "scores.csv"  # artifact with the scores of all selectors and structures
@@ -96,7 +88,7 @@ def mlflow_client(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
-class MLflowMirror(Tracker):
+class MLflowMirror(UploadingTracker):
     """Copy run directories to an MLflow tracker, without duplicates.
 
     Each run is one MLflow run, identified by its tag `glua_bench.id`. A copy that is incomplete, or
@@ -109,10 +101,11 @@ class MLflowMirror(Tracker):
         warn: receives one sentence if the tracker is down.
     """
 
+    lock = ".mlflow.lock"
+
     def __init__(self, runs_root: Path, warn: Callable[[str], None] = warn) -> None:
-        self.runs_root = Path(runs_root)
+        super().__init__(runs_root, warn)
         self.uri = tracking_uri(self.runs_root)
-        self.warn = warn
         self.place = without_password(self.uri)
         self.remedy = "check MLFLOW_TRACKING_URI, or unset it to track in a file"
         self._remote = self.uri.startswith(("http:", "https:", "databricks"))
@@ -125,12 +118,6 @@ class MLflowMirror(Tracker):
     def check(self) -> None:
         check_tracker(self.uri)
 
-    def mirror(self, run: RunDirectory) -> bool:
-        return self._mirror(run) is not None
-
-    def sync(self) -> SyncCounts:
-        return sync_runs(self.runs_root, self._mirror)
-
     def nest(
         self,
         comparison: Comparison,
@@ -138,33 +125,20 @@ class MLflowMirror(Tracker):
         files: Sequence[Path] = (),
         note: str = "",
     ) -> bool:
-        shown = self._attempt(
+        shown = self.attempt(
             lambda: self._nest(comparison, metrics, files, note),
-            "does not show this comparison",
+            f"MLflow at {self.place} does not show this comparison",
             "its runs are complete, so repeat the same command when the tracker answers",
         )
         return shown is not None
 
-    def _mirror(self, run: RunDirectory) -> bool | None:
-        """Return True if uploaded, False if present, None if the upload failed."""
-        return self._attempt(
+    def upload(self, run: RunDirectory) -> bool | None:
+        return self.attempt(
             lambda: self._upload(run)[1],
-            f"did not take run {run.id}",
+            f"MLflow at {self.place} did not take run {run.id}",
             "the run's directory is complete, so upload it later with `glua-bench sync --runs "
             f"{self.runs_root}`",
         )
-
-    def _attempt(self, action: Callable[[], Answer], failure: str, remedy: str) -> Answer | None:
-        """Return an action's result; warn and return None if it fails."""
-        try:
-            # The lock prevents two processes from creating the same run or parent.
-            with exclusive(self.runs_root / ".mlflow.lock"):
-                return action()
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # including SystemExit: a tracker never ends a run
-            self.warn(f"MLflow at {self.place} {failure} ({reason(error)}); {remedy}.")
-            return None
 
     @cached_property
     def _client(self) -> MlflowClient:
@@ -236,8 +210,8 @@ class MLflowMirror(Tracker):
             if run.done:
                 import pandas as pd
 
-                found = pd.DataFrame(run.read_summary().get("scores", ()))
-                found.to_csv(scores, index=False, float_format="%.4f")
+                averages = pd.DataFrame(run.read_summary().get("scores", ()))
+                averages.to_csv(scores, index=False, float_format="%.4f")
                 files[scores] = Path(scores.name)
             for file, name in files.items():
                 folder = name.parent.as_posix()

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from glua_bench.config import RunConfig
+from glua_bench.config import ORACLE, RunConfig
 from glua_bench.errors import RunFailure, UserError
 from glua_bench.files import (
     drop_torn_line,
@@ -189,6 +189,21 @@ class RunDirectory:
     def write_cases(self, frame: pd.DataFrame) -> None:
         """Write the results per case, structure and selector."""
         self._write_table("cases.parquet", frame)
+
+    def own_rows(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Add the columns of this run to results per case, structure and selector."""
+        config = self.config
+        frame = frame.assign(
+            privileged_selection=frame["selector"] == ORACLE,
+            method=config.method,
+            dataset=config.fold_name,
+            direction=config.direction,
+            scenario=config.scenario,
+            seed=config.seed,
+            augmentation="" if config.external else config.augmentation,
+        )
+        frame.insert(0, "run", self.id)
+        return frame
 
     def fail(self, message: str) -> None:
         """Mark the attempt as failed. Never raises, so that the failure itself is reported."""

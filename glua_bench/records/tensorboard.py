@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -14,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glua_bench.console import next_command
-from glua_bench.errors import ConfigError, reason
-from glua_bench.files import exclusive, new_folder, write_json
+from glua_bench.errors import ConfigError
+from glua_bench.files import new_folder, write_json
 from glua_bench.paths import distinct, entries
 from glua_bench.records.naming import Comparison, RunRecord, headline, tracker_key
 from glua_bench.records.run_directory import RunDirectory, warn
-from glua_bench.records.tracker import SyncCounts, Tracker, run_state, sync_runs
+from glua_bench.records.tracker import UploadingTracker, run_state
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 STATE = "glua_bench.json"  # written last: which state of the run a folder shows
 
 
-class TensorBoard(Tracker):
+class TensorBoard(UploadingTracker):
     """Write one folder of event files per run, and one per comparison, to `RUNS/tensorboard`.
 
     A run has its training curves, figures, settings and tags; its settings and results (`dice`,
@@ -42,13 +43,15 @@ class TensorBoard(Tracker):
         ConfigError: TensorBoard is not installed.
     """
 
+    lock = ".tensorboard.lock"
+
     def __init__(self, runs_root: Path, warn: Callable[[str], None] = warn) -> None:
         if importlib.util.find_spec("tensorboard") is None:
             raise ConfigError(
                 "GLUA_BENCH_TRACKER names TensorBoard, which is not installed; use pip install "
                 "'glua-bench[tensorboard]', or unset it to use MLflow."
             )
-        self.runs_root, self.warn = Path(runs_root), warn
+        super().__init__(runs_root, warn)
         self.folder = self.runs_root.resolve() / "tensorboard"
         self.place, self.remedy = str(self.folder), f"check that {self.folder} can be written"
         self.browse = next_command("tensorboard", "--logdir", self.folder)
@@ -56,12 +59,6 @@ class TensorBoard(Tracker):
     def check(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"{self.folder} is a file")
-
-    def mirror(self, run: RunDirectory) -> bool:
-        return self._write_run(run) is not None
-
-    def sync(self) -> SyncCounts:
-        return sync_runs(self.runs_root, self._write_run)
 
     def nest(
         self,
@@ -71,8 +68,26 @@ class TensorBoard(Tracker):
         note: str = "",
     ) -> bool:
         for _, run in comparison.members:
-            if (run.done or run.failed is not None) and self._write_run(run) is None:
+            if (run.done or run.failed is not None) and self.upload(run) is None:
                 return False
+        shown = self._show(
+            lambda: self._write_comparison(comparison, metrics, files, note), "this comparison"
+        )
+        return shown is not None
+
+    def upload(self, run: RunDirectory) -> bool | None:
+        return self._show(lambda: self._write_run(run), f"run {run.id}")
+
+    def _show(self, write: Callable[[], bool], what: str) -> bool | None:
+        return self.attempt(
+            write,
+            f"TensorBoard's files in {self.place} do not show {what}",
+            f"its directory is complete, so repeat with `glua-bench sync --runs {self.runs_root}`",
+        )
+
+    def _write_comparison(
+        self, comparison: Comparison, metrics: Mapping[str, float], files: Sequence[Path], note: str
+    ) -> bool:
         entries_of = {run.id: entry for entry, run in comparison.members}
         tables = {file.name: file.read_text(encoding="utf-8") for file in files if _is_text(file)}
         shown = {
@@ -90,7 +105,8 @@ class TensorBoard(Tracker):
         def write(writer: SummaryWriter) -> None:
             names = distinct(metrics, tracker_key)
             for name, value in metrics.items():
-                writer.add_scalar(names[name], value, 0, walltime=comparison.began)
+                if math.isfinite(value):
+                    writer.add_scalar(names[name], value, 0, walltime=comparison.began)
             writer.add_text("description", note)
             about = {"name": comparison.name, "status": comparison.status, **comparison.tags()}
             writer.add_text("comparison", _table({**about, **comparison.parameters()}))
@@ -99,11 +115,9 @@ class TensorBoard(Tracker):
                 writer.add_text(f"tables/{name}", _fenced(text))
 
         name = f"{comparison.dataset}/comparison_{comparison.id}"
-        return self._write(name, state, write, "this comparison") is not None
+        return self._write(name, state, write)
 
-    def _write_run(self, run: RunDirectory) -> bool | None:
-        """Return True if the run was written, False if it was there, None if writing failed."""
-
+    def _write_run(self, run: RunDirectory) -> bool:
         def write(writer: SummaryWriter) -> None:
             from torch.utils.tensorboard.summary import hparams
 
@@ -129,29 +143,18 @@ class TensorBoard(Tracker):
 
         config = run.config
         own = f"{config.method}_{config.direction}_seed{config.seed}_{run.id}"
-        return self._write(f"{config.fold_name}/{own}", run_state(run), write, f"run {run.id}")
+        return self._write(f"{config.fold_name}/{own}", run_state(run), write)
 
-    def _write(
-        self, name: str, state: str, write: Callable[[SummaryWriter], None], what: str
-    ) -> bool | None:
+    def _write(self, name: str, state: str, write: Callable[[SummaryWriter], None]) -> bool:
+        """Write a folder; return False if it shows this state already."""
         folder = self.folder / name
-        try:
-            with exclusive(self.runs_root / ".tensorboard.lock"):
-                if _state(folder) == state:
-                    return False
-                shutil.rmtree(folder, ignore_errors=True)
-                with new_folder(folder) as made, _opened(made) as writer:
-                    write(writer)
-                    write_json(made / STATE, {"state": state})
-            return True
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # a tracker never ends a run
-            self.warn(
-                f"TensorBoard's files in {self.place} do not show {what} ({reason(error)}); its "
-                f"directory is complete, so repeat with `glua-bench sync --runs {self.runs_root}`."
-            )
-            return None
+        if _state(folder) == state:
+            return False
+        shutil.rmtree(folder, ignore_errors=True)
+        with new_folder(folder) as made, _opened(made) as writer:
+            write(writer)
+            write_json(made / STATE, {"state": state})
+        return True
 
 
 @contextmanager

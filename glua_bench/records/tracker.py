@@ -8,12 +8,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from glua_bench.errors import ConfigError, RunFailure, reason
+from glua_bench.files import exclusive
 from glua_bench.paths import entries
 from glua_bench.records.naming import Comparison
 from glua_bench.records.run_directory import RunDirectory, digest_of, list_runs, warn
+
+Answer = TypeVar("Answer")
 
 # Files of a run directory that are copied (no weights, which are large), and patterns of further
 # ones: facts about the dataset, and figures and predictions.
@@ -108,6 +111,42 @@ def open_tracker(runs_root: Path, warn: Callable[[str], None] = warn) -> Tracker
             "to MODULE:CLASS, or unset it to use MLflow."
         ) from error
     return chosen(Path(runs_root), warn)
+
+
+class UploadingTracker(Tracker):
+    """Base of the trackers here, which upload run by run; others need only have the methods.
+
+    Args:
+        runs_root: the directory of all runs.
+        warn: receives one sentence for each run or comparison that the tracker did not accept.
+    """
+
+    lock: str  # name of a file in the directory of runs
+
+    def __init__(self, runs_root: Path, warn: Callable[[str], None] = warn) -> None:
+        self.runs_root, self.warn = Path(runs_root), warn
+
+    def upload(self, run: RunDirectory) -> bool | None:
+        """Return True if the run was uploaded, False if it was there, None if it failed."""
+        raise NotImplementedError
+
+    def mirror(self, run: RunDirectory) -> bool:
+        return self.upload(run) is not None
+
+    def sync(self) -> SyncCounts:
+        return sync_runs(self.runs_root, self.upload)
+
+    def attempt(self, action: Callable[[], Answer], failure: str, remedy: str) -> Answer | None:
+        """Return an action's result; warn and return None if it fails."""
+        try:
+            # The lock prevents two processes from creating the same run or comparison.
+            with exclusive(self.runs_root / self.lock):
+                return action()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # including SystemExit: a tracker never ends a run
+            self.warn(f"{failure} ({reason(error)}); {remedy}.")
+            return None
 
 
 @dataclass

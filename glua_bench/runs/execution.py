@@ -404,16 +404,7 @@ def _train_and_score(
         [frames[step].assign(selector=name, step=step) for name, step in chosen.items()],
         ignore_index=True,
     )
-    rows.insert(0, "run", planned.id)
-    rows = rows.assign(
-        privileged_selection=rows["selector"] == ORACLE,
-        method=config.method,
-        dataset=config.fold_name,
-        direction=config.direction,
-        scenario=config.scenario,
-        seed=config.seed,
-        augmentation=config.augmentation,
-    )
+    rows = directory.own_rows(rows)
     directory.write_cases(rows)
     if draw is not None:
         with clock.on(FIGURES):

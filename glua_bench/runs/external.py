@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from glua_bench import __version__
@@ -24,19 +23,19 @@ from glua_bench.console import Progress, next_command
 from glua_bench.data.cache import file_digest, fingerprint
 from glua_bench.data.formats import open_volume
 from glua_bench.data.geometry import frame, voxel_ml
-from glua_bench.data.parallel import parallel_map
+from glua_bench.data.parallel import map_cases
 from glua_bench.data.volumes import (
     Names,
-    label_integers,
     label_values,
     read_label_volume,
     save_volume,
+    values_of,
 )
 from glua_bench.documents import nearest
 from glua_bench.errors import ConfigError, DataError, UserError
 from glua_bench.files import new_folder
 from glua_bench.identity import DATA_DIGITS, SCORING, code_digest, digest
-from glua_bench.inspection.nnunet import ENDING
+from glua_bench.inspection.nnunet import ENDING, export_name
 from glua_bench.paths import matching, name_fault
 from glua_bench.records.environment import environment
 from glua_bench.records.run_directory import RunDirectory
@@ -44,7 +43,7 @@ from glua_bench.registry import Registry
 from glua_bench.runs import carried
 from glua_bench.runs.plan import roles
 from glua_bench.scoring.evaluation import score_case, summarise
-from glua_bench.scoring.files import Pairs, ScoredFiles, match, pair, score, told, volumes
+from glua_bench.scoring.files import Pairs, ScoredFiles, match, pair, pairs_to_score, score, volumes
 from glua_bench.task import Case, Dataset, DomainView, Structure, fold_name, parse_direction
 
 VALUES = ("classes", "dataset")  # what label values of predictions mean
@@ -188,6 +187,7 @@ def import_predictions(
         run.start(facts)
         carried.write(folder, carried.facts_of(dataset, (source, target)), dataset.carried())
         rows = _scored(given, cases, files, view, values, run, progress)
+        table = summarise(rows)
         run.write_cases(rows)
         run.finish(
             {
@@ -201,13 +201,13 @@ def import_predictions(
                 "chosen_steps": {},
                 "privileged": config.privileged,
                 "protocol": dataset.protocol,
-                "scores": summarise(rows).to_dict("records"),
+                "scores": table.to_dict("records"),
             }
         )
         for other in {*others, *([final] if final.is_dir() else [])}:
             shutil.rmtree(other)
     run.path = final
-    return Imported(run, False, values, summarise(rows), [path.name for path in sorted(others)])
+    return Imported(run, False, values, table, [path.name for path in sorted(others)])
 
 
 def check_name(name: str, plugins: Sequence[Path] = ()) -> None:
@@ -275,7 +275,7 @@ def _domain_of(file: Path, root: Path, dataset: Dataset, others: set[str]) -> st
         parts += file.relative_to(root).parent.parts
     for domain in sorted(others):
         # Folders that `data export` names, also above the predictions.
-        exported = re.sub(r"\W+", "_", f"{dataset.fold_name}_{domain}")
+        exported = export_name(dataset, domain)
         above = [re.sub(r"^Dataset\d{3}_", "", part) for part in root.resolve().parts[:-1]]
         inner = [re.sub(r"^Dataset\d{3}_", "", part) for part in parts]
         if domain in inner or exported in (*inner, *above):
@@ -296,17 +296,11 @@ def _values_of(files: Sequence[Path], view: DomainView) -> str:
     seen: set[int] = set()
     fits = dict.fromkeys(VALUES, True)
     for path in files:
-        file = open_volume(path)
-        found = set(np.unique(label_integers(file.scaled(file.voxels()), path)).tolist())
+        found = values_of(path)
         seen |= found
-        fits = {
-            "classes": fits["classes"] and seen <= indices.keys(),
-            "dataset": seen <= own.keys(),
-        }
+        fits = {"classes": seen <= indices.keys(), "dataset": seen <= own.keys()}
         if not any(fits.values()):
-            strays = sorted(
-                found - indices.keys() if found - indices.keys() else found - own.keys()
-            )
+            strays = sorted(found - indices.keys() or found - own.keys())
             raise DataError(
                 f"{path} has label value(s) {', '.join(map(str, strays[:5]))}, but predictions "
                 f"have the class indices {_meaning(view.structures, True)}, or the dataset's label "
@@ -386,24 +380,9 @@ def _scored(
         _Job(case, files[case.id], view, predicted, names, run.predictions / f"{case.id}{ENDING}")
         for case in cases
     ]
-    progress.stage("score", len(jobs), unit="case")
-    found: dict[int, list[dict[str, Any]]] = {}
-    for index, own in parallel_map(_score, jobs, given.jobs):
-        found[index] = own
-        progress.update(len(found))
-    rows = pd.DataFrame([row for index in sorted(found) for row in found[index]])
-    config = run.config
-    rows = rows.assign(selector=EXTERNAL, step=math.nan)
-    rows.insert(0, "run", run.id)
-    return rows.assign(
-        privileged_selection=False,
-        method=config.method,
-        dataset=config.fold_name,
-        direction=config.direction,
-        scenario=config.scenario,
-        seed=config.seed,
-        augmentation="",
-    )
+    scored = map_cases(_score, jobs, given.jobs, progress, "score")
+    frame = pd.DataFrame([row for rows in scored for row in rows])
+    return run.own_rows(frame.assign(selector=EXTERNAL, step=math.nan))
 
 
 def _score(job: _Job) -> list[dict[str, Any]]:
@@ -476,7 +455,7 @@ def score_dataset(
     else:
         pairs = pair(predictions, references)
         cases = {n: Case(n, domain, own, own, "test", n) for n, (_, own) in pairs.cases.items()}
-    pairs = told(pairs, report, only_predicted)
+    pairs = pairs_to_score(pairs, report, only_predicted)
     view = dataset.view(domain)
     given = [file for file, _ in pairs.cases.values() if file is not None]
     values = values or _values_of(given, view)

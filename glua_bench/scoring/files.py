@@ -7,7 +7,6 @@ structure, unless only predicted cases are scored.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -22,15 +21,15 @@ import pandas as pd
 from glua_bench.console import Progress
 from glua_bench.data.formats import SUFFIXES, open_volume, stem
 from glua_bench.data.geometry import frame, voxel_ml
-from glua_bench.data.parallel import parallel_map
-from glua_bench.data.volumes import Names, label_integers, read_label_volume
+from glua_bench.data.nnunet import DESCRIPTION, nnunet_unannotated, nnunet_values
+from glua_bench.data.parallel import map_cases
+from glua_bench.data.volumes import Names, read_label_volume, values_of
 from glua_bench.errors import ConfigError, DataError
 from glua_bench.paths import composed, files_below
 from glua_bench.scoring.evaluation import score_case
 from glua_bench.scoring.metrics import METRICS, PRIMARY
 from glua_bench.task import UNANNOTATED, Case, DomainView, Reading, Structure
 
-DESCRIPTION = "dataset.json"  # of nnU-Net
 MOST_VALUES = 250  # label values of a set of files; class indices are uint8
 _MEDPY_NAMES = {PRIMARY.name: "dc"}  # others have ours
 MEDPY = " (medpy)"  # suffix of the columns of `verify`
@@ -148,7 +147,7 @@ def score_files(
         >>> score_files("predictions", "labelsTs")  # doctest: +SKIP
     """
     predictions, references = Path(predictions), Path(references)
-    pairs = told(pair(predictions, references), report, only_predicted)
+    pairs = pairs_to_score(pair(predictions, references), report, only_predicted)
     given = reading or Reading()
     if structures is not None:
         classes = Classes(tuple(structures), given.unannotated_values)
@@ -187,13 +186,8 @@ def score(
     """
     if any(each.verify for each in work):
         medpy_metrics()
-    progress = progress or Progress(enabled=False)
-    progress.stage("score", len(work), unit="case")
-    rows: dict[int, list[dict[str, Any]]] = {}
-    for index, found in parallel_map(_score, work, jobs):
-        rows[index] = found
-        progress.update(len(rows))
-    return pd.DataFrame([row for index in sorted(rows) for row in rows[index]])
+    scored = map_cases(_score, work, jobs, progress or Progress(enabled=False), "score")
+    return pd.DataFrame([row for rows in scored for row in rows])
 
 
 def _score(files: ScoredFiles) -> list[dict[str, Any]]:
@@ -287,7 +281,7 @@ def largest_differences(rows: pd.DataFrame) -> dict[str, tuple[float, int]]:
 # -- pairs ----------------------------------------------------------------------------------------
 
 
-def told(pairs: Pairs, report: Callable[[str], None], only_predicted: bool) -> Pairs:
+def pairs_to_score(pairs: Pairs, report: Callable[[str], None], only_predicted: bool) -> Pairs:
     """Report missing and spare predictions; return the pairs to score."""
     if pairs.missing:
         count = f"{len(pairs.missing)} of {len(pairs.cases)} references"
@@ -487,32 +481,22 @@ def nnunet_classes(file: Path) -> Classes:
         ConfigError: the file cannot be read, or has no labels.
     """
     try:
-        labels = json.loads(file.read_text(encoding="utf-8"))["labels"]
-        if all(name.isdecimal() and isinstance(v, str) for name, v in labels.items()):
-            labels = {name: int(value) for value, name in labels.items()}  # version 1
-        values = {
-            str(name): tuple(int(v) for v in (own if isinstance(own, list) else [own]))
-            for name, own in labels.items()
-        }
-        ignored = values.pop("ignore", ())
-        values = {n: own for n, own in values.items() if n.lower() != "background" and own != (0,)}
-        structures = as_structures(values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        values, ignored = nnunet_values(file.parent), nnunet_unannotated(file.parent)
+    except DataError as error:
         raise ConfigError(
             f"{file} has no readable labels of nnU-Net; repair it, or give --structures."
         ) from error
-    if not structures:
+    if not values:
         raise ConfigError(f"{file} has no label besides the background; give --structures.")
     fix = "relabel the file, or give --structures"
-    return Classes(structures, ignored, f"labels of {file}", fix)
+    return Classes(as_structures(values), ignored, f"labels of {file}", fix)
 
 
 def _values_found(files: Iterable[tuple[Path | None, Path]], reading: Reading) -> Classes:
     """Make every label value of the files a class."""
     found: set[int] = set()
     for path in (path for pair in files for path in pair if path is not None):
-        file = open_volume(path)
-        found |= set(np.unique(label_integers(file.scaled(file.voxels()), path)).tolist())
+        found |= values_of(path)
         if len(found) > MOST_VALUES:
             raise DataError(
                 f"{path} has more than {MOST_VALUES} label values, as an image has: give label "

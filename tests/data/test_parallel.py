@@ -1,5 +1,6 @@
 """parallel.py: results as they come, and no process left behind, however it ends."""
 
+import io
 import math
 import os
 import signal
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from glua_bench.data.parallel import cores, parallel_map
+from glua_bench.console import Progress
+from glua_bench.data.parallel import cores, map_cases, parallel_map
 from glua_bench.errors import RunFailure
 
 # Work that other processes can find; a test's own functions they cannot.
@@ -35,6 +37,14 @@ def test_every_item_has_its_result(jobs):
     found = dict(parallel_map(math.factorial, [4, 0, 3], jobs))
     assert found == {0: 24, 1: 1, 2: 6}
     assert list(parallel_map(math.factorial, [], jobs)) == []
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_the_results_of_cases_keep_their_order_and_are_counted(jobs):
+    shown = io.StringIO()
+    with Progress(stream=shown) as progress:
+        assert map_cases(math.factorial, [4, 0, 3], jobs, progress, "work") == [24, 1, 6]
+    assert "work" in shown.getvalue() and "3" in shown.getvalue()
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from glua_bench.data.nnunet import nnunet_unannotated, nnunet_values
 from glua_bench.datasets.folder.layouts import (
     by_nnunet,
     by_pattern,
     by_table,
-    nnunet_unannotated,
-    nnunet_values,
     pattern_fault,
     validation_ids,
 )

@@ -16,9 +16,9 @@ import pytest
 import SimpleITK as sitk
 
 from glua_bench.console import Progress
+from glua_bench.data.nnunet import nnunet_unannotated
 from glua_bench.data.volumes import load_image, read_label_volume, save_labels
 from glua_bench.datasets.folder.dataset import Folder
-from glua_bench.datasets.folder.layouts import nnunet_unannotated
 from glua_bench.datasets.phantom.dataset import Phantom
 from glua_bench.errors import ConfigError, DataError, RunFailure
 from glua_bench.files import UNFINISHED

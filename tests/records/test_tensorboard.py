@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,12 @@ def test_a_comparison_is_its_numbers_and_tables(tmp_path: Path) -> None:
     tracker = open_tracker(tmp_path / "runs")
     group = Comparison("compare a", members, began=1000.0)
     for note in ("first", "plain is best"):
-        assert tracker.nest(group, {"mr-ct/dice/plain": 0.5}, [tmp_path / "table.csv"], note)
+        metrics = {"mr-ct/dice/plain": 0.5, "mr-ct/assd/plain": math.nan}
+        assert tracker.nest(group, metrics, [tmp_path / "table.csv"], note)
     (folder,) = (tmp_path / "runs/tensorboard/phantom").glob("comparison_*")
     found = events(folder)
     assert found.Scalars("mr-ct/dice/plain")[0].value == 0.5
+    assert found.Tags()["scalars"] == ["mr-ct/dice/plain"]
     assert text(found, "description") == "plain is best"
     assert "plain,0.5" in text(found, "tables/table.csv") and "| one | plain |" in text(
         found, "runs"
@@ -112,6 +115,17 @@ def test_files_that_cannot_be_written_are_one_warning(tmp_path: Path) -> None:
     assert "glua-bench sync" in warning and "\n" not in warning
     with pytest.raises(OSError, match="is a file"):
         tracker.check()
+
+
+def test_an_unfinished_run_and_an_unreadable_table_are_one_warning_each(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    warnings: list[str] = []
+    tracker = open_tracker(tmp_path / "runs", warnings.append)
+    assert not tracker.mirror(started(tmp_path / "runs"))
+    assert "neither done nor failed" in warnings.pop() and not warnings
+    group = Comparison("compare a", two_runs(tmp_path / "runs", complete), began=1000.0)
+    assert not tracker.nest(group, {}, [tmp_path / "missing.csv"])
+    assert "do not show this comparison" in warnings.pop() and not warnings
 
 
 def test_tensorboard_that_is_not_installed_is_one_sentence(

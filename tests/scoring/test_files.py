@@ -52,7 +52,7 @@ def write(tmp_path: Path) -> Write:
     return save
 
 
-def told_by(*args: Any, **options: Any) -> tuple[Any, str]:
+def scored(*args: Any, **options: Any) -> tuple[Any, str]:
     """Score; return the rows and what is reported."""
     lines: list[str] = []
     return files.score_files(*args, report=lines.append, **options), "\n".join(lines)
@@ -62,7 +62,7 @@ def told_by(*args: Any, **options: Any) -> tuple[Any, str]:
 
 
 def test_scores_are_those_of_a_run(write: Write) -> None:
-    rows, said = told_by(write("p.nii.gz", volume(1)), write("r.nrrd", volume()))
+    rows, said = scored(write("p.nii.gz", volume(1)), write("r.nrrd", volume()))
     structures = [Structure(str(v), "", (v,), "") for v in (1, 2, 3)]
     expected = case_metrics(volume(1), volume(), structures, SPACING)
     assert list(rows["case"].unique()) == ["r"] and rows["predicted"].all()
@@ -75,7 +75,7 @@ def test_overlapping_structures_are_scored_each_for_itself(write: Write) -> None
     both = Structure("both", "", (1, 2), "")
     inner = Structure("inner", "", (2,), "")
     rest = Structure("rest", "", (3,), "")
-    rows, _ = told_by(write("p.nii", volume(1)), write("r.nii", volume()), [both, inner, rest])
+    rows, _ = scored(write("p.nii", volume(1)), write("r.nii", volume()), [both, inner, rest])
     by_name = rows.set_index("structure")
     outer = case_metrics(*((volume(k) % 3 > 0).astype(int) for k in (1, 0)), [both], SPACING)
     assert by_name.loc["both", "dice"] == outer[0]["dice"]
@@ -88,16 +88,16 @@ def test_unannotated_voxels_count_neither_as_hit_nor_as_error(write: Write) -> N
     prediction[:, :, 0] = 1
     paths = write("p.nii", prediction), write("r.nii", reference)
     structures = [Structure(str(v), "", (v,), "") for v in (1, 2, 3)]
-    rows, _ = told_by(*paths, structures, reading=Reading(unannotated_values=(9,)))
+    rows, _ = scored(*paths, structures, reading=Reading(unannotated_values=(9,)))
     assert (rows["dice"] == 1).all()
     with pytest.raises(DataError, match=r"r\.nii has label value\(s\) 9 not among the classes"):
-        told_by(*paths, structures)
+        scored(*paths, structures)
 
 
 def test_an_empty_pair_has_no_score_and_a_miss_the_worst(write: Write) -> None:
     structures = [Structure("3", "", (3,), ""), Structure("5", "", (5,), "")]
     only = np.where(volume() == 3, 3, 0).astype(np.uint8)
-    rows, _ = told_by(write("p.nii", np.zeros_like(only)), write("r.nii", only), structures)
+    rows, _ = scored(write("p.nii", np.zeros_like(only)), write("r.nii", only), structures)
     missed, absent = rows.to_dict("records")
     assert missed["missed"] and missed["dice"] == 0
     assert missed["hd95"] == distance_penalty(only.shape, SPACING)
@@ -105,7 +105,7 @@ def test_an_empty_pair_has_no_score_and_a_miss_the_worst(write: Write) -> None:
 
 
 def test_medpy_agrees(write: Write) -> None:
-    rows, _ = told_by(write("p.nii", volume(2)), write("r.nii", volume()), verify=True)
+    rows, _ = scored(write("p.nii", volume(2)), write("r.nii", volume()), verify=True)
     found = files.largest_differences(rows)
     assert set(found) == set(METRICS)
     assert all(difference < 1e-9 and count == 3 for difference, count in found.values())
@@ -120,11 +120,11 @@ def test_a_prediction_on_another_grid_is_refused(write: Write) -> None:
     reference = write("r.nii", volume())
     prediction = write("p.nii", volume(shape=(17, 14, 6)))
     with pytest.raises(DataError, match=r"p\.nii has shape .* but its reference .*r\.nii has") as e:
-        told_by(prediction, reference)
+        scored(prediction, reference)
     assert "resample the label onto the reference" in str(e.value)
     turned = write("t.nii", volume(), np.diag([-1.0, 1.5, 4.0, 1.0]))
     with pytest.raises(DataError, match="orientation LAS but its reference .* has RAS"):
-        told_by(turned, reference)
+        scored(turned, reference)
 
 
 # -- pairs ----------------------------------------------------------------------------------------
@@ -165,13 +165,13 @@ def test_missing_and_spare_predictions_are_told(write: Write, tmp_path: Path) ->
         write(f"r/{name}.nii", volume())
     for name in ("a", "z"):
         write(f"p/{name}.nii", volume())
-    rows, said = told_by(tmp_path / "p", tmp_path / "r")
+    rows, said = scored(tmp_path / "p", tmp_path / "r")
     assert "No prediction for 2 of 3 references" in said and "b, c." in said
     assert "No reference for 1 predictions" in said and "z.nii" in said
     assert list(rows["predicted"]) == [True] * 3 + [False] * 6
     mean = summarise(rows.assign(selector="")).set_index("structure").loc["mean"]
     assert mean["dice"] == pytest.approx(1 / 3) and mean["cases"] == 3 and mean["misses"] == 6
-    rows, said = told_by(tmp_path / "p", tmp_path / "r", only_predicted=True)
+    rows, said = scored(tmp_path / "p", tmp_path / "r", only_predicted=True)
     assert set(rows["case"]) == {"a"} and "are omitted" in said and "b, c." in said
 
 
@@ -196,7 +196,7 @@ def test_mistakes_end_in_a_sentence(
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text("[]")
     with pytest.raises(ConfigError, match=words):
-        told_by(tmp_path / "p", tmp_path / "r")
+        scored(tmp_path / "p", tmp_path / "r")
 
 
 def test_a_file_is_not_compared_with_itself_or_with_a_directory(
@@ -220,13 +220,30 @@ def test_classes_of_nnunet(write: Write, tmp_path: Path) -> None:
     write("p/a.nii", volume(1))
     labels = {"background": 0, "outer": [1, 2], "inner": 2, "other": 3, "ignore": 4}
     (tmp_path / "Dataset501_x" / "dataset.json").write_text(json.dumps({"labels": labels}))
-    rows, said = told_by(tmp_path / "p", tmp_path / "Dataset501_x" / "labelsTr")
+    rows, said = scored(tmp_path / "p", tmp_path / "Dataset501_x" / "labelsTr")
     assert list(rows["structure"]) == ["outer", "inner", "other"]
     assert "Dataset501_x/dataset.json" in said
     first = {"labels": {"0": "background", "1": "LV", "2": "RV", "3": "MYO"}}
     (tmp_path / "Dataset501_x" / "dataset.json").write_text(json.dumps(first))
-    rows, _ = told_by(tmp_path / "p", tmp_path / "Dataset501_x" / "labelsTr")
+    rows, _ = scored(tmp_path / "p", tmp_path / "Dataset501_x" / "labelsTr")
     assert list(rows["structure"]) == ["LV", "RV", "MYO"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ({"background": 0, "liver": 1.5}, "has no readable labels of nnU-Net"),
+        ({"background": 0, "liver": []}, "has no readable labels of nnU-Net"),
+        ({"background": 0, "ignore": 1}, "has no label besides the background"),
+    ],
+)
+def test_unusable_labels_of_nnunet_are_refused(
+    write: Write, tmp_path: Path, labels: dict[str, Any], words: str
+) -> None:
+    paths = write("p/a.nii", volume()), write("r/a.nii", volume())
+    (tmp_path / "r" / "dataset.json").write_text(json.dumps({"labels": labels}))
+    with pytest.raises(ConfigError, match=words):
+        scored(*paths)
 
 
 def test_the_ignore_label_of_nnunet_is_excluded(write: Write, tmp_path: Path) -> None:
@@ -238,16 +255,16 @@ def test_the_ignore_label_of_nnunet_is_excluded(write: Write, tmp_path: Path) ->
     write("p/a.nii", prediction)
     labels = {"background": 0, "A": 1, "B": 2, "C": 3, "ignore": 4}
     (tmp_path / "p" / "dataset.json").write_text(json.dumps({"labels": labels}))
-    rows, _ = told_by(tmp_path / "p", tmp_path / "r")
+    rows, _ = scored(tmp_path / "p", tmp_path / "r")
     assert list(rows["structure"]) == ["A", "B", "C"] and (rows["dice"] == 1).all()
 
 
 def test_an_image_is_not_taken_for_a_label(write: Write) -> None:
     image = np.arange(16 * 14 * 6, dtype=np.int16).reshape(16, 14, 6)
     with pytest.raises(DataError, match="more than 250 label values, as an image has"):
-        told_by(write("p.nii", image), write("r.nii", volume()))
+        scored(write("p.nii", image), write("r.nii", volume()))
     with pytest.raises(DataError, match="not integers"):
-        told_by(write("f.nii", image.astype(np.float32) + 0.5), write("q.nii", volume()))
+        scored(write("f.nii", image.astype(np.float32) + 0.5), write("q.nii", volume()))
     empty = np.zeros((16, 14, 6), np.uint8)
     with pytest.raises(DataError, match="nothing to score"):
-        told_by(write("e.nii", empty), write("g.nii", empty))
+        scored(write("e.nii", empty), write("g.nii", empty))
