@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from glua_bench.data.cache import SliceCache
 from glua_bench.registry import Registry
 from glua_bench.reports.case_pictures import compared_cases
-from glua_bench.reports.figures import INK, new_figure, save
+from glua_bench.reports.figures import INK, legend_below, new_figure, save
 from glua_bench.reports.results import from_runs
 from glua_bench.reports.run_figures import most_visible_slice
 
@@ -34,8 +34,9 @@ def main(runs: Path, out: Path) -> None:
     z = most_visible_slice(case.reference)
     grid = next(iter(results.directories.values())).config.grid
     source, view = dataset.split("mr", "train")[0], dataset.view("mr").on(grid)
-    image = SliceCache().image(source.unlabelled(), view).open()
-    label = np.asarray(SliceCache().label(source, view).open())
+    cache = SliceCache()
+    image = cache.image(source.unlabelled(), view).open()
+    label = np.asarray(cache.label(source, view).open())
     first = most_visible_slice(label)
     panels = [
         ("source\nMR", image[first], label[first]),
@@ -57,9 +58,7 @@ def main(runs: Path, out: Path) -> None:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
     keys = [Line2D([], [], color=s.color, lw=2, label=s.title) for s in dataset.structures]
-    figure.legend(
-        handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=8
-    )
+    legend_below(figure, keys)
     save(figure, out, dpi=180)
 
 

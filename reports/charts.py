@@ -113,10 +113,10 @@ def _has_text(text: Any) -> bool:
 def _crowded(axis: Any) -> bool:
     """Return True if two neighbouring tick labels overlap or touch."""
     ticks = _labelled(axis)
-    if not ticks or (ticks[0].label1.get_rotation() and axis.axis_name == "x"):
+    if len(ticks) < 2:
+        return False
+    if axis.axis_name == "x" and ticks[0].label1.get_rotation():
         # Turned labels are as wide as their line is high.
-        if len(ticks) < 2:
-            return False
         width, scale = axis.axes.bbox.width, axis.axes.figure.dpi / 72
         locs = sorted(float(tick.get_loc()) for tick in ticks)
         low, high = axis.get_view_interval()
@@ -489,7 +489,7 @@ def learning(
         low.tick_params(labelsize=6.5, length=0)
         low.set_xticks(steps if len(steps) <= 6 else [steps[0], steps[-1]])
         low.grid(color=LINE)
-        if index // columns == rows - 1 or index + columns >= len(entries):
+        if index + columns >= len(entries):  # the lowest of its column
             low.set_xlabel("segmenter updates", fontsize=7)
         if index % columns == 0:
             top.set_ylabel(PRIMARY.title, fontsize=8)

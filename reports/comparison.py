@@ -162,8 +162,8 @@ def gap_known(rows: pd.DataFrame, task: str, selector: str = "last") -> bool:
     if scores.shape[1] < 2:
         return False
     spans = (scores[UPPER] - scores[LOWER]).groupby("seed").mean()
-    found = statistics.pairs(scores[[UPPER, LOWER]]).iloc[0]
-    return bool(found["low"] > 0 and (spans > 0).all())
+    _, low, _ = statistics.difference(scores, UPPER, LOWER)
+    return bool(low > 0 and (spans > 0).all())
 
 
 def table(rows: pd.DataFrame, selector: str = "last") -> pd.DataFrame:
@@ -305,21 +305,20 @@ def verdict(rows: pd.DataFrame, task: str, selector: str = "last", percent: bool
     if len(ranked) == 1:
         return f"{text}.{excluded}"
     second = str(ranked.index[1])
-    pairs = statistics.pairs(scores)
-    pair = pairs[(pairs["a"].isin((best, second))) & (pairs["b"].isin((best, second)))].iloc[0]
-    sign = 1 if pair["a"] == best else -1
-    ends = sorted((sign * pair["low"], sign * pair["high"]))
-    text += f"; runner-up {second}: difference {number(sign * pair['difference'])}{points} "
-    text += f"({interval(*ends)})"
+    difference, low, high = statistics.difference(scores, best, second)
+    text += f"; runner-up {second}: difference {number(difference)}{points} ({interval(low, high)})"
     why = statistics.untested(seeds, cases)
     if why:
         return f"{text}. {why}{excluded}"
+    pairs = statistics.pairs(scores)
     corrected = f" (Holm, {len(pairs)} pairs)" if len(pairs) > 1 else ""
-    return f"{text}, {_outcome(pair['p_holm'])}{corrected}.{excluded}"
+    return f"{text}, {_outcome(pairs, best, second)}{corrected}.{excluded}"
 
 
-def _outcome(p: float) -> str:
-    """State a p-value: "significant, p < 0.001"."""
+def _outcome(pairs: pd.DataFrame, first: str, second: str) -> str:
+    """State the test of two entries, from `statistics.pairs`: "significant, p < 0.001"."""
+    two = (first, second)
+    p = pairs.loc[pairs["a"].isin(two) & pairs["b"].isin(two), "p_holm"].iloc[0]
     outcome = "not significant" if p >= statistics.SIGNIFICANT else "significant"
     return f"{outcome}, {'p < 0.001' if p < 0.001 else f'p = {p:.3f}'}"
 
@@ -342,21 +341,18 @@ def bounds(rows: pd.DataFrame, task: str, selector: str = "last") -> str:
     if not present or not others.shape[1]:
         return ""
     best = str(others.mean().idxmax())
-    tests = "" if statistics.untested(*statistics.counts(scores)) else statistics.pairs(others)
+    tested = not statistics.untested(*statistics.counts(scores))
     parts = []
     for name in present:
         text = f"{title(name)} {_points(scores[name].mean())} %"
         if name != best:
-            pair = statistics.pairs(scores[[best, name]]).iloc[0]
-            sign = 1 if pair["a"] == best else -1
-            low, high = sorted((sign * pair["low"], sign * pair["high"]))
-            text += f" ({best}: {_points(sign * pair['difference'], '+')} points"
+            difference, low, high = statistics.difference(scores, best, name)
+            text += f" ({best}: {_points(difference, '+')} points"
             if not math.isnan(low):
                 text += f", 95 % CI {_points(low)} to {_points(high)}"
             # The upper bound is not a competitor and not tested.
-            if name == LOWER and isinstance(tests, pd.DataFrame):
-                of = tests[tests["a"].isin((best, name)) & tests["b"].isin((best, name))].iloc[0]
-                text += f", {_outcome(of['p_holm'])}"
+            if name == LOWER and tested:
+                text += f", {_outcome(statistics.pairs(others), best, name)}"
             text += ")"
         parts.append(text)
     found = f"{'Bounds' if len(parts) > 1 else 'Bound'}: {'; '.join(parts)}."
@@ -457,7 +453,7 @@ def as_text(lines: pd.DataFrame, width: int | None = None) -> str:
     text = []
     for task, block in shown.groupby(level="task", sort=False):
         block = block.droplevel("task").rename(index=title).rename_axis(None)
-        empty = block.astype(str).isin(["", "?", MISSING]).all()
+        empty = block.astype(str).isin(["", MISSING]).all()
         block = block.loc[:, ~empty]
         text += [str(task), block.to_string(line_width=width), ""]
     if (lines["seeds"] == 1).any():
@@ -479,6 +475,6 @@ def _gap(row: pd.Series) -> str:
 
 
 def _number(value: float, digits: int) -> str:
-    return (
-        MISSING if math.isnan(value) else f"{round(value, digits) + 0.0:.{digits}f}"
-    )  # never -0.0
+    if math.isnan(value):
+        return MISSING
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # never -0.0

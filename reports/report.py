@@ -127,7 +127,6 @@ class _Writer(PageWriter):
     ) -> None:
         super().__init__(out)
         self.results, self.options, self.report = results, options, report
-        self.several = results.rows["seed"].nunique() > 1
         self.palette = charts.Palette([str(e) for e in results.rows["entry"].unique()])
         self.notices = results.notices
         selector = options.selector
@@ -153,7 +152,7 @@ class _Writer(PageWriter):
         if lines["gap recovered"].notna().any() and len(lines) <= 4 * MAX_DRAWN:
             caption = (
                 "Gap recovered: share of the difference in mean Dice between source_only and "
-                "supervised" + ", paired by seed" * self.several + "."
+                "supervised" + ", paired by seed" * bool((lines["gap seeds"] > 1).any()) + "."
             )
             figure = charts.gaps(lines, self.palette)
             section.blocks.append(self.chart("gap_recovered", caption, figure))
@@ -163,6 +162,7 @@ class _Writer(PageWriter):
         selector, results = self.options.selector, self.results
         self.report(f"{task}: tables and tests")
         rows, _ = comparison.compared(plain(results.of(task, selector)), selector)
+        several = rows["seed"].nunique() > 1
         section = Section(f"task-{slug(task)}", task)
         section.blocks.append(self.table(report_tables.main(results, task, selector)))
         dataset, _, direction = task.partition(" ")
@@ -172,7 +172,7 @@ class _Writer(PageWriter):
         entries = self.entries[task]
         name = file_name(task)
         if len(entries) <= MAX_DRAWN:
-            every = "every case and seed" if self.several else "every case"
+            every = "every case and seed" if several else "every case"
             caption = f"Dice of {every}; missed structures are dots at 0."
             figure = charts.scores(rows, entries, self.palette)
             section.blocks.append(self.chart(f"scores_{name}", caption, figure))
@@ -193,7 +193,7 @@ class _Writer(PageWriter):
         section.blocks.append(self.table(report_tables.pairs(results, task, selector)))
         cases = rows.groupby(["entry", "case"], observed=True)[PRIMARY.name].mean().unstack("case")
         cases.index = cases.index.astype(str)
-        over = "structures and seeds" if self.several else "structures"
+        over = "structures and seeds" if several else "structures"
         caption = f"Mean Dice of each case over {over}; hard cases are dark columns."
         figure = charts.heat_map(cases.reindex(entries))
         section.blocks.append(self.chart(f"cases_{name}", caption, figure))

@@ -46,12 +46,8 @@ def _unranked(lines: pd.DataFrame) -> frozenset[str]:
 def _means(lines: pd.DataFrame) -> list[str]:
     """Return the notes on means and, if defined, their spread."""
     several = bool(lines["sd"].notna().any())
-    over = (
-        "Means over seeds, cases and structures."
-        if several
-        else ("Means over cases and structures, of one seed.")
-    )
-    return [f"{over} {MISSED}", *[SPREAD] * several]
+    over = "seeds, cases and structures" if several else "cases and structures, of one seed"
+    return [f"Means over {over}. {MISSED}", *[SPREAD] * several]
 
 
 def run_ids(rows: pd.DataFrame, entries: Sequence[str]) -> list[list[str]]:

@@ -60,12 +60,8 @@ DEFAULTS = {  # of columns that rows of older versions lack
     statistics.REPEAT: 0,
     **dict.fromkeys(SPACING, math.nan),
 }
-VERSIONED = (
-    "data",
-    "distances",
-    "protocol",
-    "caveat",
-)  # newer runs replace older ones despite these
+# Newer runs replace older ones despite these.
+VERSIONED = ("data", "distances", "protocol", "caveat")
 PROTOCOL_DEFAULTS = {"slices": "1"}  # of entries that protocols of older versions lack
 
 
@@ -439,7 +435,8 @@ def _lines(
         state = record.environment.get("source") or record.environment.get("git") or {}
         repeat = int(getattr(config, statistics.REPEAT, 0))
         # Runs with other budgets, grids or slices do not replace each other; `_check` refuses them.
-        setup = {k: v for k, v in _protocol(record).items() if k not in VERSIONED}
+        protocol = _protocol(record)
+        setup = {k: v for k, v in protocol.items() if k not in VERSIONED}
         key = task, entry, config.seed, repeat, json.dumps(setup)
         replaced += key in newest
         newest[key] = {
@@ -450,7 +447,7 @@ def _lines(
             "config": json.dumps(dict(config.method_config), sort_keys=True),
             "variant": record.environment["variant"],
             "task": task,
-            "protocol": json.dumps(_protocol(record)),
+            "protocol": json.dumps(protocol),
             "method": config.method,
             "dataset": config.fold_name,
             "direction": config.direction,

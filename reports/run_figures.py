@@ -107,7 +107,7 @@ def _common_frame(cache: SliceCache, dataset: Dataset, domain: str, grid: Grid) 
         return Frame(grid.size * grid.spacing)
     placements = [cache.image(case.unlabelled(), view).placement for case in cases]
     # One header stands for all: reading hundreds of DICOM series would take long.
-    oriented = view.reading.orientation == "canonical" and open_volume(cases[0].image).oriented
+    oriented = _oriented(view.reading, cases[0].image)
     frames = [Frame.of(placement, view.reading, oriented) for placement in placements]
     same = len({frame.sides for frame in frames}) == 1
     return Frame(frames[0].width, frames[0].sides) if same else Frame(frames[0].width)
@@ -115,8 +115,12 @@ def _common_frame(cache: SliceCache, dataset: Dataset, domain: str, grid: Grid) 
 
 def frame(placement: Placement, reading: Reading, image: Path) -> Frame:
     """Return size and orientation of the slices of an image file on the working grid."""
-    oriented = reading.orientation == "canonical" and open_volume(image).oriented
-    return Frame.of(placement, reading, oriented)
+    return Frame.of(placement, reading, _oriented(reading, image))
+
+
+def _oriented(reading: Reading, image: Path) -> bool:
+    """Return True if slices are turned by the header of an image, and it states an orientation."""
+    return reading.orientation == "canonical" and open_volume(image).oriented
 
 
 def _draw_cases(run: RunDirectory, dataset: Dataset, rows: pd.DataFrame, cache: SliceCache) -> None:

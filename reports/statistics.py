@@ -283,6 +283,20 @@ def intervals(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({**columns, **sizes}, index=table.columns)
 
 
+def difference(table: pd.DataFrame, first: str, second: str) -> tuple[float, float, float]:
+    """Return the mean of first - second with the ends of its confidence interval.
+
+    Args:
+        table: from `scores`.
+        first: an entry.
+        second: another entry.
+    """
+    one, other = _cube(table[[first, second]])
+    found = Means.of((one - other)[np.newaxis])
+    low, high = found.interval()
+    return float(found.mean[0]), float(low[0]), float(high[0])
+
+
 def pairs(table: pd.DataFrame) -> pd.DataFrame:
     """Compare every two entries: the difference, its confidence interval and its p-value.
 

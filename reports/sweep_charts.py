@@ -170,8 +170,8 @@ def can_contour(done: pd.DataFrame, first: str, second: str) -> bool:
     found = places.to_numpy()
     with np.errstate(all="ignore"):
         scales = [found, np.log(found)] if (found > 0).all() else [found]
-    columns = [scale[:, index] for scale in scales for index in (0, 1)]
-    pairs = itertools.product(columns[0::2], columns[1::2])
+    xs, ys = zip(*(scale.T for scale in scales), strict=True)
+    pairs = itertools.product(xs, ys)
     return all(abs(np.corrcoef(x, y)[0, 1]) < 1 - 1e-6 for x, y in pairs)
 
 

@@ -43,7 +43,6 @@ class Sweep:
         objectives: the quality first, then costs.
         oracle: True if the search uses target labels.
         budget: maximum number of trials.
-        shared: `--set` texts of the method for all trials.
         data: options of `run` for dataset, direction and everything else that trials share.
         stamps: what the dataset states about results.
         trials: one row per trial.
@@ -60,7 +59,6 @@ class Sweep:
     objectives: Sequence[str]
     oracle: bool
     budget: int
-    shared: Sequence[str]
     trials: pd.DataFrame
     runs: pd.DataFrame
     seen: pd.DataFrame
@@ -349,8 +347,7 @@ class _Writer(PageWriter):
         if number is None:
             return section
         own = [f"method.{n}={v}" for n, v in sweep.settings(number).items()]
-        chosen = own if sweep.data else [*sweep.shared, *own]
-        options = [*sweep.data, *(word for text in chosen for word in ("--set", text))]
+        options = [*sweep.data, *(word for text in own for word in ("--set", text))]
         section.intro = f"The trial with the highest {self.label}. To use it:"
         words = "glua-bench", "run", "--method", sweep.facts["method"], *options
         section.command = next_command(*words)

@@ -44,10 +44,9 @@ def collect(study: SweepStudy, runs_root: Path) -> dict[str, Any]:
     Returns:
         name; title; facts (entry of the definition → text); parameters (name → True for a
         logarithmic scale, None for listed values); objectives; oracle (whether the search read
-        target labels); shared (`--set` arguments of the method in all trials); data
-        (options of `run` that all trials share); trials, runs, seen (the tables of `trial_table`,
-        `run_table` and `seen_table`); importances (parameter → share
-        of the objective's variance, or None), and importances_note (their meaning, or why there are
+        target labels); data (options of `run` that all trials share); trials, runs, seen (the
+        tables of `trial_table`, `run_table` and `seen_table`); importances (parameter → share of
+        the objective's variance, or None), and importances_note (their meaning, or why there are
         none); stamps (what the dataset states about results).
     """
     definition, trials = study.definition, study.trials()
@@ -61,7 +60,6 @@ def collect(study: SweepStudy, runs_root: Path) -> dict[str, Any]:
         "objectives": definition.objectives,
         "oracle": definition.selector == ORACLE,
         "budget": definition.trials,
-        "shared": definition.method_settings,
         "trials": trial_table(definition, trials),
         "runs": runs,
         "seen": seen_table(trials),

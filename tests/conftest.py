@@ -475,7 +475,6 @@ def made_sweep() -> Callable[..., Any]:
             objectives=(objective, *(("seconds",) if costs else ())),
             oracle=objective == "oracle",
             budget=budget or count,
-            shared=(),
             trials=trials,
             runs=pd.DataFrame(runs, columns=columns),
             seen=pd.DataFrame(seen, columns=["trial", "step", "value"]),

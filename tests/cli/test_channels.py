@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from small_commands import Call, refused
 
 import glua_bench
 from glua_bench.conformance.bench import TinyDataset, TwoChannels
@@ -26,7 +27,6 @@ from glua_bench.runs.request import RunRequest
 from glua_bench.runs.timing import estimate
 from glua_bench.task import Dataset, Grid
 
-Call = Callable[..., tuple[int, str, str]]
 SETS = ["segmenter.width=4", "segmenter.depth=3", "grid.size=32", "grid.spacing=1", "batch_size=2"]
 SMALL = ["--preset=quick", "--steps=2", "--device=cpu", *(f"--set={one}" for one in SETS)]
 HEAD = """\
@@ -51,14 +51,6 @@ DOMAIN = """\
 PLAIN = DOMAIN.replace("DOMAIN", "plain")
 INVERTED = DOMAIN.replace("DOMAIN", "inverted").replace("T2", "FLAIR")
 TWO = HEAD + PLAIN + INVERTED
-
-
-def text_of(result: tuple[int, str, str]) -> str:
-    """Return the single sentence of a refused command."""
-    code, _, err = result
-    lines = [line for line in err.splitlines() if line.startswith("glua-bench: error: ")]
-    assert code == 2 and len(lines) == 1 and "Traceback" not in err, err
-    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -241,14 +233,14 @@ def test_descriptions_of_channels_are_checked(
     change: Callable[[str], str], words: str, copy: Path, call: Call
 ) -> None:
     file = write(copy / "two.yaml", change(TWO))
-    text = text_of(call("data", "check", file))
+    text = refused(call("data", "check", file))
     assert words in text and str(file) in text
 
 
 def test_a_missing_channel_is_named(copy: Path, call: Call) -> None:
     missing = given(copy, 1)[1]
     missing.unlink()
-    text = text_of(call("data", "check", copy / "two.yaml"))
+    text = refused(call("data", "check", copy / "two.yaml"))
     assert "inverted_1.nii.gz has no file of the channel FLAIR" in text
 
 
@@ -265,7 +257,7 @@ def test_channels_on_another_grid_are_refused(copy: Path, call: Call) -> None:
     shifted[0, 3] = 5
     nib.save(nib.Nifti1Image(data, shifted), second)
     words = ["run", "--method=source_only", "--dataset", copy / "two.yaml", "--runs", copy / "r"]
-    text = text_of(call(*words, *SMALL, "--direction=inverted-plain", "--no-mlflow"))
+    text = refused(call(*words, *SMALL, "--direction=inverted-plain", "--no-mlflow"))
     assert "channel FLAIR, is displaced by up to 5 mm from the first channel" in text
 
 
@@ -287,7 +279,7 @@ def test_check_show_and_fingerprint_cover_each_channel(copy: Path, call: Call) -
     image = nib.load(given(copy, 0)[1])
     data = np.asarray(image.dataobj) + 1  # type: ignore[attr-defined]
     nib.save(nib.Nifti1Image(data, np.eye(4)), given(copy, 0)[1])
-    text = text_of(call("data", "fingerprint", file, "--against", copy / "before.json"))
+    text = refused(call("data", "fingerprint", file, "--against", copy / "before.json"))
     assert "differ from" in text
     shutil.copy(given(copy, 0)[0], given(copy, 0)[1])
     code, out, _ = call("data", "check", file)
@@ -337,14 +329,14 @@ def test_other_channels_than_those_of_the_model_are_refused(
 ) -> None:
     words = ["--model", exported, "--out", tmp_path / "out"]
     first, second = given(files)
-    text = text_of(call("predict", first, *words))
+    text = refused(call("predict", first, *words))
     assert "needs 2 channels (T1, FLAIR) of inverted" in text and "t1.nii.gz,t2.nii.gz" in text
-    text = text_of(call("predict", f"{first},{second},{second}", *words))
+    text = refused(call("predict", f"{first},{second},{second}", *words))
     assert "is given as 3 files, but" in text
-    text = text_of(call("predict", f"{first},{tmp_path / 'no.nii.gz'}", *words))
+    text = refused(call("predict", f"{first},{tmp_path / 'no.nii.gz'}", *words))
     assert "no.nii.gz of" in text and "does not exist" in text
     shutil.copy(first, tmp_path / "case_0000.nii.gz")
-    text = text_of(call("predict", tmp_path / "case_0000.nii.gz", *words))
+    text = refused(call("predict", tmp_path / "case_0000.nii.gz", *words))
     assert "Case case in" in text and "has the channel(s) _0000" in text and "_0001" in text
     assert not (tmp_path / "out").exists()
 
@@ -373,7 +365,7 @@ class Narrow(SourceOnly, Method):
 ''',
     )
     words = ["run", "--method=narrow", "--plugin", plugin, "--dataset", files / "two.yaml"]
-    text = text_of(call(*words, *SMALL, "--runs", tmp_path / "runs", "--no-mlflow"))
+    text = refused(call(*words, *SMALL, "--runs", tmp_path / "runs", "--no-mlflow"))
     assert "has 2 input channels, which method 'narrow' does not support" in text
     assert "task.inputs" in text and not (tmp_path / "runs").exists()
 
@@ -387,7 +379,7 @@ def test_a_model_of_one_channel_refuses_two(files: Path, tmp_path: Path, call: C
     assert code == 0, err
     (run,) = (tmp_path / "runs").glob("one/source_only/*/")
     joined = ",".join(map(str, given(files)))
-    text = text_of(call("predict", joined, "--run", run, "--out", tmp_path / "out"))
+    text = refused(call("predict", joined, "--run", run, "--out", tmp_path / "out"))
     assert "is given as 2 files" in text and "needs one channel of inverted" in text
 
 

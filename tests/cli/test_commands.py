@@ -17,40 +17,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-
-Result = tuple[int, str, str]
-Call = Callable[..., Result]
-SMALL = [
-    "--preset=quick",
-    "--steps=2",
-    "--set=segmenter.width=4",
-    "--set=segmenter.depth=3",
-    "--set=grid.size=32",
-    "--set=grid.spacing=7",
-    "--set=batch_size=2",
-    "--device=cpu",
-]
+from small_commands import SMALL, Call, refused
 
 RUN = ["run", "--method=source_only", "--dataset=phantom", *SMALL, "--data-root"]
 SUPPORT = Path(__file__).parents[1] / "support"
-
-
-@pytest.fixture
-def call(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Call:
-    """Run a command in an empty directory."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("GLUA_BENCH_DATA", raising=False)
-    return call
-
-
-def refused(result: Result, *words: str, code: int = 2) -> None:
-    """Assert an exit code and one sentence on stderr with the words, without traceback."""
-    found, _, err = result
-    assert found == code, err
-    lines = [line for line in err.splitlines() if line.startswith("glua-bench: error:")]
-    assert len(lines) == 1 and "Traceback" not in err
-    for word in words:
-        assert word in lines[0], lines[0]
 
 
 # -- what works ----------------------------------------------------------------------------------

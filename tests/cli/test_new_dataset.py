@@ -6,7 +6,6 @@ import io
 import os
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -15,17 +14,15 @@ import pandas as pd
 import pytest
 import yaml
 from own_volumes import own_volume, save_domain, save_volume
+from small_commands import Call
 
 from glua_bench.reports import report_tables, results
 from glua_bench.scoring.metrics import SPACING
 
-Call = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("GLUA_BENCH_DATA", raising=False)
+def here(call: Call, tmp_path: Path) -> Path:
+    """Return the directory in which `call` runs commands."""
     return tmp_path
 
 

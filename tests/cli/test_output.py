@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import typer.main
+from small_commands import SMALL, Call
 
 from glua_bench.cli.main import app
 from glua_bench.cli.options import to_json
@@ -23,18 +24,7 @@ from glua_bench.datasets.phantom.dataset import Phantom
 from glua_bench.runs.timing import estimate
 from glua_bench.sweeps import command as sweeping
 
-Call = Callable[..., tuple[int, str, str]]
-SMALL = [
-    "--preset=quick",
-    "--steps=2",
-    "--set=segmenter.width=4",
-    "--set=segmenter.depth=3",
-    "--set=grid.size=32",
-    "--set=grid.spacing=7",
-    "--set=batch_size=2",
-    "--device=cpu",
-    "--no-mlflow",
-]
+OPTIONS = [*SMALL, "--no-mlflow"]
 
 
 def commands() -> dict[str, Any]:
@@ -82,9 +72,8 @@ def place(phantom_root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 @pytest.fixture
-def document(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+def document(call: Call) -> Callable[..., Any]:
     """Run a command with --json in an empty directory, and return its document."""
-    monkeypatch.chdir(tmp_path)
 
     def read(*words: object, code: int = 0) -> Any:
         found, out, err = call(*words, "--json")
@@ -103,7 +92,7 @@ def test_run_prints_scores_in_full(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    words = ["run", "--method=source_only", "--dataset=phantom", *SMALL, *place]
+    words = ["run", "--method=source_only", "--dataset=phantom", *OPTIONS, *place]
     plan = document(*words, "--dry-run")
     assert not plan["already_done"] and plan["stages"] == {"segment": 2} and plan["seconds"] > 0
     first = document(*words)
@@ -124,7 +113,7 @@ def test_run_prints_scores_in_full(
     assert code == 0 and "MYO" in out and f"Results: {run}" in out
     assert not {"Next:", "Browse:", "already done"} & set(out.replace("    ", " ").split("\n"))
     assert "Next:" not in out and "source_only on phantom" not in out
-    _, quiet, _ = call(*words[:3], *SMALL, "--seed=1", *place, "-q")
+    _, quiet, _ = call(*words[:3], *OPTIONS, "--seed=1", *place, "-q")
     assert "steps" not in quiet and "evaluate" not in quiet and "MYO" in quiet
 
     config = ["run", "--config", run / "config.yaml", "--device=cpu", "--no-mlflow", *place]
@@ -158,7 +147,7 @@ def test_an_error_leaves_stdout_empty(call: Call, place: list[str]) -> None:
 def test_comparisons_list_runs_and_table(
     document: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, place: list[str]
 ) -> None:
-    task = ["--dataset=phantom", "--seeds=1", *SMALL, *place, "--dry-run"]
+    task = ["--dataset=phantom", "--seeds=1", *OPTIONS, *place, "--dry-run"]
     parts = {"slices": 0.0, "segment": 2.0, "selectors": 0.0, "evaluation": 0.0, "figures": 0.0}
     monkeypatch.setattr(estimate, "probe", lambda planned, draw: parts)
     planned = document("compare", "--methods=source_only", *task)
@@ -175,7 +164,7 @@ def test_finished_comparisons_are_printed_in_full(
     place: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = ["--seeds=1", "--dataset=phantom", "--no-bounds", *SMALL, *place]
+    words = ["--seeds=1", "--dataset=phantom", "--no-bounds", *OPTIONS, *place]
     found = document("compare", "--methods=source_only", *words, "--out", "csv")
     (line,) = found["table"]
     assert line["entry"] == "source_only" and line["sd"] is None and 0 <= line["Dice"] <= 1

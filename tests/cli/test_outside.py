@@ -15,17 +15,12 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from small_commands import SMALL, Call, Result, refused
 
 import glua_bench
 from glua_bench.records.run_directory import RunDirectory, list_runs
 from glua_bench.scoring.metrics import METRICS
 
-Result = tuple[int, str, str]
-Call = Callable[..., Result]
-SMALL = [
-    *("--preset=quick", "--steps=2", "--set=segmenter.width=4", "--set=segmenter.depth=3"),
-    *("--set=grid.size=32", "--set=grid.spacing=7", "--set=batch_size=2", "--device=cpu"),
-]
 RUN = ["--dataset=phantom", *SMALL, "--no-mlflow", "--data-root"]
 
 
@@ -38,14 +33,6 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids = {"ct": [1001, 1003, 1004, 1021], "mr": [1001, 1003, 1007]}
     generate(root, seed=0, ids=ids, voxel_scale=2.0, workers=1)
     return root
-
-
-@pytest.fixture
-def call(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Call:
-    """Run a command in an empty directory."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return call
 
 
 def perturb(source: Path, target: Path, shift: int = 1) -> None:
@@ -63,14 +50,6 @@ def predicted(cohort: Path, tmp_path: Path) -> Path:
         label = cohort / "ct_train" / f"ct_train_{number}_label.nii.gz"
         perturb(label, tmp_path / "their predictions" / f"ct_{number}.nii.gz")
     return tmp_path / "their predictions"
-
-
-def refused(result: Result, *words: str) -> None:
-    code, _, err = result
-    lines = [line for line in err.splitlines() if line.startswith("glua-bench: error:")]
-    assert code == 2 and len(lines) == 1 and "Traceback" not in err, err
-    for word in words:
-        assert word in lines[0], lines[0]
 
 
 def block(out: str) -> list[str]:

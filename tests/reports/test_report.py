@@ -337,3 +337,13 @@ def test_the_protocol_is_on_the_page(written):
         assert f"<dt>{name}</dt><dd>{value}</dd>" in page
     protocols = pd.read_parquet(written / "rows.parquet")["protocol"].unique()
     assert json.loads(str(protocols[0]))["steps"] == 500
+
+
+def test_captions_count_the_seeds_of_their_own_task(made_runs, tmp_path):
+    made_runs.add("glua", 0.5, 0)
+    for seed in range(2):
+        made_runs.add("glua", 0.5, seed, direction="ct-mr")
+    page = page_of(from_runs(made_runs.root), tmp_path / "report")
+    one, two = (page.split(f'id="figure-scores_phantom_{d}"')[1] for d in ("mr-ct", "ct-mr"))
+    assert "Dice of every case; missed" in one.split("</figure>")[0]
+    assert "Dice of every case and seed; missed" in two.split("</figure>")[0]

@@ -135,7 +135,7 @@ def test_a_sweep_over_one_number_has_its_curve(ratios, tmp_path):
 
 
 def test_what_a_sweep_sets_of_the_method_is_part_of_its_choice(ratios, tmp_path):
-    sweep = replace(ratios(), shared=("method.mask=topk",))
+    sweep = replace(ratios(), data=("--set", "method.mask=topk"))
     page = write(sweep, tmp_path)[0].read_text()
     assert "run --method glua --set method.mask=topk --set method.mask_ratio=0.3" in page
 
