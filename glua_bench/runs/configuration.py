@@ -156,11 +156,9 @@ def _read_run(file: Path, asked: RunRequest, named: Collection[str]) -> tuple[Ru
                 name,
             )
     required = ("method", "dataset", "direction", "grid", "segmenter", "method_config", "selectors")
-    values = {name: text.take(name, object) for name in required if name in text}
-    for name in required:
-        if name not in text:
-            text.take(name, object)  # raises
-    values |= {name: text.take(name, object, None) for name in known if name in text}
+    values = {name: text.take(name, object, None) for name in known if name in text}
+    for name in required:  # after all others, of which none is a misspelt one
+        text.take(name, object)
     plugins = asked.plugins
     for kind in ("method", "dataset"):
         if kind not in named:

@@ -108,6 +108,7 @@ def lined(values: Mapping[str, Any] | str, file: Path) -> Path:
         ({"shade": 3}, ["unknown 'shade'", "line "]),
         ({"step": 3}, ["unknown 'step'", "did you mean 'steps'"]),
         ({"grid": None}, ["'grid' is missing"]),
+        ({"direction": None}, ["'direction' is missing; add it"]),
         ({"steps": 0}, ["steps = 0 is out of range", "line 1"]),
         ({"seed": "one"}, ["seed = 'one' has the wrong type"]),
         ({"method": "glue"}, ["No method is called 'glue'", "line 1:"]),
