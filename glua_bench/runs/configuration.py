@@ -26,6 +26,7 @@ from glua_bench.config import (
     build_settings,
     flat_settings,
     parse_overrides,
+    settable,
     setting_names,
     unknown_setting,
 )
@@ -473,8 +474,7 @@ def _assignments(text: Table, method: Any, preset: str | None) -> Iterator[str]:
         preset: the shared preset.
     """
     own = [] if method is None else setting_names(method.Config)
-    known = {"": SETTABLE, "method": own, "segmenter": setting_names(SegmenterSpec)}
-    known["grid"] = setting_names(Grid)
+    known = settable(own)
     for name, value, table, key in _pairs(text):
         whole = f"method.{name}" if name in own else name
         group, _, bare = whole.rpartition(".")
@@ -482,7 +482,7 @@ def _assignments(text: Table, method: Any, preset: str | None) -> Iterator[str]:
             raise table.error(
                 f"'{name}' does not say of which method; write it under 'set' of an entry", key
             )
-        if bare not in known.get(group, ()):
+        if whole not in known:
             of = f"the method '{method.name}'" if method is not None else "all runs"
             hint = unknown_setting(name, own)
             raise table.error(f"'{name}' is not a setting of {of}; {hint}", key)
