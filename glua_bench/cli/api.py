@@ -279,15 +279,7 @@ def compare(
     asked = configuration.comparison(
         _names(methods), None if config is None else Path(config), chosen, shared, named
     )
-    cells = matrix.comparison(
-        asked.methods,
-        asked.datasets,
-        asked.directions,
-        asked.seeds,
-        asked.shared,
-        asked.bounds,
-        asked.repeats,
-    )
+    cells = asked.cells()
     guests = matrix.guests(cells, asked.imported, report)
     planned = matrix.plan(cells, report)
     result = conduct(

@@ -33,7 +33,8 @@ from glua_bench.config import (
 from glua_bench.documents import Table, nearest, read_document
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.registry import Registry, with_descriptions
-from glua_bench.runs.matrix import PHOTOMETRIC
+from glua_bench.runs import matrix
+from glua_bench.runs.matrix import PHOTOMETRIC, Cell
 from glua_bench.runs.plan import chosen_selectors
 from glua_bench.runs.request import RunOptions, RunRequest
 from glua_bench.task import Grid, fold_name
@@ -274,6 +275,38 @@ class Asked:
         """Whether the entries have names of their own."""
         return isinstance(self.methods, Mapping)
 
+    def cells(self) -> list[Cell]:
+        """Enumerate the runs; see `matrix.comparison`."""
+        return matrix.comparison(
+            self.methods,
+            self.datasets,
+            self.directions,
+            self.seeds,
+            self.shared,
+            self.bounds,
+            self.repeats,
+        )
+
+
+def in_folds(
+    datasets: Sequence[str], fold: int, shared: RunOptions
+) -> tuple[list[str], RunOptions]:
+    """Return names of datasets with their folds, and options with descriptions as plugins.
+
+    Args:
+        datasets: names or descriptions (FILE.yaml).
+        fold: fold of all datasets whose name has none.
+        shared: options of all runs.
+
+    Raises:
+        ConfigError: a name has another fold.
+        PluginError: a description cannot be read.
+    """
+    joined, plugins = with_descriptions(",".join(datasets), shared.plugins)
+    registry = Registry("dataset", plugins)
+    names = [fold_name(*registry.fold_of(name, fold)) for name in joined.split(",")]
+    return names, replace(shared, plugins=plugins)
+
 
 def comparison(
     methods: Sequence[str],
@@ -310,10 +343,8 @@ def comparison(
     values |= given
     if not values.get("datasets"):
         raise ConfigError("--dataset is missing; name one, or several separated by commas.")
-    joined, plugins = with_descriptions(",".join(values["datasets"]), shared.plugins)
-    registry = Registry("dataset", plugins)
-    names = [fold_name(*registry.fold_of(name, values["fold"])) for name in joined.split(",")]
-    known = Registry("method", plugins)
+    names, shared = in_folds(values["datasets"], values["fold"], shared)
+    known = Registry("method", shared.plugins)
     trained = [n for n in methods if n == UPPER or n.removesuffix(PHOTOMETRIC) in known]
     imported = [name for name in methods if name not in trained]
     if imported and not trained and not values["bounds"]:
@@ -329,7 +360,7 @@ def comparison(
         values["seeds"],
         values["repeats"],
         values["bounds"],
-        replace(shared, plugins=plugins),
+        shared,
     )
 
 
