@@ -19,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 
+from glua_bench.cli.options import split_names
 from glua_bench.config import RunConfig, assignment
 from glua_bench.console import Progress
 from glua_bench.documents import nearest
@@ -524,7 +525,7 @@ def _listed(value: PathLike | Sequence[PathLike]) -> list[str]:
 
 def _names(value: PathLike | Sequence[PathLike]) -> list[str]:
     """Split comma-separated names, or take them from a list."""
-    return [n.strip() for text in _listed(value) for n in text.split(",") if n.strip()]
+    return [name for text in _listed(value) for name in split_names(text)]
 
 
 def _reporter(quiet: bool) -> Callable[[str], None]:

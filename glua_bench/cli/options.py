@@ -119,7 +119,7 @@ def with_options(
         parameters = []
         for name, own in inspect.signature(command, eval_str=True).parameters.items():
             kind = own.annotation
-            if not is_dataclass(kind):
+            if not is_dataclass(own.annotation):
                 parameters.append(own.replace(kind=own.KEYWORD_ONLY))
                 continue
             fields = [each for each in options(kind) if each[0].name not in without]
@@ -192,7 +192,7 @@ def with_output(command: Callable[..., None]) -> Callable[..., None]:
                 raise RuntimeError(f"{command.__name__} states no result")
         finally:  # a failure may follow the result, e.g. findings of `data check`
             _output.quiet = False
-            if as_json and _output.answer is not None and _leading():
+            if as_json and _output.answer is not None and leading():
                 document = json.dumps(to_json(_output.answer), indent=2)  # ASCII, for any locale
                 print(document, flush=True)
 
@@ -247,14 +247,14 @@ def to_json(value: Any) -> Any:
     return str(value)
 
 
-def _leading() -> bool:
+def leading() -> bool:
     """Return True on the first process of a run."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def say(text: str = "") -> None:
     """Print a line of the result, on the first process of a run only."""
-    if _leading():
+    if leading():
         print(text, flush=True)
 
 
@@ -268,7 +268,7 @@ def progress() -> Progress:
     """Return a progress bar, which shows nothing with `--quiet` or on another process."""
     from glua_bench.console import Progress
 
-    return Progress(enabled=_leading() and not _output.quiet)
+    return Progress(enabled=leading() and not _output.quiet)
 
 
 def quiet() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from glua_bench.cli.options import (
     Tasks,
     Work,
     answer,
+    leading,
     note,
     on_command_line,
     progress,
@@ -102,10 +102,9 @@ def _run(request: RunRequest, dry_run: bool = False) -> None:
         return
     from glua_bench.reports.run_figures import draw_run
 
-    leading = os.environ.get("LOCAL_RANK", "0") == "0"
     with listening(), progress() as bar:
         summary = execution.execute(planned, bar, draw_run)
-    if not leading:
+    if not leading():
         return
     for text in summary.warnings:
         warn(text)
