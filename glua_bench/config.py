@@ -378,6 +378,18 @@ def setting_names(cls: type) -> list[str]:
     return [spec.name for spec in fields(cls)]
 
 
+def settable(own: Collection[str] = ()) -> list[str]:
+    """Return the names that `--set` accepts, e.g. "method.lr", "steps", "grid.size".
+
+    Args:
+        own: names of the method's settings.
+    """
+    known = [f"method.{each}" for each in own] + sorted(SETTABLE)
+    for group, cls in (("segmenter", SegmenterSpec), ("grid", Grid)):
+        known += [f"{group}.{each}" for each in setting_names(cls)]
+    return known
+
+
 def unknown_setting(name: str, own: Collection[str]) -> str:
     """Return a hint for a name that `--set` does not accept.
 
@@ -392,9 +404,7 @@ def unknown_setting(name: str, own: Collection[str]) -> str:
         >>> unknown_setting("mask_ratio", ["mask_ratio"]).partition("?")[0]
         "did you mean 'method.mask_ratio'"
     """
-    known = [f"method.{each}" for each in own] + sorted(SETTABLE)
-    for group, cls in (("segmenter", SegmenterSpec), ("grid", Grid)):
-        known += [f"{group}.{each}" for each in setting_names(cls)]
+    known = settable(own)
     last = [each.rpartition(".")[2] for each in known]
     bare = name.rpartition(".")[2]
     found = [each for each, end in zip(known, last, strict=True) if end == bare]
@@ -422,25 +432,18 @@ def parse_overrides(
         ConfigError: an argument without "=", an unknown group or name, or a value that is not valid
             YAML.
     """
-    known = {
-        "run": SETTABLE,
-        "method": own or (),
-        "segmenter": setting_names(SegmenterSpec),
-        "grid": setting_names(Grid),
-    }
     groups: dict[str, dict[str, Any]] = {"run": {}, "method": {}, "segmenter": {}, "grid": {}}
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set {text} is not of the form name=value.")
-        group, dot, name = key.strip().partition(".")
+        whole = key.strip()
+        if own is not None and whole not in settable(own):
+            raise ConfigError(f"Unknown setting '{whole}' (--set); {unknown_setting(whole, own)}.")
+        group, dot, name = whole.partition(".")
         if not dot:
             group, name = "run", group
-        wrong = group not in groups or (group == "run" and bool(dot))
-        if own is not None and (wrong or name not in known[group]):
-            whole = key.strip()
-            raise ConfigError(f"Unknown setting '{whole}' (--set); {unknown_setting(whole, own)}.")
-        if wrong:
+        if group not in groups or (group == "run" and dot):
             raise ConfigError(
                 f"--set {text}: unknown group '{group}'; write method.NAME, segmenter.NAME, "
                 "grid.NAME or a run option such as steps."

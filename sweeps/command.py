@@ -26,7 +26,7 @@ from glua_bench.sweeps.progress import Display, Tracked, shown
 from glua_bench.sweeps.results import chosen_trial, values_in_words
 from glua_bench.sweeps.slurm import Jobs, Resources
 from glua_bench.sweeps.study import Claim, SweepStudy, counting, folder_of, free_name
-from glua_bench.sweeps.trial import Outcome, See, execute, planned_stages, requests
+from glua_bench.sweeps.trial import Outcome, See, execute, requests
 from glua_bench.sweeps.worker import Done, work
 
 STORAGE_VARIABLE = "GLUA_BENCH_STORAGE"  # default of --storage
@@ -126,7 +126,7 @@ def planned(
         run = plan(request, report)
         parts = dict(estimator.of(run).parts)
         first.append(parts)
-        shared = {s.name for s in planned_stages(run) if _unswept(s, definition)}
+        shared = {s.name for s in run.build().stages() if _unswept(s, definition)}
         later.append({n: 0.0 if n in (*shared, SLICES) else v for n, v in parts.items()})
     whole = total([*first, *later * (definition.trials - 1)])
     seconds = sum(whole.values()) / workers

@@ -19,7 +19,7 @@ from glua_bench.config import (
     SETTABLE,
     assignment,
     build_settings,
-    parse_overrides,
+    settable,
     setting_names,
     setting_type,
     unknown_setting,
@@ -259,16 +259,13 @@ def _shared_settings(text: Table, method: Any) -> tuple[str, ...]:
     if table is None:
         return ()
     own = setting_names(method.Config)
+    known, assignments = settable(own), []
     for name in table.names():
-        try:
-            parse_overrides([f"method.{name}=0" if name in own else f"{name}=0"], own)
-        except ConfigError:
-            hint = unknown_setting(name, own)
-            raise table.error(f"'{name}' is not a setting; {hint}", name) from None
-    return tuple(
-        assignment(f"method.{name}" if name in own else name, table.take(name, object))
-        for name in table.names()
-    )
+        whole = f"method.{name}" if name in own else name
+        if whole not in known:
+            raise table.error(f"'{name}' is not a setting; {unknown_setting(name, own)}", name)
+        assignments.append(assignment(whole, table.take(name, object)))
+    return tuple(assignments)
 
 
 def _space(text: Table, method: Any, preset: str, given: str | None) -> tuple[Parameter, ...]:

@@ -19,10 +19,9 @@ from glua_bench.console import Progress
 from glua_bench.errors import ConfigError, RunFailure, complaint
 from glua_bench.runs import execution, interruption
 from glua_bench.runs.executor import ATTEMPTS, child_command, running
-from glua_bench.runs.plan import PlannedRun, build_method, plan
+from glua_bench.runs.plan import PlannedRun, plan
 from glua_bench.runs.request import RunOptions, RunRequest
 from glua_bench.sweeps.definition import Definition
-from glua_bench.task import common_channels
 
 WAIT_SECONDS = 0.2  # between checks of the processes of a run
 
@@ -168,7 +167,7 @@ def execute(
         quality = best(summary, definition.selector, planned.directory.path)
         key = f"{request.direction}, seed {request.seed}"
         qualities[key] = quality
-        own = {s.name for s in planned_stages(planned) if s.depends_on is None}
+        own = {s.name for s in planned.build().stages() if s.depends_on is None}
         seconds.append(sum(v for k, v in summary["stage_seconds"].items() if k in own))
         if definition.pruner == "wilcoxon" and see(len(ids) - 1, quality):
             raise Pruned({"runs": ids, "qualities": qualities})
@@ -245,14 +244,6 @@ def _wait(process: subprocess.Popen) -> int:
         process.wait()
         raise
     return int(process.returncode)
-
-
-def planned_stages(planned: PlannedRun) -> tuple:
-    """Return the stages of a planned run's method."""
-    dataset, config = planned.dataset, planned.config
-    channels = common_channels(dataset, config.direction)
-    method = build_method(config, dataset.structures, planned.method_class, channels)
-    return tuple(method.stages())
 
 
 def best(summary: Mapping[str, Any], selector: str, place: Any) -> float:

@@ -119,7 +119,9 @@ def test_the_guide_explains_every_entry_of_a_description(write_livers, tmp_path)
     from glua_bench.datasets.folder import description
 
     source = Path(description.__file__).read_text(encoding="utf-8")
-    calls = r"(?:\.(?:take|texts|numbers|table|tables|choice)\(\s*|_listed\(part, )\"(\w+)\""
+    calls = (
+        r"(?:\.(?:take|texts|numbers|table|tables|choice)\(\s*|_(?:listed|located)\(\w+, )\"(\w+)\""
+    )
     taken = set(re.findall(calls, source))
     taken -= {"slices", "rows", "flip", "size"}  # within `stored` and `grids`
     taken |= {"values"}

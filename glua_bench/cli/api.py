@@ -19,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 
+from glua_bench.cli.options import split_names
 from glua_bench.config import RunConfig, assignment
 from glua_bench.console import Progress
 from glua_bench.documents import nearest
@@ -279,15 +280,7 @@ def compare(
     asked = configuration.comparison(
         _names(methods), None if config is None else Path(config), chosen, shared, named
     )
-    cells = matrix.comparison(
-        asked.methods,
-        asked.datasets,
-        asked.directions,
-        asked.seeds,
-        asked.shared,
-        asked.bounds,
-        asked.repeats,
-    )
+    cells = asked.cells()
     guests = matrix.guests(cells, asked.imported, report)
     planned = matrix.plan(cells, report)
     result = conduct(
@@ -532,7 +525,7 @@ def _listed(value: PathLike | Sequence[PathLike]) -> list[str]:
 
 def _names(value: PathLike | Sequence[PathLike]) -> list[str]:
     """Split comma-separated names, or take them from a list."""
-    return [n.strip() for text in _listed(value) for n in text.split(",") if n.strip()]
+    return [name for text in _listed(value) for name in split_names(text)]
 
 
 def _reporter(quiet: bool) -> Callable[[str], None]:

@@ -25,6 +25,7 @@ from glua_bench.cli.options import (
     say,
     with_output,
 )
+from glua_bench.console import leading
 from glua_bench.errors import ConfigError, RunFailure, UserError, reason
 from glua_bench.runs.interruption import Interrupted
 from glua_bench.runs.request import RunsRoot
@@ -125,7 +126,7 @@ def main() -> None:
             raise
         end("interrupted; the same command resumes.", 130)
     except Interrupted as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+        if not leading():
             return  # the first process prints the message, and an error here would kill it
         end(
             f"stopped by {error} after saving a checkpoint; the same command resumes.",

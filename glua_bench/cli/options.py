@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_type_hints
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -112,15 +112,15 @@ def with_options(
     """
 
     def decorate(command: Callable) -> Callable[..., None]:
-        hints = get_type_hints(command, include_extras=True)
-        groups: dict[str, list[str]] = {}  # parameter → its fields that are options
+        groups: dict[str, tuple[Any, list[str]]] = {}  # parameter → class, fields that are options
         parameters = []
-        for name, own in inspect.signature(command).parameters.items():
-            if not is_dataclass(hints[name]):
-                parameters.append(own.replace(kind=own.KEYWORD_ONLY, annotation=hints[name]))
+        for name, own in inspect.signature(command, eval_str=True).parameters.items():
+            kind = own.annotation
+            if not is_dataclass(own.annotation):
+                parameters.append(own.replace(kind=own.KEYWORD_ONLY))
                 continue
-            fields = [each for each in options(hints[name]) if each[0].name not in without]
-            groups[name] = [spec.name for spec, _ in fields]
+            fields = [each for each in options(kind) if each[0].name not in without]
+            groups[name] = kind, [spec.name for spec, _ in fields]
             for spec, hint in fields:
                 value = own.empty if spec.default is MISSING else spec.default
                 if spec.default_factory is not MISSING or spec.name in optional:
@@ -131,11 +131,11 @@ def with_options(
 
         @functools.wraps(command)
         def called(**given: Any) -> None:
-            for group, names in groups.items():
+            for group, (kind, names) in groups.items():
                 values = {name: given.pop(name) for name in names}
                 chosen = {name: value for name, value in values.items() if value is not None}
                 left = {name: "" for name in optional if name in names}
-                given[group] = hints[group](**{**left, **chosen})
+                given[group] = kind(**{**left, **chosen})
             command(**given)
 
         called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -168,12 +168,9 @@ _output = _Output()
 
 def with_output(command: Callable[..., None]) -> Callable[..., None]:
     """Add `--json` and `--quiet` to a command, which states its result by `answer`."""
-    hints = get_type_hints(command, include_extras=True)
     own = [
-        each.replace(kind=each.KEYWORD_ONLY, annotation=hints[name])
-        if isinstance(each.annotation, str)
-        else each
-        for name, each in inspect.signature(command).parameters.items()
+        each.replace(kind=each.KEYWORD_ONLY)
+        for each in inspect.signature(command, eval_str=True).parameters.values()
     ]
     extra = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=hint)
@@ -183,17 +180,12 @@ def with_output(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def called(*, as_json: bool, quiet: bool, **given: Any) -> None:
         _output.quiet, _output.answer = quiet, None
-        if not as_json:
-            try:
-                command(**given)
-            finally:
-                _output.quiet = False
-            return
+        # Whatever else is printed, progress included, stays out of the document.
+        apart = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
         try:
-            # Whatever else is printed, progress included, stays out of the document.
-            with contextlib.redirect_stdout(sys.stderr):
+            with apart:
                 command(**given)
-            if _output.answer is None:
+            if as_json and _output.answer is None:
                 raise RuntimeError(f"{command.__name__} states no result")
         finally:  # a failure may follow the result, e.g. findings of `data check`
             _output.quiet = False

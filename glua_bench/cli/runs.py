@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -29,13 +28,12 @@ from glua_bench.cli.options import (
     with_options,
 )
 from glua_bench.config import ORACLE, UPPER, flat_settings
-from glua_bench.console import is_terminal, next_command
+from glua_bench.console import is_terminal, leading, next_command
 from glua_bench.errors import ConfigError
 from glua_bench.registry import Registry, with_descriptions
 from glua_bench.runs.completion import complete_names
 from glua_bench.runs.interruption import listening
 from glua_bench.runs.request import RunOptions, RunRequest
-from glua_bench.task import fold_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -103,10 +101,9 @@ def _run(request: RunRequest, dry_run: bool = False) -> None:
         return
     from glua_bench.reports.run_figures import draw_run
 
-    leading = os.environ.get("LOCAL_RANK", "0") == "0"
     with listening(), progress() as bar:
         summary = execution.execute(planned, bar, draw_run)
-    if not leading:
+    if not leading():
         return
     for text in summary.warnings:
         warn(text)
@@ -264,7 +261,7 @@ def compare(
 
     The same command resumes the comparison; processes with the same command share its runs.
     """
-    from glua_bench.runs import configuration, matrix
+    from glua_bench.runs import configuration
 
     named = on_command_line(context)
     given = {
@@ -275,9 +272,7 @@ def compare(
     }
     given = {name: value for name, value in given.items() if name in named}
     asked = configuration.comparison(split_names(methods), config, given, shared, named)
-    shape = asked.methods, asked.datasets, asked.directions, asked.seeds, asked.shared
-    cells = matrix.comparison(*shape, asked.bounds, asked.repeats)
-    _run_matrix(asked.title, cells, work, dry_run, asked.named, asked.imported)
+    _run_matrix(asked.title, asked.cells(), work, dry_run, asked.named, asked.imported)
 
 
 @with_options(without=["devices"])
@@ -317,21 +312,13 @@ def ablate(
 
     Bounds ignore --set method.NAME. A value of --vary that repeats another entry is merged with it.
     """
-    from glua_bench.runs import matrix
+    from glua_bench.runs import configuration, matrix
 
-    datasets, directions, base = _resolved(tasks, shared)
-    shape = method, datasets, directions, tasks.seeds, base
+    datasets, base = configuration.in_folds(split_names(tasks.datasets), tasks.fold, shared)
+    shape = method, datasets, split_names(tasks.directions), tasks.seeds, base
     cells = matrix.ablation(*shape, combine, vary or [], variants, bounds, note, tasks.repeats)
     title = f"ablate {method}" + (", combinations" if combine else "")
     _run_matrix(title, cells, work, dry_run)
-
-
-def _resolved(tasks: Tasks, shared: RunOptions) -> tuple[list[str], list[str], RunOptions]:
-    """Return datasets (with folds), directions, and options with descriptions as plugins."""
-    datasets, plugins = with_descriptions(tasks.datasets, shared.plugins)
-    base, registry = replace(shared, plugins=plugins), Registry("dataset", plugins)
-    names = [fold_name(*registry.fold_of(name, tasks.fold)) for name in split_names(datasets)]
-    return names, split_names(tasks.directions), base
 
 
 def _run_matrix(

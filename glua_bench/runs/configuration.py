@@ -26,13 +26,15 @@ from glua_bench.config import (
     build_settings,
     flat_settings,
     parse_overrides,
+    settable,
     setting_names,
     unknown_setting,
 )
 from glua_bench.documents import Table, nearest, read_document
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.registry import Registry, with_descriptions
-from glua_bench.runs.matrix import PHOTOMETRIC
+from glua_bench.runs import matrix
+from glua_bench.runs.matrix import PHOTOMETRIC, Cell
 from glua_bench.runs.plan import chosen_selectors
 from glua_bench.runs.request import RunOptions, RunRequest
 from glua_bench.task import Grid, fold_name
@@ -156,11 +158,9 @@ def _read_run(file: Path, asked: RunRequest, named: Collection[str]) -> tuple[Ru
                 name,
             )
     required = ("method", "dataset", "direction", "grid", "segmenter", "method_config", "selectors")
-    values = {name: text.take(name, object) for name in required if name in text}
-    for name in required:
-        if name not in text:
-            text.take(name, object)  # raises
-    values |= {name: text.take(name, object, None) for name in known if name in text}
+    values = {name: text.take(name, object, None) for name in known if name in text}
+    for name in required:  # after all others, of which none is a misspelt one
+        text.take(name, object)
     plugins = asked.plugins
     for kind in ("method", "dataset"):
         if kind not in named:
@@ -275,6 +275,38 @@ class Asked:
         """Whether the entries have names of their own."""
         return isinstance(self.methods, Mapping)
 
+    def cells(self) -> list[Cell]:
+        """Enumerate the runs; see `matrix.comparison`."""
+        return matrix.comparison(
+            self.methods,
+            self.datasets,
+            self.directions,
+            self.seeds,
+            self.shared,
+            self.bounds,
+            self.repeats,
+        )
+
+
+def in_folds(
+    datasets: Sequence[str], fold: int, shared: RunOptions
+) -> tuple[list[str], RunOptions]:
+    """Return names of datasets with their folds, and options with descriptions as plugins.
+
+    Args:
+        datasets: names or descriptions (FILE.yaml).
+        fold: fold of all datasets whose name has none.
+        shared: options of all runs.
+
+    Raises:
+        ConfigError: a name has another fold.
+        PluginError: a description cannot be read.
+    """
+    joined, plugins = with_descriptions(",".join(datasets), shared.plugins)
+    registry = Registry("dataset", plugins)
+    names = [fold_name(*registry.fold_of(name, fold)) for name in joined.split(",")]
+    return names, replace(shared, plugins=plugins)
+
 
 def comparison(
     methods: Sequence[str],
@@ -311,10 +343,8 @@ def comparison(
     values |= given
     if not values.get("datasets"):
         raise ConfigError("--dataset is missing; name one, or several separated by commas.")
-    joined, plugins = with_descriptions(",".join(values["datasets"]), shared.plugins)
-    registry = Registry("dataset", plugins)
-    names = [fold_name(*registry.fold_of(name, values["fold"])) for name in joined.split(",")]
-    known = Registry("method", plugins)
+    names, shared = in_folds(values["datasets"], values["fold"], shared)
+    known = Registry("method", shared.plugins)
     trained = [n for n in methods if n == UPPER or n.removesuffix(PHOTOMETRIC) in known]
     imported = [name for name in methods if name not in trained]
     if imported and not trained and not values["bounds"]:
@@ -330,7 +360,7 @@ def comparison(
         values["seeds"],
         values["repeats"],
         values["bounds"],
-        replace(shared, plugins=plugins),
+        shared,
     )
 
 
@@ -475,8 +505,7 @@ def _assignments(text: Table, method: Any, preset: str | None) -> Iterator[str]:
         preset: the shared preset.
     """
     own = [] if method is None else setting_names(method.Config)
-    known = {"": SETTABLE, "method": own, "segmenter": setting_names(SegmenterSpec)}
-    known["grid"] = setting_names(Grid)
+    known = settable(own)
     for name, value, table, key in _pairs(text):
         whole = f"method.{name}" if name in own else name
         group, _, bare = whole.rpartition(".")
@@ -484,7 +513,7 @@ def _assignments(text: Table, method: Any, preset: str | None) -> Iterator[str]:
             raise table.error(
                 f"'{name}' does not say of which method; write it under 'set' of an entry", key
             )
-        if bare not in known.get(group, ()):
+        if whole not in known:
             of = f"the method '{method.name}'" if method is not None else "all runs"
             hint = unknown_setting(name, own)
             raise table.error(f"'{name}' is not a setting of {of}; {hint}", key)

@@ -29,13 +29,13 @@ from glua_bench.records.run_directory import RunDirectory
 from glua_bench.records.tracker import open_tracker
 from glua_bench.registry import Registry
 from glua_bench.runs import carried
-from glua_bench.runs.plan import PlannedRun, build_method, make_fabric, roles
+from glua_bench.runs.plan import PlannedRun, make_fabric, roles
 from glua_bench.runs.stage_cache import artefact_path
 from glua_bench.runs.timing.parts import EVALUATION, FIGURES, SAMPLES, SLICES, Clock
 from glua_bench.runs.trainer import Trainer
 from glua_bench.scoring.evaluation import evaluate, mean_score, summarise
 from glua_bench.selection import ROLES, Candidate, Samples, Selector, choose, sample_pixels
-from glua_bench.task import Case, Dataset, UnlabelledCase, common_channels
+from glua_bench.task import Case, Dataset, UnlabelledCase
 
 # Draws a run's figures from its directory, dataset, rows of the primary selector, a batch of
 # images, and the method's own pictures.
@@ -321,8 +321,7 @@ def build_run(
     """
     config = planned.config
     train, val, target = stores(planned, SliceCache(), progress, enough)
-    channels = common_channels(planned.dataset, config.direction)
-    method = build_method(config, planned.dataset.structures, planned.method_class, channels)
+    method = planned.build()
     batches = Batches(
         train,
         target,

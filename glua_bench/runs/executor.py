@@ -219,38 +219,51 @@ class Executor:
             if now - self._looked >= SHARED_SECONDS:
                 self._looked = now
                 self._look_around(now)
-            seen = {run: one for run, one in self._seen.items() if run not in self._done}
-            waiting = [i for i in list(self._waiting) if i.run.id not in {*seen, *self._done}]
+            # Workers change both without the lock; a list is copied at once.
+            seen = [one for run, one in list(self._seen.items()) if run not in self._done]
+            shown = {one.item.run.id for one in seen} | self._done
+            waiting = [item for item in list(self._waiting) if item.run.id not in shown]
             failed = len(self.outcome.failed)
-        running = [
-            (now - one.at, one.before, self._expected(one.item, one, now)) for one in seen.values()
-        ]
-        known = [whole for _, _, whole in running if not math.isnan(whole)]
+        usual = self._usual_seconds()
+        listed: list[Running] = []
+        expected: list[tuple[float, float, float]] = []
+        for one in sorted(seen, key=lambda one: (not one.here, one.at)):
+            place, share = position(one.item.run)
+            elapsed, made = now - one.at, share - one.before
+            # Extrapolated from the updates that the run has made since it was seen to start.
+            whole = elapsed / made if made > 0 else math.nan
+            listed.append(Running(_name(one.item), place, elapsed, one.here))
+            expected.append((elapsed, one.before, usual.get(_alike(one.item), whole)))
+        known = [whole for _, _, whole in expected if not math.isnan(whole)]
         known += self._seconds.values()
-        usual = sum(known) / len(known) if known else math.nan
+        mean = sum(known) / len(known) if known else math.nan
         left = seconds_left(
             [
-                (elapsed, before, usual if math.isnan(whole) else whole)
-                for elapsed, before, whole in running
+                (elapsed, before, mean if math.isnan(whole) else whole)
+                for elapsed, before, whole in expected
             ],
-            [
-                usual if math.isnan(whole) else whole
-                for whole in (self._expected(item) for item in waiting)
-            ],
+            [usual.get(_alike(item), mean) for item in waiting],
         )
-        shown = [
-            Running(_name(one.item), position(one.item.run)[0], now - one.at, one.here)
-            for one in sorted(seen.values(), key=lambda one: (not one.here, one.at))
-        ]
-        return State(len(self._done), failed, len(self.planned), shown, left)
+        return State(len(self._done), failed, len(self.planned), listed, left)
+
+    def _usual_seconds(self) -> dict[tuple[str, str], float]:
+        """Return the mean duration of the finished runs of each row and task."""
+        known: dict[tuple[str, str], list[float]] = {}
+        for item in self.planned:
+            if item.run.id in self._seconds:
+                known.setdefault(_alike(item), []).append(self._seconds[item.run.id])
+        overheads = list(self._overheads)
+        overhead = sum(overheads) / max(1, len(overheads))
+        return {alike: sum(own) / len(own) + overhead for alike, own in known.items()}
 
     def _look_around(self, now: float) -> None:
         """Find finished runs with their duration, and runs that other processes execute."""
         for item in self.planned:
             if item.run.id not in self._done and item.run.directory.done:
                 self._done.add(item.run.id)
+        ended = self._done - self._timed
         for item in self.planned:
-            if item.run.id in self._done - self._timed:
+            if item.run.id in ended:
                 self._timed.add(item.run.id)
                 # By its parts, since several processes executed a resumed run.
                 with contextlib.suppress(UserError):
@@ -268,23 +281,10 @@ class Executor:
                     before = position(item.run)[1]
                     self._seen[item.run.id] = _Seen(item, now, before, here=False)
 
-    def _expected(self, item: Planned, seen: _Seen | None = None, now: float = 0.0) -> float:
-        """Return the duration of a whole run; nan if unknown.
 
-        It is the mean of finished runs of the same row and task, or else extrapolated from the
-        updates that the run has made since it was seen to start.
-        """
-        alike = item.cell.entry, item.cell.task
-        known = [
-            self._seconds[other.run.id]
-            for other in self.planned
-            if (other.cell.entry, other.cell.task) == alike and other.run.id in self._seconds
-        ]
-        if known:
-            around = list(self._overheads)
-            return sum(known) / len(known) + sum(around) / max(1, len(around))
-        share = 0.0 if seen is None else position(item.run)[1] - seen.before
-        return (now - seen.at) / share if seen is not None and share > 0 else math.nan
+def _alike(item: Planned) -> tuple[str, str]:
+    """Return row and task of a run; runs that share them take about as long."""
+    return item.cell.entry, item.cell.task
 
 
 def _name(item: Planned) -> str:

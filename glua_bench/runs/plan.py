@@ -89,6 +89,11 @@ class PlannedRun:
     code: str
     request: RunRequest
 
+    def build(self) -> Method:
+        """Build the method with its initial weights; see `build_method`."""
+        channels = common_channels(self.dataset, self.config.direction)
+        return build_method(self.config, self.dataset.structures, self.method_class, channels)
+
 
 def default_preset() -> str:
     """Return "standard" if there is a CUDA device, else "quick"."""

@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -19,10 +18,11 @@ import glua_bench
 from glua_bench.conformance.bench import TinyDataset, TwoChannels
 from glua_bench.console import Progress
 from glua_bench.data.cache import SliceCache
+from glua_bench.method import Method
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.registry import Registry
 from glua_bench.runs.execution import execute
-from glua_bench.runs.plan import build_method, plan
+from glua_bench.runs.plan import PlannedRun, plan
 from glua_bench.runs.request import RunRequest
 from glua_bench.runs.timing import estimate
 from glua_bench.task import Dataset, Grid
@@ -428,12 +428,14 @@ def test_the_duration_of_a_run_is_estimated_with_its_channels(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     built: list[int] = []
+    build = PlannedRun.build
 
-    def build(*arguments: Any) -> Any:
-        built.append(arguments[3])
-        return build_method(*arguments)
+    def noted(planned: PlannedRun) -> Method:
+        method = build(planned)
+        built.append(method.task.channels)
+        return method
 
-    monkeypatch.setattr(estimate, "build_method", build)
+    monkeypatch.setattr(PlannedRun, "build", noted)
     parts = {"slices": 0.0, "segment": 2.0, "selectors": 0.0, "evaluation": 0.0, "figures": 0.0}
     monkeypatch.setattr(estimate, "probe", lambda planned, draw: parts)
     words = ["run", "--method=source_only", "--dataset", files / "two.yaml", *SMALL, "--no-mlflow"]

@@ -49,6 +49,13 @@ def test_every_command_has_help_json_and_quiet(call: Call, words: str) -> None:
         assert "--json" in out and "-q, --quiet" in out
 
 
+@pytest.mark.parametrize("words", list(commands()))
+def test_every_option_has_its_help(words: str) -> None:
+    # Python 3.10's `get_type_hints` wraps `Annotated[...] = None`, which hides help and names.
+    for parameter in commands()[words].params:
+        assert parameter.param_type_name == "argument" or parameter.help, parameter.name
+
+
 def test_values_are_plain_json() -> None:
     frame = pd.DataFrame({"dice": [0.1 + 0.2, math.nan]}, index=pd.Index(["a", "b"], name="case"))
     found = to_json({"f": frame, "p": Path("a b"), "n": np.float64(0.1), "l": (1, math.inf, True)})

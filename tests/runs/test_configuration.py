@@ -108,6 +108,7 @@ def lined(values: Mapping[str, Any] | str, file: Path) -> Path:
         ({"shade": 3}, ["unknown 'shade'", "line "]),
         ({"step": 3}, ["unknown 'step'", "did you mean 'steps'"]),
         ({"grid": None}, ["'grid' is missing"]),
+        ({"direction": None}, ["'direction' is missing; add it"]),
         ({"steps": 0}, ["steps = 0 is out of range", "line 1"]),
         ({"seed": "one"}, ["seed = 'one' has the wrong type"]),
         ({"method": "glue"}, ["No method is called 'glue'", "line 1:"]),
@@ -172,9 +173,7 @@ def test_files_of_another_kind_name_their_command(planned: PlannedRun, tmp_path:
 
 
 def entered(file: Path, shared: RunOptions, **given: Any) -> list[matrix.Cell]:
-    asked = configuration.comparison([], file, given, shared, ())
-    shape = asked.methods, asked.datasets, asked.directions, asked.seeds, asked.shared
-    return matrix.comparison(*shape, asked.bounds, asked.repeats)
+    return configuration.comparison([], file, given, shared, ()).cells()
 
 
 def test_the_example_compares_settings_of_one_method(phantom_root: Path) -> None:

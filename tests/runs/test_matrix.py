@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 
-from glua_bench.cli.options import Tasks
-from glua_bench.cli.runs import _resolved
 from glua_bench.errors import ConfigError, PluginError
-from glua_bench.runs import matrix
+from glua_bench.runs import configuration, matrix
 from glua_bench.runs.matrix import ablation, by_dataset, combinations, comparison, plan
 from glua_bench.runs.request import RunOptions
 
@@ -42,7 +40,7 @@ def test_the_default_is_each_datasets_first_direction(base: RunOptions) -> None:
 
 def test_folds_are_tasks_of_their_own(base: RunOptions) -> None:
     def made(datasets: str, fold: int = 1) -> list[tuple[str, str, int]]:
-        names, _, _ = _resolved(Tasks(datasets, fold=fold), base)
+        names, _ = configuration.in_folds(datasets.split(","), fold, base)
         cells = comparison(["glua"], names, [], 1, base, bounds=False)
         return [(c.task, c.request.dataset, c.request.fold) for c in cells]
 

@@ -201,6 +201,11 @@ def test_importances_that_say_nothing_are_not_given(filled, count, value, change
 # -- what a pruned trial leaves behind ------------------------------------------------------------
 
 
+def stageless() -> Any:
+    """Stand for a method without stages."""
+    return SimpleNamespace(stages=lambda: ())
+
+
 def test_a_pruned_trial_names_the_runs_that_it_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,7 +219,9 @@ def test_a_pruned_trial_names_the_runs_that_it_finished(
             read_summary=lambda: {"selector_scores": {"im": {"1": 0.5}}, "stage_seconds": {}},
         )
         config = SimpleNamespace(candidates=1, steps=1)
-        return SimpleNamespace(id=f"run{request.seed}", directory=directory, config=config)
+        return SimpleNamespace(
+            id=f"run{request.seed}", directory=directory, config=config, build=stageless
+        )
 
     def execute(planned: Any, progress: Any, watch: Any) -> None:
         made.append(planned.id)
@@ -222,7 +229,6 @@ def test_a_pruned_trial_names_the_runs_that_it_finished(
 
     monkeypatch.setattr(trial, "plan", plan)
     monkeypatch.setattr(trial.execution, "execute", execute)
-    monkeypatch.setattr(trial, "planned_stages", lambda planned: ())
     definition = define(space=(WEIGHT,), pruner="median", trials=1)
     study = SweepStudy(definition, tmp_path / "runs")
     base = RunOptions(runs_root=tmp_path / "runs")
@@ -245,7 +251,8 @@ def test_a_failed_trial_names_the_run_that_failed(made_runs, monkeypatch) -> Non
     made = [made_runs.add("glua", 0.5, seed) for seed in range(2)]
 
     def plan(request: Any) -> Any:
-        return SimpleNamespace(id=made[request.seed].id, directory=made[request.seed])
+        run = made[request.seed]
+        return SimpleNamespace(id=run.id, directory=run, build=stageless)
 
     monkeypatch.setattr(trial, "plan", plan)
 
@@ -255,7 +262,6 @@ def test_a_failed_trial_names_the_run_that_failed(made_runs, monkeypatch) -> Non
 
     monkeypatch.setattr(trial.execution, "execute", execute)
     monkeypatch.setattr(trial, "best", lambda *_: 0.5)
-    monkeypatch.setattr(trial, "planned_stages", lambda planned: ())
     study = SweepStudy(define(trials=1), made_runs.root)
     base = RunOptions(runs_root=made_runs.root)
     done = command.run_worker(study, base, lambda line: None, Progress(enabled=False))

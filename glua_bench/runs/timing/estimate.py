@@ -42,13 +42,13 @@ from glua_bench.runs.execution import (
     score_of,
     write_dataset_facts,
 )
-from glua_bench.runs.plan import PlannedRun, build_method, make_fabric, roles
+from glua_bench.runs.plan import PlannedRun, make_fabric, roles
 from glua_bench.runs.stage_cache import artefact_path
 from glua_bench.runs.timing.parts import EVALUATION, FIGURES, SELECTION, SLICES, parts_of
 from glua_bench.scoring.evaluation import evaluate
 from glua_bench.selection import SLICES as SAMPLED_SLICES
 from glua_bench.selection import Samples
-from glua_bench.task import Case, UnlabelledCase, common_channels
+from glua_bench.task import Case, UnlabelledCase
 
 START = "start"  # the part of a process that is started for each run
 PROBE = 6  # timed updates of each stage
@@ -110,9 +110,7 @@ class Estimator:
         Args:
             planned: from `plan`.
         """
-        channels = common_channels(planned.dataset, planned.config.direction)
-        structures = planned.dataset.structures
-        method = build_method(planned.config, structures, planned.method_class, channels)
+        method = planned.build()
         stages = tuple(method.stages())
         paths = {s.name: artefact_path(planned, method, s) for s in stages}
         reused = tuple(
