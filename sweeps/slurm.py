@@ -171,20 +171,17 @@ class Jobs:
         try:
             self.begin()
             finished, deaths = finished_trials(self.study), 0
-            absent: set[str] = set()
             while self._ids:
                 self.show()
                 time.sleep(LOOK_SECONDS)
                 queued = self._queued()
-                # A job that is being requeued is absent for a moment, and ended if it stays so.
-                before, absent = absent, {number for number in self._ids if number not in queued}
-                ended = absent & before
-                self._ids = [number for number in self._ids if number not in ended]
+                ended = [number for number in self._ids if number not in queued]
+                self._ids = [number for number in self._ids if number in queued]
                 lost = sum(self._lost(number) for number in ended)
                 if not lost:
                     continue
-                earlier, finished = finished, finished_trials(self.study)
-                deaths = lost if finished > earlier else deaths + lost
+                before, finished = finished, finished_trials(self.study)
+                deaths = lost if finished > before else deaths + lost
                 if deaths >= DEATHS:
                     raise RunFailure(
                         f"{deaths} jobs ended early and no trial was finished; see {self.folder}, "

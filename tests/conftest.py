@@ -16,6 +16,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from faults import pytest_collection_modifyitems, pytest_terminal_summary, tries  # noqa: F401
 
 # Set before torch is imported. Tests run in several processes, and one thread each gives the same
 # sums on all machines.

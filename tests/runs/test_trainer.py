@@ -436,6 +436,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.fault("killed", "a training, at steps, within writes and between files")
 def test_killed_anywhere_it_ends_in_the_same_weights(tmp_path: Path, alone: Path) -> None:
     whole = make(tmp_path / "whole")
     expected = finish(whole)

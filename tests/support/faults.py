@@ -1,0 +1,70 @@
+"""The campaign of faults: what is tried against the harness, how often, and what holds.
+
+A test marked `fault(kind, attack)` is one attack; `pytest -m fault` runs them all and prints their
+table. Attacks that can be repeated with other random damage ask the fixture `tries` how often;
+`GLUA_BENCH_FAULTS=10` tries them ten times as often.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+
+_KEY = "fault"  # of a report's user_properties, which reach the controller of pytest-xdist
+
+
+def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+    """Record each attack in the report of its test."""
+    for item in items:
+        mark = item.get_closest_marker("fault")
+        if mark is not None:
+            kind, attack = mark.args
+            item.user_properties.append((_KEY, [kind, attack]))
+
+
+@pytest.fixture
+def tries(record_property: Callable[[str, Any], None]) -> Callable[[int], range]:
+    """Return how often to repeat an attack, and record it: `for seed in tries(20)`."""
+
+    def asked(count: int) -> range:
+        total = count * int(os.environ.get("GLUA_BENCH_FAULTS", "1"))
+        record_property("tries", total)
+        return range(total)
+
+    return asked
+
+
+def table(reports: Iterable[pytest.TestReport]) -> list[str]:
+    """Return the lines of the table: kind, attack, how often it was tried and held.
+
+    A test that repeats its attack counts as not held at all if it fails once.
+    """
+    rows: dict[tuple[str, str], list[int]] = {}
+    for report in reports:
+        properties = dict(report.user_properties)
+        # A test is reported thrice: its fixtures are set up, it is called, they are torn down.
+        if _KEY not in properties or report.skipped or (report.when != "call" and report.passed):
+            continue
+        counts = rows.setdefault(tuple(properties[_KEY]), [0, 0])
+        tried = properties.get("tries", 1)
+        counts[0] += tried
+        counts[1] += tried if report.passed else 0
+    width = [max([len(row[i]) for row in rows] + [6]) for i in (0, 1)]
+    lines = [f"{'kind':<{width[0]}}  {'attack':<{width[1]}}  {'tried':>6}  {'held':>6}"]
+    for (kind, attack), (tried, held) in sorted(rows.items()):
+        lines.append(f"{kind:<{width[0]}}  {attack:<{width[1]}}  {tried:>6}  {held:>6}")
+    total = [sum(counts[i] for counts in rows.values()) for i in (0, 1)]
+    lines.append(f"{'total':<{sum(width) + 2}}  {total[0]:>6}  {total[1]:>6}")
+    return lines
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the table after `pytest -m fault`."""
+    if config.option.markexpr == "fault":
+        terminalreporter.section("faults")
+        every = [each for found in terminalreporter.stats.values() for each in found]
+        for line in table(r for r in every if isinstance(r, pytest.TestReport)):
+            terminalreporter.line(line)
