@@ -189,7 +189,7 @@ def with_output(command: Callable[..., None]) -> Callable[..., None]:
                 raise RuntimeError(f"{command.__name__} states no result")
         finally:  # a failure may follow the result, e.g. findings of `data check`
             _output.quiet = False
-            if _output.answer is not None and leading():
+            if as_json and _output.answer is not None and leading():
                 document = json.dumps(to_json(_output.answer), indent=2)  # ASCII, for any locale
                 print(document, flush=True)
 
