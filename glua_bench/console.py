@@ -1,4 +1,7 @@
-"""Console output: lines, progress bars (lines without a terminal), suggested commands, prompts."""
+"""Console output: lines, progress bars (lines without a terminal), suggested commands, prompts.
+
+Also the command with which child processes start glua-bench.
+"""
 
 from __future__ import annotations
 
@@ -58,6 +61,18 @@ def next_command(
     if data_root is not None:
         line += ["--data-root", str(data_root)]
     return shlex.join(line)
+
+
+def own_command(*words: str) -> list[str]:
+    """Return a command that starts glua-bench in a child process.
+
+    It starts `__main__.py` by its path. `python -m glua_bench` would import Python's own modules
+    from the current directory before any code of glua-bench is run.
+
+    Args:
+        words: arguments of `glua-bench`.
+    """
+    return [sys.executable, str(Path(__file__).with_name("__main__.py")), *words]
 
 
 def duration(seconds: float) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from glua_bench.console import own_command
 from glua_bench.errors import RunFailure, complaint
 from glua_bench.runs.executor import environment
 from glua_bench.sweeps.study import SweepStudy
@@ -92,7 +92,7 @@ class Crew:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "glua_bench", *self.words],
+                own_command(*self.words),
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

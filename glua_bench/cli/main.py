@@ -116,6 +116,8 @@ def options(
 
 def main() -> None:
     """Run a command; errors are one sentence without a traceback."""
+    # Child processes, also those of libraries, import no modules of the current directory.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     try:
         app()
     except (UserError, RunFailure) as error:

@@ -10,7 +10,6 @@ import contextlib
 import math
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from glua_bench.console import duration
+from glua_bench.console import duration, own_command
 from glua_bench.errors import RunFailure, UserError, complaint
 from glua_bench.files import try_lock, write_text
 from glua_bench.runs.matrix import Planned
@@ -333,4 +332,4 @@ def child_command(run: PlannedRun) -> list[str]:
     """Write a run's request to a file, and return the command that executes it."""
     file = run.request.runs_root / CLAIMS / f"{run.id}.json"
     write_text(file, run.request.to_json(), "--runs")
-    return [sys.executable, "-m", "glua_bench", "run-request", str(file)]
+    return own_command("run-request", str(file))

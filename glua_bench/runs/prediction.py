@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from glua_bench.data.volumes import (
     save_labels,
     save_maps,
 )
+from glua_bench.documents import load_json
 from glua_bench.errors import ConfigError, DataError, UserError
 from glua_bench.files import write_text
 from glua_bench.inspection.measurements import read_intensities
@@ -217,7 +217,7 @@ def from_directory(folder: Path, plugins: Sequence[Path] = (), device: str = "au
     from safetensors.torch import load_file
 
     try:
-        described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        described = load_json((folder / CONFIG).read_text(encoding="utf-8"))
         weights = load_file(folder / WEIGHTS)
         config = RunConfig.from_dict(described["run"])
         data, expected = Carried.from_dict(described), set(described["weights"])

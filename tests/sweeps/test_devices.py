@@ -130,8 +130,8 @@ def test_killed_processes_are_tried_again(base: RunOptions) -> None:
     with pytest.raises(RunFailure, match="were killed 2 times"):
         execute_apart(planned, QUIET, started)
     words, options = started.commands[0]
-    assert words[3] == "run-request"
-    assert RunRequest.from_json(Path(words[4]).read_text(), words[4]) == planned.request
+    assert words[2] == "run-request"
+    assert RunRequest.from_json(Path(words[3]).read_text(), words[3]) == planned.request
     assert options["env"]["OMP_NUM_THREADS"] == "1"
     execute_apart(planned, QUIET, Started(-9, 0, then=lambda: finish(planned)))
 
