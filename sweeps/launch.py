@@ -15,7 +15,7 @@ import torch
 from glua_bench.console import own_command
 from glua_bench.errors import RunFailure, complaint
 from glua_bench.runs.executor import environment
-from glua_bench.sweeps.study import SweepStudy
+from glua_bench.sweeps.study import LOST, SweepStudy, counting
 
 LOOK_SECONDS = 1.0
 END_SECONDS = 60.0  # time for a stopped worker to write its checkpoint
@@ -117,8 +117,9 @@ class Crew:
 
 
 def finished_trials(study: SweepStudy) -> int:
-    """Return the number of trials that have ended."""
-    return sum(trial.state.is_finished() for trial in study.trials())
+    """Return the number of trials that have ended, without those whose workers were killed."""
+    ended = (t for t in counting(study.trials()) if t.state.is_finished())
+    return sum(LOST not in trial.user_attrs for trial in ended)
 
 
 def worker_environment(index: int, count: int, devices: int = 1) -> Mapping[str, str]:

@@ -208,11 +208,16 @@ class VolumeFile:
         """Read the stored array of `shape`, unscaled and in the file's data type.
 
         Raises:
-            DataError: the file is damaged or truncated.
+            DataError: the file is damaged or truncated, or does not fit into memory.
         """
         try:
             return self.read().reshape(self.shape, order="F")
-        except (*_UNREADABLE, _ITKError, MemoryError) as error:
+        except MemoryError as error:
+            raise DataError(
+                f"{self.path} with {'×'.join(map(str, self.shape))} voxels does not fit into the "
+                "memory of this machine: close other programs, or use fewer --jobs."
+            ) from error
+        except (*_UNREADABLE, _ITKError) as error:
             raise DataError(
                 f"{self.path} is damaged or truncated ({first_line(error)}): fetch or convert it "
                 "again."

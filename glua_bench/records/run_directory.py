@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from glua_bench.config import ORACLE, RunConfig
 from glua_bench.documents import load_json
-from glua_bench.errors import RunFailure, UserError
+from glua_bench.errors import RunFailure, UserError, printable
 from glua_bench.files import (
     drop_torn_line,
     replacing,
@@ -333,4 +333,4 @@ def digest_of(path: Path) -> str:
 
 def warn(text: str) -> None:
     """Print a warning to stderr."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from glua_bench.console import duration, own_command
-from glua_bench.errors import RunFailure, UserError, complaint
+from glua_bench.errors import RunFailure, UserError, complaint, death
 from glua_bench.files import try_lock, write_text
 from glua_bench.runs.matrix import Planned
 from glua_bench.runs.plan import PlannedRun
@@ -191,7 +191,7 @@ class Executor:
             self.report(f"{'killed' if code < 0 else 'again '} {name}; resumed")
             self._waiting.appendleft(item)
             return
-        reason = recorded or complaint(errors)
+        reason = recorded or (death(code) if code < 0 else complaint(errors))
         with self._lock:
             self.outcome.failed[item.run.id] = reason
         self.report(f"FAILED {name}: {reason}")
@@ -315,6 +315,7 @@ def start_process(run: PlannedRun, environment: Mapping[str, str]) -> tuple[int,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        errors="replace",
     )
     return done.returncode, done.stderr
 

@@ -31,7 +31,7 @@ from glua_bench.data.volumes import (
 )
 from glua_bench.documents import load_json
 from glua_bench.errors import ConfigError, DataError, UserError
-from glua_bench.files import write_text
+from glua_bench.files import csv_text, write_text
 from glua_bench.inspection.measurements import read_intensities
 from glua_bench.inspection.outliers import resemblance
 from glua_bench.method import Method, Role
@@ -508,7 +508,7 @@ def predict_all(
     finally:  # also after an image that cannot be used
         if found:
             table = volumes_table(found)
-            write_text(out / VOLUMES, table.to_csv(index=False), "--out")
+            write_text(out / VOLUMES, csv_text(table), "--out")
     return found
 
 

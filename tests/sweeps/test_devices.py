@@ -22,6 +22,7 @@ from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.files import try_lock
 from glua_bench.runs import interruption
 from glua_bench.runs import plan as runs
+from glua_bench.runs.executor import child_command
 from glua_bench.runs.interruption import Interrupted
 from glua_bench.runs.request import RunOptions, RunRequest
 from glua_bench.sweeps import command
@@ -105,6 +106,54 @@ def test_a_run_in_two_processes_ends_politely_and_goes_on(
     execute_apart(planned, QUIET)
     assert planned.directory.done
     assert [int(step) for step in began.read_text().split()] == list(range(30))
+
+
+def ports(process: int) -> dict[str, str]:
+    """Return the addresses, by kernel's notation, on which a process listens."""
+    own = {os.readlink(file) for file in Path(f"/proc/{process}/fd").iterdir() if file.is_symlink()}
+    found = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{process}/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and f"socket:[{words[9]}]" in own:
+                address, _, port = words[1].partition(":")
+                found[port] = address
+    return found
+
+
+def children(process: int) -> list[int]:
+    text = Path(f"/proc/{process}/task/{process}/children").read_text()
+    return [int(word) for word in text.split()]
+
+
+LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
+
+
+@pytest.mark.fault("processes", "another machine asks for the store of a run in two processes")
+@pytest.mark.fault("killed", "one of the two processes of a run")
+@pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="needs /proc")
+def test_two_processes_meet_on_loopback_and_one_that_is_killed_is_told(
+    base: RunOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan(base, pause=0.2)
+    began = tmp_path / "steps.txt"
+    monkeypatch.setenv("GLUA_BENCH_TEST_STEPS", str(began))
+    monkeypatch.setenv("MASTER_ADDR", "0.0.0.0")  # of a job script
+    process = subprocess.Popen(child_command(planned), stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while not began.is_file():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+    (other,) = children(process.pid)
+    listening = {**ports(process.pid), **ports(other)}
+    assert listening and set(listening.values()) <= {*LOOPBACK}
+    os.kill(other, signal.SIGKILL)
+    assert process.stderr is not None
+    said = process.stderr.read()
+    assert process.wait() == 1
+    assert "glua-bench: error: process 2 of 2 of this run: killed (SIGKILL), most likely" in said
+    assert "Traceback" not in said
+    assert planned.directory.failed is None  # its executor resumes it
 
 
 class Started:

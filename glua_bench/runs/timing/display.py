@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from glua_bench.console import columns, duration, is_terminal
+from glua_bench.errors import printable
 from glua_bench.runs.plan import PlannedRun
 
 REDRAW_SECONDS = 0.5
@@ -166,7 +167,7 @@ class Display:
         if self._live is None:
             self.say(text)
         else:
-            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._live.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def show(self, state: Callable[[], State]) -> None:
         """Show a state if it is due.
@@ -208,7 +209,7 @@ def bars(state: State, width: int) -> Any:
     table.add_column(no_wrap=True, min_width=4, justify="right")
     for one in state.running[:SHOWN]:
         name = one.name if one.here else f"{one.name}, another process"
-        table.add_row(Text(f"  {name}"), Text(one.place), Text(duration(one.seconds)))
+        table.add_row(Text(printable(f"  {name}")), Text(one.place), Text(duration(one.seconds)))
     if len(state.running) > SHOWN:
         table.add_row(f"  and {len(state.running) - SHOWN} more", "", "")
     return Group(bar.make_tasks_table(bar.tasks), table)
