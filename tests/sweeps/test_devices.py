@@ -173,6 +173,7 @@ class Started:
         return subprocess.Popen([words[0], "-c", act.format(end)], **options)
 
 
+@pytest.mark.fault("killed", "the processes of a run in two processes, twice")
 def test_killed_processes_are_tried_again(base: RunOptions) -> None:
     planned = plan(base)
     started = Started(-9, -9)

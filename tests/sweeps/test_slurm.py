@@ -136,6 +136,7 @@ def test_a_job_ends_with_its_worker() -> None:
     assert pretended("import sys; sys.exit(2)")() == 2
 
 
+@pytest.mark.fault("killed", "the worker of a SLURM job")
 def test_a_job_whose_worker_is_killed_has_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr(job.time, "sleep", waited.append)
@@ -261,6 +262,7 @@ def test_jobs_that_vanish_are_replaced(at_once: None, tmp_path: Path) -> None:
     assert jobs.count_submitted == 3  # only 0 left nothing
 
 
+@pytest.mark.fault("killed", "every job of a sweep, again and again")
 def test_jobs_that_only_die_end_the_sweep(at_once: None, tmp_path: Path) -> None:
     jobs = Pretended(study_in(tmp_path), [set()])
     with pytest.raises(RunFailure, match="10 jobs ended early and no trial was finished"):
