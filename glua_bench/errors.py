@@ -107,7 +107,9 @@ _DAMAGED_TYPES = (
     "ArrowInvalid", "BadGzipFile", "BadZipFile", "IsalError", "LZMAError", "SafetensorError",
     "UnpicklingError", "error",
 )  # fmt: skip
-_DAMAGED_TEXTS = r"PytorchStreamReader|CRC check failed|Parquet (magic|file)|Compressed file ended"
+_DAMAGED_TEXTS = (
+    r"PytorchStreamReader|CRC check failed|Parquet (magic|file|input)|Compressed file ended"
+)
 
 
 def cause(error: BaseException) -> str:

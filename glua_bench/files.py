@@ -29,7 +29,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glua_bench.errors import RunFailure
+from glua_bench.errors import RunFailure, printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -176,14 +176,17 @@ def write_json(path: Path, content: Any, option: str = "") -> None:
 
 
 # Spreadsheets execute cells that begin with these, also in their full-width forms.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+_FORMULA = ("=", "+", "-", "@", "\t", "\n", "＝", "＋", "－", "＠")
 
 
 def csv_cell(value: Any) -> Any:
     """Return a value for a cell of a CSV file: texts that spreadsheets would execute get a "'".
 
-    Numbers are unchanged, also those that are written as text.
+    Numbers are unchanged, also those that are written as text. Control characters are escaped:
+    pandas does not quote a carriage return, which begins another row.
     """
+    if isinstance(value, str):
+        value = printable(value)
     if not isinstance(value, str) or not value.startswith(_FORMULA):
         return value
     try:

@@ -6,7 +6,6 @@ once, by the worker.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -53,10 +52,9 @@ class WorkerJob:
         if self.folder is not None:
             from submitit import JobEnvironment
 
-            file = exit_file(self.folder, JobEnvironment().job_id)
-            whole = file.with_suffix(".writing")
-            whole.write_text(json.dumps({"code": code}), encoding="utf-8")
-            whole.replace(file)
+            from glua_bench.files import write_json
+
+            write_json(exit_file(self.folder, JobEnvironment().job_id), {"code": code})
         return code
 
     def checkpoint(self) -> Any:

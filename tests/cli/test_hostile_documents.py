@@ -41,7 +41,8 @@ def test_deep_json_is_refused(call: Call, tmp_path: Path) -> None:
     deep = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
     (tmp_path / "own.json").write_text(deep)
     refused(call("run-request", "own.json"), "own.json", "nested more than 50 deep")
-    refused(call("run", "--method=glua", "--dataset=phantom", f"--set=lr={'[' * 900}"), "--set lr=")
+    words = ["run", "--method=glua", "--dataset=phantom", f"--set=method.lr={'[' * 90}{']' * 90}"]
+    refused(call(*words), "--set method.lr=", "the value cannot be parsed")
     (tmp_path / "dataset.json").write_text("\n" + deep)
     with pytest.raises(DataError, match=r"dataset\.json .*nested more than 50 deep: line 2"):
         read_nnunet(tmp_path)
