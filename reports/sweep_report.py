@@ -187,7 +187,7 @@ def sentences(sweep: Sweep) -> list[str]:
     shown_counts = shown_counts.replace("done", "finished") or "none started"
     number = sweep.chosen
     if number is None:
-        return [f"No finished trial yet ({shown_counts} of {sweep.budget}).", *failures(sweep)]
+        return [f"No finished trial yet ({shown_counts} of {sweep.budget})."]
     value = float(sweep.done.set_index("number")[sweep.objective][number])
     how = "by labels of target test cases" if sweep.oracle else "without target labels"
     found = [
