@@ -209,7 +209,9 @@ def bars(state: State, width: int) -> Any:
     table.add_column(no_wrap=True, min_width=4, justify="right")
     for one in state.running[:SHOWN]:
         name = one.name if one.here else f"{one.name}, another process"
-        table.add_row(Text(printable(f"  {name}")), Text(one.place), Text(duration(one.seconds)))
+        table.add_row(
+            Text(printable(f"  {name}")), Text(printable(one.place)), Text(duration(one.seconds))
+        )
     if len(state.running) > SHOWN:
         table.add_row(f"  and {len(state.running) - SHOWN} more", "", "")
     return Group(bar.make_tasks_table(bar.tasks), table)
