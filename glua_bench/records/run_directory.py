@@ -286,7 +286,7 @@ class RunDirectory:
         rows = []
         for line in lines.split("\n"):
             with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill
-                row = json.loads(line)
+                row = load_json(line)
                 rows.append({k: row[k] for k in ("stage", "step", "total_step", "time", "values")})
         return rows
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from glua_bench.console import columns, duration, is_terminal
+from glua_bench.documents import load_json
 from glua_bench.errors import printable
 from glua_bench.runs.plan import PlannedRun
 
@@ -105,7 +105,7 @@ def _last_row(log: Path) -> Mapping[str, Any] | None:
         return None
     for line in reversed(lines):
         try:
-            row = json.loads(line)
+            row = load_json(line)
             return {"stage": row["stage"], "step": row["step"], "total_step": row["total_step"]}
         except (ValueError, KeyError, TypeError):  # torn
             continue
