@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from glua_bench.console import duration, own_command
-from glua_bench.errors import RunFailure, UserError, complaint, death
+from glua_bench.errors import ERROR, RunFailure, UserError, complaint, death
 from glua_bench.files import try_lock, write_text
 from glua_bench.runs.matrix import Planned
-from glua_bench.runs.plan import PlannedRun
+from glua_bench.runs.plan import LOST_CODE, PlannedRun
 from glua_bench.runs.timing.display import Running, State, position, seconds_left
 from glua_bench.runs.timing.parts import parts_of
 from glua_bench.scoring.evaluation import mean_score
@@ -186,12 +186,14 @@ class Executor:
         self._attempts[item.run.id] += 1
         recorded = item.run.directory.failed
         # Killed, or ended because the run's lock was held by a process that has ended since.
-        unexplained = code < 0 or (code == RunFailure.exit_code and recorded is None)
+        killed = code < 0 or code == LOST_CODE
+        unexplained = killed or (code == RunFailure.exit_code and recorded is None)
         if unexplained and self._attempts[item.run.id] < ATTEMPTS:
-            self.report(f"{'killed' if code < 0 else 'again '} {name}; resumed")
+            self.report(f"{'killed' if killed else 'again '} {name}; resumed")
             self._waiting.appendleft(item)
             return
-        reason = recorded or (death(code) if code < 0 else complaint(errors))
+        told = code >= 0 or ERROR in errors  # by the process, or by another one of the run
+        reason = recorded or (complaint(errors) if told else death(code))
         with self._lock:
             self.outcome.failed[item.run.id] = reason
         self.report(f"FAILED {name}: {reason}")

@@ -58,6 +58,7 @@ from glua_bench.task import (
 )
 
 LOST_SECONDS = 2.0  # until the loss of another process of a run is noticed
+LOST_CODE = 128 + 9  # exit code of a run that lost a process, which can be resumed
 
 
 @dataclass(frozen=True)
@@ -578,7 +579,7 @@ def make_fabric(request: RunRequest, config: RunConfig) -> Fabric:
 def launch(fabric: Fabric, processes: int) -> None:
     """Start the other processes of a run; the first one ends with a message if one is killed."""
     first = processes > 1 and "LOCAL_RANK" not in os.environ
-    if first:
+    if first and os.name == "posix":
         _meet_on_loopback(processes)
     fabric.launch()
     if first:
@@ -601,7 +602,7 @@ def _end_with(others: Sequence[subprocess.Popen]) -> None:
                 print(f"{ERROR}{text}", file=sys.stderr, flush=True)
                 for process in others:
                     process.kill()
-                os._exit(1)
+                os._exit(LOST_CODE)
         if all(code is not None for code in codes):
             return
 

@@ -29,7 +29,7 @@ from glua_bench.runs import executor as executor_module
 from glua_bench.runs import plan as planning
 from glua_bench.runs.executor import Executor
 from glua_bench.runs.matrix import Planned, comparison, plan
-from glua_bench.runs.plan import PlannedRun
+from glua_bench.runs.plan import LOST_CODE, PlannedRun
 from glua_bench.runs.request import RunOptions
 from glua_bench.runs.timing.estimate import Estimator
 
@@ -129,6 +129,9 @@ def test_a_killed_process_is_started_again_once(base: RunOptions) -> None:
     (reason,) = outcome.failed.values()
     assert outcome.ran == 0
     assert reason.startswith("killed (SIGKILL), most likely for lack of memory")
+    said = "glua-bench: error: process 2 of 2 of this run: killed (SIGKILL)."
+    outcome = Executor(planned, start=lambda *given: (LOST_CODE, said)).run()
+    assert list(outcome.failed.values()) == ["process 2 of 2 of this run: killed (SIGKILL)."]
 
 
 def test_a_file_system_without_locks_ends_the_matrix_with_the_reason(
