@@ -140,18 +140,20 @@ def test_two_processes_meet_on_loopback_and_one_that_is_killed_is_told(
     began = tmp_path / "steps.txt"
     monkeypatch.setenv("GLUA_BENCH_TEST_STEPS", str(began))
     monkeypatch.setenv("MASTER_ADDR", "0.0.0.0")  # of a job script
-    process = subprocess.Popen(child_command(planned), stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 60
-    while not began.is_file():
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.1)
-    (other,) = children(process.pid)
-    listening = {**ports(process.pid), **ports(other)}
+    with subprocess.Popen(child_command(planned), stderr=subprocess.PIPE, text=True) as process:
+        try:
+            until = time.monotonic() + 300
+            while not began.is_file():
+                assert process.poll() is None and time.monotonic() < until
+                time.sleep(0.1)
+            (other,) = children(process.pid)
+            listening = {**ports(process.pid), **ports(other)}
+            os.kill(other, signal.SIGKILL)
+            said = process.communicate()[1]
+        finally:
+            process.kill()
     assert listening and set(listening.values()) <= {*LOOPBACK}
-    os.kill(other, signal.SIGKILL)
-    assert process.stderr is not None
-    said = process.stderr.read()
-    assert process.wait() == LOST_CODE > 128  # as killed, so that its executor resumes it
+    assert process.returncode == LOST_CODE > 128  # as killed, so that its executor resumes it
     assert "glua-bench: error: process 2 of 2 of this run: killed (SIGKILL), most likely" in said
     assert "Traceback" not in said
     assert planned.directory.failed is None
