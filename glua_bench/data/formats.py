@@ -604,7 +604,7 @@ def _inside(file: Path, name: str, header: Path) -> bool:
     a link as well, as in directories managed by git-annex or DVC.
     """
     parts = re.split(r"[/\\]", name)
-    if Path(name).is_absolute() or parts[0] == "" or ".." in parts or ":" in parts[0]:
+    if "\0" in name or parts[0] == "" or ".." in parts or ":" in parts[0]:
         return False
     folder = Path(os.path.realpath(header.parent))
     return header.is_symlink() or Path(os.path.realpath(file)).is_relative_to(folder)

@@ -241,7 +241,7 @@ def test_voxels_beside_the_header_count(tmp_path, style, suffix):
 
 OUTSIDE = [
     "{secret}", "../secret.raw", "d/../../secret.raw", "link.raw", "far/secret.raw",
-    "file://{secret}", "http://host/secret.raw", "..\\secret.raw", "C:\\secret.raw",
+    "a\0b.raw", "file://{secret}", "http://host/secret.raw", "..\\secret.raw", "C:\\secret.raw",
 ]  # fmt: skip
 
 
