@@ -8,7 +8,6 @@ known about the release.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -22,6 +21,7 @@ import numpy as np
 from glua_bench.data.cache import OPTION, cache_root
 from glua_bench.datasets.mmwhs_layout import MMWHSLayout
 from glua_bench.datasets.sifa_release import RANGES, UNDOCUMENTED, read_slice, read_volume, rescaled
+from glua_bench.documents import load_json
 from glua_bench.errors import DataError
 from glua_bench.files import replacing, write_json
 from glua_bench.paths import files_below
@@ -161,7 +161,7 @@ class MMWHSSIFA(Dataset):
         tested: list[str] = []
         for case in self.cases(target):
             try:
-                own = json.loads((self.converted / f"{case.id}.json").read_text())["slices"]
+                own = load_json((self.converted / f"{case.id}.json").read_text())["slices"]
             except (OSError, ValueError, KeyError) as error:
                 raise self._unconverted() from error
             if case.split == "test":
@@ -193,7 +193,7 @@ class MMWHSSIFA(Dataset):
         if domain not in RANGES:
             raise DataError(f"Dataset '{self.name}' has no domain '{domain}': use ct or mr.")
         try:
-            index = json.loads((self.converted / "cases.json").read_text())
+            index = load_json((self.converted / "cases.json").read_text())
             found = [(case, split) for case, (own, split) in index.items() if own == domain]
         except (OSError, ValueError, TypeError, AttributeError) as error:
             self._files()  # a missing file is the clearer problem
@@ -272,7 +272,7 @@ class MMWHSSIFA(Dataset):
         stamp = [_stamp(file) for file in files]
         with suppress(OSError, ValueError):
             written = [image.stat().st_size, label.stat().st_size]
-            found = json.loads(record.read_text())
+            found = load_json(record.read_text())
             if "slices" in found and found == {**found, "of": stamp, "bytes": written}:
                 return False
         record.unlink(missing_ok=True)
@@ -341,6 +341,6 @@ def _write_nifti(path: Path, data: np.ndarray, affine: np.ndarray, scale: float 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     with suppress(OSError, ValueError):
-        if json.loads(path.read_text()) == content:
+        if load_json(path.read_text()) == content:
             return
     write_json(path, content, OPTION)

@@ -1,4 +1,7 @@
-"""Console output: lines, progress bars (lines without a terminal), suggested commands, prompts."""
+"""Console output: lines, progress bars (lines without a terminal), suggested commands, prompts.
+
+Also the command with which child processes start glua-bench.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from glua_bench.errors import ConfigError, UserError
+from glua_bench.errors import ConfigError, UserError, printable
 from glua_bench.task import Answer
 
 REDRAW_SECONDS = 0.5
@@ -33,7 +36,7 @@ def leading() -> bool:
 def say(text: str = "") -> None:
     """Print a line of the result, on the first process of a run only."""
     if leading():
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
 
 def next_command(
@@ -58,6 +61,18 @@ def next_command(
     if data_root is not None:
         line += ["--data-root", str(data_root)]
     return shlex.join(line)
+
+
+def own_command(*words: str) -> list[str]:
+    """Return a command that starts glua-bench in a child process.
+
+    It starts `__main__.py` by its path. `python -m glua_bench` would import Python's own modules
+    from the current directory before any code of glua-bench is run.
+
+    Args:
+        words: arguments of `glua-bench`.
+    """
+    return [sys.executable, str(Path(__file__).with_name("__main__.py")), *words]
 
 
 def duration(seconds: float) -> str:
@@ -170,7 +185,7 @@ class Progress:
 
     def _add_bar(self) -> None:
         self._task = self._bar.add_task(
-            self._name, total=self._total, completed=self._first, remaining="", values=""
+            printable(self._name), total=self._total, completed=self._first, remaining="", values=""
         )
         self._bar.refresh()
 
@@ -192,7 +207,8 @@ class Progress:
                 return
         elif self._hidden or step == self._shown_step and self._shown_step != self._first:
             return  # too short to be shown, or already shown
-        text = "  ".join(f"{name} {float(value):.4g}" for name, value in (values or {}).items())
+        parts = (f"{name} {float(value):.4g}" for name, value in (values or {}).items())
+        text = printable("  ".join(parts))
         done = max(1, step - self._first)
         left = (now - self._began) / done * (self._total - step)
         remaining = f"in {duration(now - self._began)}" if last else f"{duration(left)} left"
@@ -212,6 +228,7 @@ class Progress:
         """Print a line, above the bar if there is one."""
         if not self.enabled:
             return
+        text = printable(text)
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -236,12 +253,12 @@ def ask(
         UserError: the default is invalid and `interactive` is False, or the input has ended.
     """
     if not interactive:
-        print(f"{question}: {guess}", flush=True)
+        print(printable(f"{question}: {guess}"), flush=True)
         return read(guess)
     echo = sys.stdin is None or not sys.stdin.isatty()  # a terminal shows what is typed
     while True:
         try:
-            answer = input(f"{question} [{guess}]: ").strip()
+            answer = input(printable(f"{question} [{guess}]: ")).strip()
         except (EOFError, OSError, RuntimeError) as error:  # ended, unreadable, or closed
             print(flush=True)
             raise ConfigError(
@@ -259,4 +276,4 @@ def ask(
         try:
             return read(answer or guess)
         except UserError as error:
-            print(error, flush=True)
+            print(printable(str(error)), flush=True)

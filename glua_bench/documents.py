@@ -5,11 +5,15 @@ that were not read.
 
 Scalars follow YAML 1.2, here and in `load`: 1e-4 is a number, 010 is ten, and no, on, 1:30 and
 2026-01-02 are strings. Integers may also be written as 1e4 and 1_000.
+
+Documents are bounded in size, depth and number of values, aliases counted as often as they are
+used, so that none takes much time or memory. `load_json` bounds JSON likewise.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -18,10 +22,13 @@ from typing import Any
 
 import yaml
 
-from glua_bench.errors import ConfigError
+from glua_bench.errors import ConfigError, shortened
 from glua_bench.paths import composed
 
 SUFFIXES = (".yaml", ".yml")
+MOST_BYTES = 4 << 20  # of a YAML file; a line per case and file takes less than 1 MiB
+MOST_VALUES = 200_000  # of a YAML file, with aliases
+DEEPEST = 50  # nested lists and mappings
 _KINDS = {
     str: "text",
     int: "a whole number",
@@ -67,6 +74,17 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the scalars of YAML 1.2 and positions for error messages."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Compose a node, unless it is nested too deeply."""
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise _too_deep(self.peek_event().start_mark)
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
 
 
 class _FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -90,10 +108,78 @@ def load(text: str) -> Any:
     """Parse a YAML text into plain Python values.
 
     Raises:
-        yaml.YAMLError: the text is not valid YAML, or has tags of other types.
+        yaml.YAMLError: the text is not valid YAML, has tags of other types, or is too large.
         ValueError: a number has too many digits.
     """
-    return yaml.load(text, Loader=_FastLoader)
+    loader = _FastLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_size(node)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def load_json(text: str) -> Any:
+    """Parse a JSON text into plain Python values.
+
+    Raises:
+        ValueError: the text is not valid JSON, or is nested too deeply.
+    """
+    if text.count("[") + text.count("{") > DEEPEST:
+        depth = 0
+        for match in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', text):
+            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
+            if depth > DEEPEST:
+                raise json.JSONDecodeError(_TOO_DEEP, text, match.start())
+    return json.loads(text)
+
+
+_TOO_DEEP = f"lists and mappings are nested more than {DEEPEST} deep"
+
+
+def _too_deep(mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=mark)
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Raise if a document has too many values or is nested too deeply, with aliases replaced.
+
+    Raises:
+        yaml.MarkedYAMLError: it is too large.
+    """
+    known: dict[int, tuple[int, int]] = {}  # node → values and depth
+    begun: set[int] = set()
+    waiting: list[tuple[yaml.Node, list[yaml.Node] | None]] = [(root, None)]
+    while waiting:
+        node, inner = waiting.pop()
+        if inner is None:
+            if id(node) in known:
+                continue
+            problem = "an alias is used inside its own value" if id(node) in begun else ""
+            if problem:
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+            inner = []
+            if isinstance(node, yaml.MappingNode):
+                inner = [each for pair in node.value for each in pair]
+            elif isinstance(node, yaml.SequenceNode):
+                inner = list(node.value)
+            begun.add(id(node))
+            waiting.append((node, inner))
+            waiting += [(each, None) for each in inner]
+            continue
+        begun.remove(id(node))
+        sizes = [known[id(each)] for each in inner]
+        values = 1 + sum(size for size, _ in sizes)
+        depth = 1 + max((depth for _, depth in sizes), default=0)
+        known[id(node)] = values, depth
+        if values > MOST_VALUES:
+            problem = f"there are more than {MOST_VALUES} values, with aliases"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        if depth > DEEPEST:
+            raise _too_deep(node.start_mark)
 
 
 def dump(value: Any) -> str:
@@ -174,7 +260,9 @@ class Table:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value) if abs(value) < 10**300 else value
         if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
-            raise self.error(f"'{name}' must be {_KINDS[kind]}, not {value!r}", node)
+            raise self.error(
+                f"'{name}' must be {_KINDS[kind]}, not {shortened(repr(value), 200)}", node
+            )
         return value
 
     def texts(self, name: str, default: Any = _MISSING) -> list[str]:
@@ -202,7 +290,10 @@ class Table:
             return default
         numeric = [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)]
         if len(values) != count or len(numeric) != count:
-            raise self.error(f"'{name}' must be a list of {count} numbers, not {values}", name)
+            raise self.error(
+                f"'{name}' must be a list of {count} numbers, not {shortened(str(values), 200)}",
+                name,
+            )
         return tuple(float(value) for value in values)
 
     def table(self, name: str) -> Table | None:
@@ -312,7 +403,14 @@ def read_document(file: Path) -> Table:
         ConfigError: the file cannot be read, or is not a YAML mapping.
     """
     try:
+        if file.is_file() and file.stat().st_size > MOST_BYTES:
+            raise ConfigError(
+                f"{file} has more than {MOST_BYTES >> 20} MiB, too much for a YAML file of "
+                "settings: give another file."
+            )
         node = yaml.compose(file.read_text(encoding="utf-8"), Loader=_Loader)
+        if node is not None:
+            _check_size(node)
     except OSError as error:
         raise ConfigError(
             f"{file} cannot be read ({error.strerror}): check the path and its permissions."

@@ -1,13 +1,16 @@
 """Exceptions with a message for the user: one sentence that names the fix.
 
 The command line prints the message without a traceback. The exit code is 2 for a user's mistake
-(`UserError` and its subclasses) and 1 for everything else. `reason`, `first_line` and
-`without_password` prepare text for quotation in messages.
+(`UserError` and its subclasses) and 1 for everything else. `reason`, `first_line`, `printable` and
+`without_password` prepare text for quotation in messages; `cause` and `death` describe failures of
+the machine, which are not bugs.
 """
 
 from __future__ import annotations
 
+import errno
 import re
+import signal
 
 ERROR = "glua-bench: error: "  # prefix of the line on stderr
 
@@ -64,6 +67,99 @@ def _quoted(text: str) -> str:
 def shortened(text: str, most: int) -> str:
     """Shorten a text to at most `most` characters, with "…" at the end."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+# Control characters but tab and line feed, and characters that reverse the direction of text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Escape control characters, by which a name could rewrite what a terminal shows.
+
+    Example:
+        >>> printable("case\\x1b[2J")
+        'case\\\\x1b[2J'
+    """
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+_LESS = "use a smaller batch_size (--set batch_size=N)"
+_LESS_MEMORY = f"close other programs, {_LESS}, or fewer --jobs or --workers"
+# Type → what has happened and what to do; looked up by name, since torch is imported late.
+_KNOWN_TYPES = {
+    "MemoryError": f"The memory of this machine is exhausted; {_LESS_MEMORY}.",
+    "_ArrayMemoryError": f"The memory of this machine is exhausted; {_LESS_MEMORY}.",
+    "ArrowMemoryError": f"The memory of this machine is exhausted; {_LESS_MEMORY}.",
+    "OutOfMemoryError": f"The memory of the GPU is exhausted; {_LESS}, another GPU, or "
+    "--precision 16-mixed.",
+    "BrokenProcessPool": f"A process was killed, most likely for lack of memory; {_LESS_MEMORY}.",
+}
+_KNOWN_TEXTS = (
+    (r"DefaultCPUAllocator|can't allocate memory|bad_alloc", _KNOWN_TYPES["MemoryError"]),
+    (r"CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED", _KNOWN_TYPES["OutOfMemoryError"]),
+    (
+        r"Connection (closed|reset) by peer|NCCL.*remote|Broken pipe.*gloo|gloo.*Broken pipe",
+        f"Another process of this run ended early, most likely killed for lack of memory; {_LESS}, "
+        "and repeat the command, which resumes.",
+    ),
+)
+_DAMAGED_TYPES = (
+    "ArrowInvalid", "BadGzipFile", "BadZipFile", "IsalError", "LZMAError", "SafetensorError",
+    "UnpicklingError", "error",
+)  # fmt: skip
+_DAMAGED_TEXTS = (
+    r"PytorchStreamReader|CRC check failed|Parquet (magic|file|input)|Compressed file ended"
+)
+
+
+def cause(error: BaseException) -> str:
+    """Return a sentence on an error that is the machine's or a file's and no bug; "" for others.
+
+    Out of memory, a full disk, a killed process of the run, and damaged files.
+    """
+    # Libraries also wrap these errors.
+    wrapped = error.__cause__ or error.__context__
+    for each in [error, wrapped] if wrapped is not None else [error]:
+        name, text = type(each).__name__, str(each)
+        if isinstance(each, OSError) and each.errno == errno.ENOMEM:
+            return _KNOWN_TYPES["MemoryError"]
+        if isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT):
+            of = f" of {each.filename}" if each.filename else ""
+            return f"The disk{of} is full; free some space, and repeat the command."
+        if isinstance(each, OSError) and each.errno == errno.EIO:
+            of = f" of {each.filename}" if each.filename else ""
+            return f"The disk{of} has failed ({each.strerror}); check it, and repeat the command."
+        if name in _KNOWN_TYPES:
+            return _KNOWN_TYPES[name]
+        for pattern, sentence in _KNOWN_TEXTS:
+            if isinstance(each, RuntimeError) and re.search(pattern, text, re.DOTALL):
+                return sentence
+        damaged = name in _DAMAGED_TYPES and (name != "error" or type(each).__module__ == "zlib")
+        if damaged or re.search(_DAMAGED_TEXTS, text):
+            return f"A file is damaged ({reason(each)}); restore it, or create it again."
+    return ""
+
+
+def death(code: int) -> str:
+    """Return why a process ended by a signal, from its negative exit code, and what to do.
+
+    Example:
+        >>> death(-15)
+        'ended by SIGTERM; repeat the command.'
+    """
+    number = -code
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    if name == "SIGKILL":
+        return (
+            "killed (SIGKILL), most likely for lack of memory; use a smaller "
+            "batch_size (--set batch_size=N), or fewer --jobs or --workers."
+        )
+    if name in ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT"):
+        return f"crashed in a library ({name}); repeat the command."
+    return f"ended by {name}; repeat the command."
 
 
 def complaint(output: str, otherwise: str = "no reason") -> str:

@@ -29,9 +29,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glua_bench.errors import RunFailure
+from glua_bench.errors import RunFailure, printable
 
 if TYPE_CHECKING:
+    import pandas as pd
     from filelock import BaseFileLock
 
 UNFINISHED = ".writing-"  # prefix of temporary names
@@ -110,19 +111,52 @@ def new_folder(path: Path, option: str = "") -> Iterator[Path]:
     Raises:
         RunFailure: the disk is full or the directory cannot be written.
     """
-    with storing(path, option):
-        temporary = _unfinished(path)
-        temporary.mkdir()
-    try:
-        yield temporary
+    with _without_new_parents(path):
         with storing(path, option):
-            try:
-                os.rename(temporary, path)
-            except OSError:
-                if not path.is_dir() or not any(path.iterdir()):
-                    raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            temporary = _unfinished(path)
+            temporary.mkdir()
+        try:
+            yield temporary
+            with storing(path, option):
+                try:
+                    os.rename(temporary, path)
+                except OSError:
+                    if not path.is_dir() or not any(path.iterdir()):
+                        raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def undone(folder: Path) -> Iterator[None]:
+    """Remove what the block writes into a missing or empty directory if it ends with an error.
+
+    Parents that it creates are removed as well. A directory with content is left as it is.
+    """
+    existed = folder.exists()
+    empty = not existed or (folder.is_dir() and not any(folder.iterdir()))
+    with _without_new_parents(folder):
+        try:
+            yield
+        except BaseException:
+            if empty and folder.is_dir():
+                shutil.rmtree(folder, ignore_errors=True)
+                if existed:
+                    folder.mkdir(exist_ok=True)
+            raise
+
+
+@contextmanager
+def _without_new_parents(path: Path) -> Iterator[None]:
+    """Remove parents of a path that the block creates if it ends with an error."""
+    missing = [parent for parent in path.parents if not parent.exists()]
+    try:
+        yield
+    except BaseException:
+        for parent in missing:
+            with suppress(OSError):  # another process may use it
+                parent.rmdir()
+        raise
 
 
 def write_bytes(path: Path, content: bytes, option: str = "") -> None:
@@ -139,6 +173,42 @@ def write_text(path: Path, text: str, option: str = "") -> None:
 def write_json(path: Path, content: Any, option: str = "") -> None:
     """Write a file atomically as JSON; scalars of numpy and torch become numbers."""
     write_text(path, json.dumps(content, indent=2, default=_plain) + "\n", option)
+
+
+# Spreadsheets execute cells that begin with these, also in their full-width forms.
+_FORMULA = ("=", "+", "-", "@", "\t", "\n", "＝", "＋", "－", "＠")
+
+
+def csv_cell(value: Any) -> Any:
+    """Return a value for a cell of a CSV file: texts that spreadsheets would execute get a "'".
+
+    Numbers are unchanged, also those that are written as text. Control characters are escaped:
+    pandas does not quote a carriage return, which begins another row.
+    """
+    if isinstance(value, str):
+        value = printable(value)
+    if not isinstance(value, str) or not value.startswith(_FORMULA):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
+def csv_text(frame: pd.DataFrame, **options: Any) -> str:
+    """Return a table as CSV without its index, in which no cell is a formula.
+
+    Args:
+        frame: the table.
+        options: further options of `DataFrame.to_csv`.
+    """
+    safe = frame.copy(deep=False)
+    for place, kind in enumerate(frame.dtypes):
+        if kind.kind not in "biufcmM":
+            safe.isetitem(place, frame.iloc[:, place].map(csv_cell))
+    safe.columns = [csv_cell(name) for name in frame.columns]
+    return str(safe.to_csv(index=False, **options))
 
 
 def _plain(value: Any) -> Any:

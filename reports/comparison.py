@@ -19,7 +19,7 @@ from glua_bench.config import (
     is_external,
     is_privileged,
 )
-from glua_bench.files import write_text
+from glua_bench.files import csv_text, write_text
 from glua_bench.paths import distinct
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.reports import statistics
@@ -398,7 +398,7 @@ def write(rows: pd.DataFrame, folder: Path, selector: str = "last") -> list[Path
     frames = {"rows": rows, "table": table(rows, selector).reset_index()}
     frames.update({name: pd.concat(found, ignore_index=True) for name, found in parts.items()})
     for name, frame in frames.items():
-        write_text(folder / f"{name}.csv", frame.to_csv(index=False), "--out")
+        write_text(folder / f"{name}.csv", csv_text(frame), "--out")
     return [folder / f"{name}.csv" for name in frames]
 
 

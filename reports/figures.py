@@ -21,6 +21,7 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 
 from glua_bench.data.resampling import Placement
 from glua_bench.errors import shortened
@@ -334,6 +335,9 @@ def save(figure: Figure, path: Path, dpi: int = DPI, svg: str = "white") -> list
     # Dates would make equal figures differ.
     metadata: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     style: dict[Any, Any] = {"svg.hashsalt": path.stem, "svg.fonttype": "none", "pdf.fonttype": 42}
+    style["text.parse_math"] = False  # "$" in a name is a dollar sign
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # type: ignore[attr-defined]
     written = [path.with_suffix(suffix) for suffix in FORMATS]
     for file in written:
         face = svg if file.suffix == ".svg" else "white"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from glua_bench import __version__
-from glua_bench.files import storing, write_text
+from glua_bench.files import csv_text, storing, write_text
 from glua_bench.reports import charts, tables
 from glua_bench.reports.tables import Table
 
@@ -79,7 +79,7 @@ class PageWriter:
         for suffix, text in (
             (".tex", tables.latex(table)),
             (".md", tables.markdown(table)),
-            (".csv", table.frame().to_csv(index=False)),
+            (".csv", csv_text(table.frame())),
         ):
             path = stem.with_name(stem.name + suffix)
             write_text(path, text, "--out")

@@ -13,7 +13,7 @@ import pandas as pd
 
 from glua_bench.config import ORACLE, UPPER, is_external
 from glua_bench.errors import ConfigError, RunFailure, UserError
-from glua_bench.files import replacing, write_text
+from glua_bench.files import replacing, undone, write_text
 from glua_bench.registry import Registry, load_dataset
 from glua_bench.reports import (
     case_pictures,
@@ -82,14 +82,15 @@ def write(
             f"{', '.join(sorted(known))}."
         )
     _note_missing(results, options.selector)
-    make_folders(out)
-    writer = _Writer(results, out, options, report)
-    sections = writer.sections()
-    page = out / "report.html"
-    write_text(page, _page(results, sections, options), "--out")
-    every = [results.rows, *[results.repeats] * bool(len(results.repeats))]
-    with replacing(out / "rows.parquet", "--out") as temporary:
-        pd.concat(every, ignore_index=True).to_parquet(temporary, index=False)
+    with undone(out):
+        make_folders(out)
+        writer = _Writer(results, out, options, report)
+        sections = writer.sections()
+        page = out / "report.html"
+        write_text(page, _page(results, sections, options), "--out")
+        every = [results.rows, *[results.repeats] * bool(len(results.repeats))]
+        with replacing(out / "rows.parquet", "--out") as temporary:
+            pd.concat(every, ignore_index=True).to_parquet(temporary, index=False)
     return [page, out / "rows.parquet", *writer.files]
 
 

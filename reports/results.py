@@ -27,6 +27,7 @@ from glua_bench.config import (
     is_external,
 )
 from glua_bench.data.neighbours import Neighbourhood
+from glua_bench.documents import load_json
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.files import write_json
 from glua_bench.identity import digest
@@ -221,7 +222,7 @@ def record(
 def _recorded(path: Path) -> dict[str, str]:
     """Return the run ids in a file of `record`, with their entries; "" where they have no name."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = load_json(path.read_text(encoding="utf-8"))
         return {**dict.fromkeys(content["runs"], ""), **content.get("entries", {})}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
@@ -330,7 +331,7 @@ def _read(run: RunDirectory) -> _Record:
     environment = run.read_environment()
     if not {"changed", "variant"} <= set(environment):
         raise UserError(f"{run.path / 'environment.json'} has no changed settings; run it again.")
-    ended = json.loads((run.path / "done").read_text(encoding="utf-8"))["time"]
+    ended = load_json((run.path / "done").read_text(encoding="utf-8"))["time"]
     columns = list(dict.fromkeys(["case", "structure", *METRICS, *MEASURED, *SPACING]))
     return _Record(run, rows.reindex(columns=columns), run.read_summary(), environment, ended)
 

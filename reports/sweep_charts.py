@@ -44,7 +44,13 @@ from glua_bench.scoring.metrics import PRIMARY
 DONE, FADED, POST_HOC, PRUNED = COLOURS[0], COLOURS[5], COLOURS[1], COLOURS[3]
 STAR: dict[str, Any] = {"marker": "*", "s": 130, "color": INK, "zorder": 6, "linewidths": 0}
 MIN_CONTOUR_POINTS = 10  # interpolation between fewer trials would be invented
-STATE_COLOURS = {"done": DONE, "pruned": PRUNED, "failed": POST_HOC, "running": BOUND}
+STATE_COLOURS = {
+    "done": DONE,
+    "pruned": PRUNED,
+    "failed": POST_HOC,
+    "lost": POST_HOC,
+    "running": BOUND,
+}
 
 
 def _key(label: str, **look: Any) -> Line2D:
@@ -91,11 +97,12 @@ def history(trials: pd.DataFrame, seen: pd.DataFrame, objective: str, chosen: in
     if len(last):
         axes.plot(last.index, last, "x", color=PRUNED, ms=5)
         handles.append(_key("pruned, at its last value", color=PRUNED, marker="x", ms=5))
-    failed = trials.loc[trials["state"] == "failed", "number"]
-    if len(failed):
-        look: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-        axes.plot(failed, [0.0] * len(failed), "|", color=POST_HOC, ms=12, **look)
-        handles.append(_key("failed", color=POST_HOC, marker="|", ms=9))
+    for state, marker in (("failed", "|"), ("lost", "2")):
+        own = trials.loc[trials["state"] == state, "number"]
+        if len(own):
+            look: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+            axes.plot(own, [0.0] * len(own), marker, color=POST_HOC, ms=12, **look)
+            handles.append(_key(state, color=POST_HOC, marker=marker, ms=9))
     if chosen is not None:
         row = done[done["number"] == chosen].iloc[0]
         axes.scatter(row["number"], row[objective], **STAR)
@@ -383,7 +390,7 @@ def courses(seen: pd.DataFrame, trials: pd.DataFrame, objective: str, chosen: in
         if state == "pruned":
             look = {"color": PRUNED, "lw": 0.9, "alpha": 0.9}
             axes.plot(own["step"].iloc[-1:], own["value"].iloc[-1:], "x", color=PRUNED, ms=5)
-        elif state in ("failed", "running"):
+        elif state in ("failed", "lost", "running"):
             look = {"color": BOUND, "lw": 0.9, "ls": ":"}
         if number == chosen:
             look, name = {"color": INK, "lw": 2.0, "zorder": 5}, "chosen"

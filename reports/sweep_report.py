@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from glua_bench.console import next_command
-from glua_bench.files import write_text
+from glua_bench.files import csv_text, undone, write_text
 from glua_bench.reports import sweep_charts
 from glua_bench.reports.page import PageWriter, Section, make_folders, render
 from glua_bench.reports.statistics import counted, numbered
@@ -26,6 +26,7 @@ from glua_bench.scoring.metrics import METRICS, MISSING, PRIMARY
 
 ORACLE_STAMP = "ORACLE (privileged): selected by labels of target test cases, not a result. "
 POST_HOC = "post hoc"
+ENDED = ("done", "pruned", "failed", "lost")  # states of trials
 MIN_RANKED = 4  # trials for a rank correlation
 MAX_PAIRS = 6  # contour plots
 MAX_SHOWN = 10  # rows of the table of the best trials
@@ -167,10 +168,21 @@ def selection_cost(sweep: Sweep) -> SelectionCost | None:
     )
 
 
+def failures(sweep: Sweep) -> list[str]:
+    """Return a sentence for each reason why trials failed or were lost."""
+    found = []
+    for state in ("failed", "lost"):
+        own = sweep.counted[sweep.counted["state"] == state]
+        for reason, alike in own.groupby("reason"):
+            numbers = ", ".join(map(str, alike["number"]))
+            found.append(f"Trial {numbers} {state}: {str(reason).rstrip('.')}.")
+    return found
+
+
 def sentences(sweep: Sweep) -> list[str]:
     """Return the summary: the choice, the Pareto front, and the post hoc evaluation."""
     counts = sweep.counted["state"].value_counts()
-    states = ("done", "pruned", "failed", "running", "waiting")
+    states = ("done", "pruned", "failed", "lost", "running", "waiting")
     shown_counts = ", ".join(f"{counts[s]} {s}" for s in states if s in counts)
     shown_counts = shown_counts.replace("done", "finished") or "none started"
     number = sweep.chosen
@@ -223,13 +235,10 @@ def notices(sweep: Sweep) -> list[str]:
             "ORACLE: the search used the labels of target test cases. Its choice is privileged: "
             "its scores on these cases are not a result and must not enter a comparison."
         )
-    open_ = sweep.budget - int(sweep.counted["state"].isin(["done", "pruned", "failed"]).sum())
+    open_ = sweep.budget - int(sweep.counted["state"].isin(ENDED).sum())
     if open_ > 0:
         found.append(f"{open_} of {sweep.budget} trials are not finished; the choice may change.")
-    failed = sweep.counted[sweep.counted["state"] == "failed"]
-    for reason, own in failed.groupby("reason"):
-        numbers = ", ".join(map(str, own["number"]))
-        found.append(f"Trial {numbers} failed: {str(reason).rstrip('.')}.")
+    found += failures(sweep)
     if len(sweep.runs) and sweep.runs["seed"].nunique() == 1:
         found.append(
             "One seed per trial: differences between trials may be due to the seed; use --seeds 3."
@@ -270,28 +279,29 @@ def write(sweep: Sweep, out: Path) -> list[Path]:
     Raises:
         RunFailure: a file cannot be written.
     """
-    make_folders(out)
-    writer = _Writer(sweep, out)
-    sections = writer.sections()
-    page = out / "report.html"
-    stamp = ORACLE_STAMP if sweep.oracle else ""
-    if sweep.oracle:
-        for section in sections:
-            section.warning = stamp.strip()
-    text = render(
-        "sweep.html",
-        title=f"{stamp}Sweep {sweep.name}",
-        question=sweep.title,
-        summary=[(sentence, "") for sentence in sentences(sweep)],
-        notices=notices(sweep),
-        sections=sections,
-        objective=sweep.objective,
-    )
-    write_text(page, text, "--out")
-    rows = []
-    for name in ("trials", "runs", "seen"):
-        rows.append(out / f"{name}.csv")
-        write_text(rows[-1], getattr(sweep, name).to_csv(index=False), "--out")
+    with undone(out):
+        make_folders(out)
+        writer = _Writer(sweep, out)
+        sections = writer.sections()
+        page = out / "report.html"
+        stamp = ORACLE_STAMP if sweep.oracle else ""
+        if sweep.oracle:
+            for section in sections:
+                section.warning = stamp.strip()
+        text = render(
+            "sweep.html",
+            title=f"{stamp}Sweep {sweep.name}",
+            question=sweep.title,
+            summary=[(sentence, "") for sentence in sentences(sweep)],
+            notices=notices(sweep),
+            sections=sections,
+            objective=sweep.objective,
+        )
+        write_text(page, text, "--out")
+        rows = []
+        for name in ("trials", "runs", "seen"):
+            rows.append(out / f"{name}.csv")
+            write_text(rows[-1], csv_text(getattr(sweep, name)), "--out")
     return [page, *rows, *writer.files]
 
 
@@ -380,7 +390,7 @@ class _Writer(PageWriter):
         sweep = self.sweep
         section = Section("history", "History")
         trials = sweep.counted.rename(columns={sweep.objective: self.label})
-        if not trials["state"].isin(["done", "pruned", "failed"]).any():
+        if not trials["state"].isin(ENDED).any():
             return section
         caption = f"{self.label} of the trials in order; larger is better."
         figure = sweep_charts.history(trials, sweep.seen, self.label, sweep.chosen)

@@ -13,6 +13,7 @@ from typing import Any
 from glua_bench import console
 from glua_bench.config import ORACLE, assignment
 from glua_bench.console import Progress, duration
+from glua_bench.documents import load_json
 from glua_bench.errors import ConfigError, without_password
 from glua_bench.files import write_json, write_text
 from glua_bench.method import Stage
@@ -72,7 +73,7 @@ def open_study(
         planned = plan(request, report)
     copy = folder_of(base.runs_root, name) / "definition.json"
     if copy.is_file():
-        _check_storage(json.loads(copy.read_text(encoding="utf-8")), storage, name)
+        _check_storage(load_json(copy.read_text(encoding="utf-8")), storage, name)
     study = SweepStudy(definition, base.runs_root, storage, name, report, workers)
     study.remember(
         {
@@ -160,7 +161,7 @@ def join(
     """
     folder = folder_of(runs_root, name)
     try:
-        content = json.loads((folder / "definition.json").read_text(encoding="utf-8"))
+        content = load_json((folder / "definition.json").read_text(encoding="utf-8"))
         request = (folder / "request.json").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(

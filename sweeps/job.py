@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 # A worker that receives the scheduler's SIGTERM ends before its job. The job then waits to be
@@ -26,9 +27,11 @@ class WorkerJob:
 
     Attributes:
         command: command that starts the worker.
+        folder: directory of the jobs, where the worker's exit code is written; None writes none.
     """
 
     command: Sequence[str]
+    folder: Path | None = None
     _process: Any = field(default=None, repr=False)
 
     def __call__(self) -> int:
@@ -46,6 +49,12 @@ class WorkerJob:
         if code < 0 or code > 128:
             # Not an exception, which submitit would store as the job's result.
             sys.exit(128 - code if code < 0 else code)
+        if self.folder is not None:
+            from submitit import JobEnvironment
+
+            from glua_bench.files import write_json
+
+            write_json(exit_file(self.folder, JobEnvironment().job_id), {"code": code})
         return code
 
     def checkpoint(self) -> Any:
@@ -55,7 +64,12 @@ class WorkerJob:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             wait_for_end(self._process)
-        return DelayedSubmission(WorkerJob(self.command))
+        return DelayedSubmission(WorkerJob(self.command, self.folder))
+
+
+def exit_file(folder: Path, job: str) -> Path:
+    """Return the file with the exit code of a job's worker; a job that was killed has none."""
+    return folder / f"{job}_exit.json"
 
 
 def wait_for_end(process: subprocess.Popen) -> None:

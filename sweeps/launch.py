@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from glua_bench.console import own_command
 from glua_bench.errors import RunFailure, complaint
 from glua_bench.runs.executor import environment
-from glua_bench.sweeps.study import SweepStudy
+from glua_bench.sweeps.study import LOST, SweepStudy, counting
 
 LOOK_SECONDS = 1.0
 END_SECONDS = 60.0  # time for a stopped worker to write its checkpoint
@@ -92,7 +92,7 @@ class Crew:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "glua_bench", *self.words],
+                own_command(*self.words),
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -117,8 +117,9 @@ class Crew:
 
 
 def finished_trials(study: SweepStudy) -> int:
-    """Return the number of trials that have ended."""
-    return sum(trial.state.is_finished() for trial in study.trials())
+    """Return the number of trials that have ended, without those whose workers were killed."""
+    ended = (t for t in counting(study.trials()) if t.state.is_finished())
+    return sum(LOST not in trial.user_attrs for trial in ended)
 
 
 def worker_environment(index: int, count: int, devices: int = 1) -> Mapping[str, str]:

@@ -14,11 +14,11 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from glua_bench.console import duration, is_terminal
-from glua_bench.errors import RunFailure
+from glua_bench.errors import RunFailure, printable
 from glua_bench.records.tracker import Tracker, open_tracker
 from glua_bench.sweeps import results
 from glua_bench.sweeps.definition import Definition
-from glua_bench.sweeps.study import SweepStudy, counting
+from glua_bench.sweeps.study import LOST, SweepStudy, counting
 
 ROWS = 8  # running trials, and finished ones, that are listed
 END_PATIENCE_SECONDS = 10.0  # with an unavailable storage when a sweep is interrupted
@@ -32,6 +32,7 @@ class State:
         finished: number of trials with a value.
         pruned: number of pruned trials.
         failed: number of failed trials.
+        lost: number of trials whose workers were killed repeatedly.
         running: running trials.
         total: budget.
         best: best trial so far; None if there is none, or there are several objectives.
@@ -41,18 +42,23 @@ class State:
     finished: int
     pruned: int
     failed: int
+    lost: int
     running: Sequence[FrozenTrial]
     total: int
     best: FrozenTrial | None
     seconds_left: float
 
+    @property
+    def ended(self) -> int:
+        """Number of trials that have ended."""
+        return self.finished + self.pruned + self.failed + self.lost
+
     def line(self, best: bool = True) -> str:
         """Return the state in a line, with or without the best trial."""
-        done = self.finished + self.pruned + self.failed
+        done = self.ended
         parts = [f"{done}/{self.total} trials"]
-        parts += [
-            f"{n} {word}" for n, word in ((self.pruned, "pruned"), (self.failed, "failed")) if n
-        ]
+        named = ((self.pruned, "pruned"), (self.failed, "failed"), (self.lost, "lost"))
+        parts += [f"{n} {word}" for n, word in named if n]
         numbers = ", ".join(str(trial.number) for trial in self.running[:ROWS])
         more = ", …" if len(self.running) > ROWS else ""
         parts.append(f"{len(self.running)} running" + (f" ({numbers}{more})" if numbers else ""))
@@ -68,6 +74,7 @@ def state(definition: Definition, trials: list[FrozenTrial], workers: int) -> St
     counted = counting(trials)
     of = {kind: [t for t in counted if t.state == kind] for kind in TrialState}
     complete = of[TrialState.COMPLETE]
+    lost = sum(LOST in t.user_attrs for t in counted)
     single = len(definition.objectives) == 1
     # A trial whose runs were finished before it began says nothing about the others.
     timed = [t for t in complete + of[TrialState.PRUNED] if not t.user_attrs.get("reused")]
@@ -77,7 +84,8 @@ def state(definition: Definition, trials: list[FrozenTrial], workers: int) -> St
     return State(
         len(complete),
         len(of[TrialState.PRUNED]),
-        len(of[TrialState.FAIL]),
+        len(of[TrialState.FAIL]) - lost,
+        lost,
         of[TrialState.RUNNING],
         definition.trials,
         max(complete, key=lambda t: t.values[0]) if complete and single else None,
@@ -121,9 +129,9 @@ class Display:
         if self._live is not None:
             self._live.update(self.table(now, trials), refresh=True)
             return
-        counts = f"{now.finished} {now.pruned} {now.failed}"
+        counts = f"{now.finished} {now.pruned} {now.failed} {now.lost}"
         if counts != self._said or time.monotonic() - self._at >= self.pause:
-            print(now.line(), file=self.stream, flush=True)
+            print(printable(now.line()), file=self.stream, flush=True)
             self._said, self._at = counts, time.monotonic()
 
     def table(self, now: State, trials: list[FrozenTrial], rows: int = ROWS) -> Any:
@@ -151,16 +159,16 @@ class Display:
                 str(trial.number),
                 state,
                 duration(_seconds(trial)),
-                *params,
+                *(Text(printable(value)) for value in params),
                 *cells,
                 style={"running": "cyan", "best": "bold green"}.get(state),
             )
             if running and trial is now.running[:rows][-1] and len(now.running) > rows:
                 table.add_row("", f"and {len(now.running) - rows} more")
-        head = Text(f"{self.definition.name}: {now.line(best=False)}", style="bold")
+        line = printable(f"{self.definition.name}: {now.line(best=False)}")
+        head = Text(line, style="bold")
         hint = Text("Ctrl-C stops the sweep and keeps finished work.", style="dim")
-        done = now.finished + now.pruned + now.failed
-        bar = ProgressBar(total=max(1, now.total), completed=done, width=40)
+        bar = ProgressBar(total=max(1, now.total), completed=now.ended, width=40)
         return Group(head, bar, table, *([hint] if now.running else []))
 
 

@@ -21,7 +21,7 @@ from glua_bench.records.naming import Comparison
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.scoring.metrics import METRICS, complete
 from glua_bench.sweeps.definition import Definition, Parameter
-from glua_bench.sweeps.study import SweepStudy, counting
+from glua_bench.sweeps.study import LOST, SweepStudy, counting
 
 STATES = {
     TrialState.COMPLETE: "done",
@@ -32,6 +32,11 @@ STATES = {
 }
 # Minimum number of trials per parameter, and in total, for importances.
 TRIALS_A_PARAMETER, FEWEST_TRIALS = 4, 10
+
+
+def state_of(trial: FrozenTrial) -> str:
+    """Return the state of a trial in a word; "lost" if its workers were killed repeatedly."""
+    return LOST if LOST in trial.user_attrs else STATES[trial.state]
 
 
 def collect(study: SweepStudy, runs_root: Path) -> dict[str, Any]:
@@ -158,7 +163,7 @@ def trial_table(definition: Definition, trials: list[FrozenTrial]) -> pd.DataFra
         rows.append(
             {
                 "number": trial.number,
-                "state": STATES[trial.state],
+                "state": state_of(trial),
                 "counted": trial.number in counted,
                 "attempt": int(attrs.get("attempt", 1)),
                 "worker": workers.get(key, ""),
@@ -266,7 +271,7 @@ def group(study: SweepStudy, runs_root: Path, stopped: bool = False) -> Comparis
     chosen = chosen_trial(trials)
     params = {} if chosen is None else chosen.params
     definition_facts = facts(definition)
-    states = [STATES[trial.state] for trial in trials]
+    states = [state_of(trial) for trial in trials]
     return Comparison(
         f"sweep {study.name} | {definition_facts['dataset']} | {definition.preset}",
         members,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import pickle
+import shlex
 import subprocess
 import sys
 import time
@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from glua_bench.documents import Table, read_document
+from glua_bench.console import own_command
+from glua_bench.documents import Table, load_json, read_document
 from glua_bench.errors import ConfigError, RunFailure, complaint
-from glua_bench.sweeps.job import WorkerJob
+from glua_bench.files import storing
+from glua_bench.sweeps.job import WorkerJob, exit_file
 from glua_bench.sweeps.launch import DEATHS, finished_trials
 from glua_bench.sweeps.study import SweepStudy
 
@@ -200,16 +202,15 @@ class Jobs:
         """
         from submitit import SlurmJob
 
-        paths = SlurmJob(self.folder, number).paths
-        if not paths.result_pickle.exists():  # killed, out of memory, or cancelled
+        try:  # not submitit's result, which is a pickle
+            code = load_json(exit_file(self.folder, number).read_text(encoding="utf-8"))["code"]
+        except (OSError, ValueError, TypeError, KeyError):  # killed, out of memory, or cancelled
             return True
-        with paths.result_pickle.open("rb") as file:
-            outcome, code = pickle.load(file)
-        if outcome == "success" and code:
-            log = paths.stderr
+        if code:
+            log = SlurmJob(self.folder, number).paths.stderr
             said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
             raise RunFailure(f"A worker failed: {complaint(said, f'see {log}')}")
-        return bool(outcome != "success")
+        return False
 
     def _submitted(self) -> list[str]:
         """Return the jobs submitted by this and earlier commands."""
@@ -226,15 +227,18 @@ class Jobs:
                 "--executor slurm needs submitit, which is not installed; pip install "
                 "'glua-bench[cluster]'."
             ) from error
-        command = [sys.executable, "-m", "glua_bench", *self.words]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._keep_private()
+        payload = WorkerJob(own_command(*self.words), self.folder)
         try:
             executor = submitit.AutoExecutor(
-                self.folder, cluster="slurm", slurm_max_num_timeout=TIME_LIMITS
+                self.folder,
+                cluster="slurm",
+                slurm_max_num_timeout=TIME_LIMITS,
+                slurm_python=_python(),
             )
             executor.update_parameters(**self.resources.parameters(f"sweep-{self.study.name}"))
             with executor.batch():
-                jobs = [executor.submit(WorkerJob(command)) for _ in range(count)]
+                jobs = [executor.submit(payload) for _ in range(count)]
         except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
             raise ConfigError(
                 f"SLURM rejects the job ({_reason(error)}); correct the file of --slurm, or use "
@@ -245,6 +249,29 @@ class Jobs:
             file.writelines(f"{number}\n" for number in numbers)
         self._ids += numbers
         self.report(f"submitted {', '.join(numbers)}; their logs are in {self.folder}")
+
+    def _keep_private(self) -> None:
+        """Create the directory for this user alone.
+
+        Jobs unpickle their payload from it, and a pickle can run any code.
+
+        Raises:
+            ConfigError: other users may write in it.
+        """
+        with storing(self.folder, "--runs"):
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = (self.folder.lstat(), self.folder.stat())  # of a link, and of its target
+        if any(each.st_uid != os.getuid() for each in found):
+            raise ConfigError(
+                f"{self.folder} belongs to another user, whose files jobs would execute: choose "
+                "another directory with --runs."
+            )
+        if found[1].st_mode & 0o022:
+            raise ConfigError(
+                f"Other users may write in {self.folder}, whose files jobs execute: run "
+                f"`{shlex.join(['chmod', 'go-w', str(self.folder)])}`, and delete files there "
+                "that are not yours."
+            )
 
     def _queued(self) -> set[str]:
         """Return the user's pending and running jobs; waits while the scheduler does not respond.
@@ -283,6 +310,19 @@ class Jobs:
         while self._queued() & set(self._ids) and time.monotonic() < until:
             time.sleep(min(1.0, LOOK_SECONDS))
         self._ids = []
+
+
+def _python() -> str:
+    """Return the command of Python in a job, without modules of the job's directory."""
+    python = shlex.quote(sys.executable)
+    if sys.version_info >= (3, 11):
+        return f"{python} -P"
+    # Followed by "-u -m MODULE ARGUMENT", which are arguments of this program.
+    code = (
+        "import sys; sys.path[:] = filter(None, sys.path); del sys.argv[:2]; import runpy; "
+        "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+    )
+    return f"{python} -u -c {shlex.quote(code)}"
 
 
 def _reason(error: BaseException) -> str:

@@ -34,7 +34,8 @@ from glua_bench.sweeps.definition import Definition, Parameter
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-ATTEMPTS = 3  # at a trial whose worker is killed, before it counts as failed
+ATTEMPTS = 3  # at a trial whose worker is killed, before it is lost
+LOST = "lost"  # attribute of such a trial, whose state is FAIL
 HEARTBEAT_SECONDS, GRACE_SECONDS = 20, 120
 PATIENCE_SECONDS = 600.0  # with an unavailable database
 NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "beegfs", "gpfs", "ceph")
@@ -370,9 +371,13 @@ class SweepStudy:
                 continue
             attempt = int(trial.user_attrs.get("attempt", 1))
             # Offer first, so that the trial is not lost if this process dies in between.
-            if trial.number not in retried and attempt < ATTEMPTS and _drawn(trial):
+            reason = "its worker was killed"
+            if attempt >= ATTEMPTS and _drawn(trial):
+                reason = f"its workers were killed {attempt} times, most likely for lack of memory"
+                self.storage.set_trial_user_attr(trial._trial_id, LOST, True)
+            elif trial.number not in retried and _drawn(trial):
                 self._offer(trial, attempt + 1)
-            self._end(trial, "its worker was killed")
+            self._end(trial, reason)
             changed = True
         return self.study.get_trials(deepcopy=False) if changed else trials
 

@@ -207,7 +207,7 @@ def execute_apart(
         if planned.directory.done:
             return
         progress.line(f"run {planned.id} starts in {devices} processes")
-        with tempfile.TemporaryFile("w+") as errors:
+        with tempfile.TemporaryFile("w+", errors="replace") as errors:
             process = start(
                 child_command(planned),
                 env=changed,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from optuna.trial import TrialState
 
-from glua_bench.errors import RunFailure, UserError
+from glua_bench.errors import RunFailure, UserError, cause
 from glua_bench.runs import execution, interruption
 from glua_bench.runs.interruption import Interrupted
 from glua_bench.sweeps.progress import shown
@@ -89,7 +89,7 @@ def _run(
         raise
     except Exception as error:  # a plugin may raise anything
         known = isinstance(error, (UserError, RunFailure))
-        reason = str(error) if known else f"{type(error).__name__}: {error}"
+        reason = str(error) if known else cause(error) or f"{type(error).__name__}: {error}"
         study.fail(claim, reason)
         done.failed += 1
         report(f"trial {claim.number} FAILED: {reason}")

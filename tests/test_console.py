@@ -252,3 +252,35 @@ def test_the_end_of_a_pipe_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8"))
     with pytest.raises(ConfigError, match="answer to 'How many' is not valid UTF-8"):
         console.ask("How many", "3", read)
+
+
+# -- hostile names --------------------------------------------------------------------------------
+
+
+class Narrow(io.TextIOWrapper):
+    """A terminal that shows ASCII only, as `main` configures it."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), encoding="ascii", errors="backslashreplace")
+
+    def isatty(self) -> bool:
+        return True
+
+    def text(self) -> str:
+        self.flush()
+        return self.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+
+
+@pytest.mark.fault("hostile text", "names with terminal escapes on a progress bar in ASCII")
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_names_cannot_control_the_terminal(term: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", term)
+    name, stream = "über [/b]\x1b]0;gotcha\x07\r", Narrow()
+    with Progress(stream=stream) as progress:
+        progress.stage(name, 3)
+        progress.line(f"case {name} →")
+        for step in range(1, 4):
+            progress.update(step, {name: 1.0})
+    said = stream.text()
+    assert "\x1b]0;" not in said and "\x07" not in said
+    assert r"case \xfcber [/b]\x1b]0;gotcha\x07\r \u2192" in said

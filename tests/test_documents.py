@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import resource
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glua_bench.documents import Table, dump, load, read_document
+from glua_bench.documents import MOST_BYTES, Table, dump, load, load_json, read_document
 from glua_bench.errors import ConfigError
 
 
@@ -185,3 +188,63 @@ def test_what_is_dumped_is_loaded_again(value: object) -> None:
     assert load(text) == {"value": value}
     if isinstance(value, str):
         assert yaml.safe_load(text) == {"value": value}
+
+
+LAUGHS = "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+BOMBS = {
+    "aliases": ("a: &a [1, 2]\n" + LAUGHS, 6),
+    "merges": ("a: &a {x: 1}\n" + LAUGHS.replace("[", "{<<: [").replace("]", "]}"), 6),
+    "an alias of itself": ("a: 1\nb: &b [*b]\n", 2),
+    "brackets": ("a: 1\nb: " + "[" * 20_000 + "]" * 20_000, 2),
+    "braces": ("a: 1\nb: " + "{c: " * 5000 + "1" + "}" * 5000, 2),
+    "indented lists": ("a: 1\nb:\n" + "- " * 900 + "1\n", 3),
+    "indented mappings": ("a:\n" + "".join(f"{' ' * n}a:\n" for n in range(1, 300)), 50),
+    "aliases of aliases": (
+        "a: &a [1]\n" + "".join(f"b{n}: &b{n} [*{f'b{n - 1}' if n else 'a'}]\n" for n in range(80)),
+        50,
+    ),
+    "keys": ("a: 1\n? " + "[" * 200 + "]" * 200 + "\n: 1\n", 2),
+}
+
+
+@pytest.mark.fault("hostile files", "YAML of many aliases or deep nesting")
+@pytest.mark.parametrize("kind", BOMBS)
+def test_bombs_are_one_sentence_with_their_line(kind: str, tmp_path: Path) -> None:
+    text, line = BOMBS[kind]
+    file = tmp_path / "own.yaml"
+    file.write_text(text)
+    began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ConfigError, match=f"own.yaml, line {line}: ") as error:
+        read_document(file)
+    assert len(str(error.value)) < 300 and "\n" not in str(error.value)
+    with pytest.raises(yaml.YAMLError):
+        load(text)
+    assert time.process_time() - began < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+@pytest.mark.fault("hostile files", "YAML of many aliases or deep nesting")
+def test_large_files_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    with file.open("wb") as stream:
+        stream.truncate(MOST_BYTES + 1)
+    with pytest.raises(ConfigError, match=r"own\.yaml has more than 4 MiB"):
+        read_document(file)
+
+
+def test_aliases_and_merges_of_ordinary_size_are_read(document: Callable[[str], Table]) -> None:
+    table = document("a: &a {x: 1, y: [2]}\nb: [*a, *a]\nc: {<<: *a, x: 3}\n")
+    assert table.take("b", list) == [{"x": 1, "y": [2]}] * 2
+    assert table.take("c", object) == {"x": 3, "y": [2]}
+
+
+@pytest.mark.fault("hostile files", "deeply nested JSON")
+def test_deep_json_is_told_with_its_line() -> None:
+    for text in ("\n" + "[" * 100_000, '\n{"a": ' + '{"b": [' * 40 + "]}" * 40 + "}"):
+        with pytest.raises(ValueError, match="nested more than 50 deep: line 2 column"):
+            load_json(text)
+    brackets = '{"a": "' + "[" * 100 + '", "b": [' + ", ".join(["[{}]"] * 100) + "]}"
+    assert load_json(brackets) == json.loads(brackets)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import csv
 import errno
+import io
 import json
 import os
 import signal
@@ -15,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from glua_bench import files
 from glua_bench.errors import RunFailure, first_line, reason, shortened, without_password
 from glua_bench.files import (
     UNFINISHED,
+    csv_cell,
+    csv_text,
     drop_torn_line,
     exclusive,
     new_folder,
@@ -28,6 +33,7 @@ from glua_bench.files import (
     sha256,
     sweep,
     try_lock,
+    undone,
     write_json,
     write_text,
 )
@@ -70,8 +76,8 @@ def test_a_directory_appears_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), new_folder(path) as temporary:
         write_text(temporary / "half", "")
         raise ZeroDivisionError
-    assert list(path.parent.iterdir()) == []
-    path.mkdir()  # an empty one is no obstacle
+    assert not path.parent.exists()
+    path.mkdir(parents=True)  # an empty one is no obstacle
     with new_folder(path) as temporary:
         write_text(temporary / "file", "text")
         assert list(path.iterdir()) == []
@@ -446,3 +452,51 @@ def test_the_search_for_other_writers_finds_them(tmp_path: Path) -> None:
         "text.replace('a', 'b')\ntable.rename('x')\ntable.to_csv(index=False)\nopen(path, 'a')\n"
     )
     assert list(_strays(tmp_path / "module.py")) == []
+
+
+# -- CSV ------------------------------------------------------------------------------------------
+
+FORMULAS = (
+    "=1+1", "=HYPERLINK(\"http://x\")", "+1+cmd|' /C calc'!A0", "-2+3+cmd|' /C calc'!A0",
+    "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1+1", "-x", "--1", "a\r=1",
+)  # fmt: skip
+
+
+@pytest.mark.fault("hostile text", "names that spreadsheets read as formulas")
+@pytest.mark.parametrize("text", FORMULAS)
+def test_texts_in_csv_files_are_no_formulas(text: str) -> None:
+    frame = pd.DataFrame({text: [-1.5, 2.0], "case": [text, "ct_1"], "n": [-1, 3]})
+    frame["kind"] = pd.Categorical([text, "b"])
+    cells = [cell for row in csv.reader(io.StringIO(csv_text(frame), newline="")) for cell in row]
+    assert not [cell for cell in cells if csv_cell(cell) != cell]
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "@", "\t", "\r", "\n"))]
+    assert cells.count(csv_cell(text)) == 3
+    again = pd.read_csv(io.StringIO(csv_text(frame)))
+    assert list(again["n"]) == [-1, 3] and list(again[csv_cell(text)]) == [-1.5, 2.0]
+
+
+@pytest.mark.parametrize("value", ["-0.5", "+1e-3", "-inf", "a=b", "", "ct_1", "–", -1, -0.5, None])
+def test_numbers_and_names_in_csv_files_are_unchanged(value: Any) -> None:
+    assert csv_cell(value) == value
+
+
+# -- a directory or nothing -----------------------------------------------------------------------
+
+
+def test_what_a_failed_block_writes_is_removed(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        with undone(folder):
+            write_text(folder / "figures" / "one", "")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fill(tmp_path / "new" / "deep")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ZeroDivisionError):
+        fill(tmp_path / "empty")
+    assert list((tmp_path / "empty").iterdir()) == []
+    write_text(tmp_path / "filled" / "mine", "")
+    with pytest.raises(ZeroDivisionError):
+        fill(tmp_path / "filled")
+    assert (tmp_path / "filled" / "mine").exists()

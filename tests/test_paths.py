@@ -51,6 +51,7 @@ def test_what_is_hidden_does_not_count(tmp_path: Path) -> None:
     assert entries(root / "none") == entries(root / "a.nii") == [] == files_below(root / "none")
 
 
+@pytest.mark.fault("hostile files", "loops of links in a directory of data")
 def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
     store = touch(tmp_path / "store", "1.nii", "deep/2.nii")
     root = touch(tmp_path / "root", "z/own.nii")
@@ -116,6 +117,7 @@ def test_a_name_is_found_in_the_other_unicode_form(tmp_path: Path) -> None:
     assert located(root / "none" / NFC) == root / "none" / NFC
 
 
+@pytest.mark.fault("hostile text", "names of runs that leave their directory")
 @pytest.mark.parametrize(
     ("name", "fault"),
     [

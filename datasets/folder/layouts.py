@@ -6,7 +6,6 @@ Each function returns a list of `Found`, from which `dataset.py` makes cases.
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from glua_bench.data.nnunet import read_nnunet
+from glua_bench.documents import load_json
 from glua_bench.errors import DataError
 from glua_bench.paths import composed, entries, located, matching
 from glua_bench.task import SPLITS
@@ -334,7 +334,7 @@ def validation_ids(folder: Path, fold: int) -> list[str]:
     """
     file = folder / SPLITS_FILE
     try:
-        folds = json.loads(file.read_text(encoding="utf-8"))
+        folds = load_json(file.read_text(encoding="utf-8"))
         return [composed(str(case)) for case in folds[fold]["val"]]
     except OSError as error:
         raise DataError(

@@ -7,7 +7,6 @@ writes a cohort as NIfTI in the raw layout of MM-WHS, so it is read by the same 
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -21,6 +20,7 @@ from glua_bench.data.cache import cache_root
 from glua_bench.data.parallel import cores, parallel_map
 from glua_bench.datasets import mmwhs_layout
 from glua_bench.datasets.mmwhs_layout import MMWHSLayout
+from glua_bench.documents import load_json
 from glua_bench.errors import DataError, RunFailure
 from glua_bench.files import storing, write_bytes, write_json
 from glua_bench.paths import entries
@@ -246,7 +246,7 @@ def _read_manifest(root: Path, seed: int) -> dict[str, Any] | None:
     """
     path = root / MANIFEST
     try:
-        found = json.loads(path.read_text())
+        found = load_json(path.read_text())
         version, made = int(found["version"]), int(found["seed"])
         float(found["voxel_scale"])
         ids = found["ids"]
@@ -279,7 +279,7 @@ def _check_started(root: Path, plan: dict[str, Any], finished: bool) -> None:
     if finished:
         return
     try:
-        started = json.loads((root / STARTED).read_text())
+        started = load_json((root / STARTED).read_text())
     except FileNotFoundError:
         found = [path.name for path in entries(root)]
         # Another process may just have written one of the two records.

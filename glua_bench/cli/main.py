@@ -26,7 +26,7 @@ from glua_bench.cli.options import (
     with_output,
 )
 from glua_bench.console import leading
-from glua_bench.errors import ConfigError, RunFailure, UserError, reason
+from glua_bench.errors import ConfigError, RunFailure, UserError, cause, reason
 from glua_bench.runs.interruption import Interrupted
 from glua_bench.runs.request import RunsRoot
 
@@ -116,6 +116,11 @@ def options(
 
 def main() -> None:
     """Run a command; errors are one sentence without a traceback."""
+    # Child processes, also those of libraries, import no modules of the current directory.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a character that it cannot encode ends no command
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except (UserError, RunFailure) as error:
@@ -139,6 +144,8 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("GLUA_BENCH_DEBUG"):
             raise
+        if known := cause(error):
+            end(known, RunFailure.exit_code)
         where = traceback.extract_tb(error.__traceback__)[-1]
         end(
             f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno} "

@@ -18,7 +18,7 @@ import typer
 
 from glua_bench.config import PRESETS
 from glua_bench.console import Progress, leading, say
-from glua_bench.errors import ERROR
+from glua_bench.errors import ERROR, printable
 from glua_bench.runs.completion import complete_choices, complete_directions, complete_names
 from glua_bench.runs.request import PLUGIN, Fold, RunOptions, options
 
@@ -262,7 +262,7 @@ def quiet() -> bool:
 
 def warn(text: str) -> None:
     """Print a warning to stderr."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def split_names(text: str | None) -> list[str]:
@@ -285,5 +285,5 @@ class ReportedExit(SystemExit):
 def end(message: str, code: int) -> NoReturn:
     """Print an error and exit."""
     sys.stdout.flush()
-    print(f"{ERROR}{message}", file=sys.stderr, flush=True)
+    print(f"{ERROR}{printable(message)}", file=sys.stderr, flush=True)
     raise ReportedExit(code)

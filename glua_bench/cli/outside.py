@@ -11,7 +11,7 @@ from glua_bench.cli.options import Plugins, Processes, answer, progress, say, wa
 from glua_bench.cli.options import note as remark
 from glua_bench.console import next_command
 from glua_bench.errors import ConfigError
-from glua_bench.files import write_text
+from glua_bench.files import csv_text, write_text
 from glua_bench.registry import load_dataset, with_descriptions
 from glua_bench.runs.completion import complete_directions, complete_names
 from glua_bench.runs.request import DataRoot, Fold, RunsRoot
@@ -157,7 +157,7 @@ def score(
     for metric, (difference, compared) in checked.items():
         say(f"Largest difference to medpy: {metric} {difference:.2g} ({compared} values)")
     if out is not None:
-        write_text(out, rows.to_csv(index=False), "--out")
+        write_text(out, csv_text(rows), "--out")
         say(f"Wrote {out}")
     words: list[object]
     if dataset is not None:

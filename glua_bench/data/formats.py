@@ -208,11 +208,16 @@ class VolumeFile:
         """Read the stored array of `shape`, unscaled and in the file's data type.
 
         Raises:
-            DataError: the file is damaged or truncated.
+            DataError: the file is damaged or truncated, or does not fit into memory.
         """
         try:
             return self.read().reshape(self.shape, order="F")
-        except (*_UNREADABLE, _ITKError, MemoryError) as error:
+        except MemoryError as error:
+            raise DataError(
+                f"{self.path} with {'×'.join(map(str, self.shape))} voxels does not fit into the "
+                "memory of this machine: close other programs, or use fewer --jobs."
+            ) from error
+        except (*_UNREADABLE, _ITKError) as error:
             raise DataError(
                 f"{self.path} is damaged or truncated ({first_line(error)}): fetch or convert it "
                 "again."
@@ -274,8 +279,8 @@ def files_of(path: Path) -> tuple[Path, ...]:
     """List all files of a volume: the given file, then separate files with its voxels.
 
     Raises:
-        DataError: the header cannot be read, a file that it names is missing, or a MetaImage names
-            several.
+        DataError: the header cannot be read, a file that it names is missing or lies outside its
+            directory, or a MetaImage names several.
     """
     suffix = path.suffix.lower()
     if suffix in (".hdr", ".img"):  # a pair of NIfTI files
@@ -293,7 +298,12 @@ def files_of(path: Path) -> tuple[Path, ...]:
                 raise DataError(f"{path} has NDims = {value[:20]}: give a 3-D volume.")
         names = _meta_files(text, path)
     files = [path.parent / name for name in names]
-    for file in files:
+    for file, name in zip(files, names, strict=True):
+        if not _inside(file, name, path):
+            raise DataError(
+                f"{path} names the data file {name[:200]}, which lies outside {path.parent}: copy "
+                "it beside the header, and correct the name in the header."
+            )
         if not file.is_file():
             raise DataError(
                 f"{path} refers to the data file {file}, which does not exist: restore it, or "
@@ -585,6 +595,19 @@ def _nrrd_files(text: str) -> list[str]:
         if match:
             return _numbered(match[1])
     return []
+
+
+def _inside(file: Path, name: str, header: Path) -> bool:
+    """Return True if a data file lies in the directory of its header or below.
+
+    Downloaded headers may name any file of this machine. A link may lead out only if the header is
+    a link as well, as in directories managed by git-annex or DVC.
+    """
+    parts = re.split(r"[/\\]", name)
+    if "\0" in name or parts[0] == "" or ".." in parts or ":" in parts[0]:
+        return False
+    folder = Path(os.path.realpath(header.parent))
+    return header.is_symlink() or Path(os.path.realpath(file)).is_relative_to(folder)
 
 
 def _numbered(value: str) -> list[str]:

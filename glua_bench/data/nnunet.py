@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from glua_bench.errors import DataError
+from glua_bench.documents import load_json
+from glua_bench.errors import DataError, first_line
 from glua_bench.paths import composed
 
 DESCRIPTION = "dataset.json"
@@ -21,9 +21,9 @@ def read_nnunet(folder: Path) -> dict:
     """
     file = folder / DESCRIPTION
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = load_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not valid JSON"
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise DataError(
             f"{file} cannot be read ({reason}): give a nnU-Net folder Dataset###_NAME."
         ) from error

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from glua_bench.files import write_text
+from glua_bench.files import csv_cell, write_text
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ def write_findings(path: Path, findings: Sequence[Finding]) -> None:
     table = csv.writer(text)
     table.writerow(["severity", "check", "cases", "text"])
     for found in findings:
-        table.writerow([found.severity, found.check, " ".join(found.cases), found.text])
+        cells = (found.severity, found.check, " ".join(found.cases), found.text)
+        table.writerow(map(csv_cell, cells))
     write_text(path, text.getvalue(), "--out")
 
 

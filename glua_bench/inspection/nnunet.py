@@ -31,6 +31,7 @@ from glua_bench.data.formats import Forms, VolumeFile, open_volume
 from glua_bench.data.geometry import SAME_SIDES, frame
 from glua_bench.data.parallel import map_cases
 from glua_bench.data.volumes import check_same_grid, read_label_volume, save_volume
+from glua_bench.documents import load_json
 from glua_bench.errors import ConfigError, DataError
 from glua_bench.files import replacing, sweep, write_json
 from glua_bench.paths import entries
@@ -202,7 +203,7 @@ def _begin(folder: Path, dataset: Dataset, domain: str, cases: Sequence[Case], l
     }
     file = folder / RECORD
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = load_json(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         if folder.exists() and entries(folder):
             raise ConfigError(

@@ -46,20 +46,31 @@ def versions() -> dict[str, str]:
 
 
 def git_state(directory: Path) -> dict[str, Any] | None:
-    """Return commit and cleanness of a directory's git checkout; None if it is not in one."""
+    """Return commit and cleanness of a directory's git checkout; None if it is not in one.
 
-    def git(*arguments: str) -> str:
+    Programs that the checkout's own configuration names are not started.
+    """
+    inert = ["-c", "core.fsmonitor=false"]
+
+    def git(*arguments: str, check: bool = True) -> str:
         return subprocess.run(
-            ["git", "-C", str(directory), *arguments],
+            ["git", *inert, "-C", str(directory), *arguments],
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=10,
-            check=True,
+            check=check,
         ).stdout.strip()
 
     try:
         commit = git("rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(git("status", "--porcelain"))}
+        filters = "--show-scope", "--name-only", "--get-regexp", r"^filter\."
+        for line in git("config", *filters, check=False).splitlines():
+            scope, _, name = line.partition("\t")
+            if scope not in ("system", "global"):
+                inert += ["-c", f"{name}={'false' if name.endswith('.required') else ''}"]
+        state = git("status", "--porcelain", "--ignore-submodules=all")
+        return {"commit": commit, "dirty": bool(state)}
     except (OSError, subprocess.SubprocessError):
         return None
 

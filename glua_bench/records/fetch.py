@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -11,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glua_bench.documents import load_json
 from glua_bench.errors import RunFailure, UserError, reason, without_password
 from glua_bench.files import new_folder
 from glua_bench.records.mlflow_mirror import DIGESTS, check_tracker, mlflow_client
@@ -174,7 +174,7 @@ def _download(client: MlflowClient, run_id: str, folder: Path, parts: Path) -> N
     listing = parts / "listing.json"
     fetch(DIGESTS, listing)
     try:
-        digests = dict(json.loads(listing.read_text(encoding="utf-8")))
+        digests = dict(load_json(listing.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UserError(f"its artifact {DIGESTS} is damaged") from error
     for name in ("figures", "predictions"):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from glua_bench.console import next_command
 from glua_bench.errors import RunFailure, without_password
-from glua_bench.files import write_json
+from glua_bench.files import csv_text, write_json, write_text
 from glua_bench.paths import ARTIFACTS, distinct
 from glua_bench.records.naming import Comparison, RunRecord, tracker_key
 from glua_bench.records.run_directory import RunDirectory, digest_of, warn
@@ -205,13 +205,13 @@ class MLflowMirror(UploadingTracker):
             files[digests] = Path(DIGESTS)
             if (run.path / "cases.parquet").is_file():
                 # MLflow's UI shows CSV files as tables, but no Parquet files.
-                run.read_cases().to_csv(table, index=False, float_format="%.4f")
+                write_text(table, csv_text(run.read_cases(), float_format="%.4f"))
                 files[table] = Path(table.name)
             if run.done:
                 import pandas as pd
 
                 averages = pd.DataFrame(run.read_summary().get("scores", ()))
-                averages.to_csv(scores, index=False, float_format="%.4f")
+                write_text(scores, csv_text(averages, float_format="%.4f"))
                 files[scores] = Path(scores.name)
             for file, name in files.items():
                 folder = name.parent.as_posix()

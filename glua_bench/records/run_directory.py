@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from glua_bench.config import ORACLE, RunConfig
-from glua_bench.errors import RunFailure, UserError
+from glua_bench.documents import load_json
+from glua_bench.errors import RunFailure, UserError, printable
 from glua_bench.files import (
     drop_torn_line,
     replacing,
@@ -74,7 +75,7 @@ class RunDirectory:
     def done(self) -> bool:
         """True if the run is complete: `done` exists and matches the summary."""
         try:
-            mark = json.loads((self.path / "done").read_text(encoding="utf-8"))
+            mark = load_json((self.path / "done").read_text(encoding="utf-8"))
             return bool(mark["summary"] == digest_of(self.path / "summary.json"))
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -285,7 +286,7 @@ class RunDirectory:
         rows = []
         for line in lines.split("\n"):
             with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill
-                row = json.loads(line)
+                row = load_json(line)
                 rows.append({k: row[k] for k in ("stage", "step", "total_step", "time", "values")})
         return rows
 
@@ -304,7 +305,7 @@ class RunDirectory:
     def read_json(self, name: str) -> dict[str, Any]:
         """Return the content of a JSON file."""
         try:
-            return dict(json.loads((self.path / name).read_text(encoding="utf-8")))
+            return dict(load_json((self.path / name).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise self._unreadable(name) from error
 
@@ -332,4 +333,4 @@ def digest_of(path: Path) -> str:
 
 def warn(text: str) -> None:
     """Print a warning to stderr."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)

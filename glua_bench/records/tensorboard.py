@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glua_bench.console import next_command
+from glua_bench.documents import load_json
 from glua_bench.errors import ConfigError
 from glua_bench.files import new_folder, write_json
 from glua_bench.paths import distinct, entries
@@ -167,7 +168,7 @@ def _opened(folder: Path) -> Iterator[SummaryWriter]:
 
 def _state(folder: Path) -> str | None:
     try:
-        return str(json.loads((folder / STATE).read_text(encoding="utf-8"))["state"])
+        return str(load_json((folder / STATE).read_text(encoding="utf-8"))["state"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -9,7 +9,6 @@ label.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from glua_bench.data.cache import cache_root, file_digest
 from glua_bench.data.formats import open_volume
 from glua_bench.data.geometry import tuples
+from glua_bench.documents import load_json
 from glua_bench.errors import RunFailure, UserError
 from glua_bench.files import write_json, write_text
 from glua_bench.identity import CACHE_DIGITS, digest
@@ -119,7 +119,7 @@ def _intensities(image: Path, reading: Reading) -> Intensities:
     key = digest([CACHE_VERSION, file_digest(image), reading.identity()], CACHE_DIGITS)
     file = cache_root() / "intensities" / f"{key}.json"
     try:
-        cached = json.loads(file.read_text(encoding="utf-8"))
+        cached = load_json(file.read_text(encoding="utf-8"))
         return Intensities(tuple(cached["levels"]), cached["negative"])
     except (OSError, ValueError, KeyError, TypeError):
         found = read_intensities(open_volume(image), reading)
@@ -147,7 +147,7 @@ def read(folder: Path) -> Carried:
     """
     file = folder / FACTS
     try:
-        return Carried.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        return Carried.from_dict(load_json(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{file} cannot be read ({type(error).__name__}): restore it, or repeat the run's "

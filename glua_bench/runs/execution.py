@@ -22,14 +22,14 @@ from glua_bench.data.batches import Batches
 from glua_bench.data.cache import SliceCache
 from glua_bench.data.neighbours import Neighbourhood, middle
 from glua_bench.data.stores import ImageStore, LabelledStore
-from glua_bench.errors import ConfigError, RunFailure, UserError
+from glua_bench.errors import ConfigError, RunFailure, UserError, cause
 from glua_bench.method import Batch, Method, Role
 from glua_bench.records.environment import environment
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.records.tracker import open_tracker
 from glua_bench.registry import Registry
 from glua_bench.runs import carried
-from glua_bench.runs.plan import PlannedRun, make_fabric, roles
+from glua_bench.runs.plan import LOST_SECONDS, PlannedRun, launch, make_fabric, roles
 from glua_bench.runs.stage_cache import artefact_path
 from glua_bench.runs.timing.parts import EVALUATION, FIGURES, SAMPLES, SLICES, Clock
 from glua_bench.runs.trainer import Trainer
@@ -157,7 +157,7 @@ def execute(
     # Opened before training, so that a wrong address is reported at once.
     tracker = open_tracker(planned.request.runs_root) if planned.request.mlflow else None
     fabric = make_fabric(planned.request, planned.config)
-    fabric.launch()
+    launch(fabric, planned.request.devices)
     if not fabric.is_global_zero:
         build_run(planned, fabric, Progress(enabled=False)).fit()
         return Summary(False, 0.0, pd.DataFrame(), [])
@@ -190,7 +190,12 @@ def execute(
             directory.fail(str(error))
             raise
         except Exception as error:  # a plugin may raise anything
-            directory.fail(f"{type(error).__name__}: {error}")
+            if planned.request.devices > 1:  # `launch` ends this process if another was killed
+                time.sleep(LOST_SECONDS)
+            known = cause(error)
+            directory.fail(known or f"{type(error).__name__}: {error}")
+            if known:
+                raise RunFailure(known) from error
             raise
     warnings = []
     if tracker is not None and not tracker.mirror(directory):

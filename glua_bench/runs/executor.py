@@ -10,7 +10,6 @@ import contextlib
 import math
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -20,11 +19,11 @@ from pathlib import Path
 
 import torch
 
-from glua_bench.console import duration
-from glua_bench.errors import RunFailure, UserError, complaint
+from glua_bench.console import duration, own_command
+from glua_bench.errors import ERROR, RunFailure, UserError, complaint, death
 from glua_bench.files import try_lock, write_text
 from glua_bench.runs.matrix import Planned
-from glua_bench.runs.plan import PlannedRun
+from glua_bench.runs.plan import LOST_CODE, PlannedRun
 from glua_bench.runs.timing.display import Running, State, position, seconds_left
 from glua_bench.runs.timing.parts import parts_of
 from glua_bench.scoring.evaluation import mean_score
@@ -187,12 +186,14 @@ class Executor:
         self._attempts[item.run.id] += 1
         recorded = item.run.directory.failed
         # Killed, or ended because the run's lock was held by a process that has ended since.
-        unexplained = code < 0 or (code == RunFailure.exit_code and recorded is None)
+        killed = code < 0 or code == LOST_CODE
+        unexplained = killed or (code == RunFailure.exit_code and recorded is None)
         if unexplained and self._attempts[item.run.id] < ATTEMPTS:
-            self.report(f"{'killed' if code < 0 else 'again '} {name}; resumed")
+            self.report(f"{'killed' if killed else 'again '} {name}; resumed")
             self._waiting.appendleft(item)
             return
-        reason = recorded or complaint(errors)
+        told = code >= 0 or ERROR in errors  # by the process, or by another one of the run
+        reason = recorded or (complaint(errors) if told else death(code))
         with self._lock:
             self.outcome.failed[item.run.id] = reason
         self.report(f"FAILED {name}: {reason}")
@@ -316,6 +317,7 @@ def start_process(run: PlannedRun, environment: Mapping[str, str]) -> tuple[int,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        errors="replace",
     )
     return done.returncode, done.stderr
 
@@ -333,4 +335,4 @@ def child_command(run: PlannedRun) -> list[str]:
     """Write a run's request to a file, and return the command that executes it."""
     file = run.request.runs_root / CLAIMS / f"{run.id}.json"
     write_text(file, run.request.to_json(), "--runs")
-    return [sys.executable, "-m", "glua_bench", "run-request", str(file)]
+    return own_command("run-request", str(file))

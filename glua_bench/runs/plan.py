@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -28,7 +36,7 @@ from glua_bench.config import (
 from glua_bench.data.cache import fingerprint
 from glua_bench.data.neighbours import common_distance
 from glua_bench.data.volumes import slice_distance
-from glua_bench.errors import ConfigError, PluginError
+from glua_bench.errors import ERROR, ConfigError, PluginError, death
 from glua_bench.identity import DATA_DIGITS, code_version, digest, identity
 from glua_bench.method import Cases, Method, TaskInfo
 from glua_bench.networks import DEEPLAB_STRIDE
@@ -48,6 +56,9 @@ from glua_bench.task import (
     parse_direction,
     role_fault,
 )
+
+LOST_SECONDS = 2.0  # until the loss of another process of a run is noticed
+LOST_CODE = 128 + 9  # exit code of a run that lost a process, which can be resumed
 
 
 @dataclass(frozen=True)
@@ -563,3 +574,65 @@ def make_fabric(request: RunRequest, config: RunConfig) -> Fabric:
         # A run starts its own processes, also in a SLURM job, where Fabric expects srun's.
         plugins=[LightningEnvironment()],
     )
+
+
+def launch(fabric: Fabric, processes: int) -> None:
+    """Start the other processes of a run; the first one ends with a message if one is killed."""
+    first = processes > 1 and "LOCAL_RANK" not in os.environ
+    if first and os.name == "posix":
+        _meet_on_loopback(processes)
+    fabric.launch()
+    if first:
+        launcher = fabric.strategy.launcher
+        others = list(getattr(launcher, "procs", ()))
+        Thread(target=_end_with, args=(others,), daemon=True).start()
+
+
+def _end_with(others: Sequence[subprocess.Popen]) -> None:
+    """End this process if another one of the run is killed; it would wait for it in vain.
+
+    Fabric does the same without a message, some seconds later.
+    """
+    while True:
+        time.sleep(LOST_SECONDS / 4)
+        codes = [process.poll() for process in others]
+        for number, code in enumerate(codes, 2):
+            if code is not None and code < 0:
+                text = f"process {number} of {len(others) + 1} of this run: {death(code)}"
+                print(f"{ERROR}{text}", file=sys.stderr, flush=True)
+                for process in others:
+                    process.kill()
+                os._exit(LOST_CODE)
+        if all(code is not None for code in codes):
+            return
+
+
+_stores: list[Any] = []  # kept alive, so that the port stays open
+
+
+def _meet_on_loopback(processes: int) -> None:
+    """Let the processes of a run exchange data over the loopback interface only.
+
+    They unpickle what they receive. torch's store listens on all interfaces; opened in advance with
+    a socket of our own, it is found by its port and used by `init_process_group`.
+    """
+    from torch.distributed import TCPStore
+
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(processes)
+        port = listening.getsockname()[1]
+        _stores[:] = [
+            TCPStore(
+                "127.0.0.1",
+                port,
+                is_master=True,
+                wait_for_workers=False,
+                multi_tenant=True,
+                master_listen_fd=listening.detach(),  # closed by the store
+            )
+        ]
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(port)
+    loopback = [name for _, name in socket.if_nameindex() if re.fullmatch(r"lo\d*", name)]
+    for library in ("GLOO", "NCCL") if loopback else ():
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -30,8 +29,9 @@ from glua_bench.data.volumes import (
     save_labels,
     save_maps,
 )
+from glua_bench.documents import load_json
 from glua_bench.errors import ConfigError, DataError, UserError
-from glua_bench.files import write_text
+from glua_bench.files import csv_text, write_text
 from glua_bench.inspection.measurements import read_intensities
 from glua_bench.inspection.outliers import resemblance
 from glua_bench.method import Method, Role
@@ -217,7 +217,7 @@ def from_directory(folder: Path, plugins: Sequence[Path] = (), device: str = "au
     from safetensors.torch import load_file
 
     try:
-        described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        described = load_json((folder / CONFIG).read_text(encoding="utf-8"))
         weights = load_file(folder / WEIGHTS)
         config = RunConfig.from_dict(described["run"])
         data, expected = Carried.from_dict(described), set(described["weights"])
@@ -508,7 +508,7 @@ def predict_all(
     finally:  # also after an image that cannot be used
         if found:
             table = volumes_table(found)
-            write_text(out / VOLUMES, table.to_csv(index=False), "--out")
+            write_text(out / VOLUMES, csv_text(table), "--out")
     return found
 
 

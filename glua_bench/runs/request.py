@@ -21,6 +21,7 @@ from glua_bench.config import (
     PRESETS,
     SCENARIOS,
 )
+from glua_bench.documents import load_json
 from glua_bench.errors import ConfigError
 from glua_bench.runs.completion import complete_choices, complete_directions, complete_names
 
@@ -161,7 +162,7 @@ class RunOptions:
         """
         hints = get_type_hints(cls)
         try:
-            values = json.loads(text)
+            values = load_json(text)
             return cls(**{name: _from_json(value, hints[name]) for name, value in values.items()})
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise ConfigError(

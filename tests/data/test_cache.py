@@ -144,6 +144,7 @@ def test_changed_image_changes_its_labels_entry(case):
     assert cache.label(case, VIEW).path != before.path
 
 
+@pytest.mark.fault("labels", "a pickled store of images, searched for labels")
 def test_no_way_leads_from_images_to_labels(tmp_path, case):
     """Neither the image entry nor the store names the label's file, directory or key."""
     cache = SliceCache()
@@ -213,6 +214,7 @@ SliceCache().image(UnlabelledCase("c", "mr", Path(sys.argv[1])), view)
 """
 
 
+@pytest.mark.fault("killed", "a writer of the slice cache")
 @pytest.mark.parametrize("where", ["array", "before", "between"])
 def test_killed_writer_leaves_no_entry(case, where):
     """Killed while the array is written, before it is moved, or before its description is."""
@@ -268,6 +270,7 @@ def test_vanished_entry_is_a_sentence(case):
         entry.open()
 
 
+@pytest.mark.fault("full disk", "the slice cache")
 def test_full_disk_is_a_failure_of_the_run(case, monkeypatch):
     def full(path, array):
         path.write_bytes(b"some")

@@ -239,6 +239,50 @@ def test_voxels_beside_the_header_count(tmp_path, style, suffix):
         assert str(last) in str(caught.value)
 
 
+OUTSIDE = [
+    "{secret}", "../secret.raw", "d/../../secret.raw", "link.raw", "far/secret.raw",
+    "a\0b.raw", "file://{secret}", "http://host/secret.raw", "..\\secret.raw", "C:\\secret.raw",
+]  # fmt: skip
+
+
+@pytest.mark.fault("hostile files", "a header that names voxels outside its directory")
+@pytest.mark.parametrize("name", [*OUTSIDE, "LIST\n{secret}", "../secret%d.raw 0 1 1"])
+@pytest.mark.parametrize("suffix", [".nhdr", ".nrrd", ".mhd", ".mha"])
+def test_a_header_names_voxels_only_beside_itself(tmp_path, name, suffix):
+    folder, secret = tmp_path / "cases", tmp_path / "secret.raw"
+    (folder / "d").mkdir(parents=True)
+    for number in ("", 0, 1):
+        (tmp_path / f"secret{number}.raw").write_bytes(VALUES.astype("<i2").tobytes("F"))
+    (folder / "link.raw").symlink_to(secret)
+    (folder / "far").symlink_to(tmp_path)
+    several = "LIST" in name or "%d" in name
+    name = name.format(secret=secret)
+    text = f"{META}{name}"
+    if suffix in (".nhdr", ".nrrd"):
+        text = NRRD.format(
+            kind="int16", space=f"space: RAS\n{DIRECTIONS}", encoding="raw", endian="little",
+            file=f"data file: {name}",
+        )  # fmt: skip
+    header = folder / f"v{suffix}"
+    header.write_text(text)
+    meta = suffix in (".mhd", ".mha")
+    words = "several files" if several and meta else "lies outside"
+    with refused(header, words):
+        open_volume(header)
+
+
+def test_a_header_that_is_a_link_may_name_a_link(tmp_path):
+    """As in directories of git-annex, where each file is a link to its content."""
+    (tmp_path / "content").mkdir()
+    (tmp_path / "case").mkdir()
+    (tmp_path / "content" / "1").write_text(f"{META}v.raw")
+    (tmp_path / "content" / "2").write_bytes(VALUES.astype("<i2").tobytes("F"))
+    (tmp_path / "case" / "v.mhd").symlink_to(tmp_path / "content" / "1")
+    (tmp_path / "case" / "v.raw").symlink_to(tmp_path / "content" / "2")
+    assert np.array_equal(open_volume(tmp_path / "case" / "v.mhd").voxels(), VALUES)
+
+
+@pytest.mark.fault("hostile files", "a MetaImage that lists several files")
 @pytest.mark.parametrize("names", ["LIST\npart0.raw\npart1.raw", "part%d.raw 0 1 1"])
 def test_metaimages_of_several_files_are_refused(tmp_path, names):
     """ITK gives what the memory held for slices whose file is not in the list."""

@@ -28,6 +28,7 @@ def fuzz() -> ModuleType:
     return module
 
 
+@pytest.mark.fault("hostile files", "mutated volumes of every format")
 @linux
 def test_mutated_files_end_in_a_sentence_or_are_sound(fuzz: ModuleType) -> None:
     """Every mutation and every format, each refused, warned about or accepted, without a defect."""

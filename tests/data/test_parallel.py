@@ -65,6 +65,7 @@ def test_one_item_stays_in_this_process():
     assert cores() >= 1
 
 
+@pytest.mark.fault("killed", "a process that prepares volumes")
 def test_a_killed_process_is_a_sentence():
     with pytest.raises(RunFailure, match=r"killed.*--jobs.*\.$"):
         list(parallel_map(os._exit, [1, 1], 2))
@@ -135,6 +136,7 @@ def test_ctrl_c_ends_all_at_once_and_quietly(tmp_path, started):
     until(lambda: not any(alive(pid) for pid in workers))
 
 
+@pytest.mark.fault("killed", "the parent of processes that prepare volumes")
 @linux
 def test_workers_end_with_the_process_that_began_them(tmp_path, started):
     ids = tmp_path / "a", tmp_path / "b"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -290,6 +292,32 @@ def test_the_same_command_goes_on_where_it_was(phantom_root: Path, tmp_path: Pat
     assert (folder / "dataset.json").is_file() and not list(folder.rglob(".*"))
     kept = set(times) - set(lost)
     assert {path: path.stat().st_mtime_ns for path in kept} == {p: times[p] for p in kept}
+
+
+@pytest.mark.fault("full disk", "export of a dataset, full at its nth file")
+def test_on_a_full_disk_only_whole_files_are_left_and_it_goes_on(
+    phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, data = os.fsync, Phantom(phantom_root)
+    for full in (0, 4, 9):
+        written = iter(range(100))
+
+        def write(file: int, written: Iterator[int] = written, full: int = full) -> None:
+            if next(written) == full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            sync(file)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", write)
+            with pytest.raises(RunFailure, match="is full; free some space"):
+                exported(data, tmp_path / "to")
+        assert not list(tmp_path.rglob(f"{UNFINISHED}*"))
+        for file in tmp_path.rglob("*.nii.gz"):
+            nib.load(file).get_fdata()
+        assert not list(tmp_path.rglob("dataset.json"))  # which is written last
+    exported(data, tmp_path / "to")
+    exported(data, tmp_path / "at once")
+    assert files(tmp_path / "to") == files(tmp_path / "at once")
 
 
 def test_nothing_else_is_overwritten(phantom_root: Path, copy: Path, tmp_path: Path) -> None:

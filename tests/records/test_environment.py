@@ -42,3 +42,30 @@ def test_git_state_sees_commits_and_changes(tmp_path: Path) -> None:
     assert git_state(tmp_path) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     (tmp_path / "file").write_text("two")
     assert git_state(tmp_path) == {"commit": git("rev-parse", "HEAD"), "dirty": True}
+
+
+@pytest.mark.fault("stray code", "programs that the git configuration of a directory names")
+def test_a_checkout_starts_no_program(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *name, "-C", str(tmp_path), *words], check=True, capture_output=True)
+
+    git("init")
+    for file in ("a.txt", ".gitattributes"):
+        (tmp_path / file).write_text("* filter=evil\n")
+    git("add", ".")
+    git("commit", "-m", "first")
+    known = git_state(tmp_path)
+    assert known is not None and not known["dirty"]
+    marker = tmp_path / ".git" / "marker"
+    for key in ("core.fsmonitor", "filter.evil.clean", "filter.evil.process", "core.sshCommand"):
+        git("config", key, f"touch {marker}; cat; false")
+    git("config", "filter.evil.required", "true")
+    (tmp_path / "a.txt").write_text("changed, of another length\n")
+    assert git_state(tmp_path) == {"commit": known["commit"], "dirty": True}
+    assert not marker.exists()
+    git("config", "--unset", "core.fsmonitor")
+    subprocess.run(["git", "-C", str(tmp_path), "status"], capture_output=True)
+    (tmp_path / "a.txt").write_text("* filter=evil\n")
+    subprocess.run(["git", "-C", str(tmp_path), "status"], capture_output=True)
+    assert marker.exists()  # the attack works

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,22 @@ def test_a_figure_is_a_readable_png_stamped_for_patients_only(name: str, tmp_pat
     assert {p.name for p in path.parent.iterdir()} == {"figure.png", "figure.svg", "figure.pdf"}
     kept = DRAWINGS[name](tmp_path / "kept.png", publishable=False)
     assert pixels(kept, RED, 0.25) >= pixels(path, RED, 0.25) + 30
+
+
+HOSTILE = ("$x^$", r"cost in $, $\frac{$", r"\$_{^%$#&~$a$b")
+
+
+@pytest.mark.fault("hostile text", "names that Matplotlib reads as formulas, in figures of cases")
+@pytest.mark.parametrize("text", HOSTILE)
+def test_names_are_no_formulas(text: str, tmp_path: Path) -> None:
+    structures = (Structure("A", text, (1,), GREEN), Structure(text, "b", (2,), BLUE))
+    shown = Panel(image(), discs(), {text: discs(3)}, {text: 0.5}, text)
+    path = case_grid(tmp_path / "cases.png", [shown], structures, text, publishable=True)
+    assert html.escape(text) in path.with_suffix(".svg").read_text(encoding="utf-8")
+    slices = [(image(), discs(), text, None)]
+    volumes = ([1.0, 2.0], [3.0])
+    domain_montage(tmp_path / "domain.png", text, slices, structures, volumes=volumes)
+    strip(tmp_path / "strip.png", {text: stack()}, publishable=True)
 
 
 def test_contours_have_the_structures_colours(tmp_path: Path) -> None:

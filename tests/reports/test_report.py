@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import html
+import itertools
 import json
+import os
 import re
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pandas as pd
 import pytest
 
 from glua_bench.errors import ConfigError, RunFailure
-from glua_bench.reports import comparison, statistics
+from glua_bench.reports import comparison, statistics, sweep_report
 from glua_bench.reports.report import Options, summary, write
 from glua_bench.reports.results import from_rows, from_runs
 
@@ -95,6 +98,7 @@ def test_the_page_needs_nothing_but_itself(written):
     assert "@import" not in page and not re.findall(r"url\((?!#)", page)
 
 
+@pytest.mark.fault("hostile text", "HTML and LaTeX in names, in the pages of a report")
 def test_names_are_shown_and_never_executed(written):
     page = (written / "report.html").read_text()
     assert "<img src=x" not in page and "&lt;img src=x onerror=alert(1)&gt;" in page
@@ -279,6 +283,26 @@ def test_what_cannot_be_written_is_an_error(made_runs, tmp_path, options, said):
     (tmp_path / "file").write_text("")
     with pytest.raises((ConfigError, RunFailure), match=said):
         write(from_runs(made_runs.root), tmp_path / "file" / "report", options)
+
+
+@pytest.mark.fault("full disk", "the report of a comparison and that of a sweep")
+def test_a_report_on_a_full_disk_leaves_nothing(made_runs, made_sweep, tmp_path, monkeypatch):
+    made_runs.comparison(seeds=1)
+    sweep = made_sweep({"lr": [0.1, 0.2]}, [0.1, 0.2])
+    sync, written, out = os.fsync, itertools.count(1), tmp_path / "new" / "report"
+
+    def full_at_the_seventh(file):
+        if next(written) % 7 == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", full_at_the_seventh)
+    with pytest.raises(RunFailure, match="is full; free some space"):
+        write(from_runs(made_runs.root), out, Options(pictures=False))
+    assert not out.parent.exists()
+    with pytest.raises(RunFailure, match="is full; free some space"):
+        sweep_report.write(sweep, out)
+    assert not out.parent.exists()
 
 
 # -- in a browser ---------------------------------------------------------------------------------

@@ -94,11 +94,16 @@ def test_the_summary_separates_choice_and_evaluation(ratios):
     assert not any("One seed per trial" in text for text in notices(ratios()))
 
 
-def test_unfinished_and_failed_trials_are_noted(made_sweep):
+def test_unfinished_failed_and_lost_trials_are_noted(made_sweep, tmp_path):
     sweep = made_sweep(
         {"lr": [0.1, 0.2, 0.3]}, [0.1] * 3, states=["failed", "pruned", "running"], budget=5
     )
     assert sentences(sweep) == ["No finished trial yet (1 pruned, 1 failed, 1 running of 5)."]
+    lost = made_sweep({"lr": [0.1, 0.2]}, [0.1, 0.2], states=["lost", "done"])
+    lost.trials.loc[0, "reason"] = "its workers were killed 3 times"
+    assert "Trial 0 lost: its workers were killed 3 times." in notices(lost)
+    write(lost, tmp_path)
+    assert "lost" in (tmp_path / "figures" / "history.svg").read_text(encoding="utf-8")
     told = notices(sweep)
     assert "3 of 5 trials are not finished; the choice may change." in told
     assert "Trial 0 failed: the data are gone." in told

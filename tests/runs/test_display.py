@@ -226,3 +226,12 @@ def test_compare_says_what_runs_and_how_long_it_takes(
     assert re.search(r"\(1 of 2, about \d.* left\)", out)
     code, out, _ = call(*words)  # done runs are not executed
     assert code == 0 and "running:" not in out and "2 done before" in out
+
+
+@pytest.mark.fault("hostile text", "names with terminal escapes in the table of a comparison")
+def test_names_cannot_control_the_terminal() -> None:
+    name = "a [/b]\x1b]0;gotcha\x07\r"
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    console.print(bars(State(0, 0, 2, [Running(name, name, 2.0, True)], 3.0), 100))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\x07" not in said and "gotcha" in said

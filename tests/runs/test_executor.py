@@ -29,7 +29,7 @@ from glua_bench.runs import executor as executor_module
 from glua_bench.runs import plan as planning
 from glua_bench.runs.executor import Executor
 from glua_bench.runs.matrix import Planned, comparison, plan
-from glua_bench.runs.plan import PlannedRun
+from glua_bench.runs.plan import LOST_CODE, PlannedRun
 from glua_bench.runs.request import RunOptions
 from glua_bench.runs.timing.estimate import Estimator
 
@@ -113,6 +113,7 @@ def test_an_interruption_starts_no_further_run(
     assert len(begun) == 1
 
 
+@pytest.mark.fault("killed", "the process of a run of a comparison")
 def test_a_killed_process_is_started_again_once(base: RunOptions) -> None:
     planned, started = cells_of(base, 1), []
 
@@ -125,7 +126,12 @@ def test_a_killed_process_is_started_again_once(base: RunOptions) -> None:
 
     planned = cells_of(replace(base, runs_root=base.runs_root / "more"), 1)
     outcome = Executor(planned, start=lambda *given: (-9, "")).run()
-    assert outcome.ran == 0 and len(outcome.failed) == 1
+    (reason,) = outcome.failed.values()
+    assert outcome.ran == 0
+    assert reason.startswith("killed (SIGKILL), most likely for lack of memory")
+    said = "glua-bench: error: process 2 of 2 of this run: killed (SIGKILL)."
+    outcome = Executor(planned, start=lambda *given: (LOST_CODE, said)).run()
+    assert list(outcome.failed.values()) == ["process 2 of 2 of this run: killed (SIGKILL)."]
 
 
 def test_a_file_system_without_locks_ends_the_matrix_with_the_reason(
@@ -203,6 +209,7 @@ def test_two_executors_share_the_runs(base: RunOptions) -> None:
     assert all(o.ran + o.before + o.elsewhere == 4 and not o.failed for o in outcomes)
 
 
+@pytest.mark.fault("killed", "a comparison whose run goes on")
 def test_a_run_whose_starter_was_killed_is_waited_for_then_taken_over(base: RunOptions) -> None:
     planned = cells_of(base, 1)
     item = planned[0]

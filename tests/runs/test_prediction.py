@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -374,6 +376,29 @@ def test_a_directory_that_is_not_empty_is_left_alone(made: Made, tmp_path: Path)
     assert [f.name for f in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.fault("full disk", "export of a model, full at each of its files")
+def test_an_export_on_a_full_disk_leaves_nothing(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
+) -> None:
+    sync = os.fsync
+    words = ["export", "--run", made.run.path, "--out", tmp_path / "new" / "deep" / "model"]
+    for full in range(4):
+        written = iter(range(100))
+
+        def write(file: int, written: Iterator[int] = written, full: int = full) -> None:
+            if next(written) == full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            sync(file)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", write)
+            code, _, said = call(*words)
+        assert code == 1 and "is full; free some space" in said and "Traceback" not in said
+        assert list(tmp_path.iterdir()) == []
+    assert call(*words)[0] == 0
+
+
+@pytest.mark.fault("hostile files", "a damaged exported model")
 @pytest.mark.parametrize("spoil", ["config.json", "model.safetensors", "cut", "another"])
 def test_a_damaged_model_is_one_sentence(spoil: str, made: Made, tmp_path: Path) -> None:
     model = prediction.from_run(made.run, device="cpu")

@@ -91,8 +91,8 @@ def test_a_file_of_another_version_is_refused(
 def test_a_started_process_has_the_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = RunRequest("glua", "phantom", runs_root=tmp_path / "a run", seed=3, device="cpu")
     planned: Any = type("Planned", (), {"id": "abc", "request": request})
-    program, *words = child_command(planned)
-    assert (program, words[:2]) == (sys.executable, ["-m", "glua_bench"])
+    program, script, *words = child_command(planned)
+    assert (program, Path(script).name) == (sys.executable, "__main__.py")
     found = []
 
     def plan(request: RunRequest, report: Any) -> None:
@@ -100,7 +100,7 @@ def test_a_started_process_has_the_request(tmp_path: Path, monkeypatch: pytest.M
         raise ConfigError("enough.")
 
     monkeypatch.setattr(planning, "plan", plan)
-    monkeypatch.setattr(sys, "argv", ["glua-bench", *words[2:]])
+    monkeypatch.setattr(sys, "argv", ["glua-bench", *words])
     with pytest.raises(SystemExit):
         cli.main()
     assert found == [request]
@@ -148,7 +148,7 @@ for words in (["compare", "--methods", "glua"], ["ablate", "--method", "glua"]):
     cells, _ = call(*words, *task)
     assert len(cells) > 2 and {{cell.request.shade for cell in cells}} == {{3}}
 started = executor.child_command(SimpleNamespace(id="abc", request=cells[0].request))
-again, _ = call(*started[3:])
+again, _ = call(*started[2:])
 assert again == cells[0].request and again.shade == 3
 
 definition, base, *_ = call("sweep", "mask_ratio")

@@ -298,14 +298,12 @@ def crew(
 ) -> launch.Crew:
     """Return two workers that run a program instead of `glua_bench`."""
     monkeypatch.setattr(launch, "LOOK_SECONDS", 0.05)
-    package = tmp_path / "glua_bench"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "__main__.py").write_text(program)
-    monkeypatch.chdir(tmp_path)  # `python -m` looks here first
+    monkeypatch.setattr(launch, "own_command", lambda *_: [sys.executable, "-c", program])
+    monkeypatch.chdir(tmp_path)
     return launch.Crew(SweepStudy(definition, tmp_path / "runs"), ["worker"], 2)
 
 
+@pytest.mark.fault("killed", "a worker of a sweep")
 def test_a_killed_worker_is_replaced(
     tmp_path: Path, definition: Definition, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,6 +330,7 @@ def test_a_worker_s_error_ends_the_sweep_with_its_sentence(
         made.run()
 
 
+@pytest.mark.fault("killed", "every worker of a sweep, again and again")
 @pytest.mark.parametrize("between_looks", [False, True])
 def test_workers_that_die_again_and_again_end_the_sweep(
     tmp_path: Path, definition: Definition, monkeypatch: pytest.MonkeyPatch, between_looks: bool

@@ -22,7 +22,9 @@ from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.files import try_lock
 from glua_bench.runs import interruption
 from glua_bench.runs import plan as runs
+from glua_bench.runs.executor import child_command
 from glua_bench.runs.interruption import Interrupted
+from glua_bench.runs.plan import LOST_CODE
 from glua_bench.runs.request import RunOptions, RunRequest
 from glua_bench.sweeps import command
 from glua_bench.sweeps.launch import worker_environment
@@ -107,6 +109,56 @@ def test_a_run_in_two_processes_ends_politely_and_goes_on(
     assert [int(step) for step in began.read_text().split()] == list(range(30))
 
 
+def ports(process: int) -> dict[str, str]:
+    """Return the addresses, by kernel's notation, on which a process listens."""
+    own = {os.readlink(file) for file in Path(f"/proc/{process}/fd").iterdir() if file.is_symlink()}
+    found = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{process}/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and f"socket:[{words[9]}]" in own:
+                address, _, port = words[1].partition(":")
+                found[port] = address
+    return found
+
+
+def children(process: int) -> list[int]:
+    text = Path(f"/proc/{process}/task/{process}/children").read_text()
+    return [int(word) for word in text.split()]
+
+
+LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
+
+
+@pytest.mark.fault("processes", "another machine asks for the store of a run in two processes")
+@pytest.mark.fault("killed", "one of the two processes of a run")
+@pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="needs /proc")
+def test_two_processes_meet_on_loopback_and_one_that_is_killed_is_told(
+    base: RunOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan(base, pause=0.2)
+    began = tmp_path / "steps.txt"
+    monkeypatch.setenv("GLUA_BENCH_TEST_STEPS", str(began))
+    monkeypatch.setenv("MASTER_ADDR", "0.0.0.0")  # of a job script
+    with subprocess.Popen(child_command(planned), stderr=subprocess.PIPE, text=True) as process:
+        try:
+            until = time.monotonic() + 300
+            while not began.is_file():
+                assert process.poll() is None and time.monotonic() < until
+                time.sleep(0.1)
+            (other,) = children(process.pid)
+            listening = {**ports(process.pid), **ports(other)}
+            os.kill(other, signal.SIGKILL)
+            said = process.communicate()[1]
+        finally:
+            process.kill()
+    assert listening and set(listening.values()) <= {*LOOPBACK}
+    assert process.returncode == LOST_CODE > 128  # as killed, so that its executor resumes it
+    assert "glua-bench: error: process 2 of 2 of this run: killed (SIGKILL), most likely" in said
+    assert "Traceback" not in said
+    assert planned.directory.failed is None
+
+
 class Started:
     """Starts processes with given exit codes, and records their commands."""
 
@@ -124,14 +176,15 @@ class Started:
         return subprocess.Popen([words[0], "-c", act.format(end)], **options)
 
 
+@pytest.mark.fault("killed", "the processes of a run in two processes, twice")
 def test_killed_processes_are_tried_again(base: RunOptions) -> None:
     planned = plan(base)
     started = Started(-9, -9)
     with pytest.raises(RunFailure, match="were killed 2 times"):
         execute_apart(planned, QUIET, started)
     words, options = started.commands[0]
-    assert words[3] == "run-request"
-    assert RunRequest.from_json(Path(words[4]).read_text(), words[4]) == planned.request
+    assert words[2] == "run-request"
+    assert RunRequest.from_json(Path(words[3]).read_text(), words[3]) == planned.request
     assert options["env"]["OMP_NUM_THREADS"] == "1"
     execute_apart(planned, QUIET, Started(-9, 0, then=lambda: finish(planned)))
 

@@ -176,3 +176,11 @@ def test_a_narrow_screen_has_a_line_for_each_trial(definition: Definition) -> No
     lines = drawn(definition, [trial(n, TrialState.COMPLETE, n / 10) for n in range(4)], 60)
     assert max(map(len, lines)) <= 60
     assert [cells(lines, n)[0] for n in range(4)] == ["0", "1", "2", "3"]
+
+
+@pytest.mark.fault("hostile text", "values with markup and escapes in the table of a sweep")
+def test_values_cannot_control_the_terminal(definition: Definition) -> None:
+    hostile = trial(0, TrialState.COMPLETE, 0.5)
+    hostile.params = dict.fromkeys(WEIGHTS, "[/b]\x1b]0;gotcha\x07")
+    said = "".join(drawn(definition, [hostile], 160))
+    assert "\x07" not in said and said.count(r"[/b]\x1b]0;gotcha\x07") >= 2

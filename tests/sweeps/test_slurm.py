@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
@@ -20,7 +21,7 @@ from sweep_samples import define
 from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.sweeps import job
 from glua_bench.sweeps import slurm as clusters
-from glua_bench.sweeps.job import WorkerJob, job_environment, wait_for_end
+from glua_bench.sweeps.job import WorkerJob, exit_file, job_environment, wait_for_end
 from glua_bench.sweeps.slurm import Jobs, Resources, read
 from glua_bench.sweeps.study import SweepStudy, counting
 
@@ -135,6 +136,7 @@ def test_a_job_ends_with_its_worker() -> None:
     assert pretended("import sys; sys.exit(2)")() == 2
 
 
+@pytest.mark.fault("killed", "the worker of a SLURM job")
 def test_a_job_whose_worker_is_killed_has_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr(job.time, "sleep", waited.append)
@@ -173,7 +175,8 @@ def test_a_job_is_asked_to_save_by_submitit(
         "pathlib.Path('began').write_text(str(os.getppid()))\n"
         "time.sleep(60)\n"
     )
-    executor = submitit.LocalExecutor(tmp_path / "jobs")
+    waiting.folder = tmp_path / "jobs"
+    executor = submitit.LocalExecutor(waiting.folder)
     executor.update_parameters(timeout_min=5)
     submitted = executor.submit(waiting)
     began = tmp_path / "began"
@@ -181,6 +184,8 @@ def test_a_job_is_asked_to_save_by_submitit(
     os.kill(int(began.read_text()), signal.SIGUSR2)
     assert submitted.result() == 0
     assert (tmp_path / "saved").exists()
+    written = exit_file(waiting.folder, submitted.job_id)
+    assert json.loads(written.read_text()) == {"code": 0}
 
 
 def test_a_process_is_awaited_within_the_same_wait() -> None:
@@ -215,7 +220,7 @@ class Pretended(Jobs):
 
     Args:
         states: what is queued at each look.
-        results: job → what it left behind; missing is nothing.
+        results: job → exit code of its worker; missing if it was killed.
     """
 
     states: list[set[str]]
@@ -236,8 +241,9 @@ class Pretended(Jobs):
             self.count_submitted += 1
             self._ids.append(number)
             if number in self.results:
-                with (self.folder / f"{number}_0_result.pkl").open("wb") as out:
-                    pickle.dump(self.results[number], out)
+                exit_file(self.folder, number).write_text(
+                    json.dumps({"code": self.results[number]})
+                )
                 (self.folder / f"{number}_0_log.err").write_text(
                     "glua-bench: error: no such thing.\nsubmitit WARNING\n"
                 )
@@ -250,14 +256,13 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_jobs_that_vanish_are_replaced(at_once: None, tmp_path: Path) -> None:
-    good = ("success", 0)
-    jobs = Pretended(
-        study_in(tmp_path), [set(), {"1"}, {"1", "2"}, {"2"}, set()], {"1": good, "2": good}
-    )
+    states: list[set[str]] = [set(), {"1"}, {"1", "2"}, {"2"}, set()]
+    jobs = Pretended(study_in(tmp_path), states, {"1": 0, "2": 0})
     jobs.run()
     assert jobs.count_submitted == 3  # only 0 left nothing
 
 
+@pytest.mark.fault("killed", "every job of a sweep, again and again")
 def test_jobs_that_only_die_end_the_sweep(at_once: None, tmp_path: Path) -> None:
     jobs = Pretended(study_in(tmp_path), [set()])
     with pytest.raises(RunFailure, match="10 jobs ended early and no trial was finished"):
@@ -266,9 +271,53 @@ def test_jobs_that_only_die_end_the_sweep(at_once: None, tmp_path: Path) -> None
 
 
 def test_what_a_worker_says_at_its_end_ends_the_sweep(at_once: None, tmp_path: Path) -> None:
-    jobs = Pretended(study_in(tmp_path), [set()], {"0": ("success", 2)})
+    jobs = Pretended(study_in(tmp_path), [set()], {"0": 2})
     with pytest.raises(RunFailure, match=r"^A worker failed: no such thing\.$"):
         jobs.run()
+
+
+class Planted:
+    """A pickle that runs code when it is read."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.fault("stray code", "a planted pickle as the result of a job")
+def test_results_of_jobs_are_not_unpickled(at_once: None, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    jobs = Pretended(study_in(tmp_path), [set(), set(), set(), {"2"}, set()], {"1": 0, "2": 0})
+    for place in (jobs.folder / "0_0_result.pkl", exit_file(jobs.folder, "0")):
+        place.write_bytes(pickle.dumps(Planted(marker)))
+    jobs.run()
+    assert not marker.exists()
+    assert jobs.count_submitted == 3  # a result that is not ours is no result
+
+
+@pytest.mark.fault("stray code", "a directory of jobs in which others may write")
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_jobs_are_only_read_from_a_directory_of_their_user(
+    at_once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = Jobs(study_in(tmp_path), ["worker"], 1, Resources(1.0))
+    before = os.umask(0)
+    try:
+        jobs._keep_private()
+    finally:
+        os.umask(before)
+    assert jobs.folder.stat().st_mode & 0o777 == 0o700
+    for mode in (0o770, 0o702, 0o777):
+        jobs.folder.chmod(mode)
+        with pytest.raises(ConfigError, match=r"Other users may write in .*chmod go-w"):
+            jobs._submit(1)
+    jobs.folder.chmod(0o755)
+    jobs._keep_private()
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(ConfigError, match="belongs to another user"):
+        jobs._submit(1)
 
 
 def test_jobs_of_an_earlier_command_go_on(at_once: None, tmp_path: Path) -> None:

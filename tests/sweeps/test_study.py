@@ -22,8 +22,11 @@ from optuna.trial import TrialState
 
 from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.runs import execution, interruption
+from glua_bench.sweeps import progress
 from glua_bench.sweeps import study as studies
 from glua_bench.sweeps.definition import Definition, Parameter
+from glua_bench.sweeps.launch import finished_trials
+from glua_bench.sweeps.results import state_of, trial_table
 from glua_bench.sweeps.study import (
     ATTEMPTS,
     Claim,
@@ -222,6 +225,7 @@ def test_several_workers_share_a_study(tmp_path: Path) -> None:
     assert len({t.user_attrs["process"] for t in study.trials()}) > 1
 
 
+@pytest.mark.fault("killed", "workers of a study at random moments")
 def test_trials_of_killed_workers_are_taken_up_and_counted_once(tmp_path: Path) -> None:
     definition, rng = define(trials=12), random.Random(3)
 
@@ -262,6 +266,7 @@ def test_trials_of_killed_workers_are_taken_up_and_counted_once(tmp_path: Path) 
     )
 
 
+@pytest.mark.fault("killed", "every worker that has a certain trial")
 def test_a_trial_that_kills_its_workers_is_given_up(tmp_path: Path) -> None:
     definition = define(trials=3)
 
@@ -284,8 +289,14 @@ def test_a_trial_that_kills_its_workers_is_given_up(tmp_path: Path) -> None:
         deaths += 1
     assert deaths == ATTEMPTS
     assert states(study) == {"COMPLETE": 2, "FAIL": 1}
-    lost = [t for t in counting(study.trials()) if t.state == TrialState.FAIL]
-    assert lost[0].user_attrs["reason"] == "its worker was killed"
+    (lost,) = [t for t in counting(study.trials()) if t.state == TrialState.FAIL]
+    assert state_of(lost) == "lost"
+    assert lost.user_attrs["reason"].startswith("its workers were killed 3 times, most likely for")
+    table = trial_table(definition, study.trials())
+    assert list(table.loc[table["counted"], "state"]).count("lost") == 1
+    assert ", 1 lost, " in progress.state(definition, study.trials(), 1).line()
+    # A trial that kills its workers is no progress of the sweep, so that `DEATHS` is reached.
+    assert finished_trials(study) == 2
 
 
 def test_a_worker_that_was_thought_dead_disturbs_nobody(opened: Callable[..., SweepStudy]) -> None:

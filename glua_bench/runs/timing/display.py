@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from glua_bench.console import columns, duration, is_terminal
+from glua_bench.documents import load_json
+from glua_bench.errors import printable
 from glua_bench.runs.plan import PlannedRun
 
 REDRAW_SECONDS = 0.5
@@ -104,7 +105,7 @@ def _last_row(log: Path) -> Mapping[str, Any] | None:
         return None
     for line in reversed(lines):
         try:
-            row = json.loads(line)
+            row = load_json(line)
             return {"stage": row["stage"], "step": row["step"], "total_step": row["total_step"]}
         except (ValueError, KeyError, TypeError):  # torn
             continue
@@ -166,7 +167,7 @@ class Display:
         if self._live is None:
             self.say(text)
         else:
-            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._live.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def show(self, state: Callable[[], State]) -> None:
         """Show a state if it is due.
@@ -208,7 +209,9 @@ def bars(state: State, width: int) -> Any:
     table.add_column(no_wrap=True, min_width=4, justify="right")
     for one in state.running[:SHOWN]:
         name = one.name if one.here else f"{one.name}, another process"
-        table.add_row(Text(f"  {name}"), Text(one.place), Text(duration(one.seconds)))
+        table.add_row(
+            Text(printable(f"  {name}")), Text(printable(one.place)), Text(duration(one.seconds))
+        )
     if len(state.running) > SHOWN:
         table.add_row(f"  and {len(state.running) - SHOWN} more", "", "")
     return Group(bar.make_tasks_table(bar.tasks), table)

@@ -165,10 +165,12 @@ class Estimator:
     def _start_seconds(self, mlflow: bool) -> float:
         """Return the duration of starting a process that can execute a run."""
         if self._start is None:
+            # Without the current directory, where a stray module could lie.
+            code = "import sys; sys.path[:] = filter(None, sys.path); import "
             modules = "glua_bench.runs.execution, glua_bench.reports.run_figures"
             modules += ", mlflow" if mlflow else ""
             began = time.perf_counter()
-            subprocess.run([sys.executable, "-c", f"import {modules}"], check=False)
+            subprocess.run([sys.executable, "-c", code + modules], check=False)
             self._start = time.perf_counter() - began
         return self._start
 
