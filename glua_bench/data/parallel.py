@@ -1,30 +1,167 @@
-"""Map a function over items in parallel processes."""
+"""Share the processor: parallel processes of one command, and turns of several commands."""
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
+import stat
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from multiprocessing.connection import wait
+from pathlib import Path
 from threading import Thread
 from typing import TypeVar
 
+from glua_bench import cores as cores
 from glua_bench.console import Progress
 from glua_bench.errors import RunFailure
+from glua_bench.files import try_lock
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+PLACE = "GLUA_BENCH_TURNS"  # variable with the directory of the turns
+TURN_SECONDS = 0.25
+POLL_SECONDS = 0.005  # between looks whether the cores are free
+PATIENCE_SECONDS = 30.0  # longer than an update, after which a turn may end
+WITHOUT_SECONDS = 600.0  # without turns after a wait in vain
 
-def cores() -> int:
-    """Return the number of processor cores available to this process."""
+
+class Turns:
+    """Let processes of one user that have more threads than cores compute in turns.
+
+    The threads of a process meet hundreds of times per update. Where two processes have a thread
+    for each core, each meeting waits for a thread that the other process keeps from running, and
+    both together take several times as long as one after the other. In turns, each process has its
+    cores for itself for `TURN_SECONDS`. It keeps its number of threads, on which the last bits of
+    its sums depend.
+
+    A turn is a lock on one file for each core that its threads need, and a lock on another file is
+    the right to collect them, so that turns are granted in order and processes with few threads
+    compute side by side. Locks of killed processes are released by the kernel. Turns are a
+    courtesy: a process computes without one if the files cannot be locked, or if it has waited for
+    `PATIENCE_SECONDS`, as for a process that the user has stopped.
+
+    Args:
+        folder: directory of the lock files; default: one of this user in the temporary directory.
+
+    Example:
+        >>> with turns.taken(2):  # doctest: +SKIP
+        ...     for batch in batches:
+        ...         turns.pass_on()
+        ...         update(batch)
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._held: ExitStack | None = None
+        self._depth, self._threads = 0, 1
+        self._since = 0.0
+        self._without_until = -math.inf
+
+    @contextmanager
+    def taken(self, threads: int | None) -> Iterator[None]:
+        """Hold a turn inside the block, which may contain further ones.
+
+        Args:
+            threads: number of threads that compute; None takes no turn.
+        """
+        if threads is None:
+            yield
+            return
+        if not self._depth:
+            self._threads = threads
+            self._take()
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                self._give()
+
+    def pass_on(self) -> None:
+        """Let waiting processes compute if this process's turn is over."""
+        if self._held is not None and time.monotonic() - self._since >= TURN_SECONDS:
+            self._give()
+            self._take()
+
+    def _give(self) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+
+    def _take(self) -> None:
+        began = time.monotonic()
+        if began < self._without_until:
+            return
+        try:
+            folder = self._folder or turns_folder()
+            self._held = _collected(folder, self._threads, began + PATIENCE_SECONDS)
+        except (OSError, RunFailure):
+            self._held = None
+        self._since = time.monotonic()
+        if self._held is None:
+            self._without_until = self._since + WITHOUT_SECONDS
+
+
+def turns_folder() -> Path:
+    """Return the directory of the turns, which only this user can write.
+
+    Processes that are started later find the same one, also with another temporary directory.
+
+    Raises:
+        OSError: there is none.
+    """
+    if not hasattr(os, "getuid"):
+        raise OSError("no user ids")
+    place = os.environ.get(PLACE) or f"{tempfile.gettempdir()}/glua-bench-{os.getuid()}"
+    folder = Path(place)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise OSError(f"{folder} is not private")
+    os.environ[PLACE] = place
+    return folder
+
+
+def _collected(folder: Path, threads: int, until: float) -> ExitStack | None:
+    """Lock a file for each core that the threads need; None if they are not free in time."""
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    names = sorted(affinity(0)) if affinity is not None else list(range(os.cpu_count() or 1))
+    needed = min(threads, len(names))
+    with ExitStack() as held, ExitStack() as queue:
+        while not (first := _attempt(folder / "next.lock", queue)) and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
+        mine: set[int] = set()
+        while first and len(mine) < needed:
+            for core in names:
+                if core not in mine and len(mine) < needed:
+                    mine |= {core} if _attempt(folder / f"core-{core}.lock", held) else set()
+            if len(mine) < needed:
+                if time.monotonic() >= until:
+                    return None
+                time.sleep(POLL_SECONDS)
+        return held.pop_all() if first else None
+
+
+def _attempt(path: Path, held: ExitStack) -> bool:
+    """Try to lock a file until a stack is closed."""
+    with ExitStack() as own:
+        if own.enter_context(try_lock(path)):
+            held.push(own.pop_all())
+            return True
+    return False
+
+
+turns = Turns()
 
 
 def parallel_map(
@@ -58,7 +195,7 @@ def parallel_map(
         return
     # Spawned, not forked: forking is unsafe when the caller has threads (torch, BLAS).
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_exit_with_parent)
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_worker)
     function = getattr(work, "func", work)  # of a partial
     needs_script = getattr(function, "__module__", "") == "__main__"
     try:
@@ -114,8 +251,10 @@ def _without_script() -> Iterator[None]:
         script.update(hidden)
 
 
-def _exit_with_parent() -> None:
-    """Initialise a worker: exit silently on Ctrl-C and when the parent process ends."""
+def _begin_worker() -> None:
+    """Initialise a worker: one thread; exit silently on Ctrl-C and when the parent ends."""
+    # Before numerical libraries are loaded; the workers together use all cores.
+    os.environ["OMP_NUM_THREADS"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -21,6 +21,7 @@ from glua_bench.console import Progress
 from glua_bench.data.batches import Batches
 from glua_bench.data.cache import SliceCache
 from glua_bench.data.neighbours import Neighbourhood, middle
+from glua_bench.data.parallel import turns
 from glua_bench.data.stores import ImageStore, LabelledStore
 from glua_bench.errors import ConfigError, RunFailure, UserError
 from glua_bench.method import Batch, Method, Role
@@ -32,7 +33,7 @@ from glua_bench.runs import carried
 from glua_bench.runs.plan import PlannedRun, make_fabric, roles
 from glua_bench.runs.stage_cache import artefact_path
 from glua_bench.runs.timing.parts import EVALUATION, FIGURES, SAMPLES, SLICES, Clock
-from glua_bench.runs.trainer import Trainer
+from glua_bench.runs.trainer import Trainer, threads_of
 from glua_bench.scoring.evaluation import evaluate, mean_score, summarise
 from glua_bench.selection import ROLES, Candidate, Samples, Selector, choose, sample_pixels
 from glua_bench.task import Case, Dataset, UnlabelledCase
@@ -292,13 +293,13 @@ class BuiltRun:
     @torch.no_grad()
     def predict(self, images: Tensor, domain: Role) -> Tensor:
         """Return logits under the run's precision."""
-        with self.trainer.fabric.autocast():
+        with turns.taken(threads_of(self.trainer.fabric)), self.trainer.fabric.autocast():
             return self.method.predict(images.to(memory_format=torch.channels_last), domain)
 
     @torch.no_grad()
     def features(self, images: Tensor, domain: Role) -> Tensor:
         """Return the method's features under the run's precision."""
-        with self.trainer.fabric.autocast():
+        with turns.taken(threads_of(self.trainer.fabric)), self.trainer.fabric.autocast():
             return self.method.features(images.to(memory_format=torch.channels_last), domain)
 
     @torch.no_grad()
