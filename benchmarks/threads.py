@@ -1,159 +1,173 @@
-"""Two commands at once against one after the other: what they cost each other.
+"""What two processes on the same cores cost each other, and one its waiting policy.
 
-    python benchmarks/threads.py [--rounds 3] [--steps 100] [--commands run,predict]
+    python benchmarks/threads.py [--rounds 10] [--steps 30] [--method source_only]
 
-Each round times a command, the same command again, and both at once, each in its own process. The
-ratio is the time of both at once over that of one after the other: 1 if they share the processor
-without loss, less if one uses cores that the other leaves idle. Other programs on the machine
-disturb it, so take the median. `alone` compares one command with the waiting policy of glua-bench
-and with that of the library (`GOMP_SPINCOUNT`), whose ratio is above 1 if the policy gains.
+Two processes train on the phantom, as two `glua-bench run` do, and predict its slices. In each
+round they work one after the other and at once, so that other programs on the machine disturb both
+alike. The ratio is the time of both at once over that of one after the other; without loss it is 1,
+and less where one process leaves cores idle that the other uses. `--apart` shows what turns and the
+waiting policy of glua-bench are for: the same without them, as libraries behave by themselves.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from glua_bench.datasets.phantom.dataset import Phantom
-
-START = [sys.executable, "-P", "-m", "glua_bench"]
-if sys.version_info < (3, 11):
-    START.remove("-P")
-LIBRARY = {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}  # as without glua-bench
-
-# Arguments of a command, from a fresh directory and a number that makes it unlike the others.
-Command = Callable[[Path, int], list[str]]
+LIBRARY = {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}  # its defaults
+ALONE = {**LIBRARY, "GLUA_BENCH_TURNS": os.devnull}  # not a directory: no turns
 
 
-def training(steps: int, method: str = "source_only") -> Command:
-    """Return the command that trains and scores on the phantom."""
+def work(method: str, steps: int) -> None:
+    """Train or predict each time that a line asks for it, and print the seconds."""
+    import torch
 
-    def arguments(folder: Path, number: int) -> list[str]:
-        words = ["run", "--method", method, "--dataset", "phantom", "--steps", str(steps)]
-        return [*words, "--seed", str(number), "--runs", str(folder), "--no-mlflow"]
+    from glua_bench.console import Progress
+    from glua_bench.records.run_directory import RunDirectory
+    from glua_bench.runs.execution import build_run
+    from glua_bench.runs.plan import make_fabric, plan
+    from glua_bench.runs.request import RunRequest
 
-    return arguments
-
-
-def segmenting(model: Path, images: Sequence[Path]) -> Command:
-    """Return the command that segments volumes with a run."""
-
-    def arguments(folder: Path, number: int) -> list[str]:
-        return ["predict", *map(str, images), "--run", str(model), "--out", str(folder / "out")]
-
-    return arguments
-
-
-def seconds(commands: Sequence[list[str]], environment: Mapping[str, str]) -> float:
-    """Return the time until commands that are started at once have ended.
-
-    Raises:
-        RuntimeError: one failed.
-    """
-    began = time.perf_counter()
-    running = [
-        subprocess.Popen(
-            [*START, *command, "--quiet"],
-            env={**os.environ, **environment},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for command in commands
-    ]
-    errors = [process.communicate()[1] for process in running]
-    took = time.perf_counter() - began
-    for process, error in zip(running, errors, strict=True):
-        if process.returncode:
-            raise RuntimeError(error)
-    return took
-
-
-def at_once(
-    command: Command, rounds: int = 3, environment: Mapping[str, str] | None = None
-) -> tuple[list[float], list[float]]:
-    """Time a command twice in a row and twice at once.
-
-    Args:
-        command: what is run.
-        rounds: number of pairs.
-        environment: variables of the processes.
-
-    Returns:
-        The seconds of one after the other, and those of both at once, by round.
-    """
-    changed, apart, together, number = dict(environment or {}), [], [], int(time.time())
-    for _ in range(rounds):
+    quiet = Progress(enabled=False)
+    planned = plan(RunRequest(method, "phantom", preset="quick", steps=steps, device="cpu"))
+    config = replace(planned.config, candidates=1)
+    fabric = make_fabric(planned.request, config)
+    for line in sys.stdin:
         with tempfile.TemporaryDirectory() as folder:
-            words = [command(Path(folder) / str(i), number + i) for i in range(4)]
-            number += 4
-            apart.append(sum(seconds([one], changed) for one in words[:2]))
-            together.append(seconds(words[2:], changed))
-    return apart, together
+            log = RunDirectory(Path(folder), config, "threads")
+            log.start({})
+            built = build_run(replace(planned, config=config, directory=log), fabric, quiet)
+            built.trainer.artefact = lambda stage: None
+            images = torch.from_numpy(built.train.images(range(32)))
+            began = time.perf_counter()
+            if line.strip() == "train":
+                built.fit()
+            else:
+                built.method.eval()
+                for _ in range(steps // 2):
+                    built.predict(images, "target")
+            print(json.dumps(time.perf_counter() - began), flush=True)
+            log.close()
 
 
-def ratio(command: Command | None = None, rounds: int = 3) -> tuple[float, float]:
-    """Return the ratio of two at once to one after the other, and its spread over the rounds.
+class Pair:
+    """Two processes that work when they are asked to.
 
     Args:
-        command: what is run; default: a short training with its evaluation.
+        method: method that they train.
+        steps: updates, or batches of slices, each time.
+        environment: further variables.
+    """
+
+    def __init__(
+        self, method: str = "source_only", steps: int = 30, environment: Mapping[str, str] = ALONE
+    ) -> None:
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--work", "--method", method, "--steps", str(steps)],
+                env={**os.environ, **environment},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(2)
+        ]
+
+    def __enter__(self) -> Pair:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+    def seconds(self, what: str, chosen: Sequence[int]) -> float:
+        """Return the time until the chosen processes have worked, all at once."""
+        began = time.perf_counter()
+        for index in chosen:
+            channel = self._processes[index].stdin
+            assert channel is not None
+            channel.write(f"{what}\n")
+            channel.flush()
+        own = []
+        for index in chosen:
+            answer = self._processes[index].stdout
+            assert answer is not None
+            own.append(float(json.loads(answer.readline())))
+        # Without the building of networks, which is the same in both.
+        return max(own) if len(chosen) == 1 else min(max(own), time.perf_counter() - began)
+
+    def rounds(self, what: str, count: int) -> list[tuple[float, float]]:
+        """Return the seconds of one after the other and of both at once, by round."""
+        self.seconds(what, [0])
+        self.seconds(what, [1])
+        return [
+            (self.seconds(what, [0]) + self.seconds(what, [1]), self.seconds(what, [0, 1]))
+            for _ in range(count)
+        ]
+
+
+def ratio(what: str = "train", rounds: int = 10, steps: int = 30) -> tuple[float, float]:
+    """Return the ratio of both at once to one after the other, and its spread.
+
+    Args:
+        what: "train" or "predict".
         rounds: number of ratios.
+        steps: updates or batches each time.
 
     Returns:
-        Median, and largest distance from it.
+        Median of the ratios, and their median distance from it.
     """
-    apart, together = at_once(command or training(100), rounds)
-    found = [both / one for one, both in zip(apart, together, strict=True)]
-    return statistics.median(found), max(abs(each - statistics.median(found)) for each in found)
+    with Pair(steps=steps, environment={}) as pair:
+        return _middle([both / one for one, both in pair.rounds(what, rounds)])
 
 
-def alone(command: Command | None = None, rounds: int = 3) -> tuple[float, float]:
-    """Return the ratio of the library's waiting policy to ours for one command, and its spread."""
-    own, number, found = command or training(100), int(time.time()), []
-    for _ in range(rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            words = [own(Path(folder) / str(i), number + i) for i in range(2)]
-            number += 2
-            ours = seconds([words[0]], {})
-            found.append(seconds([words[1]], LIBRARY) / ours)
-    return statistics.median(found), max(abs(each - statistics.median(found)) for each in found)
+def alone(rounds: int = 10, steps: int = 30) -> tuple[float, float]:
+    """Return the ratio of our waiting policy to the library's for one training, and its spread."""
+    with Pair(steps=steps, environment={}) as ours, Pair(steps=steps) as library:
+        for pair in (ours, library):
+            pair.seconds("train", [0])
+        found = [ours.seconds("train", [0]) / library.seconds("train", [0]) for _ in range(rounds)]
+    return _middle(found)
+
+
+def _middle(found: Sequence[float]) -> tuple[float, float]:
+    middle = statistics.median(found)
+    return middle, statistics.median(abs(each - middle) for each in found)
 
 
 def main() -> None:
-    """Time the commands and print the table."""
+    """Time both and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--commands", default="run", help="run, predict, or both: run,predict")
-    parser.add_argument("--alone", action="store_true", help="also one with the library's policy")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--method", default="source_only")
+    parser.add_argument("--apart", action="store_true", help="without turns and policy")
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    chosen = options.commands.split(",")
-    with tempfile.TemporaryDirectory() as folder:
-        train, commands = training(options.steps), {}
-        first = training(1)(Path(folder), 0)
-        seconds([first], {})  # prepares the data, and trains a model for `predict`
-        if "run" in chosen:
-            commands["run"] = train
-        if "predict" in chosen:
-            (model,) = (path.parent for path in Path(folder).glob("*/*/*/summary.json"))
-            images = sorted(Phantom.default_root().glob("ct_train/*_image.nii.gz"))[:12]
-            commands["predict"] = segmenting(model, images)
-        print(f"{os.cpu_count()} processors")
-        print("command    one after the other   both at once   ratio")
-        for name, command in commands.items():
-            apart, together = at_once(command, options.rounds)
-            for one, both in zip(apart, together, strict=True):
-                print(f"{name:<11}{one:>17.1f} s{both:>13.1f} s{both / one:>8.2f}", flush=True)
-        if options.alone:
-            gain, spread = alone(train, options.rounds)
-            print(f"one run with the library's waiting policy: {gain:.2f} ± {spread:.2f} ×")
+    if options.work:
+        work(options.method, options.steps)
+        return
+    print(f"{os.cpu_count()} processors, {options.method}, {options.steps} steps each")
+    print("work      one after the other   both at once   ratio (medians)", flush=True)
+    environment = ALONE if options.apart else {}
+    with Pair(options.method, options.steps, environment) as pair:
+        for what in ("train", "predict"):
+            times = pair.rounds(what, options.rounds)
+            middle, spread = _middle([both / one for one, both in times])
+            one, both = (statistics.median(each) for each in zip(*times, strict=True))
+            print(
+                f"{what:<10}{one:>17.2f} s{both:>13.2f} s{middle:>8.2f} ± {spread:.2f}", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -335,6 +335,10 @@ def save(figure: Figure, path: Path, dpi: int = DPI, svg: str = "white") -> list
     metadata: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     style: dict[Any, Any] = {"svg.hashsalt": path.stem, "svg.fonttype": "none", "pdf.fonttype": 42}
     written = [path.with_suffix(suffix) for suffix in FORMATS]
+    # The constrained layout is solved once. Otherwise each format solves it twice, which takes
+    # longer than drawing.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     for file in written:
         face = svg if file.suffix == ".svg" else "white"
         with replacing(file, "--out") as temporary, mpl.rc_context(style):

@@ -16,11 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import QUIET, small_request
 
 import glua_bench
+from glua_bench.cli import runs as commands
 from glua_bench.data import parallel
-from glua_bench.data.parallel import Turns, parallel_map
-from glua_bench.runs import executor, trainer
+from glua_bench.data.parallel import Load, Turns, parallel_map
+from glua_bench.runs import execution, executor, trainer
+from glua_bench.runs.plan import plan
 from glua_bench.sweeps.job import job_environment
 from glua_bench.sweeps.launch import worker_environment
 
@@ -116,6 +119,41 @@ def test_processes_of_one_command_share_the_cores(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     assert executor.environment(0, 4)["OMP_NUM_THREADS"] == "8"
     assert dict(parallel_map(os.getenv, ["OMP_NUM_THREADS"] * 2, 2)) == {0: "1", 1: "1"}
+
+
+@linux
+def test_other_programs_on_the_cores_are_seen_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of four cores are ours; others keep one and a half of them busy, and we a half."""
+    now, used = [100.0], [0.0]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 3})
+    monkeypatch.setattr(parallel.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(os, "times", lambda: (used[0], 0.0, 0.0, 0.0, 0.0))
+    stat, tick = tmp_path / "stat", os.sysconf("SC_CLK_TCK")
+
+    def write(seconds: float) -> None:
+        lines = [f"cpu{core} {seconds * tick:.0f} 0 0 7 7 0 0 0 0 0" for core in (1, 3)]
+        stat.write_text("\n".join(["cpu 1 2 3", "cpu0 999999 0 0 0 0 0 0 0", *lines, "intr 5"]))
+
+    write(10.0)
+    load = Load(stat)
+    now[0], used[0] = 104.0, 2.0
+    write(14.0)
+    assert load.of_others() == pytest.approx(1.5)
+    assert Load(tmp_path / "none").of_others() == 0
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(commands, "cores", lambda: 2)
+    said = commands._crowded("cpu", 1.5)
+    assert said == (
+        "Other programs keep 1.5 of 2 cores busy: OMP_NUM_THREADS=1 may train faster, with other "
+        "last bits."
+    )
+    assert commands._crowded("cpu", 0.4) == ""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert commands._crowded("cpu", 1.5) == ""
 
 
 # -- turns ----------------------------------------------------------------------------------------
@@ -276,3 +314,32 @@ def test_a_run_on_the_processor_takes_turns(monkeypatch: pytest.MonkeyPatch) -> 
         for device, size in (("cpu", 1), ("cpu", 2), ("cuda", 1))
     ]
     assert found == [torch.get_num_threads(), None, None]
+
+
+def test_a_run_waits_for_its_turn_and_ends_in_the_same_weights(
+    phantom_root: Path, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training and prediction wait while another process has the cores, and nothing else does."""
+    weights = []
+    for name in ("alone", "beside"):
+        monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / name / "cache"))
+        own = Turns(tmp_path / "turns")
+        monkeypatch.setattr(trainer, "turns", own)
+        monkeypatch.setattr(execution, "turns", own)
+        planned = plan(small_request(phantom_root, tmp_path / name))
+        run = planned.directory
+        with ExitStack() as stack:
+            if name == "beside":
+                stack.enter_context(Turns(tmp_path / "turns").taken(1000))
+            thread = start(lambda planned=planned: execution.execute(planned, QUIET) and None)  # type: ignore[misc]
+            if name == "beside":
+                until = time.monotonic() + 60
+                while not run.path.is_dir() and time.monotonic() < until:
+                    time.sleep(0.05)
+                time.sleep(1.0)
+                assert run.path.is_dir() and not any(run.checkpoints.glob("*.pt"))
+        thread.join(60)
+        assert run.done
+        (last, *_) = sorted(run.checkpoints.glob("candidate_*.pt"))
+        weights.append(torch.load(last, weights_only=True))
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])

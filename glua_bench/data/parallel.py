@@ -30,8 +30,45 @@ Result = TypeVar("Result")
 PLACE = "GLUA_BENCH_TURNS"  # variable with the directory of the turns
 TURN_SECONDS = 0.25
 POLL_SECONDS = 0.005  # between looks whether the cores are free
-PATIENCE_SECONDS = 30.0  # longer than an update, after which a turn may end
+PATIENCE_SECONDS = 60.0  # longer than an update, after which a turn may end
 WITHOUT_SECONDS = 600.0  # without turns after a wait in vain
+
+
+class Load:
+    """Measures how many of this process's cores other processes keep busy, from now on.
+
+    Args:
+        file: the kernel's counters (Linux).
+    """
+
+    def __init__(self, file: Path = Path("/proc/stat")) -> None:
+        self._file = file
+        self._began = self._read()
+
+    def of_others(self) -> float:
+        """Return the mean number of busy cores, without this process and its ended children.
+
+        It is 0 where the kernel does not tell.
+        """
+        began, now = self._began, self._read()
+        if began is None or now is None or now[0] - began[0] < 0.1:
+            return 0.0
+        seconds, busy, own = (b - a for a, b in zip(began, now, strict=True))
+        return max(0.0, (busy - own) / seconds)
+
+    def _read(self) -> tuple[float, float, float] | None:
+        """Return the time, and the seconds for which our cores and this process were busy."""
+        if not hasattr(os, "sched_getaffinity"):
+            return None
+        names = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+        try:
+            rows = [line.split() for line in self._file.read_text().splitlines()]
+            # user, nice, system, idle, iowait, irq, softirq, steal: all but the idle ones.
+            counted = [list(map(int, row[1:9])) for row in rows if row and row[0] in names]
+        except (OSError, ValueError):
+            return None
+        ticks = sum(sum(row) - sum(row[3:5]) for row in counted)
+        return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4])
 
 
 class Turns:
