@@ -218,6 +218,17 @@ def test_processes_with_a_thread_each_compute_side_by_side(tmp_path: Path, two_c
         assert other._held is not None
 
 
+@linux
+@pytest.mark.parametrize(("threads", "files"), [(64, 8), (1, 1), (9, 2), (16, 2), (1000, 8)])
+def test_a_turn_on_many_cores_locks_few_files(
+    threads: int, files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    with Turns(tmp_path).taken(threads):
+        assert len(list(tmp_path.glob("core-*.lock"))) == files
+
+
 def test_turns_nest_and_end_with_an_error(tmp_path: Path, two_cores: None) -> None:
     own, other = Turns(tmp_path), Turns(tmp_path)
     with pytest.raises(ZeroDivisionError), own.taken(2), own.taken(2):
