@@ -10,6 +10,7 @@ import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from glua_bench.reports import figures
 from glua_bench.reports.figures import Panel, case_grid, domain_montage, strip
@@ -80,6 +81,18 @@ def test_a_figure_is_a_readable_png_stamped_for_patients_only(name: str, tmp_pat
     assert {p.name for p in path.parent.iterdir()} == {"figure.png", "figure.svg", "figure.pdf"}
     kept = DRAWINGS[name](tmp_path / "kept.png", publishable=False)
     assert pixels(kept, RED, 0.25) >= pixels(path, RED, 0.25) + 30
+
+
+def test_the_layout_of_a_figure_is_solved_once_for_all_formats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved: list[object] = []
+    original = ConstrainedLayoutEngine.execute
+    monkeypatch.setattr(
+        ConstrainedLayoutEngine, "execute", lambda *given: solved.append(0) or original(*given)
+    )
+    strip(tmp_path / "strip.png", {"source": np.zeros((2, 8, 8))}, "A title")
+    assert len(solved) == 1 and len(list(tmp_path.iterdir())) == 3
 
 
 def test_contours_have_the_structures_colours(tmp_path: Path) -> None:
