@@ -22,6 +22,7 @@ import glua_bench
 from glua_bench.cli import runs as commands
 from glua_bench.data import parallel
 from glua_bench.data.parallel import Load, Turns, parallel_map
+from glua_bench.files import hold
 from glua_bench.runs import execution, executor, trainer
 from glua_bench.runs.plan import plan
 from glua_bench.sweeps.job import job_environment
@@ -162,7 +163,6 @@ def test_other_programs_on_the_cores_are_seen_and_told(
 @pytest.fixture
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
-    monkeypatch.setattr(parallel, "POLL_SECONDS", 0.001)
 
 
 @pytest.fixture
@@ -256,6 +256,30 @@ def test_processes_find_the_turns_of_their_parent(
 
 
 @linux
+def test_a_lock_is_had_in_time_in_order_or_not_at_all(tmp_path: Path, start: Start) -> None:
+    path, order = tmp_path / "one.lock", []
+    first = hold(path, 0)
+    assert first is not None and hold(path, 0) is None and hold(path, 0.05) is None
+
+    def wait(name: str) -> None:
+        release = hold(path, 60)
+        assert release is not None
+        order.append(name)
+        release()
+
+    for name in "abc":
+        start(lambda name=name: wait(name))  # type: ignore[misc]
+        time.sleep(0.05)
+    first()
+    until = time.monotonic() + 60
+    while len(order) < 3 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert order == ["a", "b", "c"]
+    with pytest.raises(FileNotFoundError):
+        hold(tmp_path / "none" / "one.lock", 0)
+
+
+@linux
 @pytest.mark.fault("killed", "kill -9 a process in its turn on the processor")
 def test_a_killed_process_ends_its_turn(tmp_path: Path) -> None:
     code = (
@@ -332,6 +356,7 @@ def test_a_run_waits_for_its_turn_and_ends_in_the_same_weights(
 ) -> None:
     """Training and prediction wait while another process has the cores, and nothing else does."""
     weights = []
+    (tmp_path / "turns").mkdir()
     for name in ("alone", "beside"):
         monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / name / "cache"))
         own = Turns(tmp_path / "turns")

@@ -22,14 +22,13 @@ from typing import TypeVar
 from glua_bench import cores as cores
 from glua_bench.console import Progress
 from glua_bench.errors import RunFailure
-from glua_bench.files import try_lock
+from glua_bench.files import hold
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PLACE = "GLUA_BENCH_TURNS"  # variable with the directory of the turns
 TURN_SECONDS = 0.25
-POLL_SECONDS = 0.005  # between looks whether the cores are free
 PATIENCE_SECONDS = 60.0  # longer than an update, after which a turn may end
 MOST_FILES = 8  # locked for a turn
 WITHOUT_SECONDS = 600.0  # without turns after a wait in vain
@@ -88,7 +87,8 @@ class Turns:
     `PATIENCE_SECONDS`, as for a process that the user has stopped.
 
     Args:
-        folder: directory of the lock files; default: one of this user in the temporary directory.
+        folder: existing directory of the lock files; default: one of this user in the temporary
+            directory.
 
     Example:
         >>> with turns.taken(2):  # doctest: +SKIP
@@ -143,7 +143,7 @@ class Turns:
         try:
             folder = self._folder or turns_folder()
             self._held = _collected(folder, self._threads, began + PATIENCE_SECONDS)
-        except (OSError, RunFailure):
+        except OSError:
             self._held = None
         self._since = time.monotonic()
         if self._held is None:
@@ -174,31 +174,26 @@ def _collected(folder: Path, threads: int, until: float) -> ExitStack | None:
     """Lock the files of as many cores as there are threads; None if not in time."""
     affinity, total = getattr(os, "sched_getaffinity", None), os.cpu_count() or 1
     own = sorted(affinity(0)) if affinity is not None else list(range(total))
-    # Neighbouring cores share a file where there are many, since each lock takes some 0.1 ms.
+    # Neighbouring cores share a file where there are many, since each lock takes some 10 µs.
     names = sorted({core * MOST_FILES // total if total > MOST_FILES else core for core in own})
     needed = min(len(names), math.ceil(threads * len(names) / len(own)))
     with ExitStack() as held, ExitStack() as queue:
-        while not (first := _attempt(folder / "next.lock", queue)) and time.monotonic() < until:
-            time.sleep(POLL_SECONDS)
+        if not _held(folder / "next.lock", until, queue):
+            return None
         mine: set[int] = set()
-        while first and len(mine) < needed:
+        for patience in (0.0, until):  # first those that are free
             for core in names:
                 if core not in mine and len(mine) < needed:
-                    mine |= {core} if _attempt(folder / f"core-{core}.lock", held) else set()
-            if len(mine) < needed:
-                if time.monotonic() >= until:
-                    return None
-                time.sleep(POLL_SECONDS)
-        return held.pop_all() if first else None
+                    mine |= {core} if _held(folder / f"core-{core}.lock", patience, held) else set()
+        return held.pop_all() if len(mine) == needed else None
 
 
-def _attempt(path: Path, held: ExitStack) -> bool:
-    """Try to lock a file until a stack is closed."""
-    with ExitStack() as own:
-        if own.enter_context(try_lock(path)):
-            held.push(own.pop_all())
-            return True
-    return False
+def _held(path: Path, until: float, stack: ExitStack) -> bool:
+    """Lock a file until a stack is closed; False if it is not free in time."""
+    release = hold(path, max(0.0, until - time.monotonic()))
+    if release is not None:
+        stack.callback(release)
+    return release is not None
 
 
 turns = Turns()
