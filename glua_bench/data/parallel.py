@@ -28,7 +28,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PLACE = "GLUA_BENCH_TURNS"  # variable with the directory of the turns
-TURN_SECONDS = 0.25
+TURN_SECONDS = 1.0  # a change of turns costs some 20 ms
 PATIENCE_SECONDS = 60.0  # longer than an update, after which a turn may end
 MOST_FILES = 8  # locked for a turn
 WITHOUT_SECONDS = 600.0  # without turns after a wait in vain
