@@ -57,10 +57,10 @@ def _quotas(cgroups: str, own: str) -> Iterator[float]:
         for top, depth in itertools.product(tops, range(len(parts) + 1)):
             place = "/".join([top, *parts[:depth]])
             if kinds:
-                quota = _read(f"{place}/cpu.cfs_quota_us"), _read(f"{place}/cpu.cfs_period_us")
+                quota = [_read(f"{place}/cpu.cfs_quota_us"), _read(f"{place}/cpu.cfs_period_us")]
             else:
-                quota = (*_read(f"{place}/cpu.max").split(), "", "")[:2]
-            if quota[0].isdigit() and quota[1].isdigit():
+                quota = _read(f"{place}/cpu.max").split()
+            if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit():
                 yield int(quota[0]) / max(1, int(quota[1]))
 
 
