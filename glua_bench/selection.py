@@ -30,7 +30,7 @@ class Samples:
 
     Attributes:
         logits: (M, K).
-        features: (M, D).
+        features: (M, D); D = 0 if no selector of the run uses them.
         labels: (M,), class indices of source pixels, or `UNANNOTATED`; None for the target.
     """
 
@@ -61,7 +61,8 @@ class Candidate:
         samples: role ("source_train", "source_val", "target_train") → samples, with translated
             source slices; roles without slices, and those that no selector of the run names in
             `samples_from`, are missing.
-        trajectory: step → samples of the same target pixels for all candidates of the run.
+        trajectory: step → samples of the same target pixels for all candidates of the run, for
+            selectors with `uses_trajectory`.
     """
 
     step: int
@@ -83,6 +84,7 @@ class Selector(ABC):
     needs: ClassVar[str]
     uses_samples: ClassVar[bool] = False  # needs `Candidate.samples`
     samples_from: ClassVar[tuple[str, ...]] = ROLES  # roles of these samples
+    uses_features: ClassVar[bool] = True  # needs `Samples.features`, a further forward pass
     uses_trajectory: ClassVar[bool] = False  # needs `Candidate.trajectory`
 
     @abstractmethod
@@ -93,7 +95,7 @@ class Selector(ABC):
 @torch.no_grad()
 def sample_pixels(
     predict: Callable[[Tensor], Tensor],
-    features: Callable[[Tensor], Tensor],
+    features: Callable[[Tensor], Tensor] | None,
     store: ImageStore,
     translate: Callable[[Tensor], Tensor],
     device: torch.device,
@@ -104,7 +106,8 @@ def sample_pixels(
 
     Args:
         predict: (N, S, H, W) → logits (N, K, H, W).
-        features: (N, S, H, W) → (N, D, h, w); each pixel gets the features of its cell.
+        features: (N, S, H, W) → (N, D, h, w); each pixel gets the features of its cell. None
+            samples none.
         store: the slices.
         translate: applied to images before `predict` and `features`.
         device: device of the images for `predict`.
@@ -121,7 +124,9 @@ def sample_pixels(
     for start in range(0, count, 32):
         images = torch.from_numpy(store.images(chosen[start : start + 32])).to(device)
         images = translate(images)
-        for maps, into in ((predict(images), logits), (features(images), found)):
+        wanted = [(predict, logits), *([] if features is None else [(features, found)])]
+        for answer, into in wanted:
+            maps = answer(images)
             at = _cells(places[start : start + 32], store.size, maps.shape[-2:]).to(device)
             flat = maps.float().flatten(2)
             picked = flat.gather(2, at[:, None].expand(-1, flat.shape[1], -1))
@@ -130,7 +135,9 @@ def sample_pixels(
     if isinstance(store, LabelledStore):
         own = torch.from_numpy(store.labels(chosen)).flatten(1)
         labels = own.gather(1, places).flatten()
-    return Samples(torch.cat(logits), torch.cat(found), labels)
+    pixels_seen = torch.cat(logits)
+    none = pixels_seen.new_empty(len(pixels_seen), 0)
+    return Samples(pixels_seen, torch.cat(found) if found else none, labels)
 
 
 def _cells(places: Tensor, size: tuple[int, int], cells: torch.Size) -> Tensor:

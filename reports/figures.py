@@ -339,6 +339,10 @@ def save(figure: Figure, path: Path, dpi: int = DPI, svg: str = "white") -> list
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # type: ignore[attr-defined]
     written = [path.with_suffix(suffix) for suffix in FORMATS]
+    # The constrained layout is solved once. Otherwise each format solves it twice, which takes
+    # longer than drawing.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     for file in written:
         face = svg if file.suffix == ".svg" else "white"
         with replacing(file, "--out") as temporary, mpl.rc_context(style):

@@ -91,6 +91,12 @@ def test_slices_are_spread_and_places_the_same_every_time(store: LabelledStore) 
     assert torch.equal(moved.logits, -first.logits)
 
 
+def test_without_features_there_is_one_pass_and_equal_logits(store: LabelledStore) -> None:
+    found = sample(store, features=None, pixels=7)
+    assert torch.equal(found.logits, sample(store, pixels=7).logits)
+    assert found.features.shape == (32 * 7, 0)
+
+
 def test_a_store_without_labels_gives_none(store: LabelledStore) -> None:
     class Unlabelled:
         size, images = store.size, staticmethod(store.images)

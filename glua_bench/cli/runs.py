@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from glua_bench import OWN_THREADS, cores
 from glua_bench.cli.options import (
     Bounds,
     DryRun,
@@ -83,6 +85,9 @@ def _run(request: RunRequest, dry_run: bool = False) -> None:
     Registry("method", request.plugins).entry(request.method)
     datasets = Registry("dataset", request.plugins)
     datasets.entry(datasets.fold_of(request.dataset, request.fold)[0])
+    from glua_bench.data.parallel import Load
+
+    load = Load()
     from glua_bench.data.neighbours import Neighbourhood
     from glua_bench.runs import execution
     from glua_bench.runs.plan import plan
@@ -99,6 +104,8 @@ def _run(request: RunRequest, dry_run: bool = False) -> None:
     if dry_run:
         _show_plan(planned)
         return
+    if not planned.directory.done and (advice := _crowded(request.device, load.of_others())):
+        note(advice)
     from glua_bench.reports.run_figures import draw_run
 
     with listening(), progress() as bar:
@@ -108,6 +115,26 @@ def _run(request: RunRequest, dry_run: bool = False) -> None:
     for text in summary.warnings:
         warn(text)
     _show_result(planned, summary)
+
+
+def _crowded(device: str, busy: float) -> str:
+    """Advise fewer threads if other programs use the cores; "" if not, or if the user has chosen.
+
+    The number of threads is not reduced here, because the last bits of a result depend on it.
+    """
+    import torch
+
+    from glua_bench.runs.plan import choose_device
+
+    threads = torch.get_num_threads()
+    free = max(1, int(cores() - busy + 0.5))
+    chosen = os.environ.get("OMP_NUM_THREADS") not in (None, OWN_THREADS)
+    if busy < 0.5 or free >= threads or chosen or choose_device(device) != "cpu":
+        return ""
+    return (
+        f"Other programs keep {busy:.1f} of {cores()} cores busy: OMP_NUM_THREADS={free} may train "
+        "faster, with other last bits."
+    )
 
 
 def _show_plan(planned: PlannedRun) -> None:

@@ -21,6 +21,7 @@ from glua_bench.console import Progress
 from glua_bench.data.batches import Batches
 from glua_bench.data.cache import SliceCache
 from glua_bench.data.neighbours import Neighbourhood, middle
+from glua_bench.data.parallel import turns
 from glua_bench.data.stores import ImageStore, LabelledStore
 from glua_bench.errors import ConfigError, RunFailure, UserError, cause
 from glua_bench.method import Batch, Method, Role
@@ -32,7 +33,7 @@ from glua_bench.runs import carried
 from glua_bench.runs.plan import LOST_SECONDS, PlannedRun, launch, make_fabric, roles
 from glua_bench.runs.stage_cache import artefact_path
 from glua_bench.runs.timing.parts import EVALUATION, FIGURES, SAMPLES, SLICES, Clock
-from glua_bench.runs.trainer import Trainer
+from glua_bench.runs.trainer import Trainer, threads_of
 from glua_bench.scoring.evaluation import evaluate, mean_score, summarise
 from glua_bench.selection import ROLES, Candidate, Samples, Selector, choose, sample_pixels
 from glua_bench.task import Case, Dataset, UnlabelledCase
@@ -297,13 +298,13 @@ class BuiltRun:
     @torch.no_grad()
     def predict(self, images: Tensor, domain: Role) -> Tensor:
         """Return logits under the run's precision."""
-        with self.trainer.fabric.autocast():
+        with turns.taken(threads_of(self.trainer.fabric)), self.trainer.fabric.autocast():
             return self.method.predict(images.to(memory_format=torch.channels_last), domain)
 
     @torch.no_grad()
     def features(self, images: Tensor, domain: Role) -> Tensor:
         """Return the method's features under the run's precision."""
-        with self.trainer.fabric.autocast():
+        with turns.taken(threads_of(self.trainer.fabric)), self.trainer.fabric.autocast():
             return self.method.features(images.to(memory_format=torch.channels_last), domain)
 
     @torch.no_grad()
@@ -351,7 +352,7 @@ def build_run(
 def _report_candidate(built: BuiltRun, watch: Watch, step: int) -> None:
     """Score the candidate whose weights the method has, and pass the score to the watcher."""
     selector: Selector = Registry("selector", built.planned.request.plugins).load(watch.selector)()
-    samples = samples_of(built, sampled_roles([selector]))
+    samples = samples_of(built, sampled_roles([selector]), selector.uses_features)
     watch.see(step, score_of(built, selector, step, samples, {}))
 
 
@@ -458,8 +459,13 @@ def _selector_scores(
     selectors = load_selectors(built.planned)
     names = list(selectors)
     steps = built.trainer.candidate_steps()
-    samples: dict[int, dict[str, Samples]] = {step: {} for step in steps}
     sampled = sampled_roles(selectors.values())
+    features = any(each.uses_samples and each.uses_features for each in selectors.values())
+    late = {name: each for name, each in selectors.items() if each.uses_trajectory}
+    early = {name: each for name, each in selectors.items() if name not in late}
+    scores: dict[str, dict[int, float]] = {name: {} for name in selectors}
+    trajectory: dict[int, Samples] = {}
+    kept: dict[int, dict[str, Samples]] = {}
     done = 0
     progress.stage("select", len(steps) * (len(selectors) + bool(sampled)), quietly=True)
 
@@ -468,19 +474,27 @@ def _selector_scores(
         done += 1
         progress.update(done)
 
-    for step in steps if sampled else ():
-        with clock.on(SAMPLES):
-            built.load(step)
-            samples[step] = samples_of(built, sampled)
-        advance()
-    trajectory = {s: own["target_train"] for s, own in samples.items() if "target_train" in own}
-    scores: dict[str, dict[int, float]] = {name: {} for name in selectors}
+    def judge(step: int, judges: Mapping[str, Selector], samples: dict[str, Samples]) -> None:
+        for name, selector in judges.items():
+            with judging.on(name):
+                scores[name][step] = score_of(built, selector, step, samples, trajectory)
+            advance()
+
     for step in steps:
         built.load(step)
-        for name, selector in selectors.items():
-            with judging.on(name):
-                scores[name][step] = score_of(built, selector, step, samples[step], trajectory)
+        samples: dict[str, Samples] = {}
+        if sampled:
+            with clock.on(SAMPLES):
+                samples = samples_of(built, sampled, features)
             advance()
+        judge(step, early, samples)
+        if late:
+            kept[step] = samples
+    # Weights are loaded again only for selectors that compare all candidates.
+    trajectory = {s: own["target_train"] for s, own in kept.items() if "target_train" in own}
+    for step, samples in kept.items():
+        built.load(step)
+        judge(step, late, samples)
     # Selectors without a score for any candidate (e.g. without target images) are left out.
     return {
         name: by_step
@@ -494,8 +508,16 @@ def sampled_roles(selectors: Iterable[Selector]) -> set[str]:
     return {role for each in selectors if each.uses_samples for role in each.samples_from}
 
 
-def samples_of(built: BuiltRun, roles: Collection[str]) -> dict[str, Samples]:
-    """Return role → sampled pixels, predicted with the method's current weights."""
+def samples_of(
+    built: BuiltRun, roles: Collection[str], features: bool = True
+) -> dict[str, Samples]:
+    """Return role → sampled pixels, predicted with the method's current weights.
+
+    Args:
+        built: the run.
+        roles: the roles to sample.
+        features: False omits features, which take a second forward pass.
+    """
     samples = {}
     for role, store in zip(ROLES, (built.train, built.val, built.target), strict=True):
         if store is not None and role in roles:
@@ -504,7 +526,7 @@ def samples_of(built: BuiltRun, roles: Collection[str]) -> dict[str, Samples]:
             domain: Role = "target" if role.startswith("target") else "source"
             samples[role] = sample_pixels(
                 partial(built.predict, domain=domain),
-                partial(built.features, domain=domain),
+                partial(built.features, domain=domain) if features else None,
                 store,
                 built.translate if domain == "source" else lambda images: images,
                 built.device,

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from glua_bench import OWN_THREADS, cores
 from glua_bench.console import duration, own_command
 from glua_bench.errors import ERROR, RunFailure, UserError, complaint, death
 from glua_bench.files import try_lock, write_text
@@ -305,7 +306,8 @@ def environment(index: int, jobs: int) -> dict[str, str]:
     changed = dict(os.environ)
     if gpus := torch.cuda.device_count():
         changed["CUDA_VISIBLE_DEVICES"] = str(index % gpus)
-    changed.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    if changed.get("OMP_NUM_THREADS") in (None, OWN_THREADS):
+        changed["OMP_NUM_THREADS"] = str(max(1, cores() // jobs))
     return changed
 
 

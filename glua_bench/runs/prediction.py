@@ -18,6 +18,7 @@ from glua_bench.console import Progress
 from glua_bench.data.formats import VolumeFile
 from glua_bench.data.geometry import ambiguities
 from glua_bench.data.neighbours import Neighbourhood, Stacks
+from glua_bench.data.parallel import turns
 from glua_bench.data.resampling import Placement
 from glua_bench.data.stores import IMAGE_TYPE
 from glua_bench.data.volumes import (
@@ -389,9 +390,11 @@ def _in_memory(file: VolumeFile) -> VolumeFile:
 def _classes(model: Model, role: Role, volumes: Iterable[Stacks]) -> Iterator[np.ndarray]:
     """Yield the class probabilities of each volume, float32 (K, Z, H, W)."""
 
+    threads = torch.get_num_threads() if model.device.type == "cpu" else None
+
     @torch.no_grad()
     def logits(images: Tensor) -> Tensor:
-        with _precision(model):
+        with turns.taken(threads), _precision(model):
             return answer_of(model.method, images, role)
 
     if role == "target":

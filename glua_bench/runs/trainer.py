@@ -28,6 +28,7 @@ from glua_bench import augment
 from glua_bench.config import RunConfig
 from glua_bench.console import Progress
 from glua_bench.data.batches import Batches
+from glua_bench.data.parallel import turns
 from glua_bench.errors import ConfigError, RunFailure, reason
 from glua_bench.files import exclusive, replacing
 from glua_bench.method import Batch, Context, Method, Stage
@@ -146,7 +147,8 @@ class Trainer:
         """Train a stage and store its result for other runs, or reuse a stored one."""
         artefact = self.artefact(stage)
         if artefact is None:
-            self._train(index, stage, start, states)
+            with turns.taken(threads_of(self.fabric)):
+                self._train(index, stage, start, states)
             return
 
         def waiting() -> None:
@@ -163,7 +165,8 @@ class Trainer:
             if self.fabric.broadcast(artefact.is_file()):
                 self._reuse(stage, artefact)
                 return
-            self._train(index, stage, start, states)
+            with turns.taken(threads_of(self.fabric)):
+                self._train(index, stage, start, states)
             if self.fabric.is_global_zero:
                 modules = {n: self.method.get_submodule(n).state_dict() for n in stage.modules}
                 save(modules, artefact)
@@ -203,6 +206,7 @@ class Trainer:
         self.progress.stage(stage.name, total, start)
         began = time.perf_counter() - self.seconds.get(stage.name, 0.0)
         for step in range(start, total):
+            turns.pass_on()
             context.step = step
             seed_all(step_seed(config.seed, stage.name, step, fabric.global_rank), fabric.device)
             for optimizer in optimizers.values():
@@ -393,6 +397,15 @@ class Trainer:
         else:
             self.progress.line("Resuming after the last stage: its checkpoints are scored.")
         return state
+
+
+def threads_of(fabric: Fabric) -> int | None:
+    """Return the threads for a turn on the processor; None if the run takes no turns.
+
+    A GPU needs none, and processes that wait for each other's gradients must compute at once.
+    """
+    alone = fabric.device.type == "cpu" and fabric.world_size == 1
+    return torch.get_num_threads() if alone else None
 
 
 def to_channels_last(module: nn.Module) -> None:

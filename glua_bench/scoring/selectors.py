@@ -64,6 +64,7 @@ class TargetScore(Selector):
 
     uses_samples = True
     samples_from = ("target_train",)
+    uses_features = False
 
     def score(self, candidate: Candidate) -> float:
         """Compute the score; NaN without target images."""
@@ -133,6 +134,7 @@ class ClusterAgreement(TargetScore):
     name = "class_ami"
     reference = "Musgrave et al., 2022 (class-cluster AMI)"
     needs = "target images"
+    uses_features = True
 
     def of(self, target: Samples) -> float:
         """Compute the adjusted mutual information of predicted classes and K k-means clusters."""
@@ -150,6 +152,7 @@ class ClusterSilhouette(TargetScore):
     name = "class_silhouette"
     reference = "Rousseeuw, 1987; as a validator Musgrave et al., 2022"
     needs = "target images"
+    uses_features = True
 
     def of(self, target: Samples) -> float:
         """Compute the mean silhouette of features by predicted class; NaN for a single class."""
@@ -199,6 +202,7 @@ class CheckpointAgreement(Selector):
     needs = "target images"
     uses_samples = True
     samples_from = ("target_train",)
+    uses_features = False
     uses_trajectory = True
 
     def score(self, candidate: Candidate) -> float:

@@ -11,6 +11,7 @@ import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from glua_bench.reports import figures
 from glua_bench.reports.figures import Panel, case_grid, domain_montage, strip
@@ -97,6 +98,18 @@ def test_names_are_no_formulas(text: str, tmp_path: Path) -> None:
     volumes = ([1.0, 2.0], [3.0])
     domain_montage(tmp_path / "domain.png", text, slices, structures, volumes=volumes)
     strip(tmp_path / "strip.png", {text: stack()}, publishable=True)
+
+
+def test_the_layout_of_a_figure_is_solved_once_for_all_formats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved: list[object] = []
+    original = ConstrainedLayoutEngine.execute
+    monkeypatch.setattr(
+        ConstrainedLayoutEngine, "execute", lambda *given: solved.append(0) or original(*given)
+    )
+    strip(tmp_path / "strip.png", {"source": np.zeros((2, 8, 8))}, "A title")
+    assert len(solved) == 1 and len(list(tmp_path.iterdir())) == 3
 
 
 def test_contours_have_the_structures_colours(tmp_path: Path) -> None:

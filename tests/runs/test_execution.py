@@ -36,11 +36,42 @@ from glua_bench.runs.execution import execute
 from glua_bench.runs.plan import (
     PlannedRun,
     build_method,
+    make_fabric,
     plan,
 )
+from glua_bench.runs.timing.parts import Clock
 from glua_bench.scoring.evaluation import summarise
 
 Finished = tuple[PlannedRun, execution.Summary]
+
+
+def test_selectors_load_each_candidate_once_and_ask_only_for_what_they_use(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The default ones need no features and no other candidate; scores do not depend on it."""
+    calls: list[str] = []
+    for name in ("load", "features"):
+        original = getattr(execution.BuiltRun, name)
+
+        def counted(*given: Any, name: str = name, original: Any = original, **more: Any) -> Any:
+            calls.append(name)
+            return original(*given, **more)
+
+        monkeypatch.setattr(execution.BuiltRun, name, counted)
+    scores: dict[str | None, dict[str, dict[int, float]]] = {}
+    for selectors in (None, "all"):
+        asked = replace(ask(method="global_only"), runs_root=tmp_path / str(selectors))
+        planned = plan(replace(asked, selectors=selectors))
+        planned.directory.start({})
+        calls.clear()
+        built = execution.build_run(planned, make_fabric(asked, planned.config), QUIET)
+        built.fit()
+        scores[selectors] = execution._selector_scores(built, QUIET, Clock(), Clock())
+        count = len(built.trainer.candidate_steps())
+        expected = count if selectors is None else 2 * count
+        assert calls.count("load") == expected
+        assert (calls.count("features") > 0) == (selectors == "all")
+    assert {name: scores["all"][name] for name in scores[None]} == scores[None]
 
 
 def test_evaluation_asks_for_the_target_and_selectors_for_both(

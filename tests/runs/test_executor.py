@@ -239,7 +239,7 @@ def test_a_run_whose_starter_was_killed_is_waited_for_then_taken_over(base: RunO
 
 def test_jobs_have_a_gpu_or_a_share_of_the_cores_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(executor_module, "cores", lambda: 12)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert executor_module.environment(0, 4)["OMP_NUM_THREADS"] == "3"
     assert executor_module.environment(0, 40)["OMP_NUM_THREADS"] == "1"

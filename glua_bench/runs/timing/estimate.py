@@ -325,7 +325,9 @@ def _time_selection(planned: PlannedRun, built: BuiltRun) -> tuple[float, int]:
     samples: dict[str, Samples] = {}
     if wanted := sampled_roles(selectors.values()):
         began = time.perf_counter()
-        samples = {role: _plausible(own) for role, own in samples_of(built, wanted).items()}
+        features = any(each.uses_samples and each.uses_features for each in selectors.values())
+        found = samples_of(built, wanted, features)
+        samples = {role: _plausible(own) for role, own in found.items()}
         seconds += count * (time.perf_counter() - began)
     own = samples.get("target_train")
     trajectory = {} if own is None else dict.fromkeys(range(1, count + 1), own)
