@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from glua_bench.data.cache import cache_root
+from glua_bench.data.cache import cache_root, intact
 from glua_bench.datasets import chaos
 from glua_bench.datasets.abdomen_files import find_scans
 from glua_bench.datasets.partitions import SPLITS_FOLDER, read_partition
@@ -117,7 +117,7 @@ class Abdomen(Dataset):
             try:
                 slices = chaos.slices_of(folder)
                 image, label = _converted(number, slices)
-                if not (image.is_file() and label.is_file()):
+                if not intact(image, label):
                     chaos.convert(slices, image, label)
                     report(f"mr_{number:02d}: converted to {image}")
             except DataError as error:

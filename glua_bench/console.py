@@ -36,6 +36,11 @@ def say(text: str = "") -> None:
         print(text, flush=True)
 
 
+def warn(text: str) -> None:
+    """Print a warning to stderr."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def next_command(
     *words: object,
     plugins: Sequence[Path] | None = None,

@@ -378,7 +378,9 @@ def _strays(path: Path) -> Iterator[str]:
     def visit(node: ast.AST, safe: bool) -> Iterator[str]:
         if isinstance(node, ast.With):
             given = {ast.unparse(item.context_expr).split("(")[0] for item in node.items}
-            safe = safe or bool(given & {"replacing", "tempfile.TemporaryDirectory"})
+            safe = safe or bool(
+                given & {"replacing", "generating", "writing", "tempfile.TemporaryDirectory"}
+            )
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = {alias.name for alias in node.names} | {str(getattr(node, "module", ""))}
             if names & {"fcntl", "filelock"}:

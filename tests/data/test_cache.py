@@ -1,10 +1,10 @@
 """cache.py: entries are right, whole, shared, and labels stay out of reach."""
 
 import errno
-import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from glua_bench import files
 from glua_bench.data import cache as cache_module
 from glua_bench.data.cache import SliceCache, file_digest, fingerprint
 from glua_bench.data.neighbours import Neighbourhood
@@ -151,7 +152,7 @@ def test_no_way_leads_from_images_to_labels(tmp_path, case):
     image = cache.image(case.unlabelled(), VIEW)
     store = ImageStore([image], in_memory=False)
     store.images([0, 1])
-    dump = pickle.dumps([image, store]) + image.path.with_suffix(".json").read_bytes()
+    dump = pickle.dumps([image, store]) + image.path.read_bytes()
     for secret in (case.label.name, "secret", label.path.stem, "labels", file_digest(case.label)):
         assert secret.encode() not in dump
     assert case.image.name.encode() not in dump  # a label is often named after its image
@@ -183,8 +184,7 @@ def test_processes_build_the_same_entry_at_once(tmp_path, case):
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0] * 4
     kinds = sorted((path.parts[0], path.suffix) for path in files_under(SliceCache().root))
-    assert kinds == [("images", ".json"), ("images", ".npy"), ("labels", ".json"),
-                     ("labels", ".npy")]  # fmt: skip
+    assert kinds == [("images", ".npy"), ("labels", ".npy")]
 
 
 KILLED = """
@@ -200,12 +200,10 @@ if where == "array":
         os.kill(os.getpid(), signal.SIGKILL)
     np.save = save
 else:
-    replace, calls = os.replace, []
+    replace = os.replace
     def killing(*paths):
         if "slices" in str(paths[0]):
-            calls.append(1)
-            if len(calls) == (1 if where == "before" else 2):
-                os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
         replace(*paths)
     os.replace = killing
 view = DomainView("mr", Reading(), ()).on(Grid(24, 1.0))
@@ -213,12 +211,13 @@ SliceCache().image(UnlabelledCase("c", "mr", Path(sys.argv[1])), view)
 """
 
 
-@pytest.mark.parametrize("where", ["array", "before", "between"])
+@pytest.mark.fault("killed", "while an entry of prepared slices is written")
+@pytest.mark.parametrize("where", ["array", "before"])
 def test_killed_writer_leaves_no_entry(case, where):
-    """Killed while the array is written, before it is moved, or before its description is."""
+    """Killed while the array is written, or before it is moved."""
     died = subprocess.run([sys.executable, "-c", KILLED, str(case.image), where])
     assert died.returncode == -signal.SIGKILL
-    assert not [p for p in SliceCache().root.rglob("*.json") if p.name[0] != "."]
+    assert not [p for p in SliceCache().root.rglob("*.npy") if p.name[0] != "."]
     image = SliceCache().image(case.unlabelled(), VIEW)
     expected = load_image(case.image, READING, GRID).voxels
     np.testing.assert_allclose(image.open(), expected, atol=2.5e-4)
@@ -229,36 +228,120 @@ def test_leftovers_of_killed_writers_are_swept(case):
         subprocess.run([sys.executable, "-c", KILLED, str(case.image), where])
         assert len(list(SliceCache().root.rglob(f"{UNFINISHED}*"))) == 1
     entry = SliceCache().image(case.unlabelled(), VIEW).path
-    assert {path.name for path in entry.parent.iterdir()} == {entry.name, f"{entry.stem}.json"}
+    assert [path.name for path in entry.parent.iterdir()] == [entry.name]
 
 
-@pytest.mark.parametrize(
-    "damage", ["truncate", "longer", "header", "type", "no array", "no text", "text"]
-)
-def test_damaged_entry_is_rebuilt(case, damage):
-    cache = SliceCache()
-    entry = cache.image(case.unlabelled(), VIEW)
-    good, description = entry.path.read_bytes(), entry.path.with_suffix(".json")
-    text = description.read_text()
-    if damage == "truncate":
-        entry.path.write_bytes(good[:-100])
-    elif damage == "longer":
-        entry.path.write_bytes(good + b"x")
-    elif damage == "header":
-        entry.path.write_bytes(b"\0" * 64 + good[64:])
-    elif damage == "type":
-        # As many bytes, and yet another array.
-        np.save(entry.path, np.zeros((4, 24, 24), np.int16))
-        assert entry.path.stat().st_size == len(good)
-    elif damage == "no array":
-        entry.path.unlink()
-    elif damage == "no text":
-        description.unlink()
-    elif damage == "text":
-        description.write_text(text[: len(text) // 2])
+def damaged(content: bytes, rng: np.random.Generator) -> bytes:
+    """Return a file with one random damage: a flipped bit, a lost end, a block of zeros, …"""
+    at = int(rng.integers(len(content)))
+    ends = {
+        "flip": content[:at] + bytes([content[at] ^ 1 << int(rng.integers(8))]) + content[at + 1 :],
+        "cut": content[:at],
+        "longer": content + bytes(rng.integers(0, 256, 1 + at % 9, np.uint8)),
+        "zeros": content[:at] + bytes(len(content[at : at + 512])) + content[at + 512 :],
+        "noise": content[:at] + rng.bytes(len(content[at : at + 512])) + content[at + 512 :],
+    }
+    return ends[str(rng.choice(list(ends)))]
+
+
+@pytest.mark.fault("silent damage", "bits, ends and blocks of prepared slices")
+def test_damaged_entry_is_rebuilt(case, tries, capsys):
+    """Whatever happens to it, an entry is prepared again, and the user is told once."""
+    paths = [SliceCache().image(case.unlabelled(), VIEW).path, SliceCache().label(case, VIEW).path]
+    contents = [path.read_bytes() for path in paths]
+    for seed in tries(200):
+        rng = np.random.default_rng(seed)
+        path, good = paths[seed % 2], contents[seed % 2]
+        bad = damaged(good, rng)
+        path.write_bytes(bad)
+        assert not SliceCache().holds(case, VIEW) or bad == good
+        image, label = SliceCache().image(case.unlabelled(), VIEW), SliceCache().label(case, VIEW)
+        assert [image.path, label.path] == paths
+        assert [path.read_bytes() for path in paths] == contents
+        image.open(), label.open()
+        told = capsys.readouterr().err
+        assert bad == good or re.fullmatch(
+            rf"warning: {path} is damaged \([^.]*\); its slices are prepared again\.\n", told
+        )
+
+
+@pytest.mark.fault("silent damage", "prepared slices of two cases exchanged")
+def test_exchanged_entries_are_rebuilt(tmp_path, case):
+    """Each of them is intact, but not what its name says."""
+    other = make_case(tmp_path, 1)
+    a, b = (SliceCache().image(c.unlabelled(), VIEW).path for c in (case, other))
+    before = a.read_bytes(), b.read_bytes()
+    a.write_bytes(before[1]), b.write_bytes(before[0])
+    for one in (case, other):
+        SliceCache().image(one.unlabelled(), VIEW)
+    assert (a.read_bytes(), b.read_bytes()) == before
+
+
+@pytest.mark.fault("silent damage", "prepared slices lost, or damaged while a process reads them")
+def test_lost_entry_is_rebuilt_and_one_damaged_meanwhile_refused(case):
+    entry = SliceCache().image(case.unlabelled(), VIEW)
+    good = entry.path.read_bytes()
+    entry.path.unlink()
     assert SliceCache().image(case.unlabelled(), VIEW) == entry
     assert entry.path.read_bytes() == good
-    assert description.read_text() == text
+    entry.path.write_bytes(good[:-200] + bytes(10) + good[-190:])
+    with pytest.raises(DataError, match="run the command again to rebuild it"):
+        entry.open()
+
+
+def test_an_entry_is_hashed_once_per_process_also_by_forked_ones(case, monkeypatch):
+    entry = SliceCache().image(case.unlabelled(), VIEW)
+    entry.open()
+    monkeypatch.setattr(files, "_read_into", lambda *_: pytest.fail("hashed again"))
+    assert SliceCache().image(case.unlabelled(), VIEW) == entry
+    entry.open()
+    pickle.loads(pickle.dumps(entry)).open()
+    if hasattr(os, "fork"):
+        child = multiprocessing.get_context("fork").Process(target=entry.open)
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0
+
+
+@pytest.mark.fault("silent damage", "stored digests of files, from which run ids are made")
+def test_damaged_digest_is_computed_again(case, tries, monkeypatch, capsys):
+    """A wrong digest would give the same data another run id."""
+    _later(monkeypatch, 10)
+    known = fingerprint([case])
+    stored = sorted((Path(os.environ["GLUA_BENCH_CACHE"]) / "digests").iterdir())
+    contents = [path.read_bytes() for path in stored]
+    assert len(stored) == 2
+    for seed in tries(200):
+        bad = damaged(contents[0], np.random.default_rng(seed))
+        stored[0].write_bytes(bad)
+        assert fingerprint([case]) == known
+        assert stored[0].read_bytes() == contents[0]
+        told = capsys.readouterr().err
+        assert bad == contents[0] or told.count("\n") == 1 and "is computed again." in told
+    stored[0].write_bytes(contents[1]), stored[1].write_bytes(contents[0])
+    assert fingerprint([case]) == known
+    assert [path.read_bytes() for path in stored] == contents
+
+
+@pytest.mark.fault("silent damage", "a data file changed under its time stamp")
+def test_data_that_rots_is_not_prepared(case, monkeypatch):
+    """The stored digest says what the file held; slices of anything else would have its name."""
+    _later(monkeypatch, 10)
+    fingerprint([case])
+    for file, prepare in (
+        (case.image, lambda: SliceCache().image(case.unlabelled(), VIEW)),
+        (case.label, lambda: SliceCache().label(case, VIEW)),
+    ):
+        good, stat = file.read_bytes(), Path.stat
+        before = stat(file)
+        file.write_bytes(damaged(good, np.random.default_rng(3)))
+        with monkeypatch.context() as patch:  # ctime cannot be set
+            same = lambda path, **k: before if path == file else stat(path, **k)  # noqa: B023, E731
+            patch.setattr(Path, "stat", same)
+            with pytest.raises(DataError, match=rf"{file.name} no longer has the content.*\.$"):
+                prepare()
+        file.write_bytes(good)
+        prepare()
 
 
 def test_vanished_entry_is_a_sentence(case):
@@ -443,10 +526,3 @@ def test_stores_refuse_what_does_not_fit(many, case):
         ImageStore([images[0], other])
     with pytest.raises(ValueError, match="differ in number or shape"):
         LabelledStore(images, labels[::-1])
-
-
-def test_descriptions_are_json_with_the_size(case):
-    entry = SliceCache().image(case.unlabelled(), VIEW)
-    description = json.loads(entry.path.with_suffix(".json").read_text())
-    assert sorted(description) == ["bytes", "placement", "shape"]
-    assert description["bytes"] == entry.path.stat().st_size

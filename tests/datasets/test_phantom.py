@@ -20,9 +20,18 @@ from glua_bench.data.volumes import load_image, load_label, read_label_volume
 from glua_bench.datasets.mmwhs_layout import MMWHSLayout
 from glua_bench.datasets.phantom import anatomy, physics
 from glua_bench.datasets.phantom import dataset as phantom
-from glua_bench.datasets.phantom.dataset import MANIFEST, STARTED, Phantom, generate, write_subject
+from glua_bench.datasets.phantom.dataset import (
+    GENERATING,
+    MANIFEST,
+    STARTED,
+    Phantom,
+    generate,
+    write_subject,
+)
 from glua_bench.datasets.phantom.shapes import Lattice, smooth_field
 from glua_bench.errors import DataError, RunFailure
+from glua_bench.files import read_checked_json, write_checked_json
+from glua_bench.identity import code_digest
 from glua_bench.task import Grid
 
 # Every split of both domains, as coarse as still shows all structures.
@@ -123,7 +132,7 @@ def test_default_root_is_a_cache_with_version_and_seed(
 ) -> None:
     monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path))
     monkeypatch.setenv("GLUA_BENCH_DATA", "/elsewhere")
-    assert Phantom().root == tmp_path / "phantom" / f"v{phantom.GENERATOR_VERSION}-seed0"
+    assert Phantom().root == tmp_path / "phantom" / f"{code_digest(GENERATING)}-seed0"
     assert Phantom(seed=3).root.name.endswith("seed3")
     monkeypatch.delenv("GLUA_BENCH_CACHE")
     assert Phantom().root.is_relative_to(Path.home() / ".cache" / "glua-bench")
@@ -190,9 +199,9 @@ def test_a_later_call_adds_ids(tmp_path: Path) -> None:
     generate(tmp_path, ids={"ct": [1001]}, voxel_scale=4.0, workers=1)
     generate(tmp_path, ids={"ct": [1002], "mr": [1001]}, voxel_scale=4.0, workers=1)
     assert Phantom(tmp_path).ids("ct") == (1001, 1002)
-    assert json.loads((tmp_path / MANIFEST).read_text()) == {
+    assert read_checked_json(tmp_path / MANIFEST) == {
         "dataset": "phantom",
-        "version": phantom.GENERATOR_VERSION,
+        "code": code_digest(GENERATING),
         "seed": 0,
         "voxel_scale": 4.0,
         "ids": {"ct": [1001, 1002], "mr": [1001]},
@@ -266,8 +275,8 @@ def test_foreign_files_are_refused_and_left_alone(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_generation_goes_on_only_as_it_began(tmp_path: Path) -> None:
-    plan = {"version": phantom.GENERATOR_VERSION, "seed": 0, "voxel_scale": 4.0}
-    (tmp_path / STARTED).write_text(json.dumps(plan))
+    plan = {"code": code_digest(GENERATING), "seed": 0, "voxel_scale": 4.0}
+    write_checked_json(tmp_path / STARTED, plan)
     (tmp_path / "ct_train").mkdir()
     with pytest.raises(DataError) as error:
         generate(tmp_path, seed=1, ids={"ct": [1001]}, voxel_scale=4.0)
