@@ -369,6 +369,7 @@ def test_passwords_and_tokens_are_masked(url: str, shown: str) -> None:
 # -- one home -------------------------------------------------------------------------------------
 
 # Savers of libraries, which write in place: only to the name that a writer of files.py gives.
+SAFE = {"replacing", "generating", "writing", "tempfile.TemporaryDirectory"}
 SAVERS = {"save", "savefig", "to_parquet", "savez", "imwrite", "WriteImage"}
 
 
