@@ -35,7 +35,7 @@ from glua_bench.data.stores import (
     read_entry,
 )
 from glua_bench.data.volumes import load_channel, load_image, load_label
-from glua_bench.errors import DataError, RunFailure, reason
+from glua_bench.errors import DataError, RunFailure
 from glua_bench.files import (
     CHECKSUM,
     Damaged,
@@ -184,7 +184,7 @@ class SliceCache:
             if not _private:
                 with storing(self.root, OPTION):
                     _private.append(tempfile.TemporaryDirectory(prefix="glua-bench-slices-"))
-                why = reason(error.__cause__ or error)
+                why = getattr(error.__cause__, "strerror", None) or "no permission"
                 warn(
                     f"{self.root} cannot be written ({why}), so this process keeps its slices in "
                     f"{_private[0].name} until it ends; set {OPTION} to a directory of your own to "
