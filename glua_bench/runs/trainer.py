@@ -208,6 +208,7 @@ class Trainer:
             path.unlink(missing_ok=True)
 
     def _name(self, path: Path) -> str:
+        path = self.last_path if path == self.previous_path else path  # it was written as the last
         return checkpoint_name(self.directory.id, path)
 
     def fit(self) -> None:
