@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import errno
 import json
 import os
@@ -10,24 +11,32 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from faults import damaged
 
 from glua_bench import files
 from glua_bench.errors import RunFailure, first_line, reason, shortened, without_password
 from glua_bench.files import (
     UNFINISHED,
+    Damaged,
+    add_checksum,
+    check,
     drop_torn_line,
     exclusive,
     new_folder,
+    read_checked,
+    read_checked_json,
     replacing,
     sha256,
     sweep,
     try_lock,
+    write_checked,
+    write_checked_json,
     write_json,
     write_text,
 )
@@ -144,6 +153,58 @@ def test_half_a_line_of_a_killed_writer_is_dropped(tmp_path: Path) -> None:
 def test_a_digest_is_that_of_the_content(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256(tmp_path / "x").startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+# -- checksums ------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("silent damage", "any file with a checksum")
+def test_a_damaged_file_is_found(tmp_path: Path, tries: Callable[[int], range]) -> None:
+    path, listing = tmp_path / "file", tmp_path / "file.json"
+    write_checked(path, b"some content" * 50, "name")
+    write_checked_json(listing, {"a": [1, 2.5, None], "b": {"c": "text"}, "d": np.int64(3)})
+    assert read_checked(path, "name") == b"some content" * 50 and check(path, "name") == 600
+    expected = {"a": [1, 2.5, None], "b": {"c": "text"}, "d": 3}
+    assert read_checked_json(listing) == expected
+    good, text = path.read_bytes(), listing.read_bytes()
+    for seed in tries(200):
+        path.write_bytes(damaged(good, seed))
+        for look in (read_checked, check):
+            with pytest.raises(Damaged, match=r"file is damaged \([^.]*\)$"):
+                look(path, "name")
+        listing.write_bytes(damaged(text, seed))
+        with contextlib.suppress(Damaged):
+            assert read_checked_json(listing) == expected  # blanks have no meaning
+    path.write_bytes(good)
+    for name in ("", "other", "name "):
+        with pytest.raises(Damaged, match="its checksum differs"):
+            check(path, name)
+    path.write_bytes(good[: -len(good) // 8])
+    with pytest.raises(Damaged, match="it has no checksum"):
+        read_checked(path, "name")
+    listing.write_bytes(text)
+    listing.rename(tmp_path / "other.json")
+    with pytest.raises(Damaged, match="its checksum differs"):
+        read_checked_json(tmp_path / "other.json")
+    for look in (read_checked, check):
+        with pytest.raises(FileNotFoundError):
+            look(tmp_path / "missing", "name")
+
+
+def test_readers_of_formats_ignore_the_checksum(tmp_path: Path) -> None:
+    array = np.arange(6.0).reshape(2, 3)
+    with replacing(tmp_path / "a.npy") as temporary:
+        np.save(temporary, array)
+        add_checksum(temporary, "a.npy")
+    assert np.array_equal(np.load(tmp_path / "a.npy", mmap_mode="r"), array)
+    assert check(tmp_path / "a.npy", "a.npy") == 128 + 48
+
+
+def test_the_file_that_is_replaced_can_be_kept(tmp_path: Path) -> None:
+    for text in "abc":
+        with replacing(tmp_path / "last", keep=tmp_path / "previous") as temporary:
+            temporary.write_text(text)
+    assert (tmp_path / "last").read_text() == "c" and (tmp_path / "previous").read_text() == "b"
 
 
 # -- leftovers ------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from faults import another_user, damaged
 
 from glua_bench import files, identity
 from glua_bench.data import cache as cache_module
-from glua_bench.data.cache import SliceCache, file_digest, fingerprint
+from glua_bench.data.cache import SliceCache, file_digest, fingerprint, generating, intact
 from glua_bench.data.neighbours import Neighbourhood
 from glua_bench.data.stores import (
     IMAGE_TYPE,
@@ -598,3 +598,33 @@ def test_what_another_users_cache_lacks_is_prepared_for_this_process(theirs, wha
         theirs_path.unlink()
     assert np.array_equal(SliceCache(root / "new").image(case.unlabelled(), VIEW).open(), voxels)
     assert np.array_equal(SliceCache(root / "new").label(case, VIEW).open(), labels)
+
+
+# -- files that datasets generate or convert ------------------------------------------------------
+
+
+@pytest.mark.fault("silent damage", "volumes that datasets generate or convert into the cache")
+def test_generated_files_are_intact_or_told(tmp_path, tries, capsys):
+    first, second = tmp_path / "a.nii", tmp_path / "b.nii"
+    for path in (first, second):
+        assert not intact(path)
+        with generating(path) as temporary, temporary.open("wb") as file:
+            file.write(path.name.encode() * 500)
+    record = tmp_path / ".a.nii.sha256"
+    good = {path: path.read_bytes() for path in (first, record)}
+    for seed in tries(200):
+        path = (first, record)[seed % 2]
+        path.write_bytes(damaged(good[path], seed))
+        assert intact(second) and not intact(first, second)
+        told = capsys.readouterr().err
+        assert re.fullmatch(rf"warning: {path} is damaged \([^.]*\); it is written again\.\n", told)
+        path.write_bytes(good[path])
+    assert intact(first, second)
+    for name in ("{}.nii", ".{}.nii.sha256"):  # both are intact, each in another's place
+        a, b = (tmp_path / name.format(which) for which in "ab")
+        contents = a.read_bytes(), b.read_bytes()
+        a.write_bytes(contents[1]), b.write_bytes(contents[0])
+        assert not intact(first) and not intact(second)
+        a.write_bytes(contents[0]), b.write_bytes(contents[1])
+    record.unlink()
+    assert not intact(first)
