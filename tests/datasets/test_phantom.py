@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import errno
 import inspect
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 from drawn import sentence
+from faults import another_user, damaged
 
+from glua_bench import identity
 from glua_bench.data.volumes import load_image, load_label, read_label_volume
 from glua_bench.datasets.mmwhs_layout import MMWHSLayout
 from glua_bench.datasets.phantom import anatomy, physics
@@ -226,6 +230,75 @@ def test_a_cohort_of_four_test_cases_is_completed_and_a_chosen_one_is_kept(
         for domain in phantom.DOMAINS:
             assert list(Phantom(place).ids(domain)) == after
             assert len(list(place.glob(f"{domain}_train/*.nii.gz"))) == 2 * len(after)
+
+
+@pytest.mark.fault("silent damage", "the phantom's volumes in the cache")
+def test_damaged_volumes_in_the_cache_are_generated_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files in a directory of the user are the user's, as those of any data set."""
+    monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "cache"))
+    place = tmp_path / "cache" / "phantom" / "small"
+    generate(place, ids={"ct": [1001, 1003]}, voxel_scale=SCALE, workers=1)
+    before = snapshot(place)
+    image, label = Phantom.image_path(place, "ct", 1001), Phantom.label_path(place, "ct", 1001)
+    other = Phantom.label_path(place, "ct", 1003)
+    for damage in ("flip", "exchange"):
+        if damage == "flip":
+            image.write_bytes(damaged(image.read_bytes(), 1))
+        else:
+            content = label.read_bytes()
+            label.write_bytes(other.read_bytes()), other.write_bytes(content)
+        Phantom(place).prepare()
+        assert snapshot(place) == before
+        told = capsys.readouterr().err
+        assert f"{image if damage == 'flip' else label} is damaged (its checksum differs)" in told
+    own = tmp_path / "own"
+    generate(own, ids={"ct": [1001]}, voxel_scale=SCALE, workers=1)
+    assert all(path.name[0] != "." for path in own.rglob("*"))
+    Phantom.image_path(own, "ct", 1001).write_bytes(b"mine")
+    Phantom(own).prepare()
+    assert Phantom.image_path(own, "ct", 1001).read_bytes() == b"mine"
+
+
+@pytest.mark.fault("two users", "a generated phantom used without permission to write")
+def test_a_complete_phantom_needs_no_permission_to_write(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLUA_BENCH_CACHE", str(shared / "cache"))
+    place = shared / "cache" / "phantom" / "small"
+    generate(place, ids={"ct": [1001]}, voxel_scale=SCALE, workers=1)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("mkdir", "unlink"):  # which fail on a read-only file system also without effect
+        monkeypatch.setattr(Path, name, refuse)
+    with another_user(shared / "cache"):
+        Phantom(place).prepare()
+        assert Phantom(place).ids("ct") == (1001,)
+        with pytest.raises(RunFailure) as error:
+            generate(place, ids={"ct": [1002]}, voxel_scale=SCALE, workers=1)
+    sentence(error, "GLUA_BENCH_CACHE")
+    monkeypatch.undo()
+
+
+def test_a_phantom_of_an_earlier_version_is_used_but_not_continued(tmp_path: Path) -> None:
+    generate(tmp_path, ids={"ct": [1001]}, voxel_scale=SCALE, workers=1)
+    old = {"dataset": "phantom", "version": 1, "seed": 0, "voxel_scale": SCALE}
+    (tmp_path / MANIFEST).write_text(json.dumps({**old, "ids": {"ct": [1001], "mr": []}}))
+    Phantom(tmp_path).prepare()
+    assert Phantom(tmp_path).ids("ct") == (1001,)
+    with pytest.raises(DataError) as error:
+        generate(tmp_path, ids={"ct": [1001, 1002]}, voxel_scale=SCALE, workers=1)
+    sentence(error, "another version generated")
+
+
+@pytest.mark.fault("two versions", "another version's generator behind the same cache")
+@pytest.mark.parametrize("name", ["anatomy", "shapes", "physics", "subjects"])
+def test_the_generators_code_is_in_the_name_of_its_directory(name: str) -> None:
+    assert f"glua_bench.datasets.phantom.{name}" in dict(identity.reached(GENERATING))
+    assert "glua_bench.data.volumes" not in dict(identity.reached(GENERATING))  # which only reads
 
 
 # -- errors ---------------------------------------------------------------------------------------
