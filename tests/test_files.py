@@ -116,6 +116,7 @@ def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
     write_text(tmp_path / ("é" * 80), "text")
 
 
+@pytest.mark.fault("full disk", "while a file is moved into place")
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
 def test_errors_on_writing_name_the_file_and_what_to_do(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -133,6 +134,7 @@ def test_errors_on_writing_name_the_file_and_what_to_do(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault("killed", "half a line at the end of a journal")
 def test_half_a_line_of_a_killed_writer_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "journal.log"
     drop_torn_line(path)
@@ -221,6 +223,7 @@ with new_folder(path / "folder") as folder, replacing(path / "file.txt") as temp
 """
 
 
+@pytest.mark.fault("killed", "within the writing of a file and a directory")
 def test_a_killed_writer_leaves_what_was_there_and_the_next_one_sweeps(tmp_path: Path) -> None:
     (tmp_path / "file.txt").write_text("old")
     assert run(KILLED, tmp_path) == -signal.SIGKILL
@@ -258,6 +261,7 @@ with replacing(Path(sys.argv[1]) / "file") as temporary:
 """
 
 
+@pytest.mark.fault("processes", "the leftovers of another process are swept while it writes")
 def test_what_a_live_process_writes_is_never_swept(tmp_path: Path) -> None:
     """Files of live processes are kept regardless of their age."""
     writer = subprocess.Popen(
@@ -338,6 +342,7 @@ def held(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen]]:
     holder.wait()
 
 
+@pytest.mark.fault("killed", "the holder of a lock")
 def test_a_lock_is_free_as_soon_as_its_holder_is_killed(
     held: tuple[Path, subprocess.Popen],
 ) -> None:

@@ -175,6 +175,7 @@ def _build(folder: str, barrier: object) -> None:
         raise AssertionError("wrong entry")
 
 
+@pytest.mark.fault("processes", "four processes prepare the same volume at once")
 def test_processes_build_the_same_entry_at_once(tmp_path, case):
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(4)
@@ -224,6 +225,7 @@ def test_killed_writer_leaves_no_entry(case, where):
     np.testing.assert_allclose(image.open(), expected, atol=2.5e-4)
 
 
+@pytest.mark.fault("killed", "leftovers of killed writers in the slice cache")
 def test_leftovers_of_killed_writers_are_swept(case):
     for where in ("array", "before"):
         subprocess.run([sys.executable, "-c", KILLED, str(case.image), where])
@@ -336,6 +338,7 @@ def test_vanished_entry_is_a_sentence(case):
         entry.open()
 
 
+@pytest.mark.fault("full disk", "while prepared slices are written")
 def test_full_disk_is_a_failure_of_the_run(case, monkeypatch):
     def full(path, array):
         path.write_bytes(b"some")
@@ -388,6 +391,7 @@ def test_fresh_files_are_not_remembered(case):
     assert not list((Path(os.environ["GLUA_BENCH_CACHE"]) / "digests").glob("*"))
 
 
+@pytest.mark.fault("two users", "digests where the cache cannot be written")
 def test_digest_works_without_a_writable_memory(case, tmp_path, monkeypatch):
     _later(monkeypatch, 10)
     expected = file_digest(case.image)

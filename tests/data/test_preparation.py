@@ -197,6 +197,7 @@ class Small(Dataset):
 """
 
 
+@pytest.mark.fault("killed", "data prepare and its worker processes")
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 @pytest.mark.parametrize("end", ["Ctrl-C", "killed worker", "killed"])
 def test_what_is_finished_is_kept_whatever_ends_it(small, tmp_path, end):

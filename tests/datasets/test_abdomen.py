@@ -671,6 +671,7 @@ def test_conversions_are_addressed_by_content(
     assert scaled.image not in (case.image, masked.image)
 
 
+@pytest.mark.fault("processes", "processes convert the same DICOM series at once")
 def test_processes_may_convert_at_once(
     tmp_path: Path, scan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -181,6 +181,7 @@ def test_examples_are_read_as_written(tmp_path):
     assert second == {"other": [3]} and third == {}
 
 
+@pytest.mark.fault("silent damage", "torn TFRecord files")
 @pytest.mark.parametrize("cut", [0, 1, 8, 11, 12, 200, -5, -1])
 def test_torn_records_are_one_sentence(tmp_path, cut):
     file = write_slice(tmp_path / "torn.tfrecords")
@@ -360,6 +361,7 @@ def test_test_volumes_are_turned_and_overlay_the_original(tmp_path):
             np.testing.assert_allclose((made @ [*there, 1]), base @ [*at, 1], atol=1e-5)
 
 
+@pytest.mark.fault("silent damage", "damaged .npz files of the SIFA release")
 @pytest.mark.parametrize("fault", ["text", "cut", "one", "shapes", "flat", "nan", "six", "object"])
 def test_a_damaged_npz_is_one_sentence(tmp_path, fault):
     file = tmp_path / "ct_1003.npz"
@@ -494,6 +496,7 @@ def test_a_second_prepare_writes_nothing_and_a_change_is_seen(tmp_path):
     assert nib.load(dataset.split("ct", "val")[0].image).shape[2] == 4
 
 
+@pytest.mark.fault("killed", "a conversion of mmwhs_sifa")
 def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch):
     root = write_release(tmp_path)
     bad = root / "mr_val_tfs" / "mr_val_slice1.tfrecords"

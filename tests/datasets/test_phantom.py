@@ -155,6 +155,7 @@ def test_a_subject_depends_on_nothing_but_seed_domain_and_id(root: Path, tmp_pat
     assert snapshot(tmp_path) != made
 
 
+@pytest.mark.fault("processes", "two processes generate the same phantom at once")
 def test_two_processes_at_once_make_the_same_cohort(root: Path, tmp_path: Path) -> None:
     target = tmp_path / "shared"
     code = (
@@ -310,6 +311,7 @@ def test_cases_before_prepare_name_the_command(tmp_path: Path) -> None:
     sentence(error, "data prepare")
 
 
+@pytest.mark.fault("full disk", "while the phantom is generated")
 def test_a_full_disk_is_not_taken_for_processes_that_do_not_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,6 +348,7 @@ def test_foreign_files_are_refused_and_left_alone(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == {"ct_train/ct_train_1001_image.nii.gz": b"a patient"}
 
 
+@pytest.mark.fault("killed", "a generation of the phantom")
 def test_an_interrupted_generation_goes_on_only_as_it_began(tmp_path: Path) -> None:
     plan = {"code": code_digest(GENERATING), "seed": 0, "voxel_scale": 4.0}
     write_checked_json(tmp_path / STARTED, plan)
@@ -357,6 +360,7 @@ def test_an_interrupted_generation_goes_on_only_as_it_began(tmp_path: Path) -> N
     assert Phantom(tmp_path).ids("ct") == (1001,)
 
 
+@pytest.mark.fault("silent damage", "the phantom's manifest")
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 1, "seed": 0, "ids": 3}'])
 def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_text(text)
