@@ -939,6 +939,9 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(
         path.write_bytes(good[path])
     candidates[0].write_bytes(good[candidates[1]])  # intact, but another file's content
     assert trainer._intact_checkpoint()[0] is None
+    candidates[0].unlink()  # killed after unused candidates were removed
+    assert trainer._intact_checkpoint()[0] is None
+    assert f"{candidates[0]} cannot be read (No such file" in capsys.readouterr().err
     with quiet(trainer):
         pass
 
