@@ -57,8 +57,10 @@ class NotWritable(RunFailure):
     """A file or directory cannot be written for lack of permission."""
 
 
-class Damaged(Exception):
+class Damaged(RunFailure):
     """A stored file does not have the content that was written.
+
+    Callers add what is done about it.
 
     Args:
         path: the file.

@@ -32,6 +32,7 @@ from glua_bench.data.stores import (
     LABEL_TYPE,
     CachedImage,
     CachedLabel,
+    open_entry,
     read_entry,
 )
 from glua_bench.data.volumes import load_channel, load_image, load_label
@@ -95,7 +96,7 @@ class SliceCache:
             loaded = load_image(case.image, view.reading, view.grid)
             description = {"placement": asdict(loaded.placement)}
             path = self._write(name, loaded.voxels.astype(IMAGE_TYPE), description)
-        placement = Placement.from_dict(read_entry(path)[1]["placement"])
+        placement = Placement.from_dict(open_entry(path)[1]["placement"])
         further = []
         for index, file in enumerate(case.further, 1):
             digest = file_digest(file)
@@ -123,7 +124,7 @@ class SliceCache:
             _verify(case.truth, digest)
             labels = load_label(case.truth, case.image, view, placement)
             path = self._write(name, labels.astype(LABEL_TYPE, copy=False), {})
-        depth, height, width = read_entry(path)[0].shape
+        depth, height, width = open_entry(path)[0].shape
         return CachedLabel(path, (depth, height, width))
 
     def holds(self, case: Case | UnlabelledCase, view: GridView) -> bool:

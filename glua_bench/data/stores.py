@@ -50,7 +50,7 @@ class CachedImage:
 
     def open(self) -> np.memmap:
         """Map the (first channel's) volume, read-only float16 (Z, H, W) in [-1, 1]."""
-        return _opened(self.path)
+        return open_entry(self.path)[0]
 
     def stacks(self, neighbourhood: Neighbourhood) -> Stacks:
         """Return the input of the network for every slice, with all channels."""
@@ -72,7 +72,7 @@ class CachedLabel:
 
     def open(self) -> np.memmap:
         """Map the volume, read-only uint8 (Z, H, W), class indices."""
-        return _opened(self.path)
+        return open_entry(self.path)[0]
 
 
 class ImageStore:
@@ -286,9 +286,14 @@ def read_entry(path: Path) -> tuple[np.memmap, dict[str, Any]]:
         return array, json.loads(file.read(length - end))
 
 
-def _opened(path: Path) -> np.memmap:
+def open_entry(path: Path) -> tuple[np.memmap, dict[str, Any]]:
+    """Return an entry that was intact a moment ago, as `read_entry`.
+
+    Raises:
+        DataError: the entry is missing or damaged.
+    """
     try:
-        return read_entry(path)[0]
+        return read_entry(path)
     except (OSError, Damaged) as error:
         raise DataError(
             f"{path} of the cache is missing or damaged: run the command again to rebuild it."
