@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -155,7 +156,7 @@ class Abdomen(Dataset):
         made = {}
         for number, folder in scans.series.items():
             made[number] = _converted(number, chaos.slices_of(folder))
-            if not all(file.is_file() for file in made[number]):
+            if not all(map(os.path.isfile, made[number])):  # also where the cache is private
                 raise DataError(
                     f"{folder} is not converted to NIfTI: run "
                     f"`glua-bench data prepare {self.name}` first."

@@ -947,7 +947,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(
 
 
 @pytest.mark.fault("silent damage", "a run resumed after damage ends in other weights")
-@pytest.mark.parametrize("lost", ["last", "both", "candidate", "foreign", "missing"])
+@pytest.mark.parametrize("lost", ["last", "both", "foreign", "missing"])
 def test_a_run_with_damaged_checkpoints_ends_in_the_same_weights(
     tmp_path: Path, lost: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -960,8 +960,6 @@ def test_a_run_with_damaged_checkpoints_ends_in_the_same_weights(
         trainer.last_path.write_bytes(trainer.last_path.read_bytes()[:-1])
     if lost == "both":
         trainer.previous_path.write_bytes(b"")
-    elif lost == "candidate":
-        trainer.candidate_path(4).write_bytes(trainer.candidate_path(8).read_bytes())
     elif lost == "foreign":  # of another run
         trainer.directory.id = "other"
     elif lost == "missing":
