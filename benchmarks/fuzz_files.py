@@ -644,11 +644,6 @@ def _of_cache(cache: Any, case: Any, data: Any, grid: Any) -> Iterator[str]:
     if left:
         yield f"unfinished in the cache: {left}"
     arrays = [file for file in cache.root.rglob("*.npy") if file.name[0] != "."]
-    texts = [file for file in cache.root.rglob("*.json") if file.name[0] != "."]
-    alone = [a.name for a in arrays if not a.with_suffix(".json").is_file()]
-    alone += [t.name for t in texts if not t.with_suffix(".npy").is_file()]
-    if alone:
-        yield f"half an entry: {alone}"
     for file in arrays:
         try:
             voxels = np.load(file)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from glua_bench.data.cache import cache_root
+from glua_bench.data.cache import cache_root, intact
 from glua_bench.datasets import chaos
 from glua_bench.datasets.abdomen_files import find_scans
 from glua_bench.datasets.partitions import SPLITS_FOLDER, read_partition
@@ -117,7 +118,7 @@ class Abdomen(Dataset):
             try:
                 slices = chaos.slices_of(folder)
                 image, label = _converted(number, slices)
-                if not (image.is_file() and label.is_file()):
+                if not intact(image, label):
                     chaos.convert(slices, image, label)
                     report(f"mr_{number:02d}: converted to {image}")
             except DataError as error:
@@ -155,7 +156,7 @@ class Abdomen(Dataset):
         made = {}
         for number, folder in scans.series.items():
             made[number] = _converted(number, chaos.slices_of(folder))
-            if not all(file.is_file() for file in made[number]):
+            if not all(map(os.path.isfile, made[number])):  # also where the cache is private
                 raise DataError(
                     f"{folder} is not converted to NIfTI: run "
                     f"`glua-bench data prepare {self.name}` first."

@@ -17,14 +17,14 @@ import nibabel as nib
 import numpy as np
 from PIL import Image
 
-from glua_bench.data.cache import OPTION, file_digest
+from glua_bench.data.cache import file_digest, generating
 from glua_bench.data.dicom_series import read_series
 from glua_bench.errors import DataError
-from glua_bench.files import replacing
+from glua_bench.identity import code_digest
 from glua_bench.paths import entries
 
-# Increment with every change that alters a voxel or an affine of a converted file.
-CONVERSION = 1
+# The module whose code, with all that it imports, is part of the names of converted files.
+CONVERTING = ("glua_bench.datasets.chaos",)
 
 Slices: TypeAlias = tuple[tuple[Path, Path], ...]  # DICOM file and mask of each slice of a scan
 
@@ -85,8 +85,8 @@ def addresses(slices: Slices) -> tuple[str, str]:
 def _addresses(slices: Slices, stamps: tuple[tuple[int, ...], ...]) -> tuple[str, str]:
     """Return `addresses`, cached because a run asks repeatedly for digests of a thousand files."""
     digests = [(file.stem, file_digest(file), file_digest(mask)) for file, mask in slices]
-    image = [CONVERSION, "image", sorted(content for _, content, _ in digests)]
-    label = [CONVERSION, "label", digests]
+    image = [code_digest(CONVERTING), "image", sorted(content for _, content, _ in digests)]
+    label = [code_digest(CONVERTING), "label", digests]
     first, second = (
         hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20] for parts in (image, label)
     )
@@ -126,7 +126,7 @@ def convert(slices: Slices, image: Path, label: Path) -> None:
         volume.header.set_xyzt_units("mm")
         volume.set_qform(series.affine, 1)
         volume.set_sform(series.affine, 1)
-        with replacing(path, OPTION) as unfinished:
+        with generating(path) as unfinished:
             nib.save(volume, unfinished)
 
 

@@ -10,16 +10,16 @@ from typing import ClassVar
 import nibabel as nib
 import numpy as np
 
-from glua_bench.data.cache import OPTION, cache_root
+from glua_bench.data.cache import cache_root, generating, intact
 from glua_bench.data.formats import load_nifti, open_volume
 from glua_bench.data.volumes import read_label_volume
 from glua_bench.datasets.mmwhs import MMWHS
 from glua_bench.errors import DataError, reason
-from glua_bench.files import replacing
+from glua_bench.identity import code_digest
 from glua_bench.task import Case, Grid, Reading
 
-# Increment with every change that alters a crop.
-CROP_VERSION = 1
+# The module whose code, with all that it imports, is part of the directories of crops.
+CROPPING = ("glua_bench.datasets.mmwhs_literature",)
 SIDE = 256.0  # side of the cropped cube in mm
 
 
@@ -65,7 +65,7 @@ class MMWHSLiterature(MMWHS):
         for domain in self.domains():
             for case in super().cases(domain):
                 cropped = _cropped(case)
-                if not (cropped.image.is_file() and cropped.truth.is_file()):
+                if not intact(cropped.image, cropped.truth):
                     self._crop(case, cropped)
                     report(f"{case.id}: cropped around its labels into {cropped.image.parent}")
 
@@ -94,13 +94,13 @@ class MMWHSLiterature(MMWHS):
                 raise DataError(
                     f"{source} cannot be read ({reason(error)}): replace it."
                 ) from error
-            with replacing(target, OPTION) as unfinished:
+            with generating(target) as unfinished:
                 nib.save(crop, unfinished)
 
 
 def _cropped(case: Case) -> Case:
     """Return the case with the paths of its cropped copies, unique to the original files."""
-    parts = [str(CROP_VERSION)]
+    parts = [code_digest(CROPPING)]
     for file in (case.image, case.truth):
         status = file.resolve().stat()
         parts += [str(file.resolve()), str(status.st_size), str(status.st_mtime_ns)]

@@ -18,17 +18,17 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from glua_bench.data.cache import OPTION, cache_root
+from glua_bench.data.cache import OPTION, cache_root, generating, intact
 from glua_bench.datasets.mmwhs_layout import MMWHSLayout
 from glua_bench.datasets.sifa_release import RANGES, UNDOCUMENTED, read_slice, read_volume, rescaled
-from glua_bench.documents import load_json
 from glua_bench.errors import DataError
-from glua_bench.files import replacing, write_json
+from glua_bench.files import Damaged, read_checked_json, write_checked_json
+from glua_bench.identity import code_digest
 from glua_bench.paths import files_below
 from glua_bench.task import Case, Dataset, Grid, Reading
 
-# Increment with every change that alters a voxel of a converted file.
-CONVERSION = 1
+# The module whose code, with all that it imports, is part of the directory of converted files.
+CONVERTING = ("glua_bench.datasets.mmwhs_sifa",)
 # Slices per stack; the release says that it has 600 per patient.
 STACK = 600
 
@@ -117,7 +117,7 @@ class MMWHSSIFA(Dataset):
     def converted(self) -> Path:
         """Directory in the cache for this root's converted files."""
         place = hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:12]
-        return cache_root() / self.name / f"v{CONVERSION}-{place}"
+        return cache_root() / self.name / f"{code_digest(CONVERTING)}-{place}"
 
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
         """Convert files that are new or have changed; the release's own files are not modified.
@@ -148,7 +148,11 @@ class MMWHSSIFA(Dataset):
             if self._convert(case, domain, split, files):
                 report(f"{self.name}: {done}/{len(plan)} {case}")
         index = {case: [domain, split] for case, (domain, split, _) in sorted(plan.items())}
-        _write_json(self.converted / "cases.json", index)
+        place = self.converted / "cases.json"
+        with suppress(OSError, Damaged):
+            if read_checked_json(place) == index:
+                return
+        write_checked_json(place, index, OPTION)
 
     def caveat(self, direction: str) -> str:
         """Return what training and test records of the target share; see docs/mmwhs_sifa.md.
@@ -161,8 +165,8 @@ class MMWHSSIFA(Dataset):
         tested: list[str] = []
         for case in self.cases(target):
             try:
-                own = load_json((self.converted / f"{case.id}.json").read_text())["slices"]
-            except (OSError, ValueError, KeyError) as error:
+                own = read_checked_json(self.converted / f"{case.id}.json")["slices"]
+            except (OSError, Damaged, KeyError) as error:
                 raise self._unconverted() from error
             if case.split == "test":
                 tested += own
@@ -193,11 +197,11 @@ class MMWHSSIFA(Dataset):
         if domain not in RANGES:
             raise DataError(f"Dataset '{self.name}' has no domain '{domain}': use ct or mr.")
         try:
-            index = load_json((self.converted / "cases.json").read_text())
-            found = [(case, split) for case, (own, split) in index.items() if own == domain]
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            index = read_checked_json(self.converted / "cases.json")
+        except (OSError, Damaged) as error:
             self._files()  # a missing file is the clearer problem
             raise self._unconverted() from error
+        found = [(case, split) for case, (own, split) in index.items() if own == domain]
         return tuple(
             Case(
                 case,
@@ -270,10 +274,8 @@ class MMWHSSIFA(Dataset):
         image, label = self._paths(case)
         record = self.converted / f"{case}.json"
         stamp = [_stamp(file) for file in files]
-        with suppress(OSError, ValueError):
-            written = [image.stat().st_size, label.stat().st_size]
-            found = load_json(record.read_text())
-            if "slices" in found and found == {**found, "of": stamp, "bytes": written}:
+        with suppress(OSError, Damaged):
+            if read_checked_json(record)["of"] == stamp and intact(image, label):
                 return False
         record.unlink(missing_ok=True)
         if split == "test":
@@ -283,8 +285,7 @@ class MMWHSSIFA(Dataset):
             voxels, classes, affine = *_stack(domain, files), np.eye(4)
         _write_nifti(label, classes, affine)
         _write_nifti(image, voxels, affine, scale=1 / _STEPS)
-        written = [image.stat().st_size, label.stat().st_size]
-        _write_json(record, {"of": stamp, "bytes": written, "slices": _digests(voxels)})
+        write_checked_json(record, {"of": stamp, "slices": _digests(voxels)}, OPTION)
         return True
 
 
@@ -335,12 +336,5 @@ def _write_nifti(path: Path, data: np.ndarray, affine: np.ndarray, scale: float 
     """Write integers of at most 16 bits with the slope `scale`."""
     volume = nib.Nifti1Image(data, affine)
     volume.header.set_slope_inter(scale, 0)
-    with replacing(path, OPTION) as unfinished:
+    with generating(path) as unfinished:
         nib.save(volume, unfinished)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with suppress(OSError, ValueError):
-        if load_json(path.read_text()) == content:
-            return
-    write_json(path, content, OPTION)

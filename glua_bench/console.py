@@ -39,6 +39,11 @@ def say(text: str = "") -> None:
         print(printable(text), flush=True)
 
 
+def warn(text: str) -> None:
+    """Print a warning to stderr."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def next_command(
     *words: object,
     plugins: Sequence[Path] | None = None,

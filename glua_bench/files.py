@@ -1,4 +1,4 @@
-"""Write, lock and hash files; the only module that renames, locks or sweeps files.
+"""Write, lock, check and hash files; the only module that renames, locks or sweeps files.
 
 **Writers.** Files and directories are written under a temporary name that begins with `UNFINISHED`
 and renamed when complete, so readers and resumed processes see old or new content, never a part.
@@ -12,6 +12,11 @@ files are kept until they have not been modified for a day.
 **Locks.** Locks are `flock` locks, and those of `LockFileEx` on Windows, which the kernel releases
 when their process ends, also by SIGKILL. File systems without them are rejected. Only a Python
 without both uses lock files with the holder's process id.
+
+**Checksums.** What is stored to be read again carries a SHA-256 of its name and content, which is
+compared when it is read. Binary files end in a line that holds it (`add_checksum`); readers of
+their formats ignore such a line. JSON objects hold it as an entry (`write_checked_json`). The name
+is included so that two intact files cannot be exchanged.
 """
 
 from __future__ import annotations
@@ -20,15 +25,16 @@ import errno
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from glua_bench.errors import RunFailure, printable
 
@@ -43,6 +49,28 @@ _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, e
 # that may not be written.
 _FLUSHED = "rb+" if os.name == "nt" else "rb"
 _swept: set[str] = set()  # directories that this process has swept
+CHECKSUM = "sha256"  # entry of a JSON object
+_LINE = b"\nsha256 "  # begins the last line of a binary file; 64 digits and a newline follow
+_TAIL = len(_LINE) + 65
+_intact: set[tuple[object, ...]] = set()  # files whose checksum this process has compared
+
+
+class NotWritable(RunFailure):
+    """A file or directory cannot be written for lack of permission."""
+
+
+class Damaged(RunFailure):
+    """A stored file does not have the content that was written.
+
+    Callers add what is done about it.
+
+    Args:
+        path: the file.
+        why: what is wrong with it.
+    """
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(f"{path} is damaged ({why})")
 
 
 # -- writing --------------------------------------------------------------------------------------
@@ -57,6 +85,7 @@ def storing(path: Path, option: str = "") -> Iterator[None]:
         option: command-line option that sets the directory, e.g. "--runs".
 
     Raises:
+        NotWritable: the user lacks the permission.
         RunFailure: the disk is full or the directory cannot be written.
     """
     try:
@@ -68,7 +97,7 @@ def storing(path: Path, option: str = "") -> Iterator[None]:
             other = f" or {elsewhere}" if option else ""
             text = f"The disk of {path} is full; free some space{other}, then repeat the command."
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            text = f"{path} cannot be written ({why}); {elsewhere}."
+            raise NotWritable(f"{path} cannot be written ({why}); {elsewhere}.") from error
         elif error.errno in (errno.ENOTDIR, errno.EEXIST):
             text = f"{path} cannot be created because a parent is a file; move it, or {elsewhere}."
         else:
@@ -77,7 +106,7 @@ def storing(path: Path, option: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path, option: str = "") -> Iterator[Path]:
+def replacing(path: Path, option: str = "", keep: Path | None = None) -> Iterator[Path]:
     """Yield a temporary file that becomes `path` when the block ends without an error.
 
     Its name has the suffix of the path, by which some writers choose the format.
@@ -85,6 +114,7 @@ def replacing(path: Path, option: str = "") -> Iterator[Path]:
     Args:
         path: the file; its directory is created.
         option: command-line option that sets the directory.
+        keep: path to which an existing file is moved; for a moment, only this one exists.
 
     Raises:
         RunFailure: the disk is full or the directory cannot be written.
@@ -95,6 +125,9 @@ def replacing(path: Path, option: str = "") -> Iterator[Path]:
             yield temporary
             with temporary.open(_FLUSHED) as written:
                 os.fsync(written.fileno())
+            if keep is not None:
+                with suppress(FileNotFoundError):
+                    os.replace(path, keep)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -404,7 +437,123 @@ def _acquired(path: Path, wait: bool, option: str) -> BaseFileLock | None:
     return lock
 
 
-# -- digests --------------------------------------------------------------------------------------
+# -- checksums ------------------------------------------------------------------------------------
+
+
+def add_checksum(path: Path, name: str) -> None:
+    """Append the checksum of a name and of the file's content to a file.
+
+    Args:
+        path: a complete file that is not in place yet (`replacing`).
+        name: must be repeated by whoever reads the file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with path.open("rb+") as file:
+        digest = _read_into(_named(name), file)
+        file.write(_LINE + digest.hexdigest().encode() + b"\n")
+
+
+def check(path: Path, name: str) -> int:
+    """Compare a file's checksum, once per process as long as the file looks unchanged.
+
+    Forked processes inherit what was compared before.
+
+    Args:
+        path: a file with a checksum.
+        name: as given to `add_checksum`.
+
+    Returns:
+        Size of the content in bytes.
+
+    Raises:
+        Damaged: content, name and checksum differ, or there is no checksum.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        times = status.st_mtime_ns, status.st_ctime_ns
+        seen = (name, str(path), status.st_dev, status.st_ino, status.st_size, *times)
+        length = status.st_size - _TAIL
+        if seen not in _intact:
+            if length < 0:
+                raise Damaged(path, "it has no checksum")
+            _compare(path, _read_into(_named(name), file, length), file.read())
+            _intact.add(seen)
+    return length
+
+
+def read_checked(path: Path, name: str) -> bytes:
+    """Read a file that `add_checksum` completed, without its checksum.
+
+    Raises:
+        Damaged: content, name and checksum differ, or there is no checksum.
+        OSError: the file cannot be read.
+    """
+    content = path.read_bytes()
+    length = len(content) - _TAIL
+    if length < 0:
+        raise Damaged(path, "it has no checksum")
+    _compare(path, _named(name, memoryview(content)[:length]), content[length:])
+    return content[:length]
+
+
+def write_checked(path: Path, content: bytes, name: str, option: str = "") -> None:
+    """Write a file with its checksum atomically; errors as in `replacing`."""
+    with replacing(path, option) as temporary:
+        temporary.write_bytes(content)
+        add_checksum(temporary, name)
+
+
+def write_checked_json(path: Path, content: Mapping[str, Any], option: str = "") -> None:
+    """Write a JSON object with its checksum, which includes the file's name, as `write_json`."""
+    plain = json.loads(json.dumps(content, default=_plain))
+    write_json(path, {**plain, CHECKSUM: _json_digest(path, plain)}, option)
+
+
+def read_checked_json(path: Path) -> dict[str, Any]:
+    """Read an object that `write_checked_json` wrote.
+
+    Raises:
+        Damaged: content, name and checksum differ, or there is no checksum.
+        OSError: the file cannot be read.
+    """
+    try:
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+        found = content.pop(CHECKSUM)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise Damaged(path, "it has no checksum") from error
+    if found != _json_digest(path, content):
+        raise Damaged(path, "its checksum differs")
+    return content
+
+
+def _json_digest(path: Path, content: Mapping[str, Any]) -> str:
+    return _named(path.name, json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _compare(path: Path, digest: hashlib._Hash, line: bytes) -> None:
+    if not line.startswith(_LINE):
+        raise Damaged(path, "it has no checksum")
+    if line != _LINE + digest.hexdigest().encode() + b"\n":
+        raise Damaged(path, "its checksum differs")
+
+
+def _named(name: str, content: bytes | memoryview = b"") -> hashlib._Hash:
+    """Return the hash of a name and of content."""
+    digest = hashlib.sha256(f"{name}\0".encode())
+    digest.update(content)
+    return digest
+
+
+def _read_into(digest: hashlib._Hash, file: BinaryIO, length: int | None = None) -> hashlib._Hash:
+    """Add an open file's next `length` bytes to a hash; None takes all."""
+    left = math.inf if length is None else length
+    while piece := file.read(int(min(left, 1 << 20))):
+        digest.update(piece)
+        left -= len(piece)
+    return digest
 
 
 def sha256(path: Path) -> str:
@@ -413,8 +562,5 @@ def sha256(path: Path) -> str:
     Raises:
         OSError: the file cannot be read.
     """
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return _read_into(hashlib.sha256(), stream).hexdigest()

@@ -25,9 +25,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from glua_bench.console import warn
 from glua_bench.data.cache import cache_root
 from glua_bench.errors import ConfigError, RunFailure
-from glua_bench.files import write_text
+from glua_bench.files import Damaged, read_checked, write_checked
 from glua_bench.reports.run_figures import most_visible_slice
 from glua_bench.task import Structure
 
@@ -84,17 +85,19 @@ def bundle() -> str:
     """
     kept = cache_root() / "viewer" / f"niivue-{VERSION}.umd.js"
     try:
-        return kept.read_text(encoding="utf-8")
+        return read_checked(kept, kept.name).decode()
     except FileNotFoundError:
         pass
-    except (OSError, UnicodeDecodeError) as error:
+    except Damaged as error:
+        warn(f"{error}; the script is fetched again.")
+    except OSError as error:
         raise ConfigError(
             f"{kept}, which --viewer needs, cannot be read ({error}); remove it, or omit --viewer."
         ) from error
     script = _fetch()
     # If the cache cannot be written, the next report fetches again.
     with contextlib.suppress(RunFailure):
-        write_text(kept, script)
+        write_checked(kept, script.encode(), kept.name)
     return script
 
 

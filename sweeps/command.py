@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,14 @@ from glua_bench.sweeps.launch import Crew
 from glua_bench.sweeps.progress import Display, Tracked, shown
 from glua_bench.sweeps.results import chosen_trial, values_in_words
 from glua_bench.sweeps.slurm import Jobs, Resources
-from glua_bench.sweeps.study import Claim, SweepStudy, counting, folder_of, free_name
+from glua_bench.sweeps.study import (
+    Claim,
+    SweepStudy,
+    counting,
+    differences,
+    folder_of,
+    free_name,
+)
 from glua_bench.sweeps.trial import Outcome, See, execute, requests
 from glua_bench.sweeps.worker import Done, work
 
@@ -73,13 +80,12 @@ def open_study(
         planned = plan(request, report)
     copy = folder_of(base.runs_root, name) / "definition.json"
     if copy.is_file():
-        _check_storage(load_json(copy.read_text(encoding="utf-8")), storage, name)
+        with suppress(ValueError):  # damaged; it is written again below
+            _check_storage(load_json(copy.read_text(encoding="utf-8")), storage, name)
     study = SweepStudy(definition, base.runs_root, storage, name, report, workers)
     study.remember(
         {
-            **definition.meaning(),
-            "name": name,
-            "request": {k: v for k, v in json.loads(base.to_json()).items() if k not in OWN},
+            **_identity(definition, base, name),
             "code": planned.code,
         }
     )
@@ -90,6 +96,12 @@ def open_study(
     write_text(copy.with_name("request.json"), absolute.to_json(), "--runs")
     write_json(copy, content, "--runs")
     return study
+
+
+def _identity(definition: Definition, base: RunOptions, name: str) -> dict[str, Any]:
+    """Return what the files of a sweep say and its study remembers."""
+    options = {k: v for k, v in json.loads(base.to_json()).items() if k not in OWN}
+    return {**definition.meaning(), "name": name, "request": options}
 
 
 def _check_storage(content: dict[str, Any], storage: str | None, name: str) -> None:
@@ -169,12 +181,23 @@ def join(
             "give the directory of its runs with --runs."
         ) from error
     base = RunOptions.from_json(request, folder / "request.json")
-    _check_storage(content, storage, name)
-    space = [Parameter(**{**p, "choices": tuple(p["choices"])}) for p in content["space"]]
-    content |= {"file": Path(content["file"]), "space": space}
-    lists = {key: tuple(content[key]) for key in ("directions", "settings", "space", "objectives")}
-    definition = Definition(**{**content, **lists})
+    again = "repeat the command of the sweep, which writes it again"
+    try:
+        _check_storage(content, storage, name)
+        space = [Parameter(**{**p, "choices": tuple(p["choices"])}) for p in content["space"]]
+        content |= {"file": Path(content["file"]), "space": space}
+        names = ("directions", "settings", "space", "objectives")
+        definition = Definition(**{**content, **{key: tuple(content[key]) for key in names}})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{folder / 'definition.json'} is damaged; {again}.") from error
     study = SweepStudy(definition, runs_root, storage, name, report, begun=True)
+    # The study is what the files are compared with: it is read anyway, and it has no copy.
+    known = {key: value for key, value in study.facts.items() if key != "code"}
+    told = json.loads(json.dumps(_identity(definition, base, name)))
+    if known and (changed := differences(known, told)):
+        raise ConfigError(
+            f"{folder}/definition.json or request.json is damaged ({'; '.join(changed)}); {again}."
+        )
     return study, replace(base, runs_root=runs_root, plugins=plugins or base.plugins)
 
 

@@ -16,7 +16,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from faults import pytest_collection_modifyitems, pytest_terminal_summary, tries  # noqa: F401
+from faults import (  # noqa: F401
+    pytest_collection_modifyitems,
+    pytest_terminal_summary,
+    shared,
+    tries,
+)
 
 # Set before torch is imported. Tests run in several processes, and one thread each gives the same
 # sums on all machines.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import csv
 import errno
 import io
@@ -12,28 +13,36 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from faults import damaged
 
 from glua_bench import files
 from glua_bench.errors import RunFailure, first_line, reason, shortened, without_password
 from glua_bench.files import (
     UNFINISHED,
+    Damaged,
+    add_checksum,
+    check,
     csv_cell,
     csv_text,
     drop_torn_line,
     exclusive,
     new_folder,
+    read_checked,
+    read_checked_json,
     replacing,
     sha256,
     sweep,
     try_lock,
     undone,
+    write_checked,
+    write_checked_json,
     write_json,
     write_text,
 )
@@ -113,6 +122,7 @@ def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
     write_text(tmp_path / ("é" * 80), "text")
 
 
+@pytest.mark.fault("full disk", "while a file is moved into place")
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
 def test_errors_on_writing_name_the_file_and_what_to_do(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -130,6 +140,7 @@ def test_errors_on_writing_name_the_file_and_what_to_do(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault("killed", "half a line at the end of a journal")
 def test_half_a_line_of_a_killed_writer_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "journal.log"
     drop_torn_line(path)
@@ -152,6 +163,58 @@ def test_a_digest_is_that_of_the_content(tmp_path: Path) -> None:
     assert sha256(tmp_path / "x").startswith("ba7816bf8f01cfea414140de5dae2223")
 
 
+# -- checksums ------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("silent damage", "any file with a checksum")
+def test_a_damaged_file_is_found(tmp_path: Path, tries: Callable[[int], range]) -> None:
+    path, listing = tmp_path / "file", tmp_path / "file.json"
+    write_checked(path, b"some content" * 50, "name")
+    write_checked_json(listing, {"a": [1, 2.5, None], "b": {"c": "text"}, "d": np.int64(3)})
+    assert read_checked(path, "name") == b"some content" * 50 and check(path, "name") == 600
+    expected = {"a": [1, 2.5, None], "b": {"c": "text"}, "d": 3}
+    assert read_checked_json(listing) == expected
+    good, text = path.read_bytes(), listing.read_bytes()
+    for seed in tries(200):
+        path.write_bytes(damaged(good, seed))
+        for look in (read_checked, check):
+            with pytest.raises(Damaged, match=r"file is damaged \([^.]*\)$"):
+                look(path, "name")
+        listing.write_bytes(damaged(text, seed))
+        with contextlib.suppress(Damaged):
+            assert read_checked_json(listing) == expected  # blanks have no meaning
+    path.write_bytes(good)
+    for name in ("", "other", "name "):
+        with pytest.raises(Damaged, match="its checksum differs"):
+            check(path, name)
+    path.write_bytes(good[: -len(good) // 8])
+    with pytest.raises(Damaged, match="it has no checksum"):
+        read_checked(path, "name")
+    listing.write_bytes(text)
+    listing.rename(tmp_path / "other.json")
+    with pytest.raises(Damaged, match="its checksum differs"):
+        read_checked_json(tmp_path / "other.json")
+    for look in (read_checked, check):
+        with pytest.raises(FileNotFoundError):
+            look(tmp_path / "missing", "name")
+
+
+def test_readers_of_formats_ignore_the_checksum(tmp_path: Path) -> None:
+    array = np.arange(6.0).reshape(2, 3)
+    with replacing(tmp_path / "a.npy") as temporary:
+        np.save(temporary, array)
+        add_checksum(temporary, "a.npy")
+    assert np.array_equal(np.load(tmp_path / "a.npy", mmap_mode="r"), array)
+    assert check(tmp_path / "a.npy", "a.npy") == 128 + 48
+
+
+def test_the_file_that_is_replaced_can_be_kept(tmp_path: Path) -> None:
+    for text in "abc":
+        with replacing(tmp_path / "last", keep=tmp_path / "previous") as temporary:
+            temporary.write_text(text)
+    assert (tmp_path / "last").read_text() == "c" and (tmp_path / "previous").read_text() == "b"
+
+
 # -- leftovers ------------------------------------------------------------------------------------
 
 KILLED = """
@@ -166,6 +229,7 @@ with new_folder(path / "folder") as folder, replacing(path / "file.txt") as temp
 """
 
 
+@pytest.mark.fault("killed", "within the writing of a file and a directory")
 def test_a_killed_writer_leaves_what_was_there_and_the_next_one_sweeps(tmp_path: Path) -> None:
     (tmp_path / "file.txt").write_text("old")
     assert run(KILLED, tmp_path) == -signal.SIGKILL
@@ -203,6 +267,7 @@ with replacing(Path(sys.argv[1]) / "file") as temporary:
 """
 
 
+@pytest.mark.fault("processes", "the leftovers of another process are swept while it writes")
 def test_what_a_live_process_writes_is_never_swept(tmp_path: Path) -> None:
     """Files of live processes are kept regardless of their age."""
     writer = subprocess.Popen(
@@ -283,6 +348,7 @@ def held(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen]]:
     holder.wait()
 
 
+@pytest.mark.fault("killed", "the holder of a lock")
 def test_a_lock_is_free_as_soon_as_its_holder_is_killed(
     held: tuple[Path, subprocess.Popen],
 ) -> None:
@@ -375,6 +441,7 @@ def test_passwords_and_tokens_are_masked(url: str, shown: str) -> None:
 # -- one home -------------------------------------------------------------------------------------
 
 # Savers of libraries, which write in place: only to the name that a writer of files.py gives.
+SAFE = {"replacing", "generating", "writing", "tempfile.TemporaryDirectory"}
 SAVERS = {"save", "savefig", "to_parquet", "savez", "imwrite", "WriteImage"}
 
 
@@ -384,7 +451,9 @@ def _strays(path: Path) -> Iterator[str]:
     def visit(node: ast.AST, safe: bool) -> Iterator[str]:
         if isinstance(node, ast.With):
             given = {ast.unparse(item.context_expr).split("(")[0] for item in node.items}
-            safe = safe or bool(given & {"replacing", "tempfile.TemporaryDirectory"})
+            safe = safe or bool(
+                given & {"replacing", "generating", "writing", "tempfile.TemporaryDirectory"}
+            )
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = {alias.name for alias in node.names} | {str(getattr(node, "module", ""))}
             if names & {"fcntl", "filelock"}:

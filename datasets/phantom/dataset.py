@@ -6,27 +6,25 @@ writes a cohort as NIfTI in the raw layout of MM-WHS, so it is read by the same 
 
 from __future__ import annotations
 
-import gzip
+import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import nibabel as nib
-import numpy as np
-
-from glua_bench.data.cache import cache_root
+from glua_bench.data.cache import cache_root, generating, intact
 from glua_bench.data.parallel import cores, parallel_map
 from glua_bench.datasets import mmwhs_layout
 from glua_bench.datasets.mmwhs_layout import MMWHSLayout
-from glua_bench.documents import load_json
 from glua_bench.errors import DataError, RunFailure
-from glua_bench.files import storing, write_bytes, write_json
+from glua_bench.files import Damaged, read_checked_json, replacing, storing, write_checked_json
+from glua_bench.identity import code_digest
 from glua_bench.paths import entries
 
-# Increment with every change that alters a voxel of any file.
-GENERATOR_VERSION = 1
+# The module whose code, with all that it imports, is part of the default directory's name.
+GENERATING = ("glua_bench.datasets.phantom.subjects",)
 PLACE = "--data-root or GLUA_BENCH_CACHE"  # names the directory to whoever cannot write it
 MANIFEST = "phantom.json"
 STARTED = "phantom.started.json"  # parameters of an unfinished generation
@@ -62,14 +60,14 @@ class Phantom(MMWHSLayout):
 
     @classmethod
     def default_root(cls, seed: int = 0) -> Path:
-        """Return a directory per version and seed in `$GLUA_BENCH_CACHE` or `~/.cache/glua-bench`.
+        """Return a directory per generator and seed in `GLUA_BENCH_CACHE` or `~/.cache/glua-bench`.
 
         Generated files belong to the cache, not to GLUA_BENCH_DATA.
         """
-        return cache_root() / "phantom" / f"v{GENERATOR_VERSION}-seed{seed}"
+        return cache_root() / "phantom" / f"{code_digest(GENERATING)}-seed{seed}"
 
     def prepare(self, report: Report = lambda line: None) -> None:
-        """Generate missing files.
+        """Generate missing and damaged files.
 
         A smaller cohort (from `generate`) stays as it is, except a complete cohort of an earlier
         version with four test cases per domain, which is extended.
@@ -110,9 +108,9 @@ def generate(
     workers: int | None = None,
     report: Report = lambda line: None,
 ) -> None:
-    """Write a cohort, or the missing part of it.
+    """Write a cohort, or the missing or damaged part of it.
 
-    Every file depends only on the generator's version, the seed, its domain and its id, not on the
+    Every file depends only on the generator's code, the seed, its domain and its id, not on the
     order, other ids or the number of processes. Files are written atomically, the manifest last, so
     several processes may prepare the same directory.
 
@@ -138,18 +136,26 @@ def generate(
             f"{root} holds a phantom with voxel scale {known['voxel_scale']}, not {voxel_scale}: "
             "choose another directory or delete this one."
         )
-    plan = {"version": GENERATOR_VERSION, "seed": seed, "voxel_scale": float(voxel_scale)}
+    plan = {"code": code_digest(GENERATING), "seed": seed, "voxel_scale": float(voxel_scale)}
+    jobs = [
+        (domain, number)
+        for domain in DOMAINS
+        for number in wanted[domain]
+        if not _complete(root, domain, number)
+    ]
+    if known is not None:
+        if not jobs and all(set(wanted[d]) <= set(known["ids"][d]) for d in DOMAINS):
+            return  # which needs no permission to write
+        if known["code"] != plan["code"]:
+            raise DataError(
+                f"{root} holds a phantom that another version generated and that is damaged or "
+                "lacks cases: choose another directory or delete this one."
+            )
     with storing(root, PLACE):
         root.mkdir(parents=True, exist_ok=True)
         _check_started(root, plan, known is not None)
-        jobs = [
-            (domain, number)
-            for domain in DOMAINS
-            for number in wanted[domain]
-            if not _complete(root, domain, number)
-        ]
         if jobs:
-            write_json(root / STARTED, plan, PLACE)
+            write_checked_json(root / STARTED, plan, PLACE)
             for domain in DOMAINS:
                 (root / f"{domain}_train").mkdir(exist_ok=True)
             _work_off(root, seed, voxel_scale, jobs, workers, report)
@@ -158,7 +164,8 @@ def generate(
         if latest is not None:
             wanted = {d: sorted({*wanted[d], *latest["ids"].get(d, ())}) for d in DOMAINS}
         if latest is None or latest["ids"] != wanted:
-            write_json(root / MANIFEST, {**plan, "dataset": "phantom", "ids": wanted}, PLACE)
+            found = {**plan, "dataset": "phantom", "ids": wanted}
+            write_checked_json(root / MANIFEST, found, PLACE)
         (root / STARTED).unlink(missing_ok=True)
 
 
@@ -172,15 +179,14 @@ def write_subject(root: Path, seed: int, domain: str, number: int, voxel_scale: 
         number: id, e.g. 1001.
         voxel_scale: factor on the voxel size.
     """
-    from glua_bench.datasets.phantom import anatomy, physics
+    from glua_bench.datasets.phantom.subjects import files_of_subject
 
-    # Separate streams for subject and scan, so a finer scan shows the same subject.
-    key = [GENERATOR_VERSION, seed, DOMAINS.index(domain), number]
-    subject = anatomy.draw_subject(np.random.default_rng([*key, 0]))
-    volume = physics.ACQUIRE[domain](subject, np.random.default_rng([*key, 1]), voxel_scale)
+    made = files_of_subject(seed, domain, number, voxel_scale)
     # The image last, so that an image implies its label.
-    _write_nifti(Phantom.label_path(root, domain, number), volume.label, volume.affine)
-    _write_nifti(Phantom.image_path(root, domain, number), volume.image, volume.affine)
+    for path, content in reversed(list(zip(_paths(root, domain, number), made, strict=True))):
+        writing = generating if _is_cached(root) else replacing
+        with writing(path, PLACE) as temporary, temporary.open("wb") as file:
+            file.write(content)
 
 
 # -- work -----------------------------------------------------------------------------------------
@@ -233,41 +239,58 @@ def _wanted(ids: Mapping[str, Sequence[int]] | None) -> dict[str, list[int]]:
 
 
 def _complete(root: Path, domain: str, number: int) -> bool:
-    """Return True if both files of a subject exist."""
-    paths = Phantom.image_path(root, domain, number), Phantom.label_path(root, domain, number)
-    return all(path.is_file() for path in paths)
+    """Return True if both files of a subject exist; in the cache, they must be intact."""
+    paths = _paths(root, domain, number)
+    return intact(*paths) if _is_cached(root) else all(path.is_file() for path in paths)
+
+
+def _is_cached(root: Path) -> bool:
+    """Return True if files lie in the cache and not in a directory of the user."""
+    return root.absolute().is_relative_to(cache_root().absolute())
+
+
+def _paths(root: Path, domain: str, number: int) -> tuple[Path, Path]:
+    """Return image and label of a subject."""
+    return Phantom.image_path(root, domain, number), Phantom.label_path(root, domain, number)
 
 
 def _read_manifest(root: Path, seed: int) -> dict[str, Any] | None:
     """Return the manifest, or None if there is none yet.
 
     Raises:
-        DataError: it is damaged, or of another version or seed.
+        DataError: it is damaged, or of another seed.
     """
     path = root / MANIFEST
     try:
-        found = load_json(path.read_text())
-        version, made = int(found["version"]), int(found["seed"])
-        float(found["voxel_scale"])
-        ids = found["ids"]
-        found["ids"] = {domain: [int(n) for n in ids.get(domain, ())] for domain in DOMAINS}
+        found = read_checked_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read ({error.strerror or error}): repair its permissions."
+            f"{path} cannot be read ({error.strerror or error}): repair its permissions, or choose "
+            f"another directory with {PLACE}."
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except Damaged as error:
+        found = _older_manifest(path)
+        if not found:
+            raise DataError(
+                f"{error}: delete the directory to generate the phantom again."
+            ) from error
+    if found["seed"] != seed:
         raise DataError(
-            f"{path} is damaged: delete the directory to generate the phantom again."
-        ) from error
-    if (version, made) != (GENERATOR_VERSION, seed):
-        raise DataError(
-            f"{root} holds the phantom of generator version {version} with seed {made}, not "
-            f"version {GENERATOR_VERSION} with seed {seed}: choose another directory or delete "
-            "this one."
+            f"{root} holds the phantom with seed {found['seed']}, not with seed {seed}: choose "
+            "another directory or delete this one."
         )
     return found
+
+
+def _older_manifest(path: Path) -> dict[str, Any]:
+    """Return a manifest that was written before there were checksums; {} if it is none."""
+    with suppress(ValueError, TypeError):
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+        if set(found) == {"dataset", "version", "seed", "voxel_scale", "ids"}:
+            return {**found, "code": None}
+    return {}
 
 
 def _check_started(root: Path, plan: dict[str, Any], finished: bool) -> None:
@@ -279,7 +302,7 @@ def _check_started(root: Path, plan: dict[str, Any], finished: bool) -> None:
     if finished:
         return
     try:
-        started = load_json((root / STARTED).read_text())
+        started = read_checked_json(root / STARTED)
     except FileNotFoundError:
         found = [path.name for path in entries(root)]
         # Another process may just have written one of the two records.
@@ -289,20 +312,10 @@ def _check_started(root: Path, plan: dict[str, Any], finished: bool) -> None:
                 "directory with --data-root."
             ) from None
         return
-    except ValueError:
-        started = None
+    except Damaged:
+        started = {}
     if started != plan:
         raise DataError(
-            f"{root} holds an unfinished phantom of another version, seed or voxel scale: choose "
+            f"{root} holds an unfinished phantom of another generator, seed or voxel scale: choose "
             "another directory or delete this one."
         )
-
-
-def _write_nifti(path: Path, data: np.ndarray, affine: np.ndarray) -> None:
-    """Write an int16 volume as .nii.gz; equal voxels give equal bytes."""
-    image = nib.Nifti1Image(data, affine)
-    image.header.set_xyzt_units("mm")
-    image.set_qform(affine, 1)
-    image.set_sform(affine, 1)
-    # Without time and name, which gzip would store otherwise.
-    write_bytes(path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0), PLACE)

@@ -83,7 +83,7 @@ def _devices() -> str:
 
 def _disk(path: Path) -> str:
     existing = path
-    while not existing.exists():
+    while not os.path.exists(existing):  # also in directories of other users
         existing = existing.parent
     free = shutil.disk_usage(existing).free / 2**30
     writable = "" if os.access(existing, os.W_OK) else ", NOT WRITABLE: set GLUA_BENCH_CACHE"

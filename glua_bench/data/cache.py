@@ -1,7 +1,9 @@
 """Cache of preprocessed volumes: content-addressed, memory-mapped, shared among processes.
 
-The name of an entry is a hash of all its inputs, so entries are never stale. An entry has two
-files, of which the description is written last; concurrent processes write identical bytes.
+The name of an entry is a hash of all its inputs, so entries are never stale; the code that reads
+files is one of them. An entry is one file, which is written atomically; concurrent processes write
+identical bytes. It carries a checksum, and a damaged entry is rebuilt. Reading needs no permission
+to write.
 
 Images and labels have separate directories and unrelated names, so that an image entry does not
 lead to its label.
@@ -12,39 +14,71 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from glua_bench.console import warn
 from glua_bench.data.formats import files_of
 from glua_bench.data.resampling import Placement
-from glua_bench.data.stores import IMAGE_TYPE, LABEL_TYPE, CachedImage, CachedLabel, map_file
+from glua_bench.data.stores import (
+    IMAGE_TYPE,
+    LABEL_TYPE,
+    CachedImage,
+    CachedLabel,
+    open_entry,
+    read_entry,
+)
 from glua_bench.data.volumes import load_channel, load_image, load_label
 from glua_bench.errors import DataError, RunFailure
-from glua_bench.files import replacing, sha256, write_json, write_text
+from glua_bench.files import (
+    CHECKSUM,
+    Damaged,
+    NotWritable,
+    add_checksum,
+    read_checked,
+    read_checked_json,
+    replacing,
+    sha256,
+    storing,
+    write_checked,
+    write_checked_json,
+)
 from glua_bench.identity import code_digest
 from glua_bench.task import Case, GridView, Reading, UnlabelledCase, check_channels
 
 OPTION = "GLUA_BENCH_CACHE"  # named in error messages
-CACHE_VERSION = 2  # version of the entries' format
-READING = ("glua_bench.data.volumes",)  # modules whose code is part of the keys
+# The module whose code, with all that it imports, is part of the keys of prepared slices.
+READING = ("glua_bench.data.cache",)
+# Part of every hash, and therefore of the ids of all runs. Not a version: formats have checksums,
+# and code is hashed.
+_SALT = 2
 # A file changed more recently may change again with the same time stamp.
 _SETTLED_NS = 2_000_000_000
+_private: list[tempfile.TemporaryDirectory[str]] = []  # at most one, see `SliceCache`
+_told: set[Path] = set()  # damaged files that the user has been told of
 
 
 class SliceCache:
     """Preprocessed volumes, built on first use.
 
+    Where the user may not write to the cache, entries that it lacks are written to a temporary
+    directory of this process.
+
     Args:
         root: directory of the entries; default: `slices` in `cache_root()`.
+        private: use a temporary directory if the cache cannot be written; else raise `NotWritable`.
     """
 
-    def __init__(self, root: Path | None = None) -> None:
+    def __init__(self, root: Path | None = None, private: bool = True) -> None:
         self.root = root if root is not None else cache_root() / "slices"
+        self._private = private
 
     def image(self, case: UnlabelledCase, view: GridView) -> CachedImage:
         """Return the image of a case on the working grid, with all its channels.
@@ -55,19 +89,23 @@ class SliceCache:
         """
         check_channels(case, view.reading)
         first = file_digest(case.image)
-        path = self._image_path(first, view)
-        found = _read_entry(path, IMAGE_TYPE)
-        if found is None:
+        name = self._image_name(first, view)
+        path = self._find(name)
+        if path is None:
+            _verify(case.image, first)
             loaded = load_image(case.image, view.reading, view.grid)
             description = {"placement": asdict(loaded.placement)}
-            found = self._write(path, loaded.voxels.astype(IMAGE_TYPE), description)
-        placement = Placement.from_dict(found["placement"])
+            path = self._write(name, loaded.voxels.astype(IMAGE_TYPE), description)
+        placement = Placement.from_dict(open_entry(path)[1]["placement"])
         further = []
         for index, file in enumerate(case.further, 1):
-            own = self._channel_path(file_digest(file), first, view, index)
-            if _read_entry(own, IMAGE_TYPE) is None:
+            digest = file_digest(file)
+            name = self._channel_name(digest, first, view, index)
+            own = self._find(name)
+            if own is None:
+                _verify(file, digest)
                 voxels = load_channel(file, view.reading, index, placement, case.image)
-                self._write(own, voxels.astype(IMAGE_TYPE), {})
+                own = self._write(name, voxels.astype(IMAGE_TYPE), {})
             further.append(CachedImage(own, placement, placement.shape))
         return CachedImage(path, placement, placement.shape, tuple(further))
 
@@ -78,13 +116,15 @@ class SliceCache:
             DataError: image or label cannot be used.
             RunFailure: the disk is full or the cache cannot be written.
         """
-        path = self._label_path(file_digest(case.truth), file_digest(case.image), view)
-        found = _read_entry(path, LABEL_TYPE)
-        if found is None:
+        digest = file_digest(case.truth)
+        name = self._label_name(digest, file_digest(case.image), view)
+        path = self._find(name)
+        if path is None:
             placement = self.image(case.unlabelled(), view).placement
+            _verify(case.truth, digest)
             labels = load_label(case.truth, case.image, view, placement)
-            found = self._write(path, labels, {})
-        depth, height, width = found["shape"]
+            path = self._write(name, labels.astype(LABEL_TYPE, copy=False), {})
+        depth, height, width = open_entry(path)[0].shape
         return CachedLabel(path, (depth, height, width))
 
     def holds(self, case: Case | UnlabelledCase, view: GridView) -> bool:
@@ -93,47 +133,82 @@ class SliceCache:
         No volume is read: a file without a stored digest counts as not cached.
         """
         image = _stored_digest(case.image)
-        if image is None or not _read_entry(self._image_path(image, view), IMAGE_TYPE):
+        if image is None or self._find(self._image_name(image, view)) is None:
             return False
         if len(case.images) != view.reading.inputs:
             return False
         for index, file in enumerate(case.further, 1):
             own = _stored_digest(file)
-            if own is None or not _read_entry(
-                self._channel_path(own, image, view, index), IMAGE_TYPE
-            ):
+            if own is None or self._find(self._channel_name(own, image, view, index)) is None:
                 return False
         if not isinstance(case, Case) or case.label is None:
             return True
         label = _stored_digest(case.label)
-        return label is not None and bool(
-            _read_entry(self._label_path(label, image, view), LABEL_TYPE)
-        )
+        return label is not None and self._find(self._label_name(label, image, view)) is not None
 
-    def _image_path(self, image: str, view: GridView) -> Path:
-        return self._path("images", view, view.reading.channel(0), image)
+    def _image_name(self, image: str, view: GridView) -> Path:
+        return self._name("images", view, view.reading.channel(0), image)
 
-    def _channel_path(self, channel: str, image: str, view: GridView, index: int) -> Path:
+    def _channel_name(self, channel: str, image: str, view: GridView, index: int) -> Path:
         # The first channel determines the crop.
-        return self._path("images", view, view.reading.channel(index), channel, image)
+        return self._name("images", view, view.reading.channel(index), channel, image)
 
-    def _label_path(self, label: str, image: str, view: GridView) -> Path:
+    def _label_name(self, label: str, image: str, view: GridView) -> Path:
         # The image determines the crop, so its content is part of the label's key.
         values = [structure.values for structure in view.structures]
-        return self._path("labels", view, view.reading.channel(0), label, image, values)
+        return self._name("labels", view, view.reading.channel(0), label, image, values)
 
-    def _path(self, kind: str, view: GridView, reading: Reading, *content: object) -> Path:
+    def _name(self, kind: str, view: GridView, reading: Reading, *content: object) -> Path:
+        """Return the path of an entry, relative to the root."""
         key = _key(kind, code_digest(READING), content, reading.identity(), asdict(view.grid))
-        return self.root / kind / key[:2] / f"{key}.npy"
+        return Path(kind) / key[:2] / f"{key}.npy"
 
-    def _write(self, path: Path, voxels: np.ndarray, description: dict) -> dict:
-        """Write an entry, array first and description last."""
-        with replacing(path, OPTION) as array_file:
-            np.save(array_file, voxels)
-            size = array_file.stat().st_size
-        description = {**description, "shape": list(voxels.shape), "bytes": size}
-        write_json(path.with_suffix(".json"), description, OPTION)
-        return description
+    def _find(self, name: Path) -> Path | None:
+        """Return the path of an intact entry; None if there is none."""
+        for root in (self.root, *(Path(own.name) for own in _private)):
+            try:
+                read_entry(root / name)
+                return root / name
+            except OSError:  # also one that this user may not read
+                pass
+            except Damaged as error:
+                _tell(root / name, f"{error}; its slices are prepared again.")
+        return None
+
+    def _write(self, name: Path, voxels: np.ndarray, description: dict[str, Any]) -> Path:
+        """Write an entry and return its path."""
+        try:
+            return _write_entry(self.root / name, voxels, description)
+        except NotWritable as error:
+            if not self._private:
+                raise
+            if not _private:
+                with storing(self.root, OPTION):
+                    _private.append(tempfile.TemporaryDirectory(prefix="glua-bench-slices-"))
+                why = getattr(error.__cause__, "strerror", None) or "no permission"
+                warn(
+                    f"{self.root} cannot be written ({why}), so this process keeps its slices in "
+                    f"{_private[0].name} until it ends; set {OPTION} to a directory of your own to "
+                    "keep them."
+                )
+            return _write_entry(Path(_private[0].name) / name, voxels, description)
+
+
+def _write_entry(path: Path, voxels: np.ndarray, description: dict[str, Any]) -> Path:
+    with replacing(path, OPTION) as temporary:
+        np.save(temporary, voxels)
+        with temporary.open("ab") as file:
+            file.write(json.dumps(description).encode())
+        add_checksum(temporary, path.name)
+    _told.discard(path)
+    return path
+
+
+def _tell(path: Path, text: str) -> None:
+    """Warn of a damaged file, once until it is written again."""
+    if path not in _told:
+        _told.add(path)
+        warn(text)
 
 
 def cache_root() -> Path:
@@ -151,6 +226,62 @@ def file_digest(path: Path) -> str:
         DataError: a file cannot be read.
     """
     return _joined([_one_digest(file) for file in files_of(Path(path))])
+
+
+def _verify(path: Path, digest: str) -> None:
+    """Compare the content of a volume's files, before it is read, with its stored digest.
+
+    Raises:
+        DataError: the content changed although size, times and inode did not.
+    """
+    if _joined([_hashed(file) for file in files_of(path)]) != digest:
+        raise DataError(
+            f"{path} no longer has the content that it had at this time stamp, so its disk may be "
+            f"damaged: restore it from a copy{' (or delete it)' if _record(path).exists() else ''}."
+        )
+
+
+# -- files that datasets generate or convert ------------------------------------------------------
+
+
+@contextmanager
+def generating(path: Path, option: str = OPTION) -> Iterator[Path]:
+    """Write a volume as `files.replacing` does, and keep its checksum beside it for `intact`.
+
+    Args:
+        path: the file; its directory is created.
+        option: names the directory to whoever cannot write it.
+
+    Raises:
+        RunFailure: the disk is full or the directory cannot be written.
+    """
+    with replacing(path, option) as temporary:
+        yield temporary
+        # First, so that a complete volume has a checksum. Equal inputs give equal volumes.
+        write_checked_json(_record(path), {"content": sha256(temporary)}, option)
+
+
+def intact(*paths: Path) -> bool:
+    """Return True if files that `generating` wrote are what was written; warn of a damaged one."""
+    return all(map(_one_intact, paths))
+
+
+def _one_intact(path: Path) -> bool:
+    try:
+        if read_checked_json(_record(path)).get("content") == file_digest(path):
+            return True
+        problem = str(Damaged(path, "its checksum differs"))
+    except (OSError, DataError):  # one of them is missing
+        return False
+    except Damaged as error:
+        problem = str(error)
+    warn(f"{problem}; it is written again.")
+    return False
+
+
+def _record(path: Path) -> Path:
+    """Return the file with a volume's checksum, hidden from everything that lists files."""
+    return path.with_name(f".{path.name}.{CHECKSUM}")
 
 
 def fingerprint(cases: Iterable[Case | UnlabelledCase]) -> str:
@@ -196,12 +327,14 @@ def _recall(path: Path) -> tuple[str, Path, bool]:
             f"{path} cannot be read ({error.strerror}): check the data directory (--data-root)."
         ) from error
     identity = (str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-    store = cache_root() / "digests" / _key(*identity)
+    store = cache_root() / "digests" / f"{_key(*identity)}.{CHECKSUM}"
     settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED_NS
-    with suppress(OSError, UnicodeDecodeError):
-        digest = store.read_text()
-        if len(digest) == 64:
-            return digest, store, settled
+    try:
+        return read_checked(store, store.name).decode(), store, settled
+    except OSError:
+        pass
+    except Damaged as error:
+        _tell(store, f"{error}; the digest of {path} is computed again.")
     return "", store, settled
 
 
@@ -210,32 +343,24 @@ def _one_digest(path: Path) -> str:
     digest, store, settled = _recall(path)
     if digest:
         return digest
+    digest = _hashed(path)
+    if settled:
+        with suppress(RunFailure):  # the digest is computed again next time
+            write_checked(store, digest.encode(), store.name)
+            _told.discard(store)
+    return digest
+
+
+def _hashed(path: Path) -> str:
     try:
-        digest = sha256(path)
+        return sha256(path)
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}): check the file and its permissions."
         ) from error
-    if settled:
-        with suppress(RunFailure):  # the digest is computed again next time
-            write_text(store, digest)
-    return digest
 
 
 def _key(*parts: object) -> str:
-    """Return the SHA-256 of JSON values and the cache's version."""
-    text = json.dumps([CACHE_VERSION, *parts], sort_keys=True)
+    """Return the SHA-256 of JSON values."""
+    text = json.dumps([_SALT, *parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _read_entry(path: Path, dtype: np.dtype) -> dict | None:
-    """Return the description of an entry; None if it is missing, incomplete or damaged."""
-    try:
-        description = json.loads(path.with_suffix(".json").read_text())
-        shape = tuple(description["shape"])
-        if path.stat().st_size != description["bytes"]:
-            return None
-        map_file(path, shape, dtype)
-    except (OSError, ValueError, KeyError, TypeError, DataError):
-        return None
-    return description

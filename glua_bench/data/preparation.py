@@ -55,7 +55,7 @@ def prepare_cases(
 
 def _prepare(job: _Job) -> str:
     """Preprocess a case; return its problem, or ""."""
-    cache = SliceCache(job.root)
+    cache = SliceCache(job.root, private=False)
     try:
         cache.image(job.case.unlabelled(), job.view)
         if job.case.label is not None:

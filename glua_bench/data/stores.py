@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 
 from glua_bench.data.neighbours import ALONE, Neighbourhood, Stacks
 from glua_bench.data.resampling import Placement
 from glua_bench.errors import DataError
+from glua_bench.files import Damaged, check
 
 # Half precision halves disk and memory; its error in [-1, 1], at most 2.4e-4, is less than half a
 # grey level of a 12-bit image.
@@ -47,7 +50,7 @@ class CachedImage:
 
     def open(self) -> np.memmap:
         """Map the (first channel's) volume, read-only float16 (Z, H, W) in [-1, 1]."""
-        return map_file(self.path, self.shape, IMAGE_TYPE)
+        return open_entry(self.path)[0]
 
     def stacks(self, neighbourhood: Neighbourhood) -> Stacks:
         """Return the input of the network for every slice, with all channels."""
@@ -69,7 +72,7 @@ class CachedLabel:
 
     def open(self) -> np.memmap:
         """Map the volume, read-only uint8 (Z, H, W), class indices."""
-        return map_file(self.path, self.shape, LABEL_TYPE)
+        return open_entry(self.path)[0]
 
 
 class ImageStore:
@@ -264,18 +267,34 @@ class _Slices:
         self.__dict__.update(state, _lock=Lock())
 
 
-def map_file(path: Path, shape: Sequence[int], dtype: np.dtype) -> np.memmap:
-    """Map a .npy file of known shape and type, read-only.
+def read_entry(path: Path) -> tuple[np.memmap, dict[str, Any]]:
+    """Map an entry of the cache, read-only, and return its description.
+
+    An entry is a .npy file, whose array is followed by a description in JSON and a checksum. The
+    checksum is compared once per process.
 
     Raises:
-        DataError: the file is missing, damaged or another array.
+        Damaged: the entry is not what was written.
+        OSError: the entry cannot be read.
+    """
+    length = check(path, path.name)
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    assert isinstance(array, np.memmap), path
+    end = array.offset + array.nbytes
+    with path.open("rb") as file:
+        file.seek(end)
+        return array, json.loads(file.read(length - end))
+
+
+def open_entry(path: Path) -> tuple[np.memmap, dict[str, Any]]:
+    """Return an entry that was intact a moment ago, as `read_entry`.
+
+    Raises:
+        DataError: the entry is missing or damaged.
     """
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        return read_entry(path)
+    except (OSError, Damaged) as error:
         raise DataError(
             f"{path} of the cache is missing or damaged: run the command again to rebuild it."
         ) from error
-    if not isinstance(array, np.memmap) or array.shape != tuple(shape) or array.dtype != dtype:
-        raise DataError(f"{path} of the cache is damaged: delete it and run the command again.")
-    return array

@@ -16,13 +16,20 @@ from typing import Any
 
 import numpy as np
 
+from glua_bench.console import warn
 from glua_bench.data.cache import cache_root, file_digest
 from glua_bench.data.formats import open_volume
 from glua_bench.data.geometry import tuples
 from glua_bench.documents import load_json
 from glua_bench.errors import RunFailure, UserError
-from glua_bench.files import write_json, write_text
-from glua_bench.identity import CACHE_DIGITS, digest
+from glua_bench.files import (
+    Damaged,
+    read_checked_json,
+    write_checked_json,
+    write_json,
+    write_text,
+)
+from glua_bench.identity import CACHE_DIGITS, code_digest, digest
 from glua_bench.inspection.measurements import Intensities, read_intensities
 from glua_bench.inspection.outliers import Usual, usual
 from glua_bench.task import (
@@ -37,7 +44,7 @@ from glua_bench.task import (
 
 FACTS, DESCRIPTION = "dataset.json", "dataset.yaml"  # match `tracker.CARRIED`
 MAX_IMAGES = 9  # more images hardly change the median of the intensities
-CACHE_VERSION = 1  # of cached intensities; increase it when `read_intensities` changes
+MEASURING = ("glua_bench.inspection.measurements",)  # code in the keys of cached intensities
 
 
 @dataclass(frozen=True)
@@ -116,16 +123,19 @@ def facts_of(
 
 def _intensities(image: Path, reading: Reading) -> Intensities:
     """Return `read_intensities`, cached by the file's content."""
-    key = digest([CACHE_VERSION, file_digest(image), reading.identity()], CACHE_DIGITS)
-    file = cache_root() / "intensities" / f"{key}.json"
+    parts = [code_digest(MEASURING), file_digest(image), reading.identity()]
+    file = cache_root() / "intensities" / f"{digest(parts, CACHE_DIGITS)}.json"
     try:
-        cached = load_json(file.read_text(encoding="utf-8"))
+        cached = read_checked_json(file)
         return Intensities(tuple(cached["levels"]), cached["negative"])
-    except (OSError, ValueError, KeyError, TypeError):
-        found = read_intensities(open_volume(image), reading)
-        with contextlib.suppress(RunFailure):  # a shared cache may be read-only
-            write_json(file, asdict(found))
-        return found
+    except Damaged as error:
+        warn(f"{error}; the image is measured again.")
+    except OSError:
+        pass
+    found = read_intensities(open_volume(image), reading)
+    with contextlib.suppress(RunFailure):  # a shared cache may be read-only
+        write_checked_json(file, asdict(found))
+    return found
 
 
 def write(folder: Path, carried: Carried, described: Mapping[str, str]) -> None:

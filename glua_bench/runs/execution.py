@@ -290,9 +290,7 @@ class BuiltRun:
 
     def load(self, step: int) -> None:
         """Load the weights of a candidate."""
-        path = self.trainer.candidate_path(step)
-        weights = torch.load(path, map_location=self.device, weights_only=True)
-        self.method.load_state_dict(weights)
+        self.trainer.load_candidate(step)
         self.method.eval()
 
     @torch.no_grad()
@@ -435,7 +433,7 @@ def _train_and_score(
             "scores": summarise(rows).to_dict("records"),
         }
     )
-    trainer.last_path.unlink(missing_ok=True)  # only needed to resume
+    trainer.drop_checkpoints()
     return rows
 
 

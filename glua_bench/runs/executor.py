@@ -171,6 +171,9 @@ class Executor:
             code, errors = self.start(item.run, environment(index, self.jobs))
         finally:
             self._seen.pop(item.run.id, None)
+        for line in errors.splitlines():
+            if line.startswith("warning: "):
+                self.report(f"{name}: {line}")
         if item.run.directory.done:
             took = time.monotonic() - began
             parts = parts_of(item.run.directory.read_summary())

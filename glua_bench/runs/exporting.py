@@ -15,7 +15,7 @@ from glua_bench import __version__
 from glua_bench.config import ORACLE
 from glua_bench.data.neighbours import Neighbourhood
 from glua_bench.errors import PluginError, UserError
-from glua_bench.files import new_folder, write_bytes, write_json, write_text
+from glua_bench.files import new_folder, sha256, write_bytes, write_checked_json, write_text
 from glua_bench.method import Method, Role
 from glua_bench.paths import entries
 from glua_bench.records.run_directory import RunDirectory
@@ -100,7 +100,8 @@ def export(model: Model, run: RunDirectory, folder: Path, selector: str = "last"
     licence = next(f for f in distribution("glua-bench").files or () if f.name == "LICENSE")
     with new_folder(folder, "--out") as unfinished:
         write_bytes(unfinished / WEIGHTS, save(weights))
-        write_json(unfinished / CONFIG, described)
+        files = {WEIGHTS: sha256(unfinished / WEIGHTS)}
+        write_checked_json(unfinished / CONFIG, {**described, "files": files})
         write_text(unfinished / CARD, card(model, run, selector))
         write_text(unfinished / LICENSE, licence.read_text(encoding="utf-8"))
     return folder

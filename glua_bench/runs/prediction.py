@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from glua_bench.config import RunConfig, build_settings
-from glua_bench.console import Progress
+from glua_bench.console import Progress, warn
 from glua_bench.data.formats import VolumeFile
 from glua_bench.data.geometry import ambiguities
 from glua_bench.data.neighbours import Neighbourhood, Stacks
@@ -31,8 +31,8 @@ from glua_bench.data.volumes import (
     save_maps,
 )
 from glua_bench.documents import load_json
-from glua_bench.errors import ConfigError, DataError, UserError
-from glua_bench.files import csv_text, write_text
+from glua_bench.errors import ConfigError, DataError, UserError, reason
+from glua_bench.files import Damaged, csv_text, read_checked_json, sha256, write_text
 from glua_bench.inspection.measurements import read_intensities
 from glua_bench.inspection.outliers import resemblance
 from glua_bench.method import Method, Role
@@ -42,7 +42,7 @@ from glua_bench.runs import carried
 from glua_bench.runs.carried import Carried
 from glua_bench.runs.inputs import Given
 from glua_bench.runs.plan import build_method, choose_device
-from glua_bench.runs.trainer import to_channels_last
+from glua_bench.runs.trainer import checkpoint_name, load, to_channels_last
 from glua_bench.scoring.evaluation import predict_volumes
 from glua_bench.scoring.metrics import SPACING, volumes_ml
 from glua_bench.task import Structure
@@ -50,6 +50,8 @@ from glua_bench.task import Structure
 ROLES: tuple[Role, ...] = ("target", "source")
 WEIGHTS, CONFIG, CARD, LICENSE = "model.safetensors", "config.json", "README.md", "LICENSE"
 VOLUMES = "volumes.csv"
+# Entries of `CONFIG` as written before exported models had checksums.
+_WITHOUT_CHECKSUM = {"version", "run", "domains", "publishable", "weights"}
 _HOW = (
     "join the files of a case by commas in this order, as in t1.nii.gz,t2.nii.gz, or name them "
     "CASE_0000, CASE_0001, …"
@@ -175,7 +177,8 @@ def from_run(
         raise UserError(
             f"{run.path} was imported from another tool and has no model; give a trained run."
         )
-    chosen = run.read_summary()["chosen_steps"]
+    summary = run.read_summary()
+    chosen = summary["chosen_steps"]
     if selector not in chosen:
         raise ConfigError(
             f"--selector {selector} chose no checkpoint of {run.path}; use one of "
@@ -185,11 +188,12 @@ def from_run(
     data = carried.read(run.path)
     path = run.checkpoints / f"candidate_{chosen[selector]:07d}.pt"
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for damaged files
+        weights = load(path, checkpoint_name(summary["run"], path), "cpu", older=True)
+    except Exception as error:  # torch raises many types
+        what = str(error) if isinstance(error, Damaged) else f"{path} cannot be read"
         raise UserError(
-            f"The checkpoint {path} cannot be read ({type(error).__name__}); restore it, or repeat "
-            "the run's command with another --runs directory."
+            f"The checkpoint {what}; restore it, or repeat the run's command with another --runs "
+            "directory."
         ) from error
     remedy = "use the version of the code that trained it (environment.json)"
     method = _built(config, data, plugins, f"The run {run.path}", remedy)
@@ -217,6 +221,7 @@ def from_directory(folder: Path, plugins: Sequence[Path] = (), device: str = "au
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    _check_export(folder)
     try:
         described = load_json((folder / CONFIG).read_text(encoding="utf-8"))
         weights = load_file(folder / WEIGHTS)
@@ -241,6 +246,32 @@ def from_directory(folder: Path, plugins: Sequence[Path] = (), device: str = "au
             f"{folder} does not fit this version of method '{config.method}'; {remedy}."
         )
     return _model(method, config, data, device, folder)
+
+
+def _check_export(folder: Path) -> None:
+    """Compare the checksums of an exported model.
+
+    Raises:
+        UserError: the model is damaged.
+    """
+    try:
+        found = load_json((folder / CONFIG).read_text(encoding="utf-8"))
+        if set(found) == _WITHOUT_CHECKSUM:
+            warn(
+                f"{folder} carries no checksums, because an earlier version exported it; export it "
+                "again, so that damage is noticed."
+            )
+            return
+    except (OSError, ValueError, TypeError):
+        return  # not a model, or none of this program
+    try:
+        expected = read_checked_json(folder / CONFIG)["files"][WEIGHTS]
+        if sha256(folder / WEIGHTS) != expected:
+            raise Damaged(folder / WEIGHTS, "its checksum differs")
+    except FileNotFoundError:
+        return
+    except (Damaged, OSError) as error:
+        raise UserError(f"{reason(error)}; restore {folder} or export the model again.") from error
 
 
 def _built(

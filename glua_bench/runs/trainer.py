@@ -8,10 +8,12 @@ resumed run ends in the same weights, bit for bit on a CPU.
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import math
 import signal
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -26,11 +28,19 @@ from torch.optim import Optimizer
 
 from glua_bench import augment
 from glua_bench.config import RunConfig
-from glua_bench.console import Progress
+from glua_bench.console import Progress, warn
 from glua_bench.data.batches import Batches
 from glua_bench.data.parallel import turns
 from glua_bench.errors import ConfigError, RunFailure, reason
-from glua_bench.files import exclusive, replacing
+from glua_bench.files import (
+    Damaged,
+    NotWritable,
+    add_checksum,
+    check,
+    exclusive,
+    read_checked,
+    replacing,
+)
 from glua_bench.method import Batch, Context, Method, Stage
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.runs import interruption
@@ -41,17 +51,65 @@ CHECKPOINT_SECONDS = 30.0
 AGREE_EVERY = 10  # steps between exchanges of stop signals among processes
 
 
-def save(value: Any, path: Path) -> None:
-    """Write a file by `torch.save`.
+def save(
+    value: Any, path: Path, name: str, option: str = "--runs", keep: Path | None = None
+) -> None:
+    """Write a file by `torch.save`, with a checksum.
+
+    Args:
+        value: tensors in dictionaries and lists.
+        path: the file.
+        name: must be repeated by whoever reads the file.
+        option: names the directory to whoever cannot write it.
+        keep: path to which an existing file is moved.
 
     Raises:
         RunFailure: the disk is full or the directory cannot be written.
     """
-    with replacing(path, "--runs") as temporary, temporary.open("wb") as file:
-        try:
-            torch.save(value, file)
-        except RuntimeError as error:  # e.g. a full disk
-            raise OSError(reason(error)) from error
+    with replacing(path, option, keep) as temporary:
+        with temporary.open("wb") as file:
+            try:
+                torch.save(value, file)
+            except RuntimeError as error:  # e.g. a full disk
+                raise OSError(reason(error)) from error
+        add_checksum(temporary, name)
+
+
+def load(path: Path, name: str, device: torch.device | str, older: bool = False) -> Any:
+    """Read a file that `save` wrote.
+
+    Args:
+        path: the file.
+        name: as given to `save`.
+        device: device of the tensors.
+        older: accept a file without a checksum, which an earlier version wrote, by the checksums
+            that its ZIP archive has, which torch does not compare.
+
+    Raises:
+        Damaged: the file is not what was written.
+        OSError: the file cannot be read.
+    """
+    try:
+        content = read_checked(path, name)
+    except Damaged:
+        content = path.read_bytes() if older else b""
+        if not _is_sound_archive(content):
+            raise
+    return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+
+
+def _is_sound_archive(content: bytes) -> bool:
+    """Return True for a ZIP archive without anything behind its end and with right checksums."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return content[-22:-18] == b"PK\5\6" and archive.testzip() is None
+    except Exception:  # many types for damaged files
+        return False
+
+
+def checkpoint_name(run: str, path: Path) -> str:
+    """Return the name under which a run's checkpoint has its checksum."""
+    return f"{run}/{path.name}"
 
 
 def step_seed(seed: int, stage: str, step: int, rank: int = 0) -> int:
@@ -121,9 +179,38 @@ class Trainer:
         """The checkpoint from which training is resumed."""
         return self.directory.checkpoints / "last.pt"
 
+    @property
+    def previous_path(self) -> Path:
+        """The checkpoint before it, from which training is resumed if the last one is damaged."""
+        return self.directory.checkpoints / "previous.pt"
+
     def candidate_path(self, step: int) -> Path:
         """Return the checkpoint file of a candidate."""
         return self.directory.checkpoints / f"candidate_{step:07d}.pt"
+
+    def load_candidate(self, step: int) -> None:
+        """Load the weights of a candidate.
+
+        Raises:
+            RunFailure: its checkpoint is damaged or missing.
+        """
+        path = self.candidate_path(step)
+        try:
+            weights = load(path, self._name(path), self.fabric.device)
+        except (Damaged, OSError) as error:
+            raise RunFailure(
+                f"{_described(error, path)}; repeat the command to train it again."
+            ) from error
+        self.method.load_state_dict(weights)
+
+    def drop_checkpoints(self) -> None:
+        """Remove the checkpoints that are only needed to resume."""
+        for path in (self.last_path, self.previous_path):
+            path.unlink(missing_ok=True)
+
+    def _name(self, path: Path) -> str:
+        path = self.last_path if path == self.previous_path else path  # it was written as the last
+        return checkpoint_name(self.directory.id, path)
 
     def fit(self) -> None:
         """Train all stages, starting from the last checkpoint if there is one.
@@ -156,34 +243,65 @@ class Trainer:
                 f"Stage '{stage.name}': another run is training it; waiting for its result."
             )
 
+        if self._reuse(stage, artefact):
+            return
         with contextlib.ExitStack() as stack:
+            private = False
             # Several processes of one run cannot all hold the lock, so they use none.
             if self.fabric.world_size == 1:
                 lock = artefact.with_suffix(".lock")
-                stack.enter_context(exclusive(lock, waiting, "GLUA_BENCH_CACHE"))
-            # One process decides for all; otherwise they could deadlock on gradients.
-            if self.fabric.broadcast(artefact.is_file()):
-                self._reuse(stage, artefact)
-                return
+                try:
+                    stack.enter_context(exclusive(lock, waiting, "GLUA_BENCH_CACHE"))
+                except NotWritable as error:
+                    private = True
+                    warn(f"Stage '{stage.name}' is trained for this run alone: {error}")
+                else:
+                    if self._reuse(stage, artefact, again=True):
+                        return
             with turns.taken(threads_of(self.fabric)):
                 self._train(index, stage, start, states)
             if self.fabric.is_global_zero:
                 modules = {n: self.method.get_submodule(n).state_dict() for n in stage.modules}
-                save(modules, artefact)
+                try:
+                    save(modules, artefact, artefact.name, "GLUA_BENCH_CACHE")
+                except RunFailure as error:  # the run itself has all that it needs
+                    if not private:
+                        warn(f"Stage '{stage.name}' is not stored for other runs: {error}")
             self.fabric.barrier()
 
-    def _reuse(self, stage: Stage, artefact: Path) -> None:
+    def _reuse(self, stage: Stage, artefact: Path, again: bool = False) -> bool:
+        """Take over a stage's stored result; return False if there is none, or it is damaged.
+
+        Args:
+            stage: the stage.
+            artefact: its file; reading needs no lock and no permission to write.
+            again: the user has been told of damage.
+        """
+        usable = False
+        if self.fabric.is_global_zero:
+            try:
+                check(artefact, artefact.name)
+                usable = True
+            except Damaged as error:
+                if not again:
+                    warn(f"{error}; stage '{stage.name}' is trained again.")
+            except OSError:  # missing, or of a user who does not share it
+                pass
+        # One process decides for all; otherwise they could deadlock on gradients.
+        if not self.fabric.broadcast(usable):
+            return False
         try:
-            saved = torch.load(artefact, map_location=self.fabric.device, weights_only=True)
+            saved = load(artefact, artefact.name, self.fabric.device)
             for name in stage.modules:
                 self.method.get_submodule(name).load_state_dict(saved[name])
-        except Exception as error:  # torch raises many types for damaged files
+        except Exception as error:  # torch raises many types
             raise ConfigError(
                 f"The finished stage {artefact} cannot be read ({type(error).__name__}); "
                 "delete it to train the stage again."
             ) from error
         self.reused.add(stage.name)
         self.progress.line(f"Stage '{stage.name}': reused from an earlier run.")
+        return True
 
     def _train(self, index: int, stage: Stage, start: int, states: Mapping[str, Any]) -> None:
         method, config, fabric = self.method, self.config, self.fabric
@@ -225,7 +343,8 @@ class Trainer:
                 self._flush(stage)
                 self._check_weights(stage, step + 1)
                 if fabric.is_global_zero:
-                    save(method.state_dict(), self.candidate_path(step + 1))
+                    path = self.candidate_path(step + 1)
+                    save(method.state_dict(), path, self._name(path))
                 if self.watch is not None:
                     method.eval()
                     self.watch(step + 1)
@@ -263,20 +382,21 @@ class Trainer:
     def _replay_candidates(self, position: Mapping[str, Any]) -> None:
         """Call `watch` for the candidates of earlier processes, then restore the weights."""
         assert self.watch is not None
-        at_last = position["stage"] == len(self.stages) - 1
-        finished = position["stage"] == len(self.stages)
-        done = [s for s in self.candidate_steps() if finished or at_last and s <= position["step"]]
+        done = self._candidates_before(position)
         if not done:
             return
         before = {name: value.clone() for name, value in self.method.state_dict().items()}
         self.method.eval()
         for step in done:
-            weights = torch.load(
-                self.candidate_path(step), map_location=self.fabric.device, weights_only=True
-            )
-            self.method.load_state_dict(weights)
+            self.load_candidate(step)
             self.watch(step)
         self.method.load_state_dict(before)
+
+    def _candidates_before(self, position: Mapping[str, Any]) -> list[int]:
+        """Return the steps of the candidates that a checkpoint at this position implies."""
+        at_last = position["stage"] == len(self.stages) - 1
+        finished = position["stage"] == len(self.stages)
+        return [s for s in self.candidate_steps() if finished or at_last and s <= position["step"]]
 
     def _augmented(self, batch: Batch, stage: Stage) -> Batch:
         """Apply geometric augmentation, the stage's translation, then photometric augmentation."""
@@ -367,23 +487,23 @@ class Trainer:
                 "seconds": self.seconds,
                 "reused": sorted(self.reused),
             }
-            save(state, self.last_path)
+            save(state, self.last_path, self._name(self.last_path), keep=self.previous_path)
         self._saved_at = time.monotonic()
 
     def _load(self) -> dict[str, Any]:
         """Return the position to start from, and load the weights of the last checkpoint."""
-        path = self.last_path
-        if not path.is_file():
+        path, state = self._intact_checkpoint() if self.fabric.is_global_zero else (None, None)
+        path = self.fabric.broadcast(path)  # one process decides for all
+        if path is None:
             if self.fabric.is_global_zero:
                 self.directory.rewind(self.stages[0].name, 0)
             return {"stage": 0, "step": 0, "optimizers": {}}
         try:
-            state: dict[str, Any] = torch.load(
-                path, map_location=self.fabric.device, weights_only=True
-            )
+            if state is None:
+                state = load(path, self._name(path), self.fabric.device)
             self.method.load_state_dict(state["method"])
             self.seconds, self.reused = dict(state["seconds"]), set(state["reused"])
-        except Exception as error:  # torch raises many types for damaged files
+        except Exception as error:  # torch raises many types
             raise ConfigError(
                 f"The checkpoint {path} cannot be read ({type(error).__name__}); delete it to "
                 "restart this run."
@@ -397,6 +517,35 @@ class Trainer:
         else:
             self.progress.line("Resuming after the last stage: its checkpoints are scored.")
         return state
+
+    def _intact_checkpoint(self) -> tuple[Path | None, Any]:
+        """Find the last intact checkpoint whose candidates are intact too, and read it.
+
+        Nothing but time is lost by going back, because the steps are the same.
+        """
+        problem = ""
+        for path in filter(Path.exists, (self.last_path, self.previous_path)):
+            try:
+                state = load(path, self._name(path), self.fabric.device)
+                for step in self._candidates_before(state):
+                    candidate = self.candidate_path(step)
+                    check(candidate, self._name(candidate))
+            except (Damaged, OSError) as error:
+                problem = problem or _described(error, path)
+                continue
+            if problem:
+                warn(f"{problem}; the run is resumed from the checkpoint before it.")
+            return path, state
+        if problem:
+            warn(f"{problem}; the run is trained again from its first step.")
+        return None, None
+
+
+def _described(error: Damaged | OSError, path: Path) -> str:
+    """Return what is wrong with a file, for the beginning of a sentence."""
+    if isinstance(error, Damaged):
+        return str(error)
+    return f"{error.filename or path} cannot be read ({error.strerror or reason(error)})"
 
 
 def threads_of(fabric: Fabric) -> int | None:

@@ -1,10 +1,10 @@
 """cache.py: entries are right, whole, shared, and labels stay out of reach."""
 
 import errno
-import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +14,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from faults import another_user, damaged
 
+from glua_bench import files, identity
 from glua_bench.data import cache as cache_module
-from glua_bench.data.cache import SliceCache, file_digest, fingerprint
+from glua_bench.data.cache import SliceCache, file_digest, fingerprint, generating, intact
 from glua_bench.data.neighbours import Neighbourhood
 from glua_bench.data.stores import (
     IMAGE_TYPE,
@@ -152,7 +154,7 @@ def test_no_way_leads_from_images_to_labels(tmp_path, case):
     image = cache.image(case.unlabelled(), VIEW)
     store = ImageStore([image], in_memory=False)
     store.images([0, 1])
-    dump = pickle.dumps([image, store]) + image.path.with_suffix(".json").read_bytes()
+    dump = pickle.dumps([image, store]) + image.path.read_bytes()
     for secret in (case.label.name, "secret", label.path.stem, "labels", file_digest(case.label)):
         assert secret.encode() not in dump
     assert case.image.name.encode() not in dump  # a label is often named after its image
@@ -174,6 +176,7 @@ def _build(folder: str, barrier: object) -> None:
         raise AssertionError("wrong entry")
 
 
+@pytest.mark.fault("processes", "four processes prepare the same volume at once")
 def test_processes_build_the_same_entry_at_once(tmp_path, case):
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(4)
@@ -184,8 +187,7 @@ def test_processes_build_the_same_entry_at_once(tmp_path, case):
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0] * 4
     kinds = sorted((path.parts[0], path.suffix) for path in files_under(SliceCache().root))
-    assert kinds == [("images", ".json"), ("images", ".npy"), ("labels", ".json"),
-                     ("labels", ".npy")]  # fmt: skip
+    assert kinds == [("images", ".npy"), ("labels", ".npy")]
 
 
 KILLED = """
@@ -201,12 +203,10 @@ if where == "array":
         os.kill(os.getpid(), signal.SIGKILL)
     np.save = save
 else:
-    replace, calls = os.replace, []
+    replace = os.replace
     def killing(*paths):
         if "slices" in str(paths[0]):
-            calls.append(1)
-            if len(calls) == (1 if where == "before" else 2):
-                os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
         replace(*paths)
     os.replace = killing
 view = DomainView("mr", Reading(), ()).on(Grid(24, 1.0))
@@ -214,53 +214,122 @@ SliceCache().image(UnlabelledCase("c", "mr", Path(sys.argv[1])), view)
 """
 
 
-@pytest.mark.fault("killed", "a writer of the slice cache")
-@pytest.mark.parametrize("where", ["array", "before", "between"])
+@pytest.mark.fault("killed", "while an entry of prepared slices is written")
+@pytest.mark.parametrize("where", ["array", "before"])
 def test_killed_writer_leaves_no_entry(case, where):
-    """Killed while the array is written, before it is moved, or before its description is."""
+    """Killed while the array is written, or before it is moved."""
     died = subprocess.run([sys.executable, "-c", KILLED, str(case.image), where])
     assert died.returncode == -signal.SIGKILL
-    assert not [p for p in SliceCache().root.rglob("*.json") if p.name[0] != "."]
+    assert not [p for p in SliceCache().root.rglob("*.npy") if p.name[0] != "."]
     image = SliceCache().image(case.unlabelled(), VIEW)
     expected = load_image(case.image, READING, GRID).voxels
     np.testing.assert_allclose(image.open(), expected, atol=2.5e-4)
 
 
+@pytest.mark.fault("killed", "leftovers of killed writers in the slice cache")
 def test_leftovers_of_killed_writers_are_swept(case):
     for where in ("array", "before"):
         subprocess.run([sys.executable, "-c", KILLED, str(case.image), where])
         assert len(list(SliceCache().root.rglob(f"{UNFINISHED}*"))) == 1
     entry = SliceCache().image(case.unlabelled(), VIEW).path
-    assert {path.name for path in entry.parent.iterdir()} == {entry.name, f"{entry.stem}.json"}
+    assert [path.name for path in entry.parent.iterdir()] == [entry.name]
 
 
-@pytest.mark.parametrize(
-    "damage", ["truncate", "longer", "header", "type", "no array", "no text", "text"]
-)
-def test_damaged_entry_is_rebuilt(case, damage):
-    cache = SliceCache()
-    entry = cache.image(case.unlabelled(), VIEW)
-    good, description = entry.path.read_bytes(), entry.path.with_suffix(".json")
-    text = description.read_text()
-    if damage == "truncate":
-        entry.path.write_bytes(good[:-100])
-    elif damage == "longer":
-        entry.path.write_bytes(good + b"x")
-    elif damage == "header":
-        entry.path.write_bytes(b"\0" * 64 + good[64:])
-    elif damage == "type":
-        # As many bytes, and yet another array.
-        np.save(entry.path, np.zeros((4, 24, 24), np.int16))
-        assert entry.path.stat().st_size == len(good)
-    elif damage == "no array":
-        entry.path.unlink()
-    elif damage == "no text":
-        description.unlink()
-    elif damage == "text":
-        description.write_text(text[: len(text) // 2])
+@pytest.mark.fault("silent damage", "bits, ends and blocks of prepared slices")
+def test_damaged_entry_is_rebuilt(case, tries, capsys):
+    """Whatever happens to it, an entry is prepared again, and the user is told once."""
+    paths = [SliceCache().image(case.unlabelled(), VIEW).path, SliceCache().label(case, VIEW).path]
+    contents = [path.read_bytes() for path in paths]
+    for seed in tries(200):
+        path = paths[seed % 2]
+        path.write_bytes(damaged(contents[seed % 2], seed))
+        assert not SliceCache().holds(case, VIEW)
+        image, label = SliceCache().image(case.unlabelled(), VIEW), SliceCache().label(case, VIEW)
+        assert [image.path, label.path] == paths
+        assert [path.read_bytes() for path in paths] == contents
+        image.open(), label.open()
+        told = capsys.readouterr().err
+        assert re.fullmatch(
+            rf"warning: {path} is damaged \([^.]*\); its slices are prepared again\.\n", told
+        )
+
+
+@pytest.mark.fault("silent damage", "prepared slices of two cases exchanged")
+def test_exchanged_entries_are_rebuilt(tmp_path, case):
+    """Each of them is intact, but not what its name says."""
+    other = make_case(tmp_path, 1)
+    a, b = (SliceCache().image(c.unlabelled(), VIEW).path for c in (case, other))
+    before = a.read_bytes(), b.read_bytes()
+    a.write_bytes(before[1]), b.write_bytes(before[0])
+    for one in (case, other):
+        SliceCache().image(one.unlabelled(), VIEW)
+    assert (a.read_bytes(), b.read_bytes()) == before
+
+
+@pytest.mark.fault("silent damage", "prepared slices lost, or damaged while a process reads them")
+def test_lost_entry_is_rebuilt_and_one_damaged_meanwhile_refused(case):
+    entry = SliceCache().image(case.unlabelled(), VIEW)
+    good = entry.path.read_bytes()
+    entry.path.unlink()
     assert SliceCache().image(case.unlabelled(), VIEW) == entry
     assert entry.path.read_bytes() == good
-    assert description.read_text() == text
+    entry.path.write_bytes(good[:-200] + bytes(10) + good[-190:])
+    with pytest.raises(DataError, match="run the command again to rebuild it"):
+        entry.open()
+
+
+def test_an_entry_is_hashed_once_per_process_also_by_forked_ones(case, monkeypatch):
+    entry = SliceCache().image(case.unlabelled(), VIEW)
+    entry.open()
+    monkeypatch.setattr(files, "_compare", lambda *_: pytest.fail("hashed again"))
+    assert SliceCache().image(case.unlabelled(), VIEW) == entry
+    entry.open()
+    pickle.loads(pickle.dumps(entry)).open()
+    if hasattr(os, "fork"):
+        child = multiprocessing.get_context("fork").Process(target=entry.open)
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0
+
+
+@pytest.mark.fault("silent damage", "stored digests of files, from which run ids are made")
+def test_damaged_digest_is_computed_again(case, tries, monkeypatch, capsys):
+    """A wrong digest would give the same data another run id."""
+    _later(monkeypatch, 10)
+    known = fingerprint([case])
+    stored = sorted((Path(os.environ["GLUA_BENCH_CACHE"]) / "digests").iterdir())
+    contents = [path.read_bytes() for path in stored]
+    assert len(stored) == 2
+    for seed in tries(100):
+        stored[0].write_bytes(damaged(contents[0], seed))
+        assert fingerprint([case]) == known
+        assert stored[0].read_bytes() == contents[0]
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and "is computed again." in told
+    stored[0].write_bytes(contents[1]), stored[1].write_bytes(contents[0])
+    assert fingerprint([case]) == known
+    assert [path.read_bytes() for path in stored] == contents
+
+
+@pytest.mark.fault("silent damage", "a data file changed under its time stamp")
+def test_data_that_rots_is_not_prepared(case, monkeypatch):
+    """The stored digest says what the file held; slices of anything else would have its name."""
+    _later(monkeypatch, 10)
+    fingerprint([case])
+    for file, prepare in (
+        (case.image, lambda: SliceCache().image(case.unlabelled(), VIEW)),
+        (case.label, lambda: SliceCache().label(case, VIEW)),
+    ):
+        good, stat = file.read_bytes(), Path.stat
+        before = stat(file)
+        file.write_bytes(damaged(good, 3))
+        with monkeypatch.context() as patch:  # ctime cannot be set
+            same = lambda path, **k: before if path == file else stat(path, **k)  # noqa: B023, E731
+            patch.setattr(Path, "stat", same)
+            with pytest.raises(DataError, match=rf"{file.name} no longer has the content.*\.$"):
+                prepare()
+        file.write_bytes(good)
+        prepare()
 
 
 def test_vanished_entry_is_a_sentence(case):
@@ -270,7 +339,7 @@ def test_vanished_entry_is_a_sentence(case):
         entry.open()
 
 
-@pytest.mark.fault("full disk", "the slice cache")
+@pytest.mark.fault("full disk", "while prepared slices are written")
 def test_full_disk_is_a_failure_of_the_run(case, monkeypatch):
     def full(path, array):
         path.write_bytes(b"some")
@@ -323,6 +392,7 @@ def test_fresh_files_are_not_remembered(case):
     assert not list((Path(os.environ["GLUA_BENCH_CACHE"]) / "digests").glob("*"))
 
 
+@pytest.mark.fault("two users", "digests where the cache cannot be written")
 def test_digest_works_without_a_writable_memory(case, tmp_path, monkeypatch):
     _later(monkeypatch, 10)
     expected = file_digest(case.image)
@@ -448,8 +518,118 @@ def test_stores_refuse_what_does_not_fit(many, case):
         LabelledStore(images, labels[::-1])
 
 
-def test_descriptions_are_json_with_the_size(case):
-    entry = SliceCache().image(case.unlabelled(), VIEW)
-    description = json.loads(entry.path.with_suffix(".json").read_text())
-    assert sorted(description) == ["bytes", "placement", "shape"]
-    assert description["bytes"] == entry.path.stat().st_size
+# -- two versions ---------------------------------------------------------------------------------
+
+SHAPING = ("cache", "formats", "geometry", "resampling", "stores", "volumes")
+
+
+@pytest.mark.fault("two versions", "another version's code behind the same cache")
+@pytest.mark.parametrize("name", [*(f"data.{name}" for name in SHAPING), "task"])
+def test_code_that_shapes_slices_is_in_their_names_and_words_are_not(case, monkeypatch, name):
+    """Nobody has to raise a number: any change of any module on the way makes other entries."""
+    module = Path(identity.module_spec(f"glua_bench.{name}").origin).resolve()
+    read = identity._read
+    added = ""
+
+    def edited(path: Path) -> identity._Read:
+        if path != module:
+            return read(path)
+        text, imports = identity.normal_form(path.read_bytes() + added.encode())
+        return identity._Read(text, imports)
+
+    monkeypatch.setattr(identity, "_read", edited)
+    monkeypatch.setattr(cache_module, "code_digest", identity.code_digest.__wrapped__)
+
+    def names() -> tuple[Path, Path]:
+        cache = SliceCache()
+        return cache._image_name("a", VIEW), cache._label_name("b", "a", VIEW)
+
+    before = names()
+    added = "\n# a comment\n'and a string'\n"
+    assert names() == before
+    added = "\nEXTRA = 1\n"
+    assert not set(names()) & set(before)
+
+
+# -- two users ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def theirs(shared, case, monkeypatch) -> tuple[Path, Case, Path]:
+    """Return a cache with a case, that case, and the cache's path, as another user left them."""
+    monkeypatch.setenv("GLUA_BENCH_CACHE", str(shared / "cache"))
+    _later(monkeypatch, 10)
+    own = make_case(shared)
+    SliceCache().image(own.unlabelled(), VIEW), SliceCache().label(own, VIEW)
+    fingerprint([own])
+    yield shared / "cache", own, make_case(shared, 1)
+    for private in cache_module._private:
+        private.cleanup()
+    cache_module._private.clear()
+
+
+@pytest.mark.fault("two users", "prepared slices read without permission to write")
+def test_finished_entries_need_no_permission_to_write(theirs, capsys):
+    root, case, _ = theirs
+    before = files_under(root)
+    with another_user(root):
+        assert SliceCache().holds(case, VIEW)
+        image, label = SliceCache().image(case.unlabelled(), VIEW), SliceCache().label(case, VIEW)
+        assert LabelledStore([image], [label]).images([0]).shape == (1, 1, 24, 24)
+    assert image.path.is_relative_to(root) and label.path.is_relative_to(root)
+    assert files_under(root) == before and capsys.readouterr().err == ""
+
+
+@pytest.mark.fault("two users", "slices prepared where the cache is read-only, private or damaged")
+@pytest.mark.parametrize("what", ["read-only", "private", "damaged"])
+def test_what_another_users_cache_lacks_is_prepared_for_this_process(theirs, what, capsys):
+    """Once told; the results are the same, and nothing of the other user's changes."""
+    root, case, missing = theirs
+    case = missing if what == "read-only" else case
+    theirs_path = root / "slices" / SliceCache()._image_name(file_digest(case.image), VIEW)
+    if what == "damaged":
+        theirs_path.write_bytes(theirs_path.read_bytes()[:-1])
+    before = files_under(root)
+    with another_user(root, 0o077 if what == "private" else 0o022):
+        image, label = SliceCache().image(case.unlabelled(), VIEW), SliceCache().label(case, VIEW)
+        assert SliceCache().image(case.unlabelled(), VIEW) == image
+        voxels, labels = np.array(image.open()), np.array(label.open())
+        with pytest.raises(RunFailure, match="GLUA_BENCH_CACHE"):  # whose purpose is to fill it
+            SliceCache(private=False).image(replace(missing, image=missing.label), VIEW)
+    told = capsys.readouterr().err
+    assert told.count("keeps its slices in") == 1 and "set GLUA_BENCH_CACHE to a" in told
+    assert not image.path.is_relative_to(root) and files_under(root) == before
+    if what == "damaged":
+        theirs_path.unlink()
+    assert np.array_equal(SliceCache(root / "new").image(case.unlabelled(), VIEW).open(), voxels)
+    assert np.array_equal(SliceCache(root / "new").label(case, VIEW).open(), labels)
+
+
+# -- files that datasets generate or convert ------------------------------------------------------
+
+
+@pytest.mark.fault("silent damage", "volumes that datasets generate or convert into the cache")
+def test_generated_files_are_intact_or_told(tmp_path, tries, capsys):
+    first, second = tmp_path / "a.nii", tmp_path / "b.nii"
+    for path in (first, second):
+        assert not intact(path)
+        with generating(path) as temporary, temporary.open("wb") as file:
+            file.write(path.name.encode() * 500)
+    record = tmp_path / ".a.nii.sha256"
+    good = {path: path.read_bytes() for path in (first, record)}
+    for seed in tries(200):
+        path = (first, record)[seed % 2]
+        path.write_bytes(damaged(good[path], seed))
+        assert intact(second) and not intact(first, second)
+        told = capsys.readouterr().err
+        assert re.fullmatch(rf"warning: {path} is damaged \([^.]*\); it is written again\.\n", told)
+        path.write_bytes(good[path])
+    assert intact(first, second)
+    for name in ("{}.nii", ".{}.nii.sha256"):  # both are intact, each in another's place
+        a, b = (tmp_path / name.format(which) for which in "ab")
+        contents = a.read_bytes(), b.read_bytes()
+        a.write_bytes(contents[1]), b.write_bytes(contents[0])
+        assert not intact(first) and not intact(second)
+        a.write_bytes(contents[0]), b.write_bytes(contents[1])
+    record.unlink()
+    assert not intact(first)

@@ -86,18 +86,15 @@ def test_entries_of_the_cache_are_looked_at(fuzz: ModuleType, tmp_path: Path) ->
         path = tmp_path / "images" / f"{name}.npy"
         path.parent.mkdir(exist_ok=True)
         np.save(path, voxels)
-        path.with_suffix(".json").write_text("{}")
         return path
 
     assert found() == []
-    sound = entry("a", np.zeros((3, 8, 8), np.float16))
+    entry("a", np.zeros((3, 8, 8), np.float16))
     assert found() == []
     for voxels in (np.full((3, 8, 8), np.nan), np.full((3, 8, 8), 1.5), np.zeros((3, 9, 8))):
         broken = entry("b", voxels.astype(np.float16))
         assert len(found()) == 1
-        broken.unlink(), broken.with_suffix(".json").unlink()
-    sound.with_suffix(".json").unlink()
-    assert "half an entry" in found()[0]
+        broken.unlink()
     (tmp_path / "images" / ".writing-x.npy").touch()
     assert "unfinished" in found()[0]
 

@@ -65,7 +65,7 @@ def test_one_item_stays_in_this_process():
     assert cores() >= 1
 
 
-@pytest.mark.fault("killed", "a process that prepares volumes")
+@pytest.mark.fault("killed", "a worker process of a parallel loop")
 def test_a_killed_process_is_a_sentence():
     with pytest.raises(RunFailure, match=r"killed.*--jobs.*\.$"):
         list(parallel_map(os._exit, [1, 1], 2))

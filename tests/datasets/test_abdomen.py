@@ -19,6 +19,7 @@ import pandas as pd
 import pydicom
 import pytest
 from drawn import CODES, HEADERS, run_glua, sentence, share_in_window, store
+from faults import damaged
 from PIL import Image
 
 from glua_bench.conformance import parametrize_dataset
@@ -26,6 +27,7 @@ from glua_bench.data.volumes import load_image, load_label, read_label_volume
 from glua_bench.datasets import abdomen, chaos
 from glua_bench.datasets.abdomen import Abdomen
 from glua_bench.errors import DataError, RunFailure
+from glua_bench.paths import entries
 from glua_bench.reports import published
 from glua_bench.task import SPLITS, Dataset, Grid
 
@@ -624,6 +626,7 @@ def own(tmp_path: Path, scan: Path, monkeypatch: pytest.MonkeyPatch) -> Abdomen:
     return One(tmp_path / "data")
 
 
+@pytest.mark.fault("silent damage", "volumes converted from DICOM")
 def test_conversions_are_addressed_by_content(
     tmp_path: Path, scan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -643,10 +646,14 @@ def test_conversions_are_addressed_by_content(
     dataset.prepare(lines.append)
     assert not any("converted" in line for line in lines)
     assert all(file.stat().st_mtime_ns == time for file, (_, time) in first.items())
-    # An interrupted conversion is done again, to the same bytes.
-    case.label.unlink()
-    dataset.prepare()
-    assert all(file.read_bytes() == content for file, (content, _) in first.items())
+    # An interrupted or damaged conversion is done again, to the same bytes.
+    for seed, file in enumerate((case.label, case.image, case.label)):
+        if seed:
+            file.write_bytes(damaged(first[file][0], seed))
+        else:
+            file.unlink()
+        dataset.prepare()
+        assert all(file.read_bytes() == content for file, (content, _) in first.items())
     # Another mask is another label of the same image.
     dicom, mask = chaos.slices_of(tmp_path / "data" / "MR" / "5" / "T2SPIR")[6]
     grey(63)(mask)
@@ -664,6 +671,7 @@ def test_conversions_are_addressed_by_content(
     assert scaled.image not in (case.image, masked.image)
 
 
+@pytest.mark.fault("processes", "processes convert the same DICOM series at once")
 def test_processes_may_convert_at_once(
     tmp_path: Path, scan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -675,7 +683,7 @@ def test_processes_may_convert_at_once(
             done.result()
     dataset.prepare()
     (case,) = dataset.cases("mr")
-    assert sorted(file.name for file in image.parent.iterdir()) == ["a.nii", "b.nii"]
+    assert sorted(file.name for file in entries(image.parent)) == ["a.nii", "b.nii"]
     assert image.read_bytes() == case.image.read_bytes()
     assert label.read_bytes() == case.label.read_bytes()
 

@@ -18,6 +18,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from drawn import run_glua, sentence
+from faults import damaged
 
 import glua_bench.datasets.mmwhs_sifa as module
 from glua_bench.conformance import DATASET_CHECKS, run_dataset_checks
@@ -27,6 +28,7 @@ from glua_bench.datasets.mmwhs_sifa import MMWHSSIFA
 from glua_bench.datasets.sifa_release import RANGES, read_slice, read_volume, rescaled
 from glua_bench.datasets.tfrecord import read_examples
 from glua_bench.errors import DataError
+from glua_bench.files import UNFINISHED
 from glua_bench.task import Grid, Reading
 
 SIDE = 64
@@ -179,6 +181,7 @@ def test_examples_are_read_as_written(tmp_path):
     assert second == {"other": [3]} and third == {}
 
 
+@pytest.mark.fault("silent damage", "torn TFRecord files")
 @pytest.mark.parametrize("cut", [0, 1, 8, 11, 12, 200, -5, -1])
 def test_torn_records_are_one_sentence(tmp_path, cut):
     file = write_slice(tmp_path / "torn.tfrecords")
@@ -358,6 +361,7 @@ def test_test_volumes_are_turned_and_overlay_the_original(tmp_path):
             np.testing.assert_allclose((made @ [*there, 1]), base @ [*at, 1], atol=1e-5)
 
 
+@pytest.mark.fault("silent damage", "damaged .npz files of the SIFA release")
 @pytest.mark.parametrize("fault", ["text", "cut", "one", "shapes", "flat", "nan", "six", "object"])
 def test_a_damaged_npz_is_one_sentence(tmp_path, fault):
     file = tmp_path / "ct_1003.npz"
@@ -461,6 +465,7 @@ def test_test_and_training_lie_alike_and_upright(tmp_path):
         assert label[20, 20, 0] == 1 and label[44, 44, 0] == 4
 
 
+@pytest.mark.fault("silent damage", "converted volumes and records of mmwhs_sifa")
 def test_a_second_prepare_writes_nothing_and_a_change_is_seen(tmp_path):
     dataset = MMWHSSIFA(write_release(tmp_path / "data"))
     dataset.prepare()
@@ -472,12 +477,13 @@ def test_a_second_prepare_writes_nothing_and_a_change_is_seen(tmp_path):
         return {f.name: (f.stat().st_mtime_ns, f.read_bytes()) for f in files}
 
     before = state()
-    assert not [name for name in before if name.startswith(".")]
+    assert not [name for name in before if name.startswith(UNFINISHED)]
     lines: list[str] = []
     dataset.prepare(lines.append)
     assert state() == before and not [line for line in lines if "/" in line]
-    # What is cut off or missing is made again, with the same bytes; a new slice changes one stack.
-    (folder / "ct_train_00.nii").write_bytes(b"cut")
+    # What is damaged or missing is made again, with the same bytes; a new slice changes one stack.
+    for seed, name in enumerate(["ct_train_00.nii", "mr_train_00.nii", "ct_val_00.json"]):
+        (folder / name).write_bytes(damaged((folder / name).read_bytes(), seed))
     (folder / "mr_1007_label.nii.gz").unlink()
     dataset.prepare()
     assert {n: content for n, (_, content) in state().items()} == {
@@ -490,6 +496,7 @@ def test_a_second_prepare_writes_nothing_and_a_change_is_seen(tmp_path):
     assert nib.load(dataset.split("ct", "val")[0].image).shape[2] == 4
 
 
+@pytest.mark.fault("killed", "a conversion of mmwhs_sifa")
 def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch):
     root = write_release(tmp_path)
     bad = root / "mr_val_tfs" / "mr_val_slice1.tfrecords"

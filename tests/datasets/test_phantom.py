@@ -6,6 +6,7 @@ import ast
 import errno
 import inspect
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +16,25 @@ import nibabel as nib
 import numpy as np
 import pytest
 from drawn import sentence
+from faults import another_user, damaged
 
+from glua_bench import identity
 from glua_bench.data.volumes import load_image, load_label, read_label_volume
 from glua_bench.datasets.mmwhs_layout import MMWHSLayout
 from glua_bench.datasets.phantom import anatomy, physics
 from glua_bench.datasets.phantom import dataset as phantom
-from glua_bench.datasets.phantom.dataset import MANIFEST, STARTED, Phantom, generate, write_subject
+from glua_bench.datasets.phantom.dataset import (
+    GENERATING,
+    MANIFEST,
+    STARTED,
+    Phantom,
+    generate,
+    write_subject,
+)
 from glua_bench.datasets.phantom.shapes import Lattice, smooth_field
 from glua_bench.errors import DataError, RunFailure
+from glua_bench.files import read_checked_json, write_checked_json
+from glua_bench.identity import code_digest
 from glua_bench.task import Grid
 
 # Every split of both domains, as coarse as still shows all structures.
@@ -123,7 +135,7 @@ def test_default_root_is_a_cache_with_version_and_seed(
 ) -> None:
     monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path))
     monkeypatch.setenv("GLUA_BENCH_DATA", "/elsewhere")
-    assert Phantom().root == tmp_path / "phantom" / f"v{phantom.GENERATOR_VERSION}-seed0"
+    assert Phantom().root == tmp_path / "phantom" / f"{code_digest(GENERATING)}-seed0"
     assert Phantom(seed=3).root.name.endswith("seed3")
     monkeypatch.delenv("GLUA_BENCH_CACHE")
     assert Phantom().root.is_relative_to(Path.home() / ".cache" / "glua-bench")
@@ -143,6 +155,7 @@ def test_a_subject_depends_on_nothing_but_seed_domain_and_id(root: Path, tmp_pat
     assert snapshot(tmp_path) != made
 
 
+@pytest.mark.fault("processes", "two processes generate the same phantom at once")
 def test_two_processes_at_once_make_the_same_cohort(root: Path, tmp_path: Path) -> None:
     target = tmp_path / "shared"
     code = (
@@ -190,9 +203,9 @@ def test_a_later_call_adds_ids(tmp_path: Path) -> None:
     generate(tmp_path, ids={"ct": [1001]}, voxel_scale=4.0, workers=1)
     generate(tmp_path, ids={"ct": [1002], "mr": [1001]}, voxel_scale=4.0, workers=1)
     assert Phantom(tmp_path).ids("ct") == (1001, 1002)
-    assert json.loads((tmp_path / MANIFEST).read_text()) == {
+    assert read_checked_json(tmp_path / MANIFEST) == {
         "dataset": "phantom",
-        "version": phantom.GENERATOR_VERSION,
+        "code": code_digest(GENERATING),
         "seed": 0,
         "voxel_scale": 4.0,
         "ids": {"ct": [1001, 1002], "mr": [1001]},
@@ -220,6 +233,75 @@ def test_a_cohort_of_four_test_cases_is_completed_and_a_chosen_one_is_kept(
             assert len(list(place.glob(f"{domain}_train/*.nii.gz"))) == 2 * len(after)
 
 
+@pytest.mark.fault("silent damage", "the phantom's volumes in the cache")
+def test_damaged_volumes_in_the_cache_are_generated_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files in a directory of the user are the user's, as those of any data set."""
+    monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "cache"))
+    place = tmp_path / "cache" / "phantom" / "small"
+    generate(place, ids={"ct": [1001, 1003]}, voxel_scale=SCALE, workers=1)
+    before = snapshot(place)
+    image, label = Phantom.image_path(place, "ct", 1001), Phantom.label_path(place, "ct", 1001)
+    other = Phantom.label_path(place, "ct", 1003)
+    for damage in ("flip", "exchange"):
+        if damage == "flip":
+            image.write_bytes(damaged(image.read_bytes(), 1))
+        else:
+            content = label.read_bytes()
+            label.write_bytes(other.read_bytes()), other.write_bytes(content)
+        Phantom(place).prepare()
+        assert snapshot(place) == before
+        told = capsys.readouterr().err
+        assert f"{image if damage == 'flip' else label} is damaged (its checksum differs)" in told
+    own = tmp_path / "own"
+    generate(own, ids={"ct": [1001]}, voxel_scale=SCALE, workers=1)
+    assert all(path.name[0] != "." for path in own.rglob("*"))
+    Phantom.image_path(own, "ct", 1001).write_bytes(b"mine")
+    Phantom(own).prepare()
+    assert Phantom.image_path(own, "ct", 1001).read_bytes() == b"mine"
+
+
+@pytest.mark.fault("two users", "a generated phantom used without permission to write")
+def test_a_complete_phantom_needs_no_permission_to_write(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLUA_BENCH_CACHE", str(shared / "cache"))
+    place = shared / "cache" / "phantom" / "small"
+    generate(place, ids={"ct": [1001]}, voxel_scale=SCALE, workers=1)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for name in ("mkdir", "unlink"):  # which fail on a read-only file system also without effect
+        monkeypatch.setattr(Path, name, refuse)
+    with another_user(shared / "cache"):
+        Phantom(place).prepare()
+        assert Phantom(place).ids("ct") == (1001,)
+        with pytest.raises(RunFailure) as error:
+            generate(place, ids={"ct": [1002]}, voxel_scale=SCALE, workers=1)
+    sentence(error, "GLUA_BENCH_CACHE")
+    monkeypatch.undo()
+
+
+def test_a_phantom_of_an_earlier_version_is_used_but_not_continued(tmp_path: Path) -> None:
+    generate(tmp_path, ids={"ct": [1001]}, voxel_scale=SCALE, workers=1)
+    old = {"dataset": "phantom", "version": 1, "seed": 0, "voxel_scale": SCALE}
+    (tmp_path / MANIFEST).write_text(json.dumps({**old, "ids": {"ct": [1001], "mr": []}}))
+    Phantom(tmp_path).prepare()
+    assert Phantom(tmp_path).ids("ct") == (1001,)
+    with pytest.raises(DataError) as error:
+        generate(tmp_path, ids={"ct": [1001, 1002]}, voxel_scale=SCALE, workers=1)
+    sentence(error, "another version generated")
+
+
+@pytest.mark.fault("two versions", "another version's generator behind the same cache")
+@pytest.mark.parametrize("name", ["anatomy", "shapes", "physics", "subjects"])
+def test_the_generators_code_is_in_the_name_of_its_directory(name: str) -> None:
+    assert f"glua_bench.datasets.phantom.{name}" in dict(identity.reached(GENERATING))
+    assert "glua_bench.data.volumes" not in dict(identity.reached(GENERATING))  # which only reads
+
+
 # -- errors ---------------------------------------------------------------------------------------
 
 
@@ -229,6 +311,7 @@ def test_cases_before_prepare_name_the_command(tmp_path: Path) -> None:
     sentence(error, "data prepare")
 
 
+@pytest.mark.fault("full disk", "while the phantom is generated")
 def test_a_full_disk_is_not_taken_for_processes_that_do_not_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,9 +348,10 @@ def test_foreign_files_are_refused_and_left_alone(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == {"ct_train/ct_train_1001_image.nii.gz": b"a patient"}
 
 
+@pytest.mark.fault("killed", "a generation of the phantom")
 def test_an_interrupted_generation_goes_on_only_as_it_began(tmp_path: Path) -> None:
-    plan = {"version": phantom.GENERATOR_VERSION, "seed": 0, "voxel_scale": 4.0}
-    (tmp_path / STARTED).write_text(json.dumps(plan))
+    plan = {"code": code_digest(GENERATING), "seed": 0, "voxel_scale": 4.0}
+    write_checked_json(tmp_path / STARTED, plan)
     (tmp_path / "ct_train").mkdir()
     with pytest.raises(DataError) as error:
         generate(tmp_path, seed=1, ids={"ct": [1001]}, voxel_scale=4.0)
@@ -276,6 +360,7 @@ def test_an_interrupted_generation_goes_on_only_as_it_began(tmp_path: Path) -> N
     assert Phantom(tmp_path).ids("ct") == (1001,)
 
 
+@pytest.mark.fault("silent damage", "the phantom's manifest")
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 1, "seed": 0, "ids": 3}'])
 def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_text(text)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
+from faults import damaged
 from matplotlib.image import imread
 
 from glua_bench.data.cache import cache_root
@@ -385,3 +386,14 @@ def test_what_cannot_be_drawn_is_said(browser, page, script, state, message):
     assert said.startswith(message)
     if state == "unsupported":
         assert said == message and browser.errors() == []
+
+
+@pytest.mark.fault("silent damage", "the viewer's script in the cache")
+def test_a_damaged_bundle_is_fetched_again(npm, empty_cache, tries, capsys):
+    bundle()
+    file = empty_cache / "viewer" / "niivue-0.69.0.umd.js"
+    good = file.read_bytes()
+    for seed in tries(20):
+        file.write_bytes(damaged(good, seed))
+        assert bundle() == SCRIPT and file.read_bytes() == good and npm.calls == seed + 2
+        assert "; the script is fetched again." in capsys.readouterr().err

@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from faults import damaged
 
 from glua_bench.console import Progress
 from glua_bench.data.formats import open_volume
@@ -209,6 +210,7 @@ def test_a_model_names_no_file_and_no_case(trained: Livers, tmp_path: Path) -> N
             assert word.encode() not in content, (file, word)
 
 
+@pytest.mark.fault("silent damage", "dataset.json of a run")
 @pytest.mark.parametrize(
     "text", [None, "", "{", "[]", '{"domains": {}}', '{"domains": {"mr": {}}}']
 )
@@ -349,3 +351,24 @@ def test_few_images_are_read_once(trained: Livers, monkeypatch: pytest.MonkeyPat
     many = [replace(images[0], image=Path(f"{number:03d}.nii")) for number in range(100)]
     carried.facts_of(dataset, ("ct",), many)
     assert len(asked) == 9 and asked[0] == Path("000.nii") and asked[-1] == Path("099.nii")
+
+
+@pytest.mark.fault("silent damage", "cached intensities of images")
+def test_damaged_intensities_are_measured_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tries: Callable[[int], range],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "cache"))
+    image = nib.Nifti1Image(volume(1, "ct")[0], np.eye(4))
+    nib.save(image, tmp_path / "image.nii.gz")
+    reading = Reading()
+    known = carried._intensities(tmp_path / "image.nii.gz", reading)
+    (file,) = (tmp_path / "cache" / "intensities").iterdir()
+    good = file.read_bytes()
+    for seed in tries(100):
+        file.write_bytes(damaged(good, seed))
+        assert carried._intensities(tmp_path / "image.nii.gz", reading) == known
+        assert file.read_bytes() == good
+        assert "; the image is measured again." in capsys.readouterr().err

@@ -63,6 +63,20 @@ def test_runs_are_done_once_and_skipped_afterwards(base: RunOptions) -> None:
     assert (outcome.ran, outcome.before) == (0, 2)
 
 
+def test_warnings_of_processes_are_told(base: RunOptions) -> None:
+    """For example, of a damaged stage that was trained again; other lines are not."""
+    said: list[str] = []
+
+    def warning(run: PlannedRun, environment: Mapping[str, str]) -> tuple[int, str]:
+        in_process(run, environment)
+        return 0, "a library says something\nwarning: /cache/stem.pt is damaged.\n"
+
+    Executor(cells_of(base, seeds=1), report=said.append, start=warning).run()
+    assert [line for line in said if "warning" in line or "library" in line] == [
+        f"{said[0].removeprefix('begin  ')}: warning: /cache/stem.pt is damaged."
+    ]
+
+
 def test_a_failure_is_kept_and_tried_again_only_if_asked(base: RunOptions) -> None:
     planned = cells_of(base)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -15,16 +16,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from faults import damaged
 from torch import nn
 from two_faced_method import CLASSES
 
 from glua_bench.cli.reports import _read_as
+from glua_bench.conformance import first_difference
 from glua_bench.console import Progress
 from glua_bench.data.neighbours import ALONE
 from glua_bench.data.volumes import load_image, restore
 from glua_bench.errors import ConfigError, PluginError, UserError
 from glua_bench.method import Role
-from glua_bench.records.run_directory import RunDirectory
+from glua_bench.records.run_directory import RunDirectory, digest_of
 from glua_bench.runs import exporting, inputs, prediction
 from glua_bench.runs.execution import execute
 from glua_bench.runs.plan import plan
@@ -398,22 +401,88 @@ def test_an_export_on_a_full_disk_leaves_nothing(
     assert call(*words)[0] == 0
 
 
-@pytest.mark.fault("hostile files", "a damaged exported model")
-@pytest.mark.parametrize("spoil", ["config.json", "model.safetensors", "cut", "another"])
-def test_a_damaged_model_is_one_sentence(spoil: str, made: Made, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def exported(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = prediction.from_run(made.run, device="cpu")
-    folder = exporting.export(model, made.run, tmp_path / "model")
-    if spoil == "cut":
-        data = (folder / "model.safetensors").read_bytes()
-        (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
-    elif spoil == "another":
-        text = (folder / "config.json").read_text().replace('"width": 4', '"width": 8')
-        (folder / "config.json").write_text(text)
-    else:
-        (folder / spoil).unlink()
-    with pytest.raises((UserError, RuntimeError)) as error:
+    return exporting.export(model, made.run, tmp_path_factory.mktemp("exported") / "model")
+
+
+def weights_of(model: prediction.Model) -> dict[str, torch.Tensor]:
+    return model.method.state_dict()
+
+
+@pytest.mark.fault("silent damage", "exported models")
+def test_a_damaged_model_is_refused(
+    exported: Path, made: Made, tmp_path: Path, tries: Callable[[int], range]
+) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "model"))
+    for name in ("config.json", "model.safetensors"):
+        good = (folder / name).read_bytes()
+        for seed in tries(200):
+            (folder / name).write_bytes(damaged(good, seed))
+            with pytest.raises(UserError) as error:
+                prediction.from_directory(folder, device="cpu")
+            text = str(error.value)
+            assert str(folder) in text and text.endswith(".") and "\n" not in text
+        (folder / name).unlink()
+        with pytest.raises(UserError, match="is not an exported model"):
+            prediction.from_directory(folder, device="cpu")
+        (folder / name).write_bytes(good)
+    # Valid in itself: another model's weights, and a setting edited by hand.
+    model = prediction.from_run(made.run, device="cpu")
+    for tensor in model.method.parameters():
+        tensor.data += 1e-3
+    other = exporting.export(model, made.run, tmp_path / "other")
+    shutil.copy(other / "model.safetensors", folder)
+    with pytest.raises(UserError, match=r"safetensors is damaged \(its checksum differs\);"):
         prediction.from_directory(folder, device="cpu")
-    assert isinstance(error.value, UserError), error.value
+    shutil.copy(exported / "model.safetensors", folder)
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(UserError, match=r"config.json is damaged \(its checksum differs\);"):
+        prediction.from_directory(folder, device="cpu")
+
+
+def test_a_model_of_an_earlier_version_opens_and_says_that_it_has_no_checksum(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "model"))
+    described = json.loads((folder / "config.json").read_text())
+    del described["sha256"], described["files"]
+    (folder / "config.json").write_text(json.dumps(described))
+    models = [prediction.from_directory(each, device="cpu") for each in (folder, exported)]
+    old, new = ({n: weights_of(m)[n] for n in described["weights"]} for m in models)
+    assert old and first_difference(old, new) is None
+    assert capsys.readouterr().err == (
+        f"warning: {folder} carries no checksums, because an earlier version exported it; export "
+        "it again, so that damage is noticed.\n"
+    )
+
+
+@pytest.mark.fault("silent damage", "weights of finished runs")
+@pytest.mark.parametrize("written", ["now", "by an earlier version"])
+def test_a_run_with_damaged_weights_is_refused(
+    written: str, made: Made, tmp_path: Path, tries: Callable[[int], range]
+) -> None:
+    """Those of earlier versions are verified by the checksums of their ZIP archive."""
+    folder = made.run.path
+    run = RunDirectory.open(Path(shutil.copytree(folder, tmp_path / "a" / "b" / folder.name)))
+    path = run.checkpoints / f"candidate_{run.read_summary()['chosen_steps']['last']:07d}.pt"
+    good = path.read_bytes()
+    if written != "now":
+        good = good[: good.rindex(b"\nsha256 ")]
+        path.write_bytes(good)
+        mark = {"id": run.id, "time": "", "summary": digest_of(run.path / "summary.json")}
+        (run.path / "done").write_text(json.dumps(mark))
+    expected = weights_of(prediction.from_run(run, device="cpu"))
+    for seed in tries(200):
+        path.write_bytes(damaged(good, seed))
+        try:
+            found = weights_of(prediction.from_run(run, device="cpu"))
+        except UserError as error:
+            assert path.name in str(error) and str(error).endswith(".")
+        else:  # fields of the archive that mean nothing
+            assert written != "now" and first_difference(found, expected) is None
 
 
 def test_a_run_is_found_by_directory_id_and_beginning(made: Made) -> None:

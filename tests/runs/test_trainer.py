@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from faults import another_user, damaged
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
@@ -36,6 +37,7 @@ from glua_bench.data.batches import Batches
 from glua_bench.data.cache import SliceCache
 from glua_bench.data.stores import ImageStore, LabelledStore
 from glua_bench.errors import ConfigError, RunFailure
+from glua_bench.files import Damaged
 from glua_bench.method import Batch, Context, Method, Role, Stage, TaskInfo
 from glua_bench.methods.cycle_translate import CycleTranslate
 from glua_bench.records.run_directory import RunDirectory
@@ -43,6 +45,8 @@ from glua_bench.runs import interruption
 from glua_bench.runs.stage_cache import artefact_path
 from glua_bench.runs.trainer import (
     Trainer,
+    checkpoint_name,
+    load,
     save,
     stage_order,
     step_seed,
@@ -417,7 +421,12 @@ def two(root: Path) -> None:
 def script(what: str, root: Path) -> None:
     """Run this file as a script."""
     root.mkdir(exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLUA_BENCH_CACHE": str(root / "cache")}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "GLUA_BENCH_CACHE": str(root / "cache"),
+        "PYTHONPATH": str(Path(__file__).parents[1] / "support"),
+    }
     done = subprocess.run(
         [sys.executable, __file__, what, str(root)],
         env=environment,
@@ -449,7 +458,8 @@ def test_killed_anywhere_it_ends_in_the_same_weights(tmp_path: Path, alone: Path
         # Every step is logged once, with the same values.
         assert log_rows(killed) == log_rows(whole), (seed, kills)
         names = {path.name for path in killed.directory.checkpoints.iterdir()}
-        assert names == {"last.pt", *(f"candidate_{step:07d}.pt" for step in (4, 8, 12))}
+        candidates = {f"candidate_{step:07d}.pt" for step in (4, 8, 12)}
+        assert names == {"last.pt", "previous.pt", *candidates}
         for step in (4, 8, 12):
             a, b = (torch.load(t.candidate_path(step), weights_only=True) for t in (whole, killed))
             assert first_difference(a, b) is None
@@ -721,6 +731,7 @@ def test_a_finished_stage_is_taken_over(tmp_path: Path) -> None:
     assert first_difference(expected, found) is None
 
 
+@pytest.mark.fault("processes", "two runs need the same stage at once")
 def test_of_two_processes_one_trains_the_shared_stage(alone: Path) -> None:
     a, b = (torch.load(alone / "race" / f"{n}.pt", weights_only=True) for n in (0, 1))
     assert sorted([a["reused"], b["reused"]]) == [[], ["stem"]]
@@ -744,16 +755,70 @@ def test_another_segmenter_has_a_stage_of_its_own(tmp_path: Path) -> None:
     bench.close()
 
 
-@pytest.mark.parametrize("damage", ["cut", "other"])
-def test_a_damaged_shared_stage_is_a_sentence(tmp_path: Path, damage: str) -> None:
-    finish(make(tmp_path))
+@pytest.mark.fault("silent damage", "a finished stage in the cache")
+def test_a_damaged_shared_stage_is_trained_again(
+    tmp_path: Path, tries: Callable[[int], range], capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = finish(make(tmp_path))
     path = tmp_path / "stages" / "stem.pt"
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:200])
-    else:
-        torch.save({"stem": {"weight": torch.zeros(1)}}, path)
-    with pytest.raises(ConfigError, match=r"stem\.pt cannot be read.*delete it.*\.$"):
-        finish(make(tmp_path, run="second"))
+    good = path.read_bytes()
+    idle = make(tmp_path, run="idle")
+    stage = idle.stages[0]
+    for seed in tries(200):
+        path.write_bytes(damaged(good, seed))
+        assert not idle._reuse(stage, path)
+        told = capsys.readouterr().err
+        assert told.startswith(f"warning: {path} is damaged (") and told.count("\n") == 1
+    with quiet(idle):
+        pass
+    again = make(tmp_path, run="again")
+    assert first_difference(finish(again), expected) is None and not again.reused
+    assert "; stage 'stem' is trained again." in capsys.readouterr().err
+    path.rename(path.with_name("other.pt"))  # intact, and another stage
+    with pytest.raises(Damaged):
+        load(path.with_name("other.pt"), "other.pt", "cpu")
+    assert first_difference(finish(make(tmp_path, run="third")), expected) is None
+    assert make(tmp_path, run="fourth")._reuse(stage, path)
+
+
+@pytest.mark.fault("two users", "a finished stage taken over without permission to write")
+@pytest.mark.parametrize(("umask", "reused"), [(0o022, {"stem"}), (0o077, set())])
+def test_a_finished_stage_needs_no_permission_to_write(
+    shared: Path, umask: int, reused: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And one that cannot be read is trained for this run alone, which is told."""
+    expected = finish(make(shared))
+    (shared / "stages" / "stem.lock").unlink()
+    trainer = make(shared, run="second")
+    for folder in (trainer.directory.path, trainer.directory.path.parent):
+        folder.chmod(0o777)
+    with another_user(shared / "stages", umask):
+        found = finish(trainer)
+    assert trainer.reused == reused and list((shared / "stages").iterdir()) == [
+        shared / "stages" / "stem.pt"
+    ]
+    expected.pop("finished"), found.pop("finished")
+    assert first_difference(found, expected) is None
+    told = capsys.readouterr().err
+    assert told == "" if reused else "for this run alone" in told and "GLUA_BENCH_CACHE" in told
+
+
+@pytest.mark.fault("full disk", "while a finished stage is stored for other runs")
+def test_a_stage_that_cannot_be_stored_costs_the_run_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = finish(make(tmp_path / "other"))
+    replace = os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if "stages" in str(target):
+            no_space()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert first_difference(finish(make(tmp_path)), expected) is None
+    told = capsys.readouterr().err
+    assert "Stage 'stem' is not stored for other runs: The disk of" in told
 
 
 def test_an_unwritable_cache_is_a_sentence(tmp_path: Path) -> None:
@@ -851,20 +916,80 @@ def test_a_run_that_stops_says_whether_anything_is_left(
     assert not trainer.last_path.exists()
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "text", "other"])
-def test_a_damaged_checkpoint_is_a_sentence(tmp_path: Path, damage: str) -> None:
+@pytest.mark.fault("silent damage", "checkpoints of a run that is resumed")
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(
+    tmp_path: Path, tries: Callable[[int], range], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A damaged candidate leads to a checkpoint before it; without any, training starts anew."""
+    with contextlib.suppress(KeyboardInterrupt):
+        finish(make(tmp_path, interrupted(Toy, 9)))
+    trainer = make(tmp_path)
+    last, previous = trainer.last_path, trainer.previous_path
+    candidates = [trainer.candidate_path(step) for step in (4, 8)]
+    good = {path: path.read_bytes() for path in (last, previous, *candidates)}
+    assert trainer._intact_checkpoint()[0] == last
+    for seed in tries(200):
+        path = list(good)[seed % len(good)]
+        path.write_bytes(damaged(good[path], seed))
+        expected = {last: previous, previous: last}.get(path)
+        assert trainer._intact_checkpoint()[0] == expected
+        told = capsys.readouterr().err
+        assert (told == "") == (path == previous)
+        assert path == previous or told.startswith(f"warning: {path} is damaged (")
+        path.write_bytes(good[path])
+    candidates[0].write_bytes(good[candidates[1]])  # intact, but another file's content
+    assert trainer._intact_checkpoint()[0] is None
+    candidates[0].unlink()  # killed after unused candidates were removed
+    assert trainer._intact_checkpoint()[0] is None
+    assert f"{candidates[0]} cannot be read (No such file" in capsys.readouterr().err
+    with quiet(trainer):
+        pass
+
+
+@pytest.mark.fault("silent damage", "a run resumed after damage ends in other weights")
+@pytest.mark.parametrize("lost", ["last", "both", "foreign", "missing"])
+def test_a_run_with_damaged_checkpoints_ends_in_the_same_weights(
+    tmp_path: Path, lost: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = make(tmp_path / "whole")
+    expected = finish(whole)
+    with contextlib.suppress(KeyboardInterrupt):
+        finish(make(tmp_path, interrupted(Toy, 9)))
+    trainer = make(tmp_path)
+    if lost in ("last", "both"):
+        trainer.last_path.write_bytes(trainer.last_path.read_bytes()[:-1])
+    if lost == "both":
+        trainer.previous_path.write_bytes(b"")
+    elif lost == "foreign":  # of another run
+        trainer.directory.id = "other"
+    elif lost == "missing":
+        trainer.last_path.unlink()  # killed between moving it and writing the next one
+    found = finish(trainer)
+    told = capsys.readouterr().err
+    assert log_rows(trainer)[-STEPS:] == log_rows(whole)[-STEPS:]
+    expected.pop("finished"), found.pop("finished")
+    assert first_difference(found, expected) is None
+    after = {"last": "resumed from the checkpoint before it", "missing": ""}
+    assert after.get(lost, "trained again from its first step") in told
+    assert (told == "") == (lost == "missing")
+
+
+@pytest.mark.fault("silent damage", "a candidate between training and scoring")
+def test_a_candidate_damaged_before_it_is_scored_is_refused(tmp_path: Path) -> None:
     trainer = make(tmp_path)
     finish(trainer)
-    path = trainer.directory.checkpoints / "last.pt"
-    content = path.read_bytes()
-    if damage == "other":
-        torch.save({"stage": 0, "step": 0, "method": {"no": torch.zeros(1)}}, path)
-    else:
-        path.write_bytes({"empty": b"", "cut": content[:-50], "text": b"hello"}[damage])
+    path = trainer.candidate_path(8)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(RunFailure, match=r"0000008\.pt is damaged \(.*\); repeat the command"):
+        trainer.load_candidate(8)
+
+
+def test_a_checkpoint_of_another_method_is_a_sentence(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    state = {"stage": 0, "step": 0, "method": {"no": torch.zeros(1)}}
+    save(state, trainer.last_path, checkpoint_name("id", trainer.last_path))
     with pytest.raises(ConfigError, match=r"last\.pt cannot be read.*delete it.*\.$"):
-        finish(make(tmp_path))
-    path.unlink()
-    assert first_difference(finish(make(tmp_path)), finish(make(tmp_path / "other"))) == "finished"
+        finish(trainer)
 
 
 def no_space(*arguments: Any) -> None:
@@ -877,6 +1002,7 @@ def broken_writer(value: Any, file: Any) -> None:
     raise RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 64 vs 0")
 
 
+@pytest.mark.fault("full disk", "while a checkpoint is written")
 @pytest.mark.parametrize(
     ("place", "fault"),
     [("torch.save", broken_writer), ("torch.save", no_space), ("os.replace", no_space)],
@@ -897,7 +1023,8 @@ def test_a_full_disk_stops_the_run_and_the_old_checkpoint_stays(
         finish(trainer)
     monkeypatch.undo()
     assert (last(trainer)["stage"], last(trainer)["step"]) == (1, 4)
-    assert [path.name for path in trainer.directory.checkpoints.iterdir()] == ["last.pt"]
+    names = {path.name for path in trainer.directory.checkpoints.iterdir()}
+    assert names == {"last.pt", "previous.pt"}
     resumed = make(tmp_path, candidates=1)
     assert first_difference(finish(resumed), finish(make(tmp_path / "other"))) is None
     assert [row["step"] for row in log_rows(resumed)] == [*range(1, 7), *range(1, 13)]
@@ -905,12 +1032,12 @@ def test_a_full_disk_stops_the_run_and_the_old_checkpoint_stays(
 
 def test_a_limit_of_the_system_is_a_sentence(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
-    save({"a": torch.zeros(10)}, path)
+    save({"a": torch.zeros(10)}, path, "a")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
         with pytest.raises(RunFailure, match=r"weights\.pt cannot be written"):
-            save({"a": torch.zeros(100_000)}, path)
+            save({"a": torch.zeros(100_000)}, path, "a")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [p.name for p in tmp_path.iterdir()] == ["weights.pt"]
@@ -920,7 +1047,7 @@ def test_a_limit_of_the_system_is_a_sentence(tmp_path: Path) -> None:
 def test_an_unwritable_directory_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFailure, match=r"cannot be created because a parent is.*\.$"):
-        save({}, tmp_path / "file" / "weights.pt")
+        save({}, tmp_path / "file" / "weights.pt", "a")
 
 
 @pytest.mark.slow

@@ -7,8 +7,12 @@ table. Attacks that can be repeated with other random damage ask the fixture `tr
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+import random
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +39,62 @@ def tries(record_property: Callable[[str, Any], None]) -> Callable[[int], range]
         return range(total)
 
     return asked
+
+
+def damaged(content: bytes, seed: int) -> bytes:
+    """Return a file with one random damage, which is never the file itself.
+
+    A bit is flipped, the end is lost, bytes are added, or a block is zeros or noise.
+    """
+    rng = random.Random(seed)
+    at = rng.randrange(len(content))
+    block = len(content[at : at + 512])
+    found = rng.choice(
+        [
+            content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :],
+            content[:at],
+            content + rng.randbytes(1 + at % 9),
+            content[:at] + bytes(block) + content[at + block :],
+            content[:at] + rng.randbytes(block) + content[at + block :],
+        ]
+    )
+    return found if found != content else content + b"x"
+
+
+@contextlib.contextmanager
+def another_user(folder: Path, umask: int = 0o022) -> Iterator[None]:
+    """Be a user who owns none of a folder's files, which were written with this umask.
+
+    Root becomes `nobody`; anybody else loses the permissions that a stranger would not have.
+    """
+    root = getattr(os, "geteuid", lambda: 1)() == 0
+    if os.name == "nt":
+        pytest.skip("needs the permissions of POSIX")
+    paths = [folder, *folder.rglob("*")]
+    modes = [path.stat().st_mode for path in paths]
+    for path in reversed(paths):
+        mode = (0o777 if path.is_dir() else 0o666) & ~umask
+        stranger = (mode & 0o7) * 0o111
+        path.chmod(mode if root else stranger)
+    try:
+        if root:
+            os.setegid(65534)
+            os.seteuid(65534)
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+            os.setegid(0)
+        for path, mode in zip(paths, modes, strict=True):
+            path.chmod(mode)
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """Return a directory that every user may enter; those of pytest are private."""
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)
+        yield Path(place)
 
 
 def table(reports: Iterable[pytest.TestReport]) -> list[str]:

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import damaged
 from optuna.trial import TrialState
 
 from glua_bench.console import Progress
@@ -190,6 +192,43 @@ def test_a_worker_has_the_options_of_the_sweep(
     file.write_text(file.read_text().replace("precision", "accuracy"))
     with pytest.raises(ConfigError, match="request.json does not hold the options of this version"):
         command.join("own", base.runs_root, None, [], print)
+
+
+@pytest.mark.fault("silent damage", "the files of a sweep that a worker joins")
+def test_a_worker_joins_the_sweep_that_was_started_or_none(
+    definition: Definition, base: RunOptions, tries: Callable[[int], range]
+) -> None:
+    """Number of trials, title and paths may change; the study remembers everything else."""
+
+    def open_study() -> None:
+        command.open_study(definition, base, None, 1, fork=False, resume=False, report=print)
+
+    open_study()
+    folder = base.runs_root / "sweeps" / "own"
+    files = [folder / "definition.json", folder / "request.json"]
+    good = [file.read_bytes() for file in files]
+    known, _ = command.join("own", base.runs_root, None, [], print)
+    refused = 0
+    for seed in tries(60):
+        file, content = files[seed % 2], good[seed % 2]
+        file.write_bytes(damaged(content, seed))
+        try:
+            found, options = command.join("own", base.runs_root, None, [], print)
+        except ConfigError as error:
+            refused += 1
+            assert str(error).endswith(".") and "\n" not in str(error)
+        else:
+            assert found.definition.meaning() == known.definition.meaning()
+            assert replace(options, runs_root=base.runs_root) == base
+        file.write_bytes(content)
+    assert refused > 30
+    text = good[0].decode().replace("0.2", "0.3")
+    files[0].write_text(text)
+    with pytest.raises(ConfigError, match=r"is damaged \(space.mask_ratio.*repeat the command"):
+        command.join("own", base.runs_root, None, [], print)
+    files[0].write_text("{")
+    open_study()
+    assert files[0].read_bytes() == good[0]
 
 
 def test_a_worker_of_an_unknown_sweep_is_told(tmp_path: Path) -> None:
