@@ -123,6 +123,8 @@ def _show_plan(planned: PlannedRun) -> None:
         say(f"Already done: {path}; the command would show the result.")
         answer(**facts, seconds=0.0, next=[])
         return
+    if planned.directory.damage:
+        warn(planned.directory.damage)
     expected = Estimator(draw_run).of(planned)
     say(
         f"Would write {path} after about {duration(expected.total)} "

@@ -35,7 +35,7 @@ from glua_bench.task import (
     UnlabelledCase,
 )
 
-FACTS, DESCRIPTION = "dataset.json", "dataset.yaml"  # match `tracker.CARRIED`
+FACTS, DESCRIPTION = "dataset.json", "dataset.yaml"  # match `seal.CARRIED`
 MAX_IMAGES = 9  # more images hardly change the median of the intensities
 CACHE_VERSION = 1  # of cached intensities; increase it when `read_intensities` changes
 

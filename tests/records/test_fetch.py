@@ -27,7 +27,7 @@ from glua_bench.records.fetch import fetch_runs
 from glua_bench.records.mlflow_mirror import MLflowMirror, tracking_uri
 from glua_bench.records.naming import Comparison
 from glua_bench.records.run_directory import list_runs
-from glua_bench.records.tracker import COPIED
+from glua_bench.records.seal import COPIED
 
 
 def files_of(root: Path) -> dict[str, bytes]:

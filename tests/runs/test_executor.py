@@ -84,6 +84,30 @@ def test_a_failure_is_kept_and_tried_again_only_if_asked(base: RunOptions) -> No
     assert (outcome.ran, outcome.before, outcome.failed) == (1, 1, {})
 
 
+@pytest.mark.fault("sealed results", "edit a score of a run that a comparison has finished")
+def test_a_damaged_run_is_a_failure_that_retrying_mends(base: RunOptions) -> None:
+    planned = cells_of(base)
+    assert Executor(planned, start=in_process).run().ran == 2
+    run = planned[0].run.directory
+    scores = run.read_cases()
+    scores.assign(dice=1.0).to_parquet(run.path / "cases.parquet", index=False)
+    edited = (run.path / "cases.parquet").read_bytes()
+
+    assert [p.state for p in planned] == ["failed", "done"]
+    outcome = Executor(cells_of(base), start=in_process).run()
+    assert (outcome.ran, outcome.before) == (0, 1) and "cases.parquet" in outcome.failed[run.id]
+    assert len(matrix.finished(planned)) == 1  # it is in no table
+
+    said: list[str] = []
+    again = Executor(cells_of(base), retry_failed=True, report=said.append, start=in_process).run()
+    assert (again.ran, again.before, again.failed) == (1, 1, {})
+    assert any(line.startswith("mend ") and "cases.parquet" in line for line in said)
+    assert run.done and run.sealed
+    pd.testing.assert_frame_equal(run.read_cases(), scores)
+    place = base.runs_root / "damaged" / "discs" / "random_gamma" / run.id
+    assert (place / "cases.parquet").read_bytes() == edited and (place / "done").is_file()
+
+
 def test_an_interruption_starts_no_further_run(
     base: RunOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
