@@ -203,7 +203,7 @@ def _listing(folder: Path) -> dict[str, tuple[int, int, int]]:
                     if _READ.fullmatch(name) and entry.is_file():
                         facts = entry.stat()
                         found[name] = facts.st_size, facts.st_mtime_ns, facts.st_ino
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:  # its files count as missing
             continue
     return found
 

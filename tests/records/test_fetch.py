@@ -129,6 +129,24 @@ def test_what_lies_in_the_place_of_a_run_is_not_touched(root: Path, tmp_path: Pa
     assert not mine.done and (mine.path / "log.jsonl").is_file()
 
 
+@pytest.mark.fault("sealed results", "damage a fetched copy and fetch again")
+@pytest.mark.parametrize("name", ["cases.parquet", "config.yaml", "done", "figures/cases.png"])
+def test_a_damaged_directory_is_fetched_again(name: str, root: Path, tmp_path: Path) -> None:
+    assert MLflowMirror(root).mirror(complete(started(root)))
+    (fetched,) = fetch_runs(tracking_uri(root), tmp_path / "fetched")
+    assert fetched.done and fetched.sealed and fetched.id == "abc123"
+    file = fetched.path / name
+    whole = file.read_bytes()
+    file.write_bytes(b"{" + whole[1:-2])
+    warnings: list[str] = []
+    (again,) = fetch_runs(tracking_uri(root), tmp_path / "fetched", warn=warnings.append)
+    assert again.done and file.read_bytes() == whole
+    (warning,) = warnings
+    assert f"{fetched.path} was damaged ({name} was" in warning
+    aside = tmp_path / "fetched" / "damaged" / "phantom" / "source_only" / "abc123"
+    assert (aside / name).is_file() and str(aside) in warning
+
+
 def test_a_tracker_cannot_choose_where_files_go(root: Path, tmp_path: Path) -> None:
     assert MLflowMirror(root).mirror(complete(started(root)))
     (copy,) = mirrored(root)

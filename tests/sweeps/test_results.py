@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 import sweep_samples
 
@@ -89,6 +90,21 @@ def test_every_trial_has_its_row(searched, made_runs) -> None:
     assert {name: table[f"method.{name}"][1] for name in params} == params
     assert (table["ended"] >= table["began"]).all()
     assert tables["seen"].values.tolist() == [[0, 0, 0.05], [1, 0, 0.15]]
+
+
+@pytest.mark.fault("sealed results", "edit a run of a sweep's trial")
+def test_a_damaged_run_has_no_scores_and_is_named(searched, made_runs) -> None:
+    run = searched.trials()[1].user_attrs["runs"][0]
+    file = made_runs.root / "phantom" / "glua" / run / "cases.parquet"
+    frame = pd.read_parquet(file)
+    frame.assign(dice=1.0).to_parquet(file, index=False)
+    tables = results.collect(searched, made_runs.root)
+    dice = tables["runs"].set_index("run")["dice"]
+    assert math.isnan(dice[run]) and dice.drop(run).notna().all()
+    (stamp,) = (text for text in tables["stamps"] if text.startswith("EXCLUDED "))
+    assert str(file.parent) in stamp and "cases.parquet was" in stamp
+    group = results.group(searched, made_runs.root)
+    assert group is not None and run not in {member.id for _, member in group.members}
 
 
 def test_runs_have_the_test_scores_of_the_objective_s_checkpoint(searched, made_runs) -> None:
