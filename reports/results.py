@@ -149,7 +149,7 @@ def from_runs(
     notices: list[str] = []
     notice = _noticing(notices, warn)
     runs = list_runs(runs_root, lambda text: notice(f"Excluded: {text}"), recorded)
-    if not runs:
+    if not runs and not notices:
         raise ConfigError(
             f"{runs_root} has no runs; make some with `glua-bench compare`, or name another "
             "directory with --runs."
@@ -158,7 +158,7 @@ def from_runs(
     for text in damaged.values():
         notice(f"Excluded: {text}")
     chosen = [run for run in runs if run.id not in damaged and _matches(run, where or {})]
-    if not chosen and not damaged:
+    if runs and not chosen and not damaged:
         raise ConfigError(
             f"None of the {len(runs)} runs in {runs_root} matches --where "
             f"{_where_text(where or {})}; omit it to report all runs."

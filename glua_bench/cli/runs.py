@@ -448,6 +448,8 @@ def _show_matrix(planned: list[Planned], work: Work, guests: Sequence[Guest]) ->
     for item in planned:
         key = item.cell.entry, item.cell.task
         states.setdefault(key, []).append(item.state)
+        if item.run.directory.damage:
+            warn(item.run.directory.damage)
         if item.state != "done":
             expected.setdefault(key, []).append(dict(estimator.of(item.run).parts))
     width = max(len(entry) for entry, _ in states)

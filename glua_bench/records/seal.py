@@ -129,8 +129,10 @@ def problem_of(folder: Path, name: str) -> str:
         What is wrong, or "" if the file is sound or the run has no seal.
     """
     files = _json(folder / MARK).get("files")
-    if not isinstance(files, Mapping):
+    if files is None:
         return ""
+    if not _well_formed(files):
+        return f"{MARK} was changed"
     return _problem(folder, name, files[name]) if name in files else f"{name} was added"
 
 
@@ -140,12 +142,13 @@ def _compare(folder: Path, run_id: str, present: set[str]) -> State:
     if _schema(_json(folder / "environment.json")) < SCHEMA and "seal" not in mark:
         return _unsealed(folder, mark)
     content = {name: value for name, value in mark.items() if name != "seal"}
-    if mark.get("seal") != _digest(content) or content.get("schema") != SCHEMA:
+    whole = mark.get("seal") == _digest(content) and content.get("schema") == SCHEMA
+    if not whole or not _well_formed(content.get("files")):
         return State(sealed=True, problem=f"{MARK} was changed")
     if mark.get("id") != run_id:
         problem = f"it is the run {mark.get('id')} under another name"
         return State(sealed=True, problem=problem)
-    files: Mapping[str, Any] = mark.get("files", {})
+    files: Mapping[str, Any] = mark["files"]
     # Sizes first, which are found at once.
     for name, facts in files.items():
         if name not in present and not re.fullmatch(LOCAL, name):
@@ -160,6 +163,14 @@ def _compare(folder: Path, run_id: str, present: set[str]) -> State:
         if problem := _problem(folder, name, facts):
             return State(sealed=True, problem=problem)
     return State(done=True, sealed=True)
+
+
+def _well_formed(files: Any) -> bool:
+    """Return True if this is a mapping from name to size and digest."""
+    return isinstance(files, Mapping) and all(
+        isinstance(facts, list) and [type(fact) for fact in facts] == [int, str]
+        for facts in files.values()
+    )
 
 
 def _unsealed(folder: Path, mark: Mapping[str, Any]) -> State:

@@ -165,9 +165,11 @@ def test_any_content_of_the_mark_is_refused(sound: RunDirectory) -> None:
     for text in ("", "[]", "{}", "null", "3", '{"schema": 2}', '{"schema": "x"}', "[" * 5000):
         (sound.path / "done").write_text(text)
         named(sound, "done was changed")
-    content = {"schema": seal.SCHEMA, "id": sound.id, "time": "", "files": {"a": None}}
-    (sound.path / "done").write_text(json.dumps({**content, "seal": seal._digest(content)}))
-    named(sound, "a is missing")
+    shapes: list[Any] = [None, [], 3, {"summary.json": None}, {"summary.json": ["1", "2"]}]
+    for files in shapes:  # with a digest that fits
+        content = {"schema": seal.SCHEMA, "id": sound.id, "time": "", "files": files}
+        (sound.path / "done").write_text(json.dumps({**content, "seal": seal._digest(content)}))
+        named(sound, "done was changed")
 
 
 @pytest.mark.fault("sealed results", "change the weights of a finished run")

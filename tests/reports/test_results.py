@@ -200,6 +200,9 @@ def test_only_damaged_runs_are_one_sentence(made_runs):
     with pytest.raises(ConfigError, match="is finished and readable"):
         from_runs(made_runs.root, {"seed": ["5"]}, warn=warned.append)
     assert "summary.json was truncated" in warned[0]
+    (made_runs.root / "phantom" / "fda" / "000000000001" / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match="is finished and readable"):
+        from_runs(made_runs.root)
 
 
 def test_the_newest_run_of_a_cell_counts(made_runs):
