@@ -333,7 +333,7 @@ def save(figure: Figure, path: Path, dpi: int = DPI, svg: str = "white") -> list
     """
     # Dates would make equal figures differ.
     metadata: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-    style: dict[Any, Any] = {"svg.hashsalt": path.stem, "svg.fonttype": "none", "pdf.fonttype": 42}
+    style: dict[Any, Any] = {"svg.hashsalt": path.name, "svg.fonttype": "none", "pdf.fonttype": 42}
     written = [path.with_suffix(suffix) for suffix in FORMATS]
     for file in written:
         face = svg if file.suffix == ".svg" else "white"
