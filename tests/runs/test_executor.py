@@ -18,8 +18,10 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from sample_runs import as_version_1
 from small_runs import DISCS as PLUGINS
 
+from glua_bench.cli import api
 from glua_bench.errors import RunFailure
 from glua_bench.files import try_lock
 from glua_bench.records import mlflow_mirror, run_directory
@@ -106,6 +108,13 @@ def test_a_damaged_run_is_a_failure_that_retrying_mends(base: RunOptions) -> Non
     pd.testing.assert_frame_equal(run.read_cases(), scores)
     place = base.runs_root / "damaged" / "discs" / "random_gamma" / run.id
     assert (place / "cases.parquet").read_bytes() == edited and (place / "done").is_file()
+
+    # A run directory of the previous version is compared, and never called sealed.
+    as_version_1(run)
+    known = cells_of(base)
+    assert Executor(known, start=in_process).run().before == 2
+    assert set(collect(matrix.finished(known))["seed"]) == {0, 1}
+    assert any("NOT SEALED: 1 run" in text for text in api.stamps([item.run for item in known]))
 
 
 def test_an_interruption_starts_no_further_run(
