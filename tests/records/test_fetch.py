@@ -97,6 +97,7 @@ def test_what_a_run_keeps_of_its_dataset_travels(root: Path, tmp_path: Path) -> 
     assert texts == kept and not (fetched.path / "notes_ct.csv").exists()
 
 
+@pytest.mark.fault("tracker", "delete or truncate files of a copy on the tracker")
 @pytest.mark.parametrize("name", [*COPIED, mlflow_mirror.DIGESTS, "figures/cases.png"])
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_damaged_copy_is_left_out_and_named(
@@ -118,6 +119,7 @@ def test_a_damaged_copy_is_left_out_and_named(
     assert [run.id for run in list_runs(tmp_path / "fetched")] == ["one"]
 
 
+@pytest.mark.fault("tracker", "fetch over an unfinished run")
 def test_what_lies_in_the_place_of_a_run_is_not_touched(root: Path, tmp_path: Path) -> None:
     assert MLflowMirror(root).mirror(complete(started(root)))
     mine = started(tmp_path / "fetched")
@@ -147,6 +149,7 @@ def test_a_damaged_directory_is_fetched_again(name: str, root: Path, tmp_path: P
     assert (aside / name).is_file() and str(aside) in warning
 
 
+@pytest.mark.fault("tracker", "name a path outside the directory of runs")
 def test_a_tracker_cannot_choose_where_files_go(root: Path, tmp_path: Path) -> None:
     assert MLflowMirror(root).mirror(complete(started(root)))
     (copy,) = mirrored(root)
