@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from sample_runs import reseal
 from small_commands import SMALL, Call, Result, refused
 
 import glua_bench
@@ -456,3 +457,4 @@ def _make_external(run: RunDirectory, privileged: bool) -> None:
     rows[rows["selector"] == "last"].assign(selector=EXTERNAL, step=np.nan).to_parquet(
         run.path / "cases.parquet"
     )
+    reseal(run)
