@@ -12,9 +12,11 @@ from typing import Any
 import pandas as pd
 import pytest
 import sweep_samples
+from sample_runs import reseal
 
 from glua_bench.console import Progress
 from glua_bench.errors import RunFailure
+from glua_bench.records.run_directory import RunDirectory
 from glua_bench.reports.sweep_report import Sweep, notices
 from glua_bench.runs.request import RunOptions
 from glua_bench.sweeps import command, results, trial
@@ -134,6 +136,7 @@ def test_caveats_of_runs_are_notices_of_the_sweep(searched, made_runs) -> None:
     for file in (made_runs.root / "phantom" / "glua").glob("*/environment.json"):
         facts = json.loads(file.read_text())
         file.write_text(json.dumps({**facts, "caveat": "test patients train"}))
+        reseal(RunDirectory.open(file.parent))
     sweep = Sweep(**results.collect(searched, made_runs.root))
     assert notices(sweep)[0] == "CAVEAT test patients train."
 
@@ -232,6 +235,7 @@ def test_a_pruned_trial_names_the_runs_that_it_finished(
         directory = SimpleNamespace(
             path="x",
             done=False,
+            problem="",
             read_summary=lambda: {"selector_scores": {"im": {"1": 0.5}}, "stage_seconds": {}},
         )
         config = SimpleNamespace(candidates=1, steps=1)
