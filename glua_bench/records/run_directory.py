@@ -99,7 +99,8 @@ class RunDirectory:
             if self.config.external
             else "repeat its command, with --retry-failed for several runs, to train it again"
         )
-        return f"The finished run {self.path} is damaged ({problem}); restore its files, or {remedy}."
+        found = f"The finished run {self.path} is damaged ({problem})"
+        return f"{found}; restore its files, or {remedy}."
 
     @property
     def failed(self) -> str | None:
