@@ -24,6 +24,7 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -191,6 +192,33 @@ def _without_new_parents(path: Path) -> Iterator[None]:
             with suppress(OSError):  # another process may use it
                 parent.rmdir()
         raise
+
+
+def move_into(folder: Path, place: Path, last: str, option: str = "") -> Path:
+    """Move the visible files and directories of a directory to a new one.
+
+    Args:
+        folder: the directory; it remains, with hidden files such as locks.
+        place: the new directory; if it exists, a number is added to its name.
+        last: name of the file that is moved last.
+        option: command-line option that sets the directory.
+
+    Returns:
+        The new directory.
+
+    Raises:
+        RunFailure: a directory cannot be written.
+    """
+    with storing(place, option):
+        for number in itertools.count(1):
+            target = place.with_name(f"{place.name}_{number}") if number > 1 else place
+            with suppress(FileExistsError):
+                target.mkdir(parents=True)
+                break
+        for own in sorted(folder.iterdir(), key=lambda own: (own.name == last, own.name)):
+            if not own.name.startswith("."):
+                os.rename(own, target / own.name)
+    return target
 
 
 def write_bytes(path: Path, content: bytes, option: str = "") -> None:

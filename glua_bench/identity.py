@@ -69,6 +69,7 @@ NO_RESULT: Mapping[str, str] = {
     f"{PACKAGE}.records.environment": "describes the machine",
     f"{PACKAGE}.records.naming": "names copies of results",
     f"{PACKAGE}.records.run_directory": "records results",
+    f"{PACKAGE}.records.seal": "verifies recorded results",
     f"{PACKAGE}.records.tracker": "copies results",
 }
 

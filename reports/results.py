@@ -31,7 +31,7 @@ from glua_bench.documents import load_json
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.files import write_json
 from glua_bench.identity import digest
-from glua_bench.records.run_directory import RunDirectory, list_runs
+from glua_bench.records.run_directory import RunDirectory, list_runs, unsealed_note
 from glua_bench.registry import Registry
 from glua_bench.reports import comparison, statistics
 from glua_bench.reports.statistics import counted
@@ -58,6 +58,7 @@ DEFAULTS = {  # of columns that rows of older versions lack
     "augmentation": "geometric",
     "peak_memory_mib": math.nan,
     "note": "",
+    "seal": "",
     statistics.REPEAT: 0,
     **dict.fromkeys(SPACING, math.nan),
 }
@@ -146,20 +147,23 @@ def from_runs(
     recorded: dict[str, str] = {}
     if runs_root.is_file():
         recorded, runs_root = _recorded(runs_root), runs_root.resolve().parent.parent
-    runs = [run for run in list_runs(runs_root) if not recorded or run.id in recorded]
-    if not runs:
+    notices: list[str] = []
+    notice = _noticing(notices, warn)
+    runs = list_runs(runs_root, lambda text: notice(f"Excluded: {text}"), recorded)
+    if not runs and not notices:
         raise ConfigError(
             f"{runs_root} has no runs; make some with `glua-bench compare`, or name another "
             "directory with --runs."
         )
-    chosen = [run for run in runs if _matches(run, where or {})]
-    if not chosen:
+    damaged = {run.id: run.damage for run in runs if run.damage is not None}
+    for text in damaged.values():
+        notice(f"Excluded: {text}")
+    chosen = [run for run in runs if run.id not in damaged and _matches(run, where or {})]
+    if runs and not chosen and not damaged:
         raise ConfigError(
             f"None of the {len(runs)} runs in {runs_root} matches --where "
             f"{_where_text(where or {})}; omit it to report all runs."
         )
-    notices: list[str] = []
-    notice = _noticing(notices, warn)
     gone = len(recorded) - len({run.id for run in runs}) if recorded else 0
     if gone:
         notice(f"{counted(gone, 'run')} of the comparison missing in {runs_root}.")
@@ -184,6 +188,8 @@ def from_runs(
             "runs with `glua-bench compare --retry-failed`."
         )
     found = _assemble(records, lines, notice, notices, plugins)
+    if note := unsealed_note(found.directories.values()):
+        notice(note)
     if pooled:
         _check(found, notice)
     return found
@@ -461,6 +467,7 @@ def _lines(
             "code": str(record.environment.get("code", "")),
             "device": "" if config.external else _device(record.environment),
             "note": _note(record.environment),
+            "seal": "sealed" if record.run.sealed else "NOT SEALED",
         }
     if replaced:
         notice(

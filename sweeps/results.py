@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from glua_bench.config import ORACLE
 from glua_bench.errors import UserError
 from glua_bench.records.naming import Comparison
-from glua_bench.records.run_directory import RunDirectory
+from glua_bench.records.run_directory import RunDirectory, unsealed_note
 from glua_bench.scoring.metrics import METRICS, complete
 from glua_bench.sweeps.definition import Definition, Parameter
 from glua_bench.sweeps.study import LOST, SweepStudy, counting
@@ -76,12 +76,18 @@ def collect(study: SweepStudy, runs_root: Path) -> dict[str, Any]:
 
 
 def _stamps(definition: Definition, runs: pd.DataFrame, runs_root: Path) -> list[str]:
-    """Return the deviations from the protocol and the caveats that the runs record."""
+    """Return deviations from the protocol, caveats, and runs that are damaged or not sealed."""
     found: dict[str, None] = {}
+    known = [own for run in runs["run"].unique() if (own := _run(definition, runs_root, run))]
+    found |= {f"EXCLUDED {own.damage}": None for own in known if own.damage}
+    if note := unsealed_note(known):
+        found[note] = None
     for run in runs.drop_duplicates("direction")["run"]:
         directory = _run(definition, runs_root, run)
         try:
-            facts = {} if directory is None else directory.read_environment()
+            if directory is None or directory.damage:
+                continue
+            facts = directory.read_environment()
         except UserError:
             continue
         for name in ("protocol", "caveat"):
@@ -216,7 +222,7 @@ def _scores(definition: Definition, runs_root: Path, run: str) -> dict[str, floa
     from glua_bench.scoring.evaluation import mean_score
 
     directory = _run(definition, runs_root, run)
-    if directory is None:
+    if directory is None or directory.damage:
         return {}
     try:
         cases = complete(directory.read_cases())

@@ -141,6 +141,8 @@ def execute(
         planned = plan(request)
         ids.append(planned.id)
         reused += planned.directory.done
+        if problem := planned.directory.problem:
+            progress.line(f"{planned.directory.path} is damaged ({problem}): trained again")
         begin(list(ids))  # before the run, so that a failed one is known
         known = list(qualities.values())
 

@@ -147,6 +147,30 @@ def test_tox_tests_the_installed_package():
         assert file is not None and Path(file).is_relative_to(sys.prefix), file
 
 
+def test_tox_knows_the_supported_pythons_and_runs_one_of_them():
+    project, tox = PYPROJECT["project"], configparser.ConfigParser()
+    tox.read_string(text("tox.ini"))
+    listed = [re.fullmatch(r".* :: 3\.(\d+)", line) for line in project["classifiers"]]
+    minors = [int(found[1]) for found in listed if found is not None]
+    assert minors == list(range(minors[0], minors[-1] + 1)) and len(minors) >= 4
+    assert project["requires-python"] == f">=3.{minors[0]}"
+    assert PYPROJECT["tool"]["ruff"]["target-version"] == f"py3{minors[0]}"
+    environments = [f"py3{minor}" for minor in minors]
+    assert tox["tox"]["labels"].split(" = ") == ["\npythons", ", ".join(environments)]
+    assert f"testenv:py3{{{','.join(map(str, minors))}}}" in tox
+    # The README's test command takes one Python, or it would take four times as long.
+    assert tox["tox"]["env_list"] == "lint, py"
+
+
+def test_deprecation_warnings_fail_tests():
+    filters = PYPROJECT["tool"]["pytest"]["ini_options"]["filterwarnings"]
+    named = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
+    assert filters[:3] == [f"error::{name}" for name in named]
+    for line in filters[3:]:  # exceptions name the message, the category and the library
+        action, message, category, *_ = line.split(":")
+        assert action == "ignore" and len(message) > 10 and category in named, line
+
+
 def test_package_is_typed():
     assert importlib.resources.files("glua_bench").joinpath("py.typed").is_file()
 

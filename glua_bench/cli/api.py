@@ -25,6 +25,7 @@ from glua_bench.console import Progress
 from glua_bench.documents import nearest
 from glua_bench.errors import ConfigError, RunFailure, printable
 from glua_bench.records.naming import Comparison
+from glua_bench.records.run_directory import RunDirectory, check_predictions, unsealed_note
 from glua_bench.registry import Registry, with_descriptions
 from glua_bench.reports import comparison, results
 from glua_bench.runs import configuration, execution, inputs, matrix, prediction
@@ -134,7 +135,7 @@ class ComparisonResult:
         return shown.to_html(float_format="{:.3f}".format) + _paragraphs(texts)
 
 
-def stamps(runs: Sequence[PlannedRun]) -> list[str]:
+def stamps(runs: Sequence[PlannedRun], imported: Sequence[RunDirectory] = ()) -> list[str]:
     """Return the sentences that are printed with results: deviations from the protocol, caveats."""
     found: dict[str, None] = {}
     for run in runs:
@@ -142,6 +143,8 @@ def stamps(runs: Sequence[PlannedRun]) -> list[str]:
             found[f"PROTOCOL {protocol}."] = None
         if caveat := run.dataset.caveat(run.config.direction):
             found[f"CAVEAT {caveat}."] = None
+    if note := unsealed_note([*(run.directory for run in runs), *imported]):
+        found[note] = None
     return list(found)
 
 
@@ -343,7 +346,7 @@ def conduct(
         },
         outcome.failed,
         results.record(request.runs_root, title, members, names),
-        stamps([item.run for item in planned]),
+        stamps([item.run for item in planned], [guest.run for guest in guests]),
     )
 
 
@@ -491,6 +494,7 @@ def score(
     Raises:
         UserError: a file cannot be read, or the files do not match.
     """
+    check_predictions(Path(predictions))
     return score_files(Path(predictions), Path(references), structures, **options)
 
 

@@ -54,9 +54,17 @@ def examine(runs_root: Path, plugins: Iterable[Path]) -> tuple[list[tuple[str, s
     findings += [
         (f"  {e.name}", _data(datasets, e.name)) for e in datasets.entries() if not e.error
     ]
-    done = [run.done for run in list_runs(runs_root)] if runs_root.is_dir() else []
-    finished, others = done.count(True), done.count(False)
-    findings.append(("runs", f"{runs_root}: {finished} finished, {others} unfinished or failed"))
+    runs = list_runs(runs_root) if runs_root.is_dir() else []
+    finished, damaged = sum(run.done for run in runs), [run.damage for run in runs if run.damage]
+    others = len(runs) - finished - len(damaged)
+    findings.append(
+        (
+            "runs",
+            f"{runs_root}: {finished} finished, {others} unfinished or failed"
+            + (f", {len(damaged)} DAMAGED" if damaged else ""),
+        )
+    )
+    findings += [("  damaged", text) for text in damaged]
     tracker = open_tracker(runs_root)
     try:
         tracker.check()

@@ -71,7 +71,8 @@ def sync(runs_root: RunsRoot = Path("runs")) -> None:
     counts = tracker.sync()
     say(
         f"{tracker.place}: {counts.uploaded} runs uploaded, {counts.present} already present, "
-        f"{counts.unfinished} unfinished (skipped), {counts.missed} failed."
+        f"{counts.unfinished} unfinished (skipped), {counts.missed} failed"
+        + (f", {counts.damaged} damaged (skipped)." if counts.damaged else ".")
     )
     answer(tracker=tracker.place, **vars(counts), next=[tracker.browse])
     if counts.missed:

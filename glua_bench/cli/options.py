@@ -94,7 +94,9 @@ class Work:
     jobs: Annotated[
         int, typer.Option(min=1, help="Concurrent runs, which share the GPUs or cores.")
     ] = 1
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Retry failed runs.")] = False
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Retry failed and damaged runs.")
+    ] = False
     out: Annotated[
         Path | None,
         typer.Option(help="Also write rows, table, intervals, pairs and ranking as CSV here."),

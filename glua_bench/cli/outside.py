@@ -93,6 +93,7 @@ def score(
     from glua_bench.cli import scaffold
     from glua_bench.cli.runs import score_table
     from glua_bench.data.parallel import cores
+    from glua_bench.records.run_directory import check_predictions
     from glua_bench.runs import external
     from glua_bench.scoring import files
     from glua_bench.scoring.evaluation import summarise
@@ -116,6 +117,7 @@ def score(
         ignored = named.pop("background", ())
         own = files.as_structures(named)
         reading = Reading(ignored_values=ignored, unannotated_values=unannotated)
+    check_predictions(predictions)
     shared: dict[str, Any] = {
         "only_predicted": only_predicted,
         "verify": verify,

@@ -150,6 +150,8 @@ def _show_plan(planned: PlannedRun) -> None:
         say(f"Already done: {path}; the command would show the result.")
         answer(**facts, seconds=0.0, next=[])
         return
+    if planned.directory.damage:
+        warn(planned.directory.damage)
     expected = Estimator(draw_run).of(planned)
     say(
         f"Would write {path} after about {duration(expected.total)} "
@@ -473,6 +475,8 @@ def _show_matrix(planned: list[Planned], work: Work, guests: Sequence[Guest]) ->
     for item in planned:
         key = item.cell.entry, item.cell.task
         states.setdefault(key, []).append(item.state)
+        if item.run.directory.damage:
+            warn(item.run.directory.damage)
         if item.state != "done":
             expected.setdefault(key, []).append(dict(estimator.of(item.run).parts))
     width = max(len(entry) for entry, _ in states)

@@ -156,7 +156,7 @@ class _CorruptedTwo(_Corrupted, TwoChannels):
 def rewrite_voxels(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
     """Apply a function to the voxels of a NIfTI file, (X, Y, Z)."""
     image: Any = nib.load(path)
-    nib.save(nib.Nifti1Image(change(np.array(image.dataobj)), image.affine), path)
+    nib.save(nib.Nifti1Image(change(np.asarray(image.dataobj).copy()), image.affine), path)
 
 
 def poison_labels(dataset: Dataset, cases: Iterable[Case]) -> None:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from glua_bench.documents import load_json
 from glua_bench.errors import RunFailure, UserError, reason, without_password
-from glua_bench.files import new_folder
+from glua_bench.files import move_into, new_folder
+from glua_bench.records import seal
 from glua_bench.records.mlflow_mirror import DIGESTS, check_tracker, mlflow_client
-from glua_bench.records.run_directory import RunDirectory, digest_of, warn
-from glua_bench.records.tracker import CARRIED, COPIED, DRAWN
+from glua_bench.records.run_directory import DAMAGED, RunDirectory, digest_of, warn
+from glua_bench.records.seal import CARRIED, COPIED, DRAWN
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,7 +39,8 @@ def fetch_runs(
         into: directory of runs; existing files are not changed.
         experiments: names of the tracker's experiments; None selects all.
         warn: receives a sentence for each skipped run, whose copy is damaged or whose directory
-            exists with other content.
+            exists with other content, and for each damaged directory, which is moved and fetched
+            again.
 
     Returns:
         The runs, all `done`, sorted by path.
@@ -67,7 +69,7 @@ def fetch_runs(
         if name in runs:  # uploaded from several directories
             continue
         try:
-            run = _fetch(client, copy, Path(into))
+            run = _fetch(client, copy, Path(into), warn)
         except (KeyboardInterrupt, RunFailure):
             raise
         except BaseException as error:
@@ -126,7 +128,9 @@ def _all_pages(search: Callable[..., Any]) -> list[Any]:
     return found
 
 
-def _fetch(client: MlflowClient, copy: Run, into: Path) -> RunDirectory:
+def _fetch(
+    client: MlflowClient, copy: Run, into: Path, warn: Callable[[str], None]
+) -> RunDirectory:
     """Download one copy as a run directory.
 
     Raises:
@@ -140,11 +144,16 @@ def _fetch(client: MlflowClient, copy: Run, into: Path) -> RunDirectory:
         if not re.fullmatch(r"\w[\w.+-]*", part):
             raise UserError(f"'{part}' cannot be a directory's name")
     path, mark = into.joinpath(*parts), tags["glua_bench.mirrored"].split()[1:]
+    if problem := seal.state_of(path, parts[2]).problem:
+        place = move_into(path, into.joinpath(DAMAGED, *parts), seal.MARK)
+        shutil.rmtree(path)  # the lock remains
+        warn(f"{path} was damaged ({problem}): it was moved to {place} and is fetched again.")
     if not _has_mark(path, mark):
         with new_folder(path) as folder:
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 _download(client, copy.info.run_id, folder, Path(scratch))
             fetched = RunDirectory.open(folder)
+            fetched.id = parts[2]
             own = [fetched.config.fold_name, fetched.config.method]
             if not fetched.done or not _has_mark(folder, mark) or own != parts[:2]:
                 raise UserError("its files do not fit together")

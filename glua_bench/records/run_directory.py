@@ -7,7 +7,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -16,6 +16,7 @@ from glua_bench.documents import load_json
 from glua_bench.errors import RunFailure, UserError, printable
 from glua_bench.files import (
     drop_torn_line,
+    move_into,
     replacing,
     sha256,
     storing,
@@ -26,12 +27,14 @@ from glua_bench.files import (
 )
 from glua_bench.identity import DATA_DIGITS
 from glua_bench.paths import ARTIFACTS, matching
+from glua_bench.records import seal
 from glua_bench.records.environment import now
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FLUSH_SECONDS = 2.0
+DAMAGED = "damaged"  # directory of damaged runs in that of all runs, at a depth that no list reads
 
 
 class RunDirectory:
@@ -73,12 +76,32 @@ class RunDirectory:
 
     @property
     def done(self) -> bool:
-        """True if the run is complete: `done` exists and matches the summary."""
-        try:
-            mark = load_json((self.path / "done").read_text(encoding="utf-8"))
-            return bool(mark["summary"] == digest_of(self.path / "summary.json"))
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+        """True if the run is complete and its files are those with which it finished."""
+        return seal.state_of(self.path, self.id).done
+
+    @property
+    def sealed(self) -> bool:
+        """True if the run is finished and a change of its files would be found."""
+        return seal.state_of(self.path, self.id).sealed
+
+    @property
+    def damage(self) -> str | None:
+        """What is wrong with a finished run, with the fix; None if it is sound or not finished."""
+        return self._damaged(self.problem) if self.problem else None
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with a finished run, such as "cases.parquet was changed"; "" if nothing."""
+        return seal.state_of(self.path, self.id).problem
+
+    def _damaged(self, problem: str) -> str:
+        remedy = (
+            "import its predictions again"
+            if self.config.external
+            else "repeat its command, with --retry-failed for several runs, to train it again"
+        )
+        found = f"The finished run {self.path} is damaged ({problem})"
+        return f"{found}; restore its files, or {remedy}."
 
     @property
     def failed(self) -> str | None:
@@ -119,7 +142,8 @@ class RunDirectory:
                 sweep(directory)  # including files that are not written again
             (self.path / "failed").unlink(missing_ok=True)
         write_text(self.path / "config.yaml", self.config.to_yaml(), "--runs")
-        write_json(self.path / "environment.json", environment, "--runs")
+        written = {**environment, "schema": seal.SCHEMA}
+        write_json(self.path / "environment.json", written, "--runs")
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Add the values of one step to `log.jsonl`, which is written every few seconds.
@@ -215,7 +239,7 @@ class RunDirectory:
             write_text(self.path / "failed", " ".join(message.split()) + "\n", "--runs")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write the training metrics, the summary, and at last `done`."""
+        """Write the training metrics, the summary, and at last `done`, which seals all files."""
         import pandas as pd
 
         self.close()
@@ -230,34 +254,66 @@ class RunDirectory:
         write_json(self.path / "summary.json", summary, "--runs")
         with storing(self.path, "--runs"):
             (self.path / "failed").unlink(missing_ok=True)
-        digest = digest_of(self.path / "summary.json")
-        write_json(self.path / "done", {"id": self.id, "time": now(), "summary": digest}, "--runs")
+            mark = seal.seal(self.path, self.id, now())
+        write_json(self.path / seal.MARK, mark, "--runs")
+
+    def set_aside(self) -> Path | None:
+        """Move the files of a damaged run to another directory, so that it can be made again.
+
+        The caller holds the lock. Nothing is deleted; `done` is moved last, so that an interrupted
+        move is repeated.
+
+        Returns:
+            The other directory; None if the run is not damaged.
+        """
+        if self.damage is None:
+            return None
+        parts = self.path.parent.parent.name, self.path.parent.name, self.id
+        place = self.runs_root.joinpath(DAMAGED, *parts)
+        return move_into(self.path, place, seal.MARK, "--runs")
+
+    def check_file(self, path: Path) -> None:
+        """Compare a file of the finished run with the seal, e.g. weights before they are loaded.
+
+        Raises:
+            UserError: the file is not as it was when the run finished.
+        """
+        if problem := seal.problem_of(self.path, path.relative_to(self.path).as_posix()):
+            raise UserError(self._damaged(problem))
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
         """Open an existing run directory.
 
         Raises:
-            UserError: the directory is not a run, or its configuration cannot be read.
+            UserError: the directory is not a run, a newer version wrote it, or its configuration
+                cannot be read.
         """
         path = Path(path)
+        seal.check_schema(path)
         try:
             config = RunConfig.from_yaml((path / "config.yaml").read_text(encoding="utf-8"))
         except OSError as error:
+            if (path / seal.MARK).is_file():
+                raise UserError(
+                    f"The finished run {path} is damaged (config.yaml is missing or unreadable); "
+                    "restore the file, or remove the directory."
+                ) from error
             raise UserError(
                 f"{path} is not a run's directory (no readable config.yaml); give a directory "
                 "such as runs/<dataset>/<method>/<id>."
             ) from error
         except UserError as error:
             raise UserError(
-                f"{path / 'config.yaml'} is not a configuration of this version; remove the run "
-                f"or use the version that wrote it ({error})"
+                f"{path / 'config.yaml'} is not a configuration of this version; restore the "
+                f"file, remove the run, or use the version that wrote it ({error})"
             ) from error
         except Exception as error:  # YAML of any shape
             raise UserError(
-                f"{path / 'config.yaml'} cannot be read ({type(error).__name__}); remove the run."
+                f"{path / 'config.yaml'} cannot be read ({type(error).__name__}); restore the "
+                "file, or remove the run."
             ) from error
-        run = cls(path.parent.parent.parent, config, path.name)
+        run = cls(path.parent.parent.parent, config, path.resolve().name)
         run.path = path
         return run
 
@@ -313,17 +369,60 @@ class RunDirectory:
         return UserError(f"The run {self.path} has no readable {name}; repeat its command.")
 
 
-def list_runs(runs_root: Path) -> list[RunDirectory]:
-    """Return all runs in a directory, sorted by path; warn about unreadable ones."""
+def list_runs(
+    runs_root: Path,
+    warn: Callable[[str], None] | None = None,
+    ids: Collection[str] = (),
+) -> list[RunDirectory]:
+    """List all runs in a directory, sorted by path.
+
+    Args:
+        runs_root: the directory of all runs.
+        warn: receives a sentence for each unreadable run; None prints it to stderr.
+        ids: the runs to list; () lists all.
+    """
+    warn = warn or _warn
+    folders = {
+        file.parent
+        for name in ("config.yaml", seal.MARK)
+        for _, file in matching(Path(runs_root), f"*/*/*/{name}")
+        # Copies by the default tracker are at the same depth.
+        if file.parents[2].name != ARTIFACTS and (not ids or file.parent.name in ids)
+    }
     runs = []
-    for _, file in matching(Path(runs_root), "*/*/*/config.yaml"):
-        if file.parents[2].name == ARTIFACTS:  # copies by the default tracker, at the same depth
-            continue
+    for folder in sorted(folders):
         try:
-            runs.append(RunDirectory.open(file.parent))
+            runs.append(RunDirectory.open(folder))
         except UserError as error:
             warn(str(error))
     return runs
+
+
+def check_predictions(path: Path) -> None:
+    """Check the run whose predictions a path names, if it is in a run's directory.
+
+    Args:
+        path: a label file, or a directory of label files.
+
+    Raises:
+        UserError: the run is damaged.
+    """
+    for folder in (path.parent, path.parent.parent):
+        if (folder / seal.MARK).is_file() and (folder / "config.yaml").is_file():
+            run = RunDirectory.open(folder.resolve())
+            if run.damage is not None:
+                raise UserError(run.damage)
+
+
+def unsealed_note(runs: Iterable[RunDirectory]) -> str:
+    """Describe how many finished runs have no seal; "" if all have one."""
+    count = sum(run.done and not run.sealed for run in runs)
+    if not count:
+        return ""
+    return (
+        f"NOT SEALED: {count} {'run' if count == 1 else 'runs'} of an earlier version without "
+        "checksums, so that a later change of the files cannot be found."
+    )
 
 
 def digest_of(path: Path) -> str:
@@ -334,3 +433,6 @@ def digest_of(path: Path) -> str:
 def warn(text: str) -> None:
     """Print a warning to stderr."""
     print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+
+
+_warn = warn  # `list_runs` has a parameter of this name

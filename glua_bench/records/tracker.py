@@ -15,21 +15,9 @@ from glua_bench.files import exclusive
 from glua_bench.paths import entries
 from glua_bench.records.naming import Comparison
 from glua_bench.records.run_directory import RunDirectory, digest_of, list_runs, warn
+from glua_bench.records.seal import CARRIED, COPIED
 
 Answer = TypeVar("Answer")
-
-# Files of a run directory that are copied (no weights, which are large), and patterns of further
-# ones: facts about the dataset, and figures and predictions.
-COPIED = (
-    "config.yaml",
-    "environment.json",
-    "summary.json",
-    "cases.parquet",
-    "metrics.parquet",
-    "done",
-)
-CARRIED = r"dataset(_\w+)?\.(json|yaml|csv)"
-DRAWN = r"figures/[^./\\][^/\\]*\.png|predictions/[^./\\][^/\\]*\.nii\.gz"
 
 
 class Tracker(Protocol):
@@ -158,12 +146,14 @@ class SyncCounts:
         present: runs that the tracker already had.
         unfinished: runs that are neither done nor failed, which are not mirrored.
         missed: runs that could not be uploaded.
+        damaged: finished runs whose files have changed, which are not mirrored.
     """
 
     uploaded: int = 0
     present: int = 0
     unfinished: int = 0
     missed: int = 0
+    damaged: int = 0
 
 
 def sync_runs(runs_root: Path, upload: Callable[[RunDirectory], bool | None]) -> SyncCounts:
@@ -176,7 +166,10 @@ def sync_runs(runs_root: Path, upload: Callable[[RunDirectory], bool | None]) ->
     """
     counts = SyncCounts()
     for run in list_runs(runs_root):
-        if not run.done and run.failed is None:
+        if run.damage is not None:
+            warn(run.damage)
+            counts.damaged += 1
+        elif not run.done and run.failed is None:
             counts.unfinished += 1
         elif counts.missed or (new := upload(run)) is None:
             counts.missed += 1  # the tracker is down; one warning is enough
@@ -190,8 +183,10 @@ def run_state(run: RunDirectory) -> str:
     """Return the mark of a complete copy of a run, "done DIGEST" or "failed DIGEST".
 
     Raises:
-        RunFailure: the run is neither done nor failed.
+        RunFailure: the run is damaged, or neither done nor failed.
     """
+    if run.damage is not None:
+        raise RunFailure(run.damage)
     if run.done:
         return f"done {digest_of(run.path / 'done')}"
     if run.failed is not None:

@@ -42,7 +42,7 @@ from glua_bench.task import (
     UnlabelledCase,
 )
 
-FACTS, DESCRIPTION = "dataset.json", "dataset.yaml"  # match `tracker.CARRIED`
+FACTS, DESCRIPTION = "dataset.json", "dataset.yaml"  # match `seal.CARRIED`
 MAX_IMAGES = 9  # more images hardly change the median of the intensities
 MEASURING = ("glua_bench.inspection.measurements",)  # code in the keys of cached intensities
 

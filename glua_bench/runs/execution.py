@@ -163,9 +163,16 @@ def execute(
         build_run(planned, fabric, Progress(enabled=False)).fit()
         return Summary(False, 0.0, pd.DataFrame(), [])
     began = time.perf_counter()
+    warnings: list[str] = []
     with directory.lock():
         if directory.done:  # finished by another process in the meantime
             return _finished_summary(planned)
+        if problem := directory.problem:
+            place = directory.set_aside()
+            warnings.append(
+                f"{directory.path} was damaged ({problem}): its files were moved to {place}, and "
+                "it was trained again"
+            )
         directory.start(
             {
                 **environment(),
@@ -198,7 +205,6 @@ def execute(
             if known:
                 raise RunFailure(known) from error
             raise
-    warnings = []
     if tracker is not None and not tracker.mirror(directory):
         warnings.append("the tracker lacks this run; upload it with `glua-bench sync`")
     return Summary(False, time.perf_counter() - began, summarise(cases), warnings)

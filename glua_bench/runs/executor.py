@@ -70,7 +70,7 @@ class Executor:
         planned: the matrix.
         jobs: number of concurrent runs, each on its own GPU if there are any, else with an equal
             share of the CPU cores.
-        retry_failed: restart runs that failed earlier.
+        retry_failed: restart runs that failed earlier or are damaged.
         report: receives a line when a run begins or ends.
         show: receives the function `state` several times a second.
         start: executes a run with an environment and returns exit code and stderr.
@@ -104,7 +104,7 @@ class Executor:
                 self.outcome.before += 1
                 self._done.add(item.run.id)
             elif item.state == "failed" and not retry_failed:
-                self.outcome.failed[item.run.id] = str(item.run.directory.failed)
+                self.outcome.failed[item.run.id] = str(item.reason)
             else:
                 self._waiting.append(item)
         self._total = len(self._waiting)
@@ -163,6 +163,8 @@ class Executor:
             self._end("elsewhere", item)
             return
         config, name = item.run.config, _name(item)
+        if problem := item.run.directory.problem:
+            self.report(f"mend   {name}: damaged ({problem})")
         self.report(f"begin  {name}")
         began = time.monotonic()
         before = position(item.run)[1]

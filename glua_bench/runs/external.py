@@ -38,7 +38,7 @@ from glua_bench.identity import DATA_DIGITS, SCORING, code_digest, digest
 from glua_bench.inspection.nnunet import ENDING, export_name
 from glua_bench.paths import matching, name_fault
 from glua_bench.records.environment import environment
-from glua_bench.records.run_directory import RunDirectory
+from glua_bench.records.run_directory import RunDirectory, check_predictions
 from glua_bench.registry import Registry
 from glua_bench.runs import carried
 from glua_bench.runs.plan import roles
@@ -132,6 +132,7 @@ def import_predictions(
     check_name(given.name, given.plugins)
     check_values(given.values)
     volumes(given.predictions)  # before the dataset, which may take long
+    check_predictions(given.predictions)
     source, target = parse_direction(dataset, given.direction)
     config = RunConfig.from_dict(
         {
@@ -181,6 +182,9 @@ def import_predictions(
         "changed": {},
         "variant": "",
     }
+    if problem := run.problem:
+        with run.lock():
+            report(f"{run.path} was damaged ({problem}): its files are now in {run.set_aside()}.")
     final = run.path
     with new_folder(final, "--runs") as folder:
         run.path = folder
@@ -350,7 +354,7 @@ def _earlier(run: RunDirectory, predictions: Mapping[str, str], overwrite: bool)
         own = earlier.config
         if (own.direction, own.seed) != (config.direction, config.seed) or earlier.id == run.id:
             continue
-        same = provenance(earlier)
+        same = {"predictions": {}} if earlier.damage else provenance(earlier)
         if (
             own == config
             and {c: f["sha256"] for c, f in same["predictions"].items()} == predictions
@@ -492,14 +496,16 @@ def provenance(run: RunDirectory) -> dict[str, Any]:
     return dict(run.read_environment().get("external", {"note": "", "predictions": {}}))
 
 
-def _runs_of(runs_root: Path, dataset: str, name: str) -> list[RunDirectory]:
+def _runs_of(
+    runs_root: Path, dataset: str, name: str, report: Callable[[str], None] = lambda line: None
+) -> list[RunDirectory]:
     """Return the readable runs of a dataset (with its fold) and name, the latest finished last."""
     found = []
     for _, file in matching(Path(runs_root) / dataset / name, "*/config.yaml"):
         try:
             found.append(RunDirectory.open(file.parent))
-        except UserError:
-            continue
+        except UserError as error:
+            report(str(error))
     done = {run.id: run.read_json("done")["time"] if run.done else "" for run in found}
     return sorted(found, key=lambda run: done[run.id])
 
@@ -541,12 +547,15 @@ def guests(
     found: list[Guest] = []
     for name in dict.fromkeys(names):
         own: dict[tuple[str, str, int], Guest] = {}
-        lacking = []
+        lacking: list[tuple[str, int, str]] = []
+        damaged: list[str] = []
         for dataset, fold, direction in dict.fromkeys(tasks):
             place = fold_name(dataset, fold)
+            every = _runs_of(runs_root, place, name, report)
+            damaged += [run.damage for run in every if run.damage is not None]
             runs = [
                 run
-                for run in _runs_of(runs_root, place, name)
+                for run in every
                 if run.done and run.config.external and run.config.direction == direction
             ]
             for run in runs:  # the latest replaces earlier ones
@@ -555,6 +564,10 @@ def guests(
                 own[key] = Guest(entry, f"{place} {direction}", run)
             if not runs:
                 lacking.append((dataset, fold, direction))
+        if not own and damaged:
+            raise ConfigError(damaged[0])
+        for text in damaged:
+            report(f"Excluded: {text}")
         if not own:
             dataset, fold, direction = lacking[0]
             known = [entry.name for entry in Registry("method", plugins).entries()]

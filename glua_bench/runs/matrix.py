@@ -294,7 +294,12 @@ class Planned:
         """ "done", "failed" or "open"."""
         if self.run.directory.done:
             return "done"
-        return "failed" if self.run.directory.failed is not None else "open"
+        return "open" if self.reason is None else "failed"
+
+    @property
+    def reason(self) -> str | None:
+        """Why the run counts as failed: its damage, or the failure of its last attempt."""
+        return self.run.directory.damage or self.run.directory.failed
 
 
 def plan(cells: Sequence[Cell], report: Callable[[str], None] = lambda line: None) -> list[Planned]:

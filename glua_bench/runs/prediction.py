@@ -136,7 +136,7 @@ def find_run(name: str, runs_root: Path) -> RunDirectory:
     """Find a finished run by its directory, its id, or the beginning of its id.
 
     Raises:
-        UserError: no run or several runs match, or the run is not finished.
+        UserError: no run or several runs match, or the run is not finished or damaged.
     """
     if Path(name).is_dir():
         run = RunDirectory.open(Path(name))
@@ -153,6 +153,8 @@ def find_run(name: str, runs_root: Path) -> RunDirectory:
                 "directory, and --runs if runs are not in ./runs."
             )
         run = found[0]
+    if run.damage is not None:
+        raise UserError(run.damage)
     if not run.done:
         raise UserError(f"The run {run.path} is not finished; repeat its command first.")
     return run
@@ -187,6 +189,8 @@ def from_run(
     config = run.config
     data = carried.read(run.path)
     path = run.checkpoints / f"candidate_{chosen[selector]:07d}.pt"
+    if path.is_file():
+        run.check_file(path)
     try:
         weights = load(path, checkpoint_name(summary["run"], path), "cpu", older=True)
     except Exception as error:  # torch raises many types

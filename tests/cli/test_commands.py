@@ -17,7 +17,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from sample_runs import reseal
 from small_commands import SMALL, Call, refused
+
+from glua_bench.records.run_directory import RunDirectory
 
 RUN = ["run", "--method=source_only", "--dataset=phantom", *SMALL, "--data-root"]
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -577,6 +580,7 @@ def test_a_run_of_another_version_of_its_method_is_one_sentence(
     written = yaml.safe_load((run / "config.yaml").read_text())
     written["method_config"] = change(written["method_config"])
     (run / "config.yaml").write_text(yaml.safe_dump(written))
+    reseal(RunDirectory.open(run))
     image = next(phantom_root.rglob("*ct*image.nii.gz"))
     for command in (["predict", image, "--device=cpu"], ["export"]):
         result = call(*command, "--run", run)
@@ -613,6 +617,7 @@ def test_settings_that_are_new_since_take_their_defaults(
     written = yaml.safe_load((run / "config.yaml").read_text())
     del written["method_config"]["optimizer"], written["segmenter"]["dilations"]
     (run / "config.yaml").write_text(yaml.safe_dump(written))
+    reseal(RunDirectory.open(run))
     image = next(phantom_root.rglob("*ct*image.nii.gz"))
     found = []
     for number, path in enumerate((trained[0], run)):

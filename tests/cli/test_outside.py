@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from sample_runs import reseal
 from small_commands import SMALL, Call, Result, refused
 
 import glua_bench
@@ -278,6 +279,26 @@ def test_the_same_again_is_done_and_others_need_a_word(
     assert notes == {0: "third", 1: ""}
 
 
+@pytest.mark.fault("sealed results", "edit the imported predictions of another tool")
+def test_a_damaged_import_is_named_and_imported_again(
+    call: Call, cohort: Path, predicted: Path
+) -> None:
+    words = ("--no-mlflow", "--predictions", predicted)
+    assert imported(call, cohort, "x", *words)[0] == 0
+    (run,) = list_runs(Path("runs"))
+    file = run.predictions / "ct_1003.nii.gz"
+    whole = file.read_bytes()
+    shutil.copy(run.predictions / "ct_1021.nii.gz", file)
+    said = (str(run.path), "predictions/ct_1003.nii.gz was", "import its predictions again")
+    methods = ("compare", "--methods=x,source_only", "--no-bounds")
+    refused(call(*methods, *RUN, cohort), *said)
+    code, _, err = call("report", "--no-pictures")
+    assert code == 2 and all(word in err for word in said)
+    code, out, _ = imported(call, cohort, "x", *words)
+    assert code == 0 and "already imported" not in out and "runs/damaged/" in out
+    assert run.done and file.read_bytes() == whole and len(list_runs(Path("runs"))) == 1
+
+
 def test_refused_imports_leave_nothing(call: Call, cohort: Path, predicted: Path) -> None:
     def bad(*words: str, name: str = "x", options: Any = ()) -> None:
         result = imported(call, cohort, name, "--no-mlflow", "--predictions", predicted, *options)
@@ -436,3 +457,4 @@ def _make_external(run: RunDirectory, privileged: bool) -> None:
     rows[rows["selector"] == "last"].assign(selector=EXTERNAL, step=np.nan).to_parquet(
         run.path / "cases.parquet"
     )
+    reseal(run)

@@ -732,7 +732,7 @@ def test_check_names_the_file_that_cannot_be_used(
     (tmp_path / "data" / "chaos").symlink_to(root / "CHAOS_Train_Sets", target_is_directory=True)
     label = next((tmp_path / "data").rglob("label0022.nii.gz"))
     stored: Any = nib.load(label)
-    voxels = np.array(stored.dataobj)
+    voxels = np.asarray(stored.dataobj).copy()
     voxels[0, 0, 0] = 14  # the duodenum, which others have added
     nib.save(nib.Nifti1Image(voxels, stored.affine, stored.header), label)
     code, out, err = call("data", "check", "abdomen", "--data-root", tmp_path / "data")

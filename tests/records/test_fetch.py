@@ -27,7 +27,7 @@ from glua_bench.records.fetch import fetch_runs
 from glua_bench.records.mlflow_mirror import MLflowMirror, tracking_uri
 from glua_bench.records.naming import Comparison
 from glua_bench.records.run_directory import list_runs
-from glua_bench.records.tracker import COPIED
+from glua_bench.records.seal import COPIED
 
 
 def files_of(root: Path) -> dict[str, bytes]:
@@ -97,6 +97,7 @@ def test_what_a_run_keeps_of_its_dataset_travels(root: Path, tmp_path: Path) -> 
     assert texts == kept and not (fetched.path / "notes_ct.csv").exists()
 
 
+@pytest.mark.fault("tracker", "delete or truncate files of a copy on the tracker")
 @pytest.mark.parametrize("name", [*COPIED, mlflow_mirror.DIGESTS, "figures/cases.png"])
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_damaged_copy_is_left_out_and_named(
@@ -118,6 +119,7 @@ def test_a_damaged_copy_is_left_out_and_named(
     assert [run.id for run in list_runs(tmp_path / "fetched")] == ["one"]
 
 
+@pytest.mark.fault("tracker", "fetch over an unfinished run")
 def test_what_lies_in_the_place_of_a_run_is_not_touched(root: Path, tmp_path: Path) -> None:
     assert MLflowMirror(root).mirror(complete(started(root)))
     mine = started(tmp_path / "fetched")
@@ -129,7 +131,25 @@ def test_what_lies_in_the_place_of_a_run_is_not_touched(root: Path, tmp_path: Pa
     assert not mine.done and (mine.path / "log.jsonl").is_file()
 
 
-@pytest.mark.fault("hostile files", "a tracker whose names leave the directory of a run")
+@pytest.mark.fault("sealed results", "damage a fetched copy and fetch again")
+@pytest.mark.parametrize("name", ["cases.parquet", "config.yaml", "done", "figures/cases.png"])
+def test_a_damaged_directory_is_fetched_again(name: str, root: Path, tmp_path: Path) -> None:
+    assert MLflowMirror(root).mirror(complete(started(root)))
+    (fetched,) = fetch_runs(tracking_uri(root), tmp_path / "fetched")
+    assert fetched.done and fetched.sealed and fetched.id == "abc123"
+    file = fetched.path / name
+    whole = file.read_bytes()
+    file.write_bytes(b"{" + whole[1:-2])
+    warnings: list[str] = []
+    (again,) = fetch_runs(tracking_uri(root), tmp_path / "fetched", warn=warnings.append)
+    assert again.done and file.read_bytes() == whole
+    (warning,) = warnings
+    assert f"{fetched.path} was damaged ({name} was" in warning
+    aside = tmp_path / "fetched" / "damaged" / "phantom" / "source_only" / "abc123"
+    assert (aside / name).is_file() and str(aside) in warning
+
+
+@pytest.mark.fault("tracker", "name a path outside the directory of runs")
 def test_a_tracker_cannot_choose_where_files_go(root: Path, tmp_path: Path) -> None:
     assert MLflowMirror(root).mirror(complete(started(root)))
     (copy,) = mirrored(root)

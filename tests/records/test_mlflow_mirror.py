@@ -10,13 +10,23 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from sample_runs import CASES, CONFIG, client_of, complete, counts, mirrored, started, two_runs
+from sample_runs import (
+    CASES,
+    CONFIG,
+    client_of,
+    complete,
+    counts,
+    mirrored,
+    reseal,
+    started,
+    two_runs,
+)
 
 from glua_bench.records import mlflow_mirror
 from glua_bench.records.mlflow_mirror import MLflowMirror, tracking_uri
 from glua_bench.records.naming import Comparison
 from glua_bench.records.run_directory import RunDirectory, list_runs
-from glua_bench.records.tracker import COPIED
+from glua_bench.records.seal import COPIED
 
 
 def test_the_store_lies_among_the_runs_unless_told_otherwise(
@@ -82,8 +92,7 @@ def test_a_mirrored_run_takes_from_its_first_file_to_its_last(root: Path) -> Non
     (run.path / "log.jsonl").write_text(
         (run.path / "log.jsonl").read_text().replace('"time": 1', '"time": 1577836820.0, "was": 1')
     )
-    mark = json.loads((run.path / "done").read_text())
-    (run.path / "done").write_text(json.dumps({**mark, "time": "2020-01-01T01:00:30+0100"}))
+    reseal(run, time="2020-01-01T01:00:30+0100")
     assert MLflowMirror(root).mirror(run)
     (shown,) = mirrored(root)
     assert (shown.info.start_time, shown.info.end_time) == (1577836810_000, 1577836830_000)

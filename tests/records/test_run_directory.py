@@ -37,6 +37,7 @@ with replacing(Path(sys.argv[1])) as temporary:
 """
 
 
+@pytest.mark.fault("killed", "kill the writer of a file before it is renamed")
 def test_a_killed_writer_leaves_the_old_file(run: RunDirectory) -> None:
     path = run.path / "config.yaml"
     before = path.read_text()
@@ -48,6 +49,7 @@ def test_a_killed_writer_leaves_the_old_file(run: RunDirectory) -> None:
     assert not list(run.path.glob(".writing-*"))
 
 
+@pytest.mark.fault("full disk", "refuse every write of a finishing run")
 @pytest.mark.parametrize(
     ("number", "said"),
     [
@@ -89,6 +91,7 @@ def test_a_run_is_done_when_it_was_finished(run: RunDirectory) -> None:
     pd.testing.assert_frame_equal(again.read_cases(), CASES)
 
 
+@pytest.mark.fault("sealed results", "tear `done` or the summary")
 @pytest.mark.parametrize("damage", ["torn mark", "empty mark", "other summary", "no summary"])
 def test_half_a_result_is_not_done(damage: str, run: RunDirectory) -> None:
     complete(run)
@@ -130,6 +133,7 @@ def test_a_failure_takes_the_mark_away_and_a_new_attempt_forgets_it(run: RunDire
     assert run.done and run.failed is None
 
 
+@pytest.mark.fault("full disk", "refuse the record of a failure")
 def test_a_failure_on_a_broken_disk_hides_no_reason(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,6 +165,7 @@ def test_lines_reach_the_disk_when_asked(run: RunDirectory) -> None:
     assert steps(run)[-1] == ("train", 5, 5)
 
 
+@pytest.mark.fault("killed", "tear the last line of the log")
 def test_a_torn_line_is_dropped_before_the_next_one(run: RunDirectory) -> None:
     run.close()
     with (run.path / "log.jsonl").open("a") as log:
@@ -232,6 +237,7 @@ with RunDirectory.open(Path(sys.argv[1])).lock():
 """
 
 
+@pytest.mark.fault("processes", "run twice at once, and kill the holder of the lock")
 def test_a_run_has_one_process_and_a_killed_one_lets_go(run: RunDirectory) -> None:
     other = subprocess.Popen(
         [sys.executable, "-c", HOLDS, str(run.path)], stdout=subprocess.PIPE, text=True
@@ -255,6 +261,7 @@ def test_an_error_inside_the_lock_comes_out_as_it_is(run: RunDirectory) -> None:
         raise OSError("mine")
 
 
+@pytest.mark.fault("hostile files", "put any content into config.yaml")
 def test_unreadable_runs_are_named_and_harm_no_other(
     run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:

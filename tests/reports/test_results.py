@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from sample_runs import as_version_1, reseal
 
 from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.records.run_directory import list_runs
+from glua_bench.reports import report_tables
 from glua_bench.reports.results import from_rows, from_runs, parse_where, record
 from glua_bench.reports.statistics import last_bits
 
@@ -157,14 +159,55 @@ def test_excluded_runs_are_noted(made_runs):
     warned = []
     found = from_runs(made_runs.root, warn=warned.append)
     assert set(found.directories) == {kept.id} and found.notices == warned
-    assert any(torn.id in text and "no readable cases.parquet" in text for text in warned)
+    assert any(torn.id in text and "cases.parquet was truncated" in text for text in warned)
     assert {"1 failed run excluded.", "1 unfinished run excluded."} <= set(warned)
+
+
+@pytest.mark.fault("sealed results", "report runs with edited, exchanged and missing files")
+def test_damaged_runs_are_excluded_and_named(made_runs):
+    made_runs.comparison(seeds=1)
+    edited, bare, configured = (made_runs.add("fda", 0.9, seed) for seed in (1, 2, 3))
+    table = pd.read_parquet(edited.path / "cases.parquet")
+    table.assign(dice=1.0).to_parquet(edited.path / "cases.parquet", index=False)
+    (bare.path / "config.yaml").unlink()
+    text = (configured.path / "config.yaml").read_text()
+    (configured.path / "config.yaml").write_text(text.replace("seed: 3", "seed: 4"))
+    for where in (None, {"seed": ["0", "1"]}, {"code": ["c1"]}):
+        found = from_runs(made_runs.root, where)
+        assert "fda" not in set(found.rows["entry"]) and len(found.directories) == 4
+        for run, name in ((edited, "cases.parquet"), (bare, "config.yaml is missing")):
+            assert noted(found, f"Excluded: The finished run {run.path} is damaged ({name}")
+        assert noted(found, f"Excluded: The finished run {configured.path} is damaged (config.yaml")
+    rows = from_runs(made_runs.root).rows
+    assert set(rows["seal"]) == {"sealed"}
+
+
+def test_runs_of_the_previous_version_are_shown_as_not_sealed(made_runs):
+    made_runs.comparison(seeds=1)
+    old = as_version_1(made_runs.add("fda", 0.5, 0))
+    found = from_runs(made_runs.root)
+    assert noted(found, "NOT SEALED: 1 run of an earlier version")
+    seals = found.rows.drop_duplicates("run").set_index("run")["seal"]
+    assert seals[old.id] == "NOT SEALED" and set(seals.drop(old.id)) == {"sealed"}
+    table = report_tables.runs(found).frame()
+    assert list(table["seal"]).count("NOT SEALED") == 1
+
+
+@pytest.mark.fault("sealed results", "report only damaged runs")
+def test_only_damaged_runs_are_one_sentence(made_runs):
+    (made_runs.add("fda", 0.9).path / "summary.json").write_text("{}")
+    warned: list[str] = []
+    with pytest.raises(ConfigError, match="is finished and readable"):
+        from_runs(made_runs.root, {"seed": ["5"]}, warn=warned.append)
+    assert "summary.json was truncated" in warned[0]
+    (made_runs.root / "phantom" / "fda" / "000000000001" / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match="is finished and readable"):
+        from_runs(made_runs.root)
 
 
 def test_the_newest_run_of_a_cell_counts(made_runs):
     old = made_runs.add("glua", 0.3, environment={"code": "old"})
-    mark = json.loads((old.path / "done").read_text())
-    (old.path / "done").write_text(json.dumps({**mark, "time": "2020-01-01T00:00:00+0000"}))
+    reseal(old, time="2020-01-01T00:00:00+0000")
     new = made_runs.add("glua", 0.6)
     found = from_runs(made_runs.root)
     assert set(found.directories) == {new.id}

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from faults import damaged
+from sample_runs import reseal
 
 from glua_bench.console import Progress
 from glua_bench.data.formats import open_volume
@@ -160,6 +161,7 @@ def test_a_report_finds_the_images_of_a_run_without_its_description(
     # The run stores the directory of its files; the command line overrides it.
     kept = livers.run.path / "dataset.yaml"
     kept.write_text(kept.read_text().replace(str(trained.description.parent), "/nowhere"))
+    reseal(livers.run)
     code, _, err = call(*words)
     page = (tmp_path / "report" / "report.html").read_text()
     assert code == 0 and "No pictures of livers: /nowhere" in page

@@ -18,8 +18,10 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from sample_runs import as_version_1
 from small_runs import DISCS as PLUGINS
 
+from glua_bench.cli import api
 from glua_bench.errors import RunFailure
 from glua_bench.files import try_lock
 from glua_bench.records import mlflow_mirror, run_directory
@@ -96,6 +98,37 @@ def test_a_failure_is_kept_and_tried_again_only_if_asked(base: RunOptions) -> No
     assert "(1 of 1)" in said[-1]  # earlier failures are not counted
     outcome = Executor(cells_of(base), retry_failed=True, start=in_process).run()
     assert (outcome.ran, outcome.before, outcome.failed) == (1, 1, {})
+
+
+@pytest.mark.fault("sealed results", "edit a score of a run that a comparison has finished")
+def test_a_damaged_run_is_a_failure_that_retrying_mends(base: RunOptions) -> None:
+    planned = cells_of(base)
+    assert Executor(planned, start=in_process).run().ran == 2
+    run = planned[0].run.directory
+    scores = run.read_cases()
+    scores.assign(dice=1.0).to_parquet(run.path / "cases.parquet", index=False)
+    edited = (run.path / "cases.parquet").read_bytes()
+
+    assert [p.state for p in planned] == ["failed", "done"]
+    outcome = Executor(cells_of(base), start=in_process).run()
+    assert (outcome.ran, outcome.before) == (0, 1) and "cases.parquet" in outcome.failed[run.id]
+    assert len(matrix.finished(planned)) == 1  # it is in no table
+
+    said: list[str] = []
+    again = Executor(cells_of(base), retry_failed=True, report=said.append, start=in_process).run()
+    assert (again.ran, again.before, again.failed) == (1, 1, {})
+    assert any(line.startswith("mend ") and "cases.parquet" in line for line in said)
+    assert run.done and run.sealed
+    pd.testing.assert_frame_equal(run.read_cases(), scores)
+    place = base.runs_root / "damaged" / "discs" / "random_gamma" / run.id
+    assert (place / "cases.parquet").read_bytes() == edited and (place / "done").is_file()
+
+    # A run directory of the previous version is compared, and never called sealed.
+    as_version_1(run)
+    known = cells_of(base)
+    assert Executor(known, start=in_process).run().before == 2
+    assert set(collect(matrix.finished(known))["seed"]) == {0, 1}
+    assert any("NOT SEALED: 1 run" in text for text in api.stamps([item.run for item in known]))
 
 
 def test_an_interruption_starts_no_further_run(

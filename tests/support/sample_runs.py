@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ import pandas as pd
 import pytest
 
 from glua_bench.config import RunConfig
+from glua_bench.records import seal
 from glua_bench.records.mlflow_mirror import MLflowMirror, mlflow_client, tracking_uri
-from glua_bench.records.run_directory import RunDirectory
+from glua_bench.records.run_directory import RunDirectory, digest_of
 from glua_bench.task import Grid
 
 CONFIG = RunConfig(
@@ -59,6 +61,24 @@ def complete(run: RunDirectory) -> RunDirectory:
     run.write_cases(CASES)
     (run.figures / "cases.png").write_bytes(b"a picture")
     run.finish(SUMMARY)
+    return run
+
+
+def reseal(run: RunDirectory, **changes: Any) -> RunDirectory:
+    """Seal a finished run again, for a test that needs other files or another time."""
+    mark = json.loads((run.path / "done").read_text())
+    made = seal.seal(run.path, run.id, changes.get("time", mark["time"]))
+    (run.path / "done").write_text(json.dumps(made))
+    return run
+
+
+def as_version_1(run: RunDirectory) -> RunDirectory:
+    """Turn a finished run into one as version 1 of run directories was written."""
+    facts, mark = run.read_environment(), json.loads((run.path / "done").read_text())
+    facts.pop("schema")
+    (run.path / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
+    old = {"id": run.id, "time": mark["time"], "summary": digest_of(run.path / "summary.json")}
+    (run.path / "done").write_text(json.dumps(old, indent=2) + "\n")
     return run
 
 

@@ -9,11 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 import sweep_samples
+from sample_runs import reseal
 
 from glua_bench.console import Progress
 from glua_bench.errors import RunFailure
+from glua_bench.records.run_directory import RunDirectory
 from glua_bench.reports.sweep_report import Sweep, notices
 from glua_bench.runs.request import RunOptions
 from glua_bench.sweeps import command, results, trial
@@ -91,6 +94,21 @@ def test_every_trial_has_its_row(searched, made_runs) -> None:
     assert tables["seen"].values.tolist() == [[0, 0, 0.05], [1, 0, 0.15]]
 
 
+@pytest.mark.fault("sealed results", "edit a run of a sweep's trial")
+def test_a_damaged_run_has_no_scores_and_is_named(searched, made_runs) -> None:
+    run = searched.trials()[1].user_attrs["runs"][0]
+    file = made_runs.root / "phantom" / "glua" / run / "cases.parquet"
+    frame = pd.read_parquet(file)
+    frame.assign(dice=1.0).to_parquet(file, index=False)
+    tables = results.collect(searched, made_runs.root)
+    dice = tables["runs"].set_index("run")["dice"]
+    assert math.isnan(dice[run]) and dice.drop(run).notna().all()
+    (stamp,) = (text for text in tables["stamps"] if text.startswith("EXCLUDED "))
+    assert str(file.parent) in stamp and "cases.parquet was" in stamp
+    group = results.group(searched, made_runs.root)
+    assert group is not None and run not in {member.id for _, member in group.members}
+
+
 def test_runs_have_the_test_scores_of_the_objective_s_checkpoint(searched, made_runs) -> None:
     """Not those of `last`, which are all 0.1."""
     table = results.collect(searched, made_runs.root)["runs"]
@@ -118,6 +136,7 @@ def test_caveats_of_runs_are_notices_of_the_sweep(searched, made_runs) -> None:
     for file in (made_runs.root / "phantom" / "glua").glob("*/environment.json"):
         facts = json.loads(file.read_text())
         file.write_text(json.dumps({**facts, "caveat": "test patients train"}))
+        reseal(RunDirectory.open(file.parent))
     sweep = Sweep(**results.collect(searched, made_runs.root))
     assert notices(sweep)[0] == "CAVEAT test patients train."
 
@@ -216,6 +235,7 @@ def test_a_pruned_trial_names_the_runs_that_it_finished(
         directory = SimpleNamespace(
             path="x",
             done=False,
+            problem="",
             read_summary=lambda: {"selector_scores": {"im": {"1": 0.5}}, "stage_seconds": {}},
         )
         config = SimpleNamespace(candidates=1, steps=1)
