@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -123,6 +124,24 @@ def new_folder(path: Path, option: str = "") -> Iterator[Path]:
                     raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_aside(path: Path, option: str = "") -> Path:
+    """Rename a broken file or directory to NAME.broken, NAME.broken-2, …, and return its new path.
+
+    Args:
+        path: file or directory.
+        option: command-line option that sets the directory.
+
+    Raises:
+        RunFailure: the directory cannot be written.
+    """
+    names = itertools.chain([".broken"], (f".broken-{number}" for number in itertools.count(2)))
+    free = (path.with_name(path.name + name) for name in names)
+    kept = next(place for place in free if not os.path.lexists(place))
+    with storing(path, option):
+        os.rename(path, kept)
+    return kept
 
 
 def write_bytes(path: Path, content: bytes, option: str = "") -> None:

@@ -23,7 +23,7 @@ from glua_bench.cli.options import split_names
 from glua_bench.config import RunConfig, assignment
 from glua_bench.console import Progress
 from glua_bench.documents import nearest
-from glua_bench.errors import ConfigError, RunFailure
+from glua_bench.errors import ConfigError, RunFailure, without_password
 from glua_bench.records.naming import Comparison
 from glua_bench.registry import Registry, with_descriptions
 from glua_bench.reports import comparison, results
@@ -533,7 +533,7 @@ def _reporter(quiet: bool) -> Callable[[str], None]:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=3)
+    warnings.warn(without_password(text), stacklevel=3)
 
 
 def _signals() -> AbstractContextManager[None]:

@@ -25,7 +25,7 @@ from glua_bench.cli.options import (
     say,
     with_output,
 )
-from glua_bench.console import leading
+from glua_bench.console import leading, masked_output
 from glua_bench.errors import ConfigError, RunFailure, UserError, reason
 from glua_bench.runs.interruption import Interrupted
 from glua_bench.runs.request import RunsRoot
@@ -75,8 +75,11 @@ def sync(runs_root: RunsRoot = Path("runs")) -> None:
     )
     answer(tracker=tracker.place, **vars(counts), next=[tracker.browse])
     if counts.missed:
+        down = counts.missed > len(counts.refused)
+        remedy = tracker.remedy if down else "correct what the warnings name"
+        named = f" ({', '.join(counts.refused)})" if counts.refused else ""
         raise RunFailure(
-            f"{counts.missed} runs could not be uploaded to {tracker.place}; {tracker.remedy}, and "
+            f"{counts.missed} runs could not be uploaded to {tracker.place}{named}; {remedy}, and "
             "repeat the command."
         )
     note(f"Next: {tracker.browse}")
@@ -115,7 +118,12 @@ def options(
 
 
 def main() -> None:
-    """Run a command; errors are one sentence without a traceback."""
+    """Run a command; errors are one sentence without a traceback, and without a password."""
+    with masked_output():
+        _run()
+
+
+def _run() -> None:
     try:
         app()
     except (UserError, RunFailure) as error:
@@ -138,7 +146,8 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:
         if os.environ.get("GLUA_BENCH_DEBUG"):
-            raise
+            traceback.print_exc()  # here, where passwords are masked
+            sys.exit(1)
         where = traceback.extract_tb(error.__traceback__)[-1]
         end(
             f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno} "

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from glua_bench.config import ORACLE, RunConfig
-from glua_bench.errors import RunFailure, UserError
+from glua_bench.console import warn
+from glua_bench.errors import RunFailure, UserError, without_password
 from glua_bench.files import (
     drop_torn_line,
     replacing,
@@ -211,7 +211,8 @@ class RunDirectory:
             self.close()
         with contextlib.suppress(OSError, RunFailure):
             (self.path / "done").unlink(missing_ok=True)
-            write_text(self.path / "failed", " ".join(message.split()) + "\n", "--runs")
+            text = " ".join(without_password(message).split())
+            write_text(self.path / "failed", f"{text}\n", "--runs")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the training metrics, the summary, and at last `done`."""
@@ -312,8 +313,16 @@ class RunDirectory:
         return UserError(f"The run {self.path} has no readable {name}; repeat its command.")
 
 
-def list_runs(runs_root: Path) -> list[RunDirectory]:
-    """Return all runs in a directory, sorted by path; warn about unreadable ones."""
+def list_runs(
+    runs_root: Path, unreadable: Callable[[Path, UserError], None] | None = None
+) -> list[RunDirectory]:
+    """Return all runs in a directory, sorted by path.
+
+    Args:
+        runs_root: the directory.
+        unreadable: receives each directory that cannot be read as a run, and the reason; None
+            warns.
+    """
     runs = []
     for _, file in matching(Path(runs_root), "*/*/*/config.yaml"):
         if file.parents[2].name == ARTIFACTS:  # copies by the default tracker, at the same depth
@@ -321,15 +330,13 @@ def list_runs(runs_root: Path) -> list[RunDirectory]:
         try:
             runs.append(RunDirectory.open(file.parent))
         except UserError as error:
-            warn(str(error))
+            if unreadable is None:
+                warn(str(error))
+            else:
+                unreadable(file.parent, error)
     return runs
 
 
 def digest_of(path: Path) -> str:
     """Return a digest of a file's content."""
     return sha256(path)[:DATA_DIGITS]
-
-
-def warn(text: str) -> None:
-    """Print a warning to stderr."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
