@@ -59,7 +59,7 @@ def test_no_part_of_a_secret_is_left(secret: str) -> None:
         "https://user.github.io/x?y=a@b",
         "sqlite:////data/me@lab/a:b.db",
         "file:///x/a:b@c",
-        r"C:/Users/a:b@c",
+        "C:/data/a:b@c",
         "http://host:5000: 3 runs uploaded",
         "postgresql://me@host/base?application_name=a",
         "Dice 0.5 @ 500: a/b:c@d",

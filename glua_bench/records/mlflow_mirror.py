@@ -177,8 +177,7 @@ class MLflowMirror(UploadingTracker):
         if not said:
             return False
         self.warn(said)
-        if "_client" in self.__dict__:
-            self.__dict__.pop("_client")._tracking_client.store.engine.dispose()
+        self.__dict__.pop("_client", None)
         self._experiments.clear()
         self._nested.clear()
         self._renewed = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def prepare(path: Path, own: bool, thorough: bool = False) -> str:
                 put_aside(rest, "--runs")
         with _unfinished_store(path) as temporary:
             _create(temporary, path.parent)
+        _forget(path)
     if kept is None:
         return ""
     why = INTERRUPTED if why == OUTDATED else why
@@ -106,12 +108,13 @@ def prepare(path: Path, own: bool, thorough: bool = False) -> str:
 
 def _outdated(version: str) -> str:
     """Return `OUTDATED` if a revision of the tables is known, but not the newest."""
-    from alembic.script import ScriptDirectory
+    from mlflow.store import db_migrations
     from mlflow.store.db import utils
 
-    known = ScriptDirectory.from_config(utils._get_alembic_config(""))
-    older = {each.revision for each in known.walk_revisions()} - set(known.get_heads())
-    return OUTDATED if version in older else ""
+    # Unknown revisions are those of a later version of MLflow.
+    migrations = Path(db_migrations.__file__).parent / "versions"
+    known = version in {file.name.partition("_")[0] for file in migrations.iterdir()}
+    return OUTDATED if known and version != utils._get_latest_schema_revision() else ""
 
 
 def _upgraded(path: Path) -> bool:
@@ -126,7 +129,9 @@ def _upgraded(path: Path) -> bool:
             with _connected(path) as old, contextlib.closing(sqlite3.connect(temporary)) as new:
                 old.backup(new)
             engine = utils.create_sqlalchemy_engine(f"{PREFIX}{temporary.as_posix()}")
-            utils._upgrade_db(engine)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # alembic's, on MLflow's own tables
+                utils._upgrade_db(engine)
             engine.dispose()
     except (KeyboardInterrupt, RunFailure):
         raise
@@ -156,6 +161,14 @@ def _create(path: Path, runs_root: Path) -> None:
         SqlAlchemyStore(uri, (runs_root / ARTIFACTS).resolve().as_uri()).engine.dispose()
     finally:
         event.remove(Engine, "connect", _without_waiting)
+
+
+def _forget(path: Path) -> None:
+    """Close the connections that MLflow keeps to the file that was replaced."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    if (engine := SqlAlchemyStore._engine_map.get(f"{PREFIX}{path.as_posix()}")) is not None:
+        engine.dispose()
 
 
 def _without_waiting(connection: sqlite3.Connection, record: object) -> None:

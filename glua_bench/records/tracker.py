@@ -199,6 +199,10 @@ def sync_runs(
 
     for run in list_runs(runs_root, unreadable):
         if not run.done and run.failed is None:
+            if (run.path / "done").exists():
+                why = f"{run.path} was changed after the run ended; repeat its command."
+                unreadable(run.path, UserError(why))
+                continue
             counts.unfinished += 1
         elif down:
             counts.missed += 1  # one warning is enough

@@ -92,7 +92,7 @@ def test_a_tracker_s_password_is_written_and_printed_nowhere(
     call: Call, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = Server(tmp_path / "artifacts")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     place = f"127.0.0.1:{server.server_port}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://zqxU:{PASSWORD}@{place}")
     said = ""

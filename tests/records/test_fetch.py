@@ -39,6 +39,7 @@ def files_of(root: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.fault("killed", "a writer of files that are uploaded")
 def test_nothing_half_written_is_mirrored_or_fetched(root: Path, tmp_path: Path) -> None:
     run = complete(started(root))
     names = (*COPIED, "failed", "dataset.json", "figures/x.png", "predictions/x.nii.gz")
@@ -97,6 +98,7 @@ def test_what_a_run_keeps_of_its_dataset_travels(root: Path, tmp_path: Path) -> 
     assert texts == kept and not (fetched.path / "notes_ct.csv").exists()
 
 
+@pytest.mark.fault("silent damage", "copies of runs on a tracker")
 @pytest.mark.parametrize("name", [*COPIED, mlflow_mirror.DIGESTS, "figures/cases.png"])
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_damaged_copy_is_left_out_and_named(
@@ -118,6 +120,7 @@ def test_a_damaged_copy_is_left_out_and_named(
     assert [run.id for run in list_runs(tmp_path / "fetched")] == ["one"]
 
 
+@pytest.mark.fault("two users", "another run in the place of a fetched one")
 def test_what_lies_in_the_place_of_a_run_is_not_touched(root: Path, tmp_path: Path) -> None:
     assert MLflowMirror(root).mirror(complete(started(root)))
     mine = started(tmp_path / "fetched")
@@ -129,6 +132,7 @@ def test_what_lies_in_the_place_of_a_run_is_not_touched(root: Path, tmp_path: Pa
     assert not mine.done and (mine.path / "log.jsonl").is_file()
 
 
+@pytest.mark.fault("hostile text", "ids of runs on a tracker that are paths")
 def test_a_tracker_cannot_choose_where_files_go(root: Path, tmp_path: Path) -> None:
     assert MLflowMirror(root).mirror(complete(started(root)))
     (copy,) = mirrored(root)
@@ -156,6 +160,7 @@ def test_more_copies_than_a_page_are_all_found(
     assert [run.id for run in runs] == ["one", "three", "two"]
 
 
+@pytest.mark.fault("tracker", "no store, no server, or no run")
 def test_a_tracker_that_serves_no_runs_is_one_sentence(
     root: Path, refusing_server: str, tmp_path: Path
 ) -> None:
@@ -175,6 +180,7 @@ def test_a_tracker_that_serves_no_runs_is_one_sentence(
     assert not (tmp_path / "no.db").exists() and not into.exists()
 
 
+@pytest.mark.fault("tracker", "the server dies during a download")
 def test_a_tracker_that_dies_meanwhile_is_one_error(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{made.server_port}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
-    thread = threading.Thread(target=made.serve_forever)
+    thread = threading.Thread(target=made.serve_forever, args=(0.05,))
     thread.start()
     yield made
     made.shutdown()
@@ -66,10 +66,10 @@ def test_a_damaged_run_is_named_and_the_others_are_sent(server: Server, call: Ca
     runs = [complete(started(Path("runs"), name)) for name in ("aaa", "bbb", "ccc", "ddd")]
     (runs[0].path / "config.yaml").write_text("method: [")
     (runs[1].path / "cases.parquet").write_bytes(b"PAR1 no table")
-    (runs[2].path / "environment.json").write_text('{"data": ')
+    (runs[2].path / "summary.json").write_text('{"scores": ')
     result = call("sync")
     refused(result, "3 runs could not be uploaded", "aaa", "bbb", "ccc", code=1)
     warnings = [line for line in result[2].splitlines() if line.startswith("warning: ")]
-    for name, file in (("aaa", "config.yaml"), ("bbb", "cases"), ("ccc", "environment.json")):
+    for name, file in (("aaa", "config.yaml"), ("bbb", "cases"), ("ccc", "changed")):
         assert [1 for line in warnings if name in line and file in line], warnings
     assert server.complete() == {"ddd"}
