@@ -88,8 +88,8 @@ def complaint(output: str, otherwise: str = "no reason") -> str:
 
 
 # A URL up to the next blank, also one with a missing slash; a drive letter is no scheme.
-_URL = re.compile(r"[A-Za-z][\w+.-]+:/+\S+")
-_AUTHORITY = re.compile(r"(?:-+[\w-]+=)?([A-Za-z][\w+.-]+):/{1,2}(?!/)")
+_URL = re.compile(r"(?<![\w+.-])[\w+.-]{2,}:/+\S+")
+_AUTHORITY = re.compile(r"(?:-+[\w-]+=)?([\w+.-]{2,}):/{1,2}(?!/)")
 _HOST = re.compile(r"localhost|[\w-]+(\.[\w-]+)+|\[[\da-fA-F:.]+\]")
 _PARAMETER = re.compile(
     r"(?i)[?&;#][^=&;]*(?:passw|pwd|token|secret|key|credential|signature|auth)[^=&;]*="
@@ -170,7 +170,7 @@ def _masked(url: str) -> str:
     begin, at = len(url) if scheme is None else scheme.end(), url.rfind("@")
     if scheme is not None and at >= begin and not _names_host(url[begin:]):
         colon = url.find(":", begin, at)
-        if scheme[1].lower() in ("http", "https"):
+        if scheme[1].lower().endswith(("http", "https")):
             spans.append((begin, at + 1, ""))
         elif colon >= 0:
             spans.append((colon + 1, at, _MARKS[0]))

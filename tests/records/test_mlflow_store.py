@@ -46,15 +46,16 @@ def forked(work):
 
 def create(folder, limit=None):
     def work():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if limit:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         store.prepare(folder / "mlflow.db", own=True)
     return forked(work)
 
-def killed(child, seed):
+def killed(child, seed, by=signal.SIGKILL):
     time.sleep(random.Random(seed).uniform(0.02, 0.5))
-    os.kill(child, signal.SIGKILL)
+    os.kill(child, by)
     return ended(child) != 0
 
 def ended(child):
@@ -77,6 +78,13 @@ for seed in range(many):
         found["killed"].append(store.fault(folder / "mlflow.db"))
     else:
         (folder / "mlflow.db").unlink()
+interrupted = made("interrupted")
+found["interrupted"] = []
+for seed in range(2):
+    if killed(create(interrupted), seed, signal.SIGINT):
+        found["interrupted"].append(files(interrupted))
+    else:
+        (interrupted / "mlflow.db").unlink()
 found["killed, at last"] = [ended(create(folder)), files(folder)]
 
 folder = made("half")
@@ -126,6 +134,12 @@ def test_a_store_whose_creation_is_killed_is_missing_and_not_broken(
     record_property("tries", KILLED)
     assert forked["killed"] and set(forked["killed"]) == {""}
     assert forked["killed, at last"] == [0, [".mlflow.db.lock", "mlflow.db"]]
+
+
+@pytest.mark.fault("killed", "Ctrl-C while the MLflow store is created")
+def test_an_interrupted_creation_leaves_nothing(forked: dict[str, Any]) -> None:
+    assert forked["interrupted"]
+    assert all(set(left) <= {".mlflow.db.lock"} for left in forked["interrupted"])
 
 
 @pytest.mark.fault("killed", "MLflow while it creates its store in place, as before")
