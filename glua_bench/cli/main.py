@@ -71,17 +71,20 @@ def sync(runs_root: RunsRoot = Path("runs")) -> None:
     counts = tracker.sync()
     say(
         f"{tracker.place}: {counts.uploaded} runs uploaded, {counts.present} already present, "
-        f"{counts.unfinished} unfinished (skipped), {counts.missed} failed."
+        f"{counts.unfinished} unfinished (skipped), {counts.missed} failed"
+        + (f", {counts.damaged} damaged (skipped)." if counts.damaged else ".")
     )
     answer(tracker=tracker.place, **vars(counts), next=[tracker.browse])
+    problems = []
     if counts.missed:
+        named = f" ({', '.join(counts.refused)})" if counts.refused else ""
+        problems.append(f"{counts.missed} runs could not be uploaded to {tracker.place}{named}")
+    if counts.damaged:
+        problems.append(f"{counts.damaged} runs are damaged")
+    if problems:
         down = counts.missed > len(counts.refused)
         remedy = tracker.remedy if down else "correct what the warnings name"
-        named = f" ({', '.join(counts.refused)})" if counts.refused else ""
-        raise RunFailure(
-            f"{counts.missed} runs could not be uploaded to {tracker.place}{named}; {remedy}, and "
-            "repeat the command."
-        )
+        raise RunFailure(f"{' and '.join(problems)}; {remedy}, and repeat the command.")
     note(f"Next: {tracker.browse}")
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from glua_bench import console
 from glua_bench.config import ORACLE, RunConfig
-from glua_bench.console import warn
 from glua_bench.errors import RunFailure, UserError, without_password
 from glua_bench.files import (
     drop_torn_line,
@@ -313,16 +313,14 @@ class RunDirectory:
         return UserError(f"The run {self.path} has no readable {name}; repeat its command.")
 
 
-def list_runs(
-    runs_root: Path, unreadable: Callable[[Path, UserError], None] | None = None
-) -> list[RunDirectory]:
-    """Return all runs in a directory, sorted by path.
+def list_runs(runs_root: Path, warn: Callable[[str], None] | None = None) -> list[RunDirectory]:
+    """List all runs in a directory, sorted by path.
 
     Args:
-        runs_root: the directory.
-        unreadable: receives each directory that cannot be read as a run, and the reason; None
-            warns.
+        runs_root: the directory of all runs.
+        warn: receives a sentence for each unreadable run; None prints it to stderr.
     """
+    warn = warn or console.warn
     runs = []
     for _, file in matching(Path(runs_root), "*/*/*/config.yaml"):
         if file.parents[2].name == ARTIFACTS:  # copies by the default tracker, at the same depth
@@ -330,10 +328,7 @@ def list_runs(
         try:
             runs.append(RunDirectory.open(file.parent))
         except UserError as error:
-            if unreadable is None:
-                warn(str(error))
-            else:
-                unreadable(file.parent, error)
+            warn(str(error))
     return runs
 
 

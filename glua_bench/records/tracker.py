@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from glua_bench.console import warn
-from glua_bench.errors import ConfigError, RunFailure, UserError, reason
+from glua_bench.errors import ConfigError, RunFailure, reason
 from glua_bench.files import exclusive
 from glua_bench.paths import entries
 from glua_bench.records.naming import Comparison
@@ -163,14 +163,15 @@ class SyncCounts:
         present: runs that the tracker already had.
         unfinished: runs that are neither done nor failed, which are not mirrored.
         missed: runs that could not be uploaded.
-        refused: ids of those that the tracker refused or that cannot be read; it was down for the
-            others.
+        damaged: runs that cannot be read or were changed since they ended, which are not mirrored.
+        refused: ids of the missed runs that the tracker refused; it was down for the others.
     """
 
     uploaded: int = 0
     present: int = 0
     unfinished: int = 0
     missed: int = 0
+    damaged: int = 0
     refused: list[str] = field(default_factory=list)
 
 
@@ -188,21 +189,18 @@ def sync_runs(
             failed and a warning was given.
         answers: called after a failure; an exception means that the tracker is down, after which
             no further run is tried. Otherwise only this run was refused.
-        warn: receives one sentence for each run that cannot be read.
+        warn: receives one sentence for each damaged run.
     """
     counts, down = SyncCounts(), False
 
-    def unreadable(path: Path, error: UserError) -> None:
-        warn(f"Run {path.name} was passed over: {error}")
-        counts.missed += 1
-        counts.refused.append(path.name)
+    def damaged(sentence: str) -> None:
+        warn(sentence)
+        counts.damaged += 1
 
-    for run in list_runs(runs_root, unreadable):
-        if not run.done and run.failed is None:
-            if (run.path / "done").exists():
-                why = f"{run.path} was changed after the run ended; repeat its command."
-                unreadable(run.path, UserError(why))
-                continue
+    for run in list_runs(runs_root, damaged):
+        if not run.done and (run.path / "done").exists():
+            damaged(f"The run {run.path} was changed after its end; repeat its command.")
+        elif not run.done and run.failed is None:
             counts.unfinished += 1
         elif down:
             counts.missed += 1  # one warning is enough
