@@ -8,12 +8,13 @@ into place. Nothing in it is lost with it, since the run directories hold everyt
 from __future__ import annotations
 
 import contextlib
+import re
 import sqlite3
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from glua_bench.errors import RunFailure, reason
+from glua_bench.errors import RunFailure, first_line, reason
 from glua_bench.files import exclusive, put_aside, replacing
 from glua_bench.paths import ARTIFACTS
 
@@ -89,13 +90,13 @@ def prepare(path: Path, own: bool, thorough: bool = False) -> str:
         why, kept = fault(path, thorough), None  # another process may have created it
         if path.exists() and not why or why == OUTDATED and _upgraded(path):
             return ""
-        if why and why != EMPTY:
-            kept = put_aside(path, "--runs")
-        for beside in BESIDE:  # would be applied to the new file
-            if (rest := path.with_name(path.name + beside)).exists():
-                put_aside(rest, "--runs")
         with _unfinished_store(path) as temporary:
             _create(temporary, path.parent)
+            if why and why != EMPTY:
+                kept = put_aside(path, "--runs")
+            for beside in BESIDE:  # would be applied to the new file
+                if (rest := path.with_name(path.name + beside)).exists():
+                    put_aside(rest, "--runs")
         _forget(path)
     if kept is None:
         return ""
@@ -121,6 +122,9 @@ def _upgraded(path: Path) -> bool:
     """Upgrade a store of an earlier version of MLflow in a copy; return False if this fails.
 
     It fails for a store whose creation was interrupted.
+
+    Raises:
+        RunFailure: the disk is full, or another program has locked the store.
     """
     from mlflow.store.db import utils
 
@@ -135,8 +139,14 @@ def _upgraded(path: Path) -> bool:
             engine.dispose()
     except (KeyboardInterrupt, RunFailure):
         raise
-    except Exception:  # alembic's, SQLAlchemy's
+    except Exception as error:  # alembic's, SQLAlchemy's
+        if re.search(r"disk|locked|readonly|unable to open", str(error)):
+            raise RunFailure(
+                f"The MLflow store {path} cannot be upgraded ({first_line(error)}); free some "
+                "space or close other programs that use it, then repeat the command."
+            ) from error
         return False
+    _forget(path)
     return True
 
 

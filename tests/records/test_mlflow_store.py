@@ -316,6 +316,20 @@ def test_a_store_of_an_earlier_mlflow_is_upgraded_and_keeps_its_runs(tmp_path: P
     assert not (root / "mlflow.db.broken").exists()
 
 
+@pytest.mark.fault("full disk", "while a broken MLflow store is replaced")
+def test_a_broken_store_stays_in_its_place_until_the_new_one_is_whole(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, runs_root: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    run, said = complete(started(root)), []
+    (root / "mlflow.db").write_text("no database")
+    monkeypatch.setattr(mlflow_store, "_create", full)
+    assert not MLflowMirror(root, said.append).mirror(run)
+    assert "is full" in said[0] and (root / "mlflow.db").read_text() == "no database"
+
+
 def test_a_store_that_the_user_named_is_created_whole_but_never_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
