@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from sample_runs import complete, counts, mirrored, started
+from small_commands import Call
 
 from glua_bench.records import mlflow_store
 from glua_bench.records.mlflow_mirror import MLflowMirror
@@ -277,6 +278,22 @@ def test_sync_finds_damaged_pages(
         assert counts(root, said.append)[2:] == (0, 0), said
         assert fault(file, thorough=True) == ""
         assert {run.data.tags["glua_bench.id"] for run in mirrored(root)} == {"one", "two"}
+
+
+@pytest.mark.parametrize("place", [0, 30_000, 200_000, 600_000])
+def test_sync_tells_of_a_damaged_store_in_one_line(
+    place: int, root: Path, empty_store: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow_store, "_create", lambda path, _: shutil.copy(empty_store, path))
+    complete(started(root))
+    file = root / "mlflow.db"
+    with file.open("rb+") as stream:
+        stream.seek(place)
+        stream.write(b"\xff" * 50_000)
+    code, out, err = call("sync", "--runs", root)
+    assert code == 0 and "1 runs uploaded" in out, err
+    (line,) = err.splitlines()
+    assert line.startswith("warning: The MLflow store") and "was broken" in line
 
 
 @pytest.mark.fault("two users", "another program has locked the MLflow store")
