@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from glua_bench.documents import WORDS, dump, dump_line, load, nearest
-from glua_bench.errors import ConfigError
+from glua_bench.errors import ConfigError, without_password
 from glua_bench.task import Grid, fold_name
 
 AUGMENTATIONS = ("none", "geometric", "photometric")
@@ -151,6 +151,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check(self)
+        for name, value in self.method_config.items():
+            if isinstance(value, str) and without_password(value, whole=True) != value:
+                raise ConfigError(
+                    f"method.{name} contains a password, which every record of the run would show; "
+                    "pass it in an environment variable that the method reads."
+                )
         if self.slices == 1 and self.slice_distance is not None:
             raise ConfigError(
                 f"slice_distance = {self.slice_distance} has no effect with slices = 1; set slices "

@@ -1,20 +1,22 @@
 """Console output: lines, progress bars (lines without a terminal), suggested commands, prompts.
 
 Also the command with which child processes start glua-bench.
+Passwords of URLs are masked in whatever is printed, also by libraries.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from glua_bench.errors import ConfigError, UserError, printable
+from glua_bench.errors import ConfigError, UserError, printable, without_password
 from glua_bench.task import Answer
 
 REDRAW_SECONDS = 0.5
@@ -41,7 +43,34 @@ def say(text: str = "") -> None:
 
 def warn(text: str) -> None:
     """Print a warning to stderr."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+
+
+class _Masked:
+    """A stream that masks passwords of URLs in everything written to it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(without_password(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def masked_output() -> Iterator[None]:
+    """Mask passwords in the output of the block, e.g. in warnings and tracebacks of libraries."""
+    out: Any = _Masked(sys.stdout)
+    err: Any = _Masked(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield
 
 
 def next_command(

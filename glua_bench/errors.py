@@ -11,11 +11,19 @@ from __future__ import annotations
 import errno
 import re
 import signal
+from urllib.parse import quote
 
 ERROR = "glua-bench: error: "  # prefix of the line on stderr
 
 
-class UserError(Exception):
+class _Reported(Exception):
+    """Base of errors whose message is shown as it is; passwords of URLs in it are masked."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(without_password(str(message)))
+
+
+class UserError(_Reported):
     """Invalid input from the user.
 
     Args:
@@ -37,7 +45,7 @@ class PluginError(UserError):
     """A plugin cannot be found, imported or used."""
 
 
-class RunFailure(Exception):
+class RunFailure(_Reported):
     """A run failed although its input is valid, e.g. a non-finite loss or a full disk."""
 
     exit_code = 1
@@ -61,6 +69,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _quoted(text: str) -> str:
+    text = without_password(text)  # before a URL is cut
     return shortened(" ".join(text.split()).rstrip(".").replace(". ", "; "), 200)
 
 
@@ -74,13 +83,14 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
 
 
 def printable(text: str) -> str:
-    """Escape control characters, by which a name could rewrite what a terminal shows.
+    """Mask passwords and escape control characters, by which a name could rewrite a terminal.
 
     Example:
         >>> printable("case\\x1b[2J")
         'case\\\\x1b[2J'
     """
-    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    shown = without_password(text)
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), shown)
 
 
 _LESS = "use a smaller batch_size (--set batch_size=N)"
@@ -171,21 +181,109 @@ def complaint(output: str, otherwise: str = "no reason") -> str:
     """
     lines = output.strip().splitlines() or [otherwise]
     errors = [line for line in lines if line.startswith(ERROR)] or lines
-    return errors[-1].removeprefix(ERROR)
+    return without_password(errors[-1].removeprefix(ERROR))
 
 
-def without_password(url: str) -> str:
-    """Mask password and tokens of a URL.
+# A URL up to the next blank, also one with a missing slash; a drive letter is no scheme.
+_URL = re.compile(r"(?<![\w+.-])[\w+.-]{2,}:/+\S+")
+_AUTHORITY = re.compile(r"(?:-+[\w-]+=)?([\w+.-]{2,}):/{1,2}(?!/)")
+_HOST = re.compile(r"localhost|[\w-]+(\.[\w-]+)+|\[[\da-fA-F:.]+\]")
+_PARAMETER = re.compile(
+    r"(?i)[?&;#][^=&;]*(?:passw|pwd|token|secret|key|credential|signature|auth)[^=&;]*="
+)
+_KEYWORD = re.compile(r"(?i)\b((?:ssl)?passw(?:or)?d=)(?:'[^']*'|[^\s'…]\S*)")  # as for libpq
+_MARKS = ("…", r"\u2026")  # as printed, and in JSON
 
-    The password extends to the last "@", since it may contain "/", ":" and "@". Over HTTP the user
-    is removed as well, since it may be a token.
+
+def without_password(text: str, whole: bool = False) -> str:
+    """Mask passwords and tokens of the URLs in a text, whatever characters they contain.
+
+    A password extends to the last "@", since it may contain "@", "/", ":" and "#". Over HTTP the
+    user is removed as well, since it may be a token. If a URL can be read in several ways, too much
+    is masked rather than too little. Masking a text again does not change it.
+
+    Args:
+        text: any text, e.g. a message or a traceback.
+        whole: whether the text is a single URL or option, whose password may contain blanks and
+            quotes.
 
     Example:
         >>> without_password("postgresql://me:se/c:r@t@host/base?password=secret&x=1")
         'postgresql://me:…@host/base?password=…&x=1'
-        >>> without_password("https://token@host:5000")
-        'https://host:5000'
+        >>> without_password("'https://token@host:5000' and redis://:secret@cache are down")
+        "'https://host:5000' and redis://:…@cache are down"
     """
-    url = re.sub(r"(?i)^(https?://).*@", r"\1", url)
-    url = re.sub(r"^([\w+.-]+://[^/:@?#]*):.*@", r"\1:…@", url)
-    return re.sub(r"(?i)([?&][^=&]*(?:passw|token|secret|key)[^=&]*=)[^&]*", r"\1…", url)
+    if whole and _AUTHORITY.match(text):
+        return _masked(text)
+    if ":/" in text:
+        pieces, end = [], 0
+        while found := _URL.search(text, end):
+            start, url = found.start(), found.group()
+            before = text[start - 1 : start]
+            if before and before in "'\"`<":  # ends at the closing quote before a delimiter
+                closing = re.escape(">" if before == "<" else before)
+                if closed := re.search(rf"\\?{closing}(?=[\s,;:.)\]}}]|$)", url):
+                    url = url[: closed.start()]
+            url = url.rstrip("'\"`<>()[]{},;.:\\")
+            pieces += [text[end:start], _masked(url)]
+            end = start + len(url)
+        text = "".join([*pieces, text[end:]])
+    return _KEYWORD.sub(rf"\1{_MARKS[0]}", text) if "=" in text else text
+
+
+def escaped_url(url: str) -> str:
+    """Escape special characters in user and password, so that all libraries find the same host.
+
+    They would otherwise quote a part of the password as host or port in their messages.
+
+    Args:
+        url: URL whose password may contain "@", "/", ":", "#" and blanks, escaped or not.
+
+    Example:
+        >>> escaped_url("postgresql://me:se/c:r@t@host/base")
+        'postgresql://me:se%2Fc%3Ar%40t@host/base'
+        >>> escaped_url("postgresql://host:5432/base?application_name=a@b")
+        'postgresql://host:5432/base?application_name=a@b'
+    """
+    scheme = _AUTHORITY.match(url)
+    if scheme is None:
+        return url
+    begin = scheme.end()
+    at = url.partition("?")[0].rfind("@")
+    if at < begin:
+        at = url.rfind("@")
+        if at < begin or re.match(r"[^:@/?#]*(:\d*)?([/?#]|$)", url[begin:]):
+            return url
+    parts = url[begin:at].partition(":")
+    known = [re.sub(r"%(?![\da-fA-F]{2})", "%25", part) for part in parts[::2]]
+    user, password = (quote(part, safe="%!$&'()*+,;=~") for part in known)
+    return f"{url[:begin]}{user}{parts[1]}{password}{url[at:]}"
+
+
+def _masked(url: str) -> str:
+    """Mask one URL, or an option with one, such as --storage=URL."""
+    scheme = _AUTHORITY.match(url)
+    spans = [(m.end(), f"{url}&".index("&", m.end()), _MARKS[0]) for m in _PARAMETER.finditer(url)]
+    begin, at = len(url) if scheme is None else scheme.end(), url.rfind("@")
+    if scheme is not None and at >= begin and not _names_host(url[begin:]):
+        colon = url.find(":", begin, at)
+        if scheme[1].lower().endswith(("http", "https")):
+            spans.append((begin, at + 1, ""))
+        elif colon >= 0:
+            spans.append((colon + 1, at, _MARKS[0]))
+    shown, done, hidden = "", 0, 0
+    for start, end, mark in sorted(spans):
+        if start < hidden:  # overlaps with the last span
+            shown, done = shown + ("" if shown.endswith(_MARKS[0]) else _MARKS[0]), max(done, end)
+        elif not url.startswith(_MARKS, start):
+            shown, done = f"{shown}{url[done:start]}{mark}", end
+        hidden = max(hidden, done)
+    return shown + url[done:]
+
+
+def _names_host(rest: str) -> bool:
+    """Return True if what follows a scheme is a host, although an "@" comes later."""
+    place, _, port = re.split(r"[/?#]", rest, maxsplit=1)[0].partition(":")
+    if port and "@" in rest.partition("?")[0]:
+        return False
+    return bool(_HOST.fullmatch(place)) and (not port or port.isdecimal())

@@ -221,6 +221,24 @@ def move_into(folder: Path, place: Path, last: str, option: str = "") -> Path:
     return target
 
 
+def put_aside(path: Path, option: str = "") -> Path:
+    """Rename a broken file or directory to NAME.broken, NAME.broken-2, …, and return its new path.
+
+    Args:
+        path: file or directory.
+        option: command-line option that sets the directory.
+
+    Raises:
+        RunFailure: the directory cannot be written.
+    """
+    names = itertools.chain([".broken"], (f".broken-{number}" for number in itertools.count(2)))
+    free = (path.with_name(path.name + name) for name in names)
+    kept = next(place for place in free if not os.path.lexists(place))
+    with storing(path, option):
+        os.rename(path, kept)
+    return kept
+
+
 def write_bytes(path: Path, content: bytes, option: str = "") -> None:
     """Write a file atomically; errors as in `replacing`."""
     with replacing(path, option) as temporary:

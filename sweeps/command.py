@@ -90,7 +90,7 @@ def open_study(
         }
     )
     content = {**asdict(definition), "file": str(definition.file)}
-    content["storage"] = None if storage is None else without_password(storage)
+    content["storage"] = storage and without_password(storage, whole=True)
     # A worker may start in another directory.
     absolute = replace(base, plugins=[file.absolute() for file in base.plugins])
     write_text(copy.with_name("request.json"), absolute.to_json(), "--runs")

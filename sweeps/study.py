@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -27,7 +28,7 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from glua_bench.errors import ConfigError, RunFailure, first_line, without_password
+from glua_bench.errors import ConfigError, RunFailure, escaped_url, first_line, without_password
 from glua_bench.files import drop_torn_line, exclusive, try_lock
 from glua_bench.paths import SWEEPS, name_fault
 from glua_bench.sweeps.definition import Definition, Parameter
@@ -74,27 +75,33 @@ def open_storage(url: str, workers: int = 1, begun: bool = False) -> optuna.stor
             without locks, lacks its driver, or cannot be reached.
         sqlalchemy.exc.OperationalError: `begun`, and the storage does not respond.
     """
+    shown = without_password(url, whole=True)
     if "://" not in url:
+        if shown != url or re.match(r"[^/\\]+:.*@", url):  # would become the name of a file
+            raise ConfigError(
+                "--storage has a user or a password but is no URL; write "
+                "postgresql://USER:PASSWORD@HOST/BASE."
+            )
         path = Path(url)
         path.parent.mkdir(parents=True, exist_ok=True)
         backend = JournalFileBackend(str(path), lock_obj=_JournalLock(path))  # type: ignore[arg-type]
         return optuna.storages.JournalStorage(backend)
+    url = escaped_url(url)
     if url.startswith("postgresql://"):  # any driver is allowed; psycopg is installed
         url = url.replace("://", "+psycopg://", 1)
     if url.startswith("sqlite"):
         path = Path(url.partition("///")[2])
         if workers > 1:
             raise ConfigError(
-                f"--storage {url}: SQLite is damaged or stalls with {workers} workers; omit "
+                f"--storage {shown}: SQLite is damaged or stalls with {workers} workers; omit "
                 "--storage (a journal file), or give a PostgreSQL URL."
             )
         kind = file_system(path.parent)
         if kind in NETWORK_FILE_SYSTEMS:
             raise ConfigError(
-                f"--storage {url} lies on a network file system ({kind}), where SQLite loses "
+                f"--storage {shown} lies on a network file system ({kind}), where SQLite loses "
                 "trials; give a PostgreSQL URL, or a path on a local disk."
             )
-    shown = without_password(url)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         try:
@@ -444,7 +451,7 @@ class SweepStudy:
 
     def fail(self, claim: Claim, reason: str) -> None:
         """Mark a trial as failed; it is not retried."""
-        self._tell(claim, {"reason": reason}, state=TrialState.FAIL)
+        self._tell(claim, {"reason": without_password(reason)}, state=TrialState.FAIL)
 
     def give_back(self, claim: Claim) -> None:
         """Offer an unfinished trial again; this does not count as an attempt."""

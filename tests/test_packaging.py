@@ -271,7 +271,7 @@ def test_commands_know_no_tracker_but_its_protocol():
         if "MLflowMirror" in path.read_text(encoding="utf-8")
         or any(name.split(".")[0] == "mlflow" for name in imports(path))
     }
-    assert users == {"tracker.py", "mlflow_mirror.py", "fetch.py"}
+    assert users == {"tracker.py", "mlflow_mirror.py", "mlflow_store.py", "fetch.py"}
 
 
 @pytest.mark.parametrize("arguments", [None, ["list"], ["--help"], ["run", "--help"]])

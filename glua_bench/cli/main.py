@@ -25,7 +25,7 @@ from glua_bench.cli.options import (
     say,
     with_output,
 )
-from glua_bench.console import leading
+from glua_bench.console import leading, masked_output
 from glua_bench.errors import ConfigError, RunFailure, UserError, cause, reason
 from glua_bench.runs.interruption import Interrupted
 from glua_bench.runs.request import RunsRoot
@@ -75,11 +75,16 @@ def sync(runs_root: RunsRoot = Path("runs")) -> None:
         + (f", {counts.damaged} damaged (skipped)." if counts.damaged else ".")
     )
     answer(tracker=tracker.place, **vars(counts), next=[tracker.browse])
+    problems = []
     if counts.missed:
-        raise RunFailure(
-            f"{counts.missed} runs could not be uploaded to {tracker.place}; {tracker.remedy}, and "
-            "repeat the command."
-        )
+        named = f" ({', '.join(counts.refused)})" if counts.refused else ""
+        problems.append(f"{counts.missed} runs could not be uploaded to {tracker.place}{named}")
+    if counts.damaged:
+        problems.append(f"{counts.damaged} runs are damaged")
+    if problems:
+        down = counts.missed > len(counts.refused)
+        remedy = tracker.remedy if down else "correct what the warnings name"
+        raise RunFailure(f"{' and '.join(problems)}; {remedy}, and repeat the command.")
     note(f"Next: {tracker.browse}")
 
 
@@ -116,12 +121,17 @@ def options(
 
 
 def main() -> None:
-    """Run a command; errors are one sentence without a traceback."""
+    """Run a command; errors are one sentence without a traceback, and without a password."""
     # Child processes, also those of libraries, import no modules of the current directory.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a character that it cannot encode ends no command
             stream.reconfigure(errors="backslashreplace")
+    with masked_output():
+        _run()
+
+
+def _run() -> None:
     try:
         app()
     except (UserError, RunFailure) as error:
@@ -144,7 +154,8 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:
         if os.environ.get("GLUA_BENCH_DEBUG"):
-            raise
+            traceback.print_exc()  # here, where passwords are masked
+            sys.exit(1)
         if known := cause(error):
             end(known, RunFailure.exit_code)
         where = traceback.extract_tb(error.__traceback__)[-1]

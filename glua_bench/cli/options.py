@@ -18,7 +18,7 @@ import typer
 
 from glua_bench.config import PRESETS
 from glua_bench.console import Progress, leading, say
-from glua_bench.errors import ERROR, printable
+from glua_bench.errors import ERROR, printable, without_password
 from glua_bench.runs.completion import complete_choices, complete_directions, complete_names
 from glua_bench.runs.request import PLUGIN, Fold, RunOptions, options
 
@@ -231,7 +231,7 @@ def to_json(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, str):
-        return str(value)
+        return without_password(value)
     if isinstance(value, Mapping):
         return {str(name): to_json(item) for name, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -243,7 +243,7 @@ def to_json(value: Any) -> Any:
         return to_json((value.reset_index() if named else value).to_dict("records"))
     if hasattr(value, "tolist"):  # numpy
         return to_json(value.tolist())
-    return str(value)
+    return without_password(str(value))
 
 
 def note(text: str = "") -> None:
@@ -260,11 +260,6 @@ def progress() -> Progress:
 def quiet() -> bool:
     """Return True if the command was given `--quiet`."""
     return _output.quiet
-
-
-def warn(text: str) -> None:
-    """Print a warning to stderr."""
-    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def split_names(text: str | None) -> list[str]:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from glua_bench.cli.options import Plugins, Processes, answer, progress, say, warn
+from glua_bench.cli.options import Plugins, Processes, answer, progress, say
 from glua_bench.cli.options import note as remark
-from glua_bench.console import next_command
+from glua_bench.console import next_command, warn
 from glua_bench.errors import ConfigError
 from glua_bench.files import csv_text, write_text
 from glua_bench.registry import load_dataset, with_descriptions

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from glua_bench.cli.options import Plugins, Storage, answer, note, progress, say, warn
+from glua_bench.cli.options import Plugins, Storage, answer, note, progress, say
 from glua_bench.cli.sweeps import report_sweep
 from glua_bench.config import ORACLE
-from glua_bench.console import next_command
+from glua_bench.console import next_command, warn
 from glua_bench.errors import ConfigError
 from glua_bench.runs.completion import complete_names
 from glua_bench.runs.request import DataRoot, Device, RunsRoot

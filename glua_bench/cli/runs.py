@@ -26,11 +26,10 @@ from glua_bench.cli.options import (
     say,
     say_browse,
     split_names,
-    warn,
     with_options,
 )
 from glua_bench.config import ORACLE, UPPER, flat_settings
-from glua_bench.console import is_terminal, leading, next_command
+from glua_bench.console import is_terminal, leading, next_command, warn
 from glua_bench.errors import ConfigError
 from glua_bench.registry import Registry, with_descriptions
 from glua_bench.runs.completion import complete_names

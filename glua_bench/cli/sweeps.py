@@ -24,9 +24,9 @@ from glua_bench.cli.options import (
     say,
     say_browse,
     split_names,
-    warn,
     with_options,
 )
+from glua_bench.console import warn
 from glua_bench.errors import ConfigError
 from glua_bench.registry import with_descriptions
 from glua_bench.runs.completion import complete_names

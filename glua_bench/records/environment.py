@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from glua_bench.errors import without_password
+
 TIME = "%Y-%m-%dT%H:%M:%S%z"  # format of times in JSON
 LIBRARIES = (
     "torch",
@@ -76,7 +78,7 @@ def git_state(directory: Path) -> dict[str, Any] | None:
 
 
 def environment() -> dict[str, Any]:
-    """Describe machine and software, without names of users or machines."""
+    """Describe machine and software, without names of users or machines, and without passwords."""
     import glua_bench
 
     home = str(Path.home())
@@ -91,7 +93,10 @@ def environment() -> dict[str, Any]:
         "libraries": versions(),
         "git": git_state(Path.cwd()),
         "source": git_state(Path(glua_bench.__file__).resolve().parent),
-        "command": [a.replace(home, "~") if len(home) > 1 else a for a in sys.argv],
+        "command": [
+            without_password(word.replace(home, "~") if len(home) > 1 else word, whole=True)
+            for word in sys.argv
+        ],
         "time": now(),
     }
     if torch := sys.modules.get("torch"):  # not imported for this purpose

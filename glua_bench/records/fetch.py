@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glua_bench.console import warn
 from glua_bench.documents import load_json
 from glua_bench.errors import RunFailure, UserError, reason, without_password
 from glua_bench.files import move_into, new_folder
 from glua_bench.records import seal
 from glua_bench.records.mlflow_mirror import DIGESTS, check_tracker, mlflow_client
-from glua_bench.records.run_directory import DAMAGED, RunDirectory, digest_of, warn
+from glua_bench.records.mlflow_store import fault, store_file
+from glua_bench.records.run_directory import DAMAGED, RunDirectory, digest_of
 from glua_bench.records.seal import CARRIED, COPIED, DRAWN
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def fetch_runs(
         UserError: the tracker does not answer, or has no such experiment or no complete run.
         RunFailure: `into` cannot be written.
     """
-    place = without_password(uri)
+    place = without_password(uri, whole=True)
     try:
         copies = _copies(uri, experiments)
         client = mlflow_client(uri)
@@ -97,10 +99,12 @@ def _unreadable(place: str, error: BaseException) -> UserError:
 
 def _copies(uri: str, experiments: Sequence[str] | None) -> list[Run]:
     """Return complete copies of finished runs, newest first."""
-    prefix = "sqlite:///"
-    # mlflow would create an empty database for a wrong name.
-    if uri.startswith(prefix) and not Path(uri.removeprefix(prefix).split("?")[0]).is_file():
-        raise FileNotFoundError("the file does not exist")
+    # mlflow would create tables in a missing or empty file.
+    if (file := store_file(uri)) is not None:
+        if not file.exists():
+            raise FileNotFoundError("the file does not exist")
+        if why := fault(file):
+            raise OSError(why)
     client = mlflow_client(uri)
     known: list[Experiment] = _all_pages(client.search_experiments)
     ids = {experiment.name: experiment.experiment_id for experiment in known}

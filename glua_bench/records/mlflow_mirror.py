@@ -16,13 +16,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glua_bench.console import next_command
-from glua_bench.errors import RunFailure, without_password
+from glua_bench.console import next_command, warn
+from glua_bench.errors import RunFailure, UserError, escaped_url, without_password
 from glua_bench.files import csv_text, write_json, write_text
 from glua_bench.paths import ARTIFACTS, distinct
+from glua_bench.records import mlflow_store
 from glua_bench.records.naming import Comparison, RunRecord, tracker_key
-from glua_bench.records.run_directory import RunDirectory, digest_of, warn
-from glua_bench.records.tracker import UploadingTracker, copied_files, run_state
+from glua_bench.records.run_directory import RunDirectory, digest_of
+from glua_bench.records.tracker import (
+    Answer,
+    SyncCounts,
+    UploadingTracker,
+    copied_files,
+    run_state,
+)
 from glua_bench.scoring.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -54,7 +61,7 @@ def check_tracker(uri: str, timeout: float = 3.0) -> None:
     Raises:
         OSError: it does not answer.
     """
-    parts = urllib.parse.urlsplit(uri)
+    parts = urllib.parse.urlsplit(escaped_url(uri))
     if parts.scheme not in ("http", "https") or not parts.hostname:
         return
     proxied = parts.scheme in urllib.request.getproxies()
@@ -71,6 +78,14 @@ def mlflow_client(uri: str) -> MlflowClient:
         OSError: the tracker does not answer.
     """
     check_tracker(uri)
+    import_mlflow()
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=escaped_url(uri))
+
+
+def import_mlflow() -> None:
+    """Import mlflow with few retries, without telemetry, and with warnings only."""
     for name, value in {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
@@ -81,11 +96,12 @@ def mlflow_client(uri: str) -> MlflowClient:
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }.items():
         os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
+    import mlflow  # noqa: F401
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri)
+    # It logs a traceback of what it raises.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 class MLflowMirror(UploadingTracker):
@@ -106,8 +122,13 @@ class MLflowMirror(UploadingTracker):
     def __init__(self, runs_root: Path, warn: Callable[[str], None] = warn) -> None:
         super().__init__(runs_root, warn)
         self.uri = tracking_uri(self.runs_root)
-        self.place = without_password(self.uri)
+        self.place = without_password(self.uri, whole=True)
         self.remedy = "check MLFLOW_TRACKING_URI, or unset it to track in a file"
+        self._file = mlflow_store.store_file(self.uri)
+        self._own = not os.environ.get("MLFLOW_TRACKING_URI")
+        if self._own:
+            self.remedy = f"check {self._file}, which the next upload replaces if it is broken"
+        self._renewed = False
         self._remote = self.uri.startswith(("http:", "https:", "databricks"))
         self.browse = self.place
         if not self._remote:
@@ -117,6 +138,52 @@ class MLflowMirror(UploadingTracker):
 
     def check(self) -> None:
         check_tracker(self.uri)
+        if self._file is not None and (why := mlflow_store.fault(self._file)):
+            raise OSError(why)
+
+    def answers(self) -> None:
+        self._client.search_experiments(max_results=1)
+
+    def sync(self) -> SyncCounts:
+        if self._file is not None:
+            import_mlflow()
+            self.attempt(
+                lambda: self._prepared(thorough=True),
+                f"The MLflow store {self.place} cannot be checked",
+                self.remedy,
+            )
+        self._renewed = False
+        counts = super().sync()
+        if self._renewed:  # without the runs that were already present
+            counts = super().sync()
+        return counts
+
+    def attempt(self, action: Callable[[], Answer], failure: str, remedy: str) -> Answer | None:
+        return super().attempt(lambda: self._on_good_store(action), failure, remedy)
+
+    def _on_good_store(self, action: Callable[[], Answer]) -> Answer:
+        """Repeat an action that failed because the default store is broken, with a new store."""
+        try:
+            return action()
+        except (UserError, RunFailure, OSError):
+            raise
+        except Exception:  # mlflow's, SQLAlchemy's
+            if self._file is None or not self._prepared(thorough=True):
+                raise
+            return action()
+
+    def _prepared(self, thorough: bool = False) -> bool:
+        """Create the store's file if it is missing; return True if a broken one was replaced."""
+        assert self._file is not None
+        said = mlflow_store.prepare(self._file, self._own, thorough)
+        if not said:
+            return False
+        self.warn(said)
+        self.__dict__.pop("_client", None)
+        self._experiments.clear()
+        self._nested.clear()
+        self._renewed = True
+        return True
 
     def nest(
         self,
@@ -142,6 +209,9 @@ class MLflowMirror(UploadingTracker):
 
     @cached_property
     def _client(self) -> MlflowClient:
+        if self._file is not None:
+            import_mlflow()
+            self._prepared()
         return mlflow_client(self.uri)
 
     def _upload(self, run: RunDirectory) -> tuple[str, bool]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from glua_bench import console
 from glua_bench.config import ORACLE, RunConfig
 from glua_bench.documents import load_json
-from glua_bench.errors import RunFailure, UserError, printable
+from glua_bench.errors import RunFailure, UserError, without_password
 from glua_bench.files import (
     drop_torn_line,
     move_into,
@@ -236,7 +236,8 @@ class RunDirectory:
             self.close()
         with contextlib.suppress(OSError, RunFailure):
             (self.path / "done").unlink(missing_ok=True)
-            write_text(self.path / "failed", " ".join(message.split()) + "\n", "--runs")
+            text = " ".join(without_password(message).split())
+            write_text(self.path / "failed", f"{text}\n", "--runs")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the training metrics, the summary, and at last `done`, which seals all files."""
@@ -381,7 +382,7 @@ def list_runs(
         warn: receives a sentence for each unreadable run; None prints it to stderr.
         ids: the runs to list; () lists all.
     """
-    warn = warn or _warn
+    warn = warn or console.warn
     folders = {
         file.parent
         for name in ("config.yaml", seal.MARK)
@@ -428,11 +429,3 @@ def unsealed_note(runs: Iterable[RunDirectory]) -> str:
 def digest_of(path: Path) -> str:
     """Return a digest of a file's content."""
     return sha256(path)[:DATA_DIGITS]
-
-
-def warn(text: str) -> None:
-    """Print a warning to stderr."""
-    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
-
-
-_warn = warn  # `list_runs` has a parameter of this name

@@ -14,13 +14,13 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glua_bench.console import next_command
+from glua_bench.console import next_command, warn
 from glua_bench.documents import load_json
 from glua_bench.errors import ConfigError
 from glua_bench.files import new_folder, write_json
 from glua_bench.paths import distinct, entries
 from glua_bench.records.naming import Comparison, RunRecord, headline, tracker_key
-from glua_bench.records.run_directory import RunDirectory, warn
+from glua_bench.records.run_directory import RunDirectory
 from glua_bench.records.tracker import UploadingTracker, run_state
 
 if TYPE_CHECKING:

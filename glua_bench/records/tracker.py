@@ -6,15 +6,16 @@ import os
 import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from glua_bench.console import warn
 from glua_bench.errors import ConfigError, RunFailure, reason
 from glua_bench.files import exclusive
 from glua_bench.paths import entries
 from glua_bench.records.naming import Comparison
-from glua_bench.records.run_directory import RunDirectory, digest_of, list_runs, warn
+from glua_bench.records.run_directory import RunDirectory, digest_of, list_runs
 from glua_bench.records.seal import CARRIED, COPIED
 
 Answer = TypeVar("Answer")
@@ -121,8 +122,12 @@ class UploadingTracker(Tracker):
     def mirror(self, run: RunDirectory) -> bool:
         return self.upload(run) is not None
 
+    def answers(self) -> None:
+        """Raise any exception if the tracker takes no requests at all; as `check` by default."""
+        self.check()
+
     def sync(self) -> SyncCounts:
-        return sync_runs(self.runs_root, self.upload)
+        return sync_runs(self.runs_root, self.upload, self.answers, self.warn)
 
     def attempt(self, action: Callable[[], Answer], failure: str, remedy: str) -> Answer | None:
         """Return an action's result; warn and return None if it fails."""
@@ -146,7 +151,8 @@ class SyncCounts:
         present: runs that the tracker already had.
         unfinished: runs that are neither done nor failed, which are not mirrored.
         missed: runs that could not be uploaded.
-        damaged: finished runs whose files have changed, which are not mirrored.
+        damaged: runs that cannot be read or were changed since they ended, which are not mirrored.
+        refused: ids of the missed runs that the tracker refused; it was down for the others.
     """
 
     uploaded: int = 0
@@ -154,25 +160,46 @@ class SyncCounts:
     unfinished: int = 0
     missed: int = 0
     damaged: int = 0
+    refused: list[str] = field(default_factory=list)
 
 
-def sync_runs(runs_root: Path, upload: Callable[[RunDirectory], bool | None]) -> SyncCounts:
+def sync_runs(
+    runs_root: Path,
+    upload: Callable[[RunDirectory], bool | None],
+    answers: Callable[[], None] = lambda: None,
+    warn: Callable[[str], None] = warn,
+) -> SyncCounts:
     """Upload all finished or failed runs in a directory; the loop of `Tracker.sync`.
 
     Args:
         runs_root: the directory of all runs.
         upload: returns True if it uploaded the run, False if the tracker had it, and None if it
-            failed, after which no further run is tried.
+            failed and a warning was given.
+        answers: called after a failure; an exception means that the tracker is down, after which
+            no further run is tried. Otherwise only this run was refused.
+        warn: receives one sentence for each damaged run.
     """
-    counts = SyncCounts()
-    for run in list_runs(runs_root):
+    counts, down = SyncCounts(), False
+
+    def damaged(sentence: str) -> None:
+        warn(sentence)
+        counts.damaged += 1
+
+    for run in list_runs(runs_root, damaged):
         if run.damage is not None:
-            warn(run.damage)
-            counts.damaged += 1
+            damaged(run.damage)
         elif not run.done and run.failed is None:
             counts.unfinished += 1
-        elif counts.missed or (new := upload(run)) is None:
-            counts.missed += 1  # the tracker is down; one warning is enough
+        elif down:
+            counts.missed += 1  # one warning is enough
+        elif (new := upload(run)) is None:
+            counts.missed += 1
+            try:
+                answers()
+            except Exception:
+                down = True
+            else:
+                counts.refused.append(run.id)
         else:
             counts.uploaded += new
             counts.present += not new

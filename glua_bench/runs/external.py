@@ -32,7 +32,7 @@ from glua_bench.data.volumes import (
     values_of,
 )
 from glua_bench.documents import nearest
-from glua_bench.errors import ConfigError, DataError, UserError
+from glua_bench.errors import ConfigError, DataError, UserError, without_password
 from glua_bench.files import new_folder
 from glua_bench.identity import DATA_DIGITS, SCORING, code_digest, digest
 from glua_bench.inspection.nnunet import ENDING, export_name
@@ -173,7 +173,11 @@ def import_predictions(
         "run": run_id,
         "code": code,
         "data": {"test": test},
-        "external": {"note": given.note, "values": values, "predictions": digests},
+        "external": {
+            "note": without_password(given.note),
+            "values": values,
+            "predictions": digests,
+        },
         "privileged": config.privileged,
         "distances": dataset.distance_note,
         "protocol": dataset.protocol,

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_runs import client_of, started
+from sample_runs import started
 
+from glua_bench.records.mlflow_mirror import import_mlflow
+from glua_bench.records.mlflow_store import prepare
 from glua_bench.records.run_directory import RunDirectory
 
 
@@ -23,9 +25,10 @@ def run(tmp_path: Path) -> RunDirectory:
 @pytest.fixture(scope="module")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Create an MLflow store once, because this takes seconds; tests copy it."""
-    root = tmp_path_factory.mktemp("store")
-    client_of(root).search_experiments()
-    return root / "mlflow.db"
+    store = tmp_path_factory.mktemp("store") / "mlflow.db"
+    import_mlflow()
+    prepare(store, own=True)
+    return store
 
 
 @pytest.fixture

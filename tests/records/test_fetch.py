@@ -39,6 +39,7 @@ def files_of(root: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.fault("killed", "a writer of files that are uploaded")
 def test_nothing_half_written_is_mirrored_or_fetched(root: Path, tmp_path: Path) -> None:
     run = complete(started(root))
     names = (*COPIED, "failed", "dataset.json", "figures/x.png", "predictions/x.nii.gz")
@@ -177,6 +178,7 @@ def test_more_copies_than_a_page_are_all_found(
     assert [run.id for run in runs] == ["one", "three", "two"]
 
 
+@pytest.mark.fault("tracker", "no store, no server, or no run")
 def test_a_tracker_that_serves_no_runs_is_one_sentence(
     root: Path, refusing_server: str, tmp_path: Path
 ) -> None:
@@ -196,6 +198,7 @@ def test_a_tracker_that_serves_no_runs_is_one_sentence(
     assert not (tmp_path / "no.db").exists() and not into.exists()
 
 
+@pytest.mark.fault("tracker", "the server dies during a download")
 def test_a_tracker_that_dies_meanwhile_is_one_error(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,6 +143,7 @@ def test_a_failed_run_is_shown_as_failed_and_replaced_when_it_succeeds(root: Pat
     assert shown.info.status == "FINISHED" and "glua_bench.error" not in shown.data.tags
 
 
+@pytest.mark.fault("killed", "an upload of a run to the tracker")
 @pytest.mark.parametrize("step", ["log_batch", "log_artifact", "set_terminated"])
 def test_an_interrupted_upload_is_replaced(
     step: str, root: Path, monkeypatch: pytest.MonkeyPatch
@@ -167,6 +168,7 @@ def test_an_interrupted_upload_is_replaced(
     assert shown.info.status == "FINISHED" and shown.data.metrics["dice"] == 0.5
 
 
+@pytest.mark.fault("tracker", "its client ends the process")
 def test_a_tracker_that_ends_the_process_does_not_end_the_run(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +181,7 @@ def test_a_tracker_that_ends_the_process_does_not_end_the_run(
     assert len(warnings) == 1
 
 
+@pytest.mark.fault("tracker", "the server is down")
 def test_a_dead_tracker_is_one_warning_and_is_caught_up_later(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +202,7 @@ def test_a_dead_tracker_is_one_warning_and_is_caught_up_later(
     assert counts(root) == (0, 3, 0, 0)
 
 
+@pytest.mark.fault("tracker", "the server refuses every request")
 def test_a_server_that_answers_with_errors_is_a_warning_too(
     root: Path, refusing_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +217,7 @@ COLUMN = "metrics.`dice`"
 ALIKE = ("a b", "a(b", "a[b", "a/b", "a_b", "final", "ä", "..", "x" * 300, "x" * 299 + "y")
 
 
+@pytest.mark.fault("hostile text", "names that a tracker cannot tell apart")
 def test_structures_whose_names_are_alike_to_a_tracker_stay_apart(root: Path) -> None:
     run = started(root)
     run.log("train", 4, {name: float(index) for index, name in enumerate(ALIKE)})
@@ -388,6 +393,7 @@ def test_syncing_keeps_runs_where_they_are_nested(root: Path) -> None:
     assert parents_and_children(root)[0][0].info.status == "FINISHED"
 
 
+@pytest.mark.fault("two users", "processes that upload the same run at once")
 @pytest.mark.parametrize("grouped", [False, True])
 def test_two_processes_make_no_duplicate(
     grouped: bool, root: Path, monkeypatch: pytest.MonkeyPatch
@@ -424,6 +430,7 @@ def test_two_processes_make_no_duplicate(
     assert ids == {run.id for _, run in (members if grouped else members[:1])}
 
 
+@pytest.mark.fault("two users", "machines that upload without a common lock")
 def test_doubles_that_machines_without_a_common_lock_made_become_one(root: Path) -> None:
     members = two_runs(root)
     comparison = Comparison("compare a", members, began=2000.0)
@@ -439,6 +446,7 @@ def test_doubles_that_machines_without_a_common_lock_made_become_one(root: Path)
     assert {c.data.tags["mlflow.parentRunId"] for c in children} == {older.info.run_id}
 
 
+@pytest.mark.fault("tracker", "the server is down")
 def test_a_comparison_that_a_dead_tracker_missed_is_one_warning(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ def test_runs_are_mirrored_to_mlflow_unless_another_tracker_is_named(
     assert open_tracker(tmp_path).place == str(tmp_path / "shown")
 
 
+@pytest.mark.fault("tracker", "GLUA_BENCH_TRACKER names no class")
 @pytest.mark.parametrize("name", ["no_module:Class", "json:Missing", "a b", "wandb"])
 def test_a_tracker_that_is_not_there_is_one_sentence(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -30,7 +30,7 @@ class FolderTracker:
         return self._upload(run) is not None
 
     def sync(self) -> SyncCounts:
-        return sync_runs(self.runs_root, self._upload)
+        return sync_runs(self.runs_root, self._upload, self.check, self.warn)
 
     def nest(
         self,

@@ -222,6 +222,7 @@ def test_workers_share_the_budget(played: Callable[[str], list[FrozenTrial]]) ->
     assert len({t.user_attrs["process"] for t in trials}) > 1
 
 
+@pytest.mark.fault("killed", "workers on a database")
 @pytest.mark.cluster
 def test_the_trial_of_a_killed_worker_is_taken_up_and_counted_once(
     played: Callable[[str], list[FrozenTrial]],
@@ -239,6 +240,7 @@ def test_heartbeats_tell_of_workers_on_other_hosts(
     assert [t.state for t in played(name)] == [TrialState.COMPLETE] * count
 
 
+@pytest.mark.fault("killed", "a worker that asks the database for a trial")
 @pytest.mark.cluster
 def test_a_worker_that_dies_while_it_asks_loses_nothing(postgres: str, tmp_path: Path) -> None:
     """Between two statements of `claim`: without parameters, and without a sign of life."""
@@ -257,6 +259,7 @@ def test_a_worker_that_dies_while_it_asks_loses_nothing(postgres: str, tmp_path:
     assert drawn[0] == (0.25, 3) and drawn[1][1] == 1
 
 
+@pytest.mark.fault("killed", "a worker that asks the database for a trial")
 @pytest.mark.cluster
 def test_a_worker_elsewhere_that_dies_right_after_it_asked_is_found(
     postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -275,6 +278,7 @@ def test_a_worker_elsewhere_that_dies_right_after_it_asked_is_found(
         near.finish(found[-1], (0.5,), {})
 
 
+@pytest.mark.fault("two users", "workers that create the tables of a database at once")
 @pytest.mark.cluster
 def test_workers_that_open_an_empty_database_at_once_make_its_tables_once(
     postgres: str, tmp_path: Path
@@ -345,6 +349,7 @@ class Way:
             pass
 
 
+@pytest.mark.fault("tracker", "the database of a sweep is down for a while")
 @pytest.mark.cluster
 def test_a_server_that_is_away_delays_and_loses_nothing(postgres: str, tmp_path: Path) -> None:
     sqlalchemy = pytest.importorskip("sqlalchemy")
@@ -370,6 +375,7 @@ def test_a_server_that_is_away_delays_and_loses_nothing(postgres: str, tmp_path:
     assert said[-1] == "the storage responds again"
 
 
+@pytest.mark.fault("tracker", "the database of a sweep is down for a while")
 @pytest.mark.cluster
 def test_a_worker_that_starts_while_the_server_is_away_waits(postgres: str, tmp_path: Path) -> None:
     sqlalchemy = pytest.importorskip("sqlalchemy")
@@ -391,6 +397,7 @@ def test_a_worker_that_starts_while_the_server_is_away_waits(postgres: str, tmp_
 # -- what is said of a storage that cannot be used ------------------------------------------------
 
 
+@pytest.mark.fault("secrets", "a database refuses the password")
 @pytest.mark.cluster
 def test_a_wrong_password_is_said_without_any(postgres: str) -> None:
     sqlalchemy = pytest.importorskip("sqlalchemy")

@@ -408,6 +408,7 @@ def test_sqlite_serves_one_worker_on_a_local_disk(
         open_storage(url)
 
 
+@pytest.mark.fault("secrets", "a storage that cannot be opened")
 @pytest.mark.parametrize("url", ["nosuch://me:secret@host/base", "sqlite:////nowhere/at/all.db"])
 def test_storages_that_cannot_be_opened_are_told_without_the_password(url: str) -> None:
     with pytest.raises(ConfigError) as error:
@@ -434,6 +435,7 @@ def test_a_journal_goes_on_after_half_a_line(opened: Callable[..., SweepStudy]) 
     assert all(json.loads(line) for line in journal.read_text().splitlines())
 
 
+@pytest.mark.fault("tracker", "the database of a sweep is down for a while")
 def test_a_server_that_is_away_delays() -> None:
     from sqlalchemy.exc import OperationalError
 
@@ -457,6 +459,7 @@ def test_a_server_that_is_away_delays() -> None:
         retry_while_unavailable(never, patience=0, sleep=lambda seconds: None)
 
 
+@pytest.mark.fault("tracker", "the database of a sweep is down for a while")
 def test_a_worker_waits_for_a_server_that_is_away_when_it_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
