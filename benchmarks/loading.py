@@ -52,7 +52,7 @@ def make_files(folder: Path, volumes: int, depth: int, size: int) -> int:
     return volumes * depth
 
 
-def ours(folder: Path, volumes: int, depth: int, size: int) -> Source:
+def ours(folder: Path, volumes: int, depth: int, size: int, in_memory: bool = True) -> Source:
     """`Batches` over stores of cached volumes."""
     from glua_bench import augment
     from glua_bench.data.batches import Batches
@@ -74,8 +74,8 @@ def ours(folder: Path, volumes: int, depth: int, size: int) -> Source:
         for domain in ("mr", "ct")
     }
     labels = [CachedLabel(folder / f"mr{volume}_labels.npy", shape) for volume in range(volumes)]
-    source = LabelledStore(images["mr"], labels, True)
-    target = ImageStore(images["ct"], True)
+    source = LabelledStore(images["mr"], labels, in_memory)
+    target = ImageStore(images["ct"], in_memory)
 
     def batches(moving: bool) -> Iterator[Batch]:
         loader = Batches(source, target, BATCH, 0, torch.device("cpu"))

@@ -141,8 +141,8 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Time functions in turn.
 
-    Every side is called once to warm up and to find how many calls last `least` seconds. Each round
-    then times every side once, and the order turns from round to round.
+    Every side is called once or, if it is short, twice, to warm up and to find how many calls last
+    `least` seconds. Each round then times every side once, and the order turns from round to round.
 
     Args:
         sides: name → function.
@@ -154,8 +154,9 @@ def alternate(
     """
     calls = {}
     for name, side in sides.items():
-        side()
-        calls[name] = max(1, round(least / max(1e-6, _timed(side, 1))))
+        seconds = _timed(side, 1)
+        seconds = _timed(side, 1) if seconds < 0.5 else seconds
+        calls[name] = max(1, round(least / max(1e-6, seconds)))
     found: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
     for number in range(rounds):

@@ -201,5 +201,3 @@ def measure_evaluation(settings: Settings) -> Iterator[Row]:
         yield ratio_row(
             f"evaluate.{name}", f"`evaluate` of a case ÷ {what}", found["whole"], found[name]
         )
-
-

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.rows import Settings
@@ -90,5 +89,3 @@ def bare_loop(built: execution.BuiltRun, held: Sequence[Batch], steps: int) -> f
         context.step = step
         update(held[step % len(held)], context)
     return time.perf_counter() - began
-
-

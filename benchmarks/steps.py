@@ -58,9 +58,7 @@ def training_steps(config: RunConfig) -> Iterator[tuple[Method, Stage, Callable[
         context = Context(stage, 0, stage.steps(config.steps), make(), lambda: iter(images))
         method.train()
 
-        def step(
-            stage: Stage = stage, update: Any = update, context: Context = context
-        ) -> object:
+        def step(stage: Stage = stage, update: Any = update, context: Context = context) -> object:
             given = batch
             if stage.translate is not None:
                 with torch.no_grad():
@@ -194,9 +192,8 @@ def whole_pass_step(sifa: Any, batch: Batch, context: Context) -> None:
         (latent_b, low_b), (latent, low) = sifa.encode(b, 0), sifa.encode(fake_b, 1)
         fake_a = sifa.decoder(latent_b, b)
         cycle_a, cycle_b = sifa.decoder(latent, fake_b), sifa.generator(fake_a)
-        masks = [head(x) for head, x in zip(
-            (sifa.head, sifa.head, sifa.head_low, sifa.head_low), (latent, latent_b, low, low_b)
-        )]  # fmt: skip
+        masks = [sifa.head(latent), sifa.head(latent_b)]
+        masks += [sifa.head_low(low), sifa.head_low(low_b)]
         cycles = sifa.cycles(a, cycle_a, b, cycle_b)
         if name == "generator":
             loss = cycles + lsgan_loss(sifa.d_b(fake_b), 1)
