@@ -53,13 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from benchmarks import rows, suite
 
     if asked.list:
-        print("\n".join([*(f"{b.name}{' (by name only)' * b.named}" for b in suite.ALL), "scale"]))
+        print("\n".join(suite.names()))
         return 0
-    scale = "scale" in asked.names
-    if scale and len(asked.names) > 1:
-        parser().error("'scale' is a table of its own; give it alone.")
+    growing = [name for name in asked.names if suite.begins(name, "scale")]
+    if growing and growing != asked.names:
+        parser().error("the rows of 'scale' are a table of their own; name them alone.")
+    if asked.page and asked.names not in ([], ["scale"]):
+        parser().error("--page replaces a whole table; name no row, or only 'scale'.")
     try:
-        chosen = [] if scale else suite.chosen(asked.names)
+        chosen = [] if growing else suite.chosen(asked.names)
+        parts = [suite.part(name) for name in growing if name != "scale"]
     except KeyError as error:
         parser().error(f"no row's name begins with '{error.args[0]}'; --list prints the names.")
     import torch
@@ -70,11 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="glua-bench-speed-") as scratch, _outputs():
         settings = rows.Settings(asked.rounds, asked.quick, Path(scratch), _reporter(began))
         found: list[Any] = []
-        if scale:
-            from benchmarks import scale as growth
+        if growing:
+            from benchmarks import scale
 
-            found = list(growth.measure(settings))
-            text = growth.markdown(found)
+            found = list(scale.measure(settings, parts))
+            text = scale.markdown(found)
         else:
             for benchmark in chosen:
                 found += suite.measured(benchmark, settings, asked.names)
@@ -84,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.json:
         asked.json.write_text(rows.document(machine, found), encoding="utf-8")
     if asked.page:
-        rows.into_page(asked.page, "scale" if scale else "table", text)
+        rows.into_page(asked.page, "scale" if growing else "table", text)
     return 0
 
 

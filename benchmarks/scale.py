@@ -13,8 +13,8 @@ import statistics
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,20 +98,12 @@ SHARE_PEAK, SHARE_BANDWIDTH = 0.5, 0.7
 LAUNCH = 5e-6  # seconds per kernel, the least that a host needs to start one
 
 
-def measure(settings: Settings) -> Iterator[Growth | Estimate]:
-    """Yield all rows."""
-    parts: tuple[Callable[[Settings], Iterator[Growth | Estimate]], ...] = (
-        step_time,
-        preparation,
-        evaluation,
-        reports,
-        sweeping,
-        memory,
-        estimates,
-    )
-    for part in parts:
-        settings.report(f"scale: {part.__name__.replace('_', ' ')}")
-        yield from part(settings)
+def measure(settings: Settings, parts: Sequence[str] = ()) -> Iterator[Growth | Estimate]:
+    """Yield the rows of some parts, e.g. "sweep"; by default of all."""
+    for name, part in PARTS.items():
+        if not parts or name in parts:
+            settings.report(f"scale: {name}")
+            yield from part(settings)
 
 
 def _timed(
@@ -152,7 +144,7 @@ def preparation(settings: Settings) -> Iterator[Growth]:
     from benchmarks import preparing
 
     folder = settings.scratch / "growing"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     turn = iter(range(10**6))
 
     def prepare(files: Sequence[tuple[Path, Path]]) -> None:
@@ -166,7 +158,7 @@ def preparation(settings: Settings) -> Iterator[Growth]:
     volumes = {}
     for side in sides:
         own = folder / f"side{side}"
-        own.mkdir()
+        own.mkdir(exist_ok=True)
         shape = (side, side, side // 2)
         volumes[float(np.prod(shape))] = partial(prepare, [preparing.make_volume(own, shape)])
     sizes, values = _timed(settings, volumes)
@@ -301,8 +293,19 @@ def sweeping(settings: Settings) -> Iterator[Growth]:
 
 
 def memory(settings: Settings) -> Iterator[Growth]:
-    """Yield the peak memory of processes that train, read slices, prepare and report."""
+    """Yield how much memory processes take above that of their imports, at most."""
+    from benchmarks import preparing
+    from benchmarks.commands import make_runs
+
     quick = settings.quick
+    for side in (24, 48) if quick else (96, 160, 256):
+        folder = settings.scratch / "growing" / f"side{side}"
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            preparing.make_volume(folder, (side, side, side // 2))
+    for count in (10, 20) if quick else (20, 60, 200):
+        if not (settings.scratch / f"runs{count}").is_dir():
+            make_runs(settings.scratch / f"runs{count}", count)
     tasks: tuple[tuple[str, str, str, tuple[int, ...]], ...] = (
         (
             "train",
@@ -325,51 +328,62 @@ def memory(settings: Settings) -> Iterator[Growth]:
             )
             if done.returncode:
                 raise SystemExit(done.stderr)
-            values.append(json.loads(done.stdout.splitlines()[-1]))
+            imported, peak = json.loads(done.stdout.splitlines()[-1])
+            values.append(max(1.0, peak - imported))
         counted = tuple(n * n * (n // 2) if task == "prepare" else n for n in sizes)
         whole = tuple(map(float, counted))
-        yield Growth(f"memory.{task}", f"peak memory: {cost}", grows, whole, tuple(values), "MiB")
+        title = f"peak memory: {cost} (above the {imported:.0f} MiB of imports)"
+        yield Growth(f"memory.{task}", title, grows, whole, tuple(values), "MiB")
 
 
-def child(task: str, size: int, scratch: Path) -> float:
-    """Do a task in this process and return its peak memory in MiB."""
-    import resource
+def peak_memory() -> float:
+    """Return the peak memory of this process in MiB.
 
+    `getrusage` would count what the parent held when it started this process.
+    """
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    (peak,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
+    return int(peak.split()[1]) / 1024
+
+
+def child(task: str, size: int, scratch: Path) -> tuple[float, float]:
+    """Do a task in this process; return its peak memory after the imports and after all, in MiB."""
     import torch
+
+    from benchmarks import commands, loading, preparing
+    from benchmarks.steps import configure, training_steps
 
     torch.set_num_threads(1)
     if task == "train":
-        from benchmarks.steps import configure, training_steps
-
         options = (f"grid.size={size}", "batch_size=4")
-        for *_, step in training_steps(configure("glua", settings=options)):
+        steps = training_steps(configure("glua", settings=options))
+        imported = peak_memory()
+        for *_, step in steps:
             step()
     elif task == "read":
-        from benchmarks.loading import make_files, ours
-
         folder = scratch / f"read{size}"
         folder.mkdir()
         # Made by another process: what it held would count as this one's.
         made = os.fork()
         if not made:
-            make_files(folder, size, 20, 128)
+            loading.make_files(folder, size, 20, 128)
             os._exit(0)
         os.waitpid(made, 0)
-        batches = ours(folder, size, 20, 128, in_memory=False)(False)
+        imported = peak_memory()
+        batches = loading.ours(folder, size, 20, 128, in_memory=False)(False)
         for _ in range(50):
             next(batches)
     elif task == "prepare":
-        from benchmarks import preparing
-
-        (own,) = [scratch / "growing" / f"side{size}"]
-        out = scratch / f"memory{size}"
+        preparing.make_volume(scratch, (16, 16, 8), size)  # imports what reads and writes need
+        own, out = scratch / "growing" / f"side{size}", scratch / f"memory{size}"
         out.mkdir()
+        imported = peak_memory()
         preparing.ours(own / "0_image.nii.gz", own / "0_label.nii.gz", out)
     else:
-        from benchmarks.commands import report
-
-        report(scratch / f"runs{size}", scratch / f"memory_report{size}")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        commands.in_process("report", "--help")
+        imported = peak_memory()
+        commands.report(scratch / f"runs{size}", scratch / f"memory_report{size}")
+    return imported, peak_memory()
 
 
 # -- what to expect on one GPU --------------------------------------------------------------------
@@ -380,18 +394,29 @@ def estimates(settings: Settings) -> Iterator[Estimate]:
     from benchmarks.steps import SMALL, configure, training_steps
 
     for name in ("source_only",) if settings.quick else ("source_only", "glua", "sifa"):
-        config = configure(name, "standard", SMALL if settings.quick else ())
-        for method, stage, step in training_steps(config):
+        whole = configure(name, "standard", SMALL if settings.quick else ())
+        part = replace(whole, batch_size=2)  # counted faster; counts are proportional to it
+        for method, stage, step in training_steps(part):
             settings.report(f"counting {name}, stage {stage.name}")
-            updates = stage.steps(config.steps)
-            yield count(f"{name}, {stage.name}", method, step, updates)
+            updates = stage.steps(whole.steps)
+            times = whole.batch_size / part.batch_size
+            yield count(f"{name}, {stage.name}", method, step, updates, times)
 
 
-def count(name: str, method: Any, step: Callable[[], object], updates: int) -> Estimate:
+def count(
+    name: str, method: Any, step: Callable[[], object], updates: int, times: float
+) -> Estimate:
     """Count operations and bytes of one update, and estimate its duration on a GPU.
 
     Each operation takes as long as its arithmetic or its traffic, whichever is longer, and at least
     the time to launch it.
+
+    Args:
+        name: of the estimate.
+        method: whose weights are counted.
+        step: one update.
+        updates: number of updates in a run.
+        times: factor on operations and traffic, for a larger batch than that of `step`.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -414,9 +439,9 @@ def count(name: str, method: Any, step: Callable[[], object], updates: int) -> E
             packet = func.overloadpacket
             done = 0.0
             if packet in flop_registry:
-                done = flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+                done = times * flop_registry[packet](*args, **(kwargs or {}), out_val=out)
             tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
-            moved = sum(t.numel() * t.element_size() for t in tensors)
+            moved = times * sum(t.numel() * t.element_size() for t in tensors)
             total["operations"] += done
             total["moved"] += moved
             total["kernels"] += 1
@@ -452,10 +477,21 @@ def count(name: str, method: Any, step: Callable[[], object], updates: int) -> E
         total["moved"],
         int(total["kernels"]),
         4.0 * weights,  # weights, gradients and Adam's two moments
-        float(max(peaks)),
+        times * max(peaks),
         updates,
         total["seconds"],
     )
+
+
+PARTS: Mapping[str, Callable[[Settings], Iterator[Growth | Estimate]]] = {
+    "step": step_time,
+    "prepare": preparation,
+    "evaluate": evaluation,
+    "report": reports,
+    "sweep": sweeping,
+    "memory": memory,
+    "gpu": estimates,
+}
 
 
 # -- output ---------------------------------------------------------------------------------------
@@ -463,37 +499,41 @@ def count(name: str, method: Any, step: Callable[[], object], updates: int) -> E
 
 def markdown(rows: Sequence[Growth | Estimate]) -> str:
     """Return both tables."""
-    lines = [
-        "| cost | grows with | measured at | cost there | exponent (of the last two) | 10 × |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        if isinstance(row, Growth):
-            show = span if row.unit == "s" else (lambda value: f"{value:.0f} MiB")
-            at = ", ".join(f"{size:,.0f}" for size in row.sizes)
-            values = ", ".join(map(show, row.values))
-            exponent = f"{row.exponent:.2f} ({row.last_exponent:.2f})"
-            lines.append(
-                f"| {row.cost} | {row.grows} | {at} | {values} | {exponent} | "
-                f"{10**row.exponent:.2g} × |"
-            )
-    lines += [
-        "",
-        "One update in the preset `standard`, counted, and its duration on one GPU, **estimated**:",
-        "",
-        "| stage | GFLOP | GB moved | operations | weights, gradients, Adam | saved for the "
-        "backward pass | updates | ms per update | whole stage |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        if isinstance(row, Estimate):
-            minutes = row.updates * row.seconds / 60
-            lines.append(
-                f"| {row.name} | {row.operations / 1e9:.0f} | {row.moved / 1e9:.1f} | "
-                f"{row.kernels:,} | {row.state / MIB:.0f} MiB | {row.saved / MIB:.0f} MiB | "
-                f"{row.updates:,} | {1000 * row.seconds:.0f} | {minutes:.1f} min |"
-            )
-    return "\n".join(lines)
+    grown = [row for row in rows if isinstance(row, Growth)]
+    counted = [row for row in rows if isinstance(row, Estimate)]
+    lines = []
+    if grown:
+        lines += [
+            "| cost | grows with | measured at | cost there | exponent (of the last two) | 10 × |",
+            "|---|---|---|---|---|---|",
+        ]
+    for row in grown:
+        show = span if row.unit == "s" else "{:.0f} MiB".format
+        at = ", ".join(f"{size:,.0f}" for size in row.sizes)
+        values = ", ".join(map(show, row.values))
+        exponent = f"{row.exponent:.2f} ({row.last_exponent:.2f})"
+        lines.append(
+            f"| {row.cost} | {row.grows} | {at} | {values} | {exponent} | "
+            f"{10**row.exponent:.2g} × |"
+        )
+    if counted:
+        lines += [
+            "",
+            "One update in the preset `standard`, counted, and its duration on one GPU, "
+            "**estimated** (GPU: not measured):",
+            "",
+            "| stage | GFLOP | GB moved | operations | weights, gradients, Adam | kept for the "
+            "backward pass | updates | ms per update | stage |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+    for row in counted:
+        lines.append(
+            f"| {row.name} | {row.operations / 1e9:.0f} | {row.moved / 1e9:.1f} | "
+            f"{row.kernels:,} | {row.state / MIB:.0f} MiB | {row.saved / MIB:,.0f} MiB | "
+            f"{row.updates:,} | {1000 * row.seconds:.0f} | {row.updates * row.seconds / 60:.0f} "
+            "min |"
+        )
+    return "\n".join(lines).strip()
 
 
 if __name__ == "__main__":

@@ -46,6 +46,27 @@ ALL = (
 )
 
 
+GROWTH = ("step", "prepare", "evaluate", "report", "sweep", "memory", "gpu")  # parts of `scale`
+
+
+def names() -> list[str]:
+    """Return the names that a user may give, with a note where a row must be named."""
+    own = [f"{each.name} (only by name)" if each.named else each.name for each in ALL]
+    return [*own, "scale", *(f"scale.{part}" for part in GROWTH)]
+
+
+def part(name: str) -> str:
+    """Return the part of `scale` that a name means.
+
+    Raises:
+        KeyError: there is none.
+    """
+    found = name.removeprefix("scale.")
+    if found not in GROWTH:
+        raise KeyError(name)
+    return found
+
+
 def begins(name: str, start: str) -> bool:
     """Return True if a dotted name is another one or lies below it."""
     return name == start or name.startswith(f"{start}.")
