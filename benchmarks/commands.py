@@ -16,14 +16,15 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from benchmarks.rows import Aim, Row, Settings, alternate, ratio_row, span
+from benchmarks import THREADS
+from benchmarks.rows import Aim, Missing, Row, Settings, alternate, ratio_row, span
 from glua_bench.config import PRESETS, RunConfig, SegmenterSpec
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.task import Grid
 
 STRUCTURES = ("MYO", "LAC", "LVC", "AA")
 SEEDS, DIRECTIONS = 10, ("mr-ct", "ct-mr")
-REST = Aim(0.15)  # of a run
+REST, AT_ONCE = Aim(0.15), Aim(1.1)
 
 
 def process(*words: str, folder: Path | None = None) -> None:
@@ -155,6 +156,33 @@ def measure_report(settings: Settings) -> Iterator[Row]:
     found = alternate(sides, min(3, settings.rounds), 0.05)
     compared = f"`report` of {count} runs ÷ reading their files with pandas and PyYAML"
     yield ratio_row("report.read", compared, found["report"], found["read"])
+
+
+# -- two at once ---------------------------------------------------------------------------------
+
+
+def measure_threads(settings: Settings) -> Iterator[Row]:
+    """Yield the row of two runs at once, each with its default threads, against one after another.
+
+    Raises:
+        Missing: this process may use one core only.
+    """
+    from benchmarks import small, threads
+
+    if len(os.sched_getaffinity(0)) < 2:
+        raise Missing("needs two cores")
+    settings.report("two runs at once")
+    updates = 2 if settings.quick else 100
+    command = threads.training(updates)
+    limits = {name: os.environ.pop(name) for name in THREADS if name in os.environ}
+    try:
+        with small.phantom(settings.scratch):
+            threads.at_once(threads.training(1), 1)  # prepares the slices
+            apart, together = threads.at_once(command, min(3, settings.rounds))
+    finally:
+        os.environ.update(limits)
+    compared = f"two runs of {updates} updates at once ÷ one after the other"
+    yield ratio_row("threads.runs", compared, together, apart, AT_ONCE)
 
 
 # -- a run ----------------------------------------------------------------------------------------

@@ -181,7 +181,8 @@ def recomputing_step(sifa: Any, batch: Batch, context: Context) -> None:
 def whole_pass_step(sifa: Any, batch: Batch, context: Context) -> None:
     """Update SIFA with its whole forward pass before each of the seven updates.
 
-    As plain code does: nothing is frozen or detached but the images of the discriminators.
+    As plain code does: nothing is frozen or detached but the images of the discriminators, of which
+    pooled ones come from the update of their generator.
     """
     from glua_bench.losses import lsgan_loss
     from glua_bench.methods.sifa import discriminator_loss, sifa_segmentation_loss
@@ -197,8 +198,9 @@ def whole_pass_step(sifa: Any, batch: Batch, context: Context) -> None:
         cycles = sifa.cycles(a, cycle_a, b, cycle_b)
         if name == "generator":
             loss = cycles + lsgan_loss(sifa.d_b(fake_b), 1)
+            pooled = fake_b.detach()
         elif name == "d_b":
-            loss = discriminator_loss(sifa.d_b, b, sifa.pool_b(fake_b.detach()))
+            loss = discriminator_loss(sifa.d_b, b, sifa.pool_b(pooled))
         elif name == "segmentation":
             adv_a, adv_a_aux = (lsgan_loss(scores, 1) for scores in sifa.d_a(fake_a).unbind(1))
             loss = sifa.loss_segmentation(
@@ -211,8 +213,9 @@ def whole_pass_step(sifa: Any, batch: Batch, context: Context) -> None:
             )
         elif name == "decoder":
             loss = cycles + lsgan_loss(sifa.d_a(fake_a)[:, 0], 1)
+            pooled = fake_a.detach()
         elif name == "d_a":
-            loss = sifa.loss_d_a(a, cycle_a.detach(), sifa.pool_a(fake_a.detach()))
+            loss = sifa.loss_d_a(a, cycle_a.detach(), sifa.pool_a(pooled))
         elif name == "d_p":
             loss = discriminator_loss(sifa.d_p, masks[0].detach(), masks[1].detach())
         else:

@@ -40,6 +40,11 @@ ALL = (
     _benchmark("start", "commands", "measure_start"),
     _benchmark("report", "commands", "measure_report"),
     _benchmark("sweep", "sweeps", "measure_sweep"),
+    *(
+        [_benchmark("threads", "commands", "measure_threads")]
+        if importlib.util.find_spec("benchmarks.threads")
+        else []
+    ),
     _benchmark("run", "commands", "measure_run", named=True),
     _benchmark("reuse", "sweeps", "measure_reuse", named=True),
     _benchmark("storage", "sweeps", "measure_storage", named=True),
