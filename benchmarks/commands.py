@@ -162,7 +162,7 @@ def measure_report(settings: Settings) -> Iterator[Row]:
 
 
 def measure_threads(settings: Settings) -> Iterator[Row]:
-    """Yield the row of two runs at once, each with its default threads, against one after another.
+    """Yield the rows of two processes at once, with their default threads.
 
     Raises:
         Missing: this process may use one core only.
@@ -171,18 +171,20 @@ def measure_threads(settings: Settings) -> Iterator[Row]:
 
     if len(os.sched_getaffinity(0)) < 2:
         raise Missing("needs two cores")
-    settings.report("two runs at once")
-    updates = 2 if settings.quick else 100
-    command = threads.training(updates)
+    settings.report("two processes at once")
     limits = {name: os.environ.pop(name) for name in THREADS if name in os.environ}
     try:
-        with small.phantom(settings.scratch):
-            threads.at_once(threads.training(1), 1)  # prepares the slices
-            apart, together = threads.at_once(command, min(3, settings.rounds))
+        with (
+            small.phantom(settings.scratch),
+            threads.Pair(steps=2 if settings.quick else 30, environment={}) as pair,
+        ):
+            times = {what: pair.rounds(what, settings.rounds) for what in ("train", "predict")}
     finally:
         os.environ.update(limits)
-    compared = f"two runs of {updates} updates at once ÷ one after the other"
-    yield ratio_row("threads.runs", compared, together, apart, AT_ONCE)
+    for what, found in times.items():
+        apart, together = zip(*found, strict=True)
+        compared = f"two processes that {what} at once ÷ one after the other, default threads"
+        yield ratio_row(f"threads.{what}", compared, together, apart, AT_ONCE)
 
 
 # -- a run ----------------------------------------------------------------------------------------

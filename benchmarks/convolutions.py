@@ -57,7 +57,9 @@ class Convolutions(TorchDispatchMode):
             return value
         key = (tuple(value.shape), value.stride(), value.dtype)
         if key not in self._pool:
-            self._pool[key] = torch.empty_strided(key[0], key[1], dtype=key[2]).normal_()
+            shape, strides, kind = key
+            reach = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+            self._pool[key] = torch.randn(reach).to(kind).as_strided(shape, strides)
         return self._pool[key]
 
     def repeat(self) -> None:
