@@ -254,13 +254,13 @@ def measure_recomputation(settings: Settings) -> Iterator[Row]:
 
 def measure_loop(settings: Settings) -> Iterator[Row]:
     """Yield the rows of the trainer's loop: against a bare one, and without loading."""
-    steps = 4 if settings.quick else 30
+    steps = 4 if settings.quick else 25
     options = SMALL if settings.quick else ()
     with small.phantom(settings.scratch):
         for name in ("source_only",) if settings.quick else ("source_only", "local_only"):
             settings.report(f"loop of {name}")
             found: dict[str, list[float]] = {"bare": [], "harness": [], "loading": [], "memory": []}
-            for _ in range(settings.rounds):
+            for _ in range(min(5, settings.rounds)):
                 built = small.build(settings, name, steps, "none", options)
                 held = [Batch(*built.trainer.batches.load(0, step)) for step in range(8)]
                 held = [replace(b, source_labels=b.source_labels.long()) for b in held]
