@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print; return the exit code."""
+    """Measure and print; return the exit code, 1 if a benchmark failed."""
     asked = parser().parse_args(arguments)
     if asked.rounds < 1 or asked.threads < 1:
         parser().error("--rounds and --threads must be at least 1.")
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asked.json.write_text(rows.document(machine, found), encoding="utf-8")
     if asked.page:
         rows.into_page(asked.page, "scale" if growing else "table", text)
-    return 0
+    return int(any(getattr(row, "note", "").startswith(suite.FAILED) for row in found))
 
 
 def _reporter(began: float) -> Callable[[str], None]:

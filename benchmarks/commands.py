@@ -168,8 +168,9 @@ def measure_threads(settings: Settings) -> Iterator[Row]:
         Missing: this process may use one core only.
     """
     from benchmarks import small, threads
+    from glua_bench.data.parallel import cores
 
-    if len(os.sched_getaffinity(0)) < 2:
+    if cores() < 2:
         raise Missing("needs two cores")
     settings.report("two processes at once")
     limits = {name: os.environ.pop(name) for name in THREADS if name in os.environ}

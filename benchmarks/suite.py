@@ -54,6 +54,9 @@ ALL = (
 GROWTH = ("step", "prepare", "evaluate", "report", "sweep", "memory", "gpu")  # parts of `scale`
 
 
+FAILED = "failed"  # how the note of a benchmark that raised begins
+
+
 def names() -> list[str]:
     """Return the names that a user may give, with a note where a row must be named."""
     own = [f"{each.name} (only by name)" if each.named else each.name for each in ALL]
@@ -101,6 +104,11 @@ def measured(benchmark: Benchmark, settings: Settings, names: Sequence[str]) -> 
         rows = list(benchmark.measure(settings))
     except Missing as missing:
         rows = [Row(benchmark.name, "", note=str(missing))]
+    except (Exception, SystemExit) as error:  # the other benchmarks are measured all the same
+        settings.report(f"{benchmark.name} failed: {error}")
+        rows = [Row(benchmark.name, "", note=f"{FAILED}: {type(error).__name__}")]
+    if rows and rows[0].note.startswith(FAILED):
+        return rows
     wanted = [n for n in names if begins(n, benchmark.name) and n != benchmark.name]
     above = not names or any(begins(benchmark.name, name) for name in names)
     if above:

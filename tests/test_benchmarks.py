@@ -188,3 +188,17 @@ def test_comparators_are_no_dependencies() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment
     )
     assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+def test_a_benchmark_that_fails_is_told_and_spares_the_others(load: Any, tmp_path: Path) -> None:
+    rows, suite = load("rows"), load("suite")
+    lines: list[str] = []
+    settings = rows.Settings(1, True, tmp_path, lines.append)
+
+    def broken(settings: Any) -> Any:
+        raise ValueError("no file")
+        yield
+
+    (row,) = suite.measured(rows.Benchmark("broken", broken), settings, [])
+    assert row.note == "failed: ValueError" and row.verdict == "not measured"
+    assert lines == ["broken failed: no file"]
