@@ -120,6 +120,7 @@ def _timed(
 def step_time(settings: Settings) -> Iterator[Growth]:
     """Yield an update's duration over the side of the image, and over the batch."""
     from benchmarks.steps import configure, training_steps
+    from glua_bench.task import Structure
 
     def last_step(name: str, *options: str) -> Callable[[], object]:
         return list(training_steps(configure(name, settings=options)))[-1][2]
@@ -135,6 +136,13 @@ def step_time(settings: Settings) -> Iterator[Growth]:
     batched = {float(n): last_step("source_only", f"batch_size={n}") for n in batches}
     sizes, values = _timed(settings, batched)
     yield Growth("step.batch", "update of `source_only`", "images per batch", sizes, values)
+    classified = {}
+    for count in (2, 4) if settings.quick else (4, 12, 40):
+        structures = tuple(Structure(str(i), "", (i,), "") for i in range(1, count + 1))
+        ((*_, step),) = training_steps(configure("source_only"), structures)
+        classified[float(count)] = step
+    sizes, values = _timed(settings, classified)
+    yield Growth("step.classes", "update of `source_only`", "structures", sizes, values)
 
 
 def preparation(settings: Settings) -> Iterator[Growth]:

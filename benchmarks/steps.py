@@ -19,6 +19,7 @@ from glua_bench.registry import Registry
 from glua_bench.runs.plan import build_method, resolve
 from glua_bench.runs.request import RunRequest
 from glua_bench.runs.trainer import to_channels_last
+from glua_bench.task import Structure
 
 # Stages that another method shares and that are timed there.
 SHARED = {"global_only": ("style",)}
@@ -43,13 +44,15 @@ def random_batch(config: RunConfig, method: Method) -> Batch:
     return Batch(images[0], labels, images[1] if method.uses_target else None)
 
 
-def training_steps(config: RunConfig) -> Iterator[tuple[Method, Stage, Callable[[], object]]]:
+def training_steps(
+    config: RunConfig, structures: tuple[Structure, ...] = Phantom.structures
+) -> Iterator[tuple[Method, Stage, Callable[[], object]]]:
     """Build the method of a configuration; yield it with each stage and one update of this.
 
     Source images are translated in every update, as in training.
     """
     chosen = Registry("method").load(config.method)
-    method = build_method(config, Phantom.structures, chosen)
+    method = build_method(config, structures, chosen)
     to_channels_last(method)
     batch = random_batch(config, method)
     images = [] if batch.target_images is None else [batch.target_images]
