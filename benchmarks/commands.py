@@ -69,9 +69,9 @@ def measure_start(settings: Settings) -> Iterator[Row]:
         "torch": partial(process, "-c", "import torch"),
     }
     found = alternate(start, settings.rounds, 0)
-    for name, command in (("help", "glua-bench --help"), ("list", "glua-bench list")):
+    for name, command in (("help", "--help"), ("list", "list")):
         for other, what in (("python", "python -c pass"), ("torch", "python -c 'import torch'")):
-            compared = f"`{command}` ÷ `{what}`"
+            compared = f"command `{command}` ÷ `{what}`"
             yield ratio_row(f"start.{name}.{other}", compared, found[name], found[other])
 
 
