@@ -71,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = rows.Machine.here()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="glua-bench-speed-") as scratch, _outputs():
-        settings = rows.Settings(asked.rounds, asked.quick, Path(scratch), _reporter(began))
+        settings = rows.Settings(
+            asked.rounds, asked.quick, Path(scratch), _reporter(began), asked.threads
+        )
         found: list[Any] = []
         if growing:
             from benchmarks import scale

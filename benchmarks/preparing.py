@@ -167,5 +167,5 @@ def measure_preparation(settings: Settings) -> Iterator[Row]:
             yield Row(f"prepare.{name}", compared, note="needs monai: pip install monai")
             continue
         sides = {"ours": lambda: once(ours), "theirs": lambda work=work: once(work)}
-        found = alternate(sides, min(3, settings.rounds), 0.05)
+        found = alternate(sides, min(3, settings.rounds), 0.05, settings.clock)
         yield ratio_row(f"prepare.{name}", compared, found["ours"], found["theirs"])

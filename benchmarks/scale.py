@@ -107,10 +107,10 @@ def measure(settings: Settings, parts: Sequence[str] = ()) -> Iterator[Growth | 
 
 
 def _timed(
-    settings: Settings, sides: dict[float, Callable[[], object]], least: float = 0.1
+    settings: Settings, sides: dict[float, Callable[[], object]]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     named = {str(size): side for size, side in sides.items()}
-    found = alternate(named, min(3, settings.rounds), least)
+    found = alternate(named, min(3, settings.rounds), 0.1, settings.clock)
     return tuple(sides), tuple(statistics.median(found[str(size)]) for size in sides)
 
 

@@ -134,7 +134,7 @@ def measure_surface(settings: Settings) -> Iterator[Row]:
                 "ours": partial(ours, prediction, reference),
                 "theirs": partial(function, prediction, reference),
             }
-            times = alternate(sides, min(3, settings.rounds), 0.05)
+            times = alternate(sides, min(3, settings.rounds), 0.05, settings.clock)
         worst = np.abs(found - expected).max(0)
         note = "largest difference " + ", ".join(
             f"{what} {value:.1g}{unit}"

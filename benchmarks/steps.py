@@ -76,7 +76,7 @@ def training_steps(
 
 def measure_steps(settings: Settings, only: str) -> Iterator[Row]:
     """Yield two rows per stage of a method: its own convolutions, and the roofline."""
-    peak, operations = convolutions.roofline(settings.quick)
+    peak, operations = convolutions.roofline(settings.quick, settings.clock)
     config = configure(only, settings=SMALL if settings.quick else ())
     for _, stage, step in training_steps(config):
         if stage.name in SHARED.get(only, ()):
@@ -84,7 +84,8 @@ def measure_steps(settings: Settings, only: str) -> Iterator[Row]:
         settings.report(f"step of {only}, stage {stage.name}")
         step()
         own = convolutions.of_step(step)
-        found = alternate({"step": step, "own": own.repeat, "peak": peak}, settings.rounds)
+        sides = {"step": step, "own": own.repeat, "peak": peak}
+        found = alternate(sides, settings.rounds, clock=settings.clock)
         ideal = [own.operations * seconds / operations for seconds in found["peak"]]
         rate, done, alone = (
             count / statistics.median(found[side]) / 1e9
@@ -237,7 +238,7 @@ def measure_recomputation(settings: Settings) -> Iterator[Row]:
     for name, function in (("needed", recomputing_step), ("whole", whole_pass_step)):
         sides[name] = functools.partial(function, method, batch, context)
     counts = {name: convolutions.of_step(side).operations for name, side in sides.items()}
-    found = alternate(sides, settings.rounds, 0.4)
+    found = alternate(sides, settings.rounds, 0.4, settings.clock)
     for name, what in (
         ("needed", "the networks that its loss needs, run anew for each update"),
         ("whole", "the whole forward pass for each update"),
@@ -267,15 +268,15 @@ def measure_loop(settings: Settings) -> Iterator[Row]:
                 built = small.build(settings, name, steps, "none", options)
                 held = [Batch(*built.trainer.batches.load(0, step)) for step in range(8)]
                 held = [replace(b, source_labels=b.source_labels.long()) for b in held]
-                found["harness"].append(small.fit(built) / steps)
-                found["bare"].append(small.bare_loop(built, held, steps) / steps)
+                found["harness"].append(small.fit(built, settings.clock) / steps)
+                found["bare"].append(small.bare_loop(built, held, steps, settings.clock) / steps)
                 built = small.build(settings, name, steps, "geometric", options)
-                found["loading"].append(small.fit(built) / steps)
+                found["loading"].append(small.fit(built, settings.clock) / steps)
                 built = small.build(settings, name, steps, "none", options)
                 (first, *_) = held
                 one = first.source_images, first.source_labels, first.target_images
                 built.trainer.batches.load = lambda *place, one=one: one  # type: ignore[method-assign,misc]
-                found["memory"].append(small.fit(built) / steps)
+                found["memory"].append(small.fit(built, settings.clock) / steps)
             yield ratio_row(
                 f"loop.{name}.bare",
                 "update within a run ÷ update in a bare loop over batches in memory",
