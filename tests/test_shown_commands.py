@@ -72,6 +72,8 @@ NOT_RUN = {
     r"python -m build .*|pip (wheel|install) .*wheelhouse .*": "needs an index of packages",
     r"docker .*": "needs Docker",
     r"tensorboard .*": "starts a server",
+    r"pip install monai surface-distance": "libraries that benchmarks compare with",
+    r"python -m benchmarks.*": "takes minutes; test_benchmarks.py runs it with --quick",
     r"glua-bench --install-completion": "changes the user's shell",
     r"glua-bench predict --model model (patient_t1.*|imagesTs)": "needs several channels",
     r"glua-bench sweep .*--executor slurm.*|glua-bench worker .*": "needs a cluster",

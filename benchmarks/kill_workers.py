@@ -1,12 +1,12 @@
-"""What sweeping costs, and whether it loses anything: workers, storages, and kill -9.
+"""Whether a sweep loses or doubles trials when its workers are killed with SIGKILL.
 
-    python benchmarks/sweep_workers.py                         # a journal
-    python benchmarks/sweep_workers.py --storage postgresql://user@host/base
+    python benchmarks/kill_workers.py                         # a journal
+    python benchmarks/kill_workers.py --storage postgresql://user@host/base
 
-Trials only sleep, so that what is measured is the machinery: asking, locking, telling. The first
-table gives the share of the ideal speed-up that one, two and eight workers reach. The second kills
-workers with SIGKILL at random moments of a study and counts what is left: every trial must have
-its value once, and the run directories must agree with the storage.
+Trials only sleep, and go on where a killed worker left them, as runs do from a checkpoint. Workers
+are killed at random moments and replaced. At the end every trial must have its value once, and the
+directories of the trials must agree with the storage; the exit code is 1 if not. What sweeping
+costs is measured by `python -m benchmarks sweep storage`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from glua_bench.sweeps.trial import Outcome
 from glua_bench.sweeps.worker import work
 
 SLEEP = 0.5  # seconds of a trial
-PER_WORKER = 16  # trials, of the first table
 STEPS = 10  # of a trial that may be killed, each a tenth of its sleep
 
 
@@ -54,33 +53,6 @@ def forked(action: Callable[[], Any]) -> int:
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         os._exit(1)
-
-
-def overhead(root: Path, url: str | None, workers: int) -> tuple[float, float]:
-    """Seconds per trial above its sleep, and the share of the ideal speed-up."""
-    definition = define(f"overhead-{uuid.uuid4().hex[:8]}", workers * PER_WORKER)
-    SweepStudy(definition, root, url)  # the tables of a database are made before anybody counts
-
-    def sleep(claim: Claim, see: Any) -> Outcome:
-        time.sleep(SLEEP)
-        return Outcome((float(claim.params["ratio"]),), {})
-
-    def one() -> None:
-        study = SweepStudy(definition, root, url)
-        while not (root / "go").exists():
-            time.sleep(0.001)
-        work(study, sleep, poll=0.05)
-
-    children = [forked(one) for _ in range(workers)]
-    time.sleep(2.0)  # until all wait
-    began = time.perf_counter()
-    (root / "go").touch()
-    for child in children:
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    seconds = time.perf_counter() - began
-    (root / "go").unlink()
-    ideal = PER_WORKER * SLEEP
-    return (seconds - ideal) / PER_WORKER, ideal / seconds
 
 
 def killed(root: Path, url: str | None, trials: int, kills: int, seed: int) -> dict[str, Any]:
@@ -148,12 +120,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     kind = "journal" if asked.storage is None else asked.storage.partition(":")[0]
-    print(f"trials sleep {SLEEP} s; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    print(f"{'storage':<12}{'workers':>8}{'s a trial above its sleep':>28}{'of the ideal':>15}")
-    for workers in (1, 2, 8):
-        with tempfile.TemporaryDirectory() as folder:
-            extra, share = overhead(Path(folder), asked.storage, workers)
-        print(f"{kind:<12}{workers:>8}{extra:>28.3f}{share:>14.0%}", flush=True)
     # A trial that is hit three times counts as failed in a sweep; here the kills are the subject.
     studies.ATTEMPTS = asked.kills
     with tempfile.TemporaryDirectory() as folder:
