@@ -30,6 +30,7 @@ from glua_bench.data.neighbours import Neighbourhood
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.files import write_json
 from glua_bench.identity import digest
+from glua_bench.records.naming import label_stamps
 from glua_bench.records.run_directory import RunDirectory, list_runs
 from glua_bench.registry import Registry
 from glua_bench.reports import comparison, statistics
@@ -53,6 +54,8 @@ DEFAULTS = {  # of columns that rows of older versions lack
     "commit": "",
     "device": "",
     "code": "",
+    "labels": "",
+    "labels_reason": "",
     "scenario": "uda",
     "augmentation": "geometric",
     "peak_memory_mib": math.nan,
@@ -74,7 +77,8 @@ class Results:
             (displayed name), base (entry without changed settings), config (the method's settings
             as JSON), settings (those that differ from the defaults), variant (the method's name
             for these settings), task, protocol (JSON), seconds, peak_memory_mib, commit, code,
-            device, note (of external entries: where they come from).
+            labels and labels_reason (see `label_stamps`), device, note (of external entries: where
+            they come from).
         checkpoints: entry, task, seed, run, selector, step, score: scores of all candidates; empty
             for rows from a file.
         directories: run id → directory; empty for rows from a file.
@@ -458,6 +462,8 @@ def _lines(
             "peak_memory_mib": float(record.summary["peak_memory_mib"]),
             "commit": str(state.get("commit", ""))[:10] + ("+" if state.get("dirty") else ""),
             "code": str(record.environment.get("code", "")),
+            "labels": str(record.environment.get("labels", "")),
+            "labels_reason": str(record.environment.get("labels_reason", "")),
             "device": "" if config.external else _device(record.environment),
             "note": _note(record.environment),
         }
@@ -582,6 +588,7 @@ def _check(found: Results, notice: Callable[[str], None]) -> None:
     for task in found.tasks:
         own = found.rows[found.rows["task"] == task]
         columns = ["run", "entry", "seed", "protocol", "code", "device", "note"]
+        columns += ["labels", "labels_reason"]
         per_run = own.drop_duplicates("run")[columns]
         every = own
         if len(found.repeats):
@@ -608,6 +615,8 @@ def _check(found: Results, notice: Callable[[str], None]) -> None:
                 f"{task}: {entry} was imported: {notes}. Its training data, budget, checkpoint "
                 "selection and seeds are not known to glua-bench."
             )
+        for stamp in label_stamps(per_run.to_dict("records")):
+            notice(f"{task}: {stamp}")
         mixed = per_run.groupby("entry", observed=True)["code"].nunique()
         for entry in mixed[mixed > 1].index:
             notice(f"{task}: the seeds of {entry} were run by different versions of the code.")

@@ -6,6 +6,7 @@ run at the checkpoint that the objective chose, and the post hoc analysis uses t
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from pathlib import Path
@@ -17,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from glua_bench.config import ORACLE
 from glua_bench.errors import UserError
-from glua_bench.records.naming import Comparison
+from glua_bench.records.naming import Comparison, label_stamps
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.scoring.metrics import METRICS, complete
 from glua_bench.sweeps.definition import Definition, Parameter
@@ -71,7 +72,7 @@ def collect(study: SweepStudy, runs_root: Path) -> dict[str, Any]:
 
 
 def _stamps(definition: Definition, runs: pd.DataFrame, runs_root: Path) -> list[str]:
-    """Return the deviations from the protocol and the caveats that the runs record."""
+    """Return what the runs record of the protocol, of caveats and of the labels of the target."""
     found: dict[str, None] = {}
     for run in runs.drop_duplicates("direction")["run"]:
         directory = _run(definition, runs_root, run)
@@ -82,7 +83,12 @@ def _stamps(definition: Definition, runs: pd.DataFrame, runs_root: Path) -> list
         for name in ("protocol", "caveat"):
             if facts.get(name):
                 found[f"{name.upper()} {facts[name]}."] = None
-    return list(found)
+    recorded = []
+    for run in runs["run"].unique():
+        directory = _run(definition, runs_root, run)
+        with contextlib.suppress(UserError):
+            recorded += [] if directory is None else [directory.read_environment()]
+    return [*found, *label_stamps(recorded)]
 
 
 def _options(definition: Definition) -> list[str]:

@@ -139,9 +139,11 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("GLUA_BENCH_DEBUG"):
             raise
-        where = traceback.extract_tb(error.__traceback__)[-1]
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        # Of an error in the process that trains, where it was raised.
+        file, line = getattr(error, "where", (last.filename, last.lineno))
         end(
-            f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno} "
+            f"{type(error).__name__} at {Path(file).name}:{line} "
             f"({reason(error)}); this is a bug in glua-bench or in a plugin: set "
             "GLUA_BENCH_DEBUG=1 for a traceback, and report it.",
             1,
