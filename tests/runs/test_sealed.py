@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import PLUGIN, QUIET, Ask, small_request
+import torch
+from small_runs import DISCS, PLUGIN, QUIET, Ask, small_request
 
 from glua_bench.data.cache import SliceCache
 from glua_bench.errors import RunFailure
@@ -19,7 +25,8 @@ from glua_bench.runs.execution import execute
 from glua_bench.runs.plan import PlannedRun, plan
 from glua_bench.runs.sealed import landlock
 
-THIEF = Path(__file__).parents[1] / "support" / "thief.py"
+SUPPORT = Path(__file__).parents[1] / "support"
+THIEF = SUPPORT / "thief.py"
 needs_landlock = pytest.mark.skipif(not landlock.version(), reason="the kernel has no Landlock")
 
 
@@ -155,3 +162,57 @@ def test_a_killed_training_leaves_a_run_that_is_resumed(ask: Ask, tmp_path: Path
         (tmp_path / "mark").touch()
         assert not execute(plan(planned.request), QUIET).already_done
     assert planned.directory.done
+
+
+def alive(words: str) -> list[int]:
+    """Return the processes whose command line or environment contains words."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            text = (place / "cmdline").read_bytes() + (place / "environ").read_bytes()
+            if words.encode() in text and int(place.name) != os.getpid():
+                found.append(int(place.name))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(
+            number, marks=pytest.mark.fault("killed", f"`run` receives {number.name} in training")
+        )
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+    ],
+)
+def test_a_command_that_is_stopped_leaves_no_process_and_can_be_resumed(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    words = [sys.executable, "-m", "glua_bench", "run", "--method=slow", "--dataset=discs"]
+    words += [f"--plugin={file}" for file in (SUPPORT / "slow_method.py", DISCS[0])]
+    words += [f"--data-root={tmp_path / 'discs'}", "--steps=60", "--device=cpu", "--no-mlflow"]
+    words += [f"--set={text}" for text in ("segmenter.width=4", "segmenter.depth=3")]
+    words += ["--set=batch_size=2", "--set=method.pause=0.2"]
+    marked = {**os.environ, "MARK": str(tmp_path)}
+    process = subprocess.Popen(
+        words, cwd=tmp_path, env=marked, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("runs/*/*/*/log.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (log,) = tmp_path.glob("runs/*/*/*/log.jsonl")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == {
+        signal.SIGINT: 130, signal.SIGTERM: 128 + 15, signal.SIGKILL: -9
+    }[number], errors  # fmt: skip
+    while alive(f"MARK={tmp_path}") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(f"MARK={tmp_path}")
+    saved = log.parent / "checkpoints" / "last.pt"
+    assert saved.is_file() or number is signal.SIGKILL
+    assert not (log.parent / "failed").exists() and not (log.parent / "done").exists()
+    if number is not signal.SIGKILL:
+        assert b"the same command resumes" in errors
+        assert torch.load(saved, weights_only=True)["step"] > 0

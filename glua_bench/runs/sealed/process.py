@@ -31,7 +31,9 @@ from glua_bench.runs.sealed.seal import Reach
 
 POLL_SECONDS = 0.2  # between checks whether this process was asked to stop
 GRACE_SECONDS = 60.0  # after Ctrl-C, for the step and its checkpoint
-_FORKS = sys.platform == "linux"
+LAST_SECONDS = 2.0  # for what an ended process has reported
+_KILL = 9  # SIGKILL, which Windows does not have
+_FORKS = sys.platform == "linux" and hasattr(os, "setsid") and hasattr(os, "killpg")
 _lock = threading.Lock()
 _server: tuple[int, socket.socket] | None = None  # the process that started it, and its socket
 
@@ -67,7 +69,7 @@ class Training:
         header = {
             "environment": environment,
             "folder": os.getcwd(),
-            "path": sys.path,
+            "path": _path(),
             "reach": vars(reach),
         }
         try:
@@ -80,7 +82,7 @@ class Training:
 
     def begin(self, given: dict[str, Any]) -> None:
         """Send what is to be trained."""
-        content = pickle.dumps({**given, "path": sys.path})
+        content = pickle.dumps({**given, "path": _path()})
         self._write(f"{len(content)}\n".encode() + content)
 
     def answer(self, go_on: bool) -> None:
@@ -94,37 +96,40 @@ class Training:
             RunFailure: the process was killed.
             KeyboardInterrupt: again, or the process does not end after the first.
         """
-        stopping, deadline, code = False, float("inf"), None
+        stopping, deadline = False, float("inf")
+        code: int | None = None
+        told, silent = False, 0.0  # whether its pipe is closed; since when it has been silent
         while True:
             try:
                 item = self._inbox.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 item = b""
-                if code is not None:  # something that it left keeps the pipe open
-                    item = None
             except KeyboardInterrupt:
                 if stopping:
                     raise
                 stopping, deadline = True, time.monotonic() + GRACE_SECONDS
                 self._tell({"stop": int(signal.SIGINT)})
                 continue
+            now = time.monotonic()
             if not stopping and (number := interruption.requested()) is not None:
                 stopping = True
                 self._tell({"stop": number})
-            if time.monotonic() > deadline:
+            if now > deadline:
                 raise KeyboardInterrupt
-            if item is None:
-                if code is not None:
-                    self._ended = True
-                    raise _killed(code)
-            elif isinstance(item, int):
-                code = item
-                self._inbox.put(None)  # after what it has reported
+            if isinstance(item, int):
+                code, silent = item, now
+            elif item is None:
+                told = True
             elif item:
+                silent = now
                 with contextlib.suppress(ValueError):  # not from the harness
                     message = json.loads(item)
                     if isinstance(message, dict):
                         yield message
+            # Something that it has left behind may keep the pipe open.
+            if code is not None and (told or now - silent > LAST_SECONDS):
+                self._ended = True
+                raise _killed(code)
 
     def close(self) -> None:
         """End the process, if it has not ended, and remove its temporary files."""
@@ -152,6 +157,7 @@ class Training:
         with reports, contextlib.suppress(OSError, ValueError):
             for line in reports:
                 self._inbox.put(line)
+        self._inbox.put(None)
 
     def _wait(self, status: BinaryIO | None) -> None:
         if self._popen is not None:
@@ -160,7 +166,7 @@ class Training:
         assert status is not None
         with status:
             line = status.readline()
-        self._inbox.put(int(line) if line else -int(signal.SIGKILL))  # or the server was killed
+        self._inbox.put(int(line) if line else -_KILL)  # or the server was killed
 
     def _start(self) -> tuple[BinaryIO, BinaryIO, BinaryIO | None]:
         """Return the ends of the pipes for commands, reports and exit status."""
@@ -244,6 +250,10 @@ def _start_server() -> socket.socket:
     return ours
 
 
+def _path() -> list[str]:
+    return [str(path) for path in sys.path]
+
+
 def _is_open(number: int) -> bool:
     try:
         os.fstat(number)
@@ -257,7 +267,7 @@ def _killed(code: int | None) -> Killed:
     if code is not None and code < 0:
         with contextlib.suppress(ValueError):
             why = f" by {signal.Signals(-code).name}"
-        if code == -signal.SIGKILL:
+        if code == -_KILL:
             why += ", perhaps for lack of memory"
     what = f"was killed{why}" if code is None or code < 0 else f"ended with code {code}"
     return Killed(f"The process that trains {what}; the same command resumes the run.")

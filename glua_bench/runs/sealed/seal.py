@@ -68,9 +68,10 @@ def seal(reach: Reach) -> str:
     writable = [Path(path).resolve() for path in reach.write]
     if {*files} & {*labels}:
         return "a file that training reads is a target label"
+    reason = ""  # all else is denied nevertheless
     for folder in writable:
         if any(beneath(label, folder) for label in labels):
-            return f"target labels lie in {folder}, which training writes to"
+            reason = f"target labels lie in {folder}, which training writes to"
     try:
         rules, count = Rules(), 0
         for folder in _readable(reach.code):
@@ -86,6 +87,8 @@ def seal(reach: Reach) -> str:
         rules.enforce()
     except OSError as error:
         return f"Landlock failed ({error.strerror or error})"
+    if reason:
+        return reason
     allowed = {str(path) for path in files}
     opened = next((file for file in _files(reach.labels) if _opens(file, allowed)), None)
     return "" if opened is None else f"{opened} can still be opened"
