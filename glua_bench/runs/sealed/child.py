@@ -182,6 +182,7 @@ def _train(link: Link, content: bytes) -> dict[str, Any]:
     import torch
 
     from glua_bench.errors import PluginError
+    from glua_bench.files import exclusive
     from glua_bench.registry import Registry
     from glua_bench.runs.plan import make_fabric
     from glua_bench.runs.sealed.training import train_and_predict
@@ -206,8 +207,10 @@ def _train(link: Link, content: bytes) -> dict[str, Any]:
         # Fabric starts further processes with the command of this one.
         sys.modules["__main__"].__spec__ = None
         sys.argv[:] = [__file__, "rank", str(file)]
-    fabric.launch()
-    return train_and_predict(withheld, fabric, link)
+    # Held by this process, which may outlive the one that started it for a moment.
+    with exclusive(withheld.directory.path / ".training.lock", option="--runs"):
+        fabric.launch()
+        return train_and_predict(withheld, fabric, link)
 
 
 def rank(file: Path) -> None:
