@@ -294,7 +294,8 @@ class _Scores:
         """Train in a process that holds no label of the target."""
         planned, withheld = self.planned, self._prepare()
         folder = Path(temporary())
-        training = Training(reach_of(planned, withheld, folder), folder)
+        with self.clock.on(SLICES):  # its start counts as preparation
+            training = Training(reach_of(planned, withheld, folder), folder)
         try:
             reason = training.unsealed
             self._stamped(WITHHELD if reason else SEALED, reason)

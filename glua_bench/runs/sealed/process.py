@@ -31,7 +31,7 @@ from glua_bench.runs.sealed.seal import Reach
 
 POLL_SECONDS = 0.2  # between checks whether this process was asked to stop
 GRACE_SECONDS = 60.0  # after Ctrl-C, for the step and its checkpoint
-LAST_SECONDS = 2.0  # for what an ended process has reported
+LAST_SECONDS = 30.0  # for what an ended process has reported, on a busy machine
 _KILL = 9  # SIGKILL, which Windows does not have
 _FORKS = sys.platform == "linux" and hasattr(os, "setsid") and hasattr(os, "killpg")
 _lock = threading.Lock()
