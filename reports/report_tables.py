@@ -611,7 +611,7 @@ def runs(results: Results, selector: str = "last") -> Table:
             Column("training (s)", list(lines["seconds"].astype(float)), 0),
             *(
                 Column(name, [str(value) or MISSING for value in lines[name]])
-                for name in ("device", "commit", "code", "seal")
+                for name in ("device", "labels", "commit", "code", "seal")
             ),
         ],
         first="run",

@@ -31,6 +31,7 @@ from glua_bench.documents import load_json
 from glua_bench.errors import ConfigError, UserError
 from glua_bench.files import write_json
 from glua_bench.identity import digest
+from glua_bench.records.naming import label_stamps
 from glua_bench.records.run_directory import RunDirectory, list_runs, unsealed_note
 from glua_bench.registry import Registry
 from glua_bench.reports import comparison, statistics
@@ -54,6 +55,8 @@ DEFAULTS = {  # of columns that rows of older versions lack
     "commit": "",
     "device": "",
     "code": "",
+    "labels": "",
+    "labels_reason": "",
     "scenario": "uda",
     "augmentation": "geometric",
     "peak_memory_mib": math.nan,
@@ -76,7 +79,8 @@ class Results:
             (displayed name), base (entry without changed settings), config (the method's settings
             as JSON), settings (those that differ from the defaults), variant (the method's name
             for these settings), task, protocol (JSON), seconds, peak_memory_mib, commit, code,
-            device, note (of external entries: where they come from).
+            labels and labels_reason (see `label_stamps`), device, note (of external entries: where
+            they come from).
         checkpoints: entry, task, seed, run, selector, step, score: scores of all candidates; empty
             for rows from a file.
         directories: run id → directory; empty for rows from a file.
@@ -464,7 +468,7 @@ def _lines(
             statistics.REPEAT: repeat,
             "peak_memory_mib": float(record.summary["peak_memory_mib"]),
             "commit": str(state.get("commit", ""))[:10] + ("+" if state.get("dirty") else ""),
-            "code": str(record.environment.get("code", "")),
+            **{n: str(record.environment.get(n, "")) for n in ("code", "labels", "labels_reason")},
             "device": "" if config.external else _device(record.environment),
             "note": _note(record.environment),
             "seal": "sealed" if record.run.sealed else "NOT SEALED",
@@ -589,8 +593,7 @@ def _check(found: Results, notice: Callable[[str], None]) -> None:
     """
     for task in found.tasks:
         own = found.rows[found.rows["task"] == task]
-        columns = ["run", "entry", "seed", "protocol", "code", "device", "note"]
-        per_run = own.drop_duplicates("run")[columns]
+        per_run = own.drop_duplicates("run")
         every = own
         if len(found.repeats):
             every = pd.concat([own, found.repeats[found.repeats["task"] == task]])
@@ -616,6 +619,8 @@ def _check(found: Results, notice: Callable[[str], None]) -> None:
                 f"{task}: {entry} was imported: {notes}. Its training data, budget, checkpoint "
                 "selection and seeds are not known to glua-bench."
             )
+        for stamp in label_stamps(per_run.to_dict("records")):
+            notice(f"{task}: {stamp}")
         mixed = per_run.groupby("entry", observed=True)["code"].nunique()
         for entry in mixed[mixed > 1].index:
             notice(f"{task}: the seeds of {entry} were run by different versions of the code.")

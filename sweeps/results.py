@@ -6,6 +6,7 @@ run at the checkpoint that the objective chose, and the post hoc analysis uses t
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from pathlib import Path
@@ -17,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from glua_bench.config import ORACLE
 from glua_bench.errors import UserError
-from glua_bench.records.naming import Comparison
+from glua_bench.records.naming import Comparison, label_stamps
 from glua_bench.records.run_directory import RunDirectory, unsealed_note
 from glua_bench.scoring.metrics import METRICS, complete
 from glua_bench.sweeps.definition import Definition, Parameter
@@ -76,24 +77,21 @@ def collect(study: SweepStudy, runs_root: Path) -> dict[str, Any]:
 
 
 def _stamps(definition: Definition, runs: pd.DataFrame, runs_root: Path) -> list[str]:
-    """Return deviations from the protocol, caveats, and runs that are damaged or not sealed."""
+    """Return what the runs record of protocol, caveats, labels, damage and seals."""
     found: dict[str, None] = {}
     known = [own for run in runs["run"].unique() if (own := _run(definition, runs_root, run))]
     found |= {f"EXCLUDED {own.damage}": None for own in known if own.damage}
     if note := unsealed_note(known):
         found[note] = None
-    for run in runs.drop_duplicates("direction")["run"]:
-        directory = _run(definition, runs_root, run)
-        try:
-            if directory is None or directory.damage:
-                continue
-            facts = directory.read_environment()
-        except UserError:
-            continue
+    recorded = []
+    for own in known:
+        with contextlib.suppress(UserError):
+            recorded += [] if own.damage else [own.read_environment()]
+    for facts in recorded:
         for name in ("protocol", "caveat"):
             if facts.get(name):
                 found[f"{name.upper()} {facts[name]}."] = None
-    return list(found)
+    return [*found, *label_stamps(recorded)]
 
 
 def _options(definition: Definition) -> list[str]:

@@ -276,7 +276,7 @@ for name, more in {
     threading.setprofile(look)
     sys.setprofile(look)
     planned = plan(request)
-    execute(planned, Progress(enabled=False))
+    execute(planned, Progress(enabled=False), apart=False)
     sys.setprofile(None)
     threading.setprofile(None)
     names = {getattr(m, "__file__", None): n for n, m in list(sys.modules.items())}

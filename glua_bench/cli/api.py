@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from glua_bench.cli.options import split_names
 from glua_bench.config import RunConfig, assignment
 from glua_bench.console import Progress
 from glua_bench.documents import nearest
-from glua_bench.errors import ConfigError, RunFailure, printable
-from glua_bench.records.naming import Comparison
+from glua_bench.errors import ConfigError, RunFailure, UserError, printable
+from glua_bench.records.naming import Comparison, label_stamps
 from glua_bench.records.run_directory import RunDirectory, check_predictions, unsealed_note
 from glua_bench.registry import Registry, with_descriptions
 from glua_bench.reports import comparison, results
@@ -136,7 +136,7 @@ class ComparisonResult:
 
 
 def stamps(runs: Sequence[PlannedRun], imported: Sequence[RunDirectory] = ()) -> list[str]:
-    """Return the sentences that are printed with results: deviations from the protocol, caveats."""
+    """Return the sentences that are printed with results: protocol, caveats, labels, seals."""
     found: dict[str, None] = {}
     for run in runs:
         if protocol := run.dataset.protocol:
@@ -145,7 +145,11 @@ def stamps(runs: Sequence[PlannedRun], imported: Sequence[RunDirectory] = ()) ->
             found[f"CAVEAT {caveat}."] = None
     if note := unsealed_note([*(run.directory for run in runs), *imported]):
         found[note] = None
-    return list(found)
+    recorded = []
+    for run in runs:
+        with suppress(UserError):  # not run yet, or not readable
+            recorded.append(run.directory.read_environment())
+    return [*found, *label_stamps(recorded)]
 
 
 def _paragraphs(texts: Iterable[str]) -> str:

@@ -158,9 +158,11 @@ def _run() -> None:
             sys.exit(1)
         if known := cause(error):
             end(known, RunFailure.exit_code)
-        where = traceback.extract_tb(error.__traceback__)[-1]
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        # Of an error in the process that trains, where it was raised.
+        file, line = getattr(error, "where", (last.filename, last.lineno))
         end(
-            f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno} "
+            f"{type(error).__name__} at {Path(file).name}:{line} "
             f"({reason(error)}); this is a bug in glua-bench or in a plugin: set "
             "GLUA_BENCH_DEBUG=1 for a traceback, and report it.",
             1,

@@ -85,8 +85,11 @@ def _run(request: RunRequest, dry_run: bool = False) -> None:
     datasets = Registry("dataset", request.plugins)
     datasets.entry(datasets.fold_of(request.dataset, request.fold)[0])
     from glua_bench.data.parallel import Load
+    from glua_bench.runs.sealed import process
 
     load = Load()
+    if not dry_run:
+        process.prepare()  # before a dataset is loaded
     from glua_bench.data.neighbours import Neighbourhood
     from glua_bench.runs import execution
     from glua_bench.runs.plan import plan

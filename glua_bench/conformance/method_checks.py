@@ -572,7 +572,7 @@ def _whole_run(bench: Bench) -> None:
     """A run trains, selects, evaluates and finishes; repeating it does nothing."""
     with quiet_machine(bench.fresh("cache")):
         planned = bench.plan(scored=True)
-        execution.execute(planned, Progress(enabled=False))
+        execution.execute(planned, Progress(enabled=False), apart=False)
         rows = planned.directory.read_cases()
         again = execution.execute(planned, Progress(enabled=False))
     tests = bench.dataset.split(planned.config.target, "test")

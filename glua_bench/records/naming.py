@@ -6,7 +6,7 @@ import contextlib
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
@@ -103,6 +103,8 @@ def _tags(run: RunDirectory) -> dict[str, str]:
             tags["data"] = " ".join(f"{name}={value}" for name, value in data.items())
         if code := environment.get("code"):
             tags["code"] = code
+        if stamp := environment.get("labels"):
+            tags["labels"] = stamp
         if state := environment.get("source") or environment.get("git"):
             tags["git_commit"] = str(state["commit"])
             tags["git_dirty"] = str(state["dirty"]).lower()
@@ -321,6 +323,28 @@ def run_name(config: RunConfig, method: Mapping[str, Any]) -> str:
 
 def _settings_text(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{n.removeprefix('method.')}={value}" for n, value in settings.items())
+
+
+def label_stamps(environments: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Say whether trainings could reach labels of the target; docs/protocol.md explains the stamps.
+
+    Args:
+        environments: of finished runs; without stamp for runs of older versions and other tools.
+
+    Returns:
+        One sentence, or none without a stamp.
+    """
+    known = [(e["labels"], e.get("labels_reason", "")) for e in environments if e.get("labels")]
+    if not known:
+        return []
+    parts = []
+    for stamp in ("sealed", "withheld", "in reach"):
+        reasons = [reason for own, reason in known if own == stamp]
+        if reasons:
+            count = f" in {len(reasons)} of {len(known)} runs" if len(reasons) < len(known) else ""
+            why = f" ({', '.join(sorted({*reasons} - {''}))})" if any(reasons) else ""
+            parts.append(f"{stamp}{count}{why}")
+    return [f"LABELS {'; '.join(parts)}."]
 
 
 def tracker_key(name: str) -> str:

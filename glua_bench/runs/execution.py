@@ -1,14 +1,19 @@
-"""Execute a planned run: train, select, evaluate, record, mirror."""
+"""Execute a planned run: have it trained, score its predictions, record, mirror.
+
+A method is trained in a process of its own (`sealed/`), which holds no label of the target. This
+process calls no method: it prepares the slices before, and reads labels and scores what is
+predicted.
+"""
 
 from __future__ import annotations
 
-import math
-import sys
+import builtins
+import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,27 +21,57 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from glua_bench import errors
 from glua_bench.config import ORACLE, changed_settings, variant_name
 from glua_bench.console import Progress
-from glua_bench.data.batches import Batches
 from glua_bench.data.cache import SliceCache
-from glua_bench.data.neighbours import Neighbourhood, middle
-from glua_bench.data.parallel import turns
-from glua_bench.data.stores import ImageStore, LabelledStore
-from glua_bench.errors import ConfigError, RunFailure, UserError, cause
-from glua_bench.method import Batch, Method, Role
+from glua_bench.errors import ConfigError, PluginError, RunFailure, UserError, cause
+from glua_bench.files import write_json
+from glua_bench.method import Batch
 from glua_bench.records.environment import environment
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.records.tracker import open_tracker
-from glua_bench.registry import Registry
-from glua_bench.runs import carried
-from glua_bench.runs.plan import LOST_SECONDS, PlannedRun, launch, make_fabric, roles
-from glua_bench.runs.stage_cache import artefact_path
-from glua_bench.runs.timing.parts import EVALUATION, FIGURES, SAMPLES, SLICES, Clock
-from glua_bench.runs.trainer import Trainer, threads_of
-from glua_bench.scoring.evaluation import evaluate, mean_score, summarise
-from glua_bench.selection import ROLES, Candidate, Samples, Selector, choose, sample_pixels
-from glua_bench.task import Case, Dataset, UnlabelledCase
+from glua_bench.runs import carried, interruption
+from glua_bench.runs.plan import PlannedRun, make_fabric, roles
+from glua_bench.runs.sealed.process import Killed, Training
+from glua_bench.runs.sealed.seal import temporary
+from glua_bench.runs.sealed.training import (
+    SCRATCH,
+    BuiltRun,
+    Stopped,
+    build_run,
+    load_selectors,
+    pictures_of,
+    predicted_path,
+    read_pictures,
+    sampled_roles,
+    samples_of,
+    score_of,
+    stores,
+    train_and_predict,
+)
+from glua_bench.runs.sealed.withheld import Withheld, reach_of, withhold
+from glua_bench.runs.timing.parts import EVALUATION, FIGURES, SLICES, Clock
+from glua_bench.runs.trainer import drop_checkpoints
+from glua_bench.scoring.evaluation import mean_score, score_prediction, summarise
+from glua_bench.selection import choose
+from glua_bench.task import Dataset
+
+__all__ = [
+    "BuiltRun",
+    "Stopped",
+    "build_run",
+    "load_selectors",
+    "pictures_of",
+    "sampled_roles",
+    "samples_of",
+    "score_of",
+    "stores",
+]
+
+# Whether the process that trained a run could reach labels of the target, best first.
+SEALED, WITHHELD, IN_REACH = "sealed", "withheld", "in reach"
+STAMPS = (SEALED, WITHHELD, IN_REACH)
 
 # Draws a run's figures from its directory, dataset, rows of the primary selector, a batch of
 # images, and the method's own pictures.
@@ -60,10 +95,6 @@ class Summary:
     warnings: list[str]
 
 
-class Stopped(Exception):
-    """A watcher stopped the run: it is neither done nor failed, and can be resumed."""
-
-
 @dataclass(frozen=True)
 class Watch:
     """Observer of the candidates of a run during training.
@@ -77,67 +108,12 @@ class Watch:
     see: Callable[[int, float], None]
 
 
-def stores(
-    planned: PlannedRun, cache: SliceCache, progress: Progress, enough: int | None = None
-) -> tuple[LabelledStore, LabelledStore | None, ImageStore | None]:
-    """Read the slices for training and validation on the source, and for training on the target.
-
-    The target's store is built from `UnlabelledCase`s, so no label file of the target is opened.
-    Progress is shown if a volume is not cached yet.
-
-    Args:
-        planned: the run.
-        cache: preprocessed slices.
-        progress: progress bar.
-        enough: number of training slices per domain that suffice; None reads all.
-    """
-    config, dataset = planned.config, planned.dataset
-    chosen, neighbourhood = roles(config, dataset), Neighbourhood.of(config)
-    names = ["source_train", "source_val"]
-    names += ["target_train"] if planned.method_class.uses_target else []
-    every = [(case, dataset.view(case.domain).on(config.grid)) for n in names for case in chosen[n]]
-    missing = {id(case) for case, view in every if not cache.holds(case, view)}
-    done = 0
-    if missing and enough is None:
-        progress.stage("prepare slices", len(missing), unit="case")
-
-    def prepared(case: Case | UnlabelledCase) -> None:
-        nonlocal done
-        if id(case) in missing:
-            done += 1
-            if enough is None:
-                progress.update(done)
-
-    def labelled(cases: Sequence[Case | UnlabelledCase], enough: int | None) -> LabelledStore:
-        images, labels = [], []
-        for case in cases:
-            assert isinstance(case, Case)
-            view = dataset.view(case.domain).on(config.grid)
-            images.append(cache.image(case.unlabelled(), view))
-            labels.append(cache.label(case, view))
-            prepared(case)
-            if enough is not None and sum(image.shape[0] for image in images) >= enough:
-                break
-        return LabelledStore(images, labels, neighbourhood=neighbourhood)
-
-    train = labelled(chosen["source_train"], enough)
-    val = labelled(chosen["source_val"], None) if chosen["source_val"] else None
-    target = None
-    if planned.method_class.uses_target:
-        # Apart from `labelled`, so that no label of the target can be read here.
-        images = []
-        for case in chosen["target_train"]:
-            assert isinstance(case, UnlabelledCase)
-            images.append(cache.image(case, dataset.view(case.domain).on(config.grid)))
-            prepared(case)
-            if enough is not None and sum(image.shape[0] for image in images) >= enough:
-                break
-        target = ImageStore(images, neighbourhood=neighbourhood)
-    return train, val, target
-
-
 def execute(
-    planned: PlannedRun, progress: Progress, draw: Draw | None = None, watch: Watch | None = None
+    planned: PlannedRun,
+    progress: Progress,
+    draw: Draw | None = None,
+    watch: Watch | None = None,
+    apart: bool = True,
 ) -> Summary:
     """Train or resume, select, evaluate, record and mirror one run.
 
@@ -146,6 +122,8 @@ def execute(
         progress: progress bar.
         draw: draws the run's figures; None draws none.
         watch: observes the candidates during training.
+        apart: train in a process without target labels. False trains in this process, for checks
+            of methods that cannot be imported elsewhere; the run is stamped *labels in reach*.
 
     Raises:
         UserError: the input is invalid.
@@ -158,10 +136,6 @@ def execute(
     # Opened before training, so that a wrong address is reported at once.
     tracker = open_tracker(planned.request.runs_root) if planned.request.mlflow else None
     fabric = make_fabric(planned.request, planned.config)
-    launch(fabric, planned.request.devices)
-    if not fabric.is_global_zero:
-        build_run(planned, fabric, Progress(enabled=False)).fit()
-        return Summary(False, 0.0, pd.DataFrame(), [])
     began = time.perf_counter()
     warnings: list[str] = []
     with directory.lock():
@@ -173,38 +147,44 @@ def execute(
                 f"{directory.path} was damaged ({problem}): its files were moved to {place}, and "
                 "it was trained again"
             )
-        directory.start(
-            {
-                **environment(),
-                "run": planned.id,
-                "code": planned.code,
-                "data": asdict(planned.fingerprints),
-                "privileged": planned.config.privileged,
-                "distances": planned.dataset.distance_note,
-                "protocol": planned.dataset.protocol,
-                "caveat": planned.dataset.caveat(planned.config.direction),
-                "device": str(fabric.device),
-                # Recorded now, because defaults may change and methods may be removed.
-                "changed": changed_settings(planned.config, planned.method_class),
-                "variant": variant_name(planned.config, planned.method_class),
-            },
-            planned.stages,
-        )
+        facts = {
+            **environment(),
+            "run": planned.id,
+            "code": planned.code,
+            "data": asdict(planned.fingerprints),
+            "privileged": planned.config.privileged,
+            "distances": planned.dataset.distance_note,
+            "protocol": planned.dataset.protocol,
+            "caveat": planned.dataset.caveat(planned.config.direction),
+            "device": str(fabric.device),
+            # Recorded now, because defaults may change and methods may be removed.
+            "changed": changed_settings(planned.config, planned.method_class),
+            "variant": variant_name(planned.config, planned.method_class),
+        }
+        earlier = _earlier_stamp(directory)
+        directory.start(facts, planned.stages)
+        scores = _Scores(planned, facts, earlier, progress, draw, watch)
         try:
-            cases = _train_and_score(planned, fabric, progress, began, draw, watch)
+            if apart:
+                scores.train_apart()
+            else:
+                scores.train_here(fabric)
+            cases = scores.record(began)
         except Stopped:
             raise
         except (UserError, RunFailure) as error:
-            directory.fail(str(error))
+            if not isinstance(error, Killed):
+                directory.fail(str(error))
             raise
         except Exception as error:  # a plugin may raise anything
-            if planned.request.devices > 1:  # `launch` ends this process if another was killed
-                time.sleep(LOST_SECONDS)
             known = cause(error)
             directory.fail(known or f"{type(error).__name__}: {error}")
             if known:
                 raise RunFailure(known) from error
             raise
+        finally:
+            directory.close()
+            shutil.rmtree(directory.path / SCRATCH, ignore_errors=True)
     if tracker is not None and not tracker.mirror(directory):
         warnings.append("the tracker lacks this run; upload it with `glua-bench sync`")
     return Summary(False, time.perf_counter() - began, summarise(cases), warnings)
@@ -258,346 +238,265 @@ def _finished_summary(planned: PlannedRun) -> Summary:
     return Summary(True, 0.0, summarise(planned.directory.read_cases()), [])
 
 
-@dataclass(frozen=True)
-class BuiltRun:
-    """A planned run with its data and a trainer for its method.
+class _Scores:
+    """The part of a run that reads labels; receives what its training reports.
 
-    Attributes:
+    Implements `training.Reports` for a training in this process.
+
+    Args:
         planned: the run.
-        trainer: holds the method and the batches. Hooks are set before `fit`: `stages` may be
-            replaced by wrapped copies, and `watch` observes the candidates.
-        train: labelled source slices for training.
-        val: labelled source slices for validation, if any.
-        target: unlabelled target slices, if the method uses them.
+        facts: content of `environment.json`.
+        earlier: stamp of the process that began the run, if it is resumed.
+        progress: progress bar.
+        draw: draws the run's figures.
+        watch: observes the candidates.
     """
 
-    planned: PlannedRun
-    trainer: Trainer
-    train: LabelledStore
-    val: LabelledStore | None
-    target: ImageStore | None
+    def __init__(
+        self,
+        planned: PlannedRun,
+        facts: dict[str, Any],
+        earlier: str,
+        progress: Progress,
+        draw: Draw | None,
+        watch: Watch | None,
+    ) -> None:
+        self.planned, self.facts, self.earlier = planned, facts, earlier
+        self.progress, self.draw, self.watch = progress, draw, watch
+        self.watched = "" if watch is None else watch.selector
+        self.pictures = draw is not None
+        self.directory = planned.directory
+        self.test = {c.id: c for c in planned.dataset.split(planned.config.target, "test")}
+        self.clock = Clock()
+        self.stamp = IN_REACH
+        self.chosen: dict[str, int] = {}
+        self.scores: dict[str, dict[int, float]] = {}
+        self.rows: dict[int, list[dict[str, Any]]] = {}
+        self.result: dict[str, Any] = {}
+        self._began = 0.0
+        self._images: dict[str, Any] = {}
 
-    @property
-    def method(self) -> Method:
-        """The method."""
-        return self.trainer.method
+    # -- training ---------------------------------------------------------------------------------
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the method."""
-        return self.trainer.fabric.device
+    def _prepare(self) -> Withheld:
+        shutil.rmtree(self.directory.path / SCRATCH, ignore_errors=True)
+        with self.clock.on(SLICES):
+            write_dataset_facts(self.planned)
+            withheld = withhold(self.planned, SliceCache(), self.progress)
+        self._images = dict(withheld.test)
+        return withheld
 
-    def fit(self) -> None:
-        """Train all stages; see `Trainer.fit`."""
+    def _stamped(self, stamp: str, reason: str) -> None:
+        """Record whether the training can reach labels; a resumed run has its weakest stamp."""
+        self.stamp = max(stamp, self.earlier or stamp, key=STAMPS.index)
+        if self.stamp != stamp:
+            reason = "an earlier process of this run could reach them"
+        self.facts |= {"labels": self.stamp, "labels_reason": reason}
+        write_json(self.directory.path / "environment.json", self.facts, "--runs")
+
+    def train_here(self, fabric: Fabric) -> None:
+        """Train in this process."""
+        withheld = self._prepare()
+        self._stamped(IN_REACH, "trained in the process that reads them")
+        self.result = train_and_predict(withheld, fabric, self)
+
+    def train_apart(self) -> None:
+        """Train in a process that holds no label of the target."""
+        planned, withheld = self.planned, self._prepare()
+        folder = Path(temporary())
+        with self.clock.on(SLICES):  # its start counts as preparation
+            training = Training(reach_of(planned, withheld, folder), folder)
         try:
-            self.trainer.fit()
-        finally:
-            self.trainer.batches.close()
-
-    def load(self, step: int) -> None:
-        """Load the weights of a candidate."""
-        self.trainer.load_candidate(step)
-        self.method.eval()
-
-    @torch.no_grad()
-    def predict(self, images: Tensor, domain: Role) -> Tensor:
-        """Return logits under the run's precision."""
-        with turns.taken(threads_of(self.trainer.fabric)), self.trainer.fabric.autocast():
-            return self.method.predict(images.to(memory_format=torch.channels_last), domain)
-
-    @torch.no_grad()
-    def features(self, images: Tensor, domain: Role) -> Tensor:
-        """Return the method's features under the run's precision."""
-        with turns.taken(threads_of(self.trainer.fabric)), self.trainer.fabric.autocast():
-            return self.method.features(images.to(memory_format=torch.channels_last), domain)
-
-    @torch.no_grad()
-    def translate(self, images: Tensor) -> Tensor:
-        """Translate source images as the last stage does."""
-        last = self.trainer.stages[-1]
-        return images if last.translate is None else last.translate(images)
-
-
-def build_run(
-    planned: PlannedRun, fabric: Fabric, progress: Progress, enough: int | None = None
-) -> BuiltRun:
-    """Read the data of a planned run, build its method, and pass both to a trainer.
-
-    Args:
-        planned: from `plan`.
-        fabric: from `make_fabric`.
-        progress: progress bar.
-        enough: as in `stores`.
-    """
-    config = planned.config
-    train, val, target = stores(planned, SliceCache(), progress, enough)
-    method = planned.build()
-    batches = Batches(
-        train,
-        target,
-        config.batch_size,
-        config.seed,
-        fabric.device,
-        fabric.global_rank,
-        fabric.world_size,
-    )
-    trainer = Trainer(
-        method,
-        config,
-        batches,
-        fabric,
-        planned.directory,
-        progress,
-        partial(artefact_path, planned, method),
-    )
-    return BuiltRun(planned, trainer, train, val, target)
-
-
-def _report_candidate(built: BuiltRun, watch: Watch, step: int) -> None:
-    """Score the candidate whose weights the method has, and pass the score to the watcher."""
-    selector: Selector = Registry("selector", built.planned.request.plugins).load(watch.selector)()
-    samples = samples_of(built, sampled_roles([selector]), selector.uses_features)
-    watch.see(step, score_of(built, selector, step, samples, {}))
-
-
-def _train_and_score(
-    planned: PlannedRun,
-    fabric: Fabric,
-    progress: Progress,
-    began: float,
-    draw: Draw | None,
-    watch: Watch | None,
-) -> pd.DataFrame:
-    config, dataset, directory = planned.config, planned.dataset, planned.directory
-    clock, judging = Clock(), Clock()
-    with clock.on(SLICES):
-        write_dataset_facts(planned)
-        built = build_run(planned, fabric, progress)
-    trainer = built.trainer
-    if watch is not None:
-        trainer.watch = partial(_report_candidate, built, watch)
-    built.fit()
-    scores = _selector_scores(built, progress, clock, judging)
-    chosen = {name: choose(by_step) for name, by_step in scores.items()}
-    primary = config.selectors[0]
-    test = list(dataset.split(config.target, "test"))
-    frames: dict[int, pd.DataFrame] = {}
-
-    def evaluated(step: int, name: str) -> pd.DataFrame:
-        """Evaluate a candidate; the primary selector's predictions are saved."""
-        if step not in frames:
-            with clock.on(EVALUATION):
-                built.load(step)
-                frames[step] = evaluate(
-                    partial(built.predict, domain="target"),
-                    dataset,
-                    test,
-                    config.grid,
-                    SliceCache(),
-                    fabric.device,
-                    progress,
-                    directory.predictions if name == primary else None,
-                    f"evaluate {name}",
-                    Neighbourhood.of(config),
-                )
-        return frames[step]
-
-    for name, step in chosen.items():  # the primary selector first
-        evaluated(step, name)
-    if planned.request.oracle:
-        scores[ORACLE] = {
-            step: mean_score(evaluated(step, f"step {step}")) for step in trainer.candidate_steps()
-        }
-        chosen[ORACLE] = choose(scores[ORACLE])
-    rows = pd.concat(
-        [frames[step].assign(selector=name, step=step) for name, step in chosen.items()],
-        ignore_index=True,
-    )
-    rows = directory.own_rows(rows)
-    directory.write_cases(rows)
-    if draw is not None:
-        with clock.on(FIGURES):
-            built.load(chosen[primary])
-            batch, pictures = pictures_of(built)
-            draw(directory, dataset, rows[rows["selector"] == primary], batch, pictures)
-    for step in set(trainer.candidate_steps()) - set(chosen.values()):
-        trainer.candidate_path(step).unlink(missing_ok=True)
-    directory.finish(
-        {
-            "run": planned.id,
-            "seconds": time.perf_counter() - began,
-            "stage_seconds": trainer.seconds,
-            "part_seconds": clock.seconds,
-            "selector_seconds": judging.seconds,
-            "reused_stages": sorted(trainer.reused),
-            "steps": dict(planned.stages),
-            "peak_memory_mib": _peak_memory(built.device),
-            "selector_scores": {n: {str(s): v for s, v in b.items()} for n, b in scores.items()},
-            "chosen_steps": chosen,
-            "privileged": config.privileged,
-            "protocol": dataset.protocol,
-            "scores": summarise(rows).to_dict("records"),
-        }
-    )
-    trainer.drop_checkpoints()
-    return rows
-
-
-def load_selectors(planned: PlannedRun) -> dict[str, Selector]:
-    """Return the selectors of a run by name."""
-    registry = Registry("selector", planned.request.plugins)
-    return {name: registry.load(name)() for name in planned.config.selectors}
-
-
-def _selector_scores(
-    built: BuiltRun, progress: Progress, clock: Clock, judging: Clock
-) -> dict[str, dict[int, float]]:
-    """Return selector → candidate step → score.
-
-    Args:
-        built: the trained run.
-        progress: progress bar.
-        clock: receives the time of predictions at sampled pixels.
-        judging: receives the time of each selector.
-    """
-    selectors = load_selectors(built.planned)
-    names = list(selectors)
-    steps = built.trainer.candidate_steps()
-    sampled = sampled_roles(selectors.values())
-    features = any(each.uses_samples and each.uses_features for each in selectors.values())
-    late = {name: each for name, each in selectors.items() if each.uses_trajectory}
-    early = {name: each for name, each in selectors.items() if name not in late}
-    scores: dict[str, dict[int, float]] = {name: {} for name in selectors}
-    trajectory: dict[int, Samples] = {}
-    kept: dict[int, dict[str, Samples]] = {}
-    done = 0
-    progress.stage("select", len(steps) * (len(selectors) + bool(sampled)), quietly=True)
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        progress.update(done)
-
-    def judge(step: int, judges: Mapping[str, Selector], samples: dict[str, Samples]) -> None:
-        for name, selector in judges.items():
-            with judging.on(name):
-                scores[name][step] = score_of(built, selector, step, samples, trajectory)
-            advance()
-
-    for step in steps:
-        built.load(step)
-        samples: dict[str, Samples] = {}
-        if sampled:
-            with clock.on(SAMPLES):
-                samples = samples_of(built, sampled, features)
-            advance()
-        judge(step, early, samples)
-        if late:
-            kept[step] = samples
-    # Weights are loaded again only for selectors that compare all candidates.
-    trajectory = {s: own["target_train"] for s, own in kept.items() if "target_train" in own}
-    for step, samples in kept.items():
-        built.load(step)
-        judge(step, late, samples)
-    # Selectors without a score for any candidate (e.g. without target images) are left out.
-    return {
-        name: by_step
-        for name, by_step in scores.items()
-        if name == names[0] or not all(map(math.isnan, by_step.values()))
-    }
-
-
-def sampled_roles(selectors: Iterable[Selector]) -> set[str]:
-    """Return the roles whose pixels any of the selectors reads."""
-    return {role for each in selectors if each.uses_samples for role in each.samples_from}
-
-
-def samples_of(
-    built: BuiltRun, roles: Collection[str], features: bool = True
-) -> dict[str, Samples]:
-    """Return role → sampled pixels, predicted with the method's current weights.
-
-    Args:
-        built: the run.
-        roles: the roles to sample.
-        features: False omits features, which take a second forward pass.
-    """
-    samples = {}
-    for role, store in zip(ROLES, (built.train, built.val, built.target), strict=True):
-        if store is not None and role in roles:
-            # Equal random styles for all candidates, whichever roles are sampled.
-            torch.manual_seed(built.planned.config.seed)
-            domain: Role = "target" if role.startswith("target") else "source"
-            samples[role] = sample_pixels(
-                partial(built.predict, domain=domain),
-                partial(built.features, domain=domain) if features else None,
-                store,
-                built.translate if domain == "source" else lambda images: images,
-                built.device,
+            reason = training.unsealed
+            self._stamped(WITHHELD if reason else SEALED, reason)
+            method = planned.method_class
+            # The class is found by its name there, since it may be one of a plugin file.
+            object.__setattr__(withheld, "method_class", None)
+            training.begin(
+                {
+                    "run": withheld,
+                    "method": [method.__module__, method.__qualname__],
+                    "threads": torch.get_num_threads(),
+                    "watched": self.watched,
+                    "pictures": self.pictures,
+                    "shown": self.progress.enabled,
+                }
             )
-    return samples
+            for message in training.messages():
+                if self._received(message, training):
+                    break
+        finally:
+            training.close()
 
+    def _received(self, message: Mapping[str, Any], training: Training) -> bool:
+        """Act on a report; return True if it is the last one."""
+        kind, values = message.get("kind"), {k: v for k, v in message.items() if k != "kind"}
+        if kind in ("stage", "update", "line"):
+            getattr(self.progress, kind)(**values)
+        elif kind == "seen":
+            self.seen(**values)
+            training.answer(True)
+        elif kind == "selected":
+            scores = values["scores"].items()
+            found = {name: {int(s): v for s, v in own.items()} for name, own in scores}
+            self.selected(values["chosen"], found)
+        elif kind == "predicted":
+            self.predicted(**values)
+        elif kind == "error":
+            raise _error(values, self.stamp)
+        elif kind == "interrupted":
+            number = int(values["number"])
+            raise KeyboardInterrupt if number == 2 else interruption.Interrupted(number)
+        elif kind == "stopped":
+            raise Stopped
+        elif kind == "result":
+            self.result = values
+            return True
+        return False
 
-def score_of(
-    built: BuiltRun,
-    selector: Selector,
-    step: int,
-    samples: Mapping[str, Samples],
-    trajectory: Mapping[int, Samples],
-) -> float:
-    """Score the method's current weights by a selector."""
-    torch.manual_seed(built.planned.config.seed)
-    return selector.score(
-        Candidate(
-            step,
-            built.predict,
-            built.method.task.classes,
-            built.val,
-            built.translate,
-            built.target,
-            built.device,
-            samples,
-            trajectory,
+    # -- what a training reports ------------------------------------------------------------------
+
+    def seen(self, step: int, score: float) -> None:
+        """Pass a candidate's score on to the watcher."""
+        assert self.watch is not None
+        self.watch.see(step, score)
+
+    def trained(self) -> None:
+        """Do nothing: what follows is reported, too."""
+
+    def selected(
+        self, chosen: Mapping[str, int], scores: Mapping[str, Mapping[int, float]]
+    ) -> None:
+        """Keep which candidate each selector chose."""
+        self.chosen = dict(chosen)
+        self.scores = {name: dict(by_step) for name, by_step in scores.items()}
+        self._began = time.perf_counter()
+
+    def predicted(self, step: int, case: str) -> None:
+        """Score the label map of a test case; that of the primary selector is kept."""
+        planned, config = self.planned, self.planned.config
+        primary = config.selectors[0]
+        of_case = self.test[case]
+        if step not in self.rows:
+            self.rows[step] = []
+            names = [name for name, own in self.chosen.items() if own == step]
+            title = f"evaluate {names[0]}" if names else f"evaluate step {step}"
+            self.progress.stage(title, len(self.test), unit="case")
+        image = self._images[case]
+        path = predicted_path(self.directory.path, step, of_case.id)
+        labels = np.load(path, allow_pickle=False)
+        if labels.dtype != np.uint8 or labels.shape != tuple(image.placement.file_shape):
+            raise RunFailure(f"{path} is not the prediction of a run; repeat the command.")
+        self.rows[step] += score_prediction(
+            of_case,
+            labels,
+            image.placement,
+            planned.dataset.view(of_case.domain),
+            self.directory.predictions if step == self.chosen[primary] else None,
         )
-    )
+        path.unlink()
+        self.progress.update(len({row["case"] for row in self.rows[step]}))
+        self.clock.seconds[EVALUATION] = time.perf_counter() - self._began
+
+    # -- records ----------------------------------------------------------------------------------
+
+    def record(self, began: float) -> pd.DataFrame:
+        """Write the results of the run, and return its rows."""
+        planned, config, directory = self.planned, self.planned.config, self.directory
+        chosen, scores, result = self.chosen, self.scores, self.result
+        frames = {step: pd.DataFrame(rows) for step, rows in self.rows.items()}
+        primary = config.selectors[0]
+        candidates = list(scores[primary])
+        wanted = {*chosen.values(), *(candidates if planned.request.oracle else ())}
+        for step in wanted:
+            if {*frames[step]["case"]} != {*self.test}:
+                raise RunFailure(f"{directory.path} lacks predictions; repeat the command.")
+        if planned.request.oracle:
+            scores[ORACLE] = {step: mean_score(frames[step]) for step in candidates}
+            chosen[ORACLE] = choose(scores[ORACLE])
+        rows = pd.concat(
+            [frames[step].assign(selector=name, step=step) for name, step in chosen.items()],
+            ignore_index=True,
+        )
+        rows = directory.own_rows(rows)
+        directory.write_cases(rows)
+        if self.draw is not None:
+            with self.clock.on(FIGURES):
+                batch, pictures = read_pictures(directory.path)
+                own = rows[rows["selector"] == primary]
+                self.draw(directory, planned.dataset, own, batch, pictures)
+        for step in {*candidates} - {*chosen.values()}:
+            (directory.checkpoints / f"candidate_{step:07d}.pt").unlink(missing_ok=True)
+        parts = {**result["part_seconds"], EVALUATION: 0.0}
+        for name, seconds in self.clock.seconds.items():
+            parts[name] = parts.get(name, 0.0) + seconds
+        directory.finish(
+            {
+                "run": planned.id,
+                "seconds": time.perf_counter() - began,
+                "stage_seconds": result["stage_seconds"],
+                "part_seconds": parts,
+                "selector_seconds": result["selector_seconds"],
+                "reused_stages": result["reused_stages"],
+                "steps": dict(planned.stages),
+                "peak_memory_mib": result["peak_memory_mib"],
+                "selector_scores": {
+                    n: {str(s): v for s, v in b.items()} for n, b in scores.items()
+                },
+                "chosen_steps": chosen,
+                "privileged": config.privileged,
+                "labels": self.stamp,
+                "protocol": planned.dataset.protocol,
+                "scores": summarise(rows).to_dict("records"),
+            }
+        )
+        drop_checkpoints(directory)
+        return rows
 
 
-def _peak_memory(device: torch.device) -> float:
-    """Return the peak memory of the GPU, or of the process, in MiB; NaN if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+class _Elsewhere(Exception):
+    """The traceback of an error in the process that trains, as the cause of its copy here."""
+
+    def __str__(self) -> str:
+        return f"\n\n{self.args[0]}"
+
+
+def _error(described: Mapping[str, Any], stamp: str) -> BaseException:
+    """Return an error like the one in the process that trains.
+
+    Only exceptions of the harness, Python and torch keep their class; nothing of the process is
+    executed here.
+    """
+    name, arguments = str(described["name"]), described["arguments"]
+    file = described.get("filename")
+    if name == "PermissionError" and file and stamp == SEALED:
+        error: BaseException = PluginError(
+            f"{file} is out of reach for methods, which are trained without access to other files "
+            "than code and prepared slices; move the file beside the plugin that reads it."
+        )
+    else:
+        places = {"builtins": builtins, "glua_bench.errors": errors}
+        place = places.get(described["module"])
+        if str(described["module"]).partition(".")[0] == "torch":
+            place = torch
+        known = getattr(place, name, None)
+        if not (isinstance(known, type) and issubclass(known, BaseException)):
+            known, arguments = type(name, (Exception,), {}), [described["text"]]
+        try:
+            error = known(*arguments)
+        except TypeError:
+            error = RunFailure(f"{name}: {described['text']}")
+    error.where = tuple(described["where"])  # type: ignore[attr-defined]
+    error.__cause__ = _Elsewhere(described["traceback"])
+    return error
+
+
+def _earlier_stamp(directory: RunDirectory) -> str:
+    """Return the stamp of the process that began a run; "" if nothing is to be resumed."""
+    if not any(directory.checkpoints.glob("*.pt")):
+        return ""
     try:
-        import resource
-    except ImportError:  # on Windows, where psutil knows it
-        with suppress(ImportError, AttributeError):
-            import psutil
-
-            return float(psutil.Process().memory_info().peak_wset) / 2**20
-        return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes or KiB
-
-
-def pictures_of(built: BuiltRun, count: int = 6) -> tuple[Batch, dict[str, Tensor]]:
-    """Return evenly spread training slices and the method's pictures of them, (N, 1, H, W)."""
-
-    def spread(store: ImageStore) -> np.ndarray:
-        # The middle of each share, because the outermost slices of a volume show little.
-        return ((np.arange(count) + 0.5) * len(store) / count).astype(np.int64)
-
-    device, train, target = built.device, built.train, built.target
-    source = spread(train)
-    batch = Batch(
-        torch.from_numpy(train.images(source)).to(device),
-        torch.from_numpy(train.labels(source)).to(device),
-        None if target is None else torch.from_numpy(target.images(spread(target))).to(device),
-    )
-    torch.manual_seed(built.planned.config.seed)
-    pictures = built.method.pictures(batch)
-    centre = partial(middle, slices=built.planned.config.slices)
-    shown = replace(
-        batch,
-        source_images=centre(batch.source_images),
-        target_images=None if batch.target_images is None else centre(batch.target_images),
-    )
-    return shown, {name: centre(p).detach().float().cpu() for name, p in pictures.items()}
+        stamp = directory.read_environment().get("labels", IN_REACH)
+    except UserError:
+        return IN_REACH
+    return stamp if stamp in STAMPS else IN_REACH

@@ -50,6 +50,16 @@ def listening() -> Iterator[None]:
         _asked.clear()
 
 
+def ask(number: int) -> None:
+    """Request to stop, as if this process had received a signal."""
+    _asked.append(number)
+
+
+def requested() -> int | None:
+    """Return the first signal with which this process was asked to stop, if any."""
+    return _asked[0] if _asked else None
+
+
 def asked() -> bool:
     """Return True if this process received a stop signal."""
     return bool(_asked)

@@ -4,14 +4,33 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Protocol
 
+from glua_bench.config import RunConfig
 from glua_bench.data.cache import cache_root
 from glua_bench.identity import CACHE_DIGITS, digest, stage_key
 from glua_bench.method import Method, Stage
-from glua_bench.runs.plan import PlannedRun
+from glua_bench.runs.plan import Fingerprints
+from glua_bench.runs.request import RunRequest
 
 
-def artefact_path(planned: PlannedRun, method: Method, stage: Stage) -> Path | None:
+class Resolved(Protocol):
+    """A run of which everything is known: a `PlannedRun`, or a `Withheld`."""
+
+    @property
+    def config(self) -> RunConfig:
+        """Its complete configuration."""
+
+    @property
+    def fingerprints(self) -> Fingerprints:
+        """Digests of its files."""
+
+    @property
+    def request(self) -> RunRequest:
+        """The user's request."""
+
+
+def artefact_path(planned: Resolved, method: Method, stage: Stage) -> Path | None:
     """Return the file in which a stage's result is shared between runs; None if it is not shared.
 
     Its name is a digest of everything that the result depends on.

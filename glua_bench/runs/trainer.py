@@ -46,6 +46,7 @@ from glua_bench.records.run_directory import RunDirectory
 from glua_bench.runs import interruption
 from glua_bench.runs.interruption import Interrupted
 
+LAST, PREVIOUS = "last.pt", "previous.pt"  # checkpoints to resume from
 LOG_EVERY = 10  # steps between transfers of the losses from the device
 CHECKPOINT_SECONDS = 30.0
 AGREE_EVERY = 10  # steps between exchanges of stop signals among processes
@@ -177,12 +178,12 @@ class Trainer:
     @property
     def last_path(self) -> Path:
         """The checkpoint from which training is resumed."""
-        return self.directory.checkpoints / "last.pt"
+        return self.directory.checkpoints / LAST
 
     @property
     def previous_path(self) -> Path:
         """The checkpoint before it, from which training is resumed if the last one is damaged."""
-        return self.directory.checkpoints / "previous.pt"
+        return self.directory.checkpoints / PREVIOUS
 
     def candidate_path(self, step: int) -> Path:
         """Return the checkpoint file of a candidate."""
@@ -202,11 +203,6 @@ class Trainer:
                 f"{_described(error, path)}; repeat the command to train it again."
             ) from error
         self.method.load_state_dict(weights)
-
-    def drop_checkpoints(self) -> None:
-        """Remove the checkpoints that are only needed to resume."""
-        for path in (self.last_path, self.previous_path):
-            path.unlink(missing_ok=True)
 
     def _name(self, path: Path) -> str:
         path = self.last_path if path == self.previous_path else path  # it was written as the last
@@ -546,6 +542,12 @@ def _described(error: Damaged | OSError, path: Path) -> str:
     if isinstance(error, Damaged):
         return str(error)
     return f"{error.filename or path} cannot be read ({error.strerror or reason(error)})"
+
+
+def drop_checkpoints(directory: RunDirectory) -> None:
+    """Remove the checkpoints of a run that are only needed to resume it."""
+    for name in (LAST, PREVIOUS):
+        (directory.checkpoints / name).unlink(missing_ok=True)
 
 
 def threads_of(fabric: Fabric) -> int | None:

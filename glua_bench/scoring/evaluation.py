@@ -18,10 +18,11 @@ from torch import Tensor
 from glua_bench.console import Progress
 from glua_bench.data.cache import SliceCache
 from glua_bench.data.neighbours import ALONE, Neighbourhood, Stacks
+from glua_bench.data.resampling import Placement
 from glua_bench.data.stores import CachedImage
 from glua_bench.data.volumes import read_label_volume, restore, save_labels
 from glua_bench.scoring.metrics import METRICS, PRIMARY, case_metrics, complete, voxel_sizes
-from glua_bench.task import AVERAGE, UNANNOTATED, Case, Dataset, Grid, Structure
+from glua_bench.task import AVERAGE, UNANNOTATED, Case, Dataset, DomainView, Grid, Structure
 
 Predict = Callable[[Tensor], Tensor]
 
@@ -118,20 +119,46 @@ def evaluate(
     """
     rows = []
     progress.stage(title, len(cases), unit="case")
-    for done, case in enumerate(cases):
-        view = dataset.view(case.domain).on(grid)
-        structures = view.structures
-        image = cache.image(case.unlabelled(), view)
-        found = predict_volume(predict, image, device, neighbourhood=neighbourhood)
-        labels = restore(found, image.placement)
-        if predictions is not None:
-            values = [structure.values[0] for structure in structures]
-            save_labels(predictions / f"{case.id}.nii.gz", labels, image.placement, values)
-        reference = read_label_volume(case.truth, case.image, view)
-        placement = image.placement
-        rows += score_case(case, labels, reference, structures, placement.spacing, placement.ml)
+    views = [dataset.view(case.domain).on(grid) for case in cases]
+    images = [cache.image(case.unlabelled(), view) for case, view in zip(cases, views, strict=True)]
+    stacks = (image.stacks(neighbourhood) for image in images)
+    found = predict_volumes(predict, stacks, device)
+    for done, (case, view, image, probabilities) in enumerate(
+        zip(cases, views, images, found, strict=True)
+    ):
+        labels = restore(probabilities, image.placement)
+        rows += score_prediction(case, labels, image.placement, view, predictions)
         progress.update(done + 1)
     return pd.DataFrame(rows)
+
+
+def score_prediction(
+    case: Case,
+    labels: np.ndarray,
+    placement: Placement,
+    view: DomainView,
+    predictions: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Score the prediction of one case against its label file, and save it.
+
+    Args:
+        case: the case, with its label.
+        labels: predicted class indices, uint8 in the file's stored axes.
+        placement: of the case's image.
+        view: of the case's domain.
+        predictions: directory for the label volume; None saves none.
+
+    Returns:
+        As `score_case`.
+
+    Raises:
+        DataError: the label file cannot be used.
+    """
+    if predictions is not None:
+        values = [structure.values[0] for structure in view.structures]
+        save_labels(predictions / f"{case.id}.nii.gz", labels, placement, values)
+    reference = read_label_volume(case.truth, case.image, view)
+    return score_case(case, labels, reference, view.structures, placement.spacing, placement.ml)
 
 
 def score_case(

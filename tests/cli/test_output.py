@@ -193,7 +193,9 @@ def test_finished_comparisons_are_printed_in_full(
     code, out, err = call(*words, "--quiet")
     assert code == 0 and err.count("warning: ") == 1
     stamps = ["PROTOCOL is generated.", "CAVEAT mr-ct shares patients."]
-    assert out.rstrip().splitlines()[-2:] == stamps and "Next:" not in out and "runs:" not in out
+    *_, protocol, caveat, labels = out.rstrip().splitlines()
+    assert [protocol, caveat] == stamps and labels.startswith("LABELS ")
+    assert "Next:" not in out and "runs:" not in out
 
 
 def test_reports_name_their_page(document: Callable[..., Any], made_runs: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +26,9 @@ for module, names in {
 }.items():
     for name in names:
         delattr(module, name)
+"""
+MAIN = """
+import sys
 sys.argv = ["glua-bench", *sys.argv[1:]]
 from glua_bench.cli import main
 main()
@@ -35,11 +39,15 @@ Without = Callable[..., str]
 
 @pytest.fixture
 def without(tmp_path: Path) -> Without:
-    """Run a command without what only Unix has; return what it prints."""
+    """Run a command, and its processes, without what only Unix has; return what it prints."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(UNIX_ONLY)
 
     def run(*words: object) -> str:
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", UNIX_ONLY, *map(str, words)],
+            [sys.executable, "-W", "ignore", "-c", MAIN, *map(str, words)],
+            env={**os.environ, "PYTHONPATH": str(site)},
             cwd=tmp_path,
             capture_output=True,
             text=True,

@@ -25,6 +25,7 @@ import glua_bench
 from glua_bench import conformance
 from glua_bench.config import setting
 from glua_bench.conformance import METHOD_CHECKS
+from glua_bench.data.cache import SliceCache
 from glua_bench.data.neighbours import middle
 from glua_bench.data.stores import ImageStore
 from glua_bench.errors import ConfigError, PluginError
@@ -34,7 +35,8 @@ from glua_bench.networks import instance_norm
 from glua_bench.registry import Registry
 from glua_bench.runs import execution
 from glua_bench.runs import plan as planning
-from glua_bench.runs.plan import PlannedRun, plan
+from glua_bench.runs.plan import plan
+from glua_bench.runs.sealed import training
 from glua_bench.task import Dataset
 
 BUILT_IN = [e.name for e in Registry("method").entries() if e.origin == "glua-bench"]
@@ -842,21 +844,21 @@ def test_a_way_to_a_label_is_found(monkeypatch: pytest.MonkeyPatch, what: str) -
                 "labels": None,
             }[what]
             if what == "labels":
-                cache = execution.SliceCache()
+                cache = SliceCache()
                 grid = bench.dataset.grid("quick")
                 entry = cache.label(case, bench.dataset.view(case.domain).on(grid))
                 self.notes = torch.from_numpy(np.array(entry.open(), np.int64))
                 assert labels.any()
 
-    monkeypatch.setattr(execution, "ImageStore", Telling)
+    monkeypatch.setattr(training, "ImageStore", Telling)
     assert bench.checks.result("no_way_to_labels").status == "failed"
 
 
 def test_target_images_served_unasked_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = execution.stores
+    original = training.opened
 
-    def always(planned: PlannedRun, *given: Any) -> Any:
-        train, val, target = original(planned, *given)
+    def always(withheld: Any) -> Any:
+        train, val, target = original(withheld)
         return train, val, target or train
 
     class Plain(Sound):
@@ -869,7 +871,7 @@ def test_target_images_served_unasked_are_found(monkeypatch: pytest.MonkeyPatch)
             return self.supervised(batch, batch.source_labels)
 
     assert conformance.Bench(Plain).checks.result("target_served").passed
-    monkeypatch.setattr(execution, "stores", always)
+    monkeypatch.setattr(training, "opened", always)
     monkeypatch.setattr("glua_bench.data.batches.LabelledStore", type("Nothing", (), {}))
     assert conformance.Bench(Plain).checks.result("target_served").status == "failed"
 
@@ -896,7 +898,7 @@ def test_a_training_of_the_bench_ends_in_the_weights_of_a_run() -> None:
     with closing(conformance.Bench(Sound)) as bench:
         with conformance.quiet_machine(bench.cache()):
             planned = bench.plan(scored=True)
-            execution.execute(planned, execution.Progress(enabled=False))
+            execution.execute(planned, execution.Progress(enabled=False), apart=False)
         path = planned.directory.checkpoints / f"candidate_{conformance.STEPS:07d}.pt"
         weights = torch.load(path, weights_only=True)
         assert conformance.first_difference(bench.baseline.weights, weights) is None

@@ -39,6 +39,7 @@ from glua_bench.runs.plan import (
     make_fabric,
     plan,
 )
+from glua_bench.runs.sealed import training, withheld
 from glua_bench.runs.timing.parts import Clock
 from glua_bench.scoring.evaluation import summarise
 
@@ -66,7 +67,7 @@ def test_selectors_load_each_candidate_once_and_ask_only_for_what_they_use(
         calls.clear()
         built = execution.build_run(planned, make_fabric(asked, planned.config), QUIET)
         built.fit()
-        scores[selectors] = execution._selector_scores(built, QUIET, Clock(), Clock())
+        scores[selectors] = training._selector_scores(built, QUIET, Clock(), Clock())
         count = len(built.trainer.candidate_steps())
         expected = count if selectors is None else 2 * count
         assert calls.count("load") == expected
@@ -82,7 +83,7 @@ def test_evaluation_asks_for_the_target_and_selectors_for_both(
     asked = ask(method="two_faced", plugins=plugins, selectors="all")
     planned = plan(asked)
     classes: dict[bool, list[int]] = {True: [], False: []}  # with labels, and without
-    original = execution.sample_pixels
+    original = training.sample_pixels
 
     def sample_pixels(*given: Any) -> Any:
         found = original(*given)
@@ -90,8 +91,8 @@ def test_evaluation_asks_for_the_target_and_selectors_for_both(
             classes[found.labels is not None] += part.argmax(1).unique().tolist()
         return found
 
-    monkeypatch.setattr(execution, "sample_pixels", sample_pixels)
-    execute(planned, QUIET)
+    monkeypatch.setattr(training, "sample_pixels", sample_pixels)
+    execute(planned, QUIET, apart=False)
     # Logits and features of two candidates, for the target and for both source roles.
     assert classes == {False: [1] * 4, True: [2] * 8}
 
@@ -129,7 +130,7 @@ def test_training_and_test_see_neighbours_at_that_distance(
         return plain(self, volume, spacing)
 
     monkeypatch.setattr(Neighbourhood, "stacks", stacks)
-    execute(planned, QUIET)
+    execute(planned, QUIET, apart=False)
     assert seen and set(seen) == {5}  # the test volumes are CT
     stored = RunDirectory.open(planned.directory.path).config
     assert (stored.slices, stored.slice_distance) == (3, 9.0)
@@ -192,8 +193,8 @@ def test_a_fitted_setting_is_told_recorded_and_used(
         built.append(original(*given).config.clusters)
         return original(*given)
 
-    monkeypatch.setattr(execution, "build_method", build)
-    execute(planned, QUIET)
+    monkeypatch.setattr(withheld, "build_method", build)
+    execute(planned, QUIET, apart=False)
     assert built == [1]  # also in the trained method
     recorded = RunDirectory.open(planned.directory.path).config
     assert recorded.method_config["clusters"] == 1
@@ -333,7 +334,7 @@ def test_the_same_command_again_does_nothing(
     def unexpected(*arguments: Any, **named: Any) -> None:
         raise AssertionError("something was trained")
 
-    monkeypatch.setattr(execution, "Trainer", unexpected)
+    monkeypatch.setattr(execution, "Training", unexpected)
     again = execute(plan(planned.request), QUIET, draw_run)
     assert again.already_done
     pd.testing.assert_frame_equal(again.table, first.table)
@@ -399,7 +400,7 @@ def test_a_run_that_failed_to_score_goes_on_where_it_was(
         def full(*arguments: Any, **named: Any) -> None:
             raise OSError("no space left")
 
-        patch.setattr(execution, "evaluate", full)
+        patch.setattr(execution, "score_prediction", full)
         with pytest.raises(OSError, match="no space"):
             execute(planned, QUIET)
     assert "no space left" in str(planned.directory.failed) and not planned.directory.done
@@ -408,7 +409,7 @@ def test_a_run_that_failed_to_score_goes_on_where_it_was(
         raise AssertionError("a step was trained again")
 
     monkeypatch.setattr(SourceOnly, "step", retrained)
-    summary = execute(plan(planned.request), QUIET)
+    summary = execute(plan(planned.request), QUIET, apart=False)
     assert not summary.already_done
     assert planned.directory.done and planned.directory.failed is None
 
@@ -422,7 +423,7 @@ def test_an_interrupted_run_is_neither_done_nor_failed(
     monkeypatch.setattr(SourceOnly, "step", interrupted)
     planned = plan(ask())
     with pytest.raises(KeyboardInterrupt):
-        execute(planned, QUIET)
+        execute(planned, QUIET, apart=False)
     assert not planned.directory.done and planned.directory.failed is None
     monkeypatch.undo()
     assert not execute(plan(planned.request), QUIET).already_done
