@@ -334,10 +334,10 @@ def save(figure: Figure, path: Path, dpi: int = DPI, svg: str = "white") -> list
     """
     # Dates would make equal figures differ.
     metadata: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-    style: dict[Any, Any] = {"svg.hashsalt": path.stem, "svg.fonttype": "none", "pdf.fonttype": 42}
+    style: dict[Any, Any] = {"svg.hashsalt": path.name, "svg.fonttype": "none", "pdf.fonttype": 42}
     style["text.parse_math"] = False  # "$" in a name is a dollar sign
     for text in figure.findobj(Text):
-        text.set_parse_math(False)  # type: ignore[attr-defined]
+        text.set_parse_math(False)
     written = [path.with_suffix(suffix) for suffix in FORMATS]
     # The constrained layout is solved once. Otherwise each format solves it twice, which takes
     # longer than drawing.

@@ -451,7 +451,7 @@ def _save_pictures(built: BuiltRun) -> None:
     arrays |= {f"picture {name}": value.numpy() for name, value in pictures.items()}
     path = pictures_path(built.planned.directory.path)
     path.parent.mkdir(exist_ok=True)
-    np.savez(path, **arrays)
+    np.savez(path, **arrays)  # type: ignore[arg-type]
 
 
 def read_pictures(run: Path) -> tuple[Batch, dict[str, Tensor]]:

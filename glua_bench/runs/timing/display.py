@@ -105,7 +105,7 @@ def _last_row(log: Path) -> Mapping[str, Any] | None:
         return None
     for line in reversed(lines):
         try:
-            row = load_json(line)
+            row = load_json(line.decode())
             return {"stage": row["stage"], "step": row["step"], "total_step": row["total_step"]}
         except (ValueError, KeyError, TypeError):  # torn
             continue
