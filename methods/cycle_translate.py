@@ -12,6 +12,7 @@ from glua_bench.config import setting
 from glua_bench.losses import lsgan_loss, real_fake_loss
 from glua_bench.method import Batch, Context, Stage, TaskInfo, frozen
 from glua_bench.methods.components.image_pool import ImagePool
+from glua_bench.methods.components.thin_convolution import ThinConv2d
 from glua_bench.methods.source_only import SegmentConfig, SourceOnly
 from glua_bench.networks import PatchGAN, instance_norm, normal_weights
 
@@ -152,13 +153,13 @@ class ResnetGenerator(nn.Module):
         super().__init__()
         w = width
         self.body = nn.Sequential(
-            *layer(nn.Conv2d(slices, w, 7, padding=3, padding_mode="reflect", bias=False)),
+            *layer(ThinConv2d(slices, w, 7, padding=3, padding_mode="reflect", bias=False)),
             *layer(nn.Conv2d(w, 2 * w, 3, 2, padding=1, bias=False)),
             *layer(nn.Conv2d(2 * w, 4 * w, 3, 2, padding=1, bias=False)),
             *(Residual(4 * w) for _ in range(blocks)),
             *layer(nn.ConvTranspose2d(4 * w, 2 * w, 3, 2, 1, output_padding=1, bias=False)),
             *layer(nn.ConvTranspose2d(2 * w, w, 3, 2, 1, output_padding=1, bias=False)),
-            nn.Conv2d(w, slices, 7, padding=3, padding_mode="reflect"),
+            ThinConv2d(w, slices, 7, padding=3, padding_mode="reflect"),
             nn.Tanh(),
         )
         normal_weights(self)

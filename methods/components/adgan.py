@@ -28,6 +28,7 @@ from glua_bench.config import setting
 from glua_bench.losses import lsgan_loss
 from glua_bench.method import Adjustment, Batch, Cases, Context, TaskInfo, frozen
 from glua_bench.methods.components.image_pool import ImagePool
+from glua_bench.methods.components.thin_convolution import ThinConv2d
 from glua_bench.networks import AdaIN, PatchGAN
 
 SOURCE, TARGET = 0, 1  # the domains y
@@ -202,7 +203,7 @@ class Encoder(nn.Module):
         w = width
         self.layers = nn.ModuleList(
             [
-                nn.Conv2d(slices, w, 7, padding=3, padding_mode="reflect"),
+                ThinConv2d(slices, w, 7, padding=3, padding_mode="reflect"),
                 nn.Conv2d(w, 2 * w, 3, 2, padding=1),
                 nn.Conv2d(2 * w, 4 * w, 3, 2, padding=1),
             ]
@@ -233,7 +234,7 @@ class Decoder(nn.Module):
                 nn.ConvTranspose2d(2 * w, w, 3, 2, padding=1, output_padding=1),
             ]
         )
-        self.head = nn.Conv2d(w, slices, 7, padding=3, padding_mode="reflect")
+        self.head = ThinConv2d(w, slices, 7, padding=3, padding_mode="reflect")
         self.affine = DomainAffine([4 * w] * (2 * blocks) + [2 * w, w])
         self.adain = AdaIN()
         initialise(self)
