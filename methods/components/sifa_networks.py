@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glua_bench.methods.components.thin_convolution import ThinConv2d
+from glua_bench.networks import AffineInstanceNorm
+
 STRIDE = 8  # of the encoder
 
 
@@ -20,7 +23,7 @@ def convolution(
 ) -> nn.Conv2d:
     """Return a size-preserving, zero-padded convolution with truncated-normal weights."""
     padding = dilation * (kernel - 1) // 2
-    kind = DilatedConv if dilation > 1 else nn.Conv2d
+    kind = DilatedConv if dilation > 1 else ThinConv2d if kernel == 7 else nn.Conv2d
     layer = kind(inputs, outputs, kernel, padding=padding, bias=bias, dilation=dilation)
     return initialised(layer, std)
 
@@ -33,9 +36,9 @@ def initialised(layer: nn.Conv2d | nn.ConvTranspose2d, std: float) -> nn.Conv2d:
     return layer  # type: ignore[return-value]
 
 
-def instance_norm(channels: int) -> nn.GroupNorm:
+def instance_norm(channels: int) -> AffineInstanceNorm:
     """Return instance norm with scale and shift."""
-    return nn.GroupNorm(channels, channels, eps=1e-6)
+    return AffineInstanceNorm(channels, 1e-6)
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:

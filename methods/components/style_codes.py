@@ -26,7 +26,7 @@ from glua_bench.config import setting
 from glua_bench.errors import ConfigError
 from glua_bench.losses import lsgan_loss, real_fake_loss
 from glua_bench.method import Adjustment, Batch, Cases, Context, TaskInfo, frozen
-from glua_bench.networks import (
+from glua_bench.methods.components.style_code_networks import (
     ContentEncoder,
     MultiScaleDiscriminator,
     PatchDiscriminator,
