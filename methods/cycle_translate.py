@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
@@ -122,10 +123,12 @@ class CycleGAN(nn.Module):
         """Update both generators, then each discriminator."""
         source = batch.source_images[: self.config.cycle_batch]
         target = batch.target[: self.config.cycle_batch]
-        fake_target, fake_source = self.to_target(source), self.to_source(target)
-        cycles = F.l1_loss(self.to_source(fake_target), source) + F.l1_loss(
-            self.to_target(fake_source), target
-        )
+        fake_source = self.to_source(target)
+        # One pass of G for both: instance norm keeps the images of a batch independent.
+        made = self.to_target(torch.cat([source, fake_source]))
+        fake_target, cycled_target = made[: len(source)], made[len(source) :]
+        cycled_source = self.to_source(fake_target)
+        cycles = F.l1_loss(cycled_source, source) + F.l1_loss(cycled_target, target)
         with frozen(self.d_target, self.d_source):
             adv_target = lsgan_loss(self.d_target(fake_target), 1)
             adv_source = lsgan_loss(self.d_source(fake_source), 1)

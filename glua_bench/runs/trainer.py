@@ -8,6 +8,7 @@ resumed run ends in the same weights, bit for bit on a CPU.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import math
 import signal
@@ -37,6 +38,7 @@ from glua_bench.runs.interruption import Interrupted
 
 LOG_EVERY = 10  # steps between transfers of the losses from the device
 CHECKPOINT_SECONDS = 30.0
+MAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
 AGREE_EVERY = 10  # steps between exchanges of stop signals among processes
 
 
@@ -51,6 +53,18 @@ def save(value: Any, path: Path) -> None:
             torch.save(value, file)
         except RuntimeError as error:  # e.g. a full disk
             raise OSError(reason(error)) from error
+
+
+def keep_freed_memory() -> None:
+    """Let the C library reuse freed memory instead of returning it to the system after each use.
+
+    Otherwise every large tensor of a step is mapped anew, page by page: thousands of page faults
+    per step. Only glibc has this setting; other libraries keep their own.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(MAP_THRESHOLD, 2**30)
+        library.mallopt(TRIM_THRESHOLD, 2**31 - 1)
 
 
 def step_seed(seed: int, stage: str, step: int, rank: int = 0) -> int:
@@ -131,6 +145,7 @@ class Trainer:
             RunFailure: a loss or weight is not finite, or a checkpoint cannot be written.
             Interrupted: the process received a stop signal; the last step's checkpoint is written.
         """
+        keep_freed_memory()
         position = self._load()
         if self.watch is not None:
             self._replay_candidates(position)
