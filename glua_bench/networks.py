@@ -178,20 +178,12 @@ class InstanceNorm(nn.Module):
         return normalised(x)
 
 
-class AffineInstanceNorm(nn.GroupNorm):
-    """Instance norm with weights, for networks with zero padding, where no map is constant."""
-
-    def __init__(self, channels: int, epsilon: float = NORM_EPSILON) -> None:
-        super().__init__(channels, channels, epsilon)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise (N, C, H, W), then apply weight and bias."""
-        return normalised(input, self.weight, self.bias, self.eps, guarded=False)
-
-
 def instance_norm(channels: int, affine: bool = False) -> nn.Module:
-    """Return an instance norm, with weights if `affine`."""
-    return AffineInstanceNorm(channels) if affine else InstanceNorm()
+    """Return an instance norm; the affine one is a group norm, which is as fast within a U-Net.
+
+    The affine form is for networks with zero padding, where no map is constant.
+    """
+    return nn.GroupNorm(channels, channels) if affine else InstanceNorm()
 
 
 class Segmented(NamedTuple):

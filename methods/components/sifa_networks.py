@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glua_bench.methods.components.thin_convolution import ThinConv2d
-from glua_bench.networks import AffineInstanceNorm
 
 STRIDE = 8  # of the encoder
 
@@ -36,9 +35,9 @@ def initialised(layer: nn.Conv2d | nn.ConvTranspose2d, std: float) -> nn.Conv2d:
     return layer  # type: ignore[return-value]
 
 
-def instance_norm(channels: int) -> AffineInstanceNorm:
+def instance_norm(channels: int) -> nn.GroupNorm:
     """Return instance norm with scale and shift."""
-    return AffineInstanceNorm(channels, 1e-6)
+    return nn.GroupNorm(channels, channels, eps=1e-6)
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
