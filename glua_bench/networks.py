@@ -29,12 +29,12 @@ def normalised(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     epsilon: float = NORM_EPSILON,
-    guarded: bool = True,
 ) -> Tensor:
     """Apply instance norm, then a scale and a shift.
 
     A constant map (from a constant slice with reflection padding) is normalised to 0, but each
-    layer multiplies its gradient by 1/√eps = 316 until it overflows.
+    layer multiplies its gradient by 1/√eps = 316 until it overflows. Maps with a variance below
+    eps / 100 are therefore set to the shift and pass no gradient.
 
     PyTorch's group norm takes one channel at a time from maps in channels-last format on a CPU.
     The two forms here give the same values and are 2 to 4 times faster.
@@ -44,8 +44,6 @@ def normalised(
         scale: (N, C) or (C,); None is 1.
         shift: (N, C) or (C,); None is 0.
         epsilon: added to the variance.
-        guarded: set maps to the shift and block their gradients where the variance is below
-            eps / 100.
 
     Returns:
         (N, C, H, W), at least in single precision.
@@ -56,7 +54,7 @@ def normalised(
     of_maps = x.shape[:2]
     large = x.device.type == "cpu" and channels_last(x) and x.numel() >= LARGE_MAPS
     form: Any = NormByRows if large else NormByMaps
-    maps: Tensor = form.apply(x, scale.expand(of_maps), shift.expand(of_maps), epsilon, guarded)
+    maps: Tensor = form.apply(x, scale.expand(of_maps), shift.expand(of_maps), epsilon)
     return maps
 
 
@@ -74,9 +72,7 @@ class NormByMaps(torch.autograd.Function):
     """`normalised` as one group norm of all maps of a batch, each contiguous in memory."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, epsilon: float, guarded: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tensor:
         """Normalise (N, C, H, W) with scale and shift (N, C)."""
         ctx.format = torch.channels_last if channels_last(x) else torch.contiguous_format
         number, pixels = scale.numel(), x.shape[2] * x.shape[3]
@@ -86,13 +82,10 @@ class NormByMaps(torch.autograd.Function):
             shift.flatten(),
         )
         sizes = 1, number, pixels, number, epsilon
-        if guarded:
-            maps, mean, inverse = torch.native_group_norm(flat, None, None, *sizes)
-            inverse = inverse * (keep := varying(inverse, epsilon))
-            factor = (scale * keep).view(number, 1)
-            maps = torch.addcmul(shift.view(number, 1), maps.view(number, pixels), factor)
-        else:
-            maps, mean, inverse = torch.native_group_norm(flat, scale, shift, *sizes)
+        maps, mean, inverse = torch.native_group_norm(flat, None, None, *sizes)
+        inverse = inverse * (keep := varying(inverse, epsilon))
+        factor = (scale * keep).view(number, 1)
+        maps = torch.addcmul(shift.view(number, 1), maps.view(number, pixels), factor)
         ctx.save_for_backward(flat, mean, inverse, scale)
         # Not a view, so that an activation may be in place.
         maps = torch.ops.aten._unsafe_view(maps, x.shape)
@@ -111,7 +104,7 @@ class NormByMaps(torch.autograd.Function):
         )
         shape = gradient.shape
         maps = maps.view(shape).contiguous(memory_format=ctx.format)
-        return maps, of_scale.view(shape[:2]), of_shift.view(shape[:2]), None, None
+        return maps, of_scale.view(shape[:2]), of_shift.view(shape[:2]), None
 
 
 class NormByRows(torch.autograd.Function):
@@ -122,9 +115,7 @@ class NormByRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, epsilon: float, guarded: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, epsilon: float) -> Tensor:
         """Normalise (N, C, H, W) with scale and shift (N, C)."""
         height, width = x.shape[2:]
         pixels = height * width
@@ -132,7 +123,7 @@ class NormByRows(torch.autograd.Function):
         result = torch.empty_like(x, memory_format=torch.channels_last)
         squares = torch.mul(centred, centred, out=rows(result))
         inverse = (maps_of(squares, width).sum((2, 3)) / pixels + epsilon).rsqrt()
-        factor = inverse * varying(inverse, epsilon) if guarded else inverse
+        factor = inverse * varying(inverse, epsilon)
         ctx.save_for_backward(centred, factor, scale)
         offset, slope = along(width, shift, factor * scale)
         torch.addcmul(offset, centred, slope, out=rows(result))
@@ -152,7 +143,7 @@ class NormByRows(torch.autograd.Function):
         mean = by / (-height * width)
         offset, slope, back = along(width, mean * of_shift, by, mean * factor * of_scale)
         torch.addcmul(offset, pull, slope, out=products).addcmul_(centred, back)
-        return maps_of(products, width), of_scale, of_shift, None, None
+        return maps_of(products, width), of_scale, of_shift, None
 
 
 def rows(x: Tensor) -> Tensor:
