@@ -23,6 +23,11 @@ NOISE = 0.05
 CACHED = 1 << 17  # pixels per chunk on a CPU
 
 
+def sent(values: Tensor, like: Tensor) -> Tensor:
+    """Convert values from the CPU to the type and device of a tensor, without waiting for it."""
+    return values.to(like.device, like.dtype, non_blocking=True)
+
+
 def random_affine(count: int) -> Tensor:
     """Draw maps from output to input coordinates, (N, 2, 3), in units of half the side."""
     angle = (torch.rand(count) * 2 - 1) * ROTATION
@@ -46,13 +51,13 @@ def geometric(images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Ten
         images: (N, C·S, H, W) in [-1, 1]; pixels from outside become -1 (background).
         labels: (N, H, W), class indices, resampled by nearest neighbour; or None.
     """
-    theta = random_affine(len(images)).to(images)
+    theta = sent(random_affine(len(images)), images)
     moved = torch.empty_like(images, memory_format=torch.contiguous_format)
     moved_labels = None if labels is None else torch.empty_like(labels)
     height, width = images.shape[-2:]
     # An affine map is the sum of a column term (N, 2, W) and a row term (N, 2, H).
-    columns = theta[:, :, 0:1] * centres(width).to(images)
-    rows = theta[:, :, 1:2] * centres(height).to(images) + theta[:, :, 2:]
+    columns = theta[:, :, 0:1] * sent(centres(width), images)
+    rows = theta[:, :, 1:2] * sent(centres(height), images) + theta[:, :, 2:]
     count = len(images)
     if images.device.type == "cpu":
         # Small chunks keep intermediate results in the processor's cache.
@@ -103,12 +108,12 @@ def tone_curves(images: Tensor, channels: int = 1) -> Tensor:
     heights = torch.rand(count, KNOTS) * 2 - 1
     identity = torch.linspace(-1, 1, KNOTS).expand(count, KNOTS)
     curved = torch.rand(count, 1) < CURVE_SHARE
-    heights = torch.where(curved, heights, identity).to(images)
+    heights = sent(torch.where(curved, heights, identity), images)
     position = (images.clamp(-1, 1) + 1) * ((KNOTS - 1) / 2)
     left = position.floor().clamp(max=KNOTS - 2)
     share = position - left
     index = left.long().flatten(1)
     low = heights.gather(1, index).view_as(images)
     high = heights.gather(1, index + 1).view_as(images)
-    noise = torch.randn(images.shape).to(images) * NOISE
+    noise = sent(torch.randn(images.shape), images) * NOISE
     return (low + share * (high - low) + noise).clamp(-1, 1)

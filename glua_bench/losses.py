@@ -36,6 +36,14 @@ def annotated(labels: Tensor) -> tuple[Tensor, Tensor]:
     return seen, labels * seen
 
 
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    """Return a boolean map of each class, (N, H, W) → (N, K, H, W).
+
+    `F.one_hot` waits for the device, and takes 8 bytes for each value.
+    """
+    return labels.unsqueeze(1) == torch.arange(classes, device=labels.device)[:, None, None]
+
+
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Compute the mean cross-entropy over annotated pixels; 0 if there are none.
 
@@ -59,7 +67,7 @@ def class_maps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     seen, classes = annotated(labels)
     probabilities = precise(logits).softmax(1)
-    reference = F.one_hot(classes, logits.shape[1]).permute(0, 3, 1, 2).to(probabilities)
+    reference = one_hot(classes, logits.shape[1]).to(probabilities)
     inside = seen.unsqueeze(1)
     return probabilities * inside, reference * inside
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
@@ -12,6 +13,7 @@ from glua_bench.config import setting
 from glua_bench.losses import lsgan_loss, real_fake_loss
 from glua_bench.method import Batch, Context, Stage, TaskInfo, frozen
 from glua_bench.methods.components.image_pool import ImagePool
+from glua_bench.methods.components.thin_convolution import ThinConv2d
 from glua_bench.methods.source_only import SegmentConfig, SourceOnly
 from glua_bench.networks import PatchGAN, instance_norm, normal_weights
 
@@ -121,10 +123,12 @@ class CycleGAN(nn.Module):
         """Update both generators, then each discriminator."""
         source = batch.source_images[: self.config.cycle_batch]
         target = batch.target[: self.config.cycle_batch]
-        fake_target, fake_source = self.to_target(source), self.to_source(target)
-        cycles = F.l1_loss(self.to_source(fake_target), source) + F.l1_loss(
-            self.to_target(fake_source), target
-        )
+        fake_source = self.to_source(target)
+        # One pass of G for both: instance norm keeps the images of a batch independent.
+        made = self.to_target(torch.cat([source, fake_source]))
+        fake_target, cycled_target = made[: len(source)], made[len(source) :]
+        cycled_source = self.to_source(fake_target)
+        cycles = F.l1_loss(cycled_source, source) + F.l1_loss(cycled_target, target)
         with frozen(self.d_target, self.d_source):
             adv_target = lsgan_loss(self.d_target(fake_target), 1)
             adv_source = lsgan_loss(self.d_source(fake_source), 1)
@@ -158,7 +162,7 @@ class ResnetGenerator(nn.Module):
             *(Residual(4 * w) for _ in range(blocks)),
             *layer(nn.ConvTranspose2d(4 * w, 2 * w, 3, 2, 1, output_padding=1, bias=False)),
             *layer(nn.ConvTranspose2d(2 * w, w, 3, 2, 1, output_padding=1, bias=False)),
-            nn.Conv2d(w, slices, 7, padding=3, padding_mode="reflect"),
+            ThinConv2d(w, slices, 7, padding=3, padding_mode="reflect"),
             nn.Tanh(),
         )
         normal_weights(self)

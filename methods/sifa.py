@@ -14,7 +14,7 @@ from torch.optim import Adam, Optimizer
 
 from glua_bench.config import setting
 from glua_bench.errors import ConfigError
-from glua_bench.losses import annotated, class_maps, lsgan_loss, precise
+from glua_bench.losses import annotated, class_maps, lsgan_loss, one_hot, precise
 from glua_bench.method import Batch, Context, Method, Role, Stage, TaskInfo, frozen
 from glua_bench.methods.components.image_pool import ImagePool
 from glua_bench.methods.components.sifa_networks import (
@@ -384,7 +384,7 @@ def sifa_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     # Factor from means over all pixels to means over annotated ones; exactly 1 if all are.
     number = seen.sum().clamp(min=1).to(own)
     more = torch.full_like(number, labels.numel()) / number
-    counts = torch.bincount(labels.flatten(), minlength=logits.shape[1])[: logits.shape[1]]
+    counts = one_hot(labels, logits.shape[1]).sum((0, 2, 3))
     frequency = counts.to(own) / labels.numel() * more
     losses = (1 - frequency)[classes] * own.clamp(0.005, 1).log() * seen
     return -losses.mean() * more

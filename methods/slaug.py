@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glua_bench.augment import by_channel
+from glua_bench.augment import by_channel, sent
 from glua_bench.config import setting
-from glua_bench.losses import annotated, segmentation_loss
+from glua_bench.losses import annotated, one_hot, segmentation_loss
 from glua_bench.method import Batch, Context
 from glua_bench.methods.source_only import SegmentConfig, SourceOnly
 
@@ -103,7 +103,7 @@ def augment_locally(images: Tensor, labels: Tensor, classes: int, channels: int 
     """
     unit = (by_channel(images, channels) + 1) / 2
     labels = labels.repeat_interleave(channels, 0)
-    regions = F.one_hot(annotated(labels)[1], classes).permute(0, 3, 1, 2).bool()
+    regions = one_hot(annotated(labels)[1], classes)
     falling = torch.tensor([1.0] + [0.5] * (classes - 1))
     changed = location_scale(unit, regions, falling)
     return (2 * torch.where(unit <= BACKGROUND, unit, changed) - 1).reshape(images.shape)
@@ -127,15 +127,15 @@ def location_scale(images: Tensor, regions: Tensor, falling: Tensor) -> Tensor:
     low = torch.where(inside, values, 1.0).amin(2, keepdim=True)
     high = torch.where(inside, values, 0.0).amax(2, keepdim=True)
     high = torch.maximum(high, low)  # an absent class has no extremes
-    falls = (torch.rand(count, kinds, 1) <= falling[:, None]).to(images.device)
+    falls = (torch.rand(count, kinds, 1) <= falling[:, None]).to(images.device, non_blocking=True)
     x, y = bezier_curves(count, kinds)
-    x, y = (low + (high - low) * curve.to(images) for curve in (x, y))
+    x, y = (low + (high - low) * sent(curve, images) for curve in (x, y))
     # As in the authors' code, a decreasing curve is not sorted and need not be monotonic.
     y = torch.where(falls, y.flip(2), y.sort(2).values)
     curved = interpolate(values.expand_as(inside), x, y)
 
-    scale = (1 + 0.1 * torch.randn(count, kinds, 1)).clamp(0.9, 1.1).to(images)
-    shift = (0.5 * torch.randn(count, kinds, 1)).to(images)
+    scale = sent((1 + 0.1 * torch.randn(count, kinds, 1)).clamp(0.9, 1.1), images)
+    shift = sent(0.5 * torch.randn(count, kinds, 1), images)
     least, most = -percentile(curved, inside, 0.2), 1 - percentile(curved, inside, 0.8)
     shift = torch.minimum(torch.maximum(shift, least), most)
     moved = (scale * curved + shift).clamp(0, 1)

@@ -14,21 +14,23 @@ from torch import Tensor, nn
 from glua_bench import networks
 from glua_bench.config import SegmenterSpec
 from glua_bench.errors import ConfigError
+from glua_bench.methods.components.style_code_networks import (
+    ContentEncoder,
+    MultiScaleDiscriminator,
+    PatchDiscriminator,
+    StyleDecoder,
+    StyleEncoder,
+    UpsampleConv5,
+)
 from glua_bench.networks import (
     DILATIONS,
     AdaIN,
-    ContentEncoder,
     DeepLab,
     DilatedClassifier,
     FeatureDiscriminator,
-    MultiScaleDiscriminator,
     OutputDiscriminator,
-    PatchDiscriminator,
     Segmenter,
-    StyleDecoder,
-    StyleEncoder,
     UNet,
-    UpsampleConv5,
     build_segmenter,
 )
 
@@ -377,22 +379,40 @@ def test_the_folded_upsampling_is_upsampling_and_a_5x5_convolution(
     torch.testing.assert_close(layer.weight.grad, weight.grad, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("affine", [True, False])
-def test_instance_norm_is_torchs(affine: bool) -> None:
-    """Values and gradients of varying maps agree."""
-    x = (torch.randn(3, 5, 7, 6) * 4 + 2).requires_grad_()
+def test_instance_norm_is_torchs(
+    affine: bool, format: torch.memory_format, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients of varying maps agree in each of the forms."""
+    monkeypatch.setattr(networks, "LARGE_MAPS", 0 if large else 1 << 18)
+    x = (torch.randn(3, 5, 7, 6) * 4 + 2).contiguous(memory_format=format).requires_grad_()
     y = x.detach().clone().requires_grad_()
-    found, expected = networks.instance_norm(5, affine)(x), F.instance_norm(y)
+    norm, weight, bias = networks.instance_norm(5, affine), *torch.randn(2, 5)
+    plain = torch.nn.GroupNorm(5, 5, affine=affine)
+    for layer in (norm, plain) if affine else ():
+        layer.load_state_dict({"weight": weight, "bias": bias})
+    found, expected = norm(x), plain(y)
     torch.testing.assert_close(found, expected)
+    assert found.is_contiguous(memory_format=format)
     pull = torch.randn_like(found)
     found.backward(pull)
     expected.backward(pull)
-    torch.testing.assert_close(x.grad, y.grad)
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-5, atol=1e-5)
+    for own, others in zip(norm.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, others.grad, rtol=1e-5, atol=1e-5)
+    torch.nn.functional.leaky_relu_(norm(x), 0.2).sum().backward()  # as in `conv_block`
 
 
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("value", [0.0, 0.3, -1.0, 100.0])
-def test_constant_maps_become_0_and_pass_no_gradient(value: float) -> None:
-    x = torch.randn(2, 3, 7, 6)
+def test_constant_maps_become_0_and_pass_no_gradient(
+    value: float, format: torch.memory_format, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(networks, "LARGE_MAPS", 0 if large else 1 << 18)
+    x = torch.randn(2, 3, 7, 6).contiguous(memory_format=format)
     x[0, 1] = value
     x.requires_grad_()
     found = networks.instance_norm(3)(x)

@@ -8,6 +8,7 @@ resumed run ends in the same weights, bit for bit on a CPU.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import itertools
 import math
@@ -49,6 +50,7 @@ from glua_bench.runs.interruption import Interrupted
 LAST, PREVIOUS = "last.pt", "previous.pt"  # checkpoints to resume from
 LOG_EVERY = 10  # steps between transfers of the losses from the device
 CHECKPOINT_SECONDS = 30.0
+MAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
 AGREE_EVERY = 10  # steps between exchanges of stop signals among processes
 
 
@@ -111,6 +113,18 @@ def _is_sound_archive(content: bytes) -> bool:
 def checkpoint_name(run: str, path: Path) -> str:
     """Return the name under which a run's checkpoint has its checksum."""
     return f"{run}/{path.name}"
+
+
+def keep_freed_memory() -> None:
+    """Let the C library reuse freed memory instead of returning it to the system after each use.
+
+    Otherwise every large tensor of a step is mapped anew, page by page: thousands of page faults
+    per step. Only glibc has this setting; other libraries keep their own.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(MAP_THRESHOLD, 2**30)
+        library.mallopt(TRIM_THRESHOLD, 2**31 - 1)
 
 
 def step_seed(seed: int, stage: str, step: int, rank: int = 0) -> int:
@@ -215,6 +229,7 @@ class Trainer:
             RunFailure: a loss or weight is not finite, or a checkpoint cannot be written.
             Interrupted: the process received a stop signal; the last step's checkpoint is written.
         """
+        keep_freed_memory()
         position = self._load()
         if self.watch is not None:
             self._replay_candidates(position)

@@ -28,6 +28,7 @@ from glua_bench.config import setting
 from glua_bench.losses import lsgan_loss
 from glua_bench.method import Adjustment, Batch, Cases, Context, TaskInfo, frozen
 from glua_bench.methods.components.image_pool import ImagePool
+from glua_bench.methods.components.thin_convolution import ThinConv2d
 from glua_bench.networks import AdaIN, PatchGAN
 
 SOURCE, TARGET = 0, 1  # the domains y
@@ -122,7 +123,7 @@ class ADGAN(nn.Module):
         source = batch.source_images[: cfg.adgan_batch]
         target = batch.target[: cfg.adgan_batch]
         images, n = torch.cat([source, target]), len(source)
-        own = torch.tensor([SOURCE] * n + [TARGET] * len(target), device=images.device)
+        own = (torch.arange(len(images), device=images.device) >= n).long()  # SOURCE, then TARGET
         other = 1 - own
 
         def distance(x: Tensor, y: Tensor) -> Tensor:
@@ -142,17 +143,20 @@ class ADGAN(nn.Module):
             cycled = self.decoder(content_again, own)
             cycle = distance(cycled, images)
             kept = distance(content, content_again)
-            adv = lsgan_loss(d(translated, other), 1)
             if mode.real == "reconstructions":
-                adv = adv + lsgan_loss(d(same, own), 0)
+                made, remade = d(torch.cat([translated, same]), torch.cat([other, own])).chunk(2)
+                adv = lsgan_loss(made, 1) + lsgan_loss(remade, 0)
+            else:
+                adv = lsgan_loss(d(translated, other), 1)
             context.backward(cfg.adgan_cycle * cycle + cfg.adgan_content * kept + adv)
         context.apply("generator")
 
         real = same.detach() if mode.real == "reconstructions" else images
         old_target = self.pools[TARGET](translated[:n].detach())
         old_source = self.pools[SOURCE](translated[n:].detach())
-        fake = d(torch.cat([old_target, old_source]), other)
-        d_loss = lsgan_loss(d(real, own), 1) + lsgan_loss(fake, 0)
+        judged = torch.cat([real, old_target, old_source])
+        real_scores, fake_scores = d(judged, torch.cat([own, other])).chunk(2)
+        d_loss = lsgan_loss(real_scores, 1) + lsgan_loss(fake_scores, 0)
         context.update("discriminator", d_loss)
         return {
             "reconstruction": reconstruction,
@@ -189,7 +193,8 @@ class DomainAffine(nn.Module):
 
     def forward(self, domains: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield scale and shift (N, C) of each layer for domains (N,)."""
-        codes = F.one_hot(domains, 2).to(self.layers[0].weight.dtype)  # type: ignore[arg-type]
+        known = torch.arange(2, device=domains.device)
+        codes = (domains[:, None] == known).to(self.layers[0].weight.dtype)  # type: ignore[arg-type]
         parts = self.layers(codes).split(self.sizes, dim=1)
         return zip(parts[1::2], parts[::2], strict=True)  # a layer's shifts precede its scales
 
@@ -233,7 +238,7 @@ class Decoder(nn.Module):
                 nn.ConvTranspose2d(2 * w, w, 3, 2, padding=1, output_padding=1),
             ]
         )
-        self.head = nn.Conv2d(w, slices, 7, padding=3, padding_mode="reflect")
+        self.head = ThinConv2d(w, slices, 7, padding=3, padding_mode="reflect")
         self.affine = DomainAffine([4 * w] * (2 * blocks) + [2 * w, w])
         self.adain = AdaIN()
         initialise(self)

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from glua_bench.augment import sent
 from glua_bench.config import setting
 from glua_bench.errors import ConfigError
 from glua_bench.losses import lsgan_loss, precise
@@ -127,7 +128,7 @@ def local_mask(scores: Tensor, form: str, ratio: float) -> Tensor:
     if form == "soft":
         return 1 + gap_map(scores)
     # "random" ranks by noise, "topk" by the gap; unclamped scores break ties.
-    order = scores if form == "topk" else torch.rand(scores.shape).to(scores)
+    order = scores if form == "topk" else sent(torch.rand(scores.shape), scores)
     flat = order.flatten(1)
     keep = max(1, round(ratio * flat.shape[1]))
     mask = torch.zeros_like(flat).scatter_(1, flat.topk(keep, dim=1).indices, 1.0)

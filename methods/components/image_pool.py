@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from glua_bench.methods.components.host_count import HostCount
+
 
 class ImagePool(nn.Module):
     """Pool of earlier fakes for a discriminator, stored by batch (Shrivastava et al., CVPR 2017).
@@ -21,12 +23,11 @@ class ImagePool(nn.Module):
     """
 
     images: Tensor
-    filled: Tensor
 
     def __init__(self, slots: int, batch: int, size: int, slices: int = 1) -> None:
         super().__init__()
         self.register_buffer("images", torch.zeros(slots, batch, slices, size, size))
-        self.register_buffer("filled", torch.zeros((), dtype=torch.long))
+        self.filled = HostCount()
 
     @torch.no_grad()
     def forward(self, fakes: Tensor) -> Tensor:
@@ -34,9 +35,9 @@ class ImagePool(nn.Module):
         filled, count = int(self.filled), len(fakes)
         if filled < len(self.images):
             self.images[filled, :count] = fakes
-            self.filled += 1
+            self.filled.increase()
             return fakes
-        if torch.rand(()) <= 0.5:
+        if float(torch.rand(())) <= 0.5:
             return fakes
         slot = self.images[int(torch.randint(filled, ())), :count]
         old = slot.to(fakes, copy=True)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glua_bench.methods.components.thin_convolution import ThinConv2d
+
 STRIDE = 8  # of the encoder
 
 
@@ -20,7 +22,7 @@ def convolution(
 ) -> nn.Conv2d:
     """Return a size-preserving, zero-padded convolution with truncated-normal weights."""
     padding = dilation * (kernel - 1) // 2
-    kind = DilatedConv if dilation > 1 else nn.Conv2d
+    kind = DilatedConv if dilation > 1 else ThinConv2d if kernel == 7 else nn.Conv2d
     layer = kind(inputs, outputs, kernel, padding=padding, bias=bias, dilation=dilation)
     return initialised(layer, std)
 

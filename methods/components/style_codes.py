@@ -26,7 +26,8 @@ from glua_bench.config import setting
 from glua_bench.errors import ConfigError
 from glua_bench.losses import lsgan_loss, real_fake_loss
 from glua_bench.method import Adjustment, Batch, Cases, Context, TaskInfo, frozen
-from glua_bench.networks import (
+from glua_bench.methods.components.host_count import HostCount
+from glua_bench.methods.components.style_code_networks import (
     ContentEncoder,
     MultiScaleDiscriminator,
     PatchDiscriminator,
@@ -104,7 +105,6 @@ class StyleCodes(nn.Module):
 
     bank: Tensor
     bank_share: Tensor
-    updates: Tensor
 
     def __init__(self, config: CodesConfig, task: TaskInfo) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class StyleCodes(nn.Module):
         self.d_content = PatchDiscriminator(self.generator.content.channels, width, layers=2)
         self.register_buffer("bank", torch.zeros(config.codes_clusters, CODES, 8))
         self.register_buffer("bank_share", torch.ones(config.codes_clusters))
-        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        self.updates = HostCount()
 
     def check(self, cases: Cases) -> dict[str, Adjustment]:
         """Limit clusters to the number of target cases, so that no cluster covers a single case."""
@@ -201,8 +201,7 @@ class StyleCodes(nn.Module):
     @torch.no_grad()
     def update_average(self) -> None:
         """Update the moving average, faster at the start to forget the initialisation."""
-        self.updates += 1
-        done = int(self.updates)
+        done = self.updates.increase()
         weight = 1 - min(0.999, (1 + done) / (10 + done))
         torch._foreach_lerp_(
             list(self.average.parameters()), list(self.generator.parameters()), weight

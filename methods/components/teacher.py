@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from glua_bench import augment
 from glua_bench.config import setting
+from glua_bench.methods.components.host_count import HostCount
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,11 @@ class Teacher(nn.Module):
         channels: number of input channels, which are recoloured independently.
     """
 
-    updates: Tensor
-
     def __init__(self, segmenter: nn.Module, config: TeacherConfig, channels: int = 1) -> None:
         super().__init__()
         self.config, self.channels = config, channels
         self.segmenter: Any = copy.deepcopy(segmenter).requires_grad_(False)
-        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        self.updates = HostCount()
 
     def loss(
         self,
@@ -79,8 +78,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
         """Update the teacher after a student step; faster at first to forget the initialisation."""
-        self.updates += 1
-        done = int(self.updates)
+        done = self.updates.increase()
         keep = min(self.config.teacher_decay, done / (done + 9))
         torch._foreach_lerp_(
             list(self.segmenter.parameters()), [p.detach() for p in student.parameters()], 1 - keep

@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import platform
 import random
 import resource
 import signal
@@ -46,6 +47,7 @@ from glua_bench.runs.stage_cache import artefact_path
 from glua_bench.runs.trainer import (
     Trainer,
     checkpoint_name,
+    keep_freed_memory,
     load,
     save,
     stage_order,
@@ -572,6 +574,18 @@ def test_the_cost_of_a_resumed_run_is_that_of_all_its_processes(
     resumed = make(tmp_path, Timed)
     finish(resumed)
     assert resumed.seconds == {"segment": 12.0} and resumed.reused == {"stem"}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_memory_of_a_step_is_used_again_without_page_faults() -> None:
+    """4 MiB are 1024 pages; without the setting, the system maps each of them at each use."""
+    keep_freed_memory()
+    faults = []
+    for _ in range(20):
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        torch.empty(1 << 20).fill_(1)
+        faults.append(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before)
+    assert sorted(faults)[10] < 100
 
 
 def test_only_four_dimensions_are_laid_out_as_channels_last() -> None:
