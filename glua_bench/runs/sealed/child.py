@@ -266,7 +266,6 @@ def described(error: BaseException) -> dict[str, Any]:
 
 def preload() -> None:
     """Import what every training needs, but no dataset."""
-    import glua_bench.methods  # noqa: F401
     import glua_bench.runs.sealed.training  # noqa: F401
 
 
