@@ -46,6 +46,7 @@ def broken():
 def test_the_table_counts_what_was_tried_and_what_held(
     pytester: pytest.Pytester, workers: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("GLUA_BENCH_FAULTS", raising=False)
     support = Path(__file__).parent / "support"
     pytester.makeconftest(
         f"import sys; sys.path.insert(0, {str(support)!r})\n"
@@ -68,4 +69,5 @@ def test_the_table_counts_what_was_tried_and_what_held(
     monkeypatch.setenv("GLUA_BENCH_FAULTS", "3")
     text = "\n".join(pytester.runpytest("-m", "fault", "-k", "broke", *marker).outlines)
     assert "15       0" in text
+    monkeypatch.delenv("GLUA_BENCH_FAULTS")
     assert "faults =" not in "\n".join(pytester.runpytest(*marker).outlines)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+VARIABLE = "GLUA_BENCH_FAULTS"
 _KEY = "fault"  # of a report's user_properties, which reach the controller of pytest-xdist
 
 
@@ -34,7 +35,7 @@ def tries(record_property: Callable[[str, Any], None]) -> Callable[[int], range]
     """Return how often to repeat an attack, and record it: `for seed in tries(20)`."""
 
     def asked(count: int) -> range:
-        total = count * int(os.environ.get("GLUA_BENCH_FAULTS", "1"))
+        total = count * int(os.environ.get(VARIABLE, "1"))
         record_property("tries", total)
         return range(total)
 
@@ -122,8 +123,8 @@ def table(reports: Iterable[pytest.TestReport]) -> list[str]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print the table after `pytest -m fault`."""
-    if config.option.markexpr == "fault":
+    """Print the table after `pytest -m fault`, and where GLUA_BENCH_FAULTS is set."""
+    if config.option.markexpr == "fault" or VARIABLE in os.environ:
         terminalreporter.section("faults")
         every = [each for found in terminalreporter.stats.values() for each in found]
         for line in table(r for r in every if isinstance(r, pytest.TestReport)):
