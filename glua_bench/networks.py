@@ -49,8 +49,8 @@ def normalised(
         (N, C, H, W), at least in single precision.
     """
     x = precise(x)  # as in autocast
-    scale = x.new_ones(()) if scale is None else scale
-    shift = x.new_zeros(()) if shift is None else shift
+    scale = x.new_ones(()) if scale is None else scale.to(x.dtype)
+    shift = x.new_zeros(()) if shift is None else shift.to(x.dtype)
     of_maps = x.shape[:2]
     large = x.device.type == "cpu" and channels_last(x) and x.numel() >= LARGE_MAPS
     form: Any = NormByRows if large else NormByMaps
