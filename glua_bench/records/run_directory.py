@@ -142,6 +142,10 @@ class RunDirectory:
                 sweep(directory)  # including files that are not written again
             (self.path / "failed").unlink(missing_ok=True)
         write_text(self.path / "config.yaml", self.config.to_yaml(), "--runs")
+        self.write_environment(environment)
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        """Write `environment.json`, with the version of the directory's layout."""
         written = {**environment, "schema": seal.SCHEMA}
         write_json(self.path / "environment.json", written, "--runs")
 

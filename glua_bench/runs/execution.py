@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -26,7 +27,6 @@ from glua_bench.config import ORACLE, changed_settings, variant_name
 from glua_bench.console import Progress
 from glua_bench.data.cache import SliceCache
 from glua_bench.errors import ConfigError, PluginError, RunFailure, UserError, cause
-from glua_bench.files import write_json
 from glua_bench.method import Batch
 from glua_bench.records.environment import environment
 from glua_bench.records.run_directory import RunDirectory
@@ -292,7 +292,7 @@ class _Scores:
         if self.stamp != stamp:
             reason = "an earlier process of this run could reach them"
         self.facts |= {"labels": self.stamp, "labels_reason": reason}
-        write_json(self.directory.path / "environment.json", self.facts, "--runs")
+        self.directory.write_environment(self.facts)
 
     def train_here(self, fabric: Fabric) -> None:
         """Train in this process."""
@@ -333,6 +333,9 @@ class _Scores:
         kind, values = message.get("kind"), {k: v for k, v in message.items() if k != "kind"}
         if kind in ("stage", "update", "line"):
             getattr(self.progress, kind)(**values)
+        elif kind == "said":
+            stream = sys.stderr if values["stream"] == "stderr" else sys.stdout
+            print(values["text"], end="", file=stream, flush=True)
         elif kind == "seen":
             self.seen(**values)
             training.answer(True)

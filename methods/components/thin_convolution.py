@@ -24,7 +24,7 @@ class ThinConv2d(nn.Conv2d):
             return super()._conv_forward(input, weight, bias)
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         padded = F.pad(input, self._reversed_padding_repeated_twice, mode)
-        return ThinConvolution.apply(padded, weight, bias)  # type: ignore[no-any-return]
+        return ThinConvolution.apply(padded, weight, bias)
 
 
 class ThinConvolution(torch.autograd.Function):
@@ -63,7 +63,7 @@ def convolution_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of input, weight and bias of an unpadded convolution, if wanted."""
     sizes = None, [stride] * 2, [0, 0], [1, 1], False, [0, 0], 1
-    return torch.ops.aten.convolution_backward(gradient, x, weight, *sizes, wanted)  # type: ignore[no-any-return]
+    return torch.ops.aten.convolution_backward(gradient, x, weight, *sizes, wanted)
 
 
 def blocked_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -68,9 +68,9 @@ def test_a_damaged_run_is_named_and_the_others_are_sent(server: Server, call: Ca
     (runs[1].path / "cases.parquet").write_bytes(b"PAR1 no table")
     (runs[2].path / "summary.json").write_text('{"scores": ')
     result = call("sync")
-    refused(result, "1 runs could not be uploaded", "(bbb)", "2 runs are damaged", code=1)
-    assert "1 runs uploaded" in result[1] and "2 damaged (skipped)" in result[1]
+    refused(result, "3 runs are damaged", code=1)
+    assert "1 runs uploaded" in result[1] and "3 damaged (skipped)" in result[1]
     warnings = [line for line in result[2].splitlines() if line.startswith("warning: ")]
-    for name, file in (("aaa", "config.yaml"), ("bbb", "cases"), ("ccc", "changed")):
+    for name, file in (("aaa", "config.yaml"), ("bbb", "cases"), ("ccc", "summary.json")):
         assert [1 for line in warnings if name in line and file in line], warnings
     assert server.complete() == {"ddd"}

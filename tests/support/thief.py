@@ -41,13 +41,17 @@ def _known(values: Any, labels: list[str]) -> list[str]:
     """Return datasets, and cases with a label of the target, among objects."""
     from glua_bench.task import Case, Dataset
 
-    return [
-        type(value).__name__
-        for value in values
-        if isinstance(value, Dataset)
-        or (isinstance(value, Case) and str(value.label) in labels)
-        or (isinstance(value, Path) and str(value) in labels)
-    ]
+    def known(value: Any) -> bool:
+        try:
+            return (
+                isinstance(value, Dataset)
+                or (isinstance(value, Case) and str(value.label) in labels)
+                or (isinstance(value, Path) and str(value) in labels)
+            )
+        except Exception:  # proxies of libraries raise anything
+            return False
+
+    return [type(value).__name__ for value in values if known(value)]
 
 
 @way
@@ -60,6 +64,7 @@ def registry(guess: dict[str, Any]) -> list[str]:
 
 @way
 def garbage_collector(guess: dict[str, Any]) -> list[str]:
+    gc.unfreeze()
     return _known(gc.get_objects(), guess["labels"])
 
 
