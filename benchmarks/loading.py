@@ -41,11 +41,19 @@ def make_volume(domain: str, number: int, depth: int, size: int) -> tuple[np.nda
 def make_files(folder: Path, volumes: int, depth: int, size: int) -> int:
     """Write what each side reads; return the number of slices of a domain."""
     from glua_bench.data.stores import IMAGE_TYPE
+    from glua_bench.files import add_checksum
+
+    def entry(name: str, array: np.ndarray) -> None:
+        path = folder / name
+        with path.open("wb") as file:
+            np.save(file, array)
+            file.write(b"{}")
+        add_checksum(path, path.name)
 
     for volume, domain in itertools.product(range(volumes), ("mr", "ct")):
         images, labels = make_volume(domain, volume, depth, size)
-        np.save(folder / f"{domain}{volume}_images.npy", images.astype(IMAGE_TYPE))
-        np.save(folder / f"{domain}{volume}_labels.npy", labels)
+        entry(f"{domain}{volume}_images.npy", images.astype(IMAGE_TYPE))
+        entry(f"{domain}{volume}_labels.npy", labels)
         for z in range(depth):
             name = f"{domain}{volume * depth + z}.npz"
             np.savez(folder / name, image=images[z], label=labels[z])

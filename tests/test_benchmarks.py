@@ -26,10 +26,19 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
+def python(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in the checkout, of which `benchmarks` is imported.
+
+    A command that a test has called in this process may have set PYTHONSAFEPATH.
+    """
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks", *words], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, env={**own, **more}
     )
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return python("-m", "benchmarks", *words)
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path: Path) -> None:
@@ -182,11 +191,8 @@ def test_steps_that_recompute_end_in_the_same_weights(load: Any, other: str) -> 
 def test_comparators_are_no_dependencies() -> None:
     text = (ROOT / "pyproject.toml").read_text("utf-8").lower()
     assert "monai" not in text and "surface-distance" not in text
-    environment = {**os.environ, "PYTHONPATH": ""}
     code = "import sys, benchmarks.suite; print('monai' in sys.modules, 'torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment
-    )
+    done = python("-c", code, PYTHONPATH="")
     assert done.stdout.split() == ["False", "False"], done.stderr
 
 

@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from glua_bench.data.parallel import Load, Turns, parallel_map
 from glua_bench.files import hold
 from glua_bench.runs import execution, executor, trainer
 from glua_bench.runs.plan import plan
+from glua_bench.runs.sealed import training
 from glua_bench.sweeps.job import job_environment
 from glua_bench.sweeps.launch import worker_environment
 
@@ -166,11 +168,11 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[[Callable[[], None]], threading.Thread]]:
+def start() -> Iterator[Callable[[Callable[[], object]], threading.Thread]]:
     """Start functions in threads that end with the test."""
     running: list[threading.Thread] = []
 
-    def begun(work: Callable[[], None]) -> threading.Thread:
+    def begun(work: Callable[[], object]) -> threading.Thread:
         running.append(threading.Thread(target=work, daemon=True))
         running[-1].start()
         return running[-1]
@@ -181,7 +183,7 @@ def start() -> Iterator[Callable[[Callable[[], None]], threading.Thread]]:
         assert not thread.is_alive()
 
 
-Start = Callable[[Callable[[], None]], threading.Thread]
+Start = Callable[[Callable[[], object]], threading.Thread]
 
 
 def test_processes_with_all_cores_alternate(
@@ -355,23 +357,30 @@ def test_a_run_waits_for_its_turn_and_ends_in_the_same_weights(
     phantom_root: Path, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training and prediction wait while another process has the cores, and nothing else does."""
+
+    class Asked(Turns):
+        """Tell that a turn is asked for."""
+
+        def taken(self, threads: int | None) -> AbstractContextManager[None]:
+            asked.set()
+            return super().taken(threads)
+
     weights = []
     (tmp_path / "turns").mkdir()
     for name in ("alone", "beside"):
         monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / name / "cache"))
-        own = Turns(tmp_path / "turns")
+        own, asked = Asked(tmp_path / "turns"), threading.Event()
         monkeypatch.setattr(trainer, "turns", own)
-        monkeypatch.setattr(execution, "turns", own)
+        monkeypatch.setattr(training, "turns", own)
         planned = plan(small_request(phantom_root, tmp_path / name))
         run = planned.directory
         with ExitStack() as stack:
             if name == "beside":
                 stack.enter_context(Turns(tmp_path / "turns").taken(1000))
-            thread = start(lambda planned=planned: execution.execute(planned, QUIET) and None)  # type: ignore[misc]
+            # In this process, whose turns are those of the test.
+            thread = start(partial(execution.execute, planned, QUIET, apart=False))
             if name == "beside":
-                until = time.monotonic() + 60
-                while not run.path.is_dir() and time.monotonic() < until:
-                    time.sleep(0.05)
+                assert asked.wait(60)
                 time.sleep(1.0)
                 assert run.path.is_dir() and not any(run.checkpoints.glob("*.pt"))
         thread.join(60)

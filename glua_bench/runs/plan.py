@@ -7,7 +7,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,7 +35,7 @@ from glua_bench.config import (
 from glua_bench.data.cache import fingerprint
 from glua_bench.data.neighbours import common_distance
 from glua_bench.data.volumes import slice_distance
-from glua_bench.errors import ERROR, ConfigError, PluginError, death
+from glua_bench.errors import ConfigError, PluginError, death
 from glua_bench.identity import DATA_DIGITS, code_version, digest, identity
 from glua_bench.method import Cases, Method, TaskInfo
 from glua_bench.networks import DEEPLAB_STRIDE
@@ -576,8 +575,8 @@ def make_fabric(request: RunRequest, config: RunConfig) -> Fabric:
     )
 
 
-def launch(fabric: Fabric, processes: int) -> None:
-    """Start the other processes of a run; the first one ends with a message if one is killed."""
+def launch(fabric: Fabric, processes: int, tell: Callable[[str], None]) -> None:
+    """Start the other processes of a run; the first one tells it and ends if one is killed."""
     first = processes > 1 and "LOCAL_RANK" not in os.environ
     if first and os.name == "posix":
         _meet_on_loopback(processes)
@@ -585,10 +584,10 @@ def launch(fabric: Fabric, processes: int) -> None:
     if first:
         launcher = fabric.strategy.launcher
         others = list(getattr(launcher, "procs", ()))
-        Thread(target=_end_with, args=(others,), daemon=True).start()
+        Thread(target=_end_with, args=(others, tell), daemon=True).start()
 
 
-def _end_with(others: Sequence[subprocess.Popen]) -> None:
+def _end_with(others: Sequence[subprocess.Popen], tell: Callable[[str], None]) -> None:
     """End this process if another one of the run is killed; it would wait for it in vain.
 
     Fabric does the same without a message, some seconds later.
@@ -598,11 +597,14 @@ def _end_with(others: Sequence[subprocess.Popen]) -> None:
         codes = [process.poll() for process in others]
         for number, code in enumerate(codes, 2):
             if code is not None and code < 0:
-                text = f"process {number} of {len(others) + 1} of this run: {death(code)}"
-                print(f"{ERROR}{text}", file=sys.stderr, flush=True)
-                for process in others:
-                    process.kill()
-                os._exit(LOST_CODE)
+                why = death(code).removesuffix(" repeat the command.").rstrip(".;")
+                name = f"process {number} of {len(others) + 1} of this run"
+                try:
+                    tell(f"{name}: {why}; the same command resumes the run.")
+                    for process in others:
+                        process.kill()
+                finally:
+                    os._exit(LOST_CODE)
         if all(code is not None for code in codes):
             return
 

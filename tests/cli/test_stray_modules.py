@@ -69,6 +69,37 @@ def test_a_comparison_imports_no_stray_module(attack: Attack) -> None:
     assert "2 of 2" in done.stdout
 
 
+SESSION = """\
+import sys
+from pathlib import Path
+
+import glua_bench
+from glua_bench.runs.sealed import process
+
+process._FORKS = process._FORKS and {forks}
+settings = {{"segmenter.width": 4, "segmenter.depth": 3, "grid.size": 32, "grid.spacing": 7}}
+done = glua_bench.run(
+    "random_gamma", "discs", preset="quick", steps=2, data_root="discs", device="cpu",
+    settings=settings, plugins={plugins}, mlflow=False, quiet=True,
+)
+print("scored", len(done.cases), process._server is not None)
+"""
+
+
+@pytest.mark.fault("stray code", "hostile modules beside a Python program that trains")
+@pytest.mark.parametrize("forks", [True, False])
+def test_a_training_started_from_python_imports_no_stray_module(
+    forks: bool, attack: Attack, tmp_path: Path
+) -> None:
+    """The process that trains is forked from a server, or started anew; both by a file's path."""
+    (tmp_path / "elsewhere").mkdir()
+    script = tmp_path / "elsewhere" / "session.py"  # whose folder Python searches first
+    script.write_text(SESSION.format(forks=forks, plugins=[str(file) for file in DISCS]))
+    said = attack([sys.executable, str(script)]).stdout.split()
+    assert said[0] == "scored" and int(said[1]) > 0
+    assert said[2] == str(forks and sys.platform == "linux")
+
+
 @pytest.mark.fault("stray code", "hostile modules beside a worker of a sweep")
 def test_a_worker_imports_no_stray_module(attack: Attack) -> None:
     said = attack(own_command("worker", "--study=none", "--runs=runs"), code=2)
@@ -110,4 +141,6 @@ def test_no_child_process_is_started_as_a_module() -> None:
         for file in sorted(place.rglob("*.py"))
         for match in re.findall(r"sys\.executable, .*", file.read_text(encoding="utf-8"))
     ]
-    assert [line for line in found if not line.startswith(("console.py", "estimate.py"))] == []
+    # Files started by their path, as the tests above do; the estimate removes the directory first.
+    known = ("console.py", "estimate.py", "process.py: sys.executable, child.__file__, ")
+    assert [line for line in found if not line.startswith(known)] == []

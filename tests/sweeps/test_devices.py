@@ -55,6 +55,16 @@ def base(tmp_path: Path) -> RunOptions:
     )
 
 
+@pytest.fixture
+def began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """File of the steps that began, where a process that trains may write."""
+    file = tmp_path / "cache" / "stages" / "steps.txt"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("GLUA_BENCH_TEST_STEPS", str(file))
+    return file
+
+
 def plan(base: RunOptions, pause: float = 0.0) -> runs.PlannedRun:
     own = [*DEFINITION.settings, f"method.pause={pause}"]
     task = {"method": "slow", "dataset": "discs", "direction": "bright-dark"}
@@ -84,12 +94,8 @@ def test_a_trial_in_two_processes_is_that_in_one(base: RunOptions, tmp_path: Pat
     assert list(same_cases["dice"]) == pytest.approx(list(cases["dice"]), abs=1e-3)
 
 
-def test_a_run_in_two_processes_ends_politely_and_goes_on(
-    base: RunOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_in_two_processes_ends_politely_and_goes_on(base: RunOptions, began: Path) -> None:
     planned = plan(base, pause=0.1)
-    began = tmp_path / "steps.txt"
-    monkeypatch.setenv("GLUA_BENCH_TEST_STEPS", str(began))
 
     def ask() -> None:
         while not began.is_file():
@@ -122,9 +128,18 @@ def ports(process: int) -> dict[str, str]:
     return found
 
 
-def children(process: int) -> list[int]:
-    text = Path(f"/proc/{process}/task/{process}/children").read_text()
-    return [int(word) for word in text.split()]
+def below(process: int) -> list[int]:
+    """Return the descendants of a process, parents first; threads start some of them."""
+    found = []
+    for file in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in map(int, file.read_text().split()):
+            found += [child, *below(child)]
+    return found
+
+
+def is_rank(process: int) -> bool:
+    """Return True for the further process of a run in two."""
+    return b"rank" in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
 
 
 LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
@@ -134,11 +149,9 @@ LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFF
 @pytest.mark.fault("killed", "one of the two processes of a run")
 @pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="needs /proc")
 def test_two_processes_meet_on_loopback_and_one_that_is_killed_is_told(
-    base: RunOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: RunOptions, began: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = plan(base, pause=0.2)
-    began = tmp_path / "steps.txt"
-    monkeypatch.setenv("GLUA_BENCH_TEST_STEPS", str(began))
     monkeypatch.setenv("MASTER_ADDR", "0.0.0.0")  # of a job script
     with subprocess.Popen(child_command(planned), stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -146,8 +159,10 @@ def test_two_processes_meet_on_loopback_and_one_that_is_killed_is_told(
             while not began.is_file():
                 assert process.poll() is None and time.monotonic() < until
                 time.sleep(0.1)
-            (other,) = children(process.pid)
-            listening = {**ports(process.pid), **ports(other)}
+            # Below the command: the server that it forked, the first process, and the other one.
+            started = below(process.pid)
+            (other,) = filter(is_rank, started)
+            listening = {k: v for each in [process.pid, *started] for k, v in ports(each).items()}
             os.kill(other, signal.SIGKILL)
             said = process.communicate()[1]
         finally:
@@ -155,6 +170,7 @@ def test_two_processes_meet_on_loopback_and_one_that_is_killed_is_told(
     assert listening and set(listening.values()) <= {*LOOPBACK}
     assert process.returncode == LOST_CODE > 128  # as killed, so that its executor resumes it
     assert "glua-bench: error: process 2 of 2 of this run: killed (SIGKILL), most likely" in said
+    assert said.count("error:") == 1 and said.endswith("; the same command resumes the run.\n")
     assert "Traceback" not in said
     assert planned.directory.failed is None
 

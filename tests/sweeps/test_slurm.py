@@ -353,7 +353,9 @@ class Sweep:
     """
 
     def __init__(self, root: Path, trials: int, pause: float) -> None:
-        self.root, self.began = root, root / "steps.txt"
+        self.root, self.cache = root, root / "cache"
+        self.began = self.cache / "stages" / "steps.txt"  # where a process that trains may write
+        self.began.parent.mkdir(parents=True)
         (root / "own.yaml").write_text(DEFINITION.format(trials=trials, pause=pause))
         (root / "jobs.yaml").write_text("hours: 0.1\nmemory_gb: 1\nsave_seconds: 30\n")
 
@@ -365,7 +367,11 @@ class Sweep:
         options = [f"--plugin={file}" for file in plugins]
         options += [f"--workers={workers}", f"--steps={STEPS}", "--device=cpu", "--no-mlflow"]
         options += ["--data-root=discs", "--executor=slurm", "--slurm=jobs.yaml", *words]
-        environment = {**os.environ, "GLUA_BENCH_TEST_STEPS": str(self.began)}
+        environment = {
+            **os.environ,
+            "GLUA_BENCH_CACHE": str(self.cache),
+            "GLUA_BENCH_TEST_STEPS": str(self.began),
+        }
         return subprocess.Popen(
             [sys.executable, "-m", "glua_bench", "sweep", "own.yaml", *options],
             cwd=self.root,
@@ -433,8 +439,10 @@ def test_a_trial_whose_job_must_end_goes_on_from_its_checkpoint(
     # A requeued job waits two minutes, in which SLURM revokes its old credential. Let it begin
     # earlier, but not in the same second, in which the new credential counts as revoked.
     sooner = ["scontrol", "update", f"JobId={number}", "StartTime=now+5"]
-    while process.poll() is None and subprocess.run(sooner, stderr=subprocess.DEVNULL).returncode:
+    # Only once it has ended: its requeueing sets the time again.
+    while process.poll() is None and states_of(number) != ["PENDING"]:
         time.sleep(0.5)
+    subprocess.run(sooner, check=process.poll() is None)
     finished(process, sweep)
     states = [t.state for t in sweep.trials()]
     assert states == [TrialState.FAIL, TrialState.COMPLETE], sweep.logs()

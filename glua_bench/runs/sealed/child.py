@@ -13,6 +13,7 @@ Reports are lines of JSON only, since a plugin may write them, too.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -114,6 +115,31 @@ class Link:
             interruption.end_if_asked()
 
 
+class Said(io.TextIOBase):
+    """A stream whose lines the process at the other end prints, which masks passwords in them.
+
+    Args:
+        link: receives the lines.
+        stream: "stdout" or "stderr".
+    """
+
+    def __init__(self, link: Link, stream: str) -> None:
+        self._link, self._stream, self._line = link, stream, ""
+
+    def write(self, text: str) -> int:
+        """Send what is complete up to the last line."""
+        lines, end, self._line = (self._line + text).rpartition("\n")
+        if end:
+            self._link.send("said", stream=self._stream, text=lines + end)
+        return len(text)
+
+    def flush(self) -> None:
+        """Send an incomplete line, too."""
+        if self._line:
+            self._link.send("said", stream=self._stream, text=self._line)
+            self._line = ""
+
+
 def relay(link: Link, enabled: bool) -> Progress:
     """Return a progress bar that is drawn by the process at the other end."""
     from glua_bench.console import Progress
@@ -160,6 +186,7 @@ def work(commands: BinaryIO, reports: BinaryIO) -> int:
 
     tempfile.tempdir = None  # found again by TMPDIR
     link.send("seal", reason=unsealed, process=os.getpid())
+    sys.stdout, sys.stderr = Said(link, "stdout"), Said(link, "stderr")
     content = commands.read(int(commands.readline()))
     from glua_bench.runs import interruption
     from glua_bench.runs.sealed.training import Stopped
@@ -175,6 +202,9 @@ def work(commands: BinaryIO, reports: BinaryIO) -> int:
         link.send("interrupted", number=stopped.number)
     except BaseException as error:  # a plugin may raise anything
         link.send("error", **described(error))
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
     return 0
 
 
@@ -182,7 +212,7 @@ def _train(link: Link, content: bytes) -> dict[str, Any]:
     import torch
 
     from glua_bench.errors import PluginError
-    from glua_bench.files import exclusive
+    from glua_bench.files import exclusive, write_bytes
     from glua_bench.registry import Registry
     from glua_bench.runs.plan import LOST_SECONDS, launch, make_fabric
     from glua_bench.runs.sealed.training import train_and_predict
@@ -203,13 +233,13 @@ def _train(link: Link, content: bytes) -> dict[str, Any]:
     fabric = make_fabric(withheld.request, withheld.config)
     if withheld.request.devices > 1:
         file = Path(os.environ["TMPDIR"]) / "run.pickle"
-        file.write_bytes(content)
+        write_bytes(file, content)
         # Fabric starts further processes with the command of this one.
         sys.modules["__main__"].__spec__ = None
         sys.argv[:] = [__file__, "rank", str(file)]
     # Held by this process, which may outlive the one that started it for a moment.
     with exclusive(withheld.directory.path / ".training.lock", option="--runs"):
-        launch(fabric, withheld.request.devices)
+        launch(fabric, withheld.request.devices, lambda text: link.send("lost", text=text))
         try:
             return train_and_predict(withheld, fabric, link)
         except Exception:
@@ -277,8 +307,7 @@ def serve(control: int) -> None:
     import selectors
     import socket
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    _ignore_signals()
     ended, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
@@ -310,6 +339,12 @@ def serve(control: int) -> None:
         end_group(process)
 
 
+def _ignore_signals() -> None:
+    """Leave requests to stop to the process that started this one, which passes them on."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def fork() -> int:
     """Fork this process, in which libraries have threads but no computation has begun."""
     import warnings
@@ -325,8 +360,9 @@ def _become(commands: int, reports: int, output: int, errors: int) -> None:
     try:
         os.setsid()  # the terminal's Ctrl-C goes to the process that started this one
         _die_with_parent()
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD):
-            signal.signal(number, signal.SIG_DFL)
+        # Requests to stop are ignored until `interruption.listening`, as by the server: those that
+        # all processes receive come as a command, too.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         null = os.open(os.devnull, os.O_RDONLY)
         for descriptor, place in ((null, 0), (output, 1), (errors, 2)):
             os.dup2(descriptor, place)
@@ -381,6 +417,7 @@ def main() -> None:
     """Play the role that the command line names."""
     role, *rest = sys.argv[1:]
     if role == "serve":
+        _ignore_signals()  # a scheduler may signal all processes, while this one imports
         preload()
         serve(int(rest[0]))
     elif role == "rank":
@@ -389,7 +426,8 @@ def main() -> None:
         reports = os.dup(1)
         os.dup2(2, 1)  # what plugins print is no report
         with os.fdopen(reports, "wb") as told:
-            sys.exit(work(sys.stdin.buffer, told))
+            code = work(sys.stdin.buffer, told)
+        os._exit(code)  # a thread still reads commands
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ _server: tuple[int, socket.socket] | None = None  # the process that started it,
 
 
 class Killed(RunFailure):
-    """The process that trains was killed: the run is neither done nor failed."""
+    """A process that trains was killed: the run is neither done nor failed."""
+
+    exit_code = 128 + _KILL  # `plan.LOST_CODE`, as if this process was killed
 
 
 class Training:
@@ -59,7 +61,7 @@ class Training:
     def __init__(self, reach: Reach, temporary: Path) -> None:
         self._temporary = temporary
         self._popen: subprocess.Popen[bytes] | None = None
-        self._ended = False
+        self._begun = self._ended = False
         self._process = 0
         self._inbox: queue.SimpleQueue[bytes | int | None] = queue.SimpleQueue()
         self._commands, reports, status = self._start()
@@ -84,6 +86,7 @@ class Training:
         """Send what is to be trained."""
         content = pickle.dumps({**given, "path": _path()})
         self._write(f"{len(content)}\n".encode() + content)
+        self._begun = True
 
     def answer(self, go_on: bool) -> None:
         """Answer a report of a candidate's score."""
@@ -95,24 +98,29 @@ class Training:
         Raises:
             RunFailure: the process was killed.
             KeyboardInterrupt: again, or the process does not end after the first.
+            Interrupted, KeyboardInterrupt: before `begin`, or the process ended without an answer.
         """
-        stopping, deadline = False, float("inf")
+        stopping: BaseException | None = None
+        deadline = float("inf")
         code: int | None = None
+        lost = ""  # which other process of the run was killed
         told, silent = False, 0.0  # whether its pipe is closed; since when it has been silent
         while True:
             try:
                 item = self._inbox.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 item = b""
-            except KeyboardInterrupt:
-                if stopping:
+            except KeyboardInterrupt as error:
+                if stopping is not None or not self._begun:  # nothing is to be saved
                     raise
-                stopping, deadline = True, time.monotonic() + GRACE_SECONDS
+                stopping, deadline = error, time.monotonic() + GRACE_SECONDS
                 self._tell({"stop": int(signal.SIGINT)})
                 continue
             now = time.monotonic()
-            if not stopping and (number := interruption.requested()) is not None:
-                stopping = True
+            if stopping is None and (number := interruption.requested()) is not None:
+                stopping = interruption.Interrupted(number)
+                if not self._begun:
+                    raise stopping
                 self._tell({"stop": number})
             if now > deadline:
                 raise KeyboardInterrupt
@@ -124,20 +132,27 @@ class Training:
                 silent = now
                 with contextlib.suppress(ValueError):  # not from the harness
                     message = json.loads(item)
-                    if isinstance(message, dict):
+                    if isinstance(message, dict) and message.get("kind") == "lost":
+                        lost = str(message["text"])
+                    elif isinstance(message, dict):
                         yield message
             # Something that it has left behind may keep the pipe open.
             if code is not None and (told or now - silent > LAST_SECONDS):
                 self._ended = True
-                raise _killed(code)
+                if stopping is not None:  # a scheduler kills what does not end in time
+                    raise stopping
+                raise Killed(lost) if lost else _killed(code)
 
     def close(self) -> None:
         """End the process, if it has not ended, and remove its temporary files."""
         with contextlib.suppress(OSError, ValueError):
             self._commands.close()  # on which it ends
         if self._popen is not None:
-            self._popen.kill()
-            self._popen.wait()
+            try:
+                self._popen.wait(LAST_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._popen.kill()
+                self._popen.wait()
         elif self._process and not self._ended:
             child.end_group(self._process)
         shutil.rmtree(self._temporary, ignore_errors=True)
@@ -239,6 +254,7 @@ def _start_server() -> socket.socket:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=[number],
+            start_new_session=True,  # only this process receives Ctrl-C
         )
 
     def end() -> None:

@@ -27,6 +27,7 @@ from glua_bench.data.neighbours import Neighbourhood, middle
 from glua_bench.data.parallel import turns
 from glua_bench.data.stores import ImageStore, LabelledStore
 from glua_bench.data.volumes import restore
+from glua_bench.files import replacing
 from glua_bench.method import Batch, Method, Role
 from glua_bench.registry import Registry
 from glua_bench.runs.plan import PlannedRun
@@ -243,9 +244,8 @@ def train_and_predict(withheld: Withheld, fabric: Fabric, reports: Reports) -> d
             built.load(step)
             for case, labels in predictions(built):
                 turns.pass_on()
-                path = predicted_path(withheld.directory.path, step, case)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                np.save(path, labels)
+                with replacing(predicted_path(withheld.directory.path, step, case)) as temporary:
+                    np.save(temporary, labels)
                 reports.predicted(step, case)
     if reports.pictures:
         with clock.on(FIGURES):
@@ -451,9 +451,8 @@ def _save_pictures(built: BuiltRun) -> None:
         images["target_images"] = batch.target_images
     arrays = {f"batch {name}": value.cpu().numpy() for name, value in images.items()}
     arrays |= {f"picture {name}": value.numpy() for name, value in pictures.items()}
-    path = pictures_path(built.planned.directory.path)
-    path.parent.mkdir(exist_ok=True)
-    np.savez(path, **arrays)  # type: ignore[arg-type]
+    with replacing(pictures_path(built.planned.directory.path)) as temporary:
+        np.savez(temporary, **arrays)  # type: ignore[arg-type]
 
 
 def read_pictures(run: Path) -> tuple[Batch, dict[str, Tensor]]:
