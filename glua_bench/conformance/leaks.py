@@ -24,12 +24,16 @@ _MODULE_ATTRIBUTES = set(vars(torch.nn.Module()))
 def unsaved_state(method: Method, skip: tuple[type, ...]) -> dict[str, Any]:
     """Return values that a method holds outside parameters and buffers, name → comparable value.
 
+    Modules that save their attributes themselves, by `get_extra_state`, are left out.
+
     Args:
         method: the method.
         skip: types of objects to skip, besides modules.
     """
     state: dict[str, Any] = {}
     for module_name, module in method.named_modules():
+        if type(module).get_extra_state is not torch.nn.Module.get_extra_state:
+            continue
         roots = {k: v for k, v in vars(module).items() if k not in _MODULE_ATTRIBUTES}
         for path, value in reachable(roots, (torch.nn.Module, *skip)):
             name = f"{module_name}.{path}".lstrip(".")

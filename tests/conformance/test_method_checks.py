@@ -25,12 +25,14 @@ import glua_bench
 from glua_bench import conformance
 from glua_bench.config import setting
 from glua_bench.conformance import METHOD_CHECKS
+from glua_bench.conformance.leaks import unsaved_state
 from glua_bench.data.cache import SliceCache
 from glua_bench.data.neighbours import middle
 from glua_bench.data.stores import ImageStore
 from glua_bench.errors import ConfigError, PluginError
 from glua_bench.losses import segmentation_loss
 from glua_bench.method import Batch, Context, Method, Role, Stage, TaskInfo
+from glua_bench.methods.components.host_count import HostCount
 from glua_bench.networks import instance_norm
 from glua_bench.registry import Registry
 from glua_bench.runs import execution
@@ -1012,3 +1014,13 @@ def test_the_page_names_every_check() -> None:
     page = PAGE.read_text(encoding="utf-8")
     for name in {*METHOD_CHECKS, *conformance.DATASET_CHECKS}:
         assert f"`{name}`" in page, name
+
+
+def test_state_that_a_module_saves_by_itself_is_saved() -> None:
+    """Only what no checkpoint holds is hidden state."""
+    kept, plain = HostCount(), torch.nn.Module()
+    for module in (kept, plain):
+        module.value = 1
+    assert unsaved_state(torch.nn.ModuleDict({"kept": kept, "plain": plain}), ()) == {
+        "plain.value": 1
+    }
