@@ -222,8 +222,10 @@ def test_what_counts_is_the_harness_and_the_methods_own(name: str) -> None:
     if name in ("glua", "sifa"):
         written = {
             "glua": "glua global_only local_only source_only components components.alignment"
-            " components.style components.adgan components.style_codes components.image_pool",
-            "sifa": "sifa components components.sifa_networks components.image_pool",
+            " components.style components.adgan components.style_codes components.image_pool"
+            " components.style_code_networks components.host_count components.thin_convolution",
+            "sifa": "sifa components components.sifa_networks components.image_pool"
+            " components.host_count components.thin_convolution",
         }[name]
         assert own == {f"glua_bench.methods.{module}" for module in written.split()}
 
