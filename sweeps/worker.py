@@ -11,6 +11,7 @@ from optuna.trial import TrialState
 from glua_bench.errors import RunFailure, UserError, cause
 from glua_bench.runs import execution, interruption
 from glua_bench.runs.interruption import Interrupted
+from glua_bench.runs.sealed.process import Killed
 from glua_bench.sweeps.progress import shown
 from glua_bench.sweeps.study import Claim, SweepStudy, counting
 from glua_bench.sweeps.trial import Outcome, Pruned, See
@@ -56,6 +57,7 @@ def work(
     Raises:
         RunFailure: all of the first trials failed, or the storage stays unavailable.
         Interrupted, KeyboardInterrupt: the process was stopped; its trial is offered to others.
+        Killed: a process that trains was killed; the trial is taken up again.
     """
     done = Done()
     while True:
@@ -87,6 +89,8 @@ def _run(
     except (Interrupted, KeyboardInterrupt):
         study.give_back(claim)
         raise
+    except Killed:
+        raise  # as if this process was killed: another one takes up the trial, up to a limit
     except Exception as error:  # a plugin may raise anything
         known = isinstance(error, (UserError, RunFailure))
         reason = str(error) if known else cause(error) or f"{type(error).__name__}: {error}"

@@ -18,8 +18,10 @@ import pytest
 import torch
 from small_runs import DISCS, PLUGIN, QUIET, Ask, small_request
 
+from glua_bench.console import masked_output
 from glua_bench.data.cache import SliceCache
 from glua_bench.errors import RunFailure
+from glua_bench.reports.run_figures import draw_run
 from glua_bench.runs import execution
 from glua_bench.runs.execution import execute
 from glua_bench.runs.plan import PlannedRun, plan
@@ -163,6 +165,27 @@ def test_a_killed_training_leaves_a_run_that_is_resumed(ask: Ask, tmp_path: Path
         (tmp_path / "mark").touch()
         assert not execute(plan(planned.request), QUIET).already_done
     assert planned.directory.done
+
+
+def test_what_a_plugin_prints_is_printed_here_without_passwords(
+    ask: Ask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also a last line that does not end."""
+    plugin = tmp_path / "talkative.py"
+    plugin.write_text(
+        PLUGIN
+        + """
+    def pictures(self, batch):
+        import sys
+        print("to postgresql://me:cr3t@host/base", file=sys.stderr)
+        print("no end", end="")
+        raise RuntimeError("why")
+"""
+    )
+    with masked_output(), pytest.raises(RuntimeError, match="why"):
+        execute(plan(ask(method="plugged", plugins=[plugin])), QUIET, draw_run)
+    out, err = capsys.readouterr()
+    assert out == "no end" and "to postgresql://me:…@host/base\n" in err and "cr3t" not in err
 
 
 def alive(words: str) -> list[int]:

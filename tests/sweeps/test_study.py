@@ -22,6 +22,7 @@ from optuna.trial import TrialState
 
 from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.runs import execution, interruption
+from glua_bench.runs.sealed.process import Killed
 from glua_bench.sweeps import progress
 from glua_bench.sweeps import study as studies
 from glua_bench.sweeps.definition import Definition, Parameter
@@ -29,6 +30,7 @@ from glua_bench.sweeps.launch import finished_trials
 from glua_bench.sweeps.results import state_of, trial_table
 from glua_bench.sweeps.study import (
     ATTEMPTS,
+    LOST,
     Claim,
     SweepStudy,
     counting,
@@ -188,6 +190,35 @@ def test_an_interrupted_trial_is_offered_again(
     assert states(again) == {"COMPLETE": 6}
     trials = again.trials()
     assert trials[3].params == trials[2].params and trials[3].user_attrs["attempt"] == 1
+
+
+@pytest.mark.fault("killed", "the process that trains a trial, e.g. for lack of memory")
+def test_a_trial_whose_training_is_killed_is_tried_again(
+    opened: Callable[..., SweepStudy],
+) -> None:
+    """The worker ends as if it was killed itself; a trial that is killed each time is lost."""
+    attempts: list[int] = []
+
+    def killed(claim: Claim, see: Any) -> Outcome:
+        if claim.params == first:
+            attempts.append(claim.attempt)
+            raise Killed("The process that trains was killed by SIGKILL.")
+        return value(claim, see)
+
+    first: dict[str, Any] = {}
+
+    def begin(claim: Claim, see: Any) -> Outcome:
+        first.update(claim.params)
+        return killed(claim, see)
+
+    for number in range(ATTEMPTS):
+        with pytest.raises(Killed):
+            work(opened(), killed if number else begin)
+    study = opened()
+    work(study, killed)
+    assert attempts == [1, 2, 3]
+    assert states(study)["COMPLETE"] == len(counting(study.trials())) - 1
+    assert [t.user_attrs["attempt"] for t in study.trials() if LOST in t.user_attrs] == [ATTEMPTS]
 
 
 # -- several workers, some of them killed ---------------------------------------------------------

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from glua_bench.runs.sealed.withheld import Withheld
 
 REDRAW_SECONDS = 0.2  # between reports of a step
-SEALED, WITHHELD = "sealed", "withheld"
 
 
 class Link:
@@ -66,6 +65,12 @@ class Link:
         with self._lock:
             self._reports.write(json.dumps({"kind": kind, **values}).encode() + b"\n")
             self._reports.flush()
+
+    def end(self, kind: str, **values: Any) -> None:
+        """Report how the training ended, after all that it has printed."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.send(kind, **values)
 
     def listen(self) -> None:
         """Receive commands in a thread, and end this process with the one that started it."""
@@ -195,16 +200,13 @@ def work(commands: BinaryIO, reports: BinaryIO) -> int:
         with interruption.listening():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes as a command
             link.listen()
-            link.send("result", **_train(link, content))
+            link.end("result", **_train(link, content))
     except Stopped:
-        link.send("stopped")
+        link.end("stopped")
     except interruption.Interrupted as stopped:
-        link.send("interrupted", number=stopped.number)
+        link.end("interrupted", number=stopped.number)
     except BaseException as error:  # a plugin may raise anything
-        link.send("error", **described(error))
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        link.end("error", **described(error))
     return 0
 
 
