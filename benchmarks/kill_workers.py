@@ -1,7 +1,7 @@
 """Whether a sweep loses or doubles trials when its workers are killed with SIGKILL.
 
-    python benchmarks/kill_workers.py                         # a journal
-    python benchmarks/kill_workers.py --storage postgresql://user@host/base
+    python -m benchmarks.kill_workers                         # a journal
+    python -m benchmarks.kill_workers --storage postgresql://user@host/base
 
 Trials only sleep, and go on where a killed worker left them, as runs do from a checkpoint. Workers
 are killed at random moments and replaced. At the end every trial must have its value once, and the
@@ -21,12 +21,11 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.sweeps import define, forked
 from glua_bench.sweeps import study as studies
-from glua_bench.sweeps.definition import Definition, Parameter
 from glua_bench.sweeps.study import Claim, SweepStudy, counting
 from glua_bench.sweeps.trial import Outcome
 from glua_bench.sweeps.worker import work
@@ -35,30 +34,10 @@ SLEEP = 0.5  # seconds of a trial
 STEPS = 10  # of a trial that may be killed, each a tenth of its sleep
 
 
-def define(name: str, trials: int) -> Definition:
-    space = (Parameter("ratio", low=0.0, high=1.0), Parameter("weight", low=1e-4, high=1, log=True))
-    return Definition(
-        Path("benchmark.yaml"), name, "", "glua", "phantom", ("mr-ct",), 1, "quick", (),
-        space, ("im",), "tpe", "none", trials, 0,
-    )  # fmt: skip
-
-
-def forked(action: Callable[[], Any]) -> int:
-    child = os.fork()
-    if child:
-        return child
-    try:
-        action()
-        os._exit(0)
-    except BaseException as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        os._exit(1)
-
-
 def killed(root: Path, url: str | None, trials: int, kills: int, seed: int) -> dict[str, Any]:
     """A study whose workers die; what is left of it."""
     rng = random.Random(seed)
-    definition = define(f"killed-{uuid.uuid4().hex[:8]}", trials)
+    definition = define(f"killed-{uuid.uuid4().hex[:8]}", trials, "tpe")
     SweepStudy(definition, root, url)
     runs = root / "work"
     runs.mkdir()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from faults import full_disk
 
 from glua_bench.console import Progress
 from glua_bench.data.nnunet import nnunet_unannotated
@@ -296,21 +295,12 @@ def test_the_same_command_goes_on_where_it_was(phantom_root: Path, tmp_path: Pat
 
 @pytest.mark.fault("full disk", "export of a dataset, full at its nth file")
 def test_on_a_full_disk_only_whole_files_are_left_and_it_goes_on(
-    phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    phantom_root: Path, tmp_path: Path
 ) -> None:
-    sync, data = os.fsync, Phantom(phantom_root)
+    data = Phantom(phantom_root)
     for full in (0, 4, 9):
-        written = iter(range(100))
-
-        def write(file: int, written: Iterator[int] = written, full: int = full) -> None:
-            if next(written) == full:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            sync(file)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", write)
-            with pytest.raises(RunFailure, match="is full; free some space"):
-                exported(data, tmp_path / "to")
+        with full_disk(full), pytest.raises(RunFailure, match="is full; free some space"):
+            exported(data, tmp_path / "to")
         assert not list(tmp_path.rglob(f"{UNFINISHED}*"))
         for file in tmp_path.rglob("*.nii.gz"):
             nib.load(file).get_fdata()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import html
-import itertools
 import json
-import os
 import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from faults import full_disk
 
 from glua_bench.errors import ConfigError, RunFailure
 from glua_bench.reports import comparison, statistics, sweep_report
@@ -286,21 +284,14 @@ def test_what_cannot_be_written_is_an_error(made_runs, tmp_path, options, said):
 
 
 @pytest.mark.fault("full disk", "the report of a comparison and that of a sweep")
-def test_a_report_on_a_full_disk_leaves_nothing(made_runs, made_sweep, tmp_path, monkeypatch):
+def test_a_report_on_a_full_disk_leaves_nothing(made_runs, made_sweep, tmp_path):
     made_runs.comparison(seeds=1)
     sweep = made_sweep({"lr": [0.1, 0.2]}, [0.1, 0.2])
-    sync, written, out = os.fsync, itertools.count(1), tmp_path / "new" / "report"
-
-    def full_at_the_seventh(file):
-        if next(written) % 7 == 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        sync(file)
-
-    monkeypatch.setattr(os, "fsync", full_at_the_seventh)
-    with pytest.raises(RunFailure, match="is full; free some space"):
+    out = tmp_path / "new" / "report"
+    with full_disk(6), pytest.raises(RunFailure, match="is full; free some space"):
         write(from_runs(made_runs.root), out, Options(pictures=False))
     assert not out.parent.exists()
-    with pytest.raises(RunFailure, match="is full; free some space"):
+    with full_disk(6), pytest.raises(RunFailure, match="is full; free some space"):
         sweep_report.write(sweep, out)
     assert not out.parent.exists()
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from faults import damaged
+from faults import damaged, full_disk
 from torch import nn
 from two_faced_method import CLASSES
 
@@ -380,21 +378,10 @@ def test_a_directory_that_is_not_empty_is_left_alone(made: Made, tmp_path: Path)
 
 
 @pytest.mark.fault("full disk", "export of a model, full at each of its files")
-def test_an_export_on_a_full_disk_leaves_nothing(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
-) -> None:
-    sync = os.fsync
+def test_an_export_on_a_full_disk_leaves_nothing(made: Made, tmp_path: Path, call: Call) -> None:
     words = ["export", "--run", made.run.path, "--out", tmp_path / "new" / "deep" / "model"]
     for full in range(4):
-        written = iter(range(100))
-
-        def write(file: int, written: Iterator[int] = written, full: int = full) -> None:
-            if next(written) == full:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            sync(file)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", write)
+        with full_disk(full):
             code, _, said = call(*words)
         assert code == 1 and "is full; free some space" in said and "Traceback" not in said
         assert list(tmp_path.iterdir()) == []

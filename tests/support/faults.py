@@ -8,6 +8,8 @@ table. Attacks that can be repeated with other random damage ask the fixture `tr
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import os
 import random
 import tempfile
@@ -60,6 +62,21 @@ def damaged(content: bytes, seed: int) -> bytes:
         ]
     )
     return found if found != content else content + b"x"
+
+
+@contextlib.contextmanager
+def full_disk(written: int) -> Iterator[None]:
+    """Have a full disk inside the block, after so many files were written."""
+    sync, numbers = os.fsync, itertools.count()
+
+    def write(file: int) -> None:
+        if next(numbers) == written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", write)
+        yield
 
 
 @contextlib.contextmanager
