@@ -325,6 +325,10 @@ def _settings_text(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{n.removeprefix('method.')}={value}" for n, value in settings.items())
 
 
+# Whether the process that trained a run could reach labels of the target, best first.
+LABEL_STAMPS = ("sealed", "withheld", "in reach")
+
+
 def label_stamps(environments: Iterable[Mapping[str, Any]]) -> list[str]:
     """Say whether trainings could reach labels of the target; docs/protocol.md explains the stamps.
 
@@ -338,7 +342,7 @@ def label_stamps(environments: Iterable[Mapping[str, Any]]) -> list[str]:
     if not known:
         return []
     parts = []
-    for stamp in ("sealed", "withheld", "in reach"):
+    for stamp in LABEL_STAMPS:
         reasons = [reason for own, reason in known if own == stamp]
         if reasons:
             count = f" in {len(reasons)} of {len(known)} runs" if len(reasons) < len(known) else ""

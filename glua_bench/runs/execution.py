@@ -29,6 +29,7 @@ from glua_bench.data.cache import SliceCache
 from glua_bench.errors import ConfigError, PluginError, RunFailure, UserError, cause
 from glua_bench.method import Batch
 from glua_bench.records.environment import environment
+from glua_bench.records.naming import LABEL_STAMPS
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.records.tracker import open_tracker
 from glua_bench.runs import carried, interruption
@@ -69,9 +70,7 @@ __all__ = [
     "stores",
 ]
 
-# Whether the process that trained a run could reach labels of the target, best first.
-SEALED, WITHHELD, IN_REACH = "sealed", "withheld", "in reach"
-STAMPS = (SEALED, WITHHELD, IN_REACH)
+SEALED, WITHHELD, IN_REACH = LABEL_STAMPS
 
 # Draws a run's figures from its directory, dataset, rows of the primary selector, a batch of
 # images, and the method's own pictures.
@@ -288,7 +287,7 @@ class _Scores:
 
     def _stamped(self, stamp: str, reason: str) -> None:
         """Record whether the training can reach labels; a resumed run has its weakest stamp."""
-        self.stamp = max(stamp, self.earlier or stamp, key=STAMPS.index)
+        self.stamp = max(stamp, self.earlier or stamp, key=LABEL_STAMPS.index)
         if self.stamp != stamp:
             reason = "an earlier process of this run could reach them"
         self.facts |= {"labels": self.stamp, "labels_reason": reason}
@@ -502,4 +501,4 @@ def _earlier_stamp(directory: RunDirectory) -> str:
         stamp = directory.read_environment().get("labels", IN_REACH)
     except UserError:
         return IN_REACH
-    return stamp if stamp in STAMPS else IN_REACH
+    return stamp if stamp in LABEL_STAMPS else IN_REACH
