@@ -284,3 +284,13 @@ def test_names_cannot_control_the_terminal(term: str, monkeypatch: pytest.Monkey
     said = stream.text()
     assert "\x1b]0;" not in said and "\x07" not in said
     assert r"case \xfcber [/b]\x1b]0;gotcha\x07\r \u2192" in said
+
+
+@pytest.mark.fault("secrets", "messages printed from Python, where no command masks the output")
+def test_what_is_said_and_warned_of_contains_no_password(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for tell in (console.say, console.warn):
+        tell("postgresql://me:cr3t@host/base is away")
+    out, err = capsys.readouterr()
+    assert out == "postgresql://me:…@host/base is away\n" and err == f"warning: {out}"
