@@ -20,7 +20,7 @@ import yaml
 
 from glua_bench.documents import WORDS, dump, dump_line, load, nearest
 from glua_bench.errors import ConfigError, without_password
-from glua_bench.task import Grid, fold_name
+from glua_bench.task import LONGER, Grid, fold_name
 
 AUGMENTATIONS = ("none", "geometric", "photometric")
 # Lower and upper bound of a comparison; the upper one is also a scenario.
@@ -279,7 +279,7 @@ def changed_settings(config: RunConfig, method: Any) -> dict[str, Any]:
         config: configuration of the run.
         method: the method class, whose `Config` and `presets` define the defaults.
     """
-    values = method.presets.get(config.preset, {})
+    values = preset_values(method.presets, config.preset)
     defaults = dataclasses.asdict(build_settings(method.Config, values, "method"))
     settings = config.method_config.items()
     return {name: v for name, v in settings if name not in defaults or v != defaults[name]}
@@ -293,7 +293,7 @@ def variant_name(config: RunConfig, method: Any) -> str:
         method: the method class.
     """
     for name, changes in method.variants().items():
-        values = {**method.presets.get(config.preset, {}), **changes}
+        values = {**preset_values(method.presets, config.preset), **changes}
         settings = dataclasses.asdict(build_settings(method.Config, values, "method"))
         if settings == dict(config.method_config):
             return str(name)
@@ -303,6 +303,11 @@ def variant_name(config: RunConfig, method: Any) -> str:
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "steps": 500,
+        "batch_size": 8,
+        "segmenter": {"name": "unet", "width": 8, "depth": 4},
+    },
+    "benchmark": {
+        "steps": 8000,
         "batch_size": 8,
         "segmenter": {"name": "unet", "width": 8, "depth": 4},
     },
@@ -317,6 +322,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "segmenter": {"name": "unet", "width": 32, "depth": 5},
     },
 }
+
+
+def preset_values(table: Mapping[str, Mapping[str, Any]], preset: str) -> Mapping[str, Any]:
+    """Return a method's settings under a preset; empty where it has none.
+
+    Args:
+        table: the method's `presets`.
+        preset: name of the preset; one that only trains longer uses the settings of its original.
+
+    Example:
+        >>> preset_values({"quick": {"width": 8}}, "benchmark")
+        {'width': 8}
+    """
+    return table.get(preset, table.get(LONGER.get(preset, ""), {}))
 
 
 def check(settings: Any, prefix: str = "") -> None:

@@ -26,6 +26,8 @@ _RESERVED = {
     "background": "the class of voxels without structure",
     "ignore": "nnU-Net's name for voxels without annotation",
 }
+# Presets that only train longer than another one, whose sizes and settings they take over.
+LONGER = {"benchmark": "quick"}
 Answer = TypeVar("Answer")
 
 
@@ -447,11 +449,13 @@ class Dataset(ABC):
         return tuple(case for case in self.split(domain, split) if case.label is not None)
 
     def grid(self, preset: str) -> Grid:
-        """Return the working grid of a preset.
+        """Return the working grid of a preset; one that only trains longer uses its original's.
 
         Raises:
             ConfigError: the dataset defines no grid for the preset.
         """
+        if preset not in self.grids:
+            preset = LONGER.get(preset, preset)
         if preset not in self.grids:
             raise ConfigError(
                 f"Dataset '{self.name}' has no grid for preset '{preset}'; "

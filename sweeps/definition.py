@@ -19,6 +19,7 @@ from glua_bench.config import (
     SETTABLE,
     assignment,
     build_settings,
+    preset_values,
     settable,
     setting_names,
     setting_type,
@@ -310,7 +311,7 @@ def _parameter(table: Table, method: Any, preset: str, name: str) -> Parameter:
     def checked(value: Any) -> Any:
         """Return a value as the method accepts it."""
         try:
-            values = {**method.presets.get(preset, {}), setting: value}
+            values = {**preset_values(method.presets, preset), setting: value}
             return getattr(build_settings(method.Config, values, "method"), setting)
         except ConfigError as error:
             raise table.error(str(error).rstrip("."), name) from error
@@ -380,7 +381,8 @@ def automatic_parameter(
     kind = setting_type(method.Config, name)
     if meta.get("choices") or kind is bool:
         return Parameter(name, choices=tuple(meta.get("choices") or (False, True)))
-    default = getattr(build_settings(method.Config, method.presets.get(preset, {}), "method"), name)
+    settings = build_settings(method.Config, preset_values(method.presets, preset), "method")
+    default = getattr(settings, name)
     low, high = meta.get("low"), meta.get("high")
     if low is None or high is None or kind not in (int, float):
         fault = f"'{name}' of '{method.name}' declares no range; give low and high"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from glua_bench.config import PRESETS, RunConfig, build_settings
+from glua_bench.config import PRESETS, RunConfig, build_settings, preset_values
 from glua_bench.conformance.bench import (
     BATCH,
     SIZE,
@@ -116,7 +116,7 @@ def _presets(bench: Bench) -> None:
             preset in PRESETS, f"the preset '{preset}' is unknown; choose from {', '.join(PRESETS)}"
         )
     for preset in PRESETS:
-        base = dict(bench.method.presets.get(preset, {}))
+        base = dict(preset_values(bench.method.presets, preset))
         for name, changes in {"": {}, **bench.method.variants()}.items():
             where = f"variant '{name}' with preset '{preset}'" if name else f"preset '{preset}'"
             with failing(f"{where} is invalid"):

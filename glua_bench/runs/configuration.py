@@ -26,6 +26,7 @@ from glua_bench.config import (
     build_settings,
     flat_settings,
     parse_overrides,
+    preset_values,
     settable,
     setting_names,
     unknown_setting,
@@ -524,7 +525,7 @@ def _assignments(text: Table, method: Any, preset: str | None) -> Iterator[str]:
                 key,
             )
         if method is not None:
-            values = {**method.presets.get(preset or "quick", {}), bare: value}
+            values = {**preset_values(method.presets, preset or "quick"), bare: value}
             try:
                 value = asdict(build_settings(method.Config, values, "method"))[bare]
             except ConfigError as error:

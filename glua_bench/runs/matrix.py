@@ -17,6 +17,7 @@ from glua_bench.config import (
     assignment,
     build_settings,
     parse_overrides,
+    preset_values,
     setting_names,
 )
 from glua_bench.documents import nearest
@@ -211,7 +212,7 @@ def _values(text: str, method: str, base: RunOptions) -> Iterator[tuple[str, Any
 def _settings(method: str, options: RunOptions) -> Any:
     """Return the method's settings from its preset and `--set`."""
     method_class: type[Method] = Registry("method", options.plugins).load(method)
-    preset = method_class.presets.get(options.preset or planning.default_preset(), {})
+    preset = preset_values(method_class.presets, options.preset or planning.default_preset())
     known = setting_names(method_class.Config)
     overrides = parse_overrides(options.assignments, known)["method"]
     return build_settings(method_class.Config, {**preset, **overrides}, "method")

@@ -30,6 +30,7 @@ from glua_bench.config import (
     SegmenterSpec,
     build_settings,
     parse_overrides,
+    preset_values,
     setting_names,
 )
 from glua_bench.data.cache import fingerprint
@@ -127,7 +128,7 @@ def resolve(request: RunRequest, dataset: Dataset, method_class: type[Method]) -
     groups = parse_overrides(request.assignments, setting_names(method_class.Config))
     direction = "-".join(parse_direction(dataset, request.direction))
     segmenter = {**values.pop("segmenter"), **groups["segmenter"]}
-    method_values = {**method_class.presets.get(preset, {}), **groups["method"]}
+    method_values = {**preset_values(method_class.presets, preset), **groups["method"]}
     method_config = build_settings(method_class.Config, method_values, "method")
     for name in ("steps", "augmentation", "precision"):
         if getattr(request, name) is not None:

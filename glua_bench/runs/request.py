@@ -51,7 +51,8 @@ class RunOptions:
     """Options that all runs of a comparison, an ablation or a sweep share.
 
     Attributes:
-        preset: "quick", "standard" or "paper"; None selects "standard" on a GPU, else "quick".
+        preset: "quick", "benchmark", "standard" or "paper"; None selects "standard" on a GPU, else
+            "quick".
         assignments: `--set` texts, e.g. "method.lr=1e-3".
         augmentation: "none", "geometric" or "photometric"; None keeps the preset's.
         steps: updates of the segmenter; None keeps the preset's.
