@@ -37,6 +37,9 @@ def work(method: str, steps: int) -> None:
     from glua_bench.runs.plan import make_fabric, plan
     from glua_bench.runs.request import RunRequest
 
+    from glua_bench.data.parallel import turns
+    from glua_bench.runs.trainer import threads_of
+
     quiet = Progress(enabled=False)
     planned = plan(RunRequest(method, "phantom", preset="quick", steps=steps, device="cpu"))
     config = replace(planned.config, candidates=1)
@@ -53,8 +56,10 @@ def work(method: str, steps: int) -> None:
                 built.fit()
             else:
                 built.method.eval()
-                for _ in range(steps // 2):
-                    built.predict(images, "target")
+                with turns.taken(threads_of(fabric)):  # as the evaluation of a run does
+                    for _ in range(steps // 2):
+                        turns.pass_on()
+                        built.predict(images, "target")
             print(json.dumps(time.perf_counter() - began), flush=True)
             log.close()
 

@@ -22,11 +22,13 @@ from glua_bench.config import (
     build_settings,
     changed_settings,
     parse_overrides,
+    preset_values,
     setting,
     variant_name,
 )
 from glua_bench.errors import ConfigError
 from glua_bench.identity import digest, identity
+from glua_bench.registry import Registry
 from glua_bench.task import Grid
 
 CONFIG = RunConfig("m", "d", "a-b", Grid(64, 2.0), {"rate": 0.1}, steps=5)
@@ -170,6 +172,18 @@ def test_presets_are_possible(preset: str) -> None:
     given = dict(PRESETS[preset])
     segmenter = build_settings(SegmenterSpec, given.pop("segmenter"), "segmenter")
     assert replace(CONFIG, preset=preset, segmenter=segmenter, **given).steps > 0
+
+
+def test_benchmark_trains_the_network_of_quick_for_longer() -> None:
+    quick, benchmark = dict(PRESETS["quick"]), dict(PRESETS["benchmark"])
+    assert benchmark.pop("steps") > quick.pop("steps")
+    assert benchmark == quick
+    own = {"quick": {"width": 8}, "paper": {"width": 64}}
+    assert preset_values(own, "benchmark") == preset_values(own, "quick") == {"width": 8}
+    assert preset_values(own, "standard") == {}
+    assert preset_values({**own, "benchmark": {"width": 9}}, "benchmark") == {"width": 9}
+    phantom = Registry("dataset").load("phantom")()
+    assert phantom.grid("benchmark") == phantom.grid("quick") != phantom.grid("paper")
 
 
 # -- settings of a plugin -------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from small_runs import small_request
 from glua_bench.console import Progress
 from glua_bench.errors import UserError
 from glua_bench.records.run_directory import RunDirectory
+from glua_bench.registry import Registry
 from glua_bench.runs import configuration, execution, executor, matrix
 from glua_bench.runs.plan import PlannedRun, chosen_selectors, plan
 from glua_bench.runs.request import RunOptions, RunRequest
@@ -190,6 +191,16 @@ def test_the_example_compares_settings_of_one_method(phantom_root: Path) -> None
     assert by_entry["glua, photometric"].augmentation == "photometric"
     fewer = entered(EXAMPLE, RunOptions(data_root=phantom_root), seeds=1, bounds=False)
     assert [cell.entry for cell in fewer] == entries[2:]
+
+
+def test_the_benchmark_compares_every_method_of_this_repository(phantom_root: Path) -> None:
+    cells = entered(EXAMPLE.with_name("benchmark.yaml"), RunOptions(data_root=phantom_root))
+    ours = {entry.name for entry in Registry("method").entries()}
+    # glua_self_training combines a method of the table with another one; it has no source.
+    assert ours - {cell.request.method for cell in cells} == {"glua_self_training"}
+    assert {cell.request.preset for cell in cells} == {"benchmark"}
+    tasks = {(cell.request.direction, cell.request.seed) for cell in cells}
+    assert tasks == {(direction, seed) for direction in ("mr-ct", "ct-mr") for seed in range(3)}
 
 
 def test_shared_settings_reach_entries_and_bounds(tmp_path: Path) -> None:
