@@ -32,12 +32,11 @@ def work(method: str, steps: int) -> None:
     import torch
 
     from glua_bench.console import Progress
+    from glua_bench.data.parallel import turns
     from glua_bench.records.run_directory import RunDirectory
     from glua_bench.runs.execution import build_run
     from glua_bench.runs.plan import make_fabric, plan
     from glua_bench.runs.request import RunRequest
-
-    from glua_bench.data.parallel import turns
     from glua_bench.runs.trainer import threads_of
 
     quiet = Progress(enabled=False)
