@@ -105,7 +105,7 @@ class CLAN(SourceOnly):
                 f"{task.size} × {task.size} as in {task.dataset}; choose another preset or dataset."
             )
         # A copy of the first classifier would get its gradients and never differ from it.
-        self.second_head = build_segmenter(task.segmenter, task.classes, task.inputs).head
+        self.aux_head = build_segmenter(task.segmenter, task.classes, task.inputs).head
         self.discriminator = OutputDiscriminator(task.classes, config.width_discriminator)
 
     @classmethod
@@ -135,13 +135,13 @@ class CLAN(SourceOnly):
         discriminator = Adam(
             self.discriminator.parameters(), self.config.lr_d, (0.9, 0.99), fused=True
         )
-        segmenter = segmenter_optimizer(self.segmenter, self.config, (self.second_head,))
+        segmenter = segmenter_optimizer(self.segmenter, self.config, (self.aux_head,))
         return {"segmenter": segmenter, "discriminator": discriminator}
 
     def outputs(self, images: Tensor) -> Pair:
         """Return the logits of both classifiers for images (N, C·S, H, W)."""
         segmented = self.segmenter(images)
-        second = self.second_head(segmented.features[-1])
+        second = self.aux_head(segmented.features[-1])
         size = images.shape[-2:]
         second = F.interpolate(second, size=size, mode="bilinear", align_corners=True)
         return Pair(segmented.logits, second)
@@ -156,7 +156,7 @@ class CLAN(SourceOnly):
         """Return the cosine between the trained weights of both classifiers, a scalar."""
         first, second = (
             torch.cat([p.flatten() for p in head.parameters() if p.requires_grad])
-            for head in (self.segmenter.head, self.second_head)
+            for head in (self.segmenter.head, self.aux_head)
         )
         return F.cosine_similarity(first, second, dim=0)
 
@@ -172,7 +172,7 @@ class CLAN(SourceOnly):
         scores = precise(self.discriminator(output))
         scores = F.interpolate(scores, size=size, mode="bilinear", align_corners=True)
         wanted = torch.full_like(scores, label)
-        # Not the argument `weight` of this function, which has no gradient.
+        # The argument `weight` of this function takes no weights with a gradient.
         losses = F.binary_cross_entropy_with_logits(scores, wanted, reduction="none")
         return (weights * losses).mean()
 
