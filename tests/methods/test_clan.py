@@ -69,11 +69,11 @@ def test_the_classifiers_differ_at_first_and_their_cosine_is_that_of_all_weights
     )
     assert abs(first - second).min() > 0
     expected = first @ second / np.sqrt((first @ first) * (second @ second))
-    assert float(method.cosine()) == pytest.approx(expected, rel=1e-4)
+    assert float(method.cosine().detach()) == pytest.approx(expected, rel=1e-4)
     with torch.no_grad():
         for own, other in zip(heads[0].parameters(), heads[1].parameters(), strict=True):
             own.copy_(-2 * other)
-    assert float(method.cosine()) == pytest.approx(-1)
+    assert float(method.cosine().detach()) == pytest.approx(-1)
 
 
 # -- losses ---------------------------------------------------------------------------------------
@@ -99,10 +99,10 @@ def test_the_losses_of_a_step_are_those_computed_by_hand(step: int) -> None:
     )
     m = 0.4 + 10 * (1 - cos) if step == 5 else np.ones_like(cos)
     expected = {
-        "segmentation": float(segmentation_loss(source.first, data.source_labels)),
-        "segmentation_second": float(segmentation_loss(source.second, data.source_labels)),
+        "segmentation": float(segmentation_loss(source.first, data.source_labels).detach()),
+        "segmentation_second": float(segmentation_loss(source.second, data.source_labels).detach()),
         "align": (m * losses(target, 0)).mean(),
-        "cosine": float(before.cosine()),
+        "cosine": float(before.cosine().detach()),
         "disagreement": (1 - cos).mean(),
         "d": losses(source, 0).mean() + (m * losses(target, 1)).mean(),
     }
