@@ -1068,6 +1068,7 @@ def test_methods_keep_the_contract_with_several_slices(name: str) -> None:
     [
         ("sifa", {}),
         ("cycle_translate", {}),
+        ("cut", {}),
         ("global_only", {"style": "adgan"}),
         ("global_only", {"style": "codes", "codes_clusters": 1}),
     ],

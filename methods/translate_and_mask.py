@@ -1,0 +1,216 @@
+"""Translation, strong recolouring and masked consistency, an original method of this benchmark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glua_bench.augment import sent, tone_curves
+from glua_bench.config import setting
+from glua_bench.losses import precise, segmentation_loss
+from glua_bench.method import Adjustment, Batch, Cases, Context, Role, Stage, TaskInfo
+from glua_bench.methods.components.teacher import Teacher, TeacherConfig
+from glua_bench.methods.cut import CUT, ContrastiveTranslation, CUTConfig, translation_stage
+from glua_bench.methods.cycle_translate import CycleConfig, CycleGAN, CycleTranslate
+from glua_bench.methods.source_only import SourceOnly
+
+
+@dataclass(frozen=True)
+class TranslateAndMaskConfig(CycleConfig, CUTConfig, TeacherConfig):
+    """Settings of the segmenter, both translations, recolouring and masked consistency."""
+
+    translation: str = setting(
+        "cycle",
+        "translation of source images: that of cycle_translate, or that of cut",
+        choices=("cycle", "cut"),
+    )
+    recolour: bool = setting(
+        True, "recolour translated source images and the segmenter's target images"
+    )
+    lambda_consistency: float = setting(
+        1.0, "weight of the masked consistency loss", low=0, high=100
+    )
+    confidence: float = setting(
+        0.968,
+        "probability above which a teacher's prediction counts in the weight of its image",
+        low=0,
+        high=1,
+    )
+    mask_ratio: float = setting(0.7, "fraction of hidden blocks", low=0, high=1)
+    mask_block: float = setting(
+        0.0625, "side of a block as a fraction of the image's", low=0.001, high=1
+    )
+
+
+class TranslateAndMask(SourceOnly):
+    """Translate and recolour source images; learn target images from unmasked context.
+
+    Original to this benchmark, not published. Stage 1 is the translation G of `cycle_translate` or
+    `cut`. Stage 2 trains the segmenter S and a teacher T, its moving average (`teacher.py`), with
+    random tone curves c (`augment.tone_curves`) and random block masks M:
+
+        L = L_seg(S(c(G(x_s))), y_s) + λ · mean over images of q · CE(S(M ⊙ c(x_t)), ŷ),
+
+    where ŷ = argmax T(x_t) and q is the fraction of the image's pixels where T is more confident
+    than τ. Predictions are the teacher's. The masked loss is that of Hoyer et al., *MIC: Masked
+    Image Consistency for Context-Enhanced Domain Adaptation*, CVPR 2023, with its ratio of 0.7, its
+    threshold and its blocks (64 of 1024 pixels: 1/16 of the side). Hidden pixels are 0, the middle
+    of [-1, 1]. Slices and channels of an image share the mask.
+    """
+
+    name = "translate_and_mask"
+    reference = "original; Zhu et al., ICCV 2017, with Hoyer et al., CVPR 2023"
+    needs = "source images and labels, target images"
+    uses_target = True
+    parts: ClassVar[tuple[str, ...]] = ("cycle_translate",)
+    Config = TranslateAndMaskConfig
+    presets = {"quick": {**CycleTranslate.presets["quick"], **CUT.presets["quick"]}}
+
+    def __init__(self, task: TaskInfo, config: TranslateAndMaskConfig) -> None:
+        super().__init__(task, config)
+        # Initial weights follow those of the segmenter, as in the methods that share the stage.
+        if config.translation == "cycle":
+            batch = min(task.batch_size, config.cycle_batch)
+            self.cycle = CycleGAN(config, batch, task.size, task.inputs)
+        else:
+            self.cut = ContrastiveTranslation(config, task.inputs)
+        self.teacher = Teacher(self.segmenter, config, task.channels)
+
+    @classmethod
+    def variants(cls) -> Mapping[str, Mapping[str, Any]]:
+        """Return the method without each of its parts, and with the other translation."""
+        return {
+            "without recolouring": {"recolour": False},
+            "without masked consistency": {"lambda_consistency": 0.0},
+            "consistency without masks": {"mask_ratio": 0.0},
+            "translation of CUT": {"translation": "cut"},
+            "translate and mask": {},
+        }
+
+    def check(self, cases: Cases) -> Mapping[str, Adjustment]:
+        """Return settings of masks and teacher that have no effect."""
+        if self.config.lambda_consistency == 0:
+            names, reason = ("confidence", "mask_ratio", "mask_block"), "lambda_consistency is 0"
+        elif self.config.mask_ratio == 0:
+            names, reason = ("mask_block",), "mask_ratio is 0"
+        else:
+            names, reason = (), ""
+        default = type(self.config)()
+        given = {name: getattr(self.config, name) for name in names}
+        return {
+            name: Adjustment(value, reason)
+            for name, value in given.items()
+            if value != getattr(default, name)
+        }
+
+    @property
+    def translation(self) -> CycleGAN | ContrastiveTranslation:
+        """The chosen translation."""
+        return self.cycle if self.config.translation == "cycle" else self.cut
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Return the translation stage of `cycle_translate` or `cut`, and segmentation."""
+        if self.config.translation == "cycle":
+            first = Stage(
+                "translate",
+                self.config.cycle_share,
+                depends_on=tuple(
+                    n for n in CycleConfig.__dataclass_fields__ if n.startswith("cycle_")
+                ),
+                modules=("cycle",),
+                photometric=False,
+                decay=1.0,
+                step=self.cycle.step,
+                optimizers=self.cycle.optimizers,
+            )
+        else:
+            first = translation_stage(self.cut, self.config)
+        return (first, Stage("segment", decay=0.9, translate=self.translation.to_target))
+
+    def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
+        """Update the segmenter, then the teacher."""
+        source = self.recoloured(batch.source_images)
+        segmentation = segmentation_loss(self.segmenter(source).logits, batch.source_labels)
+        loss, logs = segmentation, {"segmentation": segmentation}
+        if self.config.lambda_consistency:
+            with torch.no_grad():
+                teacher = self.teacher.segmenter(batch.target).logits
+            student = self.segmenter(self.masked(batch.target)).logits
+            consistency, quality = masked_consistency(student, teacher, self.config.confidence)
+            loss = loss + self.config.lambda_consistency * consistency
+            # A teacher that finds only background teaches nothing else.
+            found = (teacher.argmax(1) > 0).float().mean()
+            logs |= {"consistency": consistency, "quality": quality, "teacher_foreground": found}
+        context.update("segmenter", loss)
+        self.teacher.update(self.segmenter)
+        return logs
+
+    def recoloured(self, images: Tensor) -> Tensor:
+        """Return images with random tone curves, unless recolouring is off."""
+        return tone_curves(images, self.task.channels) if self.config.recolour else images
+
+    def masked(self, images: Tensor) -> Tensor:
+        """Return recoloured images with hidden blocks."""
+        shown = block_mask(images, self.config.mask_ratio, self.config.mask_block)
+        return self.recoloured(images) * shown
+
+    def predict(self, images: Tensor, domain: Role) -> Tensor:
+        """Return the teacher's logits, (N, S, H, W) → (N, K, H, W)."""
+        return self.teacher.segmenter(images).logits
+
+    def features(self, images: Tensor, domain: Role) -> Tensor:
+        """Return the teacher's last decoder map."""
+        return self.teacher.segmenter(images).features[-1]
+
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """Return translated and recoloured source images, masked ones, and the confidence."""
+        restyled = self.translation.to_target(batch.source_images)
+        confidence = self.predict(batch.target, "target").softmax(1).amax(1, keepdim=True)
+        return {
+            "restyled": restyled,
+            "recoloured": self.recoloured(restyled),
+            "masked": self.masked(batch.target),
+            "confidence": confidence,
+        }
+
+
+def block_mask(images: Tensor, ratio: float, block: float) -> Tensor:
+    """Draw which pixels each image shows, in square blocks from its upper left corner.
+
+    Args:
+        images: (N, C, H, W).
+        ratio: probability of a block to be hidden.
+        block: side of a block as a fraction of H; at least one pixel.
+
+    Returns:
+        1 where a pixel is shown, else 0, (N, 1, H, W).
+    """
+    height, width = images.shape[-2:]
+    side = max(1, round(block * height))
+    shown = torch.rand(len(images), 1, math.ceil(height / side), math.ceil(width / side)) >= ratio
+    return sent(F.interpolate(shown.float(), scale_factor=side)[..., :height, :width], images)
+
+
+def masked_consistency(
+    student: Tensor, teacher: Tensor, confidence: float
+) -> tuple[Tensor, Tensor]:
+    """Compute the cross-entropy towards a teacher's classes, weighted by its confidence.
+
+    Args:
+        student: logits of masked images, (N, K, H, W).
+        teacher: logits of the whole images, (N, K, H, W); they pass no gradient.
+        confidence: probability above which a pixel counts in its image's weight.
+
+    Returns:
+        The loss, and the mean weight, a fraction of pixels.
+    """
+    highest, classes = precise(teacher.detach()).softmax(1).max(1)
+    quality = (highest > confidence).float().mean((1, 2))
+    entropy = F.cross_entropy(precise(student), classes, reduction="none").mean((1, 2))
+    return (quality * entropy).mean(), quality.mean()
