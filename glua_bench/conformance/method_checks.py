@@ -526,8 +526,17 @@ def _shared_stages(bench: Bench) -> str | None:
 
 @register(METHOD_CHECKS, "shared_stages")
 def _stage_dependencies(bench: Bench) -> str | None:
-    """A shared stage depends only on settings listed in `depends_on`."""
+    """A shared stage depends only on settings listed in `depends_on`.
+
+    A choice between stages that depend on different settings is not changed: the other stage has
+    another name anyway.
+    """
     stages = list(bench.build().stages())
+
+    def chooses(name: str, value: Any) -> bool:
+        others = bench.build(bench.config({name: value})).stages()
+        return [s.depends_on for s in others] != [s.depends_on for s in stages]
+
     shared = [index for index, stage in enumerate(stages) if stage.depends_on is not None]
     if not shared:
         return "no stage is shared"
@@ -537,6 +546,10 @@ def _stage_dependencies(bench: Bench) -> str | None:
         for spec in fields(bench.method.Config)
         if spec.name not in named and spec.name not in bench.given
     }
+    choices = [s.name for s in fields(bench.method.Config) if s.metadata.get("choices")]
+    for name in changes.keys() & choices:
+        if chooses(name, changes[name]):
+            del changes[name]
     following = stages[shared[-1] + 1 :]
     cache = bench.cache()
     with suppress(Killed):

@@ -342,6 +342,19 @@ def test_an_average_of_weights_is_sound_where_it_is_a_module() -> None:
     assert failed(Averaged, {"whole_run", "shared_stages", "stage_dependencies"}) == set()
 
 
+class ChoosesItsStem(Sound):
+    """A setting chooses between stems that depend on different settings."""
+
+    def stages(self) -> tuple[Stage, ...]:
+        stem, last = super().stages()
+        own = () if self.config.form == "double" else ("stem_lr",)
+        return (replace(stem, depends_on=own), last)
+
+
+def test_a_choice_between_shared_stages_is_sound() -> None:
+    assert failed(ChoosesItsStem, {"shared_stages", "stage_dependencies"}) == set()
+
+
 @caught_by("budget")
 class AveragedOverTooManyUpdates(Averaged):
     """Predicts with averaged weights only, so the budget must count updates of all weights."""
@@ -513,6 +526,12 @@ class KeepsTooLittle(Sound):
 class DependsOnMore(Sound):
     def stem_loss(self, batch: Batch) -> Tensor:
         return super().stem_loss(batch) * self.config.lr
+
+
+@caught_by("stage_dependencies")
+class DependsOnAChoice(Sound):
+    def stem_loss(self, batch: Batch) -> Tensor:
+        return super().stem_loss(batch) * (2 if self.config.form == "double" else 1)
 
 
 @caught_by("stage_dependencies")
