@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from glua_bench.augment import sent, tone_curves
+from glua_bench.augment import tone_curves
 from glua_bench.config import setting
-from glua_bench.losses import precise, segmentation_loss
+from glua_bench.losses import segmentation_loss
 from glua_bench.method import Adjustment, Batch, Cases, Context, Role, Stage, TaskInfo
-from glua_bench.methods.components.teacher import Teacher, TeacherConfig
+from glua_bench.methods.components.masked_consistency import (
+    MaskedConfig,
+    block_mask,
+    masked_loss,
+    without_effect,
+)
+from glua_bench.methods.components.teacher import Teacher
 from glua_bench.methods.cut import CUT, ContrastiveTranslation, CUTConfig, translation_stage
 from glua_bench.methods.cycle_translate import CycleConfig, CycleGAN, CycleTranslate
 from glua_bench.methods.source_only import SourceOnly
 
 
 @dataclass(frozen=True)
-class TranslateAndMaskConfig(CycleConfig, CUTConfig, TeacherConfig):
+class TranslateAndMaskConfig(CycleConfig, CUTConfig, MaskedConfig):
     """Settings of the segmenter, both translations, recolouring and masked consistency."""
 
     translation: str = setting(
@@ -32,19 +35,6 @@ class TranslateAndMaskConfig(CycleConfig, CUTConfig, TeacherConfig):
     )
     recolour: bool = setting(
         True, "recolour translated source images and the segmenter's target images"
-    )
-    lambda_consistency: float = setting(
-        1.0, "weight of the masked consistency loss", low=0, high=100
-    )
-    confidence: float = setting(
-        0.968,
-        "probability above which a teacher's prediction counts in the weight of its image",
-        low=0,
-        high=1,
-    )
-    mask_ratio: float = setting(0.7, "fraction of hidden blocks", low=0, high=1)
-    mask_block: float = setting(
-        0.0625, "side of a block as a fraction of the image's", low=0.001, high=1
     )
 
 
@@ -95,19 +85,7 @@ class TranslateAndMask(SourceOnly):
 
     def check(self, cases: Cases) -> Mapping[str, Adjustment]:
         """Return settings of masks and teacher that have no effect."""
-        if self.config.lambda_consistency == 0:
-            names, reason = ("confidence", "mask_ratio", "mask_block"), "lambda_consistency is 0"
-        elif self.config.mask_ratio == 0:
-            names, reason = ("mask_block",), "mask_ratio is 0"
-        else:
-            names, reason = (), ""
-        default = type(self.config)()
-        given = {name: getattr(self.config, name) for name in names}
-        return {
-            name: Adjustment(value, reason)
-            for name, value in given.items()
-            if value != getattr(default, name)
-        }
+        return without_effect(self.config)
 
     @property
     def translation(self) -> CycleGAN | ContrastiveTranslation:
@@ -139,14 +117,12 @@ class TranslateAndMask(SourceOnly):
         segmentation = segmentation_loss(self.segmenter(source).logits, batch.source_labels)
         loss, logs = segmentation, {"segmentation": segmentation}
         if self.config.lambda_consistency:
-            with torch.no_grad():
-                teacher = self.teacher.segmenter(batch.target).logits
-            student = self.segmenter(self.masked(batch.target)).logits
-            consistency, quality = masked_consistency(student, teacher, self.config.confidence)
-            loss = loss + self.config.lambda_consistency * consistency
-            # A teacher that finds only background teaches nothing else.
-            found = (teacher.argmax(1) > 0).float().mean()
-            logs |= {"consistency": consistency, "quality": quality, "teacher_foreground": found}
+            masked = self.masked(batch.target)
+            consistency, own = masked_loss(
+                self.teacher, self.segmenter, batch.target, masked, self.config
+            )
+            loss = loss + consistency
+            logs |= own
         context.update("segmenter", loss)
         self.teacher.update(self.segmenter)
         return logs
@@ -178,39 +154,3 @@ class TranslateAndMask(SourceOnly):
             "masked": self.masked(batch.target),
             "confidence": confidence,
         }
-
-
-def block_mask(images: Tensor, ratio: float, block: float) -> Tensor:
-    """Draw which pixels each image shows, in square blocks from its upper left corner.
-
-    Args:
-        images: (N, C, H, W).
-        ratio: probability of a block to be hidden.
-        block: side of a block as a fraction of H; at least one pixel.
-
-    Returns:
-        1 where a pixel is shown, else 0, (N, 1, H, W).
-    """
-    height, width = images.shape[-2:]
-    side = max(1, round(block * height))
-    shown = torch.rand(len(images), 1, math.ceil(height / side), math.ceil(width / side)) >= ratio
-    return sent(F.interpolate(shown.float(), scale_factor=side)[..., :height, :width], images)
-
-
-def masked_consistency(
-    student: Tensor, teacher: Tensor, confidence: float
-) -> tuple[Tensor, Tensor]:
-    """Compute the cross-entropy towards a teacher's classes, weighted by its confidence.
-
-    Args:
-        student: logits of masked images, (N, K, H, W).
-        teacher: logits of the whole images, (N, K, H, W); they pass no gradient.
-        confidence: probability above which a pixel counts in its image's weight.
-
-    Returns:
-        The loss, and the mean weight, a fraction of pixels.
-    """
-    highest, classes = precise(teacher.detach()).softmax(1).max(1)
-    quality = (highest > confidence).float().mean((1, 2))
-    entropy = F.cross_entropy(precise(student), classes, reduction="none").mean((1, 2))
-    return (quality * entropy).mean(), quality.mean()

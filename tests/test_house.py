@@ -60,6 +60,8 @@ def test_imports_between_rooms_run_one_way() -> None:
 def test_files_and_folders_stay_small() -> None:
     assert {p.name: n for p in FOUND.values() if (n := HOUSE["lines"](p)) > 700} == {}
     folders = pd.Series([path.parent for path in FOUND.values()]).value_counts()
+    # The catalogue of methods grows by one page for each.
+    folders = folders.drop(ROOT / "methods", errors="raise")
     assert folders.max() <= 16, folders
 
 

@@ -20,7 +20,7 @@ from glua_bench.conformance.bench import Bench
 from glua_bench.identity import stage_key
 from glua_bench.losses import segmentation_loss
 from glua_bench.method import Cases, Method
-from glua_bench.methods import translate_and_mask as module
+from glua_bench.methods.components.masked_consistency import block_mask, masked_consistency
 from glua_bench.methods.cut import CUT
 from glua_bench.methods.cycle_translate import CycleTranslate
 from glua_bench.methods.translate_and_mask import TranslateAndMask, TranslateAndMaskConfig
@@ -39,7 +39,7 @@ def build(**config: Any) -> TranslateAndMask:
 
 def test_blocks_are_shown_or_hidden_as_a_whole() -> None:
     torch.manual_seed(0)
-    shown = module.block_mask(torch.zeros(50, 3, 32, 32), 0.7, 1 / 8)
+    shown = block_mask(torch.zeros(50, 3, 32, 32), 0.7, 1 / 8)
     assert shown.shape == (50, 1, 32, 32)
     assert set(shown.unique().tolist()) == {0.0, 1.0}
     blocks = shown.unfold(2, 4, 4).unfold(3, 4, 4).flatten(4)
@@ -51,14 +51,14 @@ def test_blocks_are_shown_or_hidden_as_a_whole() -> None:
 @pytest.mark.parametrize(("block", "side"), [(0.0625, 4), (0.001, 1), (0.3, 19), (1.0, 64)])
 def test_a_block_is_a_fraction_of_the_side_and_at_least_a_pixel(block: float, side: int) -> None:
     torch.manual_seed(1)
-    row = module.block_mask(torch.zeros(40, 1, 64, 64), 0.5, block)[:, 0, 0]
+    row = block_mask(torch.zeros(40, 1, 64, 64), 0.5, block)[:, 0, 0]
     changes = row.diff(dim=1).any(0).nonzero().flatten() + 1
     assert changes.tolist() == list(range(side, 64, side))
 
 
 def test_ratios_of_0_and_1_hide_nothing_and_everything() -> None:
-    assert bool((module.block_mask(images(), 0.0, 0.1) == 1).all())
-    assert bool((module.block_mask(images(), 1.0, 0.1) == 0).all())
+    assert bool((block_mask(images(), 0.0, 0.1) == 1).all())
+    assert bool((block_mask(images(), 1.0, 0.1) == 0).all())
 
 
 def test_slices_share_a_mask_and_hidden_pixels_are_0() -> None:
@@ -77,7 +77,7 @@ def test_consistency_by_hand() -> None:
     sure, unsure = math.log(99.0), math.log(3.0)  # probabilities 0.99 and 0.75
     teacher = torch.tensor([[[sure, 0.0], [0.0, unsure]], [[unsure, 0.0], [0.0, unsure]]])
     student = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[5.0, 0.0], [0.0, 5.0]]])
-    loss, quality = module.masked_consistency(student[..., None], teacher[..., None], 0.9)
+    loss, quality = masked_consistency(student[..., None], teacher[..., None], 0.9)
     first = (math.log(1 + math.exp(-1)) + math.log(2)) / 2
     assert float(loss) == pytest.approx(0.5 * first / 2)  # weights ½ and 0
     assert float(quality) == pytest.approx(0.25)
@@ -86,12 +86,12 @@ def test_consistency_by_hand() -> None:
 def test_consistency_trains_the_student_alone_and_nothing_without_confidence() -> None:
     student, teacher = torch.randn(2, 2, 3, 4, 4).requires_grad_().unbind()
     student.retain_grad(), teacher.retain_grad()
-    loss, quality = module.masked_consistency(student, teacher, 0.0)
+    loss, quality = masked_consistency(student, teacher, 0.0)
     loss.backward()
     assert teacher.grad is None and student.grad is not None and float(quality) == 1
     expected = F.cross_entropy(student.detach(), teacher.argmax(1))
     torch.testing.assert_close(loss.detach(), expected)
-    none, quality = module.masked_consistency(student.detach(), teacher, 1.0)
+    none, quality = masked_consistency(student.detach(), teacher, 1.0)
     assert float(none) == 0 and float(quality) == 0
 
 
@@ -110,12 +110,12 @@ def test_the_loss_is_that_of_the_card(recolour: bool) -> None:
     torch.manual_seed(3)  # the same curves and masks, in the order of the method
     source = tone_curves(own.source_images) if recolour else own.source_images
     segmentation = segmentation_loss(segmenter(source).logits, own.source_labels)
-    shown = module.block_mask(own.target, 0.7, 0.0625)
+    shown = block_mask(own.target, 0.7, 0.0625)
     target = (tone_curves(own.target) if recolour else own.target) * shown
     with torch.no_grad():
         found = teacher(own.target).logits
     student = segmenter(target).logits
-    consistency, quality = module.masked_consistency(student, found, 0.3)
+    consistency, quality = masked_consistency(student, found, 0.3)
     torch.testing.assert_close(logs["segmentation"], segmentation)
     torch.testing.assert_close(logs["consistency"], consistency)
     torch.testing.assert_close(logs["quality"], quality)
