@@ -16,12 +16,11 @@ from glua_bench.methods.components.masked_consistency import (
     masked_loss,
     without_effect,
 )
-from glua_bench.methods.mean_teacher import MeanTeacher
-from glua_bench.methods.source_only import SegmentConfig
+from glua_bench.methods.mean_teacher import MeanTeacher, MeanTeacherConfig
 
 
 @dataclass(frozen=True)
-class MICConfig(SegmentConfig, MaskedConfig):
+class MICConfig(MaskedConfig, MeanTeacherConfig):
     """Settings of the segmenter and of masked consistency."""
 
 

@@ -58,12 +58,12 @@ def without_effect(config: Any) -> Mapping[str, Adjustment]:
     Args:
         config: settings of a method, a `MaskedConfig`.
     """
+    names: tuple[str, ...] = ()
+    reason = ""
     if config.lambda_consistency == 0:
         names, reason = ("confidence", "mask_ratio", "mask_block"), "lambda_consistency is 0"
     elif config.mask_ratio == 0:
         names, reason = ("mask_block",), "mask_ratio is 0"
-    else:
-        names, reason = (), ""
     default = type(config)()
     given = {name: getattr(config, name) for name in names}
     return {
