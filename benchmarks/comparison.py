@@ -6,7 +6,8 @@
 
 Prints the table of all finished runs below a directory, or of the entries that `--entries` names,
 with what it says, the intervals and tests of every two entries, and Dice of each repeat; and writes
-their publishable rows to a file if asked. `--table-of` prints the same of such a file.
+their publishable rows to a file if asked. `--table-of` prints the same of such a file, and `--page`
+writes its table between `<!-- NAME -->` and `<!-- end -->` of a page, where NAME is the file's.
 """
 
 from __future__ import annotations
@@ -58,6 +59,62 @@ def show(rows: pd.DataFrame) -> None:
         print(f"\n{last['dice'].mean().unstack(statistics.REPEAT).dropna().round(3).to_string()}")
 
 
+HEAD = {
+    "Dice": "{direction} Dice",
+    "last bits": "last bits",
+    "gap recovered": "gap",
+    "ASSD mm": "ASSD",
+}
+
+
+def page_table(rows: pd.DataFrame) -> list[str]:
+    """Return the lines of the table of a page: both directions of each entry, and its memory."""
+    lines = table(rows)
+    repeated = bool(lines["last bits"].notna().any())
+    kinds = [kind for kind in HEAD if kind != "last bits" or repeated]
+    shown = {}
+    means = {e: lines["Dice"].xs(e, level="entry").mean() for e in set(rows["entry"])}
+    for entry in sorted(means, key=lambda e: (means[e], e)):
+        cells = []
+        for task in ("phantom mr-ct", "phantom ct-mr"):
+            if (task, entry) not in lines.index:
+                cells += [""] * len(kinds)
+                continue
+            row = lines.loc[task, entry]
+            spread = "" if row["seeds"] == 1 else f" ± {row['sd']:.2f}"
+            gap = f"{100 * row['gap recovered']:.0f} %".replace("-0 %", "0 %")
+            bound = entry in ("source_only", "supervised")
+            cells += [f"{row['Dice']:.2f}{spread}"]
+            cells += ["" if pd.isna(row["last bits"]) else f"± {row['last bits']:.2f}"] * repeated
+            cells += ["" if bound else gap, f"{row['ASSD mm']:.1f}"]
+        own = lines.xs(entry, level="entry")
+        fewest, most = own["seeds"].min(), own["seeds"].max()
+        cells += [f"{own['peak MiB'].mean():.0f}"]
+        cells += [f"{fewest:.0f}" if fewest == most else f"{fewest:.0f} to {most:.0f}"]
+        head, plus, rest = entry.partition(" + ")
+        name = "supervised (privileged)" if entry == "supervised" else f"`{head}`{plus}{rest}"
+        shown[entry] = "| " + " | ".join([name, *cells]).replace("|  |", "| |") + " |"
+    order = ["source_only", *(e for e in shown if e not in ("source_only", "supervised"))]
+    titles = [HEAD[k].format(direction=d) for d in ("MR→CT", "CT→MR") for k in kinds]
+    head = ["method", *titles, "MiB", "seeds"]
+    return [
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *(shown[entry] for entry in [*order, "supervised"]),
+    ]
+
+
+def into_page(page: Path, name: str, lines: list[str]) -> None:
+    """Replace a table of a page."""
+    text = page.read_text(encoding="utf-8")
+    before, _, rest = text.partition(f"<!-- {name} -->\n")
+    _, mark, after = rest.partition("<!-- end -->")
+    if not mark:
+        raise SystemExit(f"{page} has no <!-- {name} --> followed by <!-- end -->; add both lines.")
+    new = "\n".join([f"{before}<!-- {name} -->", *lines, f"{mark}{after}"])
+    page.write_text(new, encoding="utf-8")
+
+
 def main() -> None:
     """Print the table, of runs or of a file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -65,9 +122,13 @@ def main() -> None:
     parser.add_argument("--entries", default="", help="names of entries, separated by semicolons")
     parser.add_argument("--rows", type=Path, help="write the publishable rows to this file")
     parser.add_argument("--table-of", type=Path, help="print the table of such a file, and stop")
+    parser.add_argument("--page", type=Path, help="write the table of --table-of into this page")
     options = parser.parse_args()
     if options.table_of is not None:
-        show(pd.read_parquet(options.table_of))
+        rows = pd.read_parquet(options.table_of)
+        show(rows)
+        if options.page is not None:
+            into_page(options.page, options.table_of.stem, page_table(rows))
         return
     rows = found(options.runs, [entry for entry in options.entries.split(";") if entry])
     if options.rows is not None:

@@ -16,7 +16,7 @@ import pytest
 from glua_bench.conformance import DATASET_CHECKS, METHOD_CHECKS, run_checks, run_dataset_checks
 from glua_bench.registry import Registry
 from glua_bench.reports import report_tables, statistics
-from glua_bench.reports.comparison import competing, table
+from glua_bench.reports.comparison import competing
 from glua_bench.reports.results import from_rows
 from glua_bench.reports.tables import markdown
 from glua_bench.selection import Selector
@@ -277,32 +277,22 @@ def test_every_test_ids_paragraph_of_mscmr_is_the_code_s():
 # -- results.md and the README --------------------------------------------------------------------
 
 
+def loaded(name: str):
+    """Import a script of benchmarks/ by its path."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+COMPARISON = loaded("comparison")
+
+
 def result_rows(name: str) -> list[str]:
-    """Return the lines of a results table: both directions of each entry, and its memory."""
+    """Return the lines of a results table below its head."""
     rows = pd.read_parquet(ROOT / "results" / f"{name}.parquet")
     assert set(rows["dataset"]) == {"phantom"}, "rows of real patients may not be published"
-    lines = table(rows)
-    repeated = bool(lines["last bits"].notna().any())
-    shown = {}
-    for entry in sorted(
-        set(rows["entry"]), key=lambda e: lines["Dice"].xs(e, level="entry").mean()
-    ):
-        cells = []
-        for task in ("phantom mr-ct", "phantom ct-mr"):
-            row = lines.loc[task, entry]
-            spread = "" if row["seeds"] == 1 else f" ± {row['sd']:.2f}"
-            gap = f"{100 * row['gap recovered']:.0f} %".replace("-0 %", "0 %")
-            bound = entry in ("source_only", "supervised")
-            cells += [f"{row['Dice']:.2f}{spread}"]
-            cells += ["" if pd.isna(row["last bits"]) else f"± {row['last bits']:.2f}"] * repeated
-            cells += ["" if bound else gap, f"{row['ASSD mm']:.1f}"]
-        own = lines.xs(entry, level="entry")
-        cells += [f"{own['peak MiB'].mean():.0f}", f"{own['seeds'].min():.0f}"]
-        head, plus, rest = entry.partition(" + ")
-        name = "supervised (privileged)" if entry == "supervised" else f"`{head}`{plus}{rest}"
-        shown[entry] = "| " + " | ".join([name, *cells]).replace("|  |", "| |") + " |"
-    order = ["source_only", *(e for e in shown if e not in ("source_only", "supervised"))]
-    return [shown[entry] for entry in [*order, "supervised"]]
+    return COMPARISON.page_table(rows)[2:]
 
 
 TABLES = ("", "_codes", "_baselines", "_h100")
@@ -312,6 +302,28 @@ TABLES = ("", "_codes", "_baselines", "_h100")
 def test_the_results_of_the_page_are_those_of_the_rows(name):
     """Each table precedes the link to its file."""
     assert last_table(page("results.md"), name) == result_rows(name)
+
+
+def test_a_table_of_results_holds_the_means_of_its_rows(tmp_path):
+    """The same numbers, from the file alone."""
+    rows = pd.read_parquet(ROOT / "results" / "phantom_quick.parquet")
+    first = rows[(rows["selector"] == "last") & (rows["perturbation"] == 0)]
+    dice = first[first["task"] == "phantom ct-mr"].groupby(["entry", "seed"])["dice"].mean()
+    for entry, own in dice.groupby("entry"):
+        (line,) = [
+            line
+            for line in result_rows("phantom_quick")
+            if line.replace("`", "").replace(" (privileged)", "").startswith(f"| {entry} |")
+        ]
+        assert f"| {own.mean():.2f} ± {own.std():.2f} |" in line
+    target = tmp_path / "page.md"
+    target.write_text("a\n<!-- phantom_quick -->\nold\n<!-- end -->\nb\n")
+    COMPARISON.into_page(target, "phantom_quick", COMPARISON.page_table(rows))
+    text = target.read_text()
+    assert text.startswith("a\n<!-- phantom_quick -->\n| method | MR→CT Dice |")
+    assert text.endswith("<!-- end -->\nb\n") and "old" not in text
+    with pytest.raises(SystemExit, match="add both lines"):
+        COMPARISON.into_page(target, "other", [])
 
 
 def last_table(text: str, name: str) -> list[str]:
@@ -364,9 +376,7 @@ def test_the_ablation_of_the_page_is_that_of_the_rows():
 
 
 def test_what_the_page_says_of_the_gain_is_what_its_files_say():
-    spec = importlib.util.spec_from_file_location("gain", ROOT / "benchmarks" / "gain.py")
-    gain = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gain)
+    gain = loaded("gain")
     text = page("results.md")
     (paragraph,) = re.findall(r"^\*\*Does it help .*$", text, re.MULTILINE)
     pairs = gain.differences(ROOT / "results" / "phantom_quick_ablation.parquet")
