@@ -104,13 +104,27 @@ def page_table(rows: pd.DataFrame) -> list[str]:
     ]
 
 
-def into_page(page: Path, name: str, lines: list[str]) -> None:
-    """Replace a table of a page."""
+SAYS = "benchmark_says"
+
+
+def says(rows: pd.DataFrame) -> list[str]:
+    """Return what a comparison says in each direction, as lines of a page."""
+    return [
+        line
+        for task in sorted(rows["task"].unique(), reverse=True)
+        for line in ("", f"- {verdict(rows, task, percent=True)}")
+    ][1:]
+
+
+def into_page(page: Path, name: str, lines: list[str], end: str = "end") -> None:
+    """Replace a part of a page, between `<!-- NAME -->` and `<!-- END -->`."""
     text = page.read_text(encoding="utf-8")
     before, _, rest = text.partition(f"<!-- {name} -->\n")
-    _, mark, after = rest.partition("<!-- end -->")
+    _, mark, after = rest.partition(f"<!-- {end} -->")
     if not mark:
-        raise SystemExit(f"{page} has no <!-- {name} --> followed by <!-- end -->; add both lines.")
+        raise SystemExit(
+            f"{page} has no <!-- {name} --> followed by <!-- {end} -->; add both lines."
+        )
     new = "\n".join([f"{before}<!-- {name} -->", *lines, f"{mark}{after}"])
     page.write_text(new, encoding="utf-8")
 
@@ -129,6 +143,8 @@ def main() -> None:
         show(rows)
         if options.page is not None:
             into_page(options.page, options.table_of.stem, page_table(rows))
+            if SAYS in options.page.read_text(encoding="utf-8"):
+                into_page(options.page, SAYS, [*says(rows), ""], "says_end")
         return
     rows = found(options.runs, [entry for entry in options.entries.split(";") if entry])
     if options.rows is not None:

@@ -298,7 +298,7 @@ def result_rows(name: str) -> list[str]:
 TABLES = ("", "_codes", "_baselines", "_h100")
 
 
-@pytest.mark.parametrize("name", [f"phantom_quick{which}" for which in TABLES])
+@pytest.mark.parametrize("name", ["phantom_benchmark", *(f"phantom_quick{w}" for w in TABLES)])
 def test_the_results_of_the_page_are_those_of_the_rows(name):
     """Each table precedes the link to its file."""
     assert last_table(page("results.md"), name) == result_rows(name)
@@ -324,6 +324,15 @@ def test_a_table_of_results_holds_the_means_of_its_rows(tmp_path):
     assert text.endswith("<!-- end -->\nb\n") and "old" not in text
     with pytest.raises(SystemExit, match="add both lines"):
         COMPARISON.into_page(target, "other", [])
+
+
+def test_what_the_page_says_of_the_benchmark_follows_from_its_rows():
+    rows = pd.read_parquet(ROOT / "results" / "phantom_benchmark.parquet")
+    assert set(rows["entry"]) >= {"source_only", "supervised", "source_only + photometric"}
+    text = page("results.md")
+    block = text.split("<!-- benchmark_says -->\n")[1].split("<!-- says_end -->")[0]
+    assert block == "\n".join([*COMPARISON.says(rows), "", ""])
+    assert block.count("- phantom ") == rows["task"].nunique()
 
 
 def last_table(text: str, name: str) -> list[str]:

@@ -66,6 +66,8 @@ NOT_RUN = {
     r"python3 -m venv .*|\. \.venv/bin/activate|pip install \.|pip install tox|tox": ".ci/run does",
     r"pip install ('glua-bench\[cluster\]'|--editable .*)": "needs an index of packages",
     r"export GLUA_BENCH_\w+=.*": "a path or server of the user",
+    r"glua-bench compare --config docs/examples/benchmark.yaml": "takes many hours",
+    r"git clone .*": "needs the internet",
     r"glua-bench .*\b(mmwhs|mmwhs_sifa|mscmr|ctmr2d|abdomen)\b.*": "needs patients' files",
     r"glua-bench .*--plugin liver\.py.*": "test_docs.py checks the page's class",
     r"pytest -m cluster|\.ci/.*": ".ci/run starts the servers",
