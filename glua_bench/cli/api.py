@@ -424,6 +424,7 @@ def predict(
     out: PathLike = "predicted",
     overwrite: bool = False,
     probabilities: bool = False,
+    adapt: str | None = None,
     selector: str = "last",
     runs: PathLike = "runs",
     device: str = "auto",
@@ -441,6 +442,7 @@ def predict(
         out: output directory.
         overwrite: replace existing results.
         probabilities: also write class probabilities.
+        adapt: "tent" adapts the model to the images while predicting; None does not.
         selector: selector of the checkpoint.
         runs: directory of all runs.
         device: "auto", "cpu" or "cuda".
@@ -459,6 +461,7 @@ def predict(
     loaded = prediction.from_either(
         None if run is None else str(run), model, Path(runs), files, device, selector
     )
+    loaded = prediction.adapted(loaded, adapt)
     listed = [images] if isinstance(images, (str, Path)) else images
     paths = [Path(",".join(_listed(image))) for image in listed]
     given = inputs.find(paths, loaded.channels)

@@ -12,7 +12,7 @@ from glua_bench.cli.sweeps import report_sweep
 from glua_bench.config import ORACLE
 from glua_bench.console import next_command, warn
 from glua_bench.errors import ConfigError
-from glua_bench.runs.completion import complete_names
+from glua_bench.runs.completion import complete_choices, complete_names
 from glua_bench.runs.request import DataRoot, Device, RunsRoot
 
 if TYPE_CHECKING:
@@ -166,6 +166,14 @@ def predict(
     overlay: Annotated[
         bool, typer.Option("--overlay", help="Also plot slices with contours.")
     ] = False,
+    adapt: Annotated[
+        str | None,
+        typer.Option(
+            "--adapt",
+            help="Adapt the model to the images while predicting: tent (entropy minimisation).",
+            autocompletion=complete_choices(("tent",)),
+        ),
+    ] = None,
     selector: SelectorName = "last",
     runs_root: RunsRoot = Path("runs"),
     device: Device = "auto",
@@ -177,6 +185,7 @@ def predict(
     if (run is None) == (model is None):
         raise ConfigError("Give either --run or --model.")
     loaded = prediction.from_either(run, model, runs_root, plugin or [], device, selector)
+    loaded = prediction.adapted(loaded, adapt)
     given = inputs.find(images, loaded.channels)
     prediction.refuse_existing(given.images, out, overwrite, probabilities, overlay)
     config, name = loaded.config, loaded.domain(domain)
@@ -185,6 +194,8 @@ def predict(
         + (", PRIVILEGED (trained on target labels)" if config.privileged else "")
     )
     note(_read_as(loaded, name))
+    if adapt is not None:
+        note(f"Adapted by {adapt} from batch to batch: a result depends on the images before it.")
     if given.skipped:
         note(given.skipped)
 
@@ -224,6 +235,7 @@ def predict(
     answer(
         run=loaded.source,
         domain=name,
+        adaptation=adapt,
         privileged=config.privileged,
         predictions=volumes,
         volumes=out / prediction.VOLUMES,

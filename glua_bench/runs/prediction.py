@@ -50,6 +50,7 @@ from glua_bench.task import Structure
 ROLES: tuple[Role, ...] = ("target", "source")
 WEIGHTS, CONFIG, CARD, LICENSE = "model.safetensors", "config.json", "README.md", "LICENSE"
 VOLUMES = "volumes.csv"
+ADAPTATIONS = ("tent",)  # of `adapted`
 # Entries of `CONFIG` as written before exported models had checksums.
 _WITHOUT_CHECKSUM = {"version", "run", "domains", "publishable", "weights"}
 _HOW = (
@@ -519,6 +520,27 @@ def from_either(
     if model is not None:
         return from_directory(Path(model), plugins, device)
     return from_run(find_run(str(run), runs_root), plugins, device, selector)
+
+
+def adapted(model: Model, how: str | None) -> Model:
+    """Return a model that adapts to the images while it segments them.
+
+    Args:
+        model: the model.
+        how: "tent" (`methods/components/tent.py`); None returns the model itself.
+
+    Raises:
+        ConfigError: the adaptation is unknown.
+        UserError: the model has nothing to adapt.
+    """
+    if how is None:
+        return model
+    if how not in ADAPTATIONS:
+        raise ConfigError(f"--adapt {how} is unknown; use {', '.join(ADAPTATIONS)}.")
+    from glua_bench.methods.components.tent import Tent
+
+    method: Any = Tent(model.method, str(model.source))
+    return replace(model, method=method)
 
 
 def predict_all(

@@ -18,6 +18,7 @@ from faults import damaged, full_disk
 from torch import nn
 from two_faced_method import CLASSES
 
+from glua_bench.cli import api
 from glua_bench.cli.reports import _read_as
 from glua_bench.conformance import first_difference
 from glua_bench.console import Progress
@@ -25,7 +26,7 @@ from glua_bench.data.neighbours import ALONE
 from glua_bench.data.volumes import load_image, restore
 from glua_bench.errors import ConfigError, PluginError, UserError
 from glua_bench.method import Role
-from glua_bench.records.run_directory import RunDirectory, digest_of
+from glua_bench.records.run_directory import RunDirectory, digest_of, list_runs
 from glua_bench.runs import exporting, inputs, prediction
 from glua_bench.runs.execution import execute
 from glua_bench.runs.plan import plan
@@ -510,6 +511,41 @@ def test_the_commands_write_labels_volumes_and_pictures(
     ):
         code, _, err = call(*words)
         assert code == 2 and text in err and "Traceback" not in err
+
+
+def test_adaptation_is_an_entry_of_its_own(
+    made: Made, phantom_root: Path, tmp_path: Path, call: Call
+) -> None:
+    """`predict --adapt tent` gives other probabilities, the same from Python; import takes them."""
+    tested = [image for image in made.images if "ct_" in image.name]
+    words = ["predict", *tested, "--run", made.run.path, "--device", "cpu", "--probabilities"]
+    assert call(*words, "--out", tmp_path / "plain")[0] == 0
+    code, out, err = call(*words, "--out", tmp_path / "tent", "--adapt", "tent")
+    assert code == 0 and "Adapted by tent from batch to batch" in out + err
+    asked = {"run": made.run.path, "device": "cpu", "quiet": True, "probabilities": True}
+    api.predict(tested, out=tmp_path / "again", adapt="tent", **asked)
+
+    def maps(place: str) -> list[np.ndarray]:
+        names = [f"{one.name}_prob.nii.gz" for one in given(tested)]
+        return [np.asarray(nib.load(tmp_path / place / name).dataobj) for name in names]
+
+    plain, tent, again = (
+        np.concatenate([m.ravel() for m in maps(p)]) for p in ("plain", "tent", "again")
+    )
+    np.testing.assert_array_equal(tent, again)
+    assert 0 < np.abs(plain - tent).max() < 0.5
+    code, _, err = call(*words, "--out", tmp_path / "x", "--adapt", "shot")
+    assert code == 2 and "--adapt shot is unknown; use tent." in err
+    assert not (tmp_path / "x").exists()
+    for file in (tmp_path / "tent").glob("*_prob.nii.gz"):
+        file.unlink()
+    runs = tmp_path / "runs"
+    place = ("--dataset", "phantom", "--data-root", phantom_root, "--runs", runs, "--no-mlflow")
+    labels = ("--predictions", tmp_path / "tent", "--values", "dataset")
+    code, out, err = call("import", "mean_teacher_tent", *place, *labels)
+    assert code == 0, err
+    (imported,) = list_runs(runs)
+    assert imported.config.external and len(imported.read_cases()["case"].unique()) == len(tested)
 
 
 def test_results_that_are_there_are_not_replaced_unasked(
