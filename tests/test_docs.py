@@ -335,6 +335,16 @@ def test_what_the_page_says_of_the_benchmark_follows_from_its_rows():
     assert block.count("- phantom ") == rows["task"].nunique()
 
 
+def test_the_readme_says_what_the_rows_of_the_benchmark_say():
+    lines = COMPARISON.table(pd.read_parquet(ROOT / "results" / "phantom_benchmark.parquet"))
+    own = [
+        round(100 * lines.loc[f"phantom {task}", "source_only + photometric"]["gap recovered"])
+        for task in ("mr-ct", "ct-mr")
+    ]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"recover {own[0]} % (MR→CT) and {own[1]} % (CT→MR) of the gap" in text
+
+
 def last_table(text: str, name: str) -> list[str]:
     """Return the rows of the last table before the link to a file of results."""
     before = text.split(f"results/{name}.parquet)")[0]
