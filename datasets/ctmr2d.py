@@ -197,10 +197,11 @@ class CTMR2D(Dataset):
                 if match[1] == "lab" and not labelled:
                     continue  # a pseudo-label
                 own = cases.setdefault(number, ({}, {}))[match[1] == "lab"]
-                if own.setdefault(position, file) != file:
+                if position in own:
                     raise DataError(
                         f"{file} and {own[position]} are the same slice: remove one of them."
                     )
+                own[position] = file
         for (domain, labelled), cases in found.items():
             wanted = {
                 number
@@ -324,7 +325,8 @@ def _opened(place: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(place) as archive:
             yield archive
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    # zipfile raises RuntimeError, of which NotImplementedError is one, for encrypted members.
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise DataError(
             f"{place} cannot be read ({reason(error)}): replace it by an intact archive of the "
             "release."
@@ -362,7 +364,9 @@ def _voxels(file: Slice, archive: zipfile.ZipFile | None) -> tuple[np.ndarray, t
             f"{file} cannot be read as a slice ({reason(error)}): replace it by an intact file of "
             "the release."
         ) from error
-    flat = voxels.reshape([n for n in voxels.shape if n > 1] or [1])
+    # The axis of one voxel may be any: users' loaders suggest that it is the first.
+    plane = [axis for axis, n in enumerate(voxels.shape) if n > 1]
+    flat = voxels.reshape([voxels.shape[axis] for axis in plane])
     if flat.ndim != 2 or flat.dtype.kind not in "iufb":
         raise DataError(
             f"{file} has {' × '.join(map(str, voxels.shape))} voxels, which is no slice: give the "
@@ -370,7 +374,7 @@ def _voxels(file: Slice, archive: zipfile.ZipFile | None) -> tuple[np.ndarray, t
         )
     if not np.isfinite(flat).all():
         raise DataError(f"{file} contains values that are not finite: replace it.")
-    return flat, (float(zooms[0]), float(zooms[1]))
+    return flat, (float(zooms[plane[0]]), float(zooms[plane[1]]))
 
 
 def _stacked(
@@ -383,7 +387,7 @@ def _stacked(
         like: shape that the stack must have.
 
     Raises:
-        DataError: sizes differ, or a file is damaged.
+        DataError: numbers or sizes of pixels differ, or a file is damaged.
     """
     made: list[np.ndarray] = []
     sizes: list[tuple[float, float]] = []
@@ -398,6 +402,11 @@ def _stacked(
                 f"{files[number]} has {voxels.shape[0]} × {voxels.shape[1]} pixels, but its "
                 f"{'image' if like is not None else 'first slice'} has {wanted[0]} × {wanted[1]}: "
                 "give the release's files."
+            )
+        if sizes and like is None and not np.allclose(size, sizes[0], rtol=1e-3, atol=0):
+            raise DataError(
+                f"{files[number]} states pixels of {size[0]:g} × {size[1]:g} mm, but its first "
+                f"slice {sizes[0][0]:g} × {sizes[0][1]:g}: give the release's files."
             )
         made.append(voxels)
         sizes.append(size)

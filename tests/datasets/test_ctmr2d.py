@@ -162,6 +162,40 @@ def test_a_stack_holds_the_slices_in_their_order_and_the_known_values(release: P
     assert set(found) == {0, 1, 2}, "other values are background"
 
 
+@pytest.mark.parametrize("single", [0, 1, 2])
+def test_the_pixel_size_is_that_of_the_plane(few: Files, tmp_path: Path, single: int) -> None:
+    sizes = [1.25, 0.75]
+    sizes.insert(single, 9.0)
+    voxels = np.expand_dims(np.zeros((SIZE, SIZE - 4), np.int16), single)
+    data = gzip.compress(nib.Nifti1Image(voxels, np.diag([*sizes, 1.0])).to_bytes())
+    dataset = CTMR2D(write(tmp_path, {name: dict.fromkeys(few[name], data) for name in few}))
+    dataset.prepare()
+    image = nib.load(dataset.cases("mr")[0].image)
+    assert image.shape == (SIZE, SIZE - 4, SLICES)
+    assert image.header.get_zooms()[:2] == pytest.approx((1.25, 0.75))
+
+
+@pytest.mark.fault("hostile files", "archives of slices that differ from the release")
+def test_encrypted_and_repeated_members_are_refused(few: Files, tmp_path: Path) -> None:
+    root = write(tmp_path, few)
+    place = root / "CT_withGT.zip"
+    whole = place.read_bytes()
+    encrypted = bytearray(whole)
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        start = -1
+        while (start := whole.find(signature, start + 1)) >= 0:
+            encrypted[start + flags] |= 1
+    place.write_bytes(encrypted)
+    with pytest.raises(DataError, match="encrypted") as error:
+        CTMR2D(root).prepare()
+    assert "CT_withGT.zip cannot be read" in sentence(error)
+    place.write_bytes(whole)
+    with zipfile.ZipFile(place, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr(OWN, SMALL)
+    with pytest.raises(DataError, match="are the same slice"):
+        CTMR2D(root).prepare()
+
+
 def changed(content: Files, name: str, change: Callable[[dict[str, bytes]], None]) -> Files:
     """Return the release with one archive changed."""
     files = dict(content[name])
@@ -180,6 +214,9 @@ def put(name: str, data: bytes) -> Callable[[dict[str, bytes]], None]:
 OWN = "CT_withGT/img33_slice1.nii.gz"
 LABEL = "CT_withGT/lab33_slice1.nii.gz"
 SMALL = packed(np.zeros((SIZE, SIZE - 1), np.float32))
+COARSE = gzip.compress(
+    nib.Nifti1Image(np.zeros((SIZE, SIZE, 1), np.float32), np.diag([2.0, 2.0, 1.0, 1.0])).to_bytes()
+)
 
 
 @pytest.mark.fault("hostile files", "archives of slices that differ from the release")
@@ -205,6 +242,7 @@ SMALL = packed(np.zeros((SIZE, SIZE - 1), np.float32))
             put(OWN, packed(np.full((SIZE, SIZE), np.nan, np.float32))),
             "values that are not finite",
         ),
+        ("CT_withGT", put("CT_withGT/img33_slice2.nii.gz", COARSE), "pixels of 2 × 2 mm, but its"),
         ("MR_woGT1", put("../../evil.nii.gz", SMALL), "a name that leads out of the archive"),
         ("MR_woGT1", put("/evil.nii.gz", SMALL), "a name that leads out of the archive"),
     ],
