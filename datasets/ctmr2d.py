@@ -234,10 +234,8 @@ class CTMR2D(Dataset):
             classes, _ = _stacked(labels, like=voxels.shape)
             for position, file in enumerate(labels[n] for n in sorted(labels)):
                 _known_values(classes[..., position], file)
-            with generating(label) as temporary:
-                _save(temporary, label_integers(classes, label).astype(np.int16), affine)
-        with generating(image) as temporary:
-            _save(temporary, voxels, affine)
+            _save(label, label_integers(classes, label).astype(np.int16), affine)
+        _save(image, voxels, affine)
         write_checked_json(record, {"of": stamp}, OPTION)
         return True
 
@@ -436,7 +434,8 @@ def _save(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
     kind: np.dtype = np.dtype(np.float32) if voxels.dtype.kind == "f" else voxels.dtype
     if kind.itemsize > 4 or kind == np.dtype(np.uint32):  # that NIfTI readers lack
         kind = np.dtype(np.int32)
-    nib.save(nib.Nifti1Image(voxels.astype(kind), affine), path)
+    with generating(path) as unfinished:
+        nib.save(nib.Nifti1Image(voxels.astype(kind), affine), unfinished)
 
 
 def _stamp(file: Slice) -> list[str | int]:

@@ -527,7 +527,7 @@ def adapted(model: Model, how: str | None) -> Model:
 
     Args:
         model: the model.
-        how: "tent" (`methods/components/tent.py`); None returns the model itself.
+        how: "tent" (`scoring/tent.py`); None returns the model itself.
 
     Raises:
         ConfigError: the adaptation is unknown.
@@ -537,7 +537,7 @@ def adapted(model: Model, how: str | None) -> Model:
         return model
     if how not in ADAPTATIONS:
         raise ConfigError(f"--adapt {how} is unknown; use {', '.join(ADAPTATIONS)}.")
-    from glua_bench.methods.components.tent import Tent
+    from glua_bench.scoring.tent import Tent
 
     method: Any = Tent(model.method, str(model.source))
     return replace(model, method=method)

@@ -11,8 +11,8 @@ from tiny_methods import TASK, build, images
 from torch import Tensor, nn
 
 from glua_bench.errors import UserError
-from glua_bench.methods.components.tent import LR, Tent, entropy
 from glua_bench.methods.source_only import SourceOnly
+from glua_bench.scoring.tent import LR, Tent, entropy
 
 
 def test_the_entropy_by_hand() -> None:
