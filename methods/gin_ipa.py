@@ -27,7 +27,7 @@ class GINIPAConfig(SegmentConfig):
         10.0, "weight of the consistency between augmented copies", low=0, high=1000
     )
     blend_spacing: float = setting(
-        0.125,
+        0.25,
         "distance of the blending map's control points over the image's side",
         low=0.02,
         high=1,
@@ -52,10 +52,11 @@ class GINIPA(SourceOnly):
         L = L_seg(p₁, y) + λ · mean over copies, pixels and classes of p (log p - log p_i).
 
     As in the authors' code, the last mean includes classes, and p passes gradients. The map b is a
-    random grid of control points, 24 of 192 pixels apart, interpolated by cubic splines (theirs:
-    quadratic B-splines) and scaled to [0, 1] in each image. Copies are clipped to [-1, 1], the
-    range of all images here. Slices of a stack share network and map; channels have their own
-    networks.
+    random grid of control points, 1/4 of the side apart (theirs: 24 pixels at half of a resolution
+    of 192), interpolated by cubic splines (theirs: the exponential of quadratic B-splines) and
+    scaled to [0, 1] in each image. The authors' networks read and return a slice as three channels;
+    here g has one. Copies are clipped to [-1, 1], the range of all images here. Slices of a stack
+    share network and map; channels have their own networks.
     """
 
     name = "gin_ipa"

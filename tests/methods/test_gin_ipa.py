@@ -91,6 +91,18 @@ def test_blending_maps_are_smooth_and_reach_from_0_to_1() -> None:
     assert blending_map(images(1, size=32), 1.0).shape == (1, 1, 32, 32)
 
 
+def test_control_points_are_as_far_apart_as_the_authors() -> None:
+    spacing = build(GINIPA).config.blend_spacing
+    assert spacing == 2 * 24 / 192  # of a map at half of the resolution
+    torch.manual_seed(0)
+    found = blending_map(images(1, size=192), spacing)
+    torch.manual_seed(0)
+    points = torch.randn(1, 1, 5, 5)  # at 0, 48, …, 192 pixels
+    expected = F.interpolate(points, (192, 192), mode="bicubic", align_corners=True)
+    low, high = expected.min(), expected.max()
+    torch.testing.assert_close(found, (expected - low) / (high - low))
+
+
 def test_blends_are_complementary() -> None:
     method = build(GINIPA)
     given = batch().source_images
