@@ -370,8 +370,12 @@ def _voxels(file: Slice, archive: zipfile.ZipFile | None) -> tuple[np.ndarray, t
             f"{file} has {' × '.join(map(str, voxels.shape))} voxels, which is no slice: give the "
             "release's files."
         )
-    if not np.isfinite(flat).all():
-        raise DataError(f"{file} contains values that are not finite: replace it.")
+    # NaN fails both comparisons.
+    if not (flat.min() >= -(2**31) and flat.max() < 2**31):
+        raise DataError(
+            f"{file} contains values that are not finite or need more than 32 bits: replace it by "
+            "an intact file of the release."
+        )
     return flat, (float(zooms[plane[0]]), float(zooms[plane[1]]))
 
 

@@ -242,6 +242,12 @@ COARSE = gzip.compress(
             put(OWN, packed(np.full((SIZE, SIZE), np.nan, np.float32))),
             "values that are not finite",
         ),
+        ("CT_withGT", put(OWN, packed(np.full((SIZE, SIZE), 1e300))), "more than 32 bits"),
+        (
+            "CT_withGT",
+            put(OWN, packed(np.full((SIZE, SIZE), 2**31, np.uint32))),
+            "more than 32 bits",
+        ),
         ("CT_withGT", put("CT_withGT/img33_slice2.nii.gz", COARSE), "pixels of 2 × 2 mm, but its"),
         ("MR_woGT1", put("../../evil.nii.gz", SMALL), "a name that leads out of the archive"),
         ("MR_woGT1", put("/evil.nii.gz", SMALL), "a name that leads out of the archive"),
