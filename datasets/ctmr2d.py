@@ -7,29 +7,26 @@ case in the cache once. docs/ctmr2d.md lists what is known about the release and
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import nibabel as nib
 import numpy as np
 
-from glua_bench.data.cache import OPTION, cache_root, generating, intact
+from glua_bench.data.cache import generating
 from glua_bench.data.volumes import label_integers
+from glua_bench.datasets.conversion import ConvertedDataset, stamp
 from glua_bench.errors import DataError, reason
-from glua_bench.files import Damaged, read_checked_json, write_checked_json
-from glua_bench.identity import code_digest
-from glua_bench.paths import files_below
-from glua_bench.task import Case, Dataset, Grid, Reading, Structure
+from glua_bench.files import Damaged
+from glua_bench.paths import files_below, visible
+from glua_bench.task import Case, Grid, Reading, Structure
 
-# The module whose code, with all that it imports, is part of the directory of stacked files.
-CONVERTING = ("glua_bench.datasets.ctmr2d",)
 SLICES = 16  # per case
 # Archive → domain, cases, whether it has labels that may be used.
 ARCHIVES = {
@@ -43,6 +40,7 @@ ARCHIVES = {
 VALIDATION, TEST = 2, 6
 OTHER_STRUCTURES = (420, 421, 550, 600)  # that some files contain and the release does not explain
 _LARGEST = 2**26  # bytes of one slice's file, far above the release's
+_ADDED = ("Thumbs.db", "desktop.ini")  # by file managers; `visible` knows the others
 _NAME = re.compile(r"(img|lab)(\d+)_slice(\d+)\.nii(\.gz)?")
 _OBTAIN = (
     "clone https://github.com/FupingWu90/CT_MR_2D_Dataset_DA and keep its archives as they are"
@@ -64,7 +62,7 @@ class Slice:
 Slices = dict[int, tuple[dict[int, Slice], dict[int, Slice]]]
 
 
-class CTMR2D(Dataset):
+class CTMR2D(ConvertedDataset):
     """Long-axis slices of the heart in CT and MR, the public 2-D release of Wu and Zhuang.
 
     Files: `CT_withGT.zip`, `CT_woGT.zip`, `MR_withGT.zip`, `MR_woGT0.zip` and `MR_woGT1.zip`, or
@@ -104,12 +102,6 @@ class CTMR2D(Dataset):
     publishable = False
     neighbouring_slices = False
 
-    @property
-    def converted(self) -> Path:
-        """Directory in the cache for this root's stacked files."""
-        place = hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:12]
-        return cache_root() / self.name / f"{code_digest(CONVERTING)}-{place}"
-
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
         """Stack the slices of cases that are new or have changed; archives are not modified.
 
@@ -125,11 +117,7 @@ class CTMR2D(Dataset):
                 index[case] = [domain, _split(domain, number), labelled]
                 if self._convert(case, *cases[number]):
                     report(f"{self.name}: {len(index)} {case}")
-        place = self.converted / "cases.json"
-        with suppress(OSError, Damaged):
-            if read_checked_json(place) == index:
-                return
-        write_checked_json(place, index, OPTION)
+        self.write_index(index)
 
     def cases(self, domain: str) -> tuple[Case, ...]:
         """Return all cases of "ct" or "mr" from the last `prepare`.
@@ -140,7 +128,7 @@ class CTMR2D(Dataset):
         if domain not in self.domains():
             raise DataError(f"Dataset '{self.name}' has no domain '{domain}': use ct or mr.")
         try:
-            index = read_checked_json(self.converted / "cases.json")
+            index = self.index()
         except (OSError, Damaged) as error:
             self._found()  # a missing file is the clearer problem
             raise DataError(
@@ -222,13 +210,10 @@ class CTMR2D(Dataset):
     def _convert(self, case: str, images: dict[int, Slice], labels: dict[int, Slice]) -> bool:
         """Write image and label of a case if needed; return whether they were written."""
         image, label = self._paths(case)
-        record = self.converted / f"{case}.json"
-        stamp = [_stamp(file) for files in (images, labels) for file in files.values()]
-        written = (image, label) if labels else (image,)
-        with suppress(OSError, Damaged):
-            if read_checked_json(record)["of"] == stamp and intact(*written):
-                return False
-        record.unlink(missing_ok=True)
+        files = [*images.values(), *labels.values()]
+        stamps = [[*stamp(file.place), file.member] for file in files]
+        if self.up_to_date(case, stamps, *((image, label) if labels else (image,))):
+            return False
         voxels, affine = _stacked(images)
         if labels:
             classes, _ = _stacked(labels, like=voxels.shape)
@@ -236,7 +221,7 @@ class CTMR2D(Dataset):
                 _known_values(classes[..., position], file)
             _save(label, label_integers(classes, label).astype(np.int16), affine)
         _save(image, voxels, affine)
-        write_checked_json(record, {"of": stamp}, OPTION)
+        self.write_record(case, {"of": stamps})
         return True
 
 
@@ -291,30 +276,25 @@ def _listed(place: Path) -> Iterator[Slice]:
         DataError: the archive is damaged, or a name leads out of it.
     """
     if place.is_dir():
-        yield from (Slice(path) for path in files_below(place) if not _added(path.name))
+        yield from (Slice(path) for path in files_below(place) if path.name not in _ADDED)
         return
     with _opened(place) as archive:
         infos = archive.infolist()
     for info in infos:
         parts = PurePosixPath(info.filename.replace("\\", "/")).parts
-        if info.is_dir() or "__MACOSX" in parts or (parts and _added(parts[-1])):
-            continue
         if ".." in parts or info.filename.startswith(("/", "\\")):
             raise DataError(
                 f"{place} holds {info.filename!r}, a name that leads out of the archive: give the "
                 "release's archive."
             )
+        if info.is_dir() or not all(map(visible, parts)) or parts[-1] in _ADDED:
+            continue
         if info.file_size > _LARGEST:
             raise DataError(
                 f"{place} holds {info.filename!r} with {info.file_size >> 20} MiB, which is no "
                 "slice: give the release's archive."
             )
         yield Slice(place, info.filename)
-
-
-def _added(name: str) -> bool:
-    """Tell whether a system's file manager, not the release, made a file."""
-    return name.startswith(".") or name in ("Thumbs.db", "desktop.ini")
 
 
 @contextmanager
@@ -440,12 +420,3 @@ def _save(path: Path, voxels: np.ndarray, affine: np.ndarray) -> None:
         kind = np.dtype(np.int32)
     with generating(path) as unfinished:
         nib.save(nib.Nifti1Image(voxels.astype(kind), affine), unfinished)
-
-
-def _stamp(file: Slice) -> list[str | int]:
-    """Return values that change with the file."""
-    try:
-        status = file.place.stat()
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({reason(error)}).") from error
-    return [file.place.name, file.member, status.st_size, status.st_mtime_ns]

@@ -10,25 +10,21 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
 
-from glua_bench.data.cache import OPTION, cache_root, generating, intact
+from glua_bench.data.cache import generating
+from glua_bench.datasets.conversion import ConvertedDataset, stamp
 from glua_bench.datasets.mmwhs_layout import MMWHSLayout
 from glua_bench.datasets.sifa_release import RANGES, UNDOCUMENTED, read_slice, read_volume, rescaled
 from glua_bench.errors import DataError
-from glua_bench.files import Damaged, read_checked_json, write_checked_json
-from glua_bench.identity import code_digest
+from glua_bench.files import Damaged
 from glua_bench.paths import files_below
-from glua_bench.task import Case, Dataset, Grid, Reading
+from glua_bench.task import Case, Grid, Reading
 
-# The module whose code, with all that it imports, is part of the directory of converted files.
-CONVERTING = ("glua_bench.datasets.mmwhs_sifa",)
 # Slices per stack; the release says that it has 600 per patient.
 STACK = 600
 
@@ -60,7 +56,7 @@ _OBTAIN = (
 )
 
 
-class MMWHSSIFA(Dataset):
+class MMWHSSIFA(ConvertedDataset):
     """MM-WHS 2017 as pre-processed for SIFA: slices in TFRecord files, test volumes apart.
 
     Cases. A test case is one volume: CT 1003, 1008, 1014, 1019 and MR 1007, 1009, 1018, 1019, as
@@ -113,12 +109,6 @@ class MMWHSSIFA(Dataset):
     publishable = False
     neighbouring_slices = False
 
-    @property
-    def converted(self) -> Path:
-        """Directory in the cache for this root's converted files."""
-        place = hashlib.sha256(str(self.root.resolve()).encode()).hexdigest()[:12]
-        return cache_root() / self.name / f"{code_digest(CONVERTING)}-{place}"
-
     def prepare(self, report: Callable[[str], None] = lambda line: None) -> None:
         """Convert files that are new or have changed; the release's own files are not modified.
 
@@ -148,11 +138,7 @@ class MMWHSSIFA(Dataset):
             if self._convert(case, domain, split, files):
                 report(f"{self.name}: {done}/{len(plan)} {case}")
         index = {case: [domain, split] for case, (domain, split, _) in sorted(plan.items())}
-        place = self.converted / "cases.json"
-        with suppress(OSError, Damaged):
-            if read_checked_json(place) == index:
-                return
-        write_checked_json(place, index, OPTION)
+        self.write_index(index)
 
     def caveat(self, direction: str) -> str:
         """Return what training and test records of the target share; see docs/mmwhs_sifa.md.
@@ -165,7 +151,7 @@ class MMWHSSIFA(Dataset):
         tested: list[str] = []
         for case in self.cases(target):
             try:
-                own = read_checked_json(self.converted / f"{case.id}.json")["slices"]
+                own = self.read_record(case.id)["slices"]
             except (OSError, Damaged, KeyError) as error:
                 raise self._unconverted() from error
             if case.split == "test":
@@ -197,7 +183,7 @@ class MMWHSSIFA(Dataset):
         if domain not in RANGES:
             raise DataError(f"Dataset '{self.name}' has no domain '{domain}': use ct or mr.")
         try:
-            index = read_checked_json(self.converted / "cases.json")
+            index = self.index()
         except (OSError, Damaged) as error:
             self._files()  # a missing file is the clearer problem
             raise self._unconverted() from error
@@ -272,12 +258,9 @@ class MMWHSSIFA(Dataset):
     def _convert(self, case: str, domain: str, split: str, files: Sequence[Path]) -> bool:
         """Write image and label of a case if needed; return whether they were written."""
         image, label = self._paths(case)
-        record = self.converted / f"{case}.json"
-        stamp = [_stamp(file) for file in files]
-        with suppress(OSError, Damaged):
-            if read_checked_json(record)["of"] == stamp and intact(image, label):
-                return False
-        record.unlink(missing_ok=True)
+        stamps = [stamp(file) for file in files]
+        if self.up_to_date(case, stamps, image, label):
+            return False
         if split == "test":
             voxels, classes, affine = read_volume(files)
             voxels = _quantised(voxels, domain)
@@ -285,7 +268,7 @@ class MMWHSSIFA(Dataset):
             voxels, classes, affine = *_stack(domain, files), np.eye(4)
         _write_nifti(label, classes, affine)
         _write_nifti(image, voxels, affine, scale=1 / _STEPS)
-        write_checked_json(record, {"of": stamp, "slices": _digests(voxels)}, OPTION)
+        self.write_record(case, {"of": stamps, "slices": _digests(voxels)})
         return True
 
 
@@ -321,15 +304,6 @@ def _digests(voxels: np.ndarray) -> list[str]:
         hashlib.sha256(one.tobytes()).hexdigest()[:16] if one.min() != one.max() else ""
         for one in slices
     ]
-
-
-def _stamp(file: Path) -> list[Any]:
-    """Return values that change with the file."""
-    try:
-        status = file.stat()
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror}): check the file.") from error
-    return [file.name, status.st_size, status.st_mtime_ns]
 
 
 def _write_nifti(path: Path, data: np.ndarray, affine: np.ndarray, scale: float = 1) -> None:
