@@ -20,6 +20,19 @@ SMALLEST = 32  # minimum image side in pixels: the discriminators halve it five 
 SOURCE, TARGET = 0.0, 1.0  # the discriminators' labels
 
 
+def check_size(method: str, task: TaskInfo) -> None:
+    """Reject slices that an output discriminator cannot halve often enough.
+
+    Raises:
+        ConfigError: the slices of the task are too small for the method of this name.
+    """
+    if task.size < SMALLEST:
+        raise ConfigError(
+            f"{method} needs slices of at least {SMALLEST} × {SMALLEST} pixels, not "
+            f"{task.size} × {task.size} as in {task.dataset}; choose another preset or dataset."
+        )
+
+
 @dataclass(frozen=True)
 class AdaOutputConfig(SegmentConfig):
     """Settings of the segmenter and of output alignment; defaults are the authors'."""
@@ -68,11 +81,7 @@ class AdaOutput(SourceOnly):
 
     def __init__(self, task: TaskInfo, config: AdaOutputConfig) -> None:
         super().__init__(task, config)
-        if task.size < SMALLEST:
-            raise ConfigError(
-                f"ada_output needs slices of at least {SMALLEST} × {SMALLEST} pixels, not "
-                f"{task.size} × {task.size} as in {task.dataset}; choose another preset or dataset."
-            )
+        check_size(self.name, task)
         outputs = {"main": self.segmenter.feature_channels[-1]}
         if config.levels == 2:
             channels = self.segmenter.feature_channels

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from glua_bench.config import setting
-from glua_bench.errors import ConfigError
 from glua_bench.losses import precise, segmentation_loss
 from glua_bench.method import Adjustment, Batch, Cases, Context, Role, TaskInfo, frozen
-from glua_bench.methods.ada_output import SMALLEST, SOURCE, TARGET
+from glua_bench.methods.ada_output import SOURCE, TARGET, check_size
+from glua_bench.methods.components.idle_settings import idle_settings
 from glua_bench.methods.source_only import SegmentConfig, SourceOnly, segmenter_optimizer
 from glua_bench.networks import OutputDiscriminator, build_segmenter
 
@@ -99,11 +99,7 @@ class CLAN(SourceOnly):
 
     def __init__(self, task: TaskInfo, config: CLANConfig) -> None:
         super().__init__(task, config)
-        if task.size < SMALLEST:
-            raise ConfigError(
-                f"clan needs slices of at least {SMALLEST} × {SMALLEST} pixels, not "
-                f"{task.size} × {task.size} as in {task.dataset}; choose another preset or dataset."
-            )
+        check_size(self.name, task)
         # A copy of the first classifier would get its gradients and never differ from it.
         self.aux_head = build_segmenter(task.segmenter, task.classes, task.inputs).head
         self.discriminator = OutputDiscriminator(task.classes, config.width_discriminator)
@@ -116,8 +112,7 @@ class CLAN(SourceOnly):
 
     def check(self, cases: Cases) -> Mapping[str, Adjustment]:
         """Return the adjustments of the base class, and settings without effect."""
-        found = dict(super().check(cases))
-        cfg, default = self.config, CLANConfig()
+        cfg = self.config
         idle: dict[str, str] = {}
         if cfg.lambda_local == 0 and cfg.epsilon == 1:
             idle["preheat"] = "all pixels have the weight 1"
@@ -125,10 +120,7 @@ class CLAN(SourceOnly):
             idle |= dict.fromkeys(("lambda_local", "epsilon"), "preheat is 1")
         if cfg.lambda_adv == 0:
             idle |= dict.fromkeys(("lambda_local", "epsilon", "preheat"), "lambda_adv is 0")
-        for name, cause in idle.items():
-            if getattr(cfg, name) != getattr(default, name):
-                found[name] = Adjustment(getattr(cfg, name), cause)
-        return found
+        return {**super().check(cases), **idle_settings(cfg, idle)}
 
     def optimizers(self) -> dict[str, Optimizer]:
         """Return the segmenter's optimizer and Adam with betas (0.9, 0.99)."""

@@ -183,21 +183,21 @@ class ContrastiveTranslation(nn.Module):
 
     def generate(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the generator's images and the detached features of the images given to it."""
-        features, x = [images], images
-        for index, part in enumerate(self.to_target.body):
-            x = part(x)
-            if index in self.layers:
-                features.append(x.detach())
-        return x, features
+        made, features = self._pass(images, len(self.to_target.body))
+        return made, [maps.detach() for maps in features]
 
     def encode(self, images: Tensor) -> list[Tensor]:
         """Return the features of images: these, and the maps (N, C, h, w) of `layers`."""
+        return self._pass(images, self.layers[-1] + 1)[1]
+
+    def _pass(self, images: Tensor, parts: int) -> tuple[Tensor, list[Tensor]]:
+        """Return the output and the features of the first parts of the generator."""
         features, x = [images], images
-        for index, part in enumerate(self.to_target.body[: self.layers[-1] + 1]):
+        for index, part in enumerate(self.to_target.body[:parts]):
             x = part(x)
             if index in self.layers:
                 features.append(x)
-        return features
+        return x, features
 
 
 def head(channels: int, width: int) -> nn.Sequential:

@@ -74,18 +74,10 @@ class CycleTranslate(SourceOnly):
 
     def stages(self) -> tuple[Stage, ...]:
         """Return the cached translation stage and the segmentation stage on translated images."""
-        names = tuple(n for n in CycleConfig.__dataclass_fields__ if n.startswith("cycle_"))
-        translation = Stage(
-            "translate",
-            self.config.cycle_share,
-            depends_on=names,
-            modules=("cycle",),
-            photometric=False,
-            decay=1.0,
-            step=self.cycle.step,
-            optimizers=self.cycle.optimizers,
+        return (
+            translation_stage(self.cycle, self.config),
+            Stage("segment", decay=0.9, translate=self.cycle.to_target),
         )
-        return (translation, Stage("segment", decay=0.9, translate=self.cycle.to_target))
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Return source images translated to target and back, and target images as source."""
@@ -95,6 +87,20 @@ class CycleTranslate(SourceOnly):
             "source again": self.cycle.to_source(restyled),
             "target as source": self.cycle.to_source(batch.target),
         }
+
+
+def translation_stage(cycle: CycleGAN, config: CycleConfig) -> Stage:
+    """Return the translation stage of a method that has the translation as attribute `cycle`."""
+    return Stage(
+        "translate",
+        config.cycle_share,
+        depends_on=tuple(n for n in CycleConfig.__dataclass_fields__ if n.startswith("cycle_")),
+        modules=("cycle",),
+        photometric=False,
+        decay=1.0,
+        step=cycle.step,
+        optimizers=cycle.optimizers,
+    )
 
 
 class CycleGAN(nn.Module):

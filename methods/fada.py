@@ -15,6 +15,7 @@ from glua_bench.config import setting
 from glua_bench.errors import ConfigError
 from glua_bench.losses import precise, segmentation_loss
 from glua_bench.method import Adjustment, Batch, Cases, Context, TaskInfo, frozen
+from glua_bench.methods.components.idle_settings import idle_settings
 from glua_bench.methods.source_only import SegmentConfig, SourceOnly
 from glua_bench.networks import Segmented, conv_chain
 
@@ -98,18 +99,14 @@ class FADA(SourceOnly):
 
     def check(self, cases: Cases) -> Mapping[str, Adjustment]:
         """Return the adjustments of the base class, and settings without effect."""
-        found = dict(super().check(cases))
-        cfg, default = self.config, FADAConfig()
+        cfg = self.config
         idle: dict[str, str] = {}
         if cfg.labels == "binary":
             idle |= dict.fromkeys(("temperature", "clip"), "labels is binary")
         if cfg.lambda_adv == 0:
             names = ("labels", "temperature", "clip", "depth")
             idle |= dict.fromkeys(names, "lambda_adv is 0")
-        for name, cause in idle.items():
-            if getattr(cfg, name) != getattr(default, name):
-                found[name] = Adjustment(getattr(cfg, name), cause)
-        return found
+        return {**super().check(cases), **idle_settings(cfg, idle)}
 
     def optimizers(self) -> dict[str, Optimizer]:
         """Return the segmenter's optimizer and Adam with betas (0.9, 0.99)."""

@@ -45,8 +45,8 @@ class MIC(MeanTeacher):
     Config = MICConfig
 
     def check(self, cases: Cases) -> Mapping[str, Adjustment]:
-        """Return settings of masks and teacher that have no effect."""
-        return without_effect(self.config)
+        """Return the adjustments of the base class, and settings without effect."""
+        return {**super().check(cases), **without_effect(self.config)}
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
         """Update the student, then the teacher."""
@@ -62,7 +62,11 @@ class MIC(MeanTeacher):
     def masked(self, images: Tensor) -> Tensor:
         """Return recoloured images with hidden blocks."""
         shown = block_mask(images, self.config.mask_ratio, self.config.mask_block)
-        return tone_curves(images, self.task.channels) * shown
+        return self.recoloured(images) * shown
+
+    def recoloured(self, images: Tensor) -> Tensor:
+        """Return images with random tone curves."""
+        return tone_curves(images, self.task.channels)
 
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Return what the student sees, and the teacher's confidence in [1 / K, 1]."""

@@ -11,21 +11,16 @@ from torch import Tensor
 from glua_bench.augment import tone_curves
 from glua_bench.config import setting
 from glua_bench.losses import segmentation_loss
-from glua_bench.method import Adjustment, Batch, Cases, Context, Role, Stage, TaskInfo
-from glua_bench.methods.components.masked_consistency import (
-    MaskedConfig,
-    block_mask,
-    masked_loss,
-    without_effect,
-)
-from glua_bench.methods.components.teacher import Teacher
-from glua_bench.methods.cut import CUT, ContrastiveTranslation, CUTConfig, translation_stage
+from glua_bench.method import Batch, Context, Stage, TaskInfo
+from glua_bench.methods import cut, cycle_translate
+from glua_bench.methods.components.masked_consistency import masked_loss
+from glua_bench.methods.cut import CUT, ContrastiveTranslation, CUTConfig
 from glua_bench.methods.cycle_translate import CycleConfig, CycleGAN, CycleTranslate
-from glua_bench.methods.source_only import SourceOnly
+from glua_bench.methods.mic import MIC, MICConfig
 
 
 @dataclass(frozen=True)
-class TranslateAndMaskConfig(CycleConfig, CUTConfig, MaskedConfig):
+class TranslateAndMaskConfig(CycleConfig, CUTConfig, MICConfig):
     """Settings of the segmenter, both translations, recolouring and masked consistency."""
 
     translation: str = setting(
@@ -38,7 +33,7 @@ class TranslateAndMaskConfig(CycleConfig, CUTConfig, MaskedConfig):
     )
 
 
-class TranslateAndMask(SourceOnly):
+class TranslateAndMask(MIC):
     """Translate and recolour source images; learn target images from unmasked context.
 
     Original to this benchmark, not published. Stage 1 is the translation G of `cycle_translate` or
@@ -56,8 +51,6 @@ class TranslateAndMask(SourceOnly):
 
     name = "translate_and_mask"
     reference = "original; Zhu et al., ICCV 2017, with Hoyer et al., CVPR 2023"
-    needs = "source images and labels, target images"
-    uses_target = True
     parts: ClassVar[tuple[str, ...]] = ("cycle_translate",)
     Config = TranslateAndMaskConfig
     presets = {"quick": {**CycleTranslate.presets["quick"], **CUT.presets["quick"]}}
@@ -70,7 +63,6 @@ class TranslateAndMask(SourceOnly):
             self.cycle = CycleGAN(config, batch, task.size, task.inputs)
         else:
             self.cut = ContrastiveTranslation(config, task.inputs)
-        self.teacher = Teacher(self.segmenter, config, task.channels)
 
     @classmethod
     def variants(cls) -> Mapping[str, Mapping[str, Any]]:
@@ -83,10 +75,6 @@ class TranslateAndMask(SourceOnly):
             "translate and mask": {},
         }
 
-    def check(self, cases: Cases) -> Mapping[str, Adjustment]:
-        """Return settings of masks and teacher that have no effect."""
-        return without_effect(self.config)
-
     @property
     def translation(self) -> CycleGAN | ContrastiveTranslation:
         """The chosen translation."""
@@ -95,20 +83,9 @@ class TranslateAndMask(SourceOnly):
     def stages(self) -> tuple[Stage, ...]:
         """Return the translation stage of `cycle_translate` or `cut`, and segmentation."""
         if self.config.translation == "cycle":
-            first = Stage(
-                "translate",
-                self.config.cycle_share,
-                depends_on=tuple(
-                    n for n in CycleConfig.__dataclass_fields__ if n.startswith("cycle_")
-                ),
-                modules=("cycle",),
-                photometric=False,
-                decay=1.0,
-                step=self.cycle.step,
-                optimizers=self.cycle.optimizers,
-            )
+            first = cycle_translate.translation_stage(self.cycle, self.config)
         else:
-            first = translation_stage(self.cut, self.config)
+            first = cut.translation_stage(self.cut, self.config)
         return (first, Stage("segment", decay=0.9, translate=self.translation.to_target))
 
     def step(self, batch: Batch, context: Context) -> dict[str, Tensor]:
@@ -131,26 +108,11 @@ class TranslateAndMask(SourceOnly):
         """Return images with random tone curves, unless recolouring is off."""
         return tone_curves(images, self.task.channels) if self.config.recolour else images
 
-    def masked(self, images: Tensor) -> Tensor:
-        """Return recoloured images with hidden blocks."""
-        shown = block_mask(images, self.config.mask_ratio, self.config.mask_block)
-        return self.recoloured(images) * shown
-
-    def predict(self, images: Tensor, domain: Role) -> Tensor:
-        """Return the teacher's logits, (N, S, H, W) → (N, K, H, W)."""
-        return self.teacher.segmenter(images).logits
-
-    def features(self, images: Tensor, domain: Role) -> Tensor:
-        """Return the teacher's last decoder map."""
-        return self.teacher.segmenter(images).features[-1]
-
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Return translated and recoloured source images, masked ones, and the confidence."""
         restyled = self.translation.to_target(batch.source_images)
-        confidence = self.predict(batch.target, "target").softmax(1).amax(1, keepdim=True)
         return {
             "restyled": restyled,
             "recoloured": self.recoloured(restyled),
-            "masked": self.masked(batch.target),
-            "confidence": confidence,
+            **super().pictures(batch),
         }

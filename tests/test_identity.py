@@ -223,7 +223,8 @@ def test_what_counts_is_the_harness_and_the_methods_own(name: str) -> None:
         written = {
             "glua": "glua global_only local_only source_only components components.alignment"
             " components.style components.adgan components.style_codes components.image_pool"
-            " components.style_code_networks components.host_count components.thin_convolution",
+            " components.style_code_networks components.host_count components.thin_convolution"
+            " components.idle_settings",
             "sifa": "sifa components components.sifa_networks components.image_pool"
             " components.host_count components.thin_convolution",
         }[name]

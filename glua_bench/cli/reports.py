@@ -13,7 +13,7 @@ from glua_bench.config import ORACLE
 from glua_bench.console import next_command, warn
 from glua_bench.errors import ConfigError
 from glua_bench.runs.completion import complete_choices, complete_names
-from glua_bench.runs.request import DataRoot, Device, RunsRoot
+from glua_bench.runs.request import ADAPTATIONS, DataRoot, Device, RunsRoot
 
 if TYPE_CHECKING:
     from glua_bench.runs.prediction import Model, Predicted
@@ -171,7 +171,7 @@ def predict(
         typer.Option(
             "--adapt",
             help="Adapt the model to the images while predicting: tent (entropy minimisation).",
-            autocompletion=complete_choices(("tent",)),
+            autocompletion=complete_choices(ADAPTATIONS),
         ),
     ] = None,
     selector: SelectorName = "last",

@@ -42,6 +42,7 @@ from glua_bench.runs import carried
 from glua_bench.runs.carried import Carried
 from glua_bench.runs.inputs import Given
 from glua_bench.runs.plan import build_method, choose_device
+from glua_bench.runs.request import ADAPTATIONS
 from glua_bench.runs.trainer import checkpoint_name, load, to_channels_last
 from glua_bench.scoring.evaluation import predict_volumes
 from glua_bench.scoring.metrics import SPACING, volumes_ml
@@ -50,7 +51,6 @@ from glua_bench.task import Structure
 ROLES: tuple[Role, ...] = ("target", "source")
 WEIGHTS, CONFIG, CARD, LICENSE = "model.safetensors", "config.json", "README.md", "LICENSE"
 VOLUMES = "volumes.csv"
-ADAPTATIONS = ("tent",)  # of `adapted`
 # Entries of `CONFIG` as written before exported models had checksums.
 _WITHOUT_CHECKSUM = {"version", "run", "domains", "publishable", "weights"}
 _HOW = (

@@ -43,6 +43,7 @@ Fold = Annotated[
 RunsRoot = Annotated[Path, typer.Option("--runs", help="Directory of all runs.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 
+ADAPTATIONS = ("tent",)  # of `predict --adapt`
 Options = TypeVar("Options", bound="RunOptions")
 
 

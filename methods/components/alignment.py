@@ -34,6 +34,7 @@ from glua_bench.config import setting
 from glua_bench.errors import ConfigError
 from glua_bench.losses import lsgan_loss, precise
 from glua_bench.method import Adjustment, Batch, Context, Role, TaskInfo, frozen
+from glua_bench.methods.components.idle_settings import idle_settings
 from glua_bench.networks import FeatureDiscriminator, OutputDiscriminator, Segmented, Segmenter
 
 SOURCE, TARGET = 0.0, 1.0  # the discriminators' labels
@@ -93,13 +94,12 @@ PAPER_ALIGNMENT = {"optimizer": "sgd", "lr": 0.01, "weight_decay": 5e-4}
 
 def without_effect(config: AlignmentConfig) -> dict[str, Adjustment]:
     """Return the settings that differ from their defaults and that other settings disable."""
-    default, found = AlignmentConfig(), {}
-    if config.mask in ("none", "soft") and config.mask_ratio != default.mask_ratio:
-        reason = f"it needs mask = topk or random, and mask is {config.mask}"
-        found["mask_ratio"] = Adjustment(config.mask_ratio, reason)
-    if config.gain == "none" and config.gain_at != default.gain_at:
-        found["gain_at"] = Adjustment(config.gain_at, "gain is none")
-    return found
+    disabled: dict[str, str] = {}
+    if config.mask in ("none", "soft"):
+        disabled["mask_ratio"] = f"it needs mask = topk or random, and mask is {config.mask}"
+    if config.gain == "none":
+        disabled["gain_at"] = "gain is none"
+    return idle_settings(config, disabled)
 
 
 def gap_map(scores: Tensor) -> Tensor:

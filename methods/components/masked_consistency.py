@@ -27,6 +27,7 @@ from glua_bench.augment import sent
 from glua_bench.config import setting
 from glua_bench.losses import precise
 from glua_bench.method import Adjustment
+from glua_bench.methods.components.idle_settings import idle_settings
 from glua_bench.methods.components.teacher import Teacher, TeacherConfig
 
 
@@ -58,19 +59,13 @@ def without_effect(config: Any) -> Mapping[str, Adjustment]:
     Args:
         config: settings of a method, a `MaskedConfig`.
     """
-    names: tuple[str, ...] = ()
-    reason = ""
+    disabled: dict[str, str] = {}
+    if config.mask_ratio == 0:
+        disabled["mask_block"] = "mask_ratio is 0"
     if config.lambda_consistency == 0:
-        names, reason = ("confidence", "mask_ratio", "mask_block"), "lambda_consistency is 0"
-    elif config.mask_ratio == 0:
-        names, reason = ("mask_block",), "mask_ratio is 0"
-    default = type(config)()
-    given = {name: getattr(config, name) for name in names}
-    return {
-        name: Adjustment(value, reason)
-        for name, value in given.items()
-        if value != getattr(default, name)
-    }
+        names = ("confidence", "mask_ratio", "mask_block")
+        disabled |= dict.fromkeys(names, "lambda_consistency is 0")
+    return idle_settings(config, disabled)
 
 
 def masked_loss(

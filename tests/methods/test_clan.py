@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_methods import TASK, batch, build, context_of, images, take_step
+from tiny_methods import TASK, array, batch, build, context_of, images, softmax, take_step
 from torch import Tensor
 
 from glua_bench.config import SegmenterSpec
@@ -20,15 +20,6 @@ from glua_bench.method import Cases, Context
 from glua_bench.methods.clan import CLAN, CLANConfig, Pair
 
 CASES = Cases(source=4, target=4)
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits - logits.max(1, keepdims=True))
-    return powers / powers.sum(1, keepdims=True)
-
-
-def array(value: Tensor) -> np.ndarray:
-    return value.detach().double().numpy()
 
 
 def context_at(method: CLAN, step: int) -> Context:

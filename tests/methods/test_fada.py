@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_methods import TASK, batch, build, context_of, images, take_step
+from tiny_methods import TASK, array, batch, build, context_of, images, softmax, take_step
 from torch import Tensor, nn
 
 from glua_bench.config import SegmenterSpec
@@ -27,15 +27,6 @@ from glua_bench.methods.fada import (
 )
 
 CASES = Cases(source=4, target=4)
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits - logits.max(1, keepdims=True))
-    return powers / powers.sum(1, keepdims=True)
-
-
-def array(value: Tensor) -> np.ndarray:
-    return value.detach().double().numpy()
 
 
 # -- labels and losses ----------------------------------------------------------------------------

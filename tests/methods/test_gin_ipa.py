@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_methods import batch, build, images, take_step
+from tiny_methods import Recorder, batch, build, images, take_step
 from torch import Tensor
 
 from glua_bench.losses import segmentation_loss
@@ -131,21 +131,17 @@ def test_the_consistency_is_the_mean_divergence_from_the_mean_prediction() -> No
 def test_the_step_sums_the_segmentation_of_the_first_blend_and_the_consistency() -> None:
     method = build(GINIPA, lambda_consistency=3.0)
     given = batch()
-    updates: list[Tensor] = []
-
-    class Recorder:
-        def update(self, name: str, loss: Tensor) -> None:
-            assert name == "segmenter"
-            updates.append(loss)
-
+    recorder = Recorder()
     torch.manual_seed(2)
-    logs = method.step(given, Recorder())  # type: ignore[arg-type]
+    logs = method.step(given, recorder)  # type: ignore[arg-type]
     torch.manual_seed(2)
     copies = method.copies(given.source_images)
     logits = method.segmenter(torch.cat(copies)).logits
     segmentation = segmentation_loss(logits[: len(given.source_images)], given.source_labels)
     expected = segmentation + 3.0 * consistency_loss(logits)
-    torch.testing.assert_close(updates[0], expected)
+    ((name, minimised),) = recorder.losses
+    assert name == "segmenter"
+    torch.testing.assert_close(minimised, expected)
     torch.testing.assert_close(logs["segmentation"], segmentation)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_methods import batch, build, take_step
-from torch import Tensor
+from tiny_methods import Recorder, batch, build, take_step
 
 from glua_bench.augment import tone_curves
 from glua_bench.losses import segmentation_loss
@@ -13,28 +12,24 @@ from glua_bench.methods.components.masked_consistency import block_mask, masked_
 from glua_bench.methods.mic import MIC
 
 
-def test_the_step_adds_the_weighted_loss_of_masked_recoloured_images() -> None:
+def test_the_step_adds_the_weighted_minimisedof_masked_recoloured_images() -> None:
     method = build(MIC, confidence=0.3, lambda_consistency=2.0, mask_block=0.25)
     with torch.no_grad():
         for parameter in method.segmenter.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     given = batch()
-    updates: list[Tensor] = []
-
-    class Recorder:
-        def update(self, name: str, loss: Tensor) -> None:
-            assert name == "segmenter"
-            updates.append(loss)
-
+    recorder = Recorder()
     torch.manual_seed(5)
-    logs = method.step(given, Recorder())  # type: ignore[arg-type]
+    logs = method.step(given, recorder)  # type: ignore[arg-type]
     fresh = build(MIC, confidence=0.3, lambda_consistency=2.0, mask_block=0.25)
     torch.manual_seed(5)
     mask = block_mask(given.target, 0.7, 0.25)
     student = method.segmenter(tone_curves(given.target) * mask).logits
     loss, quality = masked_consistency(student, fresh.teacher.segmenter(given.target).logits, 0.3)
     source = segmentation_loss(method.segmenter(given.source_images).logits, given.source_labels)
-    torch.testing.assert_close(updates[0], source + 2.0 * loss)
+    ((name, minimised),) = recorder.losses
+    assert name == "segmenter"
+    torch.testing.assert_close(minimised, source + 2.0 * loss)
     torch.testing.assert_close(logs["quality"], quality)
     assert 0 < float(quality) <= 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,3 +47,23 @@ def take_step(
     torch.manual_seed(1)
     values = (context.stage.step or method.step)(data or batch(), context)
     return {name: float(value.detach()) for name, value in values.items()}
+
+
+class Recorder:
+    """A context that keeps the losses of `update` instead of minimising them."""
+
+    def __init__(self) -> None:
+        self.losses: list[tuple[str, Tensor]] = []
+
+    def update(self, name: str, loss: Tensor) -> None:
+        self.losses.append((name, loss))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Return probabilities over axis 1, by numpy."""
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
+
+
+def array(value: Tensor) -> np.ndarray:
+    return value.detach().double().numpy()
