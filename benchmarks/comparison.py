@@ -1,13 +1,14 @@
 """The main job's table: each method's Dice, the share of the gap that it recovers, and its cost.
 
     glua-bench compare --methods glua,slaug --dataset phantom --directions all --seeds 3
-    python benchmarks/comparison.py --runs runs --rows results/phantom_quick_baselines.parquet
-    python benchmarks/comparison.py --table-of results/phantom_quick.parquet
+    python -m benchmarks.comparison --runs runs --rows results/phantom_quick_baselines.parquet
+    python -m benchmarks.comparison --table-of results/phantom_quick.parquet
 
 Prints the table of all finished runs below a directory, or of the entries that `--entries` names,
 with what it says, the intervals and tests of every two entries, and Dice of each repeat; and writes
 their publishable rows to a file if asked. `--table-of` prints the same of such a file, and `--page`
-writes its table between `<!-- NAME -->` and `<!-- end -->` of a page, where NAME is the file's.
+writes its table and sentences between `<!-- NAME: begin -->` and `<!-- NAME: end -->` of a page,
+where NAME is the file's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks.rows import into_page
 from glua_bench.config import PRESETS
 from glua_bench.records.run_directory import RunDirectory, list_runs
 from glua_bench.reports import statistics
@@ -104,29 +106,11 @@ def page_table(rows: pd.DataFrame) -> list[str]:
     ]
 
 
-SAYS = "benchmark_says"
-
-
-def says(rows: pd.DataFrame) -> list[str]:
-    """Return what a comparison says in each direction, as lines of a page."""
-    return [
-        line
-        for task in sorted(rows["task"].unique(), reverse=True)
-        for line in ("", f"- {verdict(rows, task, percent=True)}")
-    ][1:]
-
-
-def into_page(page: Path, name: str, lines: list[str], end: str = "end") -> None:
-    """Replace a part of a page, between `<!-- NAME -->` and `<!-- END -->`."""
-    text = page.read_text(encoding="utf-8")
-    before, _, rest = text.partition(f"<!-- {name} -->\n")
-    _, mark, after = rest.partition(f"<!-- {end} -->")
-    if not mark:
-        raise SystemExit(
-            f"{page} has no <!-- {name} --> followed by <!-- {end} -->; add both lines."
-        )
-    new = "\n".join([f"{before}<!-- {name} -->", *lines, f"{mark}{after}"])
-    page.write_text(new, encoding="utf-8")
+def page_text(rows: pd.DataFrame) -> str:
+    """Return the table of a page, and what the comparison says in each direction."""
+    tasks = sorted(rows["task"].unique(), reverse=True)
+    said = (f"\n- {verdict(rows, task, percent=True)}" for task in tasks)
+    return "\n".join([*page_table(rows), *said])
 
 
 def main() -> None:
@@ -142,9 +126,7 @@ def main() -> None:
         rows = pd.read_parquet(options.table_of)
         show(rows)
         if options.page is not None:
-            into_page(options.page, options.table_of.stem, page_table(rows))
-            if SAYS in options.page.read_text(encoding="utf-8"):
-                into_page(options.page, SAYS, [*says(rows), ""], "says_end")
+            into_page(options.page, options.table_of.stem, page_text(rows))
         return
     rows = found(options.runs, [entry for entry in options.entries.split(";") if entry])
     if options.rows is not None:

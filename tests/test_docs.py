@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 import shlex
 import subprocess
@@ -278,11 +278,10 @@ def test_every_test_ids_paragraph_of_mscmr_is_the_code_s():
 
 
 def loaded(name: str):
-    """Import a script of benchmarks/ by its path."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Import a module of benchmarks/, which is not installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        return importlib.import_module(f"benchmarks.{name}")
 
 
 COMPARISON = loaded("comparison")
@@ -317,21 +316,22 @@ def test_a_table_of_results_holds_the_means_of_its_rows(tmp_path):
         ]
         assert f"| {own.mean():.2f} ± {own.std():.2f} |" in line
     target = tmp_path / "page.md"
-    target.write_text("a\n<!-- phantom_quick -->\nold\n<!-- end -->\nb\n")
-    COMPARISON.into_page(target, "phantom_quick", COMPARISON.page_table(rows))
+    target.write_text("a\n<!-- phantom_quick: begin -->\nold\n<!-- phantom_quick: end -->\nb\n")
+    COMPARISON.into_page(target, "phantom_quick", COMPARISON.page_text(rows))
     text = target.read_text()
-    assert text.startswith("a\n<!-- phantom_quick -->\n| method | MR→CT Dice |")
-    assert text.endswith("<!-- end -->\nb\n") and "old" not in text
-    with pytest.raises(SystemExit, match="add both lines"):
-        COMPARISON.into_page(target, "other", [])
+    assert text.startswith("a\n<!-- phantom_quick: begin -->\n| method | MR→CT Dice |")
+    assert text.endswith("<!-- phantom_quick: end -->\nb\n") and "old" not in text
+    with pytest.raises(SystemExit, match="lacks the comments"):
+        COMPARISON.into_page(target, "other", "")
 
 
 def test_what_the_page_says_of_the_benchmark_follows_from_its_rows():
     rows = pd.read_parquet(ROOT / "results" / "phantom_benchmark.parquet")
     assert set(rows["entry"]) >= {"source_only", "supervised", "source_only + photometric"}
     text = page("results.md")
-    block = text.split("<!-- benchmark_says -->\n")[1].split("<!-- says_end -->")[0]
-    assert block == "\n".join([*COMPARISON.says(rows), "", ""])
+    block = text.split("<!-- phantom_benchmark: begin -->\n")[1]
+    block = block.split("\n<!-- phantom_benchmark: end -->")[0]
+    assert block == COMPARISON.page_text(rows)
     assert block.count("- phantom ") == rows["task"].nunique()
 
 
