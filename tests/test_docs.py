@@ -431,6 +431,15 @@ def test_the_budget_ladder_of_the_page_is_that_of_the_rows():
             if cell:
                 shown[entry + budget] = cell
     assert shown == {entry: f"{value:.2f}" for entry, value in dice.items()}
+    gained = {
+        entry: f"{100 * (dice[f'{entry} + 8000 updates'] - dice[f'{entry} + 2000 updates']):.0f}"
+        for entry in ("glua", "global_only", "source_only + photometric", "cycle_translate")
+    }
+    said = (
+        "`glua` still gained {glua} points of Dice, `global_only` {global_only}, random tone "
+        "curves {source_only + photometric}, `cycle_translate` {cycle_translate} and"
+    )
+    assert said.format(**gained) in page("results.md")
 
 
 def test_what_selectors_give_away_on_the_page_is_what_the_rows_say():
