@@ -51,6 +51,8 @@ class TranslateAndMask(MIC):
 
     name = "translate_and_mask"
     reference = "original; Zhu et al., ICCV 2017, with Hoyer et al., CVPR 2023"
+    needs = "source images and labels, target images"
+    uses_target = True
     parts: ClassVar[tuple[str, ...]] = ("cycle_translate",)
     Config = TranslateAndMaskConfig
     presets = {"quick": {**CycleTranslate.presets["quick"], **CUT.presets["quick"]}}
