@@ -22,8 +22,9 @@ from glua_bench.cli import api
 from glua_bench.errors import ConfigError
 
 # Where a URL ends is anybody's guess with these; every part of them is looked for.
-PASSWORD = "zqxA@zqxB/zqxC:zqxD#zqxE%zqxF"
-FOUND = re.compile(rb"(?i)zqx|enF4")  # also if base64 or a hash of the header were written
+PASSWORD = "zqxwvkA@zqxwvkB/zqxwvkC:zqxwvkD#zqxwvkE%zqxwvkF"
+# Each part of a secret begins with these six letters; compressed files contain three by chance.
+FOUND = re.compile(rb"(?i)zqxwvk|enF4d3Zr")  # also if base64 or a hash of the header were written
 SWEEP = """\
 method: source_only
 dataset: phantom
@@ -79,7 +80,7 @@ def small(phantom_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Set every variable in which a secret may stand, and return the options of a small run."""
     tracker = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
     for name in (*tracker, "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "HF_TOKEN", "WANDB_API_KEY"):
-        monkeypatch.setenv(name, "zqxVariable")
+        monkeypatch.setenv(name, "zqxwvkVariable")
     monkeypatch.setenv("GLUA_BENCH_CACHE", str(tmp_path / "cache"))
     return ["--dataset=phantom", "--data-root", str(phantom_root), *SMALL]
 
@@ -94,7 +95,7 @@ def test_a_tracker_s_password_is_written_and_printed_nowhere(
     server = Server(tmp_path / "artifacts")
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     place = f"127.0.0.1:{server.server_port}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://zqxU:{PASSWORD}@{place}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://zqxwvkU:{PASSWORD}@{place}")
     said = ""
 
     def run(*words: object, code: int = 0) -> None:
@@ -113,7 +114,7 @@ def test_a_tracker_s_password_is_written_and_printed_nowhere(
     server.refuses = dict.fromkeys(server.complete(), 413)
     server.runs.clear()
     run("sync", code=1)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://zqxU:{PASSWORD}@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://zqxwvkU:{PASSWORD}@127.0.0.1:9")
     run("sync", code=1)
     run("doctor")
     run("report", "--from-mlflow", "--no-pictures", code=2)
@@ -210,9 +211,9 @@ def test_jobs_of_a_cluster_hold_no_password(
 @pytest.mark.parametrize(
     "url",
     [
-        f"postgresql://zqxA:{PASSWORD}@127.0.0.1:9/base",
-        f"postgresql://zqxA:12/{PASSWORD}@127.0.0.1:9/base",
-        f"postgresql://127.0.0.1:9/base?user=me&password={quote(PASSWORD)}&sslpassword=zqxG",
+        f"postgresql://zqxwvkA:{PASSWORD}@127.0.0.1:9/base",
+        f"postgresql://zqxwvkA:12/{PASSWORD}@127.0.0.1:9/base",
+        f"postgresql://127.0.0.1:9/base?user=me&password={quote(PASSWORD)}&sslpassword=zqxwvkG",
         f"postgresql:/me:{PASSWORD}@127.0.0.1/base",
         f"me:{PASSWORD}@127.0.0.1/base",
         f"nosuch://me:{PASSWORD}@127.0.0.1/base",
@@ -227,7 +228,7 @@ def test_a_storage_that_cannot_be_opened_is_told_without_its_password(
     options = [word for word in small if not word.startswith(("--set", "--preset", "--dataset"))]
     result = call("sweep", "own.yaml", "--storage", url, *options)
     line = refused(result, "--storage")
-    said = "".join(result[1:]).replace("postgresql://zqxA:", "")
+    said = "".join(result[1:]).replace("postgresql://zqxwvkA:", "")
     assert not FOUND.search(said.encode()), said
     assert not FOUND.search(b"".join(os.fsencode(file) for file in tmp_path.rglob("*"))), line
 
