@@ -5,10 +5,10 @@
     python -m benchmarks.comparison --table-of results/phantom_quick.parquet
 
 Prints the table of all finished runs below a directory, or of the entries that `--entries` names,
-with what it says, the intervals and tests of every two entries, and Dice of each repeat; and writes
-their publishable rows to a file if asked. `--table-of` prints the same of such a file, and `--page`
-writes its table and sentences between `<!-- NAME: begin -->` and `<!-- NAME: end -->` of a page,
-where NAME is the file's.
+with what it says, the intervals and tests of every two entries, and Dice of each repeat; and adds
+their publishable rows to a file if asked, where runs of the same id are replaced. `--table-of`
+prints the same of such a file, and `--page` writes its table and sentences between
+`<!-- NAME: begin -->` and `<!-- NAME: end -->` of a page, where NAME is the file's.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import pandas as pd
 
 from benchmarks.rows import into_page
 from glua_bench.config import PRESETS
-from glua_bench.records.run_directory import RunDirectory, list_runs
+from glua_bench.records.run_directory import RunDirectory
 from glua_bench.reports import statistics
-from glua_bench.reports.comparison import collect, competing, table, verdict
+from glua_bench.reports.comparison import competing, table, verdict
+from glua_bench.reports.results import from_runs
 
 
 def entry_of(run: RunDirectory) -> str:
@@ -39,13 +40,24 @@ def entry_of(run: RunDirectory) -> str:
 
 
 def found(runs_root: Path, entries: list[str]) -> pd.DataFrame:
-    """The rows of the finished runs below a directory; of those entries, if any are given."""
-    named = [(entry_of(run), run) for run in list_runs(runs_root) if run.done]
-    return collect(
-        (entry, f"{run.config.dataset} {run.config.direction}", run)
-        for entry, run in named
-        if entry in entries or not entries
-    )
+    """The rows of the finished runs below a directory; of those entries, if any are given.
+
+    They have the columns of a report's `rows.parquet`, among them the id of the code.
+    """
+    runs = from_runs(runs_root, pooled=False)
+    rows = pd.concat([runs.rows, runs.repeats], ignore_index=True)
+    rows["entry"] = rows["run"].map({id_: entry_of(run) for id_, run in runs.directories.items()})
+    return rows[rows["entry"].isin(entries)] if entries else rows
+
+
+def added(rows: pd.DataFrame, file: Path) -> pd.DataFrame:
+    """The publishable rows of runs, after those of other runs that a file holds."""
+    # Rows of real patients stay where they are.
+    rows = rows[rows["dataset"] == "phantom"]
+    if not file.exists():
+        return rows
+    before = pd.read_parquet(file)
+    return pd.concat([before[~before["run"].isin(rows["run"])], rows], ignore_index=True)
 
 
 def show(rows: pd.DataFrame) -> None:
@@ -118,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--entries", default="", help="names of entries, separated by semicolons")
-    parser.add_argument("--rows", type=Path, help="write the publishable rows to this file")
+    parser.add_argument("--rows", type=Path, help="add the publishable rows to this file")
     parser.add_argument("--table-of", type=Path, help="print the table of such a file, and stop")
     parser.add_argument("--page", type=Path, help="write the table of --table-of into this page")
     options = parser.parse_args()
@@ -130,8 +142,7 @@ def main() -> None:
         return
     rows = found(options.runs, [entry for entry in options.entries.split(";") if entry])
     if options.rows is not None:
-        # Rows of real patients stay where they are.
-        rows[rows["dataset"] == "phantom"].to_parquet(options.rows, index=False)
+        added(rows, options.rows).to_parquet(options.rows, index=False)
     show(rows)
 
 

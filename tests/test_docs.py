@@ -325,9 +325,24 @@ def test_a_table_of_results_holds_the_means_of_its_rows(tmp_path):
         COMPARISON.into_page(target, "other", "")
 
 
+def test_rows_of_new_runs_join_those_of_a_file(tmp_path):
+    rows = pd.read_parquet(ROOT / "results" / "phantom_benchmark.parquet")
+    first, second, *_ = rows["run"].unique()
+    of_first, of_both = rows[rows["run"] == first], rows[rows["run"].isin([first, second])]
+    file = tmp_path / "rows.parquet"
+    assert COMPARISON.added(of_first, file).equals(of_first), "a new file"
+    of_first.to_parquet(file)
+    joined = COMPARISON.added(of_both.assign(dice=0.5), file)
+    assert len(joined) == len(of_both) and (joined["dice"] == 0.5).all(), "equal ids are replaced"
+    patients = of_both.assign(dataset="mscmr")
+    assert len(COMPARISON.added(patients, file)) == len(of_first), "no row of a patient"
+
+
 def test_what_the_page_says_of_the_benchmark_follows_from_its_rows():
     rows = pd.read_parquet(ROOT / "results" / "phantom_benchmark.parquet")
     assert set(rows["entry"]) >= {"source_only", "supervised", "source_only + photometric"}
+    assert rows["code"].str.fullmatch(r"\d[\w.]*\+[0-9a-f]{10}").all()
+    assert (rows.groupby("entry", observed=True)["code"].nunique() == 1).all(), "one code per entry"
     text = page("results.md")
     block = text.split("<!-- phantom_benchmark: begin -->\n")[1]
     block = block.split("\n<!-- phantom_benchmark: end -->")[0]
