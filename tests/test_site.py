@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -51,8 +52,8 @@ def text_of(page: Path) -> str:
 
 def test_every_page_is_in_the_navigation(site: Path) -> None:
     pages = {p.relative_to(site).as_posix() for p in site.rglob("*.html")} - {"404.html"}
-    linked = set(re.findall(r'href="([\w-]+\.html)"', (site / "index.html").read_text("utf-8")))
-    assert pages - linked <= {"index.html"}
+    linked = re.findall(r'href="([\w/-]+\.html)"', (site / "index.html").read_text("utf-8"))
+    assert pages - {*linked, "index.html"} == {"benchmark/report.html"}
     assert {"commands.html", "settings.html", "api.html", "contributing.html"} <= pages
 
 
@@ -96,6 +97,34 @@ def test_every_setting_is_on_its_page_with_its_default(site: Path) -> None:
         assert f"<code>{preset['steps']}</code>" in sections["a-run"]
 
 
+def test_every_method_has_a_page_with_its_results_and_settings(site: Path) -> None:
+    names = [e.name for e in Registry("method").entries() if e.origin == "glua-bench"]
+    assert {page.stem for page in (site / "methods").iterdir()} == set(names)
+    rows = pd.read_parquet(ROOT / "results" / "phantom_benchmark.parquet")
+    trained = set(rows["method"])
+    for name in names:
+        page = (site / "methods" / f"{name}.html").read_text(encoding="utf-8")
+        for spec in dataclasses.fields(Registry("method").load(name).Config):
+            assert f"<code>method.{spec.name}</code>" in page
+        lines = page.count("<td>supervised (privileged)</td>")
+        assert (lines, "Not trained" in page) == ((1, False) if name in trained else (0, True))
+        for picture in re.findall(r'<img[^>]*src="([^"]+)"', page):
+            assert (site / "methods" / picture).resolve().is_file()
+    overview = (site / "methods.html").read_text(encoding="utf-8")
+    assert {f"methods/{name}.html" for name in names} <= set(re.findall(r'href="(.+?)"', overview))
+    assert 'href="methods/glua.html"' in (site / "settings.html").read_text(encoding="utf-8")
+
+
+def test_the_results_show_the_figures_of_their_report(site: Path) -> None:
+    page = (site / "results.html").read_text(encoding="utf-8")
+    shown = re.findall(r'src="(benchmark/[^"]+)"', page)
+    assert len(shown) == 6 and all((site / file).read_text("utf-8").count("<svg") for file in shown)
+    assert 'href="benchmark/report.html"' in page
+    report = text_of(site / "benchmark" / "report.html")
+    for entry in pd.read_parquet(ROOT / "results" / "phantom_benchmark.parquet")["entry"].unique():
+        assert entry in report
+
+
 def test_no_page_asks_another_host(site: Path) -> None:
     """Scripts, styles, fonts and pictures are files of the site; formulas need no script."""
     loads = re.compile(
@@ -106,7 +135,7 @@ def test_no_page_asks_another_host(site: Path) -> None:
         assert not loads.search(content), page.name
         assert "arithmatex" not in content, f"{page.name} shows a formula as text"
         assert "<p>- " not in content and "<p>| " not in content, f"{page.name} lacks a list"
-    assert "<math" in (site / "methods.html").read_text(encoding="utf-8")
+    assert "<math" in (site / "methods" / "glua.html").read_text(encoding="utf-8")
 
 
 def test_files_of_the_repository_are_offered_with_the_pages_that_link_to_them(site: Path) -> None:
@@ -159,6 +188,7 @@ def test_search_theme_and_width_in_a_browser(served: str, browser: Any) -> None:
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8").replace("!!python", ""))["nav"]
     pages = [p for part in nav for v in part.values() for p in ([v] if isinstance(v, str) else v)]
     names = [p if isinstance(p, str) else next(iter(p.values())) for p in pages]
+    names += ["methods/glua.md"]
     try:
         for width in WIDTHS:
             driver.set_window_size(width, 900)
@@ -186,7 +216,7 @@ def test_search_theme_and_width_in_a_browser(served: str, browser: Any) -> None:
             "box.dispatchEvent(new KeyboardEvent('keyup', {bubbles: true}))"
         )
         found = "[...document.querySelectorAll('.md-search-result__link')].map(a => a.href).join()"
-        browser.wait(f"{found}.includes('methods.html')", True, 20)
+        browser.wait(f"{found}.includes('methods/local_only.html')", True, 20)
         assert browser.errors() == []
         assert [url for url in browser.requests() if not url.startswith(served)] == []
     finally:

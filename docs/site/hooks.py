@@ -1,21 +1,25 @@
 """What mkdocs builds besides the pages in docs/: pages of the root, and pages generated from code.
 
 The front page is README.md; `contributing.md` and `changelog.md` are the files of the root.
-`commands.md` is generated from the Typer app, `settings.md` from the dataclasses. Formulas become
-MathML and notebooks pages, so the site makes no request to another host.
+`commands.md` is generated from the Typer app, `settings.md` from the dataclasses. Each card of
+`methods.md` becomes a page with the method's lines of the benchmark's table and its settings, and
+`results.md` gets the figures of a report on the same rows. Formulas become MathML and notebooks
+pages, so the site makes no request to another host.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import html
 import inspect
 import itertools
 import json
 import posixpath
 import re
+import tempfile
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -32,12 +36,34 @@ PAGES = {
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
 }
+BENCHMARK = ROOT / "results" / "phantom_benchmark.parquet"
+# Figures of the report that `results.md` shows below the benchmark's table, with their captions.
+FIGURES = {
+    "gap_recovered": "Share of the gap between the bounds that each method recovers.",
+    "scores_{task}": "{direction}: Dice of each structure.",
+    "intervals_{task}": "{direction}: mean Dice of each method with its 95 % interval.",
+    "cost_quality": "Dice against the time of training. The machine had other work.",
+}
+TASKS = {"phantom_mr-ct": "MR→CT", "phantom_ct-mr": "CT→MR"}
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Add the pages of the methods to the navigation."""
+    for part in config.nav or []:
+        for pages in part.values():
+            for entry in pages if isinstance(pages, list) else []:
+                if entry.get("Methods") == "methods.md":
+                    own = [{name: f"methods/{name}.md"} for name in cards()]
+                    entry["Methods"] = [{"Overview": "methods.md"}, *own]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not files of docs/."""
     texts = {page: (ROOT / file).read_text(encoding="utf-8") for page, file in PAGES.items()}
     texts |= {"commands.md": commands(), "settings.md": settings()}
+    texts |= {f"methods/{name}.md": method_page(name, card) for name, card in cards().items()}
+    for name, content in report(BENCHMARK, BENCHMARK.stat().st_mtime_ns).items():
+        files.append(File.generated(config, f"benchmark/{name}", content=content))
     for file in list(files):
         if file.src_uri.endswith(".ipynb"):
             files.remove(file)
@@ -50,12 +76,25 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Resolve links into the repository, and separate blocks as GitHub does."""
     origin = PAGES.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+    if page.file.src_uri.startswith("methods/"):
+        origin = "docs/methods.md"
+    methods = cards()
+    if page.file.src_uri == "methods.md":
+        markdown = markdown.partition("\n## ")[0]
+    if page.file.src_uri == "results.md":
+        end = f"<!-- {BENCHMARK.stem}: end -->"
+        markdown = markdown.replace(end, f"{end}\n\n{figures()}")
 
     def resolve(match: re.Match[str]) -> str:
         name, _, anchor = match[2].partition("#")
-        if not name or re.match(r"[a-z]+:", name):
+        if re.match(r"[a-z]+:", name):
             return match[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(origin), name))
+        path = path if name else origin
+        if path == "docs/methods.md" and anchor in methods:
+            path, anchor = f"docs/methods/{anchor}.md", ""
+        elif not name or name.startswith("benchmark/"):
+            return match[0]
         path = path.removesuffix(".ipynb") + ".md" if path.endswith(".ipynb") else path
         target = next((site for site, file in PAGES.items() if file == path), "")
         if not target and path.startswith("docs/"):
@@ -149,6 +188,64 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def cards() -> dict[str, str]:
+    """Return the cards of `methods.md`: name of the method → text below its heading."""
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    return dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+
+
+def method_page(name: str, card: str) -> str:
+    """Return the page of a method: its card, its lines of the benchmark's table, its settings."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    block = text.split(f"<!-- {BENCHMARK.stem}: begin -->\n")[1].split("\n\n")[0].splitlines()
+    own = [line for line in block[2:] if line.startswith(f"| `{name}`")]
+    bounds = [block[2], block[-1]]
+    lines = [*block[:2], *(line for line in block[2:] if line in {*own, *bounds})]
+    result = "\n".join(lines) if own else "Not trained with this preset yet."
+    return "\n".join(
+        [
+            f"# {name}\n",
+            card.strip(),
+            "\n## Results\n",
+            f"Phantom, preset `benchmark` ([all methods](results.md#the-benchmark)):\n\n{result}\n",
+            "## Every setting\n",
+            method_settings(name),
+            f"Train it: `glua-bench run --method {name} --dataset phantom --preset benchmark`.",
+        ]
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def report(rows: Path, _: int) -> dict[str, bytes]:
+    """Return the files of a report on rows of results: path → content.
+
+    Args:
+        rows: the Parquet file.
+        _: its time, so that `mkdocs serve` writes the report again if it changed.
+    """
+    from glua_bench.reports.report import Options, write
+    from glua_bench.reports.results import from_rows
+
+    title = "The benchmark: every method on the phantom"
+    with tempfile.TemporaryDirectory() as folder:
+        files = write(from_rows(rows), Path(folder), Options(title=title, pictures=False))
+        kept = (file for file in files if file.suffix != ".md")  # which would become pages
+        return {file.relative_to(folder).as_posix(): file.read_bytes() for file in kept}
+
+
+def figures() -> str:
+    """Return a link to the benchmark's report, and those of its figures that the page shows."""
+    shown = []
+    for name, caption in FIGURES.items():
+        for task, direction in TASKS.items() if "{task}" in name else [("", "")]:
+            said = caption.format(direction=direction)
+            picture = f"benchmark/figures/{name.format(task=task)}.svg"
+            shown.append(f"![{said}]({picture})\n\n*{said}*")
+    link = "The [whole report](benchmark/report.html) has these figures and all tables; "
+    link += "[rows.parquet](benchmark/rows.parquet) holds what they were made of."
+    return "\n\n".join([link, *shown])
+
+
 def commands() -> str:
     """Return the page of every command with its options, from the Typer app."""
     from typer.main import get_command
@@ -215,6 +312,43 @@ def allowed(spec: Any) -> str:
     return f"{low} to {high}"
 
 
+def setting_table(
+    cls: type, prefix: str, presets: Mapping[str, Mapping[str, Any]], told: Mapping[str, str] = {}
+) -> str:
+    """Return the table of the settings of a dataclass.
+
+    Args:
+        cls: the dataclass.
+        prefix: of the names, as for `--set`.
+        presets: name of a preset → its values.
+        told: name → meaning, where the field has none.
+    """
+    from glua_bench.config import PRESETS
+
+    found = []
+    for spec in dataclasses.fields(cls):
+        if spec.name in ("grid", "segmenter", "method_config"):
+            continue
+        meaning = spec.metadata.get("help") or told.get(spec.name, "")
+        default = "" if spec.default is dataclasses.MISSING else spec.default
+        own = [presets.get(preset, {}) for preset in PRESETS]
+        differs = any(spec.name in values for values in own)
+        shown = [code(values.get(spec.name, default)) if differs else "" for values in own]
+        first = [f"`{prefix}{spec.name}`", code(default), *shown]
+        found.append([*first, allowed(spec), cell(meaning)])
+    return table(["setting", "default", *PRESETS, "values", "meaning"], found)
+
+
+def method_settings(name: str) -> str:
+    """Return the table of a method's settings."""
+    from glua_bench.config import PRESETS, preset_values
+    from glua_bench.registry import Registry
+
+    method = Registry("method").load(name)
+    presets = {preset: preset_values(method.presets, preset) for preset in PRESETS}
+    return setting_table(method.Config, "method.", presets)
+
+
 def settings() -> str:
     """Return the page of every setting, from the dataclasses."""
     from typer.main import get_command
@@ -225,25 +359,8 @@ def settings() -> str:
     from glua_bench.task import Grid
 
     options = {p.name: p for p in get_command(app).commands["run"].params}  # type: ignore[attr-defined]
+    told = {name: option.help or "" for name, option in options.items()}
     attributes = dict(re.findall(r"^ {4}(\w+): (.*)$", inspect.getdoc(Grid) or "", re.M))
-    head = ["setting", "default", *PRESETS, "values", "meaning"]
-
-    def rows(cls: type, prefix: str, presets: dict[str, dict[str, Any]]) -> list[list[str]]:
-        found = []
-        for spec in dataclasses.fields(cls):
-            if spec.name in ("grid", "segmenter", "method_config"):
-                continue
-            option = options.get(spec.name)
-            meaning = spec.metadata.get("help") or attributes.get(spec.name, "")
-            meaning = meaning or (option.help if option is not None and not prefix else "")
-            default = "" if spec.default is dataclasses.MISSING else spec.default
-            own = [presets.get(preset, {}) for preset in PRESETS]
-            differs = any(spec.name in values for values in own)
-            shown = [code(values.get(spec.name, default)) if differs else "" for values in own]
-            first = [f"`{prefix}{spec.name}`", code(default), *shown]
-            found.append([*first, allowed(spec), cell(meaning)])
-        return found
-
     networks = {name: preset["segmenter"] for name, preset in PRESETS.items()}
     parts = [
         "# Every setting\n",
@@ -251,21 +368,19 @@ def settings() -> str:
         "changes a setting; all of them are part of a run's id and of its `config.yaml`. A preset "
         "changes the defaults in its column.\n",
         "## A run\n",
-        table(head, rows(RunConfig, "", PRESETS)),
+        setting_table(RunConfig, "", PRESETS, told),
         "## The segmenter\n",
-        table(head, rows(SegmenterSpec, "segmenter.", networks)),
+        setting_table(SegmenterSpec, "segmenter.", networks),
         "## The grid\n",
         "Each dataset states its grids; `--set grid.size=96` changes one.\n",
-        table(head, rows(Grid, "grid.", {})),
+        setting_table(Grid, "grid.", {}, attributes),
     ]
     names = [entry.name for entry in Registry("method").entries() if entry.origin == "glua-bench"]
     for name in names:
-        method = Registry("method").load(name)
-        presets = {p: dict(values) for p, values in method.presets.items()}
         parts += [
             f"## Method {name}\n",
             f"{Registry('method').entry(name).summary} [Card](methods.md#{name}).\n",
-            table(head, rows(method.Config, "method.", presets)),
+            method_settings(name),
         ]
     return "\n".join(parts)
 
