@@ -450,8 +450,9 @@ def predict(
         quiet: print nothing.
 
     Returns:
-        Columns file (the image), labels (the written segmentation), structure, ml, and the voxel
-            size in mm (spacing_1 to spacing_3).
+        Columns file (the image), labels (the written segmentation), structure, ml, the voxel
+            size in mm (spacing_1 to spacing_3), and of the model: model (its method and directory),
+            adapt, and privileged (whether it was trained on labels of the target).
 
     Raises:
         UserError: an argument or an image is invalid.
@@ -475,7 +476,7 @@ def predict(
         found = prediction.predict_all(
             loaded, given.images, folder, domain, probabilities, progress, _warn
         )
-    table = prediction.volumes_table(found)
+    table = prediction.volumes_table(found, loaded)
     labels = {str(each.file): str(each.labels) for each in found}
     table.insert(1, "labels", table["file"].map(labels))
     return table

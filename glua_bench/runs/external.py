@@ -42,6 +42,7 @@ from glua_bench.records.run_directory import RunDirectory, check_predictions
 from glua_bench.registry import Registry
 from glua_bench.runs import carried
 from glua_bench.runs.plan import roles
+from glua_bench.runs.prediction import stated
 from glua_bench.scoring.evaluation import score_case, summarise
 from glua_bench.scoring.files import Pairs, ScoredFiles, match, pair, pairs_to_score, score, volumes
 from glua_bench.task import Case, Dataset, DomainView, Structure, fold_name, parse_direction
@@ -62,7 +63,7 @@ class Import:
         values: "classes" (1 is the first structure, as `data export` writes), "dataset" (the
             dataset's label values), or None if the files show which.
         privileged: True if labels of the target were used in training.
-        note: where the predictions come from.
+        note: where the predictions come from; "" takes what `predict` or a run states.
         runs_root: directory of all runs.
         plugins: files with further methods and datasets.
         overwrite: replace earlier imports with this name, task and seed.
@@ -124,8 +125,8 @@ def import_predictions(
 
     Raises:
         UserError: the name is taken, a case lacks its prediction, a file matches no test case, has
-            another grid or unknown label values, or other files have been imported under the same
-            name and seed.
+            another grid or unknown label values, other files have been imported under the same
+            name and seed, or the folder says that its model is privileged and `given` does not.
         RunFailure: the run directory cannot be written.
     """
     dataset = given.dataset
@@ -133,6 +134,12 @@ def import_predictions(
     check_values(given.values)
     volumes(given.predictions)  # before the dataset, which may take long
     check_predictions(given.predictions)
+    privileged, note = stated(given.predictions)
+    if privileged and not given.privileged:
+        raise ConfigError(
+            f"{given.predictions} holds predictions of {note}, which was trained on labels of the "
+            "target; add --privileged."
+        )
     source, target = parse_direction(dataset, given.direction)
     config = RunConfig.from_dict(
         {
@@ -174,7 +181,7 @@ def import_predictions(
         "code": code,
         "data": {"test": test},
         "external": {
-            "note": without_password(given.note),
+            "note": without_password(given.note or note),
             "values": values,
             "predictions": digests,
         },

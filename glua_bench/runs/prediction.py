@@ -69,6 +69,7 @@ class Model:
         data: facts about the run's domains.
         device: device of the method.
         source: path from which it was read, for messages.
+        adapt: how it adapts to the images that it segments; "" if it does not.
     """
 
     method: Method
@@ -76,6 +77,7 @@ class Model:
     data: Carried
     device: torch.device
     source: Path
+    adapt: str = ""
 
     @property
     def structures(self) -> tuple[Structure, ...]:
@@ -540,7 +542,7 @@ def adapted(model: Model, how: str | None) -> Model:
     from glua_bench.scoring.tent import Tent
 
     method: Any = Tent(model.method, str(model.source))
-    return replace(model, method=method)
+    return replace(model, method=method, adapt=how)
 
 
 def predict_all(
@@ -567,14 +569,20 @@ def predict_all(
             draw(each)
     finally:  # also after an image that cannot be used
         if found:
-            table = volumes_table(found)
+            table = volumes_table(found, model)
             write_text(out / VOLUMES, csv_text(table), "--out")
     return found
 
 
-def volumes_table(predicted: Iterable[Predicted]) -> pd.DataFrame:
-    """Return file, structure, ml and voxel size in mm, one row per structure and volume."""
-    return pd.DataFrame(
+def volumes_table(predicted: Iterable[Predicted], model: Model) -> pd.DataFrame:
+    """Return one row per structure and volume.
+
+    Returns:
+        Columns file, structure, ml, the voxel size in mm, and of the model: its method and the name
+            of its directory, how it adapted to the images, and whether it was trained on labels
+            of the target.
+    """
+    table = pd.DataFrame(
         [
             (str(p.file), name, ml, *p.placement.spacing)
             for p in predicted
@@ -582,3 +590,32 @@ def volumes_table(predicted: Iterable[Predicted]) -> pd.DataFrame:
         ],
         columns=["file", "structure", "ml", *SPACING],
     )
+    return table.assign(
+        model=f"{model.config.method} {model.source.name}",
+        adapt=model.adapt,
+        privileged=model.config.privileged,
+    )
+
+
+def stated(folder: Path) -> tuple[bool, str]:
+    """Return what a folder of predictions says of the model, if it is known here.
+
+    Args:
+        folder: a directory that `predict_all` wrote, or the predictions of a run.
+
+    Returns:
+        Whether the model was trained on labels of the target, and a note such as "source_only
+            0123abcd, adapted by tent"; False and "" for other folders.
+    """
+    run = folder.resolve().parent
+    if (run / "config.yaml").is_file():
+        own = RunDirectory.open(run)
+        if own.predictions == folder.resolve():
+            return own.config.privileged, f"{own.config.method} {own.id}"
+    try:
+        table = pd.read_csv(folder / VOLUMES, keep_default_na=False)
+        models = table[["model", "adapt", "privileged"]].drop_duplicates()
+    except (OSError, ValueError, KeyError):  # a file of another origin
+        return False, ""
+    notes = (f"{m}, adapted by {a}" if a else str(m) for m, a, _ in models.to_numpy())
+    return bool((models["privileged"].astype(str) == "True").any()), "; ".join(notes)

@@ -136,8 +136,10 @@ def test_a_run_predicts_its_test_cases_as_it_did(made: Made, tmp_path: Path) -> 
         for index, structure in enumerate(model.structures, start=1):
             count = (np.asarray(saved.dataobj) == values[index]).sum()
             assert result.ml[structure.name] == pytest.approx(count * voxel, rel=1e-5)
-    table = prediction.volumes_table(results)
-    assert list(table.columns) == ["file", "structure", "ml", *SPACING] and len(table) == 8
+    table = prediction.volumes_table(results, model)
+    known = ["model", "adapt", "privileged"]
+    assert list(table.columns) == ["file", "structure", "ml", *SPACING, *known] and len(table) == 8
+    assert set(table["model"]) == {f"{made.run.config.method} {made.run.id}"}
     sides = np.linalg.norm(nib.load(table["file"].iloc[0]).affine[:3, :3], axis=0)
     np.testing.assert_allclose(table[[*SPACING]].iloc[0].astype(float), sides, rtol=1e-6)
 
@@ -546,6 +548,18 @@ def test_adaptation_is_an_entry_of_its_own(
     assert code == 0, err
     (imported,) = list_runs(runs)
     assert imported.config.external and len(imported.read_cases()["case"].unique()) == len(tested)
+    model = f"{made.run.config.method} {made.run.id}"
+    assert imported.read_environment()["external"]["note"] == f"{model}, adapted by tent"
+    assert prediction.stated(made.run.predictions) == (False, model)
+    assert prediction.stated(made.images[0].parent) == (False, ""), "images of another origin"
+    table = pd.read_csv(tmp_path / "tent" / "volumes.csv", keep_default_na=False)
+    assert set(table["adapt"]) == {"tent"} and set(table["privileged"]) == {False}
+    table.assign(privileged=True).to_csv(tmp_path / "tent" / "volumes.csv", index=False)
+    code, _, err = call("import", "upper_tent", *place, *labels)
+    assert code == 2 and "trained on labels of the target; add --privileged." in err
+    assert call("import", "upper_tent", *place, *labels, "--privileged")[0] == 0
+    (upper,) = [run for run in list_runs(runs) if run.config.method == "upper_tent"]
+    assert upper.config.privileged
 
 
 def test_results_that_are_there_are_not_replaced_unasked(
