@@ -1,10 +1,15 @@
-"""Draw the README's picture from runs on the phantom: source, target, and what methods predict.
+"""Draw the pictures of the pages from runs on the phantom.
 
     glua-bench compare --methods glua,slaug --dataset phantom --seeds 1 --preset quick
     python benchmarks/picture.py runs docs/figures/adaptation.png
+    python benchmarks/picture.py runs docs/figures/methods
 
-The target case is the median of the test cases by mean Dice over the entries; the source case is
-the first of the training cases.
+The first is the README's: source, target, and what methods predict. The target case is the median
+of the test cases by mean Dice over the entries; the source case is the first of the training cases.
+
+The second are those of the methods' pages: the figures `strip` and `cases` of the run of each
+method from MR to CT with seed 0 and unchanged settings, with fewer pixels and colours. Of runs
+with different budgets, the longest is taken.
 """
 
 from __future__ import annotations
@@ -14,8 +19,10 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.lines import Line2D
+from PIL import Image
 
 from glua_bench.data.cache import SliceCache
+from glua_bench.records.run_directory import RunDirectory, list_runs
 from glua_bench.registry import Registry
 from glua_bench.reports.case_pictures import compared_cases
 from glua_bench.reports.figures import INK, legend_below, new_figure, save
@@ -23,7 +30,28 @@ from glua_bench.reports.results import from_runs
 from glua_bench.reports.run_figures import most_visible_slice
 
 TASK = "phantom mr-ct"
+WIDTHS = {"strip": 700, "cases": 800}  # pixels of the pictures of methods
 SHOWN = {"source_only": "no adaptation", "slaug": "SLAug", "glua": "GLUA"}
+
+
+def of_methods(runs: Path, folder: Path) -> None:
+    """Write `NAME_strip.png`, if the method has pictures, and `NAME_cases.png`."""
+    longest: dict[str, RunDirectory] = {}
+    for run in list_runs(runs):
+        config = run.config
+        plain = config.scenario == "uda" and config.augmentation == "geometric"
+        ours = config.dataset == "phantom" and config.direction == "mr-ct" and config.seed == 0
+        if run.done and plain and ours and not run.read_environment()["changed"]:
+            known = longest.setdefault(config.method, run)
+            longest[config.method] = max(known, run, key=lambda each: each.config.steps)
+    folder.mkdir(parents=True, exist_ok=True)
+    for method, run in longest.items():
+        for name, width in WIDTHS.items():
+            if (drawn := run.figures / f"{name}.png").is_file():
+                picture = Image.open(drawn).convert("RGB")
+                picture.thumbnail((width, 10 * width))
+                few = picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+                few.save(folder / f"{method}_{name}.png", optimize=True)
 
 
 def main(runs: Path, out: Path) -> None:
@@ -63,4 +91,5 @@ def main(runs: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    given, target = Path(sys.argv[1]), Path(sys.argv[2])
+    (main if target.suffix else of_methods)(given, target)

@@ -9,6 +9,7 @@ the letters of the patient's sides to a slice.
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,9 @@ SIDES = ("LR", "PA", "IS")  # names of the ends of the world's axes (RAS+)
 OBLIQUE = 0.5  # cosine from which a second letter is shown, as in "LA"
 BOX = {"fc": "black", "alpha": 0.55, "lw": 0, "pad": 1}
 LABEL: dict[str, Any] = {"color": "white", "bbox": BOX}
-MAPS = ("gain", "gap", "mask", "discrepancy", "weight")  # words in the names of maps over [0, 1]
+# Words in the names of maps over [0, 1]; `d` is the score of a discriminator.
+MAPS = {"gain", "gap", "mask", "discrepancy", "disagreement", "weight", "entropy", "confidence"}
+MAPS |= {"saliency", "probability", "d"}
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,8 @@ def strip(
         _row_name(row[0], textwrap.fill(shortened(name.replace("_", " "), 40), 20))
         for cell in row[len(values) :]:
             cell.axis("off")
-        mapped = any(word in name.lower() for word in MAPS)
+        # Whole words: "source again" and "masked" are images.
+        mapped = not MAPS.isdisjoint(re.findall(r"[a-z]+", name.lower()))
         for cell, picture in zip(row, values, strict=False):
             if mapped:
                 drawn = cell.imshow(picture, cmap=COLOUR_MAP, vmin=0, vmax=1, interpolation="none")

@@ -170,9 +170,12 @@ def test_maps_are_in_colour_and_images_are_not(tmp_path: Path) -> None:
         found = drawn(path)
         return int((found.max(-1) - found.min(-1) > 0.2).sum())
 
-    gray = strip(tmp_path / "a.png", {"source": stack(), "fake": (stack() + 1) / 2})
-    color = strip(tmp_path / "b.png", {"source": stack(), "gap": (stack() + 1) / 2})
-    assert colourful(gray) == 0 and colourful(color) > 5000
+    for image in ("fake", "source again", "masked"):  # "again" and "masked" hold words of maps
+        gray = strip(tmp_path / "a.png", {"source": stack(), image: (stack() + 1) / 2})
+        assert colourful(gray) == 0, image
+    for map_ in ("gap", "gain minus 1", "target_mask", "D (target)", "entropy"):
+        color = strip(tmp_path / "b.png", {"source": stack(), map_: (stack() + 1) / 2})
+        assert colourful(color) > 5000, map_
 
 
 def test_a_figure_that_cannot_be_drawn_leaves_the_old_one(
