@@ -107,7 +107,7 @@ def page_table(rows: pd.DataFrame) -> list[str]:
         cells += [f"{fewest:.0f}" if fewest == most else f"{fewest:.0f} to {most:.0f}"]
         head, plus, rest = entry.partition(" + ")
         name = "supervised (privileged)" if entry == "supervised" else f"`{head}`{plus}{rest}"
-        shown[entry] = "| " + " | ".join([name, *cells]).replace("|  |", "| |") + " |"
+        shown[entry] = "".join(f"| {text} " if text else "| " for text in [name, *cells]) + "|"
     order = ["source_only", *(e for e in shown if e not in ("source_only", "supervised"))]
     titles = [HEAD[k].format(direction=d) for d in ("MR→CT", "CT→MR") for k in kinds]
     head = ["method", *titles, "MiB", "seeds"]

@@ -44,6 +44,11 @@ FIGURES = {
     "intervals_{task}": "{direction}: mean Dice of each method with its 95 % interval.",
     "cost_quality": "Dice against the time of training. The machine had other work.",
 }
+# Pictures of a method's page, drawn by benchmarks/picture.py.
+PICTURES = {
+    "strip": "Training slices of a run from MR to CT, and what the method makes of them",
+    "cases": "Best, median and worst test case of the same run",
+}
 TASKS = {"phantom_mr-ct": "MR→CT", "phantom_ct-mr": "CT→MR"}
 
 
@@ -202,12 +207,19 @@ def method_page(name: str, card: str) -> str:
     bounds = [block[2], block[-1]]
     lines = [*block[:2], *(line for line in block[2:] if line in {*own, *bounds})]
     result = "\n".join(lines) if own else "Not trained with this preset yet."
+    preset = "benchmark" if own else "quick"
+    pictures = [
+        f"![{title}](figures/methods/{name}_{kind}.png)\n\n*{title}; preset `{preset}`.*\n"
+        for kind, title in PICTURES.items()
+        if (ROOT / "docs" / "figures" / "methods" / f"{name}_{kind}.png").is_file()
+    ]
     return "\n".join(
         [
             f"# {name}\n",
             card.strip(),
             "\n## Results\n",
             f"Phantom, preset `benchmark` ([all methods](results.md#the-benchmark)):\n\n{result}\n",
+            *pictures,
             "## Every setting\n",
             method_settings(name),
             f"Train it: `glua-bench run --method {name} --dataset phantom --preset benchmark`.",
