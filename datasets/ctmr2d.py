@@ -11,7 +11,7 @@ import io
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -110,6 +110,9 @@ class CTMR2D(ConvertedDataset):
             RunFailure: the cache cannot be written.
         """
         index: dict[str, list[str | bool]] = {}
+        for name in ARCHIVES:
+            if (self.root / name).is_dir() and (self.root / f"{name}.zip").is_file():
+                report(f"{self.name}: {name}.zip is read, and the directory {name} beside it not")
         found = self._found()
         for (domain, labelled), cases in found.items():
             for number in sorted(cases):
@@ -164,32 +167,12 @@ class CTMR2D(ConvertedDataset):
                 "--data-root to their directory."
             )
         found: dict[tuple[str, bool], Slices] = {}
+        faults: list[str] = []
         for name, place in places.items():
             assert place is not None
             domain, numbers, labelled = ARCHIVES[name]
             cases = found.setdefault((domain, labelled), {})
-            for file in _listed(place):
-                shown = PurePosixPath(file.member or file.place.name).name
-                match = _NAME.fullmatch(shown)
-                if match is None:
-                    raise DataError(
-                        f"{file} is not named as in the release, img33_slice1.nii.gz or "
-                        "lab33_slice1.nii.gz: rename it, or remove it if it does not belong there."
-                    )
-                number, position = int(match[2]), int(match[3])
-                if number not in numbers:
-                    raise DataError(
-                        f"{file} is of case {number}, but {name} holds the cases {numbers[0]} to "
-                        f"{numbers[-1]} of the release: give the release's files."
-                    )
-                if match[1] == "lab" and not labelled:
-                    continue  # a pseudo-label
-                own = cases.setdefault(number, ({}, {}))[match[1] == "lab"]
-                if position in own:
-                    raise DataError(
-                        f"{file} and {own[position]} are the same slice: remove one of them."
-                    )
-                own[position] = file
+            faults += _grouped(_sorted_in(place, name, numbers, labelled, cases))
         for (domain, labelled), cases in found.items():
             wanted = {
                 number
@@ -197,7 +180,10 @@ class CTMR2D(ConvertedDataset):
                 if (own, usable) == (domain, labelled)
                 for number in numbers
             }
-            _complete(self.root, domain, cases, wanted, labelled)
+            faults += _grouped(_incomplete(self.root, domain, cases, wanted, labelled))
+        if faults:
+            # Together, so that files that differ from the release are known at once.
+            raise DataError("; ".join(faults) + ".")
         return found
 
     def _place(self, name: str) -> Path | None:
@@ -234,34 +220,94 @@ def _split(domain: str, number: int) -> str:
     return "train"
 
 
-def _complete(root: Path, domain: str, cases: Slices, wanted: set[int], labelled: bool) -> None:
-    """Check that every case has all of its slices and, where it should, labels.
+def _sorted_in(
+    place: Path, name: str, numbers: range, labelled: bool, cases: Slices
+) -> Iterator[tuple[str, str]]:
+    """Add the slices of an archive to `cases`, and yield what differs from the release.
 
-    Raises:
-        DataError: something is missing.
+    Args:
+        place: the archive or directory.
+        name: of the archive.
+        numbers: cases that it may hold.
+        labelled: whether its labels are used; where not, only images are read, because the
+            release does not state how its pseudo-labels are called.
+        cases: receives the slices.
+
+    Yields:
+        Kind of the difference, and a sentence.
+    """
+    for file in _listed(place):
+        shown = PurePosixPath(file.member or file.place.name).name
+        match = _NAME.fullmatch(shown)
+        if not labelled and not shown.startswith("img"):
+            continue  # a pseudo-label
+        if match is None:
+            yield (
+                "name",
+                f"{file} is not named as in the release, img33_slice1.nii.gz or "
+                "lab33_slice1.nii.gz: rename it, or remove it if it does not belong there.",
+            )
+            continue
+        number, position = int(match[2]), int(match[3])
+        if number not in numbers:
+            yield (
+                "case",
+                f"{file} is of case {number}, but {name} holds the cases {numbers[0]} to "
+                f"{numbers[-1]} of the release: give the release's files.",
+            )
+            continue
+        own = cases.setdefault(number, ({}, {}))[match[1] == "lab"]
+        if position in own:
+            yield "twice", f"{file} and {own[position]} are the same slice: remove one of them."
+        else:
+            own[position] = file
+
+
+def _grouped(faults: Iterable[tuple[str, str]]) -> list[str]:
+    """Return the first sentence of each kind of fault, with the number of the others."""
+    kinds: dict[str, list[str]] = {}
+    for kind, sentence in faults:
+        kinds.setdefault(kind, []).append(sentence)
+    return [
+        own[0].rstrip(".") + (f" (and {len(own) - 1} more like it)" if len(own) > 1 else "")
+        for own in kinds.values()
+    ]
+
+
+def _incomplete(
+    root: Path, domain: str, cases: Slices, wanted: set[int], labelled: bool
+) -> Iterator[tuple[str, str]]:
+    """Yield which cases lack slices or, where they should have some, labels.
+
+    Yields:
+        Kind of the fault, and a sentence.
     """
     absent = sorted(wanted - set(cases))
     if absent:
         kind = "labelled" if labelled else "unlabelled"
-        raise DataError(
+        yield (
+            "absent",
             f"{root} lacks the {kind} {domain} cases {', '.join(map(str, absent[:5]))}"
-            f"{' and more' if len(absent) > 5 else ''}: {_OBTAIN}."
+            f"{' and more' if len(absent) > 5 else ''}: {_OBTAIN}.",
         )
     for number, (images, labels) in cases.items():
         if set(images) not in (set(range(1, SLICES + 1)), set(range(SLICES))):
             some = next(iter({**labels, **images}.values()))
-            raise DataError(
+            yield (
+                "slices",
                 f"{domain} case {number} has the slices {_numbers(images)} instead of 1 to "
-                f"{SLICES} (beside {some}): complete it from the release."
+                f"{SLICES} (beside {some}): complete it from the release.",
             )
         if labelled and (bare := sorted(set(images) - set(labels))):
-            raise DataError(
+            yield (
+                "bare",
                 f"{images[bare[0]]} has no label lab{number}_slice{bare[0]} beside it: complete it "
-                "from the release."
+                "from the release.",
             )
         if alone := sorted(set(labels) - set(images)):
-            raise DataError(
-                f"{labels[alone[0]]} has no image beside it: complete it from the release."
+            yield (
+                "alone",
+                f"{labels[alone[0]]} has no image beside it: complete it from the release.",
             )
 
 

@@ -267,6 +267,43 @@ def test_what_differs_from_the_release_is_said(
     assert not list(tmp_path.rglob("evil*"))
 
 
+def test_all_kinds_of_differences_are_said_at_once(few: Files, tmp_path: Path) -> None:
+    files = {name: dict(own) for name, own in few.items()}
+    for position in (1, 2):
+        renamed(f"CT_withGT/img33_slice{position}.nii.gz", f"ct33_{position}.nii.gz")(
+            files["CT_withGT"]
+        )
+    renamed("MR_withGT/lab1_slice1.nii.gz", "MR_withGT/lab99_slice1.nii.gz")(files["MR_withGT"])
+    with pytest.raises(DataError) as error:
+        CTMR2D(write(tmp_path / "data", files)).prepare()
+    text = str(error.value)
+    first, *_ = sentence(error).split("; ")
+    assert first.endswith("(and 1 more like it)")
+    assert "ct33_1.nii.gz is not named as in the release" in first
+    for words in ("is of case 99", "ct case 33 has the slices 3, 4", "lab1_slice1 beside it"):
+        assert text.count(words) == 1
+
+
+def test_pseudo_labels_of_any_name_are_not_read(few: Files, tmp_path: Path) -> None:
+    files = {name: dict(own) for name, own in few.items()}
+    for name in ("CT_woGT", "MR_woGT0", "MR_woGT1"):
+        for member in [member for member in files[name] if "/lab" in member]:
+            renamed(member, member.replace("/lab", "/pred_"))(files[name])
+    dataset = CTMR2D(write(tmp_path / "data", files))
+    dataset.prepare()
+    assert (len(dataset.cases("ct")), len(dataset.cases("mr"))) == (2, 3)
+
+
+def test_a_directory_beside_its_archive_is_said_to_be_unread(few: Files, tmp_path: Path) -> None:
+    root = write(tmp_path / "data", few)
+    (root / "MR_withGT").mkdir()
+    lines: list[str] = []
+    CTMR2D(root).prepare(lines.append)
+    assert [line for line in lines if "beside it not" in line] == [
+        "ctmr2d: MR_withGT.zip is read, and the directory MR_withGT beside it not"
+    ]
+
+
 def test_missing_and_damaged_archives_are_named(release: Path, tmp_path: Path) -> None:
     root = tmp_path / "data"
     shutil.copytree(release, root)
