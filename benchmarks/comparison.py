@@ -8,7 +8,8 @@ Prints the table of all finished runs below a directory, or of the entries that 
 with what it says, the intervals and tests of every two entries, and Dice of each repeat; and adds
 their publishable rows to a file if asked, where runs of the same id are replaced. `--table-of`
 prints the same of such a file, and `--page` writes its table and sentences between
-`<!-- NAME: begin -->` and `<!-- NAME: end -->` of a page, where NAME is the file's.
+`<!-- NAME: begin -->` and `<!-- NAME: end -->` of a page, where NAME is the file's, or the table
+alone where the comments name `NAME table`.
 """
 
 from __future__ import annotations
@@ -87,8 +88,10 @@ def page_table(rows: pd.DataFrame) -> list[str]:
     repeated = bool(lines["last bits"].notna().any())
     kinds = [kind for kind in HEAD if kind != "last bits" or repeated]
     shown = {}
-    means = {e: lines["Dice"].xs(e, level="entry").mean() for e in set(rows["entry"])}
-    for entry in sorted(means, key=lambda e: (means[e], e)):
+    dice = lines["Dice"].unstack("task")
+    # By the directions in which all were trained, so that a missing one moves no entry.
+    means = dice.dropna(axis=1).mean(axis=1) if dice.notna().all().any() else dice.mean(axis=1)
+    for entry in sorted(means.index, key=lambda e: (means[e], e)):
         cells = []
         for task in ("phantom mr-ct", "phantom ct-mr"):
             if (task, entry) not in lines.index:
@@ -138,7 +141,10 @@ def main() -> None:
         rows = pd.read_parquet(options.table_of)
         show(rows)
         if options.page is not None:
-            into_page(options.page, options.table_of.stem, page_text(rows))
+            mark, text = options.table_of.stem, page_text(rows)
+            if f"<!-- {mark} table: begin -->" in options.page.read_text(encoding="utf-8"):
+                mark, text = f"{mark} table", "\n".join(page_table(rows))
+            into_page(options.page, mark, text)
         return
     rows = found(options.runs, [entry for entry in options.entries.split(";") if entry])
     if options.rows is not None:

@@ -368,7 +368,7 @@ def last_table(text: str, name: str) -> list[str]:
 
 def test_the_readme_is_one_page_with_one_table_of_results():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert last_table(text, "phantom_quick") == result_rows("phantom_quick")
+    assert last_table(text, "phantom_benchmark") == result_rows("phantom_benchmark")
     assert len(re.findall(r"^\|[-| ]+\|$", text, re.MULTILINE)) == 1
     assert text.count("![") == 1
     prose = re.sub(r"^```.*?^```|^\|.*?$|<!--.*?-->", "", text, flags=re.MULTILINE | re.DOTALL)
