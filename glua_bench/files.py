@@ -50,6 +50,7 @@ _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, e
 # that may not be written.
 _FLUSHED = "rb+" if os.name == "nt" else "rb"
 _swept: set[str] = set()  # directories that this process has swept
+_BLOCK = 1 << 20  # bytes that are compared at once
 CHECKSUM = "sha256"  # entry of a JSON object
 _LINE = b"\nsha256 "  # begins the last line of a binary file; 64 digits and a newline follow
 _TAIL = len(_LINE) + 65
@@ -110,7 +111,9 @@ def storing(path: Path, option: str = "") -> Iterator[None]:
 def replacing(path: Path, option: str = "", keep: Path | None = None) -> Iterator[Path]:
     """Yield a temporary file that becomes `path` when the block ends without an error.
 
-    Its name has the suffix of the path, by which some writers choose the format.
+    Its name has the suffix of the path, by which some writers choose the format. A file with the
+    same content stays in place: rules of Landlock hold for a file, not for its path, so a process
+    with such rules could no longer read it if another process replaced it by its like.
 
     Args:
         path: the file; its directory is created.
@@ -129,9 +132,25 @@ def replacing(path: Path, option: str = "", keep: Path | None = None) -> Iterato
             if keep is not None:
                 with suppress(FileNotFoundError):
                     os.replace(path, keep)
+            elif _equal(path, temporary):
+                return
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _equal(path: Path, other: Path) -> bool:
+    """Return True if both are files with the same content; False if one cannot be read."""
+    try:
+        if path.is_symlink() or path.stat().st_size != other.stat().st_size:
+            return False
+        with path.open("rb") as first, other.open("rb") as second:
+            while (part := first.read(_BLOCK)) == second.read(_BLOCK):
+                if not part:
+                    return True
+    except OSError:
+        pass
+    return False
 
 
 @contextmanager

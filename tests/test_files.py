@@ -47,6 +47,7 @@ from glua_bench.files import (
     write_text,
 )
 from glua_bench.paths import entries, files_below, matching
+from glua_bench.runs.sealed import landlock
 
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = ("glua_bench", "methods", "datasets", "sweeps", "reports")
@@ -78,6 +79,50 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert [p.name for p in path.parent.iterdir()] == ["case.nii.gz"]
+
+
+def test_a_file_is_not_replaced_by_its_like(tmp_path: Path) -> None:
+    """Also not by another process, so that rules of Landlock go on to hold for it."""
+    path = tmp_path / "entry.npy"
+    files.write_text(path, "content")
+    first = path.stat()
+    files.write_text(path, "content")
+    assert path.stat().st_ino == first.st_ino and path.stat().st_mtime_ns == first.st_mtime_ns
+    for other in ("Content", "content and more", ""):
+        before = path.stat().st_ino
+        files.write_text(path, other)
+        assert path.read_text() == other and path.stat().st_ino != before
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    files.write_text(link, path.read_text())
+    assert not link.is_symlink() and sorted(tmp_path.iterdir()) == [path, link]
+
+
+@pytest.mark.skipif(not landlock.version(), reason="needs a kernel with Landlock")
+@pytest.mark.fault("processes", "write a cache entry again while a sealed process may read it")
+def test_a_sealed_process_reads_a_file_that_another_one_wrote_again(tmp_path: Path) -> None:
+    path = tmp_path / "entry"
+    files.write_text(path, "content")
+    code = (
+        "import sys; from pathlib import Path; from glua_bench.runs.sealed.landlock import Rules\n"
+        "rules, path = Rules(), Path(sys.argv[1])\n"
+        "rules.allow(path), rules.enforce(), print('sealed', flush=True)\n"
+        "input(); print(path.open().read(), flush=True)\n"
+        "input(); print(path.open().read(), flush=True)\n"
+    )
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as child:
+        assert child.stdin is not None and child.stdout is not None and child.stderr is not None
+        assert child.stdout.readline() == "sealed\n"
+        files.write_text(path, "content")
+        print(file=child.stdin, flush=True)
+        assert child.stdout.readline() == "content\n"
+        other = tmp_path / "other"  # the control: a file that is replaced can no longer be read
+        other.write_text("content")
+        os.replace(other, path)
+        _, said = child.communicate("\n")
+        assert child.returncode == 1 and "PermissionError" in said
 
 
 def test_a_directory_appears_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
