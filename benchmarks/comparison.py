@@ -24,7 +24,7 @@ from glua_bench.config import PRESETS
 from glua_bench.records.run_directory import RunDirectory
 from glua_bench.reports import statistics
 from glua_bench.reports.comparison import competing, table, verdict
-from glua_bench.reports.results import from_runs
+from glua_bench.reports.results import DEFAULTS, from_runs
 
 
 def entry_of(run: RunDirectory) -> str:
@@ -58,6 +58,8 @@ def added(rows: pd.DataFrame, file: Path) -> pd.DataFrame:
     if not file.exists():
         return rows
     before = pd.read_parquet(file)
+    # Columns that rows of an older version lack.
+    before = before.assign(**{name: v for name, v in DEFAULTS.items() if name not in before})
     return pd.concat([before[~before["run"].isin(rows["run"])], rows], ignore_index=True)
 
 

@@ -334,6 +334,11 @@ def test_rows_of_new_runs_join_those_of_a_file(tmp_path):
     of_first.to_parquet(file)
     joined = COMPARISON.added(of_both.assign(dice=0.5), file)
     assert len(joined) == len(of_both) and (joined["dice"] == 0.5).all(), "equal ids are replaced"
+    of_first.drop(columns="labels").to_parquet(file)
+    assert set(COMPARISON.added(of_both[of_both["run"] == second], file)["labels"]) <= {
+        "",
+        "sealed",
+    }
     patients = of_both.assign(dataset="mscmr")
     assert len(COMPARISON.added(patients, file)) == len(of_first), "no row of a patient"
 

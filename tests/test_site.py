@@ -118,7 +118,7 @@ def test_every_method_has_a_page_with_its_results_and_settings(site: Path) -> No
 def test_the_results_show_the_figures_of_their_report(site: Path) -> None:
     page = (site / "results.html").read_text(encoding="utf-8")
     shown = re.findall(r'src="(benchmark/[^"]+)"', page)
-    assert len(shown) == 6 and all((site / file).read_text("utf-8").count("<svg") for file in shown)
+    assert len(shown) == 7 and all((site / file).read_text("utf-8").count("<svg") for file in shown)
     assert 'href="benchmark/report.html"' in page
     report = text_of(site / "benchmark" / "report.html")
     for entry in pd.read_parquet(ROOT / "results" / "phantom_benchmark.parquet")["entry"].unique():

@@ -43,6 +43,8 @@ FIGURES = {
     "scores_{task}": "{direction}: Dice of each structure.",
     "intervals_{task}": "{direction}: mean Dice of each method with its 95 % interval.",
     "cost_quality": "Dice against the time of training. The machine had other work.",
+    "selector_regret": "Points of Dice that each selector loses to the oracle, which reads target "
+    "labels (privileged).",
 }
 # Pictures of a method's page, drawn by benchmarks/picture.py.
 PICTURES = {
