@@ -123,11 +123,28 @@ def page_table(rows: pd.DataFrame) -> list[str]:
     ]
 
 
+def against(rows: pd.DataFrame, task: str, entry: str = "glua") -> str:
+    """Return the differences between an entry and all others; "" if it is not compared."""
+    pairs = statistics.pairs(competing(statistics.scores(rows, task)))
+    own = []
+    for a, b, *found in pairs[["a", "b", "difference", "low", "high"]].to_numpy():
+        if entry in (a, b):
+            mean, low, high = (100 * value for value in found)
+            if entry == b:
+                a, b, mean, low, high = b, a, -mean, -high, -low
+            own.append((mean, f"{b} {mean:.1f} ({low:.1f} to {high:.1f})"))
+    if not own:
+        return ""
+    told = "; ".join(text for _, text in sorted(own))
+    return f"{task}, Dice of {entry} minus that of each other entry, points (95 % CI): {told}."
+
+
 def page_text(rows: pd.DataFrame) -> str:
     """Return the table of a page, and what the comparison says in each direction."""
     tasks = sorted(rows["task"].unique(), reverse=True)
-    said = (f"\n- {verdict(rows, task, percent=True)}" for task in tasks)
-    return "\n".join([*page_table(rows), *said])
+    said = [verdict(rows, task, percent=True) for task in tasks]
+    said += filter(None, (against(rows, task) for task in tasks))
+    return "\n".join([*page_table(rows), *(f"\n- {sentence}" for sentence in said)])
 
 
 def main() -> None:
