@@ -361,6 +361,24 @@ def test_what_the_page_says_of_the_benchmark_follows_from_its_rows():
         assert f"global_only {difference:.1f} (" in line
 
 
+def test_what_the_page_concludes_from_the_benchmark_is_what_its_rows_say():
+    file = ROOT / "results" / "phantom_benchmark.parquet"
+    (paragraph,) = re.findall(r"^\*\*What this shows so far.*$", page("results.md"), re.MULTILINE)
+    gaps = COMPARISON.table(pd.read_parquet(file)).loc["phantom mr-ct"]["gap recovered"]
+    for entry, said in {
+        "glua": "GLUA recovers {} % of the gap",
+        "global_only": "(`global_only`) {} %",
+        "local_only": "(`local_only`) {} %",
+        "cycle_translate": "CycleGAN follows with {} %",
+        "source_only + photometric": "read no target image, with {} %",
+    }.items():
+        assert said.format(round(100 * gaps[entry])) in paragraph, entry
+    regrets = report_tables.regrets(from_rows(file))
+    means = 100 * regrets.groupby("selector", observed=True)["regret"].mean()
+    assert f"last checkpoint loses {means['last']:.1f} points" in paragraph
+    assert f"SND {means['snd']:.1f}." in paragraph
+
+
 def test_the_readme_says_what_the_rows_of_the_benchmark_say():
     lines = COMPARISON.table(pd.read_parquet(ROOT / "results" / "phantom_benchmark.parquet"))
     own = [
