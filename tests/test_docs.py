@@ -15,7 +15,7 @@ import pytest
 
 from glua_bench.conformance import DATASET_CHECKS, METHOD_CHECKS, run_checks, run_dataset_checks
 from glua_bench.registry import Registry
-from glua_bench.reports import report_tables, statistics
+from glua_bench.reports import figures, report_tables, statistics
 from glua_bench.reports.comparison import competing
 from glua_bench.reports.results import from_rows
 from glua_bench.reports.tables import markdown
@@ -226,6 +226,12 @@ def test_no_card_names_a_setting_that_does_not_exist():
     values = {"topk", "soft", "random", "none", "detached", "constant"}  # in tables of their own
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     assert named - values == known
+
+
+def test_the_page_names_the_words_of_maps():
+    (line,) = re.findall(r"^- \*\*Pictures\.\*\*.*$", page("adding-a-method.md"), re.MULTILINE)
+    named = line.partition("one of the words ")[2]
+    assert set(re.findall(r"[a-z]+", named)) - {"or"} == figures.MAPS - {"d"}
 
 
 def test_protocol_names_every_selector_and_split():
