@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.lines import Line2D
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from glua_bench.data.cache import SliceCache
 from glua_bench.records.run_directory import RunDirectory, list_runs
@@ -35,7 +36,10 @@ SHOWN = {"source_only": "no adaptation", "slaug": "SLAug", "glua": "GLUA"}
 
 
 def of_methods(runs: Path, folder: Path) -> None:
-    """Write `NAME_strip.png`, if the method has pictures, and `NAME_cases.png`."""
+    """Write `NAME_strip.png`, if the method has pictures, and `NAME_cases.png`.
+
+    Their entry `preset` says how the run was trained.
+    """
     longest: dict[str, RunDirectory] = {}
     for run in list_runs(runs):
         config = run.config
@@ -51,7 +55,9 @@ def of_methods(runs: Path, folder: Path) -> None:
                 picture = Image.open(drawn).convert("RGB")
                 picture.thumbnail((width, 10 * width))
                 few = picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-                few.save(folder / f"{method}_{name}.png", optimize=True)
+                facts = PngInfo()
+                facts.add_text("preset", run.config.preset)
+                few.save(folder / f"{method}_{name}.png", optimize=True, pnginfo=facts)
 
 
 def main(runs: Path, out: Path) -> None:

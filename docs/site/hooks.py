@@ -28,6 +28,7 @@ from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 # Page of the site → file of the repository.
@@ -209,12 +210,13 @@ def method_page(name: str, card: str) -> str:
     bounds = [block[2], block[-1]]
     lines = [*block[:2], *(line for line in block[2:] if line in {*own, *bounds})]
     result = "\n".join(lines) if own else "Not trained with this preset yet."
-    preset = "benchmark" if own else "quick"
-    pictures = [
-        f"![{title}](figures/methods/{name}_{kind}.png)\n\n*{title}; preset `{preset}`.*\n"
-        for kind, title in PICTURES.items()
-        if (ROOT / "docs" / "figures" / "methods" / f"{name}_{kind}.png").is_file()
-    ]
+    pictures = []
+    for kind, title in PICTURES.items():
+        file = f"figures/methods/{name}_{kind}.png"
+        if (ROOT / "docs" / file).is_file():
+            with Image.open(ROOT / "docs" / file) as picture:
+                said = f"{title}; preset `{picture.info['preset']}`."
+            pictures.append(f"![{title}]({file})\n\n*{said}*\n")
     return "\n".join(
         [
             f"# {name}\n",
