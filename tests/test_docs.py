@@ -375,7 +375,8 @@ def test_what_the_page_concludes_from_the_benchmark_is_what_its_rows_say():
         "glua": "GLUA recovers {} % of the gap",
         "global_only": "(`global_only`) {} %",
         "local_only": "(`local_only`) {} %",
-        "glua + Step A + D1 + D2": "without it (*Step A + D1 + D2*), {} % are recovered",
+        "glua + gain constant": "everywhere (*gain constant*), {} % are recovered",
+        "glua + Step A + D1 + D2": "without a gain (*Step A + D1 + D2*), {} %",
         "cycle_translate": "CycleGAN follows with {} %",
         "source_only + photometric": "read no target image, with {} %",
     }.items():
