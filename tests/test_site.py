@@ -108,8 +108,9 @@ def test_every_method_has_a_page_with_its_results_and_settings(site: Path) -> No
             assert f"<code>method.{spec.name}</code>" in page
         lines = page.count("<td>supervised (privileged)</td>")
         assert (lines, "Not trained" in page) == ((1, False) if name in trained else (0, True))
-        for picture in re.findall(r'<img[^>]*src="([^"]+)"', page):
-            assert (site / "methods" / picture).resolve().is_file()
+        shown = re.findall(r'<img[^>]*src="(\.\./figures/methods/[^"]+)"', page)
+        assert f"../figures/methods/{name}_cases.png" in shown
+        assert all((site / "methods" / picture).resolve().is_file() for picture in shown)
     overview = (site / "methods.html").read_text(encoding="utf-8")
     assert {f"methods/{name}.html" for name in names} <= set(re.findall(r'href="(.+?)"', overview))
     assert 'href="methods/glua.html"' in (site / "settings.html").read_text(encoding="utf-8")
