@@ -300,6 +300,7 @@ def result_rows(name: str) -> list[str]:
     return COMPARISON.page_table(rows)[2:]
 
 
+TASKS = ("mr-ct", "ct-mr")
 TABLES = ("", "_codes", "_baselines", "_h100")
 
 
@@ -370,7 +371,11 @@ def test_what_the_page_says_of_the_benchmark_follows_from_its_rows():
 def test_what_the_page_concludes_from_the_benchmark_is_what_its_rows_say():
     file = ROOT / "results" / "phantom_benchmark.parquet"
     (paragraph,) = re.findall(r"^\*\*What this shows so far.*$", page("results.md"), re.MULTILINE)
-    gaps = COMPARISON.table(pd.read_parquet(file)).loc["phantom mr-ct"]["gap recovered"]
+    lines = COMPARISON.table(pd.read_parquet(file))["gap recovered"]
+    other = 100 * lines["phantom ct-mr"]
+    told = f"GLUA recovers {other['glua']:.0f} %, random tone curves "
+    assert f"{told}{other['source_only + photometric']:.0f} %" in paragraph
+    gaps = lines["phantom mr-ct"]
     for entry, said in {
         "glua": "GLUA recovers {} % of the gap",
         "global_only": "(`global_only`) {} %",
@@ -389,12 +394,13 @@ def test_what_the_page_concludes_from_the_benchmark_is_what_its_rows_say():
 
 def test_the_readme_says_what_the_rows_of_the_benchmark_say():
     lines = COMPARISON.table(pd.read_parquet(ROOT / "results" / "phantom_benchmark.parquet"))
-    own = [
-        round(100 * lines.loc[f"phantom {task}", "source_only + photometric"]["gap recovered"])
-        for task in ("mr-ct", "ct-mr")
-    ]
+    own, glua = (
+        [round(100 * lines.loc[f"phantom {task}", entry]["gap recovered"]) for task in TASKS]
+        for entry in ("source_only + photometric", "glua")
+    )
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"recover {own[0]} % (MR→CT) and {own[1]} % (CT→MR) of the gap" in text
+    assert f"GLUA recovers {glua[0]} % (MR→CT) and {glua[1]} % (CT→MR) of the gap" in text
 
 
 def last_table(text: str, name: str) -> list[str]:
