@@ -373,8 +373,8 @@ def test_what_the_page_concludes_from_the_benchmark_is_what_its_rows_say():
     (paragraph,) = re.findall(r"^\*\*What this shows so far.*$", page("results.md"), re.MULTILINE)
     lines = COMPARISON.table(pd.read_parquet(file))["gap recovered"]
     other = 100 * lines["phantom ct-mr"]
-    told = f"GLUA recovers {other['glua']:.0f} %, random tone curves "
-    assert f"{told}{other['source_only + photometric']:.0f} %" in paragraph
+    assert f"(`global_only` {other['global_only']:.0f} %, GLUA {other['glua']:.0f} %)" in paragraph
+    assert f"tone curves recover {other['source_only + photometric']:.0f} %." in paragraph
     gaps = lines["phantom mr-ct"]
     for entry, said in {
         "glua": "GLUA recovers {} % of the gap",
@@ -384,12 +384,17 @@ def test_what_the_page_concludes_from_the_benchmark_is_what_its_rows_say():
         "glua + Step A + D1 + D2": "without a gain (*Step A + D1 + D2*), {} %",
         "cycle_translate": "CycleGAN follows with {} %",
         "source_only + photometric": "read no target image, with {} %",
+        "ada_output": "ends below no adaptation in MR→CT ({} %)",
     }.items():
         assert said.format(round(100 * gaps[entry])) in paragraph, entry
+    rows = pd.read_parquet(file)
+    rows = rows[(rows["entry"] == "ada_output") & (rows["selector"] == "last")]
+    missed = rows[rows["structure"] == "LVC"]["missed"].sum()
+    assert f"misses the left ventricular cavity in {missed} of 20 cases" in paragraph
     regrets = report_tables.regrets(from_rows(file))
     means = 100 * regrets.groupby("selector", observed=True)["regret"].mean()
     assert f"last checkpoint loses {means['last']:.1f} points" in paragraph
-    assert f"SND {means['snd']:.1f}." in paragraph
+    assert f"BNM {means['bnm']:.1f}, SND {means['snd']:.1f}." in paragraph
 
 
 def test_the_readme_says_what_the_rows_of_the_benchmark_say():
