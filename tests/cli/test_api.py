@@ -224,7 +224,7 @@ def test_new_volumes_are_segmented(
     out = tmp_path / "new volumes"
     found = glua_bench.predict(image, run=ran.path, out=out, quiet=True, device="cpu")
     columns = ["file", "labels", "structure", "ml", "spacing_1", "spacing_2", "spacing_3"]
-    assert list(found.columns) == columns and len(found) == 4
+    assert list(found.columns) == [*columns, "model", "adapt", "privileged"] and len(found) == 4
     labels = nib.load(found["labels"][0])
     assert labels.shape == nib.load(image).shape and np.isfinite(found["ml"]).all()
     capsys.readouterr()
