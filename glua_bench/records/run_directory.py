@@ -403,20 +403,30 @@ def list_runs(
     return runs
 
 
-def check_predictions(path: Path) -> None:
-    """Check the run whose predictions a path names, if it is in a run's directory.
+def run_around(path: Path) -> RunDirectory | None:
+    """Return the finished run whose predictions a path names; None if it is in no run's directory.
 
     Args:
         path: a label file, or a directory of label files.
 
     Raises:
-        UserError: the run is damaged.
+        UserError: the run's configuration cannot be read.
     """
     for folder in (path.parent, path.parent.parent):
         if (folder / seal.MARK).is_file() and (folder / "config.yaml").is_file():
-            run = RunDirectory.open(folder.resolve())
-            if run.damage is not None:
-                raise UserError(run.damage)
+            return RunDirectory.open(folder.resolve())
+    return None
+
+
+def check_predictions(path: Path) -> None:
+    """Check the run whose predictions a path names, if there is one (`run_around`).
+
+    Raises:
+        UserError: the run is damaged.
+    """
+    run = run_around(path)
+    if run is not None and run.damage is not None:
+        raise UserError(run.damage)
 
 
 def unsealed_note(runs: Iterable[RunDirectory]) -> str:

@@ -36,7 +36,7 @@ from glua_bench.files import Damaged, csv_text, read_checked_json, sha256, write
 from glua_bench.inspection.measurements import read_intensities
 from glua_bench.inspection.outliers import resemblance
 from glua_bench.method import Method, Role
-from glua_bench.records.run_directory import RunDirectory, list_runs
+from glua_bench.records.run_directory import RunDirectory, list_runs, run_around
 from glua_bench.registry import Registry
 from glua_bench.runs import carried
 from glua_bench.runs.carried import Carried
@@ -607,11 +607,9 @@ def stated(folder: Path) -> tuple[bool, str]:
         Whether the model was trained on labels of the target, and a note such as "source_only
             0123abcd, adapted by tent"; False and "" for other folders.
     """
-    run = folder.resolve().parent
-    if (run / "config.yaml").is_file():
-        own = RunDirectory.open(run)
-        if own.predictions == folder.resolve():
-            return own.config.privileged, f"{own.config.method} {own.id}"
+    run = run_around(folder.resolve())
+    if run is not None and run.predictions == folder.resolve():
+        return run.config.privileged, f"{run.config.method} {run.id}"
     try:
         table = pd.read_csv(folder / VOLUMES, keep_default_na=False)
         models = table[["model", "adapt", "privileged"]].drop_duplicates()

@@ -552,6 +552,9 @@ def test_adaptation_is_an_entry_of_its_own(
     assert imported.read_environment()["external"]["note"] == f"{model}, adapted by tent"
     assert prediction.stated(made.run.predictions) == (False, model)
     assert prediction.stated(made.images[0].parent) == (False, ""), "images of another origin"
+    (tmp_path / "config.yaml").write_text("another: program's")
+    assert prediction.stated(tmp_path / "tent")[1] == f"{model}, adapted by tent"
+    assert prediction.stated(tmp_path / "none") == (False, "")
     table = pd.read_csv(tmp_path / "tent" / "volumes.csv", keep_default_na=False)
     assert set(table["adapt"]) == {"tent"} and set(table["privileged"]) == {False}
     table.assign(privileged=True).to_csv(tmp_path / "tent" / "volumes.csv", index=False)
