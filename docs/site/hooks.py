@@ -86,7 +86,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     origin = PAGES.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     if page.file.src_uri.startswith("methods/"):
         origin = "docs/methods.md"
-    methods = cards()
     if page.file.src_uri == "methods.md":
         markdown = markdown.partition("\n## ")[0]
     if page.file.src_uri == "results.md":
@@ -97,11 +96,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         name, _, anchor = match[2].partition("#")
         if re.match(r"[a-z]+:", name):
             return match[0]
-        path = posixpath.normpath(posixpath.join(posixpath.dirname(origin), name))
-        path = path if name else origin
-        if path == "docs/methods.md" and anchor in methods:
+        beside = posixpath.normpath(posixpath.join(posixpath.dirname(origin), name))
+        path = beside if name else origin
+        if path == "docs/methods.md" and anchor in cards():
             path, anchor = f"docs/methods/{anchor}.md", ""
-        elif not name or name.startswith("benchmark/"):
+        elif not name:
             return match[0]
         path = path.removesuffix(".ipynb") + ".md" if path.endswith(".ipynb") else path
         target = next((site for site, file in PAGES.items() if file == path), "")
