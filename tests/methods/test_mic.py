@@ -12,7 +12,7 @@ from glua_bench.methods.components.masked_consistency import block_mask, masked_
 from glua_bench.methods.mic import MIC
 
 
-def test_the_step_adds_the_weighted_minimisedof_masked_recoloured_images() -> None:
+def test_the_step_adds_the_weighted_loss_of_masked_recoloured_images() -> None:
     method = build(MIC, confidence=0.3, lambda_consistency=2.0, mask_block=0.25)
     with torch.no_grad():
         for parameter in method.segmenter.parameters():
